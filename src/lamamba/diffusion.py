@@ -1,0 +1,288 @@
+"""The objectives a denoiser is trained with, guidance, and the schedulers that sample from it.
+
+A denoiser is any callable `(x_t, t, y) -> (b, 2c, h, w)`; nothing here knows the network. Two objectives:
+
+* `Diffusion`: 1000 linear steps, noise prediction with a learned variance (Nichol & Dhariwal 2021, arXiv 2102.09672),
+  what LaMamba-Diff, DiT and ADM train with.
+* `FlowMatching`: the straight path from data to noise, velocity prediction (SiT, arXiv 2401.08740), in diffusers'
+  direction: x_t = (1 - t/1000) x_0 + t/1000 noise.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamamba.errors import ConfigError
+
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+NUM_TIMESTEPS = 1000
+BETA_START, BETA_END = 1e-4, 2e-2
+
+
+class Diffusion:
+    """1000 linear steps; predicts the noise and, for each value, where its log-variance lies between two bounds."""
+
+    name = "diffusion"
+    samplers = ("ancestral", "ddim", "dpm++", "unipc")
+    default_sampler = "dpm++"
+
+    def draw_timesteps(self, batch: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+        """Draw (b,) integer timesteps, uniform over 0 to 999."""
+        return torch.randint(NUM_TIMESTEPS, (batch,), device=device, generator=generator)
+
+    def noise_image(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Draw x_t from q(x_t | x_0): sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise."""
+        schedule = linear_schedule(x_0.device)
+        return _at(schedule["sqrt_alpha_bar"], t) * x_0 + _at(schedule["sqrt_one_minus_alpha_bar"], t) * noise
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Noise level of timesteps, as noise over signal: sqrt((1 - alpha_bar) / alpha_bar)."""
+        schedule = linear_schedule(t.device)
+        index = t.long()
+        return schedule["sqrt_one_minus_alpha_bar"][index] / schedule["sqrt_alpha_bar"][index]
+
+    def losses(self, denoiser: Denoiser, x_0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Compute the hybrid loss (arXiv 2102.09672, eq. 16, with the weights of DiT).
+
+        Args:
+            denoiser: returns noise and variance, (b, 2c, h, w).
+            x_0: (b, c, h, w) clean images, about -1 to 1.
+            t: (b,) integer timesteps.
+            y: (b,) labels.
+            noise: (b, c, h, w) standard normal.
+
+        Returns:
+            (b,) each: `mse` of the noise; `vb`, the variational bound in bits per dimension, through which only the
+            variance learns; and `loss`, their sum.
+        """
+        x_t = self.noise_image(x_0, t, noise)
+        predicted_noise, variance = denoiser(x_t, t, y).to(x_0.dtype).chunk(2, dim=1)
+        mse = _mean(torch.square(noise - predicted_noise))
+        vb = self._variational_bound(x_0, x_t, t, predicted_noise.detach(), variance)
+        return {"loss": mse + vb, "mse": mse, "vb": vb}
+
+    def _variational_bound(self, x_0: Tensor, x_t: Tensor, t: Tensor, predicted_noise: Tensor, v: Tensor) -> Tensor:
+        schedule = {name: _at(values, t) for name, values in linear_schedule(x_0.device).items()}
+        predicted_x_0 = schedule["sqrt_recip_alpha_bar"] * x_t - schedule["sqrt_recip_alpha_bar_minus_1"] * predicted_noise
+        true_mean = schedule["posterior_x_0"] * x_0 + schedule["posterior_x_t"] * x_t
+        mean = schedule["posterior_x_0"] * predicted_x_0 + schedule["posterior_x_t"] * x_t
+        true_log_variance = schedule["posterior_log_variance"]
+        fraction = (v + 1) / 2
+        log_variance = fraction * schedule["log_beta"] + (1 - fraction) * true_log_variance
+
+        divergence = 0.5 * (
+            -1 + log_variance - true_log_variance
+            + torch.exp(true_log_variance - log_variance)
+            + torch.square(true_mean - mean) * torch.exp(-log_variance)
+        )  # fmt: skip
+        likelihood = -_discretised_gaussian_log_likelihood(x_0, mean, 0.5 * log_variance)
+        return torch.where(t == 0, _mean(likelihood), _mean(divergence)) / math.log(2)
+
+    def scheduler(self, sampler: str) -> Any:
+        """Build the diffusers scheduler of one of `samplers`; each takes the noise prediction."""
+        import diffusers
+
+        linear: dict[str, Any] = {
+            "num_train_timesteps": NUM_TIMESTEPS,
+            "beta_start": BETA_START,
+            "beta_end": BETA_END,
+            "beta_schedule": "linear",
+        }
+        if sampler == "ancestral":
+            scheduler = diffusers.DDPMScheduler(
+                **linear, variance_type="learned_range", clip_sample=False, timestep_spacing="linspace"
+            )
+        elif sampler == "ddim":
+            scheduler = diffusers.DDIMScheduler(**linear, clip_sample=False, timestep_spacing="leading")
+        elif sampler == "dpm++":
+            scheduler = diffusers.DPMSolverMultistepScheduler(**linear, algorithm_type="dpmsolver++", solver_order=2)
+        elif sampler == "unipc":
+            scheduler = diffusers.UniPCMultistepScheduler(**linear, solver_order=2)
+        else:
+            raise _no_sampler(sampler, self)
+        return scheduler
+
+
+class FlowMatching:
+    """The straight path between data and noise; predicts its velocity, noise - x_0, on the first c channels."""
+
+    name = "flow"
+    samplers = ("euler", "heun")
+    default_sampler = "heun"
+
+    def draw_timesteps(self, batch: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+        """Draw (b,) float timesteps, uniform over 0 to 1000."""
+        return torch.rand(batch, device=device, generator=generator) * NUM_TIMESTEPS
+
+    def noise_image(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Go along the path: (1 - t/1000) x_0 + t/1000 noise."""
+        fraction = (t / NUM_TIMESTEPS)[:, None, None, None]
+        return (1 - fraction) * x_0 + fraction * noise
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Noise level of timesteps, as noise over signal: t / (1000 - t)."""
+        return t / (NUM_TIMESTEPS - t)
+
+    def losses(self, denoiser: Denoiser, x_0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Compute the squared error of the velocity (arXiv 2401.08740, eq. 8); arguments as `Diffusion.losses`.
+
+        Returns:
+            (b,) each: `mse` and, the same, `loss`.
+        """
+        x_t = self.noise_image(x_0, t, noise)
+        velocity = denoiser(x_t, t, y).to(x_0.dtype).chunk(2, dim=1)[0]
+        mse = _mean(torch.square(noise - x_0 - velocity))
+        return {"loss": mse, "mse": mse}
+
+    def scheduler(self, sampler: str) -> Any:
+        """Build the diffusers scheduler of one of `samplers`; each takes the velocity."""
+        import diffusers
+
+        if sampler == "euler":
+            return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS)
+        if sampler == "heun":
+            return diffusers.FlowMatchHeunDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS)
+        raise _no_sampler(sampler, self)
+
+
+OBJECTIVES: Mapping[str, Diffusion | FlowMatching] = {kind.name: kind for kind in (Diffusion(), FlowMatching())}
+
+
+def _no_sampler(sampler: str, objective: Diffusion | FlowMatching) -> ConfigError:
+    return ConfigError(
+        f"sampler {sampler!r} does not go with the objective {objective.name!r} that the network was trained with: "
+        f"use {' or '.join(objective.samplers)}"
+    )
+
+
+def training_losses(
+    objective: Diffusion | FlowMatching,
+    denoiser: Denoiser,
+    x_0: Tensor,
+    y: Tensor,
+    *,
+    null_label: int,
+    label_dropout: float,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """Draw timesteps, noise and label dropout, and compute the losses of a batch.
+
+    Args:
+        objective: `Diffusion` or `FlowMatching`.
+        denoiser: see the top of this file.
+        x_0: (b, c, h, w) clean images.
+        y: (b,) labels.
+        null_label: the label that means "no label".
+        label_dropout: probability that a label becomes the null label, which guidance needs (arXiv 2207.12598).
+        generator: draws everything random, on the device of x_0.
+
+    Returns:
+        (b,) each, see `losses` of the objective.
+    """
+    t = objective.draw_timesteps(len(x_0), x_0.device, generator)
+    noise = torch.randn(x_0.shape, device=x_0.device, dtype=x_0.dtype, generator=generator)
+    dropped = torch.rand(len(y), device=y.device, generator=generator) < label_dropout
+    return objective.losses(denoiser, x_0, t, torch.where(dropped, null_label, y), noise)
+
+
+def guide(
+    denoiser: Denoiser,
+    scale: float,
+    null_label: int,
+    interval: tuple[float, float] | None = None,
+    sigma: Callable[[Tensor], Tensor] | None = None,
+) -> Denoiser:
+    """Wrap a denoiser in classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) on all of its channels.
+
+    The prediction moves away from the one without a label: null + scale (labelled - null). The variance, where there
+    is one, stays the labelled one.
+
+    Args:
+        denoiser: see the top of this file.
+        scale: 1 is no guidance.
+        null_label: the label that means "no label".
+        interval: guide only where the noise level lies between these, as noise over signal (arXiv 2404.07724).
+        sigma: noise level of timesteps, the objective's; needed with an interval.
+    """
+    if interval is not None and sigma is None:
+        raise ConfigError("an interval of noise levels needs sigma, the noise level of a timestep: give objective.sigma")
+
+    def guided(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        scales = torch.full((len(t), 1, 1, 1), scale, dtype=x_t.dtype, device=x_t.device)
+        if interval is not None and sigma is not None:
+            level = sigma(t)[:, None, None, None]
+            scales = torch.where((level >= interval[0]) & (level <= interval[1]), scales, 1.0)
+        if bool((scales == 1).all()):
+            return denoiser(x_t, t, y)
+        out = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null_label)]))
+        labelled, null = out.chunk(2)
+        prediction, variance = labelled.chunk(2, dim=1)
+        unlabelled = null.chunk(2, dim=1)[0]
+        return torch.cat([unlabelled + scales * (prediction - unlabelled), variance], dim=1)
+
+    return guided
+
+
+def linear_schedule(device: torch.device) -> Mapping[str, Tensor]:
+    """Look up the schedule of `Diffusion`: (1000,) float32 each, computed in float64 once per device."""
+    return _linear_schedule(str(device))
+
+
+@lru_cache(maxsize=16)
+def _linear_schedule(device: str) -> Mapping[str, Tensor]:
+    with torch.inference_mode(False):
+        values = {name: array.float().to(device) for name, array in schedule_arrays().items()}
+    return values
+
+
+def schedule_arrays() -> dict[str, Tensor]:
+    """Compute the schedule in float64 (Ho et al. 2020, arXiv 2006.11239, eq. 4 and 7)."""
+    beta = torch.linspace(BETA_START, BETA_END, NUM_TIMESTEPS, dtype=torch.float64)
+    alpha_bar = torch.cumprod(1 - beta, dim=0)
+    previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+    posterior_variance = beta * (1 - previous) / (1 - alpha_bar)
+    # The first posterior variance is 0; its logarithm is taken from the second.
+    clipped = torch.cat([posterior_variance[1:2], posterior_variance[1:]])
+    return {
+        "beta": beta,
+        "alpha_bar": alpha_bar,
+        "sqrt_alpha_bar": alpha_bar.sqrt(),
+        "sqrt_one_minus_alpha_bar": (1 - alpha_bar).sqrt(),
+        "sqrt_recip_alpha_bar": (1 / alpha_bar).sqrt(),
+        "sqrt_recip_alpha_bar_minus_1": (1 / alpha_bar - 1).sqrt(),
+        "posterior_variance": posterior_variance,
+        "posterior_log_variance": clipped.log(),
+        "posterior_x_0": beta * previous.sqrt() / (1 - alpha_bar),
+        "posterior_x_t": (1 - previous) * (1 - beta).sqrt() / (1 - alpha_bar),
+        "log_beta": beta.log(),
+    }
+
+
+def _at(values: Tensor, t: Tensor) -> Tensor:
+    """(b, 1, 1, 1): a schedule at timesteps (b,)."""
+    return values[t][:, None, None, None]
+
+
+def _mean(x: Tensor) -> Tensor:
+    """(b, ...) to (b,)."""
+    return x.flatten(1).mean(dim=1)
+
+
+def _discretised_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """Log-likelihood of 8-bit values, scaled to -1 to 1, under a Gaussian; the outer bins reach to infinity."""
+
+    def cumulative(z: Tensor) -> Tensor:
+        # The usual tanh approximation of the normal distribution function, which the published losses contain.
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    inverse_scale = torch.exp(-log_scale)
+    above = cumulative(inverse_scale * (x - mean + 1 / 255))
+    below = cumulative(inverse_scale * (x - mean - 1 / 255))
+    smallest = 1e-12
+    inside = torch.log((above - below).clamp(min=smallest))
+    lowest, highest = torch.log(above.clamp(min=smallest)), torch.log((1 - below).clamp(min=smallest))
+    return torch.where(x < -0.999, lowest, torch.where(x > 0.999, highest, inside))

@@ -1,0 +1,17 @@
+"""What can go wrong, by kind. The command line prints any of these as one line and exits with 2."""
+
+
+class LamambaError(Exception):
+    """Base of every error that lamamba raises on purpose; its message names the thing, the fault and the mend."""
+
+
+class ConfigError(LamambaError, ValueError):
+    """An option has a value that cannot work."""
+
+
+class DataError(LamambaError, ValueError):
+    """Images or labels cannot be read or do not fit what was asked."""
+
+
+class CheckpointError(LamambaError, RuntimeError):
+    """A checkpoint is missing, damaged, foreign, or could not be written."""

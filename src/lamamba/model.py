@@ -1,0 +1,520 @@
+"""LaMamba-Diff (Fu, Chen, Yu 2024, arXiv 2408.02615): the whole network, top to bottom.
+
+A U-Net over a grid of pixels or latents. Each block mixes the image globally by a state-space scan along four paths,
+locally by attention in windows, and per pixel by an MLP, each modulated by the timestep and the label. Activations
+are channels-last, (b, h, w, c), from the patch embedding to the output.
+
+Initialisation (`LaMambaDiff.reset_parameters`):
+
+    linear layers, patch embedding      Xavier uniform, bias 0
+    label table, timestep layers        normal(0, 0.02), bias 0
+    block and head modulation           0
+    position_embedding                  2-D sine-cosine
+    relative_position_bias              normal(0, 0.02), truncated
+    SS2D A_log, D                       log(1..n), 1
+    SS2D dt_weight, dt_bias             uniform +-rank^-0.5; inverse softplus of a log-uniform step in [1e-3, 1e-1]
+    SS2D x_proj_weight, convolutions    PyTorch's default of the same shape
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from einops import rearrange
+from torch import Tensor, nn
+
+from lamamba.config import NetworkConfig, preset
+from lamamba.ops.grid import NUM_PATHS, gather_rows, scan_paths, sum_rows
+from lamamba.ops.selective_scan import selective_scan
+
+
+class LaMambaDiff(ModelMixin, ConfigMixin):
+    """The denoising network: a noised image, its timestep and its label in, two channels for each of its channels out.
+
+    The arguments are `lamamba.config.NetworkConfig`'s, explained there; the defaults are the released XL at 256 px.
+
+    Raises:
+        ConfigError: an argument cannot work; the message names it and the mend.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("Block",)
+    # Rounding these changes how fast a state decays; they are small, so they stay exact in half precision.
+    _keep_in_fp32_modules = ("A_log", "D", "dt_bias")
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 4,
+        sample_size: int = 32,
+        num_classes: int = 1000,
+        embed_dim: int = 320,
+        depths: Sequence[int] = (2, 2, 2, 2),
+        bottleneck_depth: int = 2,
+        decoder_extra_depth: int = 1,
+        num_heads: int = 16,
+        window_size: int = 8,
+        ssm_ratio: float = 2.0,
+        ssm_state_size: int = 1,
+        ssm_dt_rank: int | None = None,
+        ssm_conv_bias: bool = False,
+        scan: str = "continuous",
+        mlp_ratio: float = 4.0,
+        downsample: str = "merge",
+        label_dropout: float = 0.1,
+        use_ssm: bool = True,
+        use_attention: bool = True,
+    ) -> None:
+        super().__init__()
+        config = NetworkConfig(**{name: self.config[name] for name in NetworkConfig.__dataclass_fields__})
+        widths = [embed_dim, 2 * embed_dim, 4 * embed_dim, 4 * embed_dim]
+        self.gradient_checkpointing = False
+
+        self.patch_projection = nn.Linear(in_channels, embed_dim)
+        self.patch_norm = nn.LayerNorm(embed_dim)
+        self.position_embedding = nn.Parameter(torch.empty(1, sample_size, sample_size, embed_dim))
+        self.timestep_embedding = TimestepEmbedding(4 * embed_dim)
+        self.label_embedding = nn.Embedding(num_classes + 1, 4 * embed_dim)
+
+        def stage(width: int, depth: int, project: bool) -> nn.ModuleList:
+            shifted = [index % 2 == 1 for index in range(depth)]
+            return nn.ModuleList(Block(config, width, shift, project) for shift in shifted)
+
+        self.encoder = nn.ModuleList(
+            stage(width, depth, project=width != widths[-1]) for width, depth in zip(widths, depths, strict=True)
+        )
+        downsampling = {"merge": MergeDownsample, "conv": ConvDownsample}[downsample]
+        self.downsamples = nn.ModuleList(downsampling(width) for width in widths[:2])
+        self.bottleneck = stage(widths[-1], bottleneck_depth, project=False)
+        self.decoder = nn.ModuleList(
+            stage(width, depth + decoder_extra_depth, project=True)
+            for width, depth in zip(widths[::-1], depths[::-1], strict=True)
+        )
+        self.upsamples = nn.ModuleList(Upsample(width) for width in widths[2:0:-1])
+        self.head = Head(embed_dim, 4 * embed_dim, 2 * in_channels)
+        self.reset_parameters()
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> Self:
+        """Build a network with fresh parameters from `lamamba.config.PRESETS`, some options replaced.
+
+        Raises:
+            ConfigError: the name is no preset's (the message says the nearest), or an option cannot work.
+        """
+        return cls(**{**vars(preset(name)), **overrides})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Self:
+        """Load what `save_pretrained` wrote; options as in diffusers."""
+        # diffusers' default needs accelerate and warns without it; the network fits in memory twice.
+        options.setdefault("low_cpu_mem_usage", False)
+        network: Self = super().from_pretrained(pretrained_model_name_or_path, **options)
+        return network
+
+    @property
+    def null_label(self) -> int:
+        """The label that means "no label": the last row of the table."""
+        return int(self.config.num_classes)
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Predict from a noised image.
+
+        Args:
+            x_t: (b, c, h, w) noised images or latents; h and w even, at least 4, and not necessarily `sample_size`.
+            t: (b,) timesteps, integer or float, from 0 to 1000.
+            y: (b,) labels from 0 to num_classes, the last being "no label"; not needed by an unconditional network.
+                Labels are taken as they are: replacing some of them in training is the objective's work.
+
+        Returns:
+            (b, 2c, h, w) in the dtype of x_t. For noise prediction: the noise, then the position of the log-variance
+            between its bounds, -1 to 1 (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15).
+
+        Raises:
+            ValueError: a shape, a size or (on a CPU) a label is out of range.
+        """
+        y = self._check_inputs(x_t, t, y)
+        height, width = x_t.shape[2:]
+        dtype = self.patch_projection.weight.dtype
+
+        x = self.patch_norm(self.patch_projection(rearrange(x_t, "b c h w -> b h w c").to(dtype)))
+        x = x + self._position_embedding(height, width)
+        condition = self.timestep_embedding(t) + self.label_embedding(y)
+
+        skips = []
+        for index, blocks in enumerate(self.encoder):
+            x = self._run(blocks, x, condition)
+            skips.append(x)
+            if index < len(self.downsamples):
+                x = self.downsamples[index](x)
+        x = x + self._run(self.bottleneck, x, condition)
+        for index, blocks in enumerate(self.decoder):
+            skip = skips.pop()
+            if index >= 2:
+                x = self.upsamples[index - 2](x)[:, : skip.shape[1], : skip.shape[2]]
+            x = self._run(blocks, x + skip, condition)
+        return rearrange(self.head(x, condition), "b h w c -> b c h w").to(x_t.dtype).contiguous()
+
+    def _run(self, blocks: nn.ModuleList, x: Tensor, condition: Tensor) -> Tensor:
+        for block in blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x, condition)
+            else:
+                x = block(x, condition)
+        return x
+
+    def _position_embedding(self, height: int, width: int) -> Tensor:
+        embedding = self.position_embedding
+        if embedding.shape[1:3] == (height, width):
+            return embedding
+        resized = F.interpolate(
+            rearrange(embedding.float(), "b h w c -> b c h w"), (height, width), mode="bicubic", align_corners=False
+        )
+        return rearrange(resized, "b c h w -> b h w c").to(embedding.dtype)
+
+    def _check_inputs(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        channels, num_classes = self.config.in_channels, self.config.num_classes
+        if x_t.ndim != 4 or x_t.shape[1] != channels:
+            raise ValueError(f"x_t is {tuple(x_t.shape)}: give (b, {channels}, h, w)")
+        batch, _, height, width = x_t.shape
+        if height % 2 or width % 2 or min(height, width) < 4:
+            raise ValueError(f"x_t is {height} by {width} pixels: both must be even and at least 4")
+        if t.shape != (batch,):
+            raise ValueError(f"t is {tuple(t.shape)}: give ({batch},), one timestep for each image of x_t")
+        if y is None:
+            if num_classes:
+                raise ValueError(f"y is missing: give ({batch},) labels from 0 to {num_classes} ({num_classes}: none)")
+            return torch.zeros(batch, dtype=torch.long, device=x_t.device)
+        if y.shape != (batch,):
+            raise ValueError(f"y is {tuple(y.shape)}: give ({batch},), one label for each image of x_t")
+        # Looking at the labels would make a GPU wait; there the embedding's own assertion has to do.
+        on_cpu = y.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and batch and not 0 <= int(y.min()) <= int(y.max()) <= num_classes:
+            raise ValueError(f"y goes from {int(y.min())} to {int(y.max())}: labels go from 0 to {num_classes}")
+        return y
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, as the table at the top of this file says."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_own_parameters"):
+                module.reset_own_parameters()
+        nn.init.normal_(self.label_embedding.weight, std=0.02)
+        _, size, _, channels = self.position_embedding.shape
+        self.position_embedding.copy_(_sine_cosine_positions(size, channels))
+
+
+class TimestepEmbedding(nn.Module):
+    """(b,) timesteps to (b, width): 256 sinusoids, then two linear layers."""
+
+    num_sinusoids = 256
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(self.num_sinusoids, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def reset_own_parameters(self) -> None:
+        nn.init.normal_(self.linear_1.weight, std=0.02)
+        nn.init.normal_(self.linear_2.weight, std=0.02)
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.num_sinusoids // 2
+        frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / half))
+        angles = t.float()[:, None] * frequencies
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
+        x: Tensor = self.linear_2(F.silu(self.linear_1(sinusoids)))
+        return x
+
+
+class Block(nn.Module):
+    """Scan, window attention and MLP, each a residual branch with shift, scale and gate from the condition.
+
+    Args:
+        config: the network's.
+        width: channels c of this block.
+        shifted: attention windows are shifted by half a window.
+        project: the condition (b, 4 embed_dim) goes through a linear layer to (b, c) first.
+    """
+
+    def __init__(self, config: NetworkConfig, width: int, shifted: bool, project: bool) -> None:
+        super().__init__()
+        self.condition_projection = nn.Linear(4 * config.embed_dim, width) if project else nn.Identity()
+        self.ssm = SS2D(config, width) if config.use_ssm else None
+        self.attention = WindowAttention(config, width, shifted) if config.use_attention else None
+        self.mlp = Mlp(width, int(config.mlp_ratio * width))
+        self.ssm_norm = nn.LayerNorm(width) if config.use_ssm else None
+        self.attention_norm = nn.LayerNorm(width) if config.use_attention else None
+        self.mlp_norm = nn.LayerNorm(width)
+        self.modulation = nn.Linear(width, 3 * width * len(self._branches()))
+
+    def _branches(self) -> list[tuple[nn.Module, nn.Module]]:
+        pairs = ((self.ssm, self.ssm_norm), (self.attention, self.attention_norm), (self.mlp, self.mlp_norm))
+        return [(branch, norm) for branch, norm in pairs if branch is not None and norm is not None]
+
+    def reset_own_parameters(self) -> None:
+        nn.init.zeros_(self.modulation.weight)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        modulation = self.modulation(F.silu(self.condition_projection(condition)))
+        parts = rearrange(modulation, "b (branch part c) -> branch part b 1 1 c", part=3, c=x.shape[-1])
+        for (branch, norm), (shift, scale, gate) in zip(self._branches(), parts, strict=True):
+            x = torch.addcmul(x, gate, branch(modulate(norm(x), shift, scale)))
+        return x
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Scale and shift channels: x (1 + scale) + shift."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class SS2D(nn.Module):
+    """Four selective scans over the grid, added up: every pixel sees every other, at linear cost."""
+
+    def __init__(self, config: NetworkConfig, width: int) -> None:
+        super().__init__()
+        inner = int(config.ssm_ratio * width)
+        self.scan = config.scan
+        self.dt_rank = config.ssm_dt_rank or math.ceil(width / 16)
+        self.state_size = config.ssm_state_size
+        low = self.dt_rank + 2 * self.state_size
+        self.in_proj = nn.Linear(width, 2 * inner, bias=False)
+        self.convolution = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=config.ssm_conv_bias)
+        self.x_proj_weight = nn.Parameter(torch.empty(NUM_PATHS, low, inner))
+        self.dt_weight = nn.Parameter(torch.empty(NUM_PATHS, inner, self.dt_rank))
+        self.dt_bias = nn.Parameter(torch.empty(NUM_PATHS, inner))
+        self.A_log = nn.Parameter(torch.empty(NUM_PATHS, inner, self.state_size))
+        self.D = nn.Parameter(torch.empty(NUM_PATHS, inner))
+        self.out_norm = nn.LayerNorm(inner)
+        self.out_proj = nn.Linear(inner, width, bias=False)
+
+    def reset_own_parameters(self) -> None:
+        bound = self.x_proj_weight.shape[2] ** -0.5
+        nn.init.uniform_(self.x_proj_weight, -bound, bound)
+        nn.init.uniform_(self.dt_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        step = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp_()
+        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+        self.A_log.copy_(torch.arange(1, self.state_size + 1).log().expand_as(self.A_log))
+        nn.init.ones_(self.D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix (b, h, w, c) globally."""
+        batch, height, width, _ = x.shape
+        paths = scan_paths(height, width, self.scan, x.device)
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        x = F.silu(self.convolution(rearrange(x, "b h w e -> b e h w")))
+        x = rearrange(x, "b e h w -> b (h w) e")
+
+        # The projection commutes with the reading order: project every pixel once, then reorder the few channels.
+        low = F.linear(x, self.x_proj_weight.flatten(0, 1))
+        low = rearrange(low, "b l (k r) -> b (l k) r", k=NUM_PATHS)
+        low = gather_rows(low, paths.projections, paths.projection_positions).unflatten(1, (NUM_PATHS, -1))
+        delta_low, B, C = low.split([self.dt_rank, self.state_size, self.state_size], dim=-1)
+        delta = torch.einsum("bklr,ker->bkle", delta_low, self.dt_weight.to(delta_low.dtype))
+        state_dtype = torch.promote_types(delta.dtype, torch.float32)
+        delta = F.softplus(delta.to(state_dtype) + self.dt_bias.to(state_dtype)[:, None])
+
+        u = gather_rows(x, paths.pixels, paths.pixel_positions).unflatten(1, (NUM_PATHS, -1))
+        y = selective_scan(u, delta, -torch.exp(self.A_log.to(state_dtype)), B, C, self.D)
+        y = sum_rows(y.flatten(1, 2), paths.pixels, paths.pixel_positions)
+        y = rearrange(y, "b (h w) e -> b h w e", h=height)
+        out: Tensor = self.out_proj(self.out_norm(y) * F.silu(z))
+        return out
+
+
+class WindowAttention(nn.Module):
+    """Attention among the pixels of a window, with a learned bias for each relative position (Swin, arXiv 2103.14030).
+
+    A grid no larger than the window is one window; one that windows do not divide is padded and the padding masked.
+    """
+
+    def __init__(self, config: NetworkConfig, width: int, shifted: bool) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.window_size = config.window_size
+        self.shifted = shifted
+        self.qkv = nn.Linear(width, 3 * width)
+        self.relative_position_bias = nn.Parameter(torch.empty((2 * self.window_size - 1) ** 2, self.num_heads))
+        self.out_proj = nn.Linear(width, width)
+
+    def reset_own_parameters(self) -> None:
+        nn.init.trunc_normal_(self.relative_position_bias, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix (b, h, w, c) locally."""
+        batch, height, width, _ = x.shape
+        side_y, side_x = min(height, self.window_size), min(width, self.window_size)
+        shift_y = side_y // 2 if self.shifted and height > side_y else 0
+        shift_x = side_x // 2 if self.shifted and width > side_x else 0
+        geometry = window_geometry(height, width, self.window_size, shift_y, shift_x, x.device)
+        pad_y, pad_x = -height % side_y, -width % side_x
+
+        x = F.pad(self.qkv(x), (0, 0, 0, pad_x, 0, pad_y))
+        x = x.roll((-shift_y, -shift_x), dims=(1, 2)) if shift_y or shift_x else x
+        query, key, value = rearrange(
+            x, "b (ny sy) (nx sx) (three heads c) -> three (b ny nx) heads (sy sx) c",
+            sy=side_y, sx=side_x, three=3, heads=self.num_heads,
+        )  # fmt: skip
+        bias = self.relative_position_bias[geometry.offsets]  # (pixels, pixels, heads)
+        bias = rearrange(bias, "query key heads -> 1 heads query key")
+        if geometry.mask is not None:
+            bias = (bias + geometry.mask[:, None]).repeat(batch, 1, 1, 1)
+        x = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+        x = rearrange(
+            x, "(b ny nx) heads (sy sx) c -> b (ny sy) (nx sx) (heads c)",
+            ny=(height + pad_y) // side_y, nx=(width + pad_x) // side_x, sy=side_y,
+        )  # fmt: skip
+        x = x.roll((shift_y, shift_x), dims=(1, 2)) if shift_y or shift_x else x
+        out: Tensor = self.out_proj(x[:, :height, :width])
+        return out
+
+
+class WindowGeometry:
+    """What attention in windows needs to know of a grid, computed once per size.
+
+    Attributes:
+        offsets: (pixels, pixels) row of the relative position table for each query and key of a window.
+        mask: (windows, pixels, pixels) to add to the logits, or None where all may see all: -100 between regions that
+            only the cyclic shift brought together, minus infinity on padded keys.
+    """
+
+    def __init__(self, height: int, width: int, window_size: int, shift_y: int, shift_x: int, device: str) -> None:
+        side_y, side_x = min(height, window_size), min(width, window_size)
+        dy, dx = torch.arange(side_y), torch.arange(side_x)
+        dy = (dy[:, None] - dy)[:, None, :, None] + window_size - 1
+        dx = (dx[:, None] - dx)[None, :, None, :] + window_size - 1
+        offsets = dy * (2 * window_size - 1) + dx
+        self.offsets = offsets.reshape(side_y * side_x, side_y * side_x).to(device)
+        self.mask: Tensor | None = None
+        if shift_y or shift_x or height % side_y or width % side_x:
+            region_y, padding_y = self._regions(height, side_y, shift_y)
+            region_x, padding_x = self._regions(width, side_x, shift_x)
+            region = self._partition(3 * region_y[:, None] + region_x, side_y, side_x)
+            padding = self._partition(padding_y[:, None] | padding_x, side_y, side_x)
+            mask = torch.where(region[:, :, None] == region[:, None, :], 0.0, -100.0)
+            self.mask = mask.masked_fill(padding[:, None, :], -math.inf).to(device)
+
+    @staticmethod
+    def _regions(length: int, side: int, shift: int) -> tuple[Tensor, Tensor]:
+        """Number the regions along one axis after the shift, and say which places are padding."""
+        place = torch.arange(length + -length % side)
+        region = (place >= len(place) - side).long() + (place >= len(place) - shift).long() if shift else place * 0
+        return region, (place >= length).roll(-shift)
+
+    @staticmethod
+    def _partition(grid: Tensor, side_y: int, side_x: int) -> Tensor:
+        return rearrange(grid, "(ny sy) (nx sx) -> (ny nx) (sy sx)", sy=side_y, sx=side_x)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def window_geometry(
+    height: int, width: int, window_size: int, shift_y: int, shift_x: int, device: torch.device
+) -> WindowGeometry:
+    """Look up the geometry of a grid's windows, computing it the first time it is asked for."""
+    return _window_geometry(height, width, window_size, shift_y, shift_x, str(device))
+
+
+@lru_cache(maxsize=256)
+def _window_geometry(*arguments: Any) -> WindowGeometry:
+    with torch.inference_mode(False):
+        return WindowGeometry(*arguments)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, hidden)
+        self.linear_2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear_2(F.gelu(self.linear_1(x)))
+        return out
+
+
+def _pad_to_even(x: Tensor) -> Tensor:
+    """Add a row or column of zeros where a stage's grid is odd; the decoder cuts it off again."""
+    return F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+
+
+class MergeDownsample(nn.Module):
+    """Halve a grid, double its channels: 2x2 neighbours side by side, norm, linear layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * width)
+        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = rearrange(_pad_to_even(x), "b (h row) (w column) c -> b h w (column row c)", row=2, column=2)
+        out: Tensor = self.reduction(self.norm(x))
+        return out
+
+
+class ConvDownsample(nn.Module):
+    """Halve a grid, double its channels: 2x2 convolution with stride 2, norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(width, 2 * width, 2, stride=2)
+        self.norm = nn.LayerNorm(2 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.convolution(rearrange(_pad_to_even(x), "b h w c -> b c h w"))
+        out: Tensor = self.norm(rearrange(x, "b c h w -> b h w c"))
+        return out
+
+
+class Upsample(nn.Module):
+    """Double a grid, halve its channels: linear layer, unfold, norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.expansion = nn.Linear(width, 2 * width, bias=False)
+        self.norm = nn.LayerNorm(width // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = rearrange(self.expansion(x), "b h w (row column c) -> b (h row) (w column) c", row=2, column=2)
+        out: Tensor = self.norm(x)
+        return out
+
+
+class Head(nn.Module):
+    """From the last stage to the output channels, modulated by the condition."""
+
+    def __init__(self, width: int, condition_width: int, out_channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width, bias=False)
+        self.norm = nn.LayerNorm(width)
+        self.condition_projection = nn.Linear(condition_width, width)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.output = nn.Linear(width, out_channels)
+
+    def reset_own_parameters(self) -> None:
+        nn.init.zeros_(self.modulation.weight)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.modulation(F.silu(self.condition_projection(condition)))[:, None, None].chunk(2, dim=-1)
+        x = F.layer_norm(self.norm(self.linear(x)), (x.shape[-1],), eps=1e-6)
+        out: Tensor = self.output(modulate(x, shift, scale))
+        return out
+
+
+def _sine_cosine_positions(size: int, channels: int) -> Tensor:
+    """(size, size, channels): the first half of the channels encodes the column, the second the row."""
+    quarter = channels // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(size, dtype=torch.float64)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
+    column, row = axis[None, :].expand(size, -1, -1), axis[:, None].expand(-1, size, -1)
+    return torch.cat([column, row], dim=-1).float()

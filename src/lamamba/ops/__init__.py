@@ -1,0 +1,1 @@
+"""The operations the network is made of that plain PyTorch does not have."""
