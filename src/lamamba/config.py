@@ -110,10 +110,12 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 
 # S, B and L were never released: the paper gives widths, the rest follows the released XL. 256 px and 512 px images are
-# grids of 32 and 64 behind an autoencoder that divides by 8. `nano` works on pixels and is the built-in demo.
+# grids of 32 and 64 behind an autoencoder that divides by 8. `nano` works on pixels, is the built-in demo, and is shaped
+# for a CPU: few blocks where the grid is large, and a scan no wider than its block.
 PRESETS: Mapping[str, NetworkConfig] = {
     "nano": NetworkConfig(
-        in_channels=1, num_classes=10, embed_dim=32, depths=(1, 2, 1, 1), bottleneck_depth=1, num_heads=4
+        in_channels=1, num_classes=10, embed_dim=40, depths=(1, 2, 1, 1), bottleneck_depth=1, decoder_extra_depth=0,
+        num_heads=4, ssm_ratio=1.0,
     ),
     **{
         f"{size}-{pixels}": NetworkConfig(sample_size=pixels // 8, **options)
@@ -141,4 +143,136 @@ def preset(name: str) -> NetworkConfig:
     return PRESETS[name]
 
 
-_ = Path  # used by the commands' configurations
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a network on images; watch it in the run folder's loss.png and samples/."""
+
+    out: Path
+    """Run folder: checkpoints, samples, logs and the resolved configuration."""
+    preset: str = "nano"
+    """Size of the network: nano, or s, b, l or xl at -256 or -512."""
+    data: str = "builtin"
+    """builtin (10,000 Fashion-MNIST images), fashion-mnist (60,000), or a folder: one subfolder a class, or flat."""
+    data_folder: Path | None = None
+    """Where the files of fashion-mnist are; else Debian's package, else the Hugging Face hub."""
+    image_size: int | None = None
+    """Crop a folder's images to this many pixels square."""
+    channels: Literal[1, 3] | None = None
+    """1 is grey, 3 colour; the default is colour for a folder."""
+    skip_bad_images: bool = False
+    """Count and report images that cannot be read, instead of stopping at the first."""
+    horizontal_flip: bool = False
+    """Mirror every other image, at random."""
+    vae: Path | None = None
+    """Train on latents of this AutoencoderKL folder, as diffusers saves it; the default is pixels."""
+    objective: Objective = "diffusion"
+    """Noise prediction with learned variance, or flow matching."""
+    num_images: int = 100_000
+    """Length of the training: images seen in all."""
+    batch_size: int = 64
+    """Images in a step of the optimizer."""
+    accumulate: int = 1
+    """Parts a batch is computed in, one after the other, to save memory."""
+    learning_rate: float = 1e-4
+    """Of AdamW, constant."""
+    weight_decay: float = 0.0
+    """Of AdamW."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient to this norm; 0 never clips."""
+    ema_decay: float = 0.9999
+    """Of the averaged weights, per step; starts lower, so that short runs average too."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """Of the network's arithmetic; auto is bf16 on GPUs that have it. Weights are always float32."""
+    compile: bool | None = None
+    """torch.compile the network; the default is yes on CUDA."""
+    gradient_checkpointing: bool = False
+    """Keep fewer activations and compute them twice."""
+    seed: int = 0
+    """Of initialisation, order of the images, and noise."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes the best there is."""
+    num_workers: int = 0
+    """Processes that read and decode the images of a folder."""
+    log_every: int | None = None
+    """Images between two lines of the log; the default is a 100th of the run."""
+    sample_every: int | None = None
+    """Images between two sample grids; the default is a 10th of the run."""
+    checkpoint_every: int | None = None
+    """Images between two checkpoints; the default is a 10th of the run."""
+    keep_checkpoints: int = 2
+    """Checkpoints to keep, the newest; 0 keeps all."""
+    sample_steps: int = 25
+    """Steps of the sampler for sample grids."""
+    sample_guidance: float = 2.0
+    """Guidance scale of sample grids."""
+    resume: bool = False
+    """Continue the run in --out from its last checkpoint; options not given again are the run's."""
+    dry_run: bool = False
+    """Print the resolved configuration and stop."""
+    network: tyro.conf.OmitArgPrefixes[NetworkConfig] = PRESETS["nano"]
+    """The preset's options, each of which can be given."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "batch_size", "accumulate", "sample_steps"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("log_every", "sample_every", "checkpoint_every"):
+            _check(getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("max_grad_norm", "weight_decay", "num_workers", "keep_checkpoints", "seed"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _check(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
+        _check(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "from 0 to less than 1")
+        _check(
+            self.batch_size % self.accumulate == 0, "accumulate", self.accumulate,
+            f"a divisor of batch_size {self.batch_size}",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Sample images from a run, a checkpoint, or a preset whose weights are shipped (nano)."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """A run folder (its newest checkpoint), a checkpoint folder, or a preset."""
+    labels: str | None = None
+    """Classes to sample, by number or name, separated by commas; the default is all (the first 10)."""
+    num_per_label: int = 4
+    """Images of each class."""
+    sampler: Sampler | None = None
+    """ancestral, ddim, dpm++ or unipc (diffusion); euler or heun (flow). The default is dpm++ or heun."""
+    steps: int = 25
+    """Steps of the sampler."""
+    guidance: float | None = None
+    """Scale of classifier-free guidance, 1 is none; the default is 2, or 1 for an unconditional network."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only between these two noise levels, as noise over signal."""
+    seed: int = 0
+    """Of the first image; image i has seed + i."""
+    size: tuple[int, int] | None = None
+    """Height and width in pixels; the default is the training size."""
+    out: Path = Path("grid.png")
+    """The grid, a row for each class."""
+    images_out: Path | None = None
+    """Folder for the single images too, each with its settings in the PNG's metadata."""
+    batch_size: int = 20
+    """Images sampled at once."""
+    vae: Path | None = None
+    """AutoencoderKL folder that decodes latents; the default is the one the run was trained with."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes the best there is."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_per_label", "steps", "batch_size"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        _check(self.seed >= 0, "seed", self.seed, "0 or more")
+
+
+@dataclass(frozen=True)
+class InfoConfig:
+    """Count parameters and multiply-adds, stage by stage."""
+
+    network: tyro.conf.Positional[str]
+    """A preset, a run folder or a checkpoint folder."""
+    size: tuple[int, int] | None = None
+    """Height and width of the grid the network sees, in latents or pixels; the default is the training size."""
+    ssm_state_size: int | None = None
+    """Count a preset with this many states; 16 is what the paper's GFLOPs correspond to."""

@@ -311,7 +311,8 @@ class SS2D(nn.Module):
         batch, height, width, _ = x.shape
         paths = scan_paths(height, width, self.scan, x.device)
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        x = F.silu(self.convolution(rearrange(x, "b h w e -> b e h w")))
+        # Dense, so that the convolution sees PyTorch's channels-last format and keeps it.
+        x = F.silu(self.convolution(rearrange(x.contiguous(), "b h w e -> b e h w")))
         x = rearrange(x, "b e h w -> b (h w) e")
 
         # The projection commutes with the reading order: project every pixel once, then reorder the few channels.
@@ -319,7 +320,7 @@ class SS2D(nn.Module):
         low = rearrange(low, "b l (k r) -> b (l k) r", k=NUM_PATHS)
         low = gather_rows(low, paths.projections, paths.projection_positions).unflatten(1, (NUM_PATHS, -1))
         delta_low, B, C = low.split([self.dt_rank, self.state_size, self.state_size], dim=-1)
-        delta = torch.einsum("bklr,ker->bkle", delta_low, self.dt_weight.to(delta_low.dtype))
+        delta = delta_low @ self.dt_weight.mT
         state_dtype = torch.promote_types(delta.dtype, torch.float32)
         delta = F.softplus(delta.to(state_dtype) + self.dt_bias.to(state_dtype)[:, None])
 

@@ -76,6 +76,22 @@ def sample(
     return x
 
 
+def choose_device(name: str) -> torch.device:
+    """Turn a device's name into a device; "auto" is CUDA, else MPS, else the CPU.
+
+    Raises:
+        ConfigError: the name is unknown or the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}): try cpu") from error
+    return device
+
+
 def check_labels(labels: Sequence[int], num_classes: int) -> None:
     """Raise ConfigError unless all labels are a class's or "no label"."""
     wrong = [label for label in labels if not 0 <= label <= num_classes]

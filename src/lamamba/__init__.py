@@ -1,0 +1,49 @@
+"""LaMamba-Diff: linear-time image diffusion. The public names; each is imported when it is first used."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CheckpointError": "lamamba.errors",
+    "ConfigError": "lamamba.errors",
+    "DataError": "lamamba.errors",
+    "Diffusion": "lamamba.diffusion",
+    "FlowMatching": "lamamba.diffusion",
+    "LaMambaDiff": "lamamba.model",
+    "LamambaError": "lamamba.errors",
+    "guide": "lamamba.diffusion",
+    "load_checkpoint": "lamamba.checkpoint",
+    "load_released": "lamamba.released",
+    "sample": "lamamba.pipeline",
+    "to_uint8": "lamamba.data",
+    "training_losses": "lamamba.diffusion",
+}
+
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - names come from the table
+
+if TYPE_CHECKING:
+    from lamamba.checkpoint import load_checkpoint as load_checkpoint
+    from lamamba.data import to_uint8 as to_uint8
+    from lamamba.diffusion import Diffusion as Diffusion
+    from lamamba.diffusion import FlowMatching as FlowMatching
+    from lamamba.diffusion import guide as guide
+    from lamamba.diffusion import training_losses as training_losses
+    from lamamba.errors import CheckpointError as CheckpointError
+    from lamamba.errors import ConfigError as ConfigError
+    from lamamba.errors import DataError as DataError
+    from lamamba.errors import LamambaError as LamambaError
+    from lamamba.model import LaMambaDiff as LaMambaDiff
+    from lamamba.pipeline import sample as sample
+    from lamamba.released import load_released as load_released
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lamamba' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,226 @@
+"""Everything lamamba writes to disk to read again.
+
+A run folder holds `config.json` and `checkpoints/`, one folder each, named by the images seen:
+
+    checkpoint.json         format, images, objective, class names, autoencoder
+    network/  ema/          weights and averaged weights, each a diffusers folder: config.json and safetensors
+    training.safetensors    optimizer and random state
+
+A checkpoint is written under a temporary name, flushed to disk and renamed, so that what has its final name is whole.
+Nothing is pickled. The weights shipped with the package are such a folder too, with `ema/` only.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lamamba import __version__
+from lamamba.config import PRESETS, nearest
+from lamamba.errors import CheckpointError, ConfigError
+from lamamba.model import LaMambaDiff
+
+FORMAT = 1
+SHIPPED = Path(__file__).parent / "assets"
+_TEMPORARY = ".incomplete-"
+_WRITE_ERRORS = (OSError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says of itself beside its weights."""
+
+    images: int = 0
+    """Images seen in training."""
+    step: int = 0
+    """Steps of the optimizer."""
+    objective: str = "diffusion"
+    class_names: tuple[str, ...] = ()
+    vae: str | None = None
+    """Folder of the autoencoder whose latents the network works on; None is pixels."""
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A network to sample from, and where it came from."""
+
+    network: LaMambaDiff
+    info: CheckpointInfo
+    path: Path
+
+
+def checkpoints_in(run: Path) -> list[Path]:
+    """List a run's whole checkpoints, oldest first."""
+    folders = (run / "checkpoints").glob("*/checkpoint.json")
+    return sorted((path.parent for path in folders if path.parent.name.isdigit()), key=lambda path: int(path.name))
+
+
+def save_checkpoint(
+    run: Path,
+    info: CheckpointInfo,
+    networks: Mapping[str, LaMambaDiff],
+    training_state: Mapping[str, Tensor],
+    keep: int = 0,
+) -> Path:
+    """Write a checkpoint whole or not at all, then delete the oldest beyond `keep` (0 keeps all).
+
+    Raises:
+        CheckpointError: it could not be written, for want of space say; earlier checkpoints are untouched.
+    """
+    final = run / "checkpoints" / f"{info.images:012d}"
+    temporary = final.with_name(_TEMPORARY + final.name)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name, network in networks.items():
+            network.save_pretrained(temporary / name)
+        save_file({name: value.contiguous() for name, value in training_state.items()}, temporary / "training.safetensors")
+        record = {"format": FORMAT, "lamamba": __version__, **asdict(info)}
+        (temporary / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n")
+        for path in temporary.rglob("*"):
+            _flush(path)
+        if final.exists():  # the same images again, after a resume: the newer replaces the older
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _flush(final.parent)
+    except _WRITE_ERRORS as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        whole = checkpoints_in(run)
+        kept = f"the last whole one is {whole[-1]}" if whole else "none was saved before"
+        raise CheckpointError(f"checkpoint {final} could not be written ({error}): free some space; {kept}") from error
+    for old in checkpoints_in(run)[:-keep] if keep else []:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_training_state(checkpoint: Path) -> dict[str, Tensor]:
+    """Read a checkpoint's optimizer and random state."""
+    path = checkpoint / "training.safetensors"
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): resume from another checkpoint") from error
+
+
+def read_info(checkpoint: Path) -> CheckpointInfo:
+    """Read what a checkpoint says of itself.
+
+    Raises:
+        CheckpointError: it is damaged, or of a later format than this version knows.
+    """
+    path = checkpoint / "checkpoint.json"
+    try:
+        record = json.loads(path.read_text())
+        if record["format"] > FORMAT:
+            raise CheckpointError(f"{path} has format {record['format']}, this version reads {FORMAT}: update lamamba")
+        fields = {name: record[name] for name in CheckpointInfo.__dataclass_fields__}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is no checkpoint of lamamba ({type(error).__name__}: {error})") from error
+    return CheckpointInfo(**{**fields, "class_names": tuple(fields["class_names"])})
+
+
+def load_network(folder: Path) -> LaMambaDiff:
+    """Load the network that `save_pretrained` wrote.
+
+    Raises:
+        CheckpointError: the folder is missing, damaged or another model's.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if config.get("_class_name") != "LaMambaDiff":
+            raise CheckpointError(f"{folder} holds a {config.get('_class_name')}, not a LaMambaDiff")
+        wanted = set(LaMambaDiff.from_config(config).state_dict())
+        held = set(load_file(folder / "diffusion_pytorch_model.safetensors"))
+        if wanted != held:
+            example = sorted(wanted ^ held)[0]
+            raise CheckpointError(f"{folder}: weights and config.json disagree, for one on {example}")
+        return LaMambaDiff.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{folder} cannot be read as a LaMambaDiff: {line}") from error
+
+
+def load_checkpoint(name: str | Path, weights: str = "ema") -> LoadedCheckpoint:
+    """Load the network of a run folder (its newest checkpoint), a checkpoint folder, a network folder, or a preset.
+
+    Args:
+        name: a path, or a preset whose weights are shipped.
+        weights: "ema" or "network".
+
+    Raises:
+        CheckpointError: nothing loadable is there; the message says what was looked for.
+        ConfigError: neither a path nor a preset.
+    """
+    path = find_checkpoint(name)
+    if (path / "checkpoint.json").is_file():
+        return LoadedCheckpoint(load_network(path / weights).eval(), read_info(path), path)
+    return LoadedCheckpoint(load_network(path).eval(), CheckpointInfo(), path)
+
+
+def find_checkpoint(name: str | Path) -> Path:
+    """Find the folder that `load_checkpoint` reads."""
+    path = Path(name)
+    if not path.exists():
+        if str(name) in PRESETS:
+            if (SHIPPED / str(name) / "checkpoint.json").is_file():
+                return SHIPPED / str(name)
+            raise CheckpointError(f"no weights are shipped for {name}, only for {', '.join(shipped_presets())}: train it")
+        if len(path.parts) == 1:
+            raise ConfigError(f"{name!r} is neither a folder nor a preset: {nearest(str(name), PRESETS)}")
+        raise CheckpointError(f"{path} does not exist")
+    if (path / "checkpoint.json").is_file() or (path / "config.json").is_file() and not (path / "checkpoints").is_dir():
+        return path
+    whole = checkpoints_in(path)
+    if not whole:
+        raise CheckpointError(f"{path} holds no checkpoint: give a run folder, one of its checkpoints, or a preset")
+    return whole[-1]
+
+
+def shipped_presets() -> list[str]:
+    """Presets whose weights come with the package."""
+    return [name for name in PRESETS if (SHIPPED / name / "checkpoint.json").is_file()]
+
+
+def export(checkpoint: Path, folder: Path) -> None:
+    """Write a checkpoint's averaged weights alone, in float16, in the layout of a checkpoint."""
+    loaded = load_checkpoint(checkpoint)
+    loaded.network.save_pretrained(folder / "ema")
+    weights = folder / "ema" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value.to(torch.float16) for name, value in load_file(weights).items()}, weights)
+    record = {"format": FORMAT, "lamamba": __version__, **asdict(loaded.info)}
+    (folder / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a small JSON file whole or not at all."""
+    temporary = path.with_name(_TEMPORARY + path.name)
+    try:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be written: {error}") from error
+
+
+__all__ = [
+    "CheckpointInfo", "ConfigError", "LoadedCheckpoint", "checkpoints_in", "export", "find_checkpoint",
+    "load_checkpoint", "load_network", "load_training_state", "read_info", "save_checkpoint", "shipped_presets",
+    "write_json",
+]  # fmt: skip

@@ -1,0 +1,107 @@
+"""The command line: read a configuration, call one function. Heavy modules load with the command that needs them."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from lamamba import __version__
+from lamamba.config import InfoConfig, NetworkConfig, SampleConfig, TrainConfig, nearest, preset
+from lamamba.errors import LamambaError
+
+_HELP = """\
+usage: lamamba COMMAND [OPTIONS]
+
+Linear-time image diffusion: LaMamba-Diff (arXiv 2408.02615), to train, sample and measure.
+
+commands:
+  train    train a network on images       lamamba train --preset nano --data builtin --out runs/first
+  sample   sample images                   lamamba sample nano --labels 0,1,2 --out grid.png
+  info     count parameters and multiply-adds, stage by stage      lamamba info xl-256
+
+lamamba COMMAND --help explains a command's options.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; any LamambaError is one line on standard error and exit code 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    commands: dict[str, Callable[[list[str]], None]] = {"train": _train, "sample": _sample, "info": _info}
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(_HELP, end="")
+        elif arguments[0] == "--version":
+            print(__version__)
+        elif arguments[0] in commands:
+            commands[arguments[0]](arguments[1:])
+        else:
+            raise LamambaError(f"no command is named {arguments[0]!r}: {nearest(arguments[0], commands)}")
+    except LamambaError as error:
+        print(f"lamamba: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("lamamba: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parse(kind: type[Any], command: str, arguments: list[str], default: Any = None) -> Any:
+    options = {} if default is None else {"default": default}
+    return tyro.cli(kind, prog=f"lamamba {command}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,), **options)
+
+
+def _train(arguments: list[str]) -> None:
+    config = _parse(TrainConfig, "train", arguments, _train_defaults(arguments))
+    from lamamba.train import train
+
+    train(config)
+
+
+def _train_defaults(arguments: list[str]) -> Any:
+    """Defaults that depend on what is asked: the network's on --preset; with --resume, everything on the run's own."""
+    out, name = _peek(arguments, "--out"), _peek(arguments, "--preset")
+    if "--resume" in arguments and out is not None and (Path(out) / "config.json").is_file():
+        started = read_train_config(Path(out) / "config.json")
+        return started if name is None else replace(started, preset=name, network=preset(name))
+    defaults = TrainConfig(out=tyro.MISSING)
+    return defaults if name is None else replace(defaults, preset=name, network=preset(name))
+
+
+def _peek(arguments: list[str], option: str) -> str | None:
+    for index, argument in enumerate(arguments):
+        if argument == option and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith(option + "="):
+            return argument.removeprefix(option + "=")
+    return None
+
+
+def read_train_config(path: Path) -> TrainConfig:
+    """Read the resolved configuration that a run wrote."""
+    try:
+        content = json.loads(path.read_text())
+        content["network"]["depths"] = tuple(content["network"]["depths"])
+        network = NetworkConfig(**content.pop("network"))
+        for name in ("out", "data_folder", "vae"):
+            content[name] = None if content[name] is None else Path(content[name])
+        known = {field.name for field in fields(TrainConfig)}
+        return TrainConfig(**{name: value for name, value in content.items() if name in known}, network=network)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LamambaError(f"{path} is not a run's configuration: {error}") from error
+
+
+def _sample(arguments: list[str]) -> None:
+    config = _parse(SampleConfig, "sample", arguments)
+    from lamamba.generate import generate
+
+    generate(config)
+
+
+def _info(arguments: list[str]) -> None:
+    config = _parse(InfoConfig, "info", arguments)
+    from lamamba.cost import print_info
+
+    print_info(config)

@@ -1,0 +1,105 @@
+"""What a network costs: parameters and multiply-adds, stage by stage, counted on tensors without storage."""
+
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+import lamamba.ops.selective_scan  # noqa: F401 - registers the operation counted below
+from lamamba.checkpoint import find_checkpoint, load_checkpoint
+from lamamba.config import InfoConfig, preset, PRESETS
+from lamamba.model import LaMambaDiff
+
+WHAT_IS_COUNTED = (
+    "Multiply-adds of linear layers, convolutions, attention (logits and sums, whole windows) and the scan (per step "
+    "and channel: 4 for each state and 2 more); not norms, activations, modulation and residual sums. "
+    '"GFLOPs" in papers on diffusion transformers are multiply-adds too; a FLOP count would be twice as high.'
+)
+
+
+@register_flop_formula(torch.ops.lamamba.selective_scan)
+def _scan_flops(u_shape: Any, delta_shape: Any, A_shape: Any, *arguments: Any, **options: Any) -> int:
+    b, k, l, d = u_shape
+    return int(2 * b * k * l * d * (4 * A_shape[2] + 2))
+
+
+def count(network: LaMambaDiff, height: int, width: int) -> dict[str, tuple[int, int]]:
+    """Count one forward pass of one image.
+
+    Args:
+        network: on any device, the meta device included.
+        height: of the grid the network sees.
+        width: of the grid the network sees.
+
+    Returns:
+        Parameters and multiply-adds of each part, in the order they run, and of "all".
+    """
+    stages = {
+        "embeddings": [network.patch_projection, network.patch_norm, network.timestep_embedding, network.label_embedding],
+        **{
+            f"encoder {index} ({blocks[0].mlp_norm.weight.numel()} wide)": [blocks, *network.downsamples[index : index + 1]]
+            for index, blocks in enumerate(network.encoder)
+        },
+        "bottleneck": [network.bottleneck],
+        **{
+            f"decoder {index} ({blocks[0].mlp_norm.weight.numel()} wide)": [
+                blocks, *([network.upsamples[index - 2]] if index >= 2 else [])
+            ]
+            for index, blocks in enumerate(network.decoder)
+        },
+        "head": [network.head],
+    }  # fmt: skip
+    names = {module: name for name, module in network.named_modules()}
+    flops = _measure(network, height, width)
+    result = {}
+    for stage, modules in stages.items():
+        parameters = sum(p.numel() for module in modules for p in module.parameters())
+        result[stage] = (parameters, sum(flops.get(names[module], 0) for module in modules) // 2)
+    parameters, macs = result["embeddings"]
+    result["embeddings"] = (parameters + network.position_embedding.numel(), macs)
+    result["all"] = (sum(p.numel() for p in network.parameters()), flops[""] // 2)
+    return result
+
+
+def _measure(network: LaMambaDiff, height: int, width: int) -> dict[str, int]:
+    """Count the FLOPs of one image by module; an empty name is the network."""
+    device = network.device
+    x_t = torch.empty(1, network.config.in_channels, height, width, device=device)
+    t, y = torch.zeros(1, device=device), torch.zeros(1, dtype=torch.long, device=device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(x_t, t, y)
+    root = type(network).__name__
+    counts = {}
+    for name, by_operation in counter.get_flop_counts().items():
+        if name == "Global":
+            continue
+        counts[name.removeprefix(root).removeprefix(".")] = sum(by_operation.values())
+    return counts
+
+
+def print_info(config: InfoConfig) -> None:
+    """Print the table of `count`; raises LamambaError where the name or the size cannot be."""
+    if config.network in PRESETS:
+        options = {} if config.ssm_state_size is None else {"ssm_state_size": config.ssm_state_size}
+        preset(config.network)
+        with torch.device("meta"):
+            network = LaMambaDiff.from_preset(config.network, **options)
+        title = config.network
+    else:
+        network = load_checkpoint(config.network).network.to("meta")
+        title = str(find_checkpoint(config.network))
+    size = config.size or (network.config.sample_size, network.config.sample_size)
+    table = Table(title=f"{title}, grid {size[0]}x{size[1]}, state size {network.config.ssm_state_size}", title_justify="left")
+    table.add_column("stage")
+    table.add_column("parameters", justify="right")
+    table.add_column("multiply-adds (G)", justify="right")
+    rows = count(network, *size)
+    for stage, (parameters, macs) in rows.items():
+        if stage == "all":
+            table.add_section()
+        table.add_row(stage, f"{parameters:,}", f"{macs / 1e9:,.3f}")
+    console = Console()
+    console.print(table)
+    console.print(WHAT_IS_COUNTED, highlight=False)

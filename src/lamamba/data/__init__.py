@@ -1,0 +1,39 @@
+"""Images with labels, in an order that is a pure function of (seed, position), so that training resumes to the image.
+
+    open_source(...) -> ImageSource -> batches(...) -> uint8 (b, c, h, w), labels (b,) -> to_float -> [-1, 1]
+
+A source is the built-in set, Fashion-MNIST, or a folder of images: one subfolder a class, or flat without classes.
+
+    opening.py        a name or a path -> a source
+    fashion_mnist.py  the shipped images, the idx files, the hub
+    sources.py        what a source is; images in memory, files in a folder
+    decoding.py       a file -> pixels of one size; uint8 <-> float
+    order.py          which image is read when; batches
+"""
+
+from lamamba.data.decoding import crop_centre, read_image, to_float, to_uint8
+from lamamba.data.fashion_mnist import FASHION_MNIST_CLASSES, FASHION_MNIST_FOLDER, load_builtin, load_fashion_mnist
+from lamamba.data.opening import NAMED_SOURCES, open_source
+from lamamba.data.order import batches, flip_choices, permutation, reading_order
+from lamamba.data.sources import IMAGE_SUFFIXES, ArraySource, FolderSource, ImageSource
+
+__all__ = [
+    "FASHION_MNIST_CLASSES",
+    "FASHION_MNIST_FOLDER",
+    "IMAGE_SUFFIXES",
+    "NAMED_SOURCES",
+    "ArraySource",
+    "FolderSource",
+    "ImageSource",
+    "batches",
+    "crop_centre",
+    "flip_choices",
+    "load_builtin",
+    "load_fashion_mnist",
+    "open_source",
+    "permutation",
+    "read_image",
+    "reading_order",
+    "to_float",
+    "to_uint8",
+]

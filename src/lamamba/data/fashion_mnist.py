@@ -1,0 +1,169 @@
+"""Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747): 10,000 images shipped, all of them from a folder or the hub."""
+
+import gzip
+import io
+import math
+import struct
+import textwrap
+import zipfile
+import zlib
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import huggingface_hub
+import numpy as np
+from PIL import Image
+
+from lamamba.data.sources import ArraySource
+from lamamba.errors import ConfigError, DataError
+
+FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
+FASHION_MNIST_CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+
+HUB_REPOSITORY = "zalando-datasets/fashion_mnist"
+HUB_REVISION = "531be5e2ccc9dba0c201ad3ae567a4f3d16ecdd2"
+
+_WAYS_WITHOUT_HUB = (
+    "on Debian or Ubuntu run 'apt install dataset-fashion-mnist'; or download the four .gz files from "
+    "github.com/zalandoresearch/fashion-mnist (data/fashion) and give their folder (folder=, --data-folder); "
+    "or use data 'builtin'"
+)
+
+
+def load_builtin() -> ArraySource:
+    """Return the first 10,000 Fashion-MNIST training images, shipped with the package: (10000, 1, 32, 32).
+
+    Raises:
+        DataError: the shipped file is missing or damaged.
+    """
+    asset = files("lamamba") / "assets" / "fashion_mnist_10k.npz"
+    try:
+        with asset.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            images, labels = arrays["images"], arrays["labels"]
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"the built-in set {asset} cannot be read ({error}): install lamamba again") from error
+    return ArraySource("builtin", _pad_to_32(images), labels, FASHION_MNIST_CLASSES)
+
+
+def load_fashion_mnist(split: Literal["train", "test"] = "train", *, folder: Path | None = None) -> ArraySource:
+    """Return Fashion-MNIST, padded with black to 32 x 32: (60000, 1, 32, 32), or (10000, 1, 32, 32) for the test split.
+
+    The images and their order are the same wherever they come from.
+
+    Args:
+        split: "train" or "test".
+        folder: holds the idx files, gzipped or not. By default they are taken from where Debian's package
+            dataset-fashion-mnist puts them, or else from the Hugging Face hub, which needs pyarrow and, the first
+            time, the network.
+
+    Raises:
+        ConfigError: there is no such split.
+        DataError: a file is missing, damaged, or does not fit the other; the message names it. Or the hub cannot be
+            reached, or pyarrow is missing.
+    """
+    if split not in ("train", "test"):
+        raise ConfigError(f"split {split!r} is not a part of Fashion-MNIST: use 'train' or 'test'")
+    if folder is None and not FASHION_MNIST_FOLDER.is_dir():
+        images, labels = _read_hub(split)
+    else:
+        images, labels = _read_idx_files(FASHION_MNIST_FOLDER if folder is None else folder, split)
+    return ArraySource("fashion-mnist", _pad_to_32(images), labels, FASHION_MNIST_CLASSES)
+
+
+def _pad_to_32(images: np.ndarray) -> np.ndarray:
+    """Pad (n, 28, 28) with black to (n, 1, 32, 32), a size that halves well."""
+    padded: np.ndarray = np.pad(images, ((0, 0), (2, 2), (2, 2)))
+    return padded[:, None]
+
+
+def _read_idx_files(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return uint8 (n, 28, 28) and uint8 (n,)."""
+    prefix = "train" if split == "train" else "t10k"
+    images_path = _find_idx_file(folder, f"{prefix}-images-idx3-ubyte")
+    labels_path = _find_idx_file(folder, f"{prefix}-labels-idx1-ubyte")
+    images, labels = _read_idx(images_path, num_dimensions=3), _read_idx(labels_path, num_dimensions=1)
+    if len(images) == 0 or images.shape[1:] != (28, 28):
+        raise DataError(f"{images_path} has shape {images.shape}, not (n, 28, 28): replace it by the original file")
+    if len(labels) != len(images):
+        raise DataError(
+            f"{labels_path} has {len(labels)} labels for the {len(images)} images of {images_path.name}: "
+            "take both files from the same copy of the set"
+        )
+    if labels.max() > 9:
+        raise DataError(f"{labels_path} has the label {labels.max()}, outside 0..9: replace it by the original file")
+    return images, labels
+
+
+def _find_idx_file(folder: Path, name: str) -> Path:
+    for path in (folder / f"{name}.gz", folder / name):
+        if path.is_file():
+            return path
+    raise DataError(f"Fashion-MNIST's {name}.gz is not in {folder}: {_WAYS_WITHOUT_HUB}")
+
+
+def _read_idx(path: Path, num_dimensions: int) -> np.ndarray:
+    """Read an idx file of uint8 (big-endian magic 0x0800 + dimensions, the sizes, the bytes), gzipped or not."""
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        magic, *shape = struct.unpack_from(f">{1 + num_dimensions}I", content)
+    except (OSError, EOFError, zlib.error, struct.error) as error:
+        raise DataError(f"{path} cannot be read as an idx file ({error}): replace it by the original file") from error
+    if magic != 0x0800 + num_dimensions:
+        kind = "images" if num_dimensions == 3 else "labels"
+        raise DataError(f"{path} is not an idx file of {kind} (magic {magic}): replace it by the original file")
+    header_bytes = 4 * (1 + num_dimensions)
+    expected_bytes, found_bytes = math.prod(shape), len(content) - header_bytes
+    if found_bytes != expected_bytes:
+        raise DataError(
+            f"{path} announces {' x '.join(map(str, shape))} = {expected_bytes} bytes but holds {found_bytes}: "
+            "replace it by the original file"
+        )
+    return np.frombuffer(content, np.uint8, offset=header_bytes).reshape(shape)
+
+
+def _read_hub(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return uint8 (n, 28, 28) and int64 (n,) from the Parquet file of the hub: image {bytes of a PNG, path}, label."""
+    try:
+        parquet = import_module("pyarrow.parquet")  # before the download, which would be in vain without it
+    except ImportError as error:
+        raise DataError(
+            f"Fashion-MNIST is not in {FASHION_MNIST_FOLDER}, and reading it from the Hugging Face hub needs pyarrow "
+            f"({error}): run 'pip install pyarrow'; or {_WAYS_WITHOUT_HUB}"
+        ) from error
+    path = _download(f"fashion_mnist/{split}-00000-of-00001.parquet")
+    try:
+        table = parquet.read_table(path, columns=["image", "label"])
+        rows, labels = table["image"].to_pylist(), table["label"].to_numpy()
+        images = np.stack([np.asarray(Image.open(io.BytesIO(row["bytes"]))) for row in rows])
+    except MemoryError:
+        raise
+    except Exception as error:  # pyarrow and Pillow raise nearly everything on damaged files
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        raise DataError(f"{path} cannot be read ({reason}): delete it, and it is downloaded again") from error
+    if images.shape[1:] != (28, 28) or labels.min() < 0 or labels.max() > 9:
+        raise DataError(
+            f"{path} has images of shape {images.shape} and labels {labels.min()}..{labels.max()}, not (n, 28, 28) and "
+            "0..9: delete it, and it is downloaded again"
+        )
+    return images, labels
+
+
+def _download(name: str) -> Path:
+    """Return the file in the hub's cache on this machine; the network is used only when it is not there yet."""
+    try:
+        return Path(
+            huggingface_hub.hf_hub_download(
+                repo_id=HUB_REPOSITORY, repo_type="dataset", filename=name, revision=HUB_REVISION
+            )
+        )
+    except Exception as error:  # no network, proxy, full disk, offline mode: the hub's library has no common base
+        raise DataError(
+            f"Fashion-MNIST is not in {FASHION_MNIST_FOLDER}, and {name} cannot be downloaded from the Hugging Face hub "
+            f"({textwrap.shorten(f'{type(error).__name__}: {error}', 300)}): try again with a network; "
+            f"or {_WAYS_WITHOUT_HUB}"
+        ) from error

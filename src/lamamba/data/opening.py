@@ -1,0 +1,64 @@
+"""The one place that knows the sources by name."""
+
+import difflib
+from pathlib import Path
+
+from lamamba.data.fashion_mnist import load_builtin, load_fashion_mnist
+from lamamba.data.sources import FolderSource, ImageSource
+from lamamba.errors import ConfigError, DataError
+
+NAMED_SOURCES = ("builtin", "fashion-mnist")
+
+
+def open_source(
+    data: str,
+    *,
+    image_size: int | None = None,
+    channels: int | None = None,
+    folder: Path | None = None,
+    skip_bad_images: bool = False,
+) -> ImageSource:
+    """Open a source of training images.
+
+    Args:
+        data: "builtin" (10,000 Fashion-MNIST images shipped with the package), "fashion-mnist" (all 60,000), or the
+            path of a folder of images.
+        image_size: pixels, needed for a folder; the named sources are 32.
+        channels: 1 (grey) or 3 (colour, the default for a folder); the named sources are grey.
+        folder: where the idx files of "fashion-mnist" are, if not in Debian's place or on the hub.
+        skip_bad_images: for a folder, leave unreadable files out and list them in `bad_files`.
+
+    Raises:
+        ConfigError: image_size or channels do not fit, or `folder` comes with something else than "fashion-mnist".
+        DataError: there is no such source, or its files are missing or damaged.
+    """
+    if folder is not None and data != "fashion-mnist":
+        raise ConfigError(
+            f"folder {folder} (--data-folder) is only for data 'fashion-mnist', not for {data!r}: leave it out"
+        )
+    if channels not in (None, 1, 3):
+        raise ConfigError(f"channels {channels} is neither 1 (grey) nor 3 (colour): give channels (--channels) 1 or 3")
+    if data in NAMED_SOURCES:
+        if image_size not in (None, 32):
+            raise ConfigError(
+                f"image_size {image_size} does not fit data {data!r}, whose images are 32: "
+                "give image_size (--image-size) 32 or none"
+            )
+        if channels not in (None, 1):
+            raise ConfigError(
+                f"channels {channels} does not fit data {data!r}, whose images are grey: "
+                "give channels (--channels) 1 or none, or a folder of colour images"
+            )
+        return load_builtin() if data == "builtin" else load_fashion_mnist("train", folder=folder)
+    path = Path(data).expanduser()
+    if not data or not path.exists():
+        close = difflib.get_close_matches(data.lower().replace("_", "-"), NAMED_SOURCES, n=1)
+        mend = f"did you mean {close[0]!r}?" if close else "give 'builtin', 'fashion-mnist' or a folder of images"
+        raise DataError(f"data {data!r} is neither a known name nor an existing folder: {mend}")
+    if image_size is None or image_size < 1:
+        fault = "not set" if image_size is None else f"{image_size}, not positive,"
+        raise ConfigError(
+            f"image_size is {fault} for the folder {data}: give image_size (--image-size), the pixels to crop to, "
+            "for example 256"
+        )
+    return FolderSource(path, image_size=image_size, channels=channels or 3, skip_bad_images=skip_bad_images)

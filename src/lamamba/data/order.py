@@ -1,0 +1,146 @@
+"""Which image is read when: a pure function of (seed, position), so that training resumes to the image."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lamamba.data.sources import ArraySource, ImageSource
+from lamamba.errors import ConfigError, DataError
+
+
+@lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
+    """Return the order of one epoch: a permutation of 0..length-1, int64 (length,), read-only.
+
+    It sorts raw Philox numbers because NumPy keeps those the same in all versions, unlike `Generator.permutation`.
+    """
+    keys = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(length)
+    order: np.ndarray = np.argsort(keys, kind="stable")
+    order.flags.writeable = False
+    return order
+
+
+def reading_order(positions: np.ndarray, *, length: int, seed: int) -> np.ndarray:
+    """Return which image is read at each position, counted from the start of training: int64 (b,) -> int64 (b,)."""
+    epochs = positions // length
+    indices = np.empty_like(positions)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        indices[here] = permutation(seed, epoch, length)[positions[here] % length]
+    return indices
+
+
+def flip_choices(positions: np.ndarray, *, seed: int) -> np.ndarray:
+    """Return whether the image read at each position is mirrored: int64 (b,) -> bool (b,), one half of them."""
+    key = _mix_bits(np.array([seed], dtype=np.uint64))
+    bits = _mix_bits(key ^ _mix_bits(positions.astype(np.uint64)))
+    chosen: np.ndarray = bits >= np.uint64(1 << 63)
+    return chosen
+
+
+def batches(
+    source: ImageSource,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    horizontal_flip: bool = False,
+    num_workers: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Read batches without end, each epoch in a new order that depends only on (seed, epoch).
+
+    Args:
+        source: the images.
+        batch_size: images a batch; a batch may reach into the next epoch.
+        seed: 0 to 2**64 - 1.
+        start: number of images already seen; the same images follow as if reading had never stopped.
+        horizontal_flip: mirror half of the images, chosen by (seed, position).
+        num_workers: processes that decode files; it changes the speed only. Not used for images held in memory.
+
+    Returns:
+        Iterator over images, uint8 (b, c, h, w), and labels, int64 (b,). PyTorch's global generator is not touched.
+
+    Raises:
+        ConfigError: a number is out of its range.
+        DataError: the source is empty; while iterating: an image cannot be read, or a worker process died.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size {batch_size} is not positive: use at least 1")
+    for name, value in (("start", start), ("num_workers", num_workers)):
+        if value < 0:
+            raise ConfigError(f"{name} {value} is negative: use 0 or more")
+    if not 0 <= seed < 2**64:
+        raise ConfigError(f"seed {seed} is outside 0 .. 2**64 - 1: use a seed in that range")
+    if len(source) == 0:
+        raise DataError(f"the source {source.name} has no images: give one with at least one image")
+    every_positions = (np.arange(first, first + batch_size) for first in count(start, batch_size))
+    return _read_batches(source, every_positions, seed, horizontal_flip, num_workers)
+
+
+def _read_batches(
+    source: ImageSource, every_positions: Iterator[np.ndarray], seed: int, horizontal_flip: bool, num_workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    reader = _BatchReader(source, seed, horizontal_flip)
+    if isinstance(source, ArraySource):
+        num_workers = 0  # gathering is faster than sending the batch from one process to another
+    # Its own generator: otherwise the loader draws from PyTorch's global one, and the noise of a run would depend on
+    # how often it was resumed.
+    generator = torch.Generator()
+    loaded = iter(
+        DataLoader[Any](reader, batch_size=None, sampler=every_positions, num_workers=num_workers, generator=generator)
+    )
+    try:
+        while True:
+            batch = next(loaded)
+            if isinstance(batch, DataError):
+                raise batch
+            images, labels = batch
+            yield images, labels
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a worker process that reads {source.name} died ({error}): use fewer num_workers (--num-workers)"
+        ) from error
+    finally:
+        del loaded  # ends the workers now; left in the traceback's cycle, they are waited for, five seconds each
+
+
+class _BatchReader(Dataset[Any]):
+    """Makes one batch from its positions; a DataError is returned, for a worker wraps a raised one in a traceback."""
+
+    def __init__(self, source: ImageSource, seed: int, horizontal_flip: bool) -> None:
+        self.source, self.seed, self.horizontal_flip = source, seed, horizontal_flip
+
+    def __getitem__(self, positions: np.ndarray) -> tuple[Tensor, Tensor] | DataError:
+        indices = reading_order(positions, length=len(self.source), seed=self.seed)
+        try:
+            pixels, labels = _gather(self.source, indices)
+        except DataError as error:
+            return DataError(str(error))  # without its cause, which may not survive the way between processes
+        if self.horizontal_flip:
+            flipped = flip_choices(positions, seed=self.seed)
+            pixels[flipped] = pixels[flipped, :, :, ::-1]
+        return torch.from_numpy(pixels), torch.from_numpy(labels)
+
+
+def _gather(source: ImageSource, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(source, ArraySource):
+        return source.images[indices], source.labels[indices]
+    pixels, labels = zip(*(source.load(index) for index in indices.tolist()), strict=True)
+    return np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2)), np.array(labels, dtype=np.int64)
+
+
+def _mix_bits(values: np.ndarray) -> np.ndarray:
+    """Scatter uint64 values evenly over all 64 bits, one to one (SplitMix64, Steele et al. 2014)."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    values ^= values >> np.uint64(31)
+    return values

@@ -1,0 +1,164 @@
+"""What a source of images is, and the two kinds: images held in memory, and files in a folder."""
+
+import os
+from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from lamamba.data.decoding import crop_centre, read_image
+from lamamba.errors import DataError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class ImageSource(ABC):
+    """A finite list of square uint8 images with labels.
+
+    Attributes:
+        name: short name for logs and checkpoints.
+        class_names: one name a label; empty for a source without classes.
+        image_size: height and width in pixels.
+        channels: 1 (grey) or 3 (red, green, blue).
+        bad_files: the files that were left out because they cannot be read.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    image_size: int
+    channels: int
+    bad_files: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes; 0 for a source without classes."""
+        return len(self.class_names)
+
+    @property
+    def skipped(self) -> int:
+        """How many files were left out because they cannot be read."""
+        return len(self.bad_files)
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def load(self, index: int) -> tuple[np.ndarray, int]:
+        """Return one image, uint8 (h, w, c), and its label (0 without classes).
+
+        Raises:
+            DataError: the image cannot be read; the message names the file.
+        """
+
+
+class ArraySource(ImageSource):
+    """Images that are held in memory: uint8 (n, c, h, w) with int64 labels (n,)."""
+
+    def __init__(self, name: str, images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -> None:
+        self.name, self.class_names = name, class_names
+        self.images, self.labels = images, labels.astype(np.int64)
+        self.channels, self.image_size = images.shape[1], images.shape[2]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, index: int) -> tuple[np.ndarray, int]:
+        """Return one image, uint8 (h, w, c), and its label."""
+        return self.images[index].transpose(1, 2, 0), int(self.labels[index])
+
+
+class FolderSource(ImageSource):
+    """Image files below a folder, decoded when they are asked for; sorted by class, then by path.
+
+    Args:
+        folder: one subfolder a class (their sorted names are the class names), or images directly inside (no classes).
+            Images may lie deeper inside a class folder; hidden files and other suffixes are ignored.
+        image_size: pixels; images are centre-cropped to it, see `crop_centre`.
+        channels: 1 or 3.
+        skip_bad_images: decode every file now, in threads, and leave the unreadable ones out (see `bad_files`).
+            Otherwise a file is first touched by `load`, because a full pass over a large folder takes long.
+
+    Raises:
+        DataError: the folder is missing, empty, mixes images with class folders, has one class, or a class without
+            (readable) images.
+    """
+
+    def __init__(self, folder: Path, *, image_size: int, channels: int = 3, skip_bad_images: bool = False) -> None:
+        self.folder, self.name = folder, folder.resolve().name
+        self.image_size, self.channels = image_size, channels
+        self.class_names, self.paths, self.labels = _list_folder(folder)
+        if skip_bad_images:
+            self._leave_out_bad_files()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def load(self, index: int) -> tuple[np.ndarray, int]:
+        """Return one image, uint8 (h, w, c), and its label (0 without classes); DataError if it cannot be read."""
+        image = crop_centre(read_image(self.paths[index], self.channels), self.image_size)
+        return np.array(image).reshape(self.image_size, self.image_size, self.channels), self.labels[index]
+
+    def _leave_out_bad_files(self) -> None:
+        good: list[bool] = []
+        with ThreadPoolExecutor() as threads:
+            for first in range(0, len(self.paths), 4096):  # in pieces: a million waiting jobs would fill the memory
+                good += threads.map(self._is_readable, self.paths[first : first + 4096])
+        self.bad_files = tuple(path for path, keep in zip(self.paths, good, strict=True) if not keep)
+        self.labels = [label for label, keep in zip(self.labels, good, strict=True) if keep]
+        self.paths = [path for path, keep in zip(self.paths, good, strict=True) if keep]
+        lost = sorted(set(range(max(1, self.num_classes))) - set(self.labels))
+        if lost:
+            which = self.folder / self.class_names[lost[0]] if self.class_names else self.folder
+            raise DataError(f"{which} has no readable image ({self.skipped} bad files skipped): replace its images")
+
+    def _is_readable(self, path: str) -> bool:
+        try:
+            read_image(path, self.channels)
+        except DataError:
+            return False
+        return True
+
+
+def _list_folder(folder: Path) -> tuple[tuple[str, ...], list[str], list[int]]:
+    """Return the class names, the sorted paths and their labels."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is {'a file' if folder.exists() else 'missing'}: give an existing folder of images")
+    try:
+        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder} cannot be listed ({error.strerror}): make it readable") from error
+    classes = [entry for entry in entries if entry.is_dir()]
+    flat = [str(entry) for entry in entries if not entry.is_dir() and entry.suffix.lower() in IMAGE_SUFFIXES]
+    if flat and classes:
+        raise DataError(
+            f"{folder} has both images ({Path(flat[0]).name}) and class folders ({classes[0].name}): move the images "
+            "into class folders, or all of them to the top for training without classes"
+        )
+    if flat:
+        return (), flat, [0] * len(flat)
+    if not classes:
+        raise DataError(f"{folder} has no images: put files in it that end in {', '.join(IMAGE_SUFFIXES)}")
+    if len(classes) == 1:
+        raise DataError(
+            f"{folder} has a single class folder, {classes[0].name}: give {classes[0]} for training without classes, "
+            "or add a second class"
+        )
+    listed = [_list_images_below(folder_of_class) for folder_of_class in classes]
+    for folder_of_class, paths in zip(classes, listed, strict=True):
+        if not paths:
+            raise DataError(f"the class folder {folder_of_class} has no images: add some or remove the folder")
+    labels = [label for label, paths in enumerate(listed) for _ in paths]
+    return tuple(entry.name for entry in classes), [path for paths in listed for path in paths], labels
+
+
+def _list_images_below(folder: Path) -> list[str]:
+    def fail(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be listed ({error.strerror}): make it readable") from error
+
+    paths: list[str] = []
+    for parent, subfolders, names in os.walk(folder, onerror=fail, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        images = (name for name in names if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES))
+        paths += (os.path.join(parent, name) for name in images)
+    return sorted(paths)

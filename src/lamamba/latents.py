@@ -1,0 +1,117 @@
+"""Between images and what the network sees: pixels as they are, or an autoencoder's latents.
+
+The only file that knows the autoencoder.
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lamamba.data import to_float, to_uint8
+from lamamba.errors import CheckpointError, ConfigError
+
+
+class Space(Protocol):
+    """Where the network works, and the way there and back."""
+
+    def channels(self, image_channels: int) -> int:
+        """Channels that the network sees."""
+
+    def grid_size(self, pixels: int) -> int:
+        """Pixels of a side to rows of the grid; raises ConfigError where they do not fit."""
+
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """(b, c, h, w) uint8 images to what the network is trained on, float32."""
+
+    def decode(self, x: Tensor) -> Tensor:
+        """What the network samples to (b, c, h, w) uint8 images."""
+
+
+class Pixels:
+    """The network sees pixels, scaled to -1 to 1."""
+
+    def channels(self, image_channels: int) -> int:
+        """Channels that the network sees."""
+        return image_channels
+
+    def grid_size(self, pixels: int) -> int:
+        """Pixels of a side, unchanged; they must be even and at least 4."""
+        if pixels % 2 or pixels < 4:
+            raise ConfigError(f"image size {pixels} is not an even number from 4 up: use {max(4, pixels + pixels % 2)}")
+        return pixels
+
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Scale uint8 to -1 to 1."""
+        return to_float(images)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Round to uint8."""
+        return to_uint8(x)
+
+
+class Latents:
+    """The network sees latents of a diffusers AutoencoderKL, scaled as its configuration says.
+
+    Args:
+        folder: what `AutoencoderKL.save_pretrained` wrote; nothing is fetched.
+        device: to work on.
+
+    Raises:
+        CheckpointError: the folder holds no autoencoder.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        from diffusers import AutoencoderKL
+
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder} holds no autoencoder: give a folder with its config.json and weights")
+        try:
+            autoencoder: Any = AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+        except Exception as error:  # diffusers raises many kinds for a damaged folder
+            raise CheckpointError(f"{folder} cannot be read as an AutoencoderKL: {_first_line(error)}") from error
+        self.autoencoder = autoencoder.to(device).eval().requires_grad_(False)
+        self.factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+        self.scale: float = autoencoder.config.scaling_factor
+        self.shift: float = autoencoder.config.shift_factor or 0.0
+
+    def channels(self, image_channels: int) -> int:
+        """Channels that the network sees; the images' must be the autoencoder's."""
+        wanted = self.autoencoder.config.in_channels
+        if image_channels != wanted:
+            raise ConfigError(f"the images have {image_channels} channels, the autoencoder takes {wanted}: set channels")
+        return int(self.autoencoder.config.latent_channels)
+
+    def grid_size(self, pixels: int) -> int:
+        """Pixels over the autoencoder's factor; the result must be even and at least 4."""
+        multiple = 2 * self.factor
+        if pixels % multiple or pixels < 2 * multiple:
+            below = max(2, pixels // multiple) * multiple
+            raise ConfigError(
+                f"image size {pixels} is not a multiple of {multiple} from {2 * multiple} up "
+                f"({self.factor} for the autoencoder, 2 for the network): use {below} or {below + multiple}"
+            )
+        return pixels // self.factor
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw latents of uint8 images."""
+        distribution = self.autoencoder.encode(to_float(images)).latent_dist
+        noise = torch.randn(distribution.mean.shape, device=images.device, generator=generator)
+        latents: Tensor = (distribution.mean + distribution.std * noise - self.shift) * self.scale
+        return latents
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """Decode latents to uint8 images."""
+        return to_uint8(self.autoencoder.decode(x / self.scale + self.shift).sample)
+
+
+def open_space(vae: Path | None, device: torch.device) -> Space:
+    """Choose pixels, or the latents of an autoencoder folder."""
+    return Pixels() if vae is None else Latents(vae, device)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

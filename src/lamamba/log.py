@@ -1,0 +1,168 @@
+"""What a training run shows and records: progress, log.jsonl, TensorBoard, the loss curve and sample grids."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from lamamba.config import TrainConfig
+from lamamba.data import ImageSource
+from lamamba.model import LaMambaDiff
+
+
+class TrainingLog:
+    """Collects the loss terms of steps and writes their means at each interval; a context manager.
+
+    Args:
+        config: the run's, resolved.
+        images: seen before, in a resumed run.
+        device: to wait for before a clock is read.
+    """
+
+    def __init__(self, config: TrainConfig, images: int, device: torch.device) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.config, self.device = config, device
+        self.console = Console()
+        self.path = config.out / "log.jsonl"
+        self.records = self._read_earlier_records(images)
+        self.file = self.path.open("a", buffering=1)
+        self.board = SummaryWriter(str(config.out / "tensorboard"), purge_step=images or None)
+        self.progress = Progress(
+            TextColumn("[bold]train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("images · loss {task.fields[loss]} · {task.fields[speed]} images/s ·"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        total = max(config.num_images, images)
+        self.task = self.progress.add_task("", total=total, completed=images, loss="–", speed="–")
+        self.sums: dict[str, Tensor] = {}
+        self.steps = self.images = 0
+        self.started = self.since = time.perf_counter()
+        self.paused_s = 0.0
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+        self.file.close()
+        self.board.close()
+
+    def _read_earlier_records(self, images: int) -> list[dict[str, Any]]:
+        """Keep what was logged up to the checkpoint that is resumed from; the rest is about to be done again."""
+        if not self.path.is_file():
+            return []
+        records = []
+        for line in self.path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue  # the last line of a run that was killed
+        records = [record for record in records if record["images"] <= images]
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return records
+
+    def introduce(self, source: ImageSource, network: LaMambaDiff) -> None:
+        """Say what is trained on what."""
+        kind = "grey" if source.channels == 1 else "colour"
+        classes = f"{source.num_classes} classes" if source.num_classes else "no classes"
+        self._print(
+            f"{len(source):,} {kind} images of {source.name}, {source.image_size}x{source.image_size}, {classes} · "
+            f"network {self.config.preset}, {sum(p.numel() for p in network.parameters()):,} parameters · {self.device}"
+        )
+        if source.skipped:
+            self._print(f"[yellow]left out {source.skipped} images that cannot be read:[/] {', '.join(source.bad_files)}")
+
+    def step(self, images: int, terms: dict[str, Tensor]) -> None:
+        """Take in one step's loss terms, without waiting for the device."""
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
+        self.steps += 1
+        self.images += images
+        self.progress.advance(self.task, images)
+
+    def write(self, images: int, step: int) -> float:
+        """Write the means since the last call; returns the mean loss."""
+        means = {name: float(value) / self.steps for name, value in self.sums.items()}  # waits for the device
+        seconds = time.perf_counter() - self.since - self.paused_s
+        record = {
+            "images": images,
+            "step": step,
+            **means,
+            "learning_rate": self.config.learning_rate,
+            "images_per_s": self.images / seconds,
+            "seconds": time.perf_counter() - self.started,
+        }
+        self.file.write(json.dumps(record) + "\n")
+        self.records.append(record)
+        for name, value in record.items():
+            if name not in ("images", "step"):
+                self.board.add_scalar(f"train/{name}", value, images)
+        speed = f"{record['images_per_s']:,.0f}" if record["images_per_s"] >= 10 else f"{record['images_per_s']:.1f}"
+        self.progress.update(self.task, loss=f"{means['loss']:.4f}", speed=speed)
+        if self.progress.disable:
+            self._print(f"{images:,} of {self.config.num_images:,} images · loss {means['loss']:.4f} · {speed} images/s")
+        self.sums, self.steps, self.images, self.paused_s = {}, 0, 0, 0.0
+        self.since = time.perf_counter()
+        return means["loss"]
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the time of what is done inside out of images/s."""
+        start = time.perf_counter()
+        yield
+        self.paused_s += time.perf_counter() - start
+
+    def save_samples(self, grid: Any, images: int) -> None:
+        """Write a sample grid, and the loss curve up to now."""
+        folder = self.config.out / "samples"
+        folder.mkdir(exist_ok=True)
+        grid.save(folder / f"{images:012d}.png")
+        self._plot()
+
+    def note_checkpoint(self, path: Path) -> None:
+        """Say where a checkpoint was written."""
+        if self.progress.disable:
+            self._print(f"checkpoint {path}")
+
+    def finish(self, images: int) -> None:
+        """Say where everything is."""
+        self.progress.stop()
+        out = self.config.out
+        grids = sorted((out / "samples").glob("*.png"))
+        self._print(f"done: {images:,} images seen")
+        if grids:
+            self._print(f"samples     {grids[-1]}")
+        self._print(f"loss curve  {out / 'loss.png'}")
+        self._print(f"sample more with: lamamba sample {out} --out grid.png")
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def _plot(self) -> None:
+        from matplotlib.figure import Figure
+
+        if not self.records:
+            return
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.add_subplot()
+        images = [record["images"] for record in self.records]
+        for name, style in (("loss", {"linewidth": 2.0}), ("mse", {"alpha": 0.6}), ("vb", {"alpha": 0.6})):
+            if name in self.records[-1]:
+                axes.plot(images, [record[name] for record in self.records], label=name, **style)
+        axes.set(xlabel="images seen", ylabel="loss", yscale="log", title=f"{self.config.preset} on {self.config.data}")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(self.config.out / "loss.png", dpi=120)

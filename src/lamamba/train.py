@@ -1,0 +1,304 @@
+"""The training loop: batch, loss, step, average, log, samples, checkpoint, resume. Owns no mathematics."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamamba.checkpoint import (
+    CheckpointInfo,
+    checkpoints_in,
+    load_network,
+    load_training_state,
+    read_info,
+    save_checkpoint,
+    write_json,
+)
+from lamamba.config import TrainConfig
+from lamamba.data import ImageSource, batches, open_source
+from lamamba.diffusion import OBJECTIVES, training_losses
+from lamamba.errors import CheckpointError, LamambaError
+from lamamba.latents import Latents, Space, open_space
+from lamamba.log import TrainingLog
+from lamamba.model import LaMambaDiff
+from lamamba.pipeline import choose_device, make_grid, sample
+
+
+class Trainer:
+    """One run: the network, its average, the optimizer and the random state, and how to take a step.
+
+    Args:
+        config: resolved, see `resolve`.
+        source: the images.
+        space: pixels or latents.
+        device: to work on.
+    """
+
+    def __init__(self, config: TrainConfig, source: ImageSource, space: Space, device: torch.device) -> None:
+        self.config, self.source, self.space, self.device = config, source, space, device
+        self.objective = OBJECTIVES[config.objective]
+        self.images = self.step = 0
+        # Forked, so that a run neither sees nor disturbs the global generator of the program around it.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.network = LaMambaDiff(**vars(config.network)).to(device)
+        self.average = LaMambaDiff(**vars(config.network)).to(device).eval().requires_grad_(False)
+        self.average.load_state_dict(self.network.state_dict())
+        self.generator = torch.Generator(device).manual_seed(config.seed)
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=device.type in ("cpu", "cuda"),
+        )
+        if config.gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
+        use_bf16 = config.precision == "bf16" or (
+            config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        )
+        self.autocast = torch.autocast(device.type, torch.bfloat16) if use_bf16 else nullcontext()
+        use_compile = config.compile if config.compile is not None else device.type == "cuda"
+        self.compiled: Any = torch.compile(self.network) if use_compile else self.network
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Read on from the first image not yet seen."""
+        return batches(
+            self.source,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            start=self.images,
+            horizontal_flip=self.config.horizontal_flip,
+            num_workers=self.config.num_workers,
+        )
+
+    def take_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Take one step of the optimizer on (b, c, h, w) uint8 images and (b,) labels; returns the loss terms' means."""
+        parts = self.config.accumulate
+        terms: dict[str, Tensor] = {}
+        self.optimizer.zero_grad(set_to_none=True)
+        for part_images, part_labels in zip(images.chunk(parts), labels.chunk(parts), strict=True):
+            x_0 = self.space.encode(part_images.to(self.device, non_blocking=True), self.generator)
+            losses = training_losses(
+                self.objective,
+                self._denoise,
+                x_0,
+                part_labels.to(self.device, non_blocking=True),
+                null_label=self.network.null_label,
+                label_dropout=self.config.network.label_dropout,
+                generator=self.generator,
+            )
+            (losses["loss"].mean() / parts).backward()
+            for name, loss in losses.items():
+                terms[name] = terms.get(name, 0) + loss.detach().mean() / parts
+        limit = self.config.max_grad_norm or math.inf
+        terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)
+        self.optimizer.step()
+        self.images += len(images)
+        self.step += 1
+        self._update_average()
+        return terms
+
+    def _denoise(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with self.autocast:
+            out: Tensor = self.compiled(x_t, t, y)
+        return out
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        # Early on the decay grows with the step, so that the average forgets the initialisation in short runs too.
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), 1 - decay)
+
+    def info(self) -> CheckpointInfo:
+        """Describe the run as it stands."""
+        vae = str(self.config.vae.resolve()) if self.config.vae else None
+        return CheckpointInfo(self.images, self.step, self.config.objective, self.source.class_names, vae)
+
+    def save(self) -> Path:
+        """Write a checkpoint; raises CheckpointError."""
+        state = {"random_state": self.generator.get_state()}
+        for name, parameter in self.network.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                state[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+        networks = {"network": self.network, "ema": self.average}
+        return save_checkpoint(self.config.out, self.info(), networks, state, self.config.keep_checkpoints)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint as if the run had never stopped; raises CheckpointError."""
+        info = read_info(checkpoint)
+        self.network.load_state_dict(load_network(checkpoint / "network").state_dict())
+        self.average.load_state_dict(load_network(checkpoint / "ema").state_dict())
+        saved = load_training_state(checkpoint)
+        try:
+            self.generator.set_state(saved["random_state"])
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{checkpoint} was written on another kind of device than {self.device}: resume on that kind"
+            ) from error
+        names = [name for name, _ in self.network.named_parameters()]
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        try:
+            state = {
+                index: {key: saved[f"optimizer.{key}.{name}"] for key in keys}
+                for index, name in enumerate(names)
+                if f"optimizer.step.{name}" in saved
+            }
+        except KeyError as error:
+            raise CheckpointError(f"{checkpoint} misses the optimizer's {error}: resume from another one") from error
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.images, self.step = info.images, info.step
+
+    def draw_samples(self, columns: int = 10) -> Any:
+        """Sample a grid from the averaged weights, the same seeds every time."""
+        num_classes = self.config.network.num_classes
+        number = 4 * columns
+        labels = [index % columns % max(num_classes, 1) for index in range(number)]
+        x = sample(
+            self.average,
+            self.objective,
+            labels,
+            list(range(number)),
+            num_steps=self.config.sample_steps,
+            guidance_scale=self.config.sample_guidance if num_classes else 1.0,
+        )
+        images = self.space.decode(x).cpu().numpy()
+        return make_grid(images, columns, scale=max(1, 64 // images.shape[-1]))
+
+
+def resolve(config: TrainConfig) -> tuple[TrainConfig, ImageSource, Space, torch.device]:
+    """Open the data and fill in what follows from it: the network's classes, channels and grid, and the intervals.
+
+    Raises:
+        ConfigError: options do not fit together.
+        DataError: the data cannot be opened.
+        CheckpointError: the autoencoder cannot be opened.
+    """
+    device = choose_device(config.device)
+    space = open_space(config.vae, device)
+    size = config.image_size
+    if size is None and isinstance(space, Latents):
+        size = config.network.sample_size * space.factor
+    channels = config.channels or (3 if isinstance(space, Latents) else None)
+    source = open_source(
+        config.data,
+        image_size=size,
+        channels=channels,
+        folder=config.data_folder,
+        skip_bad_images=config.skip_bad_images,
+    )
+    network = replace(
+        config.network,
+        in_channels=space.channels(source.channels),
+        sample_size=space.grid_size(source.image_size),
+        num_classes=source.num_classes,
+    )
+
+    def every(images: int | None, share: int) -> int:
+        return images or max(config.batch_size, config.num_images // share)
+
+    resolved = replace(
+        config,
+        network=network,
+        log_every=every(config.log_every, 100),
+        sample_every=every(config.sample_every, 10),
+        checkpoint_every=every(config.checkpoint_every, 10),
+    )
+    return resolved, source, space, device
+
+
+# What may change from one part of a run to the next without changing what it computes up to there.
+_FREE_TO_CHANGE = {
+    "out", "num_images", "device", "compile", "num_workers", "resume", "dry_run", "data_folder", "keep_checkpoints",
+    "log_every", "sample_every", "checkpoint_every", "sample_steps", "sample_guidance",
+}  # fmt: skip
+
+
+def check_resumable(config: TrainConfig) -> None:
+    """Compare a resolved configuration with the one its run folder was started with; raises CheckpointError."""
+    path = config.out / "config.json"
+    try:
+        started = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}), so the run cannot be continued") from error
+    now = plain(config)
+    changed = [
+        f"{name} was {started.get(name)}, now {now[name]}"
+        for name in now
+        if name not in _FREE_TO_CHANGE and started.get(name) != now[name]
+    ]
+    if changed:
+        raise CheckpointError(f"{config.out} was started with other options, leave them out to resume: {'; '.join(changed)}")
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """Convert a configuration to what JSON holds."""
+    content: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
+    return content
+
+
+def train(config: TrainConfig) -> None:
+    """Train as configured, from the start or, with `resume`, from the run's newest checkpoint.
+
+    Raises:
+        LamambaError: the options, the data or the run folder are at fault, or the loss stopped being finite.
+    """
+    config, source, space, device = resolve(config)
+    if config.dry_run:
+        print(json.dumps(plain(config), indent=2))
+        return
+    saved = checkpoints_in(config.out)
+    if saved and not config.resume:
+        raise CheckpointError(f"{config.out} already holds a run: add --resume to continue it, or choose another --out")
+    if config.resume and not saved:
+        raise CheckpointError(f"{config.out} holds no checkpoint to resume from: leave out --resume")
+    if config.resume:
+        check_resumable(config)
+    trainer = Trainer(config, source, space, device)
+    if config.resume:
+        trainer.restore(saved[-1])
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"run folder {config.out} cannot be made: {error}") from error
+    write_json(config.out / "config.json", plain(config))
+    with TrainingLog(config, trainer.images, device) as log:
+        log.introduce(source, trainer.network)
+        _run(trainer, log)
+
+
+def _run(trainer: Trainer, log: TrainingLog) -> None:
+    config = trainer.config
+    assert config.log_every and config.sample_every and config.checkpoint_every  # `resolve` fills them in
+    reader = trainer.batches() if trainer.images < config.num_images else iter(())
+    before = trainer.images
+    for images, labels in reader:
+        log.step(len(images), trainer.take_step(images, labels))
+        last = trainer.images >= config.num_images
+
+        def due(interval: int, before: int = before, last: bool = last) -> bool:
+            return last or trainer.images // interval > before // interval
+
+        if due(config.log_every):
+            loss = log.write(trainer.images, trainer.step)
+            if not math.isfinite(loss):
+                saved = checkpoints_in(config.out)
+                mend = f"the last checkpoint is {saved[-1]}" if saved else "nothing was saved"
+                raise LamambaError(f"the loss is {loss} at image {trainer.images}: lower learning_rate; {mend}")
+        if due(config.sample_every):
+            with log.pause():
+                log.save_samples(trainer.draw_samples(), trainer.images)
+        if due(config.checkpoint_every):
+            with log.pause():
+                log.note_checkpoint(trainer.save())
+        before = trainer.images
+        if last:
+            break
+    log.finish(trainer.images)
+
+
