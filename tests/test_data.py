@@ -1,25 +1,18 @@
-import gzip
 import os
 import re
 import signal
-import struct
-from importlib.resources import files
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from lamamba import data
 from lamamba.data import (
     ArraySource,
     FolderSource,
     batches,
     crop_centre,
     flip_choices,
-    load_builtin,
-    load_fashion_mnist,
     open_source,
     permutation,
     read_image,
@@ -27,10 +20,8 @@ from lamamba.data import (
     to_float,
     to_uint8,
 )
+from lamamba.data.order import _mix_bits
 from lamamba.errors import ConfigError, DataError
-
-DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-needs_debian_set = pytest.mark.skipif(not DEBIAN_FOLDER.is_dir(), reason="Debian's dataset-fashion-mnist is missing")
 
 
 def save_image(path, colour=(10, 20, 30), size=(8, 8), mode="RGB"):
@@ -61,138 +52,14 @@ def joined(pairs):
     return torch.cat([images for images, _ in pairs]), torch.cat([labels for _, labels in pairs])
 
 
-def write_idx(path, array, magic=None, shape=None):
-    magic = 0x0800 + array.ndim if magic is None else magic
-    shape = array.shape if shape is None else shape
-    content = struct.pack(f">{1 + len(shape)}I", magic, *shape) + array.astype(np.uint8).tobytes()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-
-
-def make_idx_folder(folder, suffix=".gz", length=5):
-    for number, prefix in enumerate(("train", "t10k")):
-        images = np.random.default_rng(number).integers(0, 256, (length, 28, 28))
-        write_idx(folder / f"{prefix}-images-idx3-ubyte{suffix}", images)
-        write_idx(folder / f"{prefix}-labels-idx1-ubyte{suffix}", np.arange(length) + number)
-    return folder
-
-
-class TestBuiltin:
-    def test_has_the_promised_form(self):
-        source = open_source("builtin")
-        assert (len(source), source.num_classes, source.image_size, source.channels) == (10_000, 10, 32, 1)
-        assert source.class_names[0] == "T-shirt/top"
-        assert source.class_names[9] == "Ankle boot"
-        assert (source.name, source.skipped, source.bad_files) == ("builtin", 0, ())
-        image, label = source.load(0)
-        assert image.shape == (32, 32, 1)
-        assert image.dtype == np.uint8
-        assert label == 9  # the set begins with an ankle boot
-        border = source.images.copy()
-        border[:, :, 2:30, 2:30] = 0
-        assert not border.any()
-        assert source.images[:, :, 2:30, 2:30].any(axis=(1, 2, 3)).all()
-
-    def test_is_small_and_carries_its_licence(self):
-        assets = files("lamamba") / "assets"
-        assert len((assets / "fashion_mnist_10k.npz").read_bytes()) < 5_000_000
-        text = (assets / "fashion_mnist_10k.txt").read_text()
-        assert "MIT" in text
-        assert "Zalando" in text
-
-    @needs_debian_set
-    def test_is_the_start_of_the_training_set(self):
-        builtin, full = load_builtin(), load_fashion_mnist("train")
-        assert len(full) == 60_000
-        assert np.array_equal(builtin.images, full.images[:10_000])
-        assert np.array_equal(builtin.labels, full.labels[:10_000])
-
-    @pytest.mark.parametrize(
-        "content", [None, b"", b"version https://git-lfs.github.com/spec/v1\n", b"PK\x03\x04broken"]
-    )
-    def test_names_a_damaged_file(self, monkeypatch, tmp_path, content):
-        (tmp_path / "assets").mkdir()
-        if content is not None:
-            (tmp_path / "assets" / "fashion_mnist_10k.npz").write_bytes(content)
-        monkeypatch.setattr(data, "files", lambda package: tmp_path)
-        with pytest.raises(DataError, match=r"fashion_mnist_10k\.npz cannot be read .*: install lamamba again"):
-            load_builtin()
-
-
-class TestFashionMnist:
-    @needs_debian_set
-    def test_reads_the_test_split(self):
-        source = load_fashion_mnist("test")
-        assert len(source) == 10_000
-        assert np.bincount(source.labels).tolist() == [1000] * 10
-
-    @pytest.mark.parametrize("suffix", [".gz", ""])
-    def test_reads_a_given_folder(self, tmp_path, suffix):
-        make_idx_folder(tmp_path, suffix)
-        source = open_source("fashion-mnist", folder=tmp_path, image_size=32, channels=1)
-        expected = np.random.default_rng(0).integers(0, 256, (5, 28, 28))
-        assert np.array_equal(source.images[:, 0, 2:30, 2:30], expected)
-        assert source.labels.tolist() == [0, 1, 2, 3, 4]
-        assert load_fashion_mnist("test", folder=tmp_path).labels.tolist() == [1, 2, 3, 4, 5]
-
-    def test_tells_where_to_get_a_missing_set(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(data, "FASHION_MNIST_FOLDER", tmp_path / "nowhere")
-        with pytest.raises(DataError, match=r"nowhere.*apt install dataset-fashion-mnist.*--data-folder"):
-            open_source("fashion-mnist")
-
-    def test_does_not_fall_back_from_a_given_folder(self, tmp_path):
-        with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz is not in " + str(tmp_path)):
-            open_source("fashion-mnist", folder=tmp_path)
-
-    def test_refuses_another_split(self, tmp_path):
-        with pytest.raises(ConfigError, match=r"split 'valid' .*'train' or 'test'"):
-            load_fashion_mnist("valid", folder=tmp_path)
-
-    def test_names_a_truncated_file(self, tmp_path):
-        path = make_idx_folder(tmp_path) / "train-images-idx3-ubyte.gz"
-        path.write_bytes(path.read_bytes()[:-100])
-        with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz cannot be read"):
-            load_fashion_mnist(folder=tmp_path)
-
-    @pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b"abc", mtime=0), b""])
-    def test_names_a_file_that_is_no_idx(self, tmp_path, content):
-        (make_idx_folder(tmp_path) / "train-labels-idx1-ubyte.gz").write_bytes(content)
-        with pytest.raises(DataError, match=r"train-labels-idx1-ubyte\.gz cannot be read as an idx file"):
-            load_fashion_mnist(folder=tmp_path)
-
-    def test_names_exchanged_files(self, tmp_path):
-        make_idx_folder(tmp_path)
-        images = (tmp_path / "train-images-idx3-ubyte.gz").read_bytes()
-        (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(images)
-        with pytest.raises(DataError, match=r"labels-idx1-ubyte\.gz is not an idx file of labels \(magic 2051\)"):
-            load_fashion_mnist(folder=tmp_path)
-
-    @pytest.mark.parametrize("announced", [4, 6])
-    def test_names_a_wrong_count(self, tmp_path, announced):
-        path = make_idx_folder(tmp_path) / "train-labels-idx1-ubyte.gz"
-        write_idx(path, np.arange(5), shape=(announced,))
-        with pytest.raises(DataError, match=rf"labels-idx1-ubyte\.gz announces {announced} = {announced} bytes .*5"):
-            load_fashion_mnist(folder=tmp_path)
-
-    @pytest.mark.parametrize(
-        ("labels", "message"),
-        [(np.array([0, 1, 2, 3, 10]), r"labels-idx1.* label 10, outside 0\.\.9"), (np.arange(4), "4 labels for the 5")],
-    )
-    def test_names_wrong_labels(self, tmp_path, labels, message):
-        write_idx(make_idx_folder(tmp_path) / "train-labels-idx1-ubyte.gz", labels)
-        with pytest.raises(DataError, match=message):
-            load_fashion_mnist(folder=tmp_path)
-
-    @pytest.mark.parametrize("shape", [(5, 32, 32), (0, 28, 28)])
-    def test_names_a_wrong_shape(self, tmp_path, shape):
-        write_idx(make_idx_folder(tmp_path) / "train-images-idx3-ubyte.gz", np.zeros(shape))
-        with pytest.raises(DataError, match=r"images-idx3-ubyte\.gz has shape"):
-            load_fashion_mnist(folder=tmp_path)
-
-
 class TestOpenSource:
     @pytest.mark.parametrize("name", ["builtin", "fashion-mnist"])
     @pytest.mark.parametrize(
-        ("options", "message"), [({"image_size": 64}, "image_size 64.*use 32"), ({"channels": 3}, "channels 3.*use 1")]
+        ("options", "message"),
+        [
+            ({"image_size": 64}, r"image_size 64 .*give image_size \(--image-size\) 32 or none"),
+            ({"channels": 3}, r"channels 3 .*give channels \(--channels\) 1 or none"),
+        ],
     )
     def test_named_sources_have_one_form(self, name, options, message):
         with pytest.raises(ConfigError, match=message):
@@ -217,15 +84,15 @@ class TestOpenSource:
             open_source(name, image_size=8)
 
     def test_refuses_a_folder_for_another_source(self, tmp_path):
-        with pytest.raises(ConfigError, match="only for data 'fashion-mnist', not for 'builtin'"):
+        with pytest.raises(ConfigError, match=r"\(--data-folder\) is only for data 'fashion-mnist', not for 'builtin'"):
             open_source("builtin", folder=tmp_path)
 
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({}, "image_size is not set"),
+            ({}, r"image_size is not set .*give image_size \(--image-size\).* for example 256"),
             ({"image_size": 0}, "image_size is 0, not positive"),
-            ({"image_size": 8, "channels": 2}, "channels 2"),
+            ({"image_size": 8, "channels": 2}, r"channels 2 .*give channels \(--channels\) 1 or 3"),
         ],
     )
     def test_a_folder_needs_sound_options(self, tmp_path, options, message):
@@ -478,7 +345,7 @@ class TestOrder:
         assert flip_choices(np.arange(10), seed=0).tolist() == [bool(bit) for bit in (1, 1, 1, 0, 0, 1, 0, 0, 1, 1)]
         # the first two outputs of the published SplitMix64 from state 0
         states = np.array([0, 0x9E3779B97F4A7C15], np.uint64)
-        assert data._mix_bits(states).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
+        assert _mix_bits(states).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
 
     def test_reading_order_crosses_epochs(self):
         positions = np.arange(25)
@@ -566,12 +433,15 @@ class TestFolderBatches:
         with pytest.raises(DataError) as caught:
             take(batches(source, batch_size=2, seed=0, num_workers=num_workers), 4)
         assert str(caught.value).startswith(f"{bad} cannot be read as an image")
+        assert str(caught.value).endswith("replace or delete it, or skip it with skip_bad_images (--skip-bad-images)")
         assert "\n" not in str(caught.value)
 
     @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
     def test_a_dead_worker_is_reported(self, tmp_path):
         source = DeadlySource(make_class_folder(tmp_path), image_size=8)
-        with pytest.raises(DataError, match=r"worker process that reads .* died .*use fewer workers"):
+        with pytest.raises(
+            DataError, match=r"worker process that reads .* died .*use fewer num_workers \(--num-workers\)"
+        ):
             take(batches(source, batch_size=2, seed=0, num_workers=1), 1)
 
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import lamamba.ops.selective_scan  # noqa: F401 - registers the operation counted below
 from lamamba.checkpoint import find_checkpoint, load_checkpoint
-from lamamba.config import InfoConfig, preset, PRESETS
+from lamamba.config import PRESETS, InfoConfig
 from lamamba.model import LaMambaDiff
 
 WHAT_IS_COUNTED = (
@@ -39,13 +39,13 @@ def count(network: LaMambaDiff, height: int, width: int) -> dict[str, tuple[int,
     stages = {
         "embeddings": [network.patch_projection, network.patch_norm, network.timestep_embedding, network.label_embedding],
         **{
-            f"encoder {index} ({blocks[0].mlp_norm.weight.numel()} wide)": [blocks, *network.downsamples[index : index + 1]]
+            f"encoder {index} ({blocks[0].mlp_norm.weight.numel()} wide)": [*blocks, *network.downsamples[index : index + 1]]
             for index, blocks in enumerate(network.encoder)
         },
-        "bottleneck": [network.bottleneck],
+        "bottleneck": [*network.bottleneck],
         **{
             f"decoder {index} ({blocks[0].mlp_norm.weight.numel()} wide)": [
-                blocks, *([network.upsamples[index - 2]] if index >= 2 else [])
+                *blocks, *([network.upsamples[index - 2]] if index >= 2 else [])
             ]
             for index, blocks in enumerate(network.decoder)
         },
@@ -83,7 +83,6 @@ def print_info(config: InfoConfig) -> None:
     """Print the table of `count`; raises LamambaError where the name or the size cannot be."""
     if config.network in PRESETS:
         options = {} if config.ssm_state_size is None else {"ssm_state_size": config.ssm_state_size}
-        preset(config.network)
         with torch.device("meta"):
             network = LaMambaDiff.from_preset(config.network, **options)
         title = config.network

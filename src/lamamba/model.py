@@ -44,8 +44,6 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
-    # Rounding these changes how fast a state decays; they are small, so they stay exact in half precision.
-    _keep_in_fp32_modules = ("A_log", "D", "dt_bias")
 
     @register_to_config
     def __init__(

@@ -156,14 +156,13 @@ def _read_hub(split: str) -> tuple[np.ndarray, np.ndarray]:
 def _download(name: str) -> Path:
     """Return the file in the hub's cache on this machine; the network is used only when it is not there yet."""
     try:
-        return Path(
-            huggingface_hub.hf_hub_download(
-                repo_id=HUB_REPOSITORY, repo_type="dataset", filename=name, revision=HUB_REVISION
-            )
+        path = huggingface_hub.hf_hub_download(
+            repo_id=HUB_REPOSITORY, repo_type="dataset", filename=name, revision=HUB_REVISION
         )
     except Exception as error:  # no network, proxy, full disk, offline mode: the hub's library has no common base
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
         raise DataError(
-            f"Fashion-MNIST is not in {FASHION_MNIST_FOLDER}, and {name} cannot be downloaded from the Hugging Face hub "
-            f"({textwrap.shorten(f'{type(error).__name__}: {error}', 300)}): try again with a network; "
-            f"or {_WAYS_WITHOUT_HUB}"
+            f"Fashion-MNIST is not in {FASHION_MNIST_FOLDER}, and the Hugging Face hub did not give {name} ({reason}): "
+            f"try again with a network; or {_WAYS_WITHOUT_HUB}"
         ) from error
+    return Path(path).resolve()  # not the link to it: if only that were deleted, a damaged file would be linked again
