@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lamamba.diffusion import OBJECTIVES, Diffusion, FlowMatching, guide, schedule_arrays, training_losses
-from lamamba.errors import ConfigError
+from lamamba.diffusion import Diffusion, schedule_arrays
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "golden_diffusion.safetensors")
 

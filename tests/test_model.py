@@ -1,7 +1,6 @@
 """The network against the released one's recorded numbers, and what goes beyond it."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -9,10 +8,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lamamba.config import NetworkConfig
 from lamamba.diffusion import guide
-from lamamba.errors import ConfigError
-from lamamba.model import LaMambaDiff, WindowAttention
+from lamamba.model import LaMambaDiff
 from lamamba.released import load_released, translate
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -21,7 +21,7 @@ _HOMES = {
     "training_losses": "lamamba.diffusion",
 }
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - names come from the table
+__all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from lamamba.checkpoint import load_checkpoint as load_checkpoint

@@ -82,7 +82,9 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         for name, network in networks.items():
             network.save_pretrained(temporary / name)
-        save_file({name: value.contiguous() for name, value in training_state.items()}, temporary / "training.safetensors")
+        save_file(
+            {name: value.contiguous() for name, value in training_state.items()}, temporary / "training.safetensors"
+        )
         record = {"format": FORMAT, "lamamba": __version__, **asdict(info)}
         (temporary / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n")
         for path in temporary.rglob("*"):
@@ -182,11 +184,15 @@ def find_checkpoint(name: str | Path) -> Path:
         if str(name) in PRESETS:
             if (SHIPPED / str(name) / "checkpoint.json").is_file():
                 return SHIPPED / str(name)
-            raise CheckpointError(f"no weights are shipped for {name}, only for {', '.join(shipped_presets())}: train it")
+            raise CheckpointError(
+                f"no weights are shipped for {name}, only for {', '.join(shipped_presets())}: train it"
+            )
         if len(path.parts) == 1:
             raise ConfigError(f"{name!r} is neither a folder nor a preset: {nearest(str(name), PRESETS)}")
         raise CheckpointError(f"{path} does not exist")
-    if (path / "checkpoint.json").is_file() or (path / "config.json").is_file() and not (path / "checkpoints").is_dir():
+    if (path / "checkpoint.json").is_file() or (
+        (path / "config.json").is_file() and not (path / "checkpoints").is_dir()
+    ):
         return path
     whole = checkpoints_in(path)
     if not whole:

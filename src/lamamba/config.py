@@ -72,16 +72,17 @@ class NetworkConfig:
         _check(self.sample_size % 2 == 0, "sample_size", self.sample_size, f"even: {self.sample_size + 1}")
         _check(self.embed_dim % 4 == 0, "embed_dim", self.embed_dim, "a multiple of 4, for the positional embedding")
         _check(
-            self.embed_dim % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of embed_dim {self.embed_dim}"
+            self.embed_dim % self.num_heads == 0,
+            "num_heads",
+            self.num_heads,
+            f"a divisor of embed_dim {self.embed_dim}",
         )
         _check(self.window_size % 2 == 0, "window_size", self.window_size, "even: windows shift by half")
         _check(
             len(self.depths) == 4 and all(isinstance(depth, int) and depth >= 1 for depth in self.depths),
             "depths", self.depths, "four numbers, each 1 or more",
         )  # fmt: skip
-        _check(
-            self.ssm_dt_rank is None or self.ssm_dt_rank >= 1, "ssm_dt_rank", self.ssm_dt_rank, "1 or more, or None"
-        )
+        _check(self.ssm_dt_rank is None or self.ssm_dt_rank >= 1, "ssm_dt_rank", self.ssm_dt_rank, "1 or more, or None")
         for name in ("ssm_ratio", "mlp_ratio"):
             channels = getattr(self, name) * self.embed_dim
             _check(
@@ -110,12 +111,18 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 
 # S, B and L were never released: the paper gives widths, the rest follows the released XL. 256 px and 512 px images are
-# grids of 32 and 64 behind an autoencoder that divides by 8. `nano` works on pixels, is the built-in demo, and is shaped
-# for a CPU: few blocks where the grid is large, and a scan no wider than its block.
+# grids of 32 and 64 behind an autoencoder that divides by 8. `nano` works on pixels, is the built-in demo, and is
+# shaped for a CPU: few blocks where the grid is large, and a scan no wider than its block.
 PRESETS: Mapping[str, NetworkConfig] = {
     "nano": NetworkConfig(
-        in_channels=1, num_classes=10, embed_dim=40, depths=(1, 2, 1, 1), bottleneck_depth=1, decoder_extra_depth=0,
-        num_heads=4, ssm_ratio=1.0,
+        in_channels=1,
+        num_classes=10,
+        embed_dim=40,
+        depths=(1, 2, 1, 1),
+        bottleneck_depth=1,
+        decoder_extra_depth=0,
+        num_heads=4,
+        ssm_ratio=1.0,
     ),
     **{
         f"{size}-{pixels}": NetworkConfig(sample_size=pixels // 8, **options)

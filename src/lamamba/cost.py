@@ -1,16 +1,18 @@
 """What a network costs: parameters and multiply-adds, stage by stage, counted on tensors without storage."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import lamamba.ops.selective_scan  # noqa: F401 - registers the operation counted below
 from lamamba.checkpoint import find_checkpoint, load_checkpoint
 from lamamba.config import PRESETS, InfoConfig
-from lamamba.model import LaMambaDiff
+from lamamba.model import Block, LaMambaDiff
 
 WHAT_IS_COUNTED = (
     "Multiply-adds of linear layers, convolutions, attention (logits and sums, whole windows) and the scan (per step "
@@ -25,6 +27,10 @@ def _scan_flops(u_shape: Any, delta_shape: Any, A_shape: Any, *arguments: Any, *
     return int(2 * b * k * l * d * (4 * A_shape[2] + 2))
 
 
+def _width(blocks: nn.ModuleList) -> int:
+    return cast(Block, blocks[0]).mlp_norm.weight.numel()
+
+
 def count(network: LaMambaDiff, height: int, width: int) -> dict[str, tuple[int, int]]:
     """Count one forward pass of one image.
 
@@ -37,17 +43,20 @@ def count(network: LaMambaDiff, height: int, width: int) -> dict[str, tuple[int,
         Parameters and multiply-adds of each part, in the order they run, and of "all".
     """
     stages = {
-        "embeddings": [network.patch_projection, network.patch_norm, network.timestep_embedding, network.label_embedding],
+        "embeddings": [
+            *(network.patch_projection, network.patch_norm),
+            *(network.timestep_embedding, network.label_embedding),
+        ],
         **{
-            f"encoder {index} ({blocks[0].mlp_norm.weight.numel()} wide)": [*blocks, *network.downsamples[index : index + 1]]
-            for index, blocks in enumerate(network.encoder)
+            f"encoder {index} ({_width(blocks)} wide)": [*blocks, *network.downsamples[index : index + 1]]
+            for index, blocks in enumerate(cast(Iterable[nn.ModuleList], network.encoder))
         },
         "bottleneck": [*network.bottleneck],
         **{
-            f"decoder {index} ({blocks[0].mlp_norm.weight.numel()} wide)": [
+            f"decoder {index} ({_width(blocks)} wide)": [
                 *blocks, *([network.upsamples[index - 2]] if index >= 2 else [])
             ]
-            for index, blocks in enumerate(network.decoder)
+            for index, blocks in enumerate(cast(Iterable[nn.ModuleList], network.decoder))
         },
         "head": [network.head],
     }  # fmt: skip
@@ -90,7 +99,9 @@ def print_info(config: InfoConfig) -> None:
         network = load_checkpoint(config.network).network.to("meta")
         title = str(find_checkpoint(config.network))
     size = config.size or (network.config.sample_size, network.config.sample_size)
-    table = Table(title=f"{title}, grid {size[0]}x{size[1]}, state size {network.config.ssm_state_size}", title_justify="left")
+    table = Table(
+        title=f"{title}, grid {size[0]}x{size[1]}, state size {network.config.ssm_state_size}", title_justify="left"
+    )
     table.add_column("stage")
     table.add_column("parameters", justify="right")
     table.add_column("multiply-adds (G)", justify="right")

@@ -67,7 +67,9 @@ class Diffusion:
 
     def _variational_bound(self, x_0: Tensor, x_t: Tensor, t: Tensor, predicted_noise: Tensor, v: Tensor) -> Tensor:
         schedule = {name: _at(values, t) for name, values in linear_schedule(x_0.device).items()}
-        predicted_x_0 = schedule["sqrt_recip_alpha_bar"] * x_t - schedule["sqrt_recip_alpha_bar_minus_1"] * predicted_noise
+        predicted_x_0 = (
+            schedule["sqrt_recip_alpha_bar"] * x_t - schedule["sqrt_recip_alpha_bar_minus_1"] * predicted_noise
+        )
         true_mean = schedule["posterior_x_0"] * x_0 + schedule["posterior_x_t"] * x_t
         mean = schedule["posterior_x_0"] * predicted_x_0 + schedule["posterior_x_t"] * x_t
         true_log_variance = schedule["posterior_log_variance"]
@@ -209,7 +211,9 @@ def guide(
         sigma: noise level of timesteps, the objective's; needed with an interval.
     """
     if interval is not None and sigma is None:
-        raise ConfigError("an interval of noise levels needs sigma, the noise level of a timestep: give objective.sigma")
+        raise ConfigError(
+            "an interval of noise levels needs sigma, the noise level of a timestep: give objective.sigma"
+        )
 
     def guided(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         scales = torch.full((len(t), 1, 1, 1), scale, dtype=x_t.dtype, device=x_t.device)

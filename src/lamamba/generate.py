@@ -138,5 +138,3 @@ def _save(picture: Image.Image, path: Path, settings: dict[str, object]) -> None
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path} could not be written: {error}") from error
-
-

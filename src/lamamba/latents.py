@@ -78,10 +78,12 @@ class Latents:
 
     def channels(self, image_channels: int) -> int:
         """Channels that the network sees; the images' must be the autoencoder's."""
-        wanted = self.autoencoder.config.in_channels
+        wanted, channels = self.autoencoder.config.in_channels, self.autoencoder.config.latent_channels
         if image_channels != wanted:
-            raise ConfigError(f"the images have {image_channels} channels, the autoencoder takes {wanted}: set channels")
-        return int(self.autoencoder.config.latent_channels)
+            raise ConfigError(
+                f"the images have {image_channels} channels, the autoencoder takes {wanted}: set channels"
+            )
+        return int(channels)
 
     def grid_size(self, pixels: int) -> int:
         """Pixels over the autoencoder's factor; the result must be even and at least 4."""

@@ -83,7 +83,9 @@ class TrainingLog:
             f"network {self.config.preset}, {sum(p.numel() for p in network.parameters()):,} parameters · {self.device}"
         )
         if source.skipped:
-            self._print(f"[yellow]left out {source.skipped} images that cannot be read:[/] {', '.join(source.bad_files)}")
+            self._print(
+                f"[yellow]left out {source.skipped} images that cannot be read:[/] {', '.join(source.bad_files)}"
+            )
 
     def step(self, images: int, terms: dict[str, Tensor]) -> None:
         """Take in one step's loss terms, without waiting for the device."""
@@ -113,7 +115,9 @@ class TrainingLog:
         speed = f"{record['images_per_s']:,.0f}" if record["images_per_s"] >= 10 else f"{record['images_per_s']:.1f}"
         self.progress.update(self.task, loss=f"{means['loss']:.4f}", speed=speed)
         if self.progress.disable:
-            self._print(f"{images:,} of {self.config.num_images:,} images · loss {means['loss']:.4f} · {speed} images/s")
+            self._print(
+                f"{images:,} of {self.config.num_images:,} images · loss {means['loss']:.4f} · {speed} images/s"
+            )
         self.sums, self.steps, self.images, self.paused_s = {}, 0, 0, 0.0
         self.since = time.perf_counter()
         return means["loss"]
@@ -159,9 +163,9 @@ class TrainingLog:
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.add_subplot()
         images = [record["images"] for record in self.records]
-        for name, style in (("loss", {"linewidth": 2.0}), ("mse", {"alpha": 0.6}), ("vb", {"alpha": 0.6})):
+        for name, opacity in (("loss", 1.0), ("mse", 0.6), ("vb", 0.6)):
             if name in self.records[-1]:
-                axes.plot(images, [record[name] for record in self.records], label=name, **style)
+                axes.plot(images, [record[name] for record in self.records], label=name, alpha=opacity)
         axes.set(xlabel="images seen", ylabel="loss", yscale="log", title=f"{self.config.preset} on {self.config.data}")
         axes.grid(alpha=0.3)
         axes.legend()

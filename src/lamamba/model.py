@@ -17,9 +17,9 @@ Initialisation (`LaMambaDiff.reset_parameters`):
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -111,8 +111,7 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         """Load what `save_pretrained` wrote; options as in diffusers."""
         # diffusers' default needs accelerate and warns without it; the network fits in memory twice.
         options.setdefault("low_cpu_mem_usage", False)
-        network: Self = super().from_pretrained(pretrained_model_name_or_path, **options)
-        return network
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     @property
     def null_label(self) -> int:
@@ -144,20 +143,21 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         condition = self.timestep_embedding(t) + self.label_embedding(y)
 
         skips = []
-        for index, blocks in enumerate(self.encoder):
+        for index, blocks in enumerate(_stages(self.encoder)):
             x = self._run(blocks, x, condition)
             skips.append(x)
             if index < len(self.downsamples):
                 x = self.downsamples[index](x)
         x = x + self._run(self.bottleneck, x, condition)
-        for index, blocks in enumerate(self.decoder):
+        for index, blocks in enumerate(_stages(self.decoder)):
             skip = skips.pop()
             if index >= 2:
                 x = self.upsamples[index - 2](x)[:, : skip.shape[1], : skip.shape[2]]
             x = self._run(blocks, x + skip, condition)
-        return rearrange(self.head(x, condition), "b h w c -> b c h w").to(x_t.dtype).contiguous()
+        out: Tensor = rearrange(self.head(x, condition), "b h w c -> b c h w").to(x_t.dtype).contiguous()
+        return out
 
-    def _run(self, blocks: nn.ModuleList, x: Tensor, condition: Tensor) -> Tensor:
+    def _run(self, blocks: Iterable[nn.Module], x: Tensor, condition: Tensor) -> Tensor:
         for block in blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, x, condition)
@@ -209,6 +209,11 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         nn.init.normal_(self.label_embedding.weight, std=0.02)
         _, size, _, channels = self.position_embedding.shape
         self.position_embedding.copy_(_sine_cosine_positions(size, channels))
+
+
+def _stages(stages: nn.ModuleList) -> Iterable[nn.ModuleList]:
+    """Say to the type checker what a list of stages holds: lists of blocks."""
+    return cast(Iterable[nn.ModuleList], stages)
 
 
 class TimestepEmbedding(nn.Module):
@@ -306,7 +311,7 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix (b, h, w, c) globally."""
-        batch, height, width, _ = x.shape
+        _, height, width, _ = x.shape
         paths = scan_paths(height, width, self.scan, x.device)
         x, z = self.in_proj(x).chunk(2, dim=-1)
         # Dense, so that the convolution sees PyTorch's channels-last format and keeps it.
@@ -414,7 +419,7 @@ class WindowGeometry:
         return rearrange(grid, "(ny sy) (nx sx) -> (ny nx) (sy sx)", sy=side_y, sx=side_x)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def window_geometry(
     height: int, width: int, window_size: int, shift_y: int, shift_x: int, device: torch.device
 ) -> WindowGeometry:

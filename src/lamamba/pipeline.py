@@ -117,7 +117,8 @@ def make_grid(images: np.ndarray, columns: int, padding: int = 2, scale: int = 1
     shape = (rows * (height + padding) + padding, columns * (width + padding) + padding, channels)
     canvas = np.full(shape, 255, dtype=np.uint8)
     for index, image in enumerate(images):
-        top, left = (padding + place * (side + padding) for place, side in zip(divmod(index, columns), (height, width)))
+        places = zip(divmod(index, columns), (height, width), strict=True)
+        top, left = (padding + place * (side + padding) for place, side in places)
         canvas[top : top + height, left : left + width] = image.transpose(1, 2, 0)
     picture = Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)

@@ -97,7 +97,8 @@ def load_released(
         listed = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(f"{source} does not fit this network, give its options as keywords: {listed}")
     network.load_state_dict(state)
-    return network.eval()
+    network.eval()
+    return network
 
 
 def translate(released_name: str) -> str:

@@ -60,7 +60,9 @@ class Trainer:
         if config.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         use_bf16 = config.precision == "bf16" or (
-            config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            config.precision == "auto"
+            and device.type == "cuda"
+            and torch.cuda.is_bf16_supported(including_emulation=False)
         )
         self.autocast = torch.autocast(device.type, torch.bfloat16) if use_bf16 else nullcontext()
         use_compile = config.compile if config.compile is not None else device.type == "cuda"
@@ -78,7 +80,7 @@ class Trainer:
         )
 
     def take_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Take one step of the optimizer on (b, c, h, w) uint8 images and (b,) labels; returns the loss terms' means."""
+        """Take one step of the optimizer on (b, c, h, w) uint8 images and (b,) labels; returns the means of its terms."""
         parts = self.config.accumulate
         terms: dict[str, Tensor] = {}
         self.optimizer.zero_grad(set_to_none=True)
@@ -233,7 +235,9 @@ def check_resumable(config: TrainConfig) -> None:
         if name not in _FREE_TO_CHANGE and started.get(name) != now[name]
     ]
     if changed:
-        raise CheckpointError(f"{config.out} was started with other options, leave them out to resume: {'; '.join(changed)}")
+        raise CheckpointError(
+            f"{config.out} was started with other options, leave them out to resume: {'; '.join(changed)}"
+        )
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:
@@ -274,7 +278,10 @@ def train(config: TrainConfig) -> None:
 
 def _run(trainer: Trainer, log: TrainingLog) -> None:
     config = trainer.config
-    assert config.log_every and config.sample_every and config.checkpoint_every  # `resolve` fills them in
+    # `resolve` fills these in
+    assert config.log_every is not None
+    assert config.sample_every is not None
+    assert config.checkpoint_every is not None
     reader = trainer.batches() if trainer.images < config.num_images else iter(())
     before = trainer.images
     for images, labels in reader:
@@ -300,5 +307,3 @@ def _run(trainer: Trainer, log: TrainingLog) -> None:
         if last:
             break
     log.finish(trainer.images)
-
-

@@ -47,7 +47,7 @@ class ScanPaths(NamedTuple):
 
 
 # The geometry is a constant to torch.compile: without this, every compiled graph would rebuild it on each call.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def scan_paths(height: int, width: int, scan: Scan, device: torch.device) -> ScanPaths:
     """Look up the paths of a grid on a device, computing them the first time they are asked for."""
     return _scan_paths(height, width, scan, str(device))

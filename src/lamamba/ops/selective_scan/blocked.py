@@ -52,20 +52,18 @@ def _backward(
     grad_A.zero_()
     grad_D.zero_()
     for tile, path in _tiles(h):
+        part = (tile, path)
         _backward_tile(
-            *(x[tile, path] for x in (grad_y, h, u, delta)),
-            *(A[path], B[tile, path], C[tile, path], D[path]),
-            *(grad_u[tile, path], grad_delta[tile, path], grad_A[path], grad_B[tile, path], grad_C[tile, path]),
-            grad_D[path],
+            (grad_y[part], h[part], u[part], delta[part], A[path], B[part], C[part], D[path]),
+            (grad_u[part], grad_delta[part], grad_A[path], grad_B[part], grad_C[part], grad_D[path]),
         )
     return gradients  # type: ignore[return-value]
 
 
-def _backward_tile(
-    grad_y: Tensor, h: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
-    grad_u: Tensor, grad_delta: Tensor, grad_A: Tensor, grad_B: Tensor, grad_C: Tensor, grad_D: Tensor,
-) -> None:  # fmt: skip
-    """Write one tile of every gradient; A and D, which all tiles share, are added to."""
+def _backward_tile(inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
+    """Write one tile of every gradient; those of A and D, which all tiles share, are added to."""
+    grad_y, h, u, delta, A, B, C, D = inputs
+    grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D = gradients
     decay = _decay(delta, A)
     # g[t], the gradient of h[t], obeys the same recurrence backwards in time: g[t] = C[t] dy[t] + decay[t+1] g[t+1].
     g = C.unsqueeze(4) * grad_y.unsqueeze(3)

@@ -1,0 +1,36 @@
+# make demo    install, sample with the shipped weights, train from scratch for about a minute
+# make test    install, lint, type checks, the whole test suite
+# make clean   remove what these made
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+# torch goes first and alone: a range would let pip choose a build with gigabytes of CUDA.
+$(BIN)/lamamba: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(BIN)/lamamba
+	rm -rf demo
+	$(BIN)/lamamba sample nano --labels 0,1,2,3,4,5,6,7,8,9 --num-per-label 4 --steps 25 --guidance 2.0 --out demo/shipped.png
+	$(BIN)/lamamba train --preset nano --data builtin --out demo/run --num-images 1536 --batch-size 32 \
+		--learning-rate 0.001 --log-every 64 --sample-every 1536 --sample-steps 10 --checkpoint-every 1536
+	@echo
+	@echo "sampled with the shipped weights:   demo/shipped.png"
+	@echo "a minute of training from scratch:  demo/run/loss.png, demo/run/samples/"
+
+lint: $(BIN)/lamamba
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest --durations=10
+
+clean:
+	rm -rf $(VENV) demo dist
