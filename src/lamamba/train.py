@@ -80,7 +80,7 @@ class Trainer:
         )
 
     def take_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Take one step of the optimizer on (b, c, h, w) uint8 images and (b,) labels; returns the means of its terms."""
+        """Step the optimizer once on (b, c, h, w) uint8 images and (b,) labels; returns the means of the loss terms."""
         parts = self.config.accumulate
         terms: dict[str, Tensor] = {}
         self.optimizer.zero_grad(set_to_none=True)
