@@ -87,6 +87,7 @@ def read_train_config(path: Path) -> TrainConfig:
         network = NetworkConfig(**content.pop("network"))
         for name in ("out", "data_folder", "vae"):
             content[name] = None if content[name] is None else Path(content[name])
+        content.update(resume=False, dry_run=False)  # of this command, not of the run
         known = {field.name for field in fields(TrainConfig)}
         return TrainConfig(**{name: value for name, value in content.items() if name in known}, network=network)
     except (OSError, ValueError, KeyError, TypeError) as error:

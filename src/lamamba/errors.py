@@ -5,7 +5,7 @@ class LamambaError(Exception):
     """Base of every error that lamamba raises on purpose; its message names the thing, the fault and the mend."""
 
 
-class ConfigError(LamambaError, ValueError):
+class ConfigError(LamambaError):  # no ValueError, which the option parser would wrap in a text of its own
     """An option has a value that cannot work."""
 
 

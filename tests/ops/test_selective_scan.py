@@ -155,7 +155,7 @@ def test_gradients_need_not_be_contiguous() -> None:
         assert relative_error(value, exact) < 1e-12, name
 
 
-# 240 elements a path of an image: all in one tile, one image at a time, one path at a time, and tiles that do not divide.
+# 240 elements a path of an image: all in one tile, one path at a time, and tiles that do not divide.
 @pytest.mark.parametrize("elements", [10**6, 3 * 240, 2 * 240, 240, 1])
 def test_tiles_do_not_change_the_result(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(b=5, k=3, l=40, d=3, n=2)

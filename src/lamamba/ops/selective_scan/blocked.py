@@ -100,7 +100,9 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, T
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, grad_y: Tensor, grad_h: Tensor | None) -> tuple[Tensor, ...]:
+def _autograd(ctx: Any, grad_y: Tensor | None, grad_h: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:  # nothing downstream depends on y
+        return (None,) * 6
     gradients: tuple[Tensor, ...] = _backward(grad_y, *ctx.saved_tensors)
     return gradients
 

@@ -1,0 +1,212 @@
+"""Options that cannot work are refused by name, and the presets are what they are said to be."""
+
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from lamamba.config import PRESETS, NetworkConfig, SampleConfig, TrainConfig, nearest, preset
+from lamamba.errors import ConfigError, LamambaError
+from lamamba.model import LaMambaDiff
+
+WRONG_NETWORKS = [
+    ("in_channels", 0),
+    ("in_channels", 4.0),
+    ("sample_size", 2),
+    ("sample_size", 31),
+    ("sample_size", 32.0),
+    ("num_classes", -1),
+    ("num_classes", 10.5),
+    ("embed_dim", 0),
+    ("embed_dim", 322),
+    ("embed_dim", 320.0),
+    ("embed_dim", "320"),
+    ("depths", (2, 2, 2)),
+    ("depths", (2, 2, 2, 2, 2)),
+    ("depths", (2, 2, 0, 2)),
+    ("depths", (2, 2, 2.0, 2)),
+    ("depths", ()),
+    ("bottleneck_depth", -1),
+    ("bottleneck_depth", 1.5),
+    ("decoder_extra_depth", -1),
+    ("num_heads", 0),
+    ("num_heads", 15),
+    ("num_heads", 640),
+    ("window_size", 0),
+    ("window_size", 7),
+    ("window_size", 8.0),
+    ("ssm_ratio", 0.0),
+    ("ssm_ratio", -1.0),
+    ("ssm_ratio", 1.001),
+    ("ssm_ratio", float("nan")),
+    ("ssm_state_size", 0),
+    ("ssm_state_size", 1.0),
+    ("ssm_dt_rank", 0),
+    ("ssm_dt_rank", -20),
+    ("scan", "cross"),
+    ("scan", "Continuous"),
+    ("scan", None),
+    ("mlp_ratio", 0.0),
+    ("mlp_ratio", -4.0),
+    ("mlp_ratio", 1.001),
+    ("downsample", "v1"),
+    ("downsample", ""),
+    ("label_dropout", -0.1),
+    ("label_dropout", 1.0),
+    ("label_dropout", float("nan")),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_NETWORKS, ids=str)
+def test_a_wrong_network_option_is_refused_by_name_and_value(name: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        NetworkConfig(**{name: value})
+    assert str(caught.value).startswith(f"{name} is {value!r}: it must be ")
+
+
+def test_a_network_without_any_mixing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="use_attention is False"):
+        NetworkConfig(use_ssm=False, use_attention=False)
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_heads", 3), ("scan", "spiral"), ("sample_size", 7)])
+def test_the_network_refuses_what_its_config_refuses(name: str, value: object) -> None:
+    with torch.device("meta"), pytest.raises(ConfigError, match=f"{name} is {value!r}"):
+        LaMambaDiff(**{"embed_dim": 8, "num_heads": 2, name: value})
+
+
+WRONG_TRAININGS = [
+    ("num_images", 0),
+    ("batch_size", 0),
+    ("accumulate", 0),
+    ("accumulate", 7),
+    ("sample_steps", 0),
+    ("log_every", 0),
+    ("sample_every", -1),
+    ("checkpoint_every", 0),
+    ("max_grad_norm", -1.0),
+    ("weight_decay", -0.1),
+    ("num_workers", -1),
+    ("keep_checkpoints", -1),
+    ("seed", -1),
+    ("learning_rate", 0.0),
+    ("learning_rate", -1e-4),
+    ("learning_rate", float("nan")),
+    ("ema_decay", 1.0),
+    ("ema_decay", -0.1),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_TRAININGS, ids=str)
+def test_a_wrong_training_option_is_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(out=Path("run"), **{name: value})
+    assert str(caught.value).startswith(f"{name} is {value!r}: it must be ")
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_per_label", 0), ("steps", 0), ("batch_size", -1), ("seed", -1)])
+def test_a_wrong_sampling_option_is_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        SampleConfig("nano", **{name: value})
+    assert str(caught.value).startswith(f"{name} is {value!r}: it must be ")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sample_size": 4},
+        {"num_classes": 0},
+        {"in_channels": 1},
+        {"embed_dim": 4, "num_heads": 1},
+        {"window_size": 2},
+        {"depths": (1, 1, 1, 1), "bottleneck_depth": 0, "decoder_extra_depth": 0},
+        {"ssm_dt_rank": 1},
+        {"ssm_ratio": 0.5, "mlp_ratio": 1.5},
+        {"label_dropout": 0.0},
+        {"use_ssm": False},
+        {"use_attention": False},
+    ],
+    ids=str,
+)
+def test_limits_are_allowed(options: dict[str, object]) -> None:
+    assert all(getattr(NetworkConfig(**options), name) == value for name, value in options.items())
+
+
+def test_config_errors_are_value_errors_of_this_package() -> None:
+    assert issubclass(ConfigError, LamambaError)
+    assert issubclass(ConfigError, ValueError)
+
+
+def test_configs_are_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        NetworkConfig().embed_dim = 8  # type: ignore[misc]
+
+
+def count_parameters(name: str, **options: object) -> int:
+    with torch.device("meta"):
+        network = LaMambaDiff.from_preset(name, **options)
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def test_default_network_is_the_released_xl() -> None:
+    assert PRESETS["xl-256"] == NetworkConfig()
+    assert count_parameters("xl-256") == 652_484_648
+
+
+def test_xl_with_sixteen_states_is_the_paper_s() -> None:
+    assert count_parameters("xl-256", ssm_state_size=16) == pytest.approx(659.7e6, rel=1e-4)
+
+
+def test_nano_is_small() -> None:
+    assert 2e6 < count_parameters("nano") < 7e6
+
+
+def test_there_are_nine_presets() -> None:
+    assert set(PRESETS) == {"nano"} | {f"{size}-{pixels}" for size in ("s", "b", "l", "xl") for pixels in (256, 512)}
+
+
+@pytest.mark.parametrize(("size", "width", "heads"), [("s", 64, 4), ("b", 128, 8), ("l", 256, 16), ("xl", 320, 16)])
+@pytest.mark.parametrize(("pixels", "sample_size"), [(256, 32), (512, 64)])
+def test_presets_have_the_paper_s_widths(size: str, width: int, heads: int, pixels: int, sample_size: int) -> None:
+    config = preset(f"{size}-{pixels}")
+    assert (config.embed_dim, config.num_heads, config.sample_size) == (width, heads, sample_size)
+    given = {"embed_dim": width, "num_heads": heads, "sample_size": sample_size}
+    assert config == NetworkConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("xl", "xl-256"), ("XL-256", "xl-256"), ("nanno", "nano"), ("xl-521", "xl-512"), ("l_256", "l-256")],
+)
+def test_an_unknown_preset_is_answered_with_the_nearest(name: str, meant: str) -> None:
+    for look_up in (preset, LaMambaDiff.from_preset):
+        with pytest.raises(ConfigError, match=f"no preset is named '{name}': .*{meant}"):
+            look_up(name)
+
+
+def test_a_preset_like_no_other_is_answered_with_all() -> None:
+    with pytest.raises(ConfigError) as caught:
+        preset("resnet")
+    assert all(name in str(caught.value) for name in PRESETS)
+    assert nearest("abc", ["abd", "xyz"]) == "did you mean abd?"
+
+
+def test_from_preset_replaces_options() -> None:
+    with torch.device("meta"):
+        network = LaMambaDiff.from_preset("s-512", num_classes=7, scan="raster", depths=(1, 1, 1, 1))
+    wanted = {**vars(preset("s-512")), "num_classes": 7, "scan": "raster", "depths": (1, 1, 1, 1)}
+    assert {field.name: network.config[field.name] for field in fields(NetworkConfig)} == wanted
+    assert len(network.encoder[0]) == 1
+
+
+def test_from_preset_refuses_wrong_options() -> None:
+    with torch.device("meta"), pytest.raises(ConfigError, match="window_size is 3"):
+        LaMambaDiff.from_preset("nano", window_size=3)
+
+
+def test_options_are_read_without_importing_torch() -> None:
+    code = "import sys; from lamamba.config import NetworkConfig; NetworkConfig(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

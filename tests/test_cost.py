@@ -1,0 +1,111 @@
+"""Counted parameters and multiply-adds against numbers worked out by hand and against the paper's."""
+
+import pytest
+import torch
+
+from lamamba.config import PRESETS
+from lamamba.cost import count
+from lamamba.model import LaMambaDiff
+
+
+def build_on_meta(**options: object) -> LaMambaDiff:
+    with torch.device("meta"):
+        return LaMambaDiff(**options)
+
+
+def build_tiny(**options: object) -> LaMambaDiff:
+    tiny = {"embed_dim": 8, "num_heads": 2, "window_size": 4, "num_classes": 3, "sample_size": 8}
+    return build_on_meta(**{**tiny, **options})
+
+
+def block_macs(width: int, pixels: int, keys: int, projected: bool, states: int = 1) -> int:
+    """Count one block by hand; the step's rank is 1 up to a width of 16."""
+    inner, rank = 2 * width, -(-width // 16)
+    condition = (32 * width if projected else 0) + width * 9 * width
+    scan_branch = [
+        width * 2 * inner,  # in_proj
+        9 * inner,  # depthwise convolution
+        4 * (rank + 2 * states) * inner,  # x_proj
+        4 * rank * inner,  # dt_proj
+        4 * inner * (4 * states + 2),  # scan
+        inner * width,  # out_proj
+    ]
+    attention = [width * 3 * width, 2 * keys * width, width * width]
+    mlp = [2 * width * 4 * width]
+    return condition + pixels * sum(scan_branch + attention + mlp)
+
+
+@pytest.mark.parametrize("states", [1, 16])
+def test_stages_of_a_tiny_network_are_the_numbers_worked_out_by_hand(states: int) -> None:
+    macs = {stage: macs for stage, (_, macs) in count(build_tiny(ssm_state_size=states), 8, 8).items()}
+    assert macs["embeddings"] == 64 * 4 * 8 + 256 * 32 + 32 * 32
+    assert macs["encoder 0 (8 wide)"] == 2 * block_macs(8, 64, 16, True, states) + 16 * 32 * 16
+    assert macs["encoder 1 (16 wide)"] == 2 * block_macs(16, 16, 16, True, states) + 4 * 64 * 32
+    for stage in ("encoder 2 (32 wide)", "encoder 3 (32 wide)", "bottleneck"):
+        assert macs[stage] == 2 * block_macs(32, 4, 4, False, states), stage
+    for stage in ("decoder 0 (32 wide)", "decoder 1 (32 wide)"):
+        assert macs[stage] == 3 * block_macs(32, 4, 4, True, states), stage
+    assert macs["decoder 2 (16 wide)"] == 3 * block_macs(16, 16, 16, True, states) + 4 * 32 * 64
+    assert macs["decoder 3 (8 wide)"] == 3 * block_macs(8, 64, 16, True, states) + 16 * 16 * 32
+    assert macs["head"] == 64 * 8 * 8 + 32 * 8 + 8 * 16 + 64 * 8 * 8
+
+
+def test_first_stage_is_the_number_on_paper() -> None:
+    # 64 pixels: 256 + 576 of the condition, then 16384 in, 9216 convolution, 12288 and 4096 projections, 24576 scan,
+    # 8192 out, 12288 + 16384 + 4096 attention, 32768 MLP; twice, and 8192 of the downsampling.
+    assert count(build_tiny(), 8, 8)["encoder 0 (8 wide)"][1] == 2 * 141_120 + 8_192
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"downsample": "conv"},
+        {"bottleneck_depth": 0},
+        {"use_ssm": False},
+        {"use_attention": False},
+        {"depths": (1, 2, 1, 3), "num_classes": 0},
+    ],
+    ids=str,
+)
+def test_stages_sum_to_all(options: dict[str, object]) -> None:
+    network = build_tiny(**options)
+    rows = count(network, 8, 16)
+    parameters, macs = rows.pop("all")
+    assert parameters == sum(parameter.numel() for parameter in network.parameters())
+    assert parameters == sum(row[0] for row in rows.values())
+    assert macs == sum(row[1] for row in rows.values())
+    assert list(rows)[0] == "embeddings"
+    assert list(rows)[-1] == "head"
+
+
+def test_counting_does_not_depend_on_the_device() -> None:
+    options = {"embed_dim": 8, "num_heads": 2, "window_size": 4, "num_classes": 3, "sample_size": 8}
+    assert count(LaMambaDiff(**options), 8, 8) == count(build_on_meta(**options), 8, 8)
+
+
+def test_cost_is_linear_in_the_pixels() -> None:
+    network = build_tiny()
+    small, large = count(network, 16, 16), count(network, 32, 32)
+    for stage in ("decoder 3 (8 wide)", "encoder 0 (8 wide)"):
+        condition = (3 if "decoder" in stage else 2) * (32 * 8 + 8 * 72)
+        assert large[stage][1] - condition == 4 * (small[stage][1] - condition)
+
+
+def scanned_elements(options: dict[str, object]) -> int:
+    """Sum path, step and channel over all the scans of a network."""
+    width, size = options["embed_dim"], options["sample_size"]
+    stages = [(width, size, 2 + 3), (2 * width, size // 2, 2 + 3), (4 * width, size // 4, 2 + 3 + 2 + 3 + 2)]
+    return sum(4 * (side * side) * (2 * channels) * num_blocks for channels, side, num_blocks in stages)
+
+
+@pytest.mark.parametrize(
+    ("states", "parameters", "macs", "reported"),
+    [(1, 652_484_648, 45_719_203_840, 45.9e9), (16, 659_742_248, 48_196_464_640, 50.5e9)],
+)
+def test_xl_costs_what_is_reported(states: int, parameters: int, macs: int, reported: float) -> None:
+    network = build_on_meta(ssm_state_size=states)
+    assert count(network, 32, 32)["all"] == (parameters, macs)
+    # The reported numbers charge the scan 9 for each state, where this package counts what is multiplied: 4, and 2 more.
+    elements = scanned_elements(vars(PRESETS["xl-256"]))
+    assert macs + elements * (9 * states - (4 * states + 2)) == pytest.approx(reported, rel=5e-3)
