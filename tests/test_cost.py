@@ -75,7 +75,7 @@ def test_stages_sum_to_all(options: dict[str, object]) -> None:
     assert parameters == sum(parameter.numel() for parameter in network.parameters())
     assert parameters == sum(row[0] for row in rows.values())
     assert macs == sum(row[1] for row in rows.values())
-    assert list(rows)[0] == "embeddings"
+    assert next(iter(rows)) == "embeddings"
     assert list(rows)[-1] == "head"
 
 
@@ -106,6 +106,6 @@ def scanned_elements(options: dict[str, object]) -> int:
 def test_xl_costs_what_is_reported(states: int, parameters: int, macs: int, reported: float) -> None:
     network = build_on_meta(ssm_state_size=states)
     assert count(network, 32, 32)["all"] == (parameters, macs)
-    # The reported numbers charge the scan 9 for each state, where this package counts what is multiplied: 4, and 2 more.
+    # The reported numbers charge the scan 9 for each state, where this package counts 4, and 2 more a channel.
     elements = scanned_elements(vars(PRESETS["xl-256"]))
     assert macs + elements * (9 * states - (4 * states + 2)) == pytest.approx(reported, rel=5e-3)

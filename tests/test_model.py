@@ -1,6 +1,8 @@
 """The network against the released one's recorded numbers, and what goes beyond it."""
 
 import json
+import math
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lamamba.diffusion import guide
-from lamamba.model import LaMambaDiff
+from lamamba.config import NetworkConfig
+from lamamba.diffusion import OBJECTIVES, guide, training_losses
+from lamamba.model import LaMambaDiff, WindowAttention, window_geometry
 from lamamba.released import load_released, translate
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -78,3 +81,503 @@ def test_guidance_agrees_with_the_released_network(name: str) -> None:
     with torch.no_grad():
         out = denoiser(golden["x"], golden["t"], golden["y"])
     assert relative_error(out, golden["cfg_out_scale_4"][:batch]) < 1e-5
+
+
+SMALL = {
+    "embed_dim": 8,
+    "sample_size": 8,
+    "num_classes": 3,
+    "num_heads": 2,
+    "window_size": 4,
+    "depths": (2, 1, 1, 1),
+    "bottleneck_depth": 1,
+    "decoder_extra_depth": 0,
+}
+
+
+def build(seed: int = 0, **options: object) -> LaMambaDiff:
+    torch.manual_seed(seed)
+    return LaMambaDiff(**{**SMALL, **options}).eval()
+
+
+@torch.no_grad()
+def randomise(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Move every parameter off its initial value, so that no gate is closed."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+    return network
+
+
+def build_random(**options: object) -> LaMambaDiff:
+    return randomise(build(**options))
+
+
+def make_batch(height: int = 8, width: int = 8, channels: int = 4, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    x_t = torch.randn(batch, channels, height, width, generator=generator)
+    return x_t, torch.tensor([3, 700])[:batch], torch.tensor([1, 3])[:batch]
+
+
+# What each option changes: the parameters, or with the same parameters the output.
+OTHER_VALUES = {
+    "in_channels": 3,
+    "sample_size": 16,
+    "num_classes": 5,
+    "embed_dim": 16,
+    "depths": (1, 1, 1, 1),
+    "bottleneck_depth": 2,
+    "decoder_extra_depth": 1,
+    "num_heads": 4,
+    "window_size": 2,
+    "ssm_ratio": 1.0,
+    "ssm_state_size": 3,
+    "ssm_dt_rank": 5,
+    "ssm_conv_bias": True,
+    "scan": "raster",
+    "mlp_ratio": 2.0,
+    "downsample": "conv",
+    "use_ssm": False,
+    "use_attention": False,
+}
+
+
+def test_every_option_of_the_network_is_tested_here() -> None:
+    assert {field.name for field in fields(NetworkConfig)} == {*OTHER_VALUES, "label_dropout"}
+
+
+@pytest.mark.parametrize("name", OTHER_VALUES)
+def test_every_option_changes_something(name: str) -> None:
+    usual, other = build_random(), build_random(**{name: OTHER_VALUES[name]})
+    shapes = [{key: value.shape for key, value in network.state_dict().items()} for network in (usual, other)]
+    if name != "scan":
+        assert shapes[0] != shapes[1]
+        assert sum(p.numel() for p in usual.parameters()) != sum(p.numel() for p in other.parameters())
+    else:
+        other.load_state_dict(usual.state_dict())
+        assert relative_error(other(*make_batch()), usual(*make_batch())) > 1e-3
+    out = other(*make_batch(channels=other.config.in_channels))
+    assert out.shape == (2, 2 * other.config.in_channels, 8, 8)
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5])
+def test_label_dropout_is_the_rate_of_null_labels_in_training(rate: float, objective: str) -> None:
+    seen = []
+
+    def denoiser(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        seen.append(y)
+        return torch.cat([x_t, x_t], dim=1)
+
+    num_images, null_label = 20_000, 3
+    y = torch.arange(num_images) % null_label
+    training_losses(
+        OBJECTIVES[objective],
+        denoiser,
+        torch.zeros(num_images, 1, 1, 1),
+        y,
+        null_label=null_label,
+        label_dropout=rate,
+        generator=torch.Generator().manual_seed(0),
+    )
+    (labels,) = seen
+    dropped = labels == null_label
+    spread = math.sqrt(rate * (1 - rate) / num_images)
+    assert abs(float(dropped.double().mean()) - rate) <= 4 * spread
+    assert torch.equal(labels[~dropped], y[~dropped])
+
+
+@pytest.mark.parametrize("options", [{}, {"downsample": "conv", "scan": "raster"}], ids=["default", "conv-raster"])
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (4, 6), (6, 10), (10, 6), (14, 14), (34, 18), (4, 22)], ids=str)
+def test_any_even_size_works_and_every_pixel_matters(height: int, width: int, options: dict[str, object]) -> None:
+    network = build_random(**options)
+    x_t, t, y = make_batch(height, width)
+    x_t.requires_grad_()
+    out = network(x_t, t, y)
+    assert out.shape == (2, 8, height, width)
+    assert torch.isfinite(out).all()
+    (sensitivity,) = torch.autograd.grad(out[0].square().sum(), x_t)
+    assert torch.isfinite(sensitivity).all()
+    assert (sensitivity[0] != 0).all()
+    assert (sensitivity[1] == 0).all(), "images of a batch should not see each other"
+
+
+def test_every_pixel_sees_every_other() -> None:
+    network = build_random(use_attention=False).double()
+    x_t, t, y = make_batch(8, 12, batch=1)
+    x_t = x_t.double().requires_grad_()
+    for row, column in [(0, 0), (7, 11), (3, 5)]:
+        (sensitivity,) = torch.autograd.grad(network(x_t, t, y)[0, :, row, column].sum(), x_t)
+        assert (sensitivity != 0).all()
+
+
+def test_output_depends_on_timestep_and_label() -> None:
+    network = build_random()
+    x_t, t, y = make_batch()
+    out = network(x_t, t, y)
+    assert relative_error(network(x_t, t + 100, y), out) > 1e-3
+    assert relative_error(network(x_t, t, (y + 1) % 4), out) > 1e-3
+    assert torch.equal(network(x_t, t.float(), y), out)
+
+
+def test_an_unconditional_network_needs_no_label() -> None:
+    network = build_random(num_classes=0)
+    x_t, t, _ = make_batch()
+    assert torch.equal(network(x_t, t), network(x_t, t, torch.zeros(2, dtype=torch.long)))
+    assert network.null_label == 0
+
+
+WRONG_INPUTS = {
+    "odd height": ({"x_t": (2, 4, 7, 8)}, "x_t is 7 by 8 pixels"),
+    "odd width": ({"x_t": (2, 4, 8, 9)}, "x_t is 8 by 9 pixels"),
+    "too low": ({"x_t": (2, 4, 2, 8)}, "x_t is 2 by 8 pixels"),
+    "too narrow": ({"x_t": (2, 4, 8, 2)}, "x_t is 8 by 2 pixels"),
+    "empty": ({"x_t": (2, 4, 0, 0)}, "x_t is 0 by 0 pixels"),
+    "channels": ({"x_t": (2, 3, 8, 8)}, r"x_t is \(2, 3, 8, 8\): give \(b, 4, h, w\)"),
+    "no batch": ({"x_t": (4, 8, 8)}, r"x_t is \(4, 8, 8\)"),
+    "timesteps": ({"t": (3,)}, r"t is \(3,\): give \(2,\)"),
+    "one timestep": ({"t": ()}, r"t is \(\): give \(2,\)"),
+    "labels": ({"y": (1,)}, r"y is \(1,\): give \(2,\)"),
+    "columns of labels": ({"y": (2, 1)}, r"y is \(2, 1\)"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_INPUTS)
+def test_wrong_shapes_are_refused_by_name(case: str) -> None:
+    shapes, message = WRONG_INPUTS[case]
+    x_t, t, y = make_batch()
+    inputs = {"x_t": x_t, "t": t, "y": y}
+    for name, shape in shapes.items():
+        inputs[name] = torch.zeros(shape, dtype=inputs[name].dtype)
+    with pytest.raises(ValueError, match=message):
+        build()(**inputs)
+
+
+@pytest.mark.parametrize("labels", [[0, 4], [-1, 2], [1000, 0]])
+def test_labels_out_of_range_are_refused(labels: list[int]) -> None:
+    x_t, t, _ = make_batch()
+    with pytest.raises(ValueError, match=rf"y goes from {min(labels)} to {max(labels)}: labels go from 0 to 3"):
+        build()(x_t, t, torch.tensor(labels))
+
+
+def test_missing_labels_are_refused() -> None:
+    x_t, t, _ = make_batch()
+    with pytest.raises(ValueError, match="y is missing"):
+        build()(x_t, t)
+
+
+def attend_pixel_by_pixel(attention: WindowAttention, x: Tensor) -> Tensor:
+    """Attend in windows of a padded, cyclically shifted grid, one real query at a time, without making the padding."""
+    batch, height, width, channels = x.shape
+    side_y, side_x = min(height, attention.window_size), min(width, attention.window_size)
+    shift_y = side_y // 2 if attention.shifted and height > side_y else 0
+    shift_x = side_x // 2 if attention.shifted and width > side_x else 0
+
+    def place_and_region(pixel: int, length: int, side: int, shift: int) -> tuple[int, int]:
+        """Where the cyclic shift puts a pixel, and from which side of the image it came there."""
+        padded = math.ceil(length / side) * side
+        return (pixel - shift) % padded, int(pixel < shift)
+
+    def window_and_region(pixel: int) -> tuple[int, int, int, int]:
+        row, region_y = place_and_region(pixel // width, height, side_y, shift_y)
+        column, region_x = place_and_region(pixel % width, width, side_x, shift_x)
+        return row // side_y, column // side_x, region_y, region_x
+
+    def offset_row(query: int, key: int) -> int:
+        (query_y, _), (key_y, _) = (place_and_region(p // width, height, side_y, shift_y) for p in (query, key))
+        (query_x, _), (key_x, _) = (place_and_region(p % width, width, side_x, shift_x) for p in (query, key))
+        window = attention.window_size
+        return (query_y - key_y + window - 1) * (2 * window - 1) + query_x - key_x + window - 1
+
+    heads = attention.num_heads
+    qkv = attention.qkv(x).reshape(batch, height * width, 3, heads, channels // heads)
+    q, k, v = qkv.unbind(2)
+    table = attention.relative_position_bias
+    found = [window_and_region(pixel) for pixel in range(height * width)]
+    outputs = []
+    for query in range(height * width):
+        keys = [key for key in range(height * width) if found[key][:2] == found[query][:2]]
+        bias = torch.stack([table[offset_row(query, key)] for key in keys], dim=1)
+        bias = bias + torch.tensor([0.0 if found[key][2:] == found[query][2:] else -100.0 for key in keys])
+        logits = torch.einsum("bhc,bkhc->bhk", q[:, query], k[:, keys]) * (channels // heads) ** -0.5 + bias
+        outputs.append(torch.einsum("bhk,bkhc->bhc", logits.softmax(dim=-1), v[:, keys]).flatten(1))
+    return attention.out_proj(torch.stack(outputs, dim=1)).reshape(x.shape)
+
+
+def build_attention(window_size: int, shifted: bool, scale: float = 1.0) -> WindowAttention:
+    config = NetworkConfig(embed_dim=8, num_heads=2, window_size=window_size)
+    attention = WindowAttention(config, 8, shifted)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return attention.double()
+
+
+@pytest.mark.parametrize("shifted", [False, True], ids=["plain", "shifted"])
+@pytest.mark.parametrize(
+    ("height", "width", "window_size"),
+    [(10, 10, 8), (8, 8, 4), (8, 12, 4), (6, 10, 4), (5, 7, 4), (9, 4, 4), (3, 11, 4), (9, 9, 8), (7, 6, 2)],
+    ids=str,
+)
+def test_window_attention_never_sees_padding(height: int, width: int, window_size: int, shifted: bool) -> None:
+    attention = build_attention(window_size, shifted)
+    x = torch.randn(2, height, width, 8, generator=torch.Generator().manual_seed(1)).double()
+    with torch.no_grad():
+        assert relative_error(attention(x), attend_pixel_by_pixel(attention, x)) < 1e-12
+
+
+def test_pixels_that_only_the_shift_brought_together_see_each_other_at_minus_100() -> None:
+    """Logits in the hundreds tell -100 from minus infinity."""
+    attention = build_attention(4, shifted=True, scale=6.0)
+    x = 3 * torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+    with torch.no_grad():
+        wanted, out = attend_pixel_by_pixel(attention, x), attention(x)
+        geometry = window_geometry(8, 8, 4, 2, 2, torch.device("cpu"))
+        assert sorted(geometry.mask.unique().tolist()) == [-100.0, 0.0]
+        assert relative_error(out, wanted) < 1e-12
+        geometry.mask[geometry.mask == -100] = -math.inf
+        try:
+            assert relative_error(attention(x), wanted) > 1e-3
+        finally:
+            geometry.mask[geometry.mask == -math.inf] = -100
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 8), (3, 5), (1, 1)])
+def test_a_grid_no_larger_than_the_window_is_one_window(height: int, width: int, shifted: bool) -> None:
+    attention = build_attention(8, shifted)
+    x = torch.randn(1, height, width, 8).double().requires_grad_()
+    assert window_geometry(height, width, 8, 0, 0, x.device).mask is None
+    (sensitivity,) = torch.autograd.grad(attention(x)[0, 0, 0].sum(), x)
+    assert (sensitivity != 0).all()
+    assert relative_error(attention(x), attend_pixel_by_pixel(attention, x)) < 1e-12
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_windows_agree_with_the_released_geometry(shifted: bool) -> None:
+    recorded = json.loads((GOLDEN / "official_xl_256_state.json").read_text())
+    shift = 4 if shifted else 0
+    geometry = window_geometry(32, 32, 8, shift, shift, torch.device("cpu"))
+    shape, _, mean, std, least, most = recorded["layers.0.blocks.0.attn.relative_position_index"]
+    offsets = geometry.offsets.double()
+    assert list(offsets.shape) == shape
+    assert [offsets.mean(), offsets.std(), offsets.min(), offsets.max()] == pytest.approx([mean, std, least, most])
+    if shifted:
+        shape, _, mean, std, least, most = recorded["layers.0.blocks.1.attn_mask"]
+        mask = geometry.mask.double()
+        assert list(mask.shape) == shape
+        assert [mask.mean(), mask.std(), mask.min(), mask.max()] == pytest.approx([mean, std, least, most])
+    else:
+        assert geometry.mask is None
+
+
+@pytest.mark.parametrize("way", ["weights", "autocast"])
+def test_bf16_is_finite_and_near_float32(way: str) -> None:
+    network = build_random()
+    x_t, t, y = make_batch(10, 8)
+    exact = network(x_t, t, y)
+    if way == "weights":
+        out = network.to(torch.bfloat16)(x_t, t, y)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = network(x_t, t, y)
+    assert out.dtype == x_t.dtype
+    assert torch.isfinite(out).all()
+    assert 1e-5 < relative_error(out, exact) < 0.05
+    out.square().mean().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in network.parameters())
+
+
+def gradients_of(network: torch.nn.Module, forward: object = None) -> tuple[Tensor, dict[str, Tensor]]:
+    network.zero_grad()
+    out = (forward or network)(*make_batch())
+    out.square().mean().backward()
+    return out.detach(), {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
+
+
+def test_gradient_checkpointing_gives_identical_gradients() -> None:
+    network = build_random().train()
+    out, gradients = gradients_of(network)
+    calls = []
+    network.enable_gradient_checkpointing()
+    block = network.encoder[0][0]
+    block.register_forward_hook(lambda *_: calls.append(1))
+    out_again, gradients_again = gradients_of(network)
+    assert len(calls) == 2, "a checkpointed block runs twice"
+    assert torch.equal(out, out_again)
+    for name, gradient in gradients.items():
+        assert torch.equal(gradients_again[name], gradient), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scan": "raster", "ssm_conv_bias": True, "downsample": "conv", "ssm_state_size": 4}, {"sample_size": 12}],
+    ids=["default", "other", "resized"],
+)
+def test_every_parameter_gets_a_gradient(options: dict[str, object]) -> None:
+    for name, gradient in gradients_of(build_random(**options))[1].items():
+        assert torch.isfinite(gradient).all(), name
+        assert gradient.norm() > 0, name
+
+
+def test_an_untrained_network_learns_from_the_first_step() -> None:
+    gradients = gradients_of(build())[1]
+    assert gradients["head.output.weight"].norm() > 0
+    assert gradients["encoder.0.0.modulation.weight"].norm() > 0
+    assert gradients["encoder.0.0.ssm.in_proj.weight"].norm() == 0, "its gate is closed"
+
+
+def test_compiled_network_equals_eager_forward_and_backward() -> None:
+    network = build_random(depths=(1, 1, 1, 1))
+    out, gradients = gradients_of(network)
+    torch.compiler.reset()
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    out_again, gradients_again = gradients_of(network, compiled)
+    torch.compiler.reset()
+    assert relative_error(out_again, out) < 1e-6
+    for name, gradient in gradients.items():
+        assert relative_error(gradients_again[name], gradient) < 1e-5, name
+
+
+def test_saved_and_loaded_network_is_the_same_bit_for_bit(tmp_path: Path) -> None:
+    network = build_random(scan="raster", ssm_dt_rank=3, num_classes=2)
+    network.save_pretrained(tmp_path)
+    again = LaMambaDiff.from_pretrained(tmp_path)
+    assert {field.name: again.config[field.name] for field in fields(NetworkConfig)} == {
+        field.name: list(value) if isinstance(value := network.config[field.name], tuple) else value
+        for field in fields(NetworkConfig)
+    }
+    state, state_again = network.state_dict(), again.state_dict()
+    assert sorted(state) == sorted(state_again)
+    for name, value in state.items():
+        assert state_again[name].dtype == value.dtype, name
+        assert torch.equal(state_again[name], value), name
+    x_t, t, _ = make_batch()
+    y = torch.tensor([0, 2])
+    # Tensors lie elsewhere in memory once read from a file, which changes the last bit of some sums.
+    torch.testing.assert_close(again(x_t, t, y), network(x_t, t, y), rtol=1e-5, atol=1e-5)
+
+
+def test_loading_in_half_precision_keeps_the_decay_exact(tmp_path: Path) -> None:
+    network = build_random()
+    network.save_pretrained(tmp_path)
+    half = LaMambaDiff.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    for name, value in half.state_dict().items():
+        exact = name.endswith(("A_log", ".D", "dt_bias"))
+        assert value.dtype == (torch.float32 if exact else torch.bfloat16), name
+        assert torch.equal(value, network.state_dict()[name].to(value.dtype)), name
+    out = half(*make_batch())
+    assert 1e-5 < relative_error(out, network(*make_batch())) < 0.05
+
+
+def test_the_same_seed_gives_the_same_network() -> None:
+    first, again, other = build(seed=1).state_dict(), build(seed=1).state_dict(), build(seed=2).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["head.output.weight"], other["head.output.weight"])
+
+
+def wanted_distribution(name: str, shape: tuple[int, ...]) -> tuple[str, float]:
+    """The initialisation of a parameter of this package's name and shape: a law and its one number."""
+    module, _, kind = name.rpartition(".")
+    if name == "position_embedding":
+        return "sine-cosine", 0.0
+    if kind in ("A_log", "dt_bias"):
+        return kind, 0.0
+    if kind == "D":
+        return "constant", 1.0
+    if kind == "relative_position_bias" or name.startswith(("timestep_embedding", "label_embedding")):
+        return ("constant", 0.0) if kind == "bias" else ("normal", 0.02)
+    if kind == "dt_weight":
+        return "uniform", shape[-1] ** -0.5
+    if kind == "x_proj_weight":
+        return "uniform", shape[-1] ** -0.5
+    if module.endswith("convolution"):  # PyTorch's default; only a depthwise 3x3 one is among the recorded
+        return "uniform", math.prod(shape[1:]) ** -0.5
+    if "norm" in module:
+        return "constant", 1.0 if kind == "weight" else 0.0
+    if kind == "bias" or module.endswith("modulation"):
+        return "constant", 0.0
+    return "uniform", math.sqrt(6 / (shape[0] + shape[1]))
+
+
+def assert_follows(name: str, shape: tuple[int, ...], statistics: tuple[float, float, float, float]) -> None:
+    """Hold mean, standard deviation, least and most to a law, within 5.5 standard errors."""
+    mean, std, least, most = statistics
+    count = math.prod(shape)
+    law, number = wanted_distribution(name, shape)
+    if law == "constant":
+        assert (mean, least, most) == (number, number, number), name
+    elif law == "A_log":
+        assert (least, most) == pytest.approx((0.0, math.log(shape[-1])), abs=1e-6), name
+        assert mean == pytest.approx(math.lgamma(shape[-1] + 1) / shape[-1], abs=1e-6), name
+    elif law == "sine-cosine":
+        assert -1 <= least < -0.9, name
+        assert 0.9 < most <= 1, name
+    elif law == "dt_bias":
+        low, high = (math.log(math.expm1(step)) for step in (1e-3, 1e-1))
+        assert low - 1e-4 <= least < most <= high + 1e-4, name
+        # The inverse softplus is nearly the logarithm for small steps, so the law is nearly uniform.
+        steps = torch.linspace(math.log(1e-3), math.log(1e-1), 10_001, dtype=torch.float64).exp()
+        exact = torch.log(torch.expm1(steps))
+        assert abs(mean - float(exact.mean())) < 5.5 * float(exact.std()) / math.sqrt(count), name
+        assert abs(std - float(exact.std())) < 5.5 * float(exact.std()) * math.sqrt(0.25 / count), name
+    else:
+        sigma = number / math.sqrt(3) if law == "uniform" else number
+        assert abs(mean) < 5.5 * sigma / math.sqrt(count), name
+        assert abs(std - sigma) < 5.5 * sigma * math.sqrt((0.2 if law == "uniform" else 0.5) / count), name
+        if law == "uniform":
+            assert max(-least, most) <= number * (1 + 1e-5), name
+            assert count < 1000 or min(-least, most) > 0.98 * number, name
+        else:
+            assert 2 * sigma < min(-least, most) <= max(-least, most) < 6 * sigma, name
+
+
+def test_the_laws_of_initialisation_are_those_of_the_released_xl() -> None:
+    """The laws that the next test holds networks to, held to the statistics of the released network itself."""
+    recorded = json.loads((GOLDEN / "official_xl_256_state.json").read_text())
+    with torch.device("meta"):
+        shapes = {name: tuple(value.shape) for name, value in LaMambaDiff.from_preset("xl-256").state_dict().items()}
+    checked = set()
+    for released_name, (_, _, *statistics) in recorded.items():
+        name = translate(released_name)
+        if name in shapes:
+            assert_follows(name, shapes[name], tuple(statistics))
+            checked.add(name)
+    assert checked == set(shapes)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"embed_dim": 32, "num_heads": 4, "window_size": 8, "num_classes": 20, "sample_size": 16},
+        {"embed_dim": 32, "num_heads": 4, "ssm_state_size": 4, "ssm_dt_rank": 7, "ssm_ratio": 1.0, "mlp_ratio": 2.0},
+    ],
+    ids=["default", "other"],
+)
+def test_fresh_parameters_follow_the_laws(options: dict[str, object]) -> None:
+    for name, value in build(**options).state_dict().items():
+        value = value.double()
+        statistics = tuple(float(x) for x in (value.mean(), value.std(), value.min(), value.max()))
+        assert_follows(name, tuple(value.shape), statistics)
+
+
+def test_position_embedding_is_sine_and_cosine_of_column_then_row() -> None:
+    embedding = build(embed_dim=16, num_heads=2).position_embedding[0].detach()
+    for row in range(8):
+        for column in range(8):
+            wanted = []
+            for position in (column, row):
+                angles = [position / 10000 ** (i / 4) for i in range(4)]
+                wanted += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+            assert embedding[row, column].tolist() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_position_embedding_of_another_size_is_resized_not_repeated() -> None:
+    network = build()
+    assert network._position_embedding(8, 8) is network.position_embedding
+    resized = network._position_embedding(16, 12)
+    assert resized.shape == (1, 16, 12, 8)
+    # Resizing to the same picture at twice the size keeps its mean.
+    assert float(resized.mean()) == pytest.approx(float(network.position_embedding.mean()), abs=0.02)

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             commands[arguments[0]](arguments[1:])
         else:
             raise LamambaError(f"no command is named {arguments[0]!r}: {nearest(arguments[0], commands)}")
-    except LamambaError as error:
+    except (LamambaError, OSError) as error:  # OSError: a disk that is full or read-only
         print(f"lamamba: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

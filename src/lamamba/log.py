@@ -36,7 +36,7 @@ class TrainingLog:
         self.file = self.path.open("a", buffering=1)
         self.board = SummaryWriter(str(config.out / "tensorboard"), purge_step=images or None)
         self.progress = Progress(
-            TextColumn("[bold]train"),
+            TextColumn("[bold]{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("images · loss {task.fields[loss]} · {task.fields[speed]} images/s ·"),
@@ -45,7 +45,7 @@ class TrainingLog:
             disable=not self.console.is_terminal,
         )
         total = max(config.num_images, images)
-        self.task = self.progress.add_task("", total=total, completed=images, loss="–", speed="–")
+        self.task = self.progress.add_task("train", total=total, completed=images, loss="–", speed="–")
         self.sums: dict[str, Tensor] = {}
         self.steps = self.images = 0
         self.started = self.since = time.perf_counter()
@@ -123,10 +123,12 @@ class TrainingLog:
         return means["loss"]
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leave the time of what is done inside out of images/s."""
+    def pause(self, doing: str) -> Iterator[None]:
+        """Show what is being done, and leave its time out of images/s."""
         start = time.perf_counter()
+        self.progress.update(self.task, description=doing)
         yield
+        self.progress.update(self.task, description="train")
         self.paused_s += time.perf_counter() - start
 
     def save_samples(self, grid: Any, images: int) -> None:

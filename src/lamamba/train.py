@@ -298,10 +298,10 @@ def _run(trainer: Trainer, log: TrainingLog) -> None:
                 mend = f"the last checkpoint is {saved[-1]}" if saved else "nothing was saved"
                 raise LamambaError(f"the loss is {loss} at image {trainer.images}: lower learning_rate; {mend}")
         if due(config.sample_every):
-            with log.pause():
+            with log.pause("sample"):
                 log.save_samples(trainer.draw_samples(), trainer.images)
         if due(config.checkpoint_every):
-            with log.pause():
+            with log.pause("save"):
                 log.note_checkpoint(trainer.save())
         before = trainer.images
         if last:

@@ -1,0 +1,117 @@
+"""Checkpoints are whole or not there, and what is damaged or foreign is named."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lamamba.checkpoint import CheckpointInfo, checkpoints_in, load_checkpoint, save_checkpoint
+from lamamba.errors import CheckpointError, ConfigError
+from lamamba.model import LaMambaDiff
+
+TINY = {"embed_dim": 8, "num_heads": 2, "in_channels": 1, "sample_size": 8, "num_classes": 2, "depths": (1, 1, 1, 1)}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    network = LaMambaDiff(**TINY)
+    for images in (8, 16, 24):
+        save_checkpoint(
+            tmp_path, CheckpointInfo(images), {"network": network, "ema": network}, {"x": torch.ones(3)}, keep=2
+        )
+    return tmp_path
+
+
+def test_the_oldest_go_and_the_newest_is_loaded(run: Path) -> None:
+    assert [int(path.name) for path in checkpoints_in(run)] == [16, 24]
+    loaded = load_checkpoint(run)
+    assert loaded.info.images == 24
+    saved = LaMambaDiff.from_pretrained(run / "checkpoints" / f"{24:012d}" / "network").state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in loaded.network.state_dict().items())
+
+
+def test_a_folder_that_was_not_finished_is_ignored(run: Path) -> None:
+    (run / "checkpoints" / f".incomplete-{32:012d}").mkdir()
+    (run / "checkpoints" / f"{40:012d}").mkdir()
+    assert load_checkpoint(run).info.images == 24
+
+
+def test_a_full_disk_leaves_what_was_saved(run: Path) -> None:
+    # A limit on the size of files makes the operating system refuse the write, as a full disk does.
+    script = f"""
+import resource, signal
+import torch
+from pathlib import Path
+from lamamba.checkpoint import CheckpointInfo, CheckpointError, save_checkpoint
+from lamamba.model import LaMambaDiff
+network = LaMambaDiff(**{TINY!r})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))
+try:
+    save_checkpoint(Path({str(run)!r}), CheckpointInfo(32), {{"network": network}}, {{"x": torch.ones(3)}}, keep=1)
+except CheckpointError as error:
+    print("CheckpointError", error)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("CheckpointError")
+    assert f"{24:012d}" in result.stdout
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"{16:012d}", f"{24:012d}"]
+    assert load_checkpoint(run).info.images == 24
+
+
+def damage_weights(folder: Path) -> None:
+    path = folder / "ema" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def other_model(folder: Path) -> None:
+    path = folder / "ema" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": "UNet2DModel"}))
+
+
+def other_width(folder: Path) -> None:
+    path = folder / "ema" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "embed_dim": 16}))
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "ema" / "diffusion_pytorch_model.safetensors").unlink()
+
+
+def garbage(folder: Path) -> None:
+    (folder / "checkpoint.json").write_text("{")
+
+
+def later_format(folder: Path) -> None:
+    path = folder / "checkpoint.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+
+
+@pytest.mark.parametrize("damage", [damage_weights, other_model, other_width, no_weights, garbage, later_format])
+def test_damaged_and_foreign_checkpoints_are_named(run: Path, damage: object) -> None:
+    folder = run / "checkpoints" / f"{24:012d}"
+    damage(folder)  # type: ignore[operator]
+    with pytest.raises(CheckpointError, match=str(folder)) as error:
+        load_checkpoint(run)
+    assert "\n" not in str(error.value)
+
+
+def test_names_that_are_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean nano"):
+        load_checkpoint("nanno")
+    with pytest.raises(CheckpointError, match="no weights are shipped for xl-256"):
+        load_checkpoint("xl-256")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_checkpoint(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        load_checkpoint(tmp_path)
+
+
+def test_the_shipped_weights_are_small_and_whole() -> None:
+    loaded = load_checkpoint("nano")
+    assert sum(path.stat().st_size for path in loaded.path.rglob("*") if path.is_file()) <= 12e6
+    assert all(value.isfinite().all() for value in loaded.network.state_dict().values())
+    assert loaded.network.dtype == torch.float32
