@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lamamba import __version__
-from lamamba.config import PRESETS, nearest
+from lamamba.config import PRESETS, Objective, nearest
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.model import LaMambaDiff
 
@@ -132,9 +132,12 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
         if record["format"] > FORMAT:
             raise CheckpointError(f"{path} has format {record['format']}, this version reads {FORMAT}: update lamamba")
         fields = {name: record[name] for name in CheckpointInfo.__dataclass_fields__}
+        fields["class_names"] = tuple(fields["class_names"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is no checkpoint of lamamba ({type(error).__name__}: {error})") from error
-    return CheckpointInfo(**{**fields, "class_names": tuple(fields["class_names"])})
+    if fields["objective"] not in get_args(Objective):
+        raise CheckpointError(f"{path} has the objective {fields['objective']!r}, this version knows no such")
+    return CheckpointInfo(**fields)
 
 
 def load_network(folder: Path) -> LaMambaDiff:
@@ -147,13 +150,23 @@ def load_network(folder: Path) -> LaMambaDiff:
         config = json.loads((folder / "config.json").read_text())
         if config.get("_class_name") != "LaMambaDiff":
             raise CheckpointError(f"{folder} holds a {config.get('_class_name')}, not a LaMambaDiff")
-        wanted = set(LaMambaDiff.from_config(config).state_dict())
-        held = set(load_file(folder / "diffusion_pytorch_model.safetensors"))
-        if wanted != held:
-            example = sorted(wanted ^ held)[0]
-            raise CheckpointError(f"{folder}: weights and config.json disagree, for one on {example}")
-        return LaMambaDiff.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError, AttributeError) as error:
+        with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten: leave no trace of it
+            wanted = set(LaMambaDiff.from_config(config).state_dict())
+            held = set(load_file(folder / "diffusion_pytorch_model.safetensors"))
+            if wanted != held:
+                example = sorted(wanted ^ held)[0]
+                raise CheckpointError(f"{folder}: weights and config.json disagree, for one on {example}")
+            return LaMambaDiff.from_pretrained(folder, local_files_only=True)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        RuntimeError,
+        SafetensorError,
+        AttributeError,
+        ConfigError,
+    ) as error:
         if isinstance(error, CheckpointError):
             raise
         line = (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,9 +1,13 @@
 """The command line: read a configuration, call one function. Heavy modules load with the command that needs them."""
 
+import io
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import fields, replace
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ import tyro
 
 from lamamba import __version__
 from lamamba.config import InfoConfig, NetworkConfig, SampleConfig, TrainConfig, nearest, preset
-from lamamba.errors import LamambaError
+from lamamba.errors import ConfigError, LamambaError
 
 _HELP = """\
 usage: lamamba COMMAND [OPTIONS]
@@ -50,7 +54,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse(kind: type[Any], command: str, arguments: list[str], default: Any = None) -> Any:
     options = {} if default is None else {"default": default}
-    return tyro.cli(kind, prog=f"lamamba {command}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,), **options)
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(
+                kind, prog=f"lamamba {command}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,), **options
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise LamambaError(f"{_unframe(said.getvalue())} (see lamamba {command} --help)") from None
+
+
+def _unframe(box: str) -> str:
+    """Take the text out of the frame that the option parser draws: up to the first rule, below which hints follow."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)  # colours, on a terminal
+    lines = [line.strip("│| ") for line in plain.splitlines()[1:]]
+    body = dropwhile(_is_rule, lines)  # the title is underlined where a terminal knows no frames
+    return " ".join(" ".join(takewhile(lambda line: not _is_rule(line), body)).split()).rstrip(".")
+
+
+def _is_rule(line: str) -> bool:
+    return not line.strip("─- ")
 
 
 def _train(arguments: list[str]) -> None:
@@ -65,7 +90,7 @@ def _train_defaults(arguments: list[str]) -> Any:
     out, name = _peek(arguments, "--out"), _peek(arguments, "--preset")
     if "--resume" in arguments and out is not None and (Path(out) / "config.json").is_file():
         started = read_train_config(Path(out) / "config.json")
-        return started if name is None else replace(started, preset=name, network=preset(name))
+        return started if name in (None, started.preset) else replace(started, preset=name, network=preset(name))
     defaults = TrainConfig(out=tyro.MISSING)
     return defaults if name is None else replace(defaults, preset=name, network=preset(name))
 
@@ -90,7 +115,7 @@ def read_train_config(path: Path) -> TrainConfig:
         content.update(resume=False, dry_run=False)  # of this command, not of the run
         known = {field.name for field in fields(TrainConfig)}
         return TrainConfig(**{name: value for name, value in content.items() if name in known}, network=network)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise LamambaError(f"{path} is not a run's configuration: {error}") from error
 
 

@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import lamamba.ops.selective_scan  # noqa: F401 - registers the operation counted below
@@ -77,7 +78,8 @@ def _measure(network: LaMambaDiff, height: int, width: int) -> dict[str, int]:
     device = network.device
     x_t = torch.empty(1, network.config.in_channels, height, width, device=device)
     t, y = torch.zeros(1, device=device), torch.zeros(1, dtype=torch.long, device=device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # Attention by its definition, which is counted on every device alike.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         network(x_t, t, y)
     root = type(network).__name__
     counts = {}

@@ -16,7 +16,7 @@ from lamamba.config import SampleConfig, nearest
 from lamamba.diffusion import OBJECTIVES
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.latents import open_space
-from lamamba.pipeline import check_labels, choose_device, make_grid, sample
+from lamamba.pipeline import check_labels, check_num_steps, choose_device, make_grid, sample
 
 
 def generate(config: SampleConfig) -> None:
@@ -39,6 +39,7 @@ def generate(config: SampleConfig) -> None:
     sampler = config.sampler or objective.default_sampler
     # Before the work: a sampler that does not fit, or a folder that cannot be written, should not cost a minute.
     objective.scheduler(sampler)
+    check_num_steps(config.steps)
     _make_folders(config)
 
     console = Console()
@@ -83,7 +84,7 @@ def generate(config: SampleConfig) -> None:
         for index, (image, label, seed) in enumerate(zip(pixels, labels, seeds, strict=True)):
             picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
             _save(picture, config.images_out / f"{index:06d}.png", {**settings, "label": label, "seed": seed})
-    named = ", ".join(label_name(label, info) for label in classes)
+    named = ", ".join(label_name(label, num_classes, info) for label in classes)
     console.print(f"{len(labels)} images ({named}) · {sampler}, {config.steps} steps", highlight=False, soft_wrap=True)
     console.print(f"grid   {config.out}", highlight=False, soft_wrap=True)
     if config.images_out is not None:
@@ -101,20 +102,23 @@ def parse_labels(text: str | None, num_classes: int, class_names: tuple[str, ...
     by_name = {name.lower(): index for index, name in enumerate(class_names)}
     labels = []
     for part in (part.strip() for part in text.split(",")):
-        if part.lstrip("-").isdigit():
+        if part.removeprefix("-").isdecimal():
             labels.append(int(part))
         elif part.lower() in by_name:
             labels.append(by_name[part.lower()])
         else:
-            hint = nearest(part, by_name) if by_name else f"give numbers from 0 to {num_classes - 1}"
+            numbers = f"give numbers from 0 to {num_classes - 1}" if num_classes else "this network is unconditional"
+            hint = nearest(part, by_name) if by_name else numbers
             raise ConfigError(f"no class is named {part!r}: {hint}")
     check_labels(labels, num_classes)
     return labels
 
 
-def label_name(label: int, info: CheckpointInfo) -> str:
+def label_name(label: int, num_classes: int, info: CheckpointInfo) -> str:
     """Name a label for people."""
-    return info.class_names[label] if label < len(info.class_names) else "no label"
+    if label == num_classes:
+        return "no label"
+    return info.class_names[label] if label < len(info.class_names) else str(label)
 
 
 def _make_folders(config: SampleConfig) -> None:

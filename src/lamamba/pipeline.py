@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lamamba.diffusion import Diffusion, FlowMatching, guide
+from lamamba.diffusion import NUM_TIMESTEPS, Diffusion, FlowMatching, guide
 from lamamba.errors import ConfigError
 from lamamba.model import LaMambaDiff
 
@@ -52,8 +52,7 @@ def sample(
     check_labels(labels, network.config.num_classes)
     if guidance_scale != 1 and not network.config.num_classes:
         raise ConfigError("guidance needs labels, and this network is unconditional: leave guidance_scale at 1")
-    if num_steps < 1:
-        raise ConfigError(f"num_steps is {num_steps}: it must be 1 or more")
+    check_num_steps(num_steps)
     height, width = size or (network.config.sample_size, network.config.sample_size)
     device = network.device
     denoiser = guide(network, guidance_scale, network.null_label, guidance_interval, objective.sigma)
@@ -101,6 +100,12 @@ def check_labels(labels: Sequence[int], num_classes: int) -> None:
         )
     if wrong:
         raise ConfigError(f"label {wrong[0]} is out of range: this network is unconditional, its only label is 0")
+
+
+def check_num_steps(num_steps: int) -> None:
+    """Raise ConfigError unless a sampler can take so many steps: beyond the training's, levels of noise repeat."""
+    if not 1 <= num_steps <= NUM_TIMESTEPS:
+        raise ConfigError(f"{num_steps} steps are out of range: use 1 to {NUM_TIMESTEPS}")
 
 
 def make_grid(images: np.ndarray, columns: int, padding: int = 2, scale: int = 1) -> Image.Image:

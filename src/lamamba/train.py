@@ -48,7 +48,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.network = LaMambaDiff(**vars(config.network)).to(device)
-        self.average = LaMambaDiff(**vars(config.network)).to(device).eval().requires_grad_(False)
+            self.average = LaMambaDiff(**vars(config.network)).to(device).eval().requires_grad_(False)
         self.average.load_state_dict(self.network.state_dict())
         self.generator = torch.Generator(device).manual_seed(config.seed)
         self.optimizer = torch.optim.AdamW(
@@ -159,7 +159,7 @@ class Trainer:
     def draw_samples(self, columns: int = 10) -> Any:
         """Sample a grid from the averaged weights, the same seeds every time."""
         num_classes = self.config.network.num_classes
-        number = 4 * columns
+        number = 2 * columns
         labels = [index % columns % max(num_classes, 1) for index in range(number)]
         x = sample(
             self.average,
@@ -229,6 +229,7 @@ def check_resumable(config: TrainConfig) -> None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}), so the run cannot be continued") from error
     now = plain(config)
+    started, now = ({**options, **options.pop("network", {})} for options in (started, now))
     changed = [
         f"{name} was {started.get(name)}, now {now[name]}"
         for name in now
@@ -271,9 +272,18 @@ def train(config: TrainConfig) -> None:
     except OSError as error:
         raise CheckpointError(f"run folder {config.out} cannot be made: {error}") from error
     write_json(config.out / "config.json", plain(config))
-    with TrainingLog(config, trainer.images, device) as log:
-        log.introduce(source, trainer.network)
-        _run(trainer, log)
+    try:
+        with TrainingLog(config, trainer.images, device) as log:
+            log.introduce(source, trainer.network)
+            _run(trainer, log)
+    except OSError as error:
+        raise CheckpointError(f"run folder {config.out} could not be written ({error}): free some space") from error
+
+
+def _diverged(trainer: Trainer, fault: str) -> LamambaError:
+    saved = checkpoints_in(trainer.config.out)
+    mend = f"the last checkpoint is {saved[-1]}" if saved else "nothing was saved"
+    return LamambaError(f"{fault} at image {trainer.images}: lower learning_rate; {mend}")
 
 
 def _run(trainer: Trainer, log: TrainingLog) -> None:
@@ -294,13 +304,13 @@ def _run(trainer: Trainer, log: TrainingLog) -> None:
         if due(config.log_every):
             loss = log.write(trainer.images, trainer.step)
             if not math.isfinite(loss):
-                saved = checkpoints_in(config.out)
-                mend = f"the last checkpoint is {saved[-1]}" if saved else "nothing was saved"
-                raise LamambaError(f"the loss is {loss} at image {trainer.images}: lower learning_rate; {mend}")
+                raise _diverged(trainer, f"the loss is {loss}")
         if due(config.sample_every):
             with log.pause("sample"):
                 log.save_samples(trainer.draw_samples(), trainer.images)
         if due(config.checkpoint_every):
+            if not all(bool(parameter.isfinite().all()) for parameter in trainer.network.parameters()):
+                raise _diverged(trainer, "a weight is not finite")
             with log.pause("save"):
                 log.note_checkpoint(trainer.save())
         before = trainer.images

@@ -1,0 +1,247 @@
+"""The command line: what it understands, how it says no, and that it answers at once."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lamamba import __version__
+from lamamba.checkpoint import checkpoints_in
+from lamamba.cli import main, read_train_config
+from lamamba.config import PRESETS
+
+TINY = [
+    *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
+    *("--sample-steps", "1"),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny networks run no faster on several threads, and far slower where others compute at the same time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def start_run(out: Path) -> Path:
+    options = ["--num-images", "8", "--batch-size", "4", "--seed", "7", "--device", "cpu"]
+    main(["train", "--preset", "nano", "--data", "builtin", "--out", str(out), *options, *TINY])
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return start_run(tmp_path_factory.mktemp("runs") / "first")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(3):
+        Image.fromarray(np.full((20, 20, 3), index, np.uint8)).save(folder / f"{index}.png")
+    return folder
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """Run a command that must fail with one line on standard error and exit code 2; return that line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    shown = capsys.readouterr()
+    assert end.value.code == 2
+    assert shown.err.startswith("lamamba: error: ")
+    assert shown.err.endswith("\n")
+    assert shown.err.count("\n") == 1, shown.err
+    assert "Traceback" not in shown.out + shown.err
+    assert re.search("[─│╭╰]", shown.err) is None
+    return shown.err
+
+
+def test_the_readme_spelling_trains(run: Path) -> None:
+    config = read_train_config(run / "config.json")
+    assert (config.preset, config.data, config.num_images, config.batch_size) == ("nano", "builtin", 8, 4)
+    assert (config.seed, config.device, config.out) == (7, "cpu", run)
+    assert (config.network.embed_dim, config.network.depths) == (8, (1, 1, 1, 1))
+    assert [int(path.name) for path in checkpoints_in(run)] == [4, 8]
+
+
+def test_a_preset_sets_the_network_and_options_refine_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "--data", "builtin", "--out", str(tmp_path / "run"), "--device", "cpu", "--dry-run"]
+    main([*arguments, "--preset", "b-256", "--ssm-state-size", "16", "--embed-dim=64"])
+    network = json.loads(capsys.readouterr().out)["network"]
+    assert (network["embed_dim"], network["ssm_state_size"]) == (64, 16)
+    assert network["num_heads"] == PRESETS["b-256"].num_heads
+    main([*arguments, "--preset=nano"])
+    assert json.loads(capsys.readouterr().out)["network"]["embed_dim"] == PRESETS["nano"].embed_dim
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "no command is named 'trian': did you mean train?"),
+        (["train", "--preset", "nanoo", "--out", "OUT"], "no preset is named 'nanoo': did you mean nano?"),
+        (["train", "--out", "OUT", "--embed-dim", "10"], "embed_dim is 10: it must be a multiple of 4"),
+        (["train", "--out", "OUT", "--num-heads", "3"], "num_heads is 3: it must be a divisor of embed_dim 40"),
+        (["train", "--out", "OUT", "--embed-dim", "wide"], "'wide'"),
+        (["train", "--out", "OUT", "--depths", "1", "2"], "--depths"),
+        (["train", "--out", "OUT", "--batch-size", "0"], "batch_size is 0: it must be 1 or more"),
+        (["train", "--out", "OUT", "--accumulate", "3"], "accumulate is 3: it must be a divisor of batch_size 64"),
+        (["train", "--out", "OUT", "--learning-rate", "0"], "learning_rate is 0"),
+        (["train", "--out", "OUT", "--scan", "spiral"], "spiral"),
+        (["train", "--out", "OUT", "--num-image", "5"], "--num-image"),
+        (["train", "--out", "OUT", "stray"], "stray"),
+        (["train", "--out"], "--out"),
+        (["train"], "--out"),
+        (["sample"], "run folder"),
+        (["train", "--out", "OUT", "--data", "OUT/none"], "OUT/none' is neither a known name nor an existing folder"),
+        (["train", "--out", "OUT", "--data", "bultin"], "did you mean 'builtin'?"),
+        (["train", "--out", "OUT", "--image-size", "64"], "image_size 64 does not fit data 'builtin'"),
+        (["train", "--out", "OUT", "--channels", "3"], "channels 3 does not fit data 'builtin'"),
+        (["train", "--out", "OUT", "--device", "gpu"], "device 'gpu' cannot be used here"),
+        (["train", "--out", "OUT", "--resume"], "OUT holds no checkpoint to resume from"),
+        (["sample", "nanno"], "'nanno' is neither a folder nor a preset: did you mean nano?"),
+        (["sample", "xl-256"], "no weights are shipped for xl-256"),
+        (["sample", "OUT/none"], "OUT/none does not exist"),
+        (["info", "xl-265"], "'xl-265' is neither a folder nor a preset: did you mean xl-256?"),
+        (["info", "OUT/none"], "OUT/none does not exist"),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    out = str(tmp_path / "run")
+    line = refused(capsys, [argument.replace("OUT", out) for argument in arguments])
+    assert message.replace("OUT", out) in line
+    assert not Path(out).exists()
+
+
+@pytest.mark.parametrize("frame", ["", "PYTHONIOENCODING", "FORCE_COLOR"])
+def test_however_the_parser_draws_it_is_one_line(frame: str) -> None:
+    variables = {**os.environ, **({frame: "ascii" if "ENCODING" in frame else "1"} if frame else {})}
+    command = [sys.executable, "-c", "from lamamba.cli import main; main()", "train", "--out", "x", "--num-image", "5"]
+    result = subprocess.run(command, capture_output=True, text=True, env=variables)
+    message = "lamamba: error: Unrecognized options: --num-image, 5 (see lamamba train --help)\n"
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", message)
+
+
+def test_a_folder_of_images_and_its_size(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "--data", str(images), "--out", str(tmp_path / "run"), "--device", "cpu", "--dry-run"]
+    assert "image_size is not set" in refused(capsys, arguments)
+    assert "image size 15 is not an even number from 4 up: use 16" in refused(
+        capsys, [*arguments, "--image-size", "15"]
+    )
+    main([*arguments, "--image-size", "16"])
+    network = json.loads(capsys.readouterr().out)["network"]
+    assert (network["in_channels"], network["sample_size"], network["num_classes"]) == (3, 16, 0)
+    (images / "1.png").write_bytes(b"no image")
+    arguments.remove("--dry-run")
+    line = refused(capsys, [*arguments, "--image-size", "16", "--batch-size", "3", "--num-images", "3", *TINY])
+    assert f"{images / '1.png'} cannot be read as an image" in line
+    assert "--skip-bad-images" in line
+
+
+def test_a_corrupt_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = start_run(tmp_path / "run")
+    weights = checkpoints_in(run)[-1] / "ema" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    arguments = ["sample", str(run), "--steps", "1", "--out", str(tmp_path / "grid.png")]
+    assert f"{weights.parent} cannot be read as a LaMambaDiff" in refused(capsys, arguments)
+    assert str(weights.parent) in refused(capsys, ["train", "--out", str(run), "--resume"])
+    (run / "config.json").write_text("{")
+    assert f"{run / 'config.json'} is not a run's configuration" in refused(
+        capsys, ["train", "--out", str(run), "--resume"]
+    )
+
+
+def test_a_label_out_of_range_is_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["sample", str(run), "--labels", "11", "--out", str(tmp_path / "grid.png")]
+    assert "label 11 is out of range: use 0 to 9, or 10 for no label" in refused(capsys, arguments)
+
+
+def test_a_full_disk_is_one_line(run: Path) -> None:
+    # A limit on the size of files makes the operating system refuse the write, as a full disk does.
+    script = f"""
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))
+from lamamba.cli import main
+main(["train", "--out", {str(run)!r}, "--resume", "--num-images", "12"])
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 2
+    errors = [line for line in result.stderr.splitlines() if line.startswith("lamamba: error: ")]
+    assert len(errors) == 1
+    assert "could not be written" in errors[0]
+    assert "Traceback" not in result.stderr
+    assert [int(path.name) for path in checkpoints_in(run)] == [4, 8]
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    assert "usage: lamamba COMMAND" in capsys.readouterr().out
+    main(["--version"])
+    assert capsys.readouterr().out.strip() == __version__
+    for command, option in (("train", "--num-images"), ("sample", "--guidance-interval"), ("info", "--size")):
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
+        shown = capsys.readouterr()
+        assert option in shown.out
+        assert shown.err == ""
+
+
+@pytest.mark.parametrize(
+    "arguments", ["['--help']", "['--version']", "['train', '--help']", "['sample', '--help']", "['info', '--help']"]
+)
+def test_help_loads_nothing_heavy(arguments: str) -> None:
+    script = f"""
+import sys
+from lamamba.cli import main
+try:
+    main({arguments})
+except SystemExit as end:
+    assert not end.code
+print("heavy:", sorted({{"torch", "diffusers", "numpy", "matplotlib"}} & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("heavy: []\n")
+    assert result.stderr == ""
+
+
+def test_importing_the_package_loads_nothing_and_prints_nothing() -> None:
+    script = "import lamamba, sys; print(sorted({'torch', 'diffusers', 'tyro'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ("[]\n", "")
+
+
+@pytest.mark.parametrize("name", ["nano", "xl-256"])
+def test_info_prints_stages_and_totals(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from lamamba.model import LaMambaDiff
+
+    main(["info", name])
+    shown = capsys.readouterr().out
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in LaMambaDiff.from_preset(name).parameters())
+    rows = {line.split("│")[1].strip(): line.split("│")[2:4] for line in shown.splitlines() if line.count("│") == 4}
+    assert {"embeddings", "bottleneck", "head", "all"} < rows.keys()
+    stages = [int(row[0].replace(",", "")) for stage, row in rows.items() if stage != "all"]
+    assert int(rows["all"][0].replace(",", "")) == parameters == sum(stages)
+    assert float(rows["all"][1].replace(",", "")) > 0
+
+
+def test_info_of_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["info", str(run), "--size", "16", "48"])
+    assert "grid 16x48" in " ".join(capsys.readouterr().out.split())

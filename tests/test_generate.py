@@ -1,0 +1,197 @@
+"""`lamamba sample`: from a checkpoint to PNG files that say how they were made."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lamamba.checkpoint import CheckpointInfo, save_checkpoint
+from lamamba.cli import main
+from lamamba.errors import ConfigError
+from lamamba.generate import parse_labels
+from lamamba.model import LaMambaDiff
+
+CLASS_NAMES = ("Cat", "Dog", "Great owl")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny networks run no faster on several threads, and far slower where others compute at the same time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def write_run(folder: Path, objective: str = "diffusion", class_names: tuple[str, ...] = CLASS_NAMES) -> Path:
+    """Write a checkpoint of a tiny network whose output depends on its label."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = LaMambaDiff(
+            in_channels=1, sample_size=8, num_classes=len(class_names), embed_dim=8, num_heads=2, depths=(1, 1, 1, 1),
+            bottleneck_depth=1, decoder_extra_depth=0, window_size=4,
+        )  # fmt: skip
+        for parameter in network.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    info = CheckpointInfo(images=640, step=10, objective=objective, class_names=class_names)
+    save_checkpoint(folder, info, {"ema": network}, {"random_state": torch.get_rng_state()})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("run"))
+
+
+def sample(run: Path, folder: Path, *options: str) -> None:
+    main(["sample", str(run), "--steps", "3", "--device", "cpu", "--out", str(folder / "grid.png"), *options])
+
+
+def read_images(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]).astype(int)
+
+
+def settings(path: Path) -> dict[str, object]:
+    content: dict[str, object] = json.loads(Image.open(path).info["lamamba"])
+    return content
+
+
+@pytest.mark.parametrize("sampler", ["dpm++", "ancestral"])
+def test_the_batch_size_changes_no_image(run: Path, tmp_path: Path, sampler: str) -> None:
+    options = ["--labels", "0,2", "--num-per-label", "4", "--sampler", sampler]
+    for batch_size in (1, 3, 8):
+        folder = tmp_path / str(batch_size)
+        sample(run, folder, *options, "--batch-size", str(batch_size), "--images-out", str(folder / "images"))
+    together = read_images(tmp_path / "8" / "images")
+    assert together.shape == (8, 8, 8)
+    assert len({image.tobytes() for image in together}) == 8
+    for batch_size in (1, 3):
+        assert np.abs(read_images(tmp_path / str(batch_size) / "images") - together).max() <= 1
+
+
+def test_image_i_has_seed_plus_i(run: Path, tmp_path: Path) -> None:
+    options = ["--labels", "1", "--sampler", "ancestral"]
+    sample(run, tmp_path, *options, "--num-per-label", "4", "--seed", "10", "--images-out", str(tmp_path / "four"))
+    sample(run, tmp_path, *options, "--num-per-label", "1", "--seed", "12", "--images-out", str(tmp_path / "third"))
+    assert np.abs(read_images(tmp_path / "third")[0] - read_images(tmp_path / "four")[2]).max() <= 1
+
+
+def test_files_their_sizes_and_their_settings(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sample(
+        run, tmp_path, "--labels", "dog, 3", "--num-per-label", "3", "--seed", "7", "--images-out", str(tmp_path / "i")
+    )
+    assert Image.open(tmp_path / "grid.png").size == (8 * (3 * 10 + 2), 8 * (2 * 10 + 2)), "8 times 3 columns, 2 rows"
+    assert [path.name for path in sorted((tmp_path / "i").iterdir())] == [f"{index:06d}.png" for index in range(6)]
+    grid = settings(tmp_path / "grid.png")
+    assert (grid["labels"], grid["num_per_label"], grid["seed"]) == ([1, 3], 3, 7)
+    image = settings(tmp_path / "i" / "000004.png")
+    assert (image["label"], image["seed"], image["images_seen"]) == (3, 11, 640)
+    assert (image["sampler"], image["steps"], image["guidance"]) == ("dpm++", 3, 2.0)
+    assert (image["checkpoint"], image["torch"]) == (str(run), torch.__version__)
+    shown = capsys.readouterr().out
+    assert "6 images (Dog, no label)" in shown
+    assert str(tmp_path / "grid.png") in shown
+
+
+def test_a_size_of_its_own(run: Path, tmp_path: Path) -> None:
+    sample(
+        run, tmp_path, "--labels", "0", "--num-per-label", "1", "--size", "12", "6", "--images-out", str(tmp_path / "i")
+    )
+    assert read_images(tmp_path / "i").shape == (1, 12, 6)
+
+
+def test_all_classes_are_the_default(run: Path, tmp_path: Path) -> None:
+    sample(run, tmp_path, "--num-per-label", "1")
+    assert settings(tmp_path / "grid.png")["labels"] == [0, 1, 2]
+
+
+def test_guidance_changes_the_images(run: Path, tmp_path: Path) -> None:
+    def draw(name: str, *options: str) -> np.ndarray:
+        sample(run, tmp_path, "--labels", "1", *options, "--images-out", str(tmp_path / name))
+        return read_images(tmp_path / name)
+
+    none, strong = draw("none", "--guidance", "1"), draw("strong", "--guidance", "6")
+    assert np.abs(none - strong).max() > 1
+    assert np.array_equal(draw("never", "--guidance", "6", "--guidance-interval", "1e6", "1e7"), none)
+
+
+def test_flow_matching_is_sampled_with_its_own_samplers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", objective="flow")
+    for sampler in ("euler", "heun"):
+        sample(run, tmp_path / sampler, "--labels", "0", "--sampler", sampler)
+        assert settings(tmp_path / sampler / "grid.png")["sampler"] == sampler
+    sample(run, tmp_path, "--labels", "0")
+    assert settings(tmp_path / "grid.png")["sampler"] == "heun"
+    refused(capsys, run, tmp_path, "--sampler", "ddim", message="use euler or heun")
+
+
+def test_an_unconditional_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", class_names=())
+    sample(run, tmp_path, "--num-per-label", "2")
+    assert settings(tmp_path / "grid.png")["guidance"] == 1.0
+    refused(capsys, run, tmp_path, "--guidance", "2", message="guidance needs labels")
+    refused(capsys, run, tmp_path, "--labels", "cat", message="no class is named 'cat': this network is unconditional")
+
+
+def refused(capsys: pytest.CaptureFixture[str], run: Path, folder: Path, *options: str, message: str) -> None:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        sample(run, folder, *options)
+    shown = capsys.readouterr()
+    assert end.value.code == 2
+    assert shown.err.startswith("lamamba: error: ")
+    assert shown.err.count("\n") == 1, shown.err
+    assert message in shown.err
+    assert "Traceback" not in shown.out + shown.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--labels", "0,4"], "label 4 is out of range: use 0 to 2, or 3 for no label"),
+        (["--labels", "-1"], "label -1 is out of range"),
+        (["--labels", "grate owl"], "no class is named 'grate owl': did you mean great owl?"),
+        (["--labels", ""], "no class is named ''"),
+        (["--labels", "²"], "no class is named '²'"),
+        (["--sampler", "heun"], "use ancestral or ddim or dpm++ or unipc"),
+        (["--size", "8", "7"], "image size 7 is not an even number from 4 up: use 8"),
+        (["--steps", "1001"], "1001 steps are out of range"),
+        (["--steps", "0"], "steps is 0: it must be 1 or more"),
+        (["--out", "grid.jpg"], "grid.jpg is not a .png file"),
+        (["--device", "gpu"], "device 'gpu' cannot be used here"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    refused(capsys, run, tmp_path, *options, message=message)
+    assert not (tmp_path / "grid.png").exists()
+
+
+def test_places_that_cannot_be_written_are_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    refused(capsys, run, tmp_path / "file", message=f"folder {tmp_path / 'file'} cannot be made")
+    refused(capsys, run, tmp_path, "--images-out", str(tmp_path / "file"), message="cannot be made")
+    (tmp_path / "grid.png").mkdir()
+    refused(capsys, run, tmp_path, "--labels", "0", message=f"{tmp_path / 'grid.png'} could not be written")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "grid.png"], "no temporary file is left"
+
+
+def test_labels_by_number_and_name() -> None:
+    assert parse_labels("2, cat,DOG,3", 3, CLASS_NAMES) == [2, 0, 1, 3]
+    assert parse_labels(None, 1000, ()) == list(range(10))
+    assert parse_labels(None, 0, ()) == [0]
+    with pytest.raises(ConfigError, match="give numbers from 0 to 999"):
+        parse_labels("cat", 1000, ())
+
+
+def test_a_class_without_a_name_is_called_by_its_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run")
+    sample(next(run.glob("checkpoints/*/ema")), tmp_path, "--labels", "2,3", "--num-per-label", "1")
+    assert "(2, no label)" in capsys.readouterr().out

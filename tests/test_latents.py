@@ -1,0 +1,190 @@
+"""Latents: the autoencoder's own scale, and a run on them from the images to the samples."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from lamamba.checkpoint import load_checkpoint
+from lamamba.cli import main
+from lamamba.data import to_float, to_uint8
+from lamamba.errors import CheckpointError, ConfigError
+from lamamba.latents import Latents, Pixels, open_space
+
+CPU = torch.device("cpu")
+TINY = [
+    *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
+    *("--batch-size", "2", "--num-images", "4", "--device", "cpu", "--sample-steps", "1"),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny networks run no faster on several threads, and far slower where others compute at the same time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def write_autoencoder(folder: Path, scaling_factor: float = 0.5, shift_factor: float | None = 0.3) -> Path:
+    """Save a tiny autoencoder that halves images, the same weights every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        autoencoder = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=2, latent_channels=2, sample_size=16,
+            scaling_factor=scaling_factor, shift_factor=shift_factor,
+        )  # fmt: skip
+    autoencoder.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_autoencoder(tmp_path_factory.mktemp("autoencoder"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of three 16 x 16 images."""
+    folder = tmp_path_factory.mktemp("images")
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
+    for index, image in enumerate(pixels):
+        path = folder / ("bird", "fish")[index % 2] / f"{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(path)
+    return folder
+
+
+def some_pixels() -> torch.Tensor:
+    return torch.randint(0, 256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+def test_scale_and_shift_are_the_autoencoders(autoencoder: Path, tmp_path: Path) -> None:
+    scaled, plain = Latents(autoencoder, CPU), Latents(write_autoencoder(tmp_path, 1.0, None), CPU)
+    encoded, unscaled = (space.encode(some_pixels(), torch.Generator().manual_seed(2)) for space in (scaled, plain))
+    assert encoded.shape == (3, 2, 8, 8)
+    assert encoded.dtype == torch.float32
+    torch.testing.assert_close(encoded, (unscaled - 0.3) * 0.5)
+    difference = scaled.decode(encoded).int() - plain.decode(unscaled).int()
+    assert scaled.decode(encoded).shape == (3, 3, 16, 16)
+    assert int(difference.abs().max()) <= 1
+
+
+def test_latents_are_drawn_from_the_encoders_distribution(autoencoder: Path) -> None:
+    space = Latents(autoencoder, CPU)
+    draws = torch.stack([space.encode(some_pixels(), torch.Generator().manual_seed(seed)) for seed in range(400)])
+    distribution = space.autoencoder.encode(to_float(some_pixels())).latent_dist
+    # 400 draws know a mean to a twentieth of the spread; the largest of 384 deviations is below five times that.
+    assert float(((draws.mean(0) - (distribution.mean - 0.3) * 0.5) / (0.5 * distribution.std)).abs().max()) < 0.25
+    assert float((draws.std(0) / (0.5 * distribution.std)).mean()) == pytest.approx(1, abs=0.02)
+    assert torch.equal(draws[7], space.encode(some_pixels(), torch.Generator().manual_seed(7)))
+
+
+def test_encoding_neither_uses_nor_disturbs_the_global_generator(autoencoder: Path) -> None:
+    torch.manual_seed(1)
+    space = Latents(autoencoder, CPU)
+    before = torch.get_rng_state()
+    space.encode(some_pixels(), torch.Generator().manual_seed(2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_sizes_and_channels_that_do_not_fit_are_named(autoencoder: Path) -> None:
+    space = Latents(autoencoder, CPU)
+    assert (space.grid_size(16), space.channels(3)) == (8, 2)
+    with pytest.raises(ConfigError, match=r"size 18 is not a multiple of 4 from 8 up \(2 for the .*use 16 or 20"):
+        space.grid_size(18)
+    with pytest.raises(ConfigError, match=r"size 4 .*: use 8 or 12"):
+        space.grid_size(4)
+    with pytest.raises(ConfigError, match=r"1 channels, the autoencoder takes 3: set channels"):
+        space.channels(1)
+
+
+def test_pixels_go_there_and_back() -> None:
+    space = open_space(None, CPU)
+    assert isinstance(space, Pixels)
+    assert (space.channels(3), space.grid_size(30)) == (3, 30)
+    assert torch.equal(space.decode(space.encode(some_pixels())), some_pixels())
+    assert torch.equal(space.decode(torch.tensor([-2.0, -1.0, 0.002, 1.0, 2.0])), torch.tensor([0, 0, 128, 255, 255]))
+    assert to_uint8(torch.ones(1)).dtype == torch.uint8
+    with pytest.raises(ConfigError, match=r"size 31 is not an even number from 4 up: use 32"):
+        space.grid_size(31)
+    with pytest.raises(ConfigError, match="use 4"):
+        space.grid_size(2)
+
+
+def test_folders_without_an_autoencoder_are_named(autoencoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"{tmp_path} holds no autoencoder: give a folder with its config.json"):
+        Latents(tmp_path, CPU)
+    for name, content in (("truncated", None), ("foreign", {"_class_name": "UNet2DModel"})):
+        folder = shutil.copytree(autoencoder, tmp_path / name)
+        weights = folder / "diffusion_pytorch_model.safetensors"
+        if content is None:
+            weights.write_bytes(weights.read_bytes()[:-50])
+        else:
+            (folder / "config.json").write_text(json.dumps(content))
+            weights.unlink()
+        with pytest.raises(CheckpointError, match=rf"{folder} cannot be read as an AutoencoderKL") as error:
+            Latents(folder, CPU)
+        assert "\n" not in str(error.value)
+
+
+def test_a_run_on_latents_from_images_to_samples(
+    autoencoder: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vae, run, out = shutil.copytree(autoencoder, tmp_path / "vae"), tmp_path / "run", tmp_path / "grid.png"
+    main(["train", "--data", str(images), "--image-size", "16", "--vae", str(vae), "--out", str(run), *TINY])
+    network = json.loads((run / "config.json").read_text())["network"]
+    assert (network["in_channels"], network["sample_size"], network["num_classes"]) == (2, 8, 2)
+    info = load_checkpoint(run).info
+    assert (info.class_names, info.vae) == (("bird", "fish"), str(vae))
+    assert Image.open(run / "samples" / f"{4:012d}.png").mode == "RGB"
+
+    options = ["--labels", "fish", "--num-per-label", "2", "--steps", "2", "--device", "cpu", "--out", str(out)]
+    main(["sample", str(run), *options, "--images-out", str(tmp_path / "images"), "--size", "24", "16"])
+    assert Image.open(tmp_path / "images" / "000001.png").size == (16, 24)
+    assert Image.open(tmp_path / "images" / "000001.png").mode == "RGB"
+
+    main(["train", "--out", str(run), "--resume", "--num-images", "8"])
+    assert load_checkpoint(run).info.images == 8
+
+    vae.rename(tmp_path / "moved")
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main(["sample", str(run), *options])
+    assert f"{vae} holds no autoencoder" in capsys.readouterr().err
+    main(["sample", str(run), *options, "--vae", str(tmp_path / "moved")])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--image-size", "18"], "image size 18 is not a multiple of 4"),
+        (["--image-size", "16", "--channels", "1"], "1 channels, the autoencoder takes 3"),
+        (["--image-size", "16", "--vae", "nowhere"], "nowhere holds no autoencoder"),
+    ],
+)
+def test_what_does_not_fit_the_autoencoder_is_one_line(
+    autoencoder: Path,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(
+            ["train", "--data", str(images), "--vae", str(autoencoder), "--out", str(tmp_path / "run"), *TINY, *options]
+        )
+    shown = capsys.readouterr().err
+    assert shown.startswith("lamamba: error: ")
+    assert message in shown
+    assert shown.count("\n") == 1
+    assert not (tmp_path / "run").exists()
