@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lamamba.checkpoint import CheckpointInfo, checkpoints_in, load_checkpoint, save_checkpoint
+from lamamba.checkpoint import CheckpointInfo, checkpoints_in, export, load_checkpoint, load_network, save_checkpoint
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.model import LaMambaDiff
 
@@ -90,7 +90,37 @@ def later_format(folder: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
 
 
-@pytest.mark.parametrize("damage", [damage_weights, other_model, other_width, no_weights, garbage, later_format])
+def impossible_network(folder: Path) -> None:
+    path = folder / "ema" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "embed_dim": 10}))
+
+
+def network_of_words(folder: Path) -> None:
+    path = folder / "ema" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "depths": "deep"}))
+
+
+def a_list(folder: Path) -> None:
+    (folder / "ema" / "config.json").write_text("[]")
+
+
+def unknown_objective(folder: Path) -> None:
+    path = folder / "checkpoint.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "objective": "guesswork"}))
+
+
+def no_class_names(folder: Path) -> None:
+    path = folder / "checkpoint.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "class_names": None}))
+
+
+DAMAGE = [
+    *(damage_weights, other_model, other_width, no_weights, garbage, later_format, impossible_network),
+    *(network_of_words, a_list, unknown_objective, no_class_names),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_and_foreign_checkpoints_are_named(run: Path, damage: object) -> None:
     folder = run / "checkpoints" / f"{24:012d}"
     damage(folder)  # type: ignore[operator]
@@ -115,3 +145,35 @@ def test_the_shipped_weights_are_small_and_whole() -> None:
     assert sum(path.stat().st_size for path in loaded.path.rglob("*") if path.is_file()) <= 12e6
     assert all(value.isfinite().all() for value in loaded.network.state_dict().values())
     assert loaded.network.dtype == torch.float32
+
+
+def test_a_later_checkpoint_of_the_same_images_replaces_the_first(run: Path) -> None:
+    network = LaMambaDiff(**TINY)
+    save_checkpoint(run, CheckpointInfo(24, step=7), {"ema": network}, {"x": torch.zeros(1)})
+    assert [int(path.name) for path in checkpoints_in(run)] == [16, 24]
+    assert load_checkpoint(run).info.step == 7
+
+
+def test_what_a_checkpoint_says_of_itself_is_read_again(tmp_path: Path) -> None:
+    info = CheckpointInfo(8, 2, "flow", ("a", "b"), "/somewhere/vae")
+    path = save_checkpoint(tmp_path, info, {"ema": LaMambaDiff(**TINY)}, {"x": torch.ones(1)})
+    for name in (tmp_path, path, str(path)):
+        loaded = load_checkpoint(name)
+        assert (loaded.info, loaded.path) == (info, path)
+        assert not loaded.network.training
+
+
+def test_loading_leaves_the_global_generator_alone(run: Path) -> None:
+    before = torch.get_rng_state()
+    load_network(checkpoints_in(run)[-1] / "ema")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_exported_network_is_small_and_loads_as_it_was(run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "exported")
+    exported, whole = load_checkpoint(tmp_path / "exported"), load_checkpoint(run)
+    assert exported.info == whole.info
+    assert exported.network.dtype == torch.float32
+    torch.testing.assert_close(exported.network.state_dict(), whole.network.state_dict(), rtol=1e-3, atol=1e-6)
+    weights = "ema/diffusion_pytorch_model.safetensors"
+    assert (exported.path / weights).stat().st_size < 0.7 * (whole.path / weights).stat().st_size

@@ -1,7 +1,6 @@
 """`lamamba sample`: from a checkpoint to PNG files that say how they were made."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +15,6 @@ from lamamba.generate import parse_labels
 from lamamba.model import LaMambaDiff
 
 CLASS_NAMES = ("Cat", "Dog", "Great owl")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny networks run no faster on several threads, and far slower where others compute at the same time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def write_run(folder: Path, objective: str = "diffusion", class_names: tuple[str, ...] = CLASS_NAMES) -> Path:

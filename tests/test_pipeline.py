@@ -1,7 +1,5 @@
 """Sampling: an image depends on its seed and its label alone, and what cannot work is refused by name."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -13,15 +11,6 @@ from lamamba.model import LaMambaDiff
 from lamamba.pipeline import choose_device, make_grid, sample
 
 LABELS, SEEDS = [0, 1, 2, 0, 1, 2, 3, 1], [5, 6, 7, 8, 9, 10, 11, 12]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny networks run no faster on several threads, and far slower where others compute at the same time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_network(num_classes: int = 3) -> LaMambaDiff:

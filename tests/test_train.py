@@ -1,14 +1,21 @@
 """Training on real images from one command: it stops and goes on exactly, and refuses what it cannot do."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lamamba import train as training
 from lamamba.checkpoint import checkpoints_in, load_checkpoint
-from lamamba.cli import main
+from lamamba.cli import main, read_train_config
+from lamamba.config import PRESETS, TrainConfig
 from lamamba.errors import LamambaError
 
 TINY = [
@@ -32,8 +39,9 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("extra", [[], ["--horizontal-flip", "--accumulate", "2"], ["--objective", "flow"]])
 def test_ten_and_ten_steps_are_bitwise_twenty(tmp_path: Path, extra: list[str]) -> None:
-    train(tmp_path / "whole", "--num-images", "80", "--sample-every", "80", "--log-every", "4", *extra)
-    train(tmp_path / "parts", "--num-images", "40", "--sample-every", "20", "--log-every", "4", *extra)
+    intervals = ["--log-every", "4", "--checkpoint-every", "40"]
+    train(tmp_path / "whole", "--num-images", "80", "--sample-every", "80", *intervals, *extra)
+    train(tmp_path / "parts", "--num-images", "40", "--sample-every", "20", *intervals, *extra)
     torch.manual_seed(99)  # the program around a run has no say in it
     main(["train", "--out", str(tmp_path / "parts"), "--resume", "--num-images", "80"])
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
@@ -124,3 +132,198 @@ def test_an_infinite_loss_stops_the_run_and_names_the_last_checkpoint(
     config = _parse(TrainConfig, "train", arguments, _train_defaults(arguments))
     with pytest.raises(LamambaError, match=r"nan at image 12.*000000000008"):
         module.train(config)
+
+
+def make_trainer(out: Path, network: dict[str, Any] | None = None, **options: Any) -> training.Trainer:
+    """Build a trainer of a tiny network without the run around it."""
+    tiny = replace(
+        PRESETS["nano"], embed_dim=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1, **(network or {})
+    )
+    config = TrainConfig(**{"out": out, "batch_size": 4, "device": "cpu", "network": tiny, **options})
+    return training.Trainer(*training.resolve(config))
+
+
+def take_steps(trainer: training.Trainer, number: int) -> dict[str, torch.Tensor]:
+    """Train for some steps; return the network's and the averaged weights."""
+    for (images, labels), _ in zip(trainer.batches(), range(number), strict=False):
+        trainer.take_step(images, labels)
+    pairs = (("network", trainer.network), ("average", trainer.average))
+    return {f"{kind}.{name}": value.clone() for kind, network in pairs for name, value in network.state_dict().items()}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    assert first.keys() == second.keys()
+    return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"seed": 1},
+        {"learning_rate": 1e-3},
+        {"weight_decay": 0.1},
+        {"max_grad_norm": 0.01},
+        {"ema_decay": 0.1},
+        {"accumulate": 2},
+        {"horizontal_flip": True},
+        {"objective": "flow"},
+        {"precision": "bf16"},
+        {"network": {"label_dropout": 0.9}},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_every_option_of_training_changes_it(tmp_path: Path, options: dict[str, Any]) -> None:
+    changed = take_steps(make_trainer(tmp_path, **options), 3)
+    assert all(bool(value.isfinite().all()) for value in changed.values())
+    assert not same(take_steps(make_trainer(tmp_path), 3), changed)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    saved = make_trainer(tmp_path, gradient_checkpointing=True)
+    assert saved.network.is_gradient_checkpointing
+    assert same(take_steps(saved, 2), take_steps(make_trainer(tmp_path), 2))
+
+
+def test_the_average_follows_its_formula(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, ema_decay=0.25, learning_rate=0.01)
+    before = take_steps(trainer, 0)
+    for (images, labels), step in zip(trainer.batches(), range(1, 5), strict=False):
+        trainer.take_step(images, labels)
+        after = take_steps(trainer, 0)
+        decay = min(0.25, (1 + step) / (10 + step))  # 2/11, then 0.25
+        for name in (name.removeprefix("network.") for name in after if name.startswith("network.")):
+            expected = decay * before[f"average.{name}"] + (1 - decay) * after[f"network.{name}"]
+            torch.testing.assert_close(after[f"average.{name}"], expected, rtol=1e-5, atol=1e-7)
+        before = after
+
+
+def test_a_batch_in_parts_is_one_step_with_the_same_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def losses_without_chance(objective: Any, denoiser: Any, x_0: Any, y: Any, **_: Any) -> dict[str, torch.Tensor]:
+        out = denoiser(x_0, torch.full((len(x_0),), 500), y)
+        return {"loss": (out - x_0).square().flatten(1).mean(1)}
+
+    monkeypatch.setattr(training, "training_losses", losses_without_chance)
+    whole, parts = (make_trainer(tmp_path, accumulate=accumulate, max_grad_norm=0.0) for accumulate in (1, 4))
+    images, labels = next(whole.batches())
+    terms = [trainer.take_step(images, labels) for trainer in (whole, parts)]
+    torch.testing.assert_close(terms[0], terms[1], rtol=1e-5, atol=0)
+    assert (parts.step, parts.images) == (1, 4)
+    for (name, first), second in zip(whole.network.named_parameters(), parts.network.parameters(), strict=True):
+        assert first.grad is not None
+        assert second.grad is not None
+        assert float((first.grad - second.grad).norm()) <= 1e-5 * float(first.grad.norm()), name
+
+
+def test_the_optimizer_steps_once_a_batch(tmp_path: Path) -> None:
+    train(tmp_path / "run", "--num-images", "12", "--accumulate", "2", "--sample-every", "12")
+    assert load_checkpoint(tmp_path / "run").info.step == 3
+    steps = {float(value) for name, value in weights(tmp_path / "run").items() if ".step." in name}
+    assert steps == {3.0}
+
+
+def test_a_run_neither_uses_nor_disturbs_the_global_generator(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    train(tmp_path / "first", "--num-images", "8", "--sample-every", "4")
+    main(["train", "--out", str(tmp_path / "first"), "--resume", "--num-images", "12"])
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    train(tmp_path / "second", "--num-images", "12")
+    assert same(weights(tmp_path / "first"), weights(tmp_path / "second"))
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+    intervals = ["--sample-every", "24", "--log-every", "4", "--checkpoint-every", "8", "--keep-checkpoints", "0"]
+    train(tmp_path / "whole", "--num-images", "24", *intervals)
+    train(tmp_path / "killed", "--num-images", "24", *intervals)
+    *_, before, last = checkpoints_in(tmp_path / "killed")
+    last.rename(last.with_name(f".incomplete-{last.name}"))
+    with (tmp_path / "killed" / "log.jsonl").open("a") as file:
+        file.write('{"images": 28, "lo')
+    main(["train", "--out", str(tmp_path / "killed"), "--resume"])
+    assert [path.name for path in checkpoints_in(tmp_path / "killed")][-2:] == [before.name, last.name]
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
+    names = [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()]
+    assert not [name for name in names if name.startswith(".")], "the unfinished folder is gone"
+
+
+def test_resuming_takes_what_is_not_given_from_the_run(tmp_path: Path) -> None:
+    train(tmp_path / "run", "--num-images", "4", "--learning-rate", "0.002", "--horizontal-flip")
+    main(["train", "--preset", "nano", "--out", str(tmp_path / "run"), "--resume", "--num-images", "8"])
+    config = read_train_config(tmp_path / "run" / "config.json")
+    assert (config.learning_rate, config.horizontal_flip, config.network.embed_dim) == (0.002, True, 8)
+    assert (config.num_images, load_checkpoint(tmp_path / "run").info.images) == (8, 8)
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    main(["train", "--out", str(tmp_path / "moved"), "--resume", "--num-images", "12"])
+    assert load_checkpoint(tmp_path / "moved").info.images == 12
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path / "run", "--num-images", "4")
+    before = weights(tmp_path / "run")
+    main(["train", "--out", str(tmp_path / "run"), "--resume"])
+    assert "done: 4 images seen" in capsys.readouterr().out
+    assert same(weights(tmp_path / "run"), before)
+
+
+def test_changed_options_are_named_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path / "run", "--num-images", "4")
+    arguments = ["train", "--out", str(tmp_path / "run"), "--resume", "--embed-dim", "16", "--objective", "flow"]
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    line = capsys.readouterr().err
+    assert "embed_dim was 8, now 16" in line
+    assert "objective was diffusion, now flow" in line
+    assert "window_size" not in line, "only what changed is named"
+
+
+def test_a_checkpoint_without_the_optimizer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path / "run", "--num-images", "4")
+    path = checkpoints_in(tmp_path / "run")[-1] / "training.safetensors"
+    kept = {name: value for name, value in load_file(path).items() if "exp_avg_sq" not in name}
+    save_file(kept, path)
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--out", str(tmp_path / "run"), "--resume", "--num-images", "8"])
+    assert f"{path.parent} misses the optimizer's" in capsys.readouterr().err
+
+
+def test_records_and_pictures_say_what_happened(tmp_path: Path) -> None:
+    train(tmp_path / "run", "--num-images", "16", "--log-every", "8", "--sample-every", "16")
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [(record["images"], record["step"]) for record in records] == [(8, 2), (16, 4)]
+    for record in records:
+        assert record["loss"] == pytest.approx(record["mse"] + record["vb"], rel=1e-5)
+        assert record["grad_norm"] > 0
+        assert record["images_per_s"] > 0
+        assert record["learning_rate"] == 1e-4
+    assert records[1]["seconds"] > records[0]["seconds"]
+    with Image.open(tmp_path / "run" / "samples" / f"{16:012d}.png") as grid:
+        assert (grid.mode, grid.size) == ("L", (2 * (10 * 34 + 2), 2 * (2 * 34 + 2)))
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    shown = [(event.step, event.value) for event in board.Scalars("train/loss")]
+    assert shown == [(record["images"], pytest.approx(record["loss"])) for record in records]
+
+
+@pytest.mark.parametrize("what", ["loss", "weight"])
+def test_nothing_that_is_not_finite_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    # The log is written rarely here: it is the checkpoint that has to notice.
+    def take_step(trainer: training.Trainer, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        terms = take_good_step(trainer, *batch)
+        if trainer.images == 12 and what == "weight":
+            next(trainer.network.parameters()).data[0] = float("inf")
+        if trainer.images == 12 and what == "loss":
+            terms["loss"] = terms["loss"] * float("nan")
+        return terms
+
+    take_good_step = training.Trainer.take_step
+    monkeypatch.setattr(training.Trainer, "take_step", take_step)
+    config = make_trainer(
+        tmp_path, num_images=24, checkpoint_every=4, log_every=12 if what == "loss" else 24, sample_steps=1,
+        sample_every=24,
+    ).config  # fmt: skip
+    with pytest.raises(LamambaError, match=rf"{what} is n.* at image 12: lower learning_rate.*{8:012d}$"):
+        training.train(config)
+    assert [int(path.name) for path in checkpoints_in(tmp_path)] == [4, 8]
+    assert all(bool(value.float().isfinite().all()) for value in weights(tmp_path).values())

@@ -229,7 +229,8 @@ def check_resumable(config: TrainConfig) -> None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}), so the run cannot be continued") from error
     now = plain(config)
-    started, now = ({**options, **options.pop("network", {})} for options in (started, now))
+    for options in (started, now):
+        options.update(options.pop("network", {}))
     changed = [
         f"{name} was {started.get(name)}, now {now[name]}"
         for name in now
