@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,15 +17,6 @@ from lamamba.released import load_released, translate
 
 GOLDEN = Path(__file__).parent / "golden"
 NETWORKS = ["golden_continuous", "golden_window8_res32", "golden_cross_dstate4_uncond"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads only wait for each other on tensors this small."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

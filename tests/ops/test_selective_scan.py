@@ -1,7 +1,6 @@
 """The selective scan: the reference against autograd's own check, the blocked version against the reference."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,15 +12,6 @@ from lamamba.ops.selective_scan.reference import selective_scan_reference
 
 NAMES = ("u", "delta", "A", "B", "C", "D")
 LENGTHS = [1, 2, 31, 32, 33, 64, 65, 100, 1056]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads only wait for each other on tensors this small."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def make_inputs(
