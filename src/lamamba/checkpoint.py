@@ -85,13 +85,15 @@ def save_checkpoint(
         save_file(
             {name: value.contiguous() for name, value in training_state.items()}, temporary / "training.safetensors"
         )
-        record = {"format": FORMAT, "lamamba": __version__, **asdict(info)}
-        (temporary / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n")
+        _write_info(temporary, info)
         for path in temporary.rglob("*"):
             _flush(path)
-        if final.exists():  # the same images again, after a resume: the newer replaces the older
-            shutil.rmtree(final)
+        replaced = final.with_name(f"{temporary.name}-replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.exists():  # the same images again: the older goes only once the newer has its place
+            final.rename(replaced)
         temporary.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
         _flush(final.parent)
     except _WRITE_ERRORS as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -101,6 +103,11 @@ def save_checkpoint(
     for old in checkpoints_in(run)[:-keep] if keep else []:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _write_info(checkpoint: Path, info: CheckpointInfo) -> None:
+    record = {"format": FORMAT, "lamamba": __version__, **asdict(info)}
+    (checkpoint / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _flush(path: Path) -> None:
@@ -224,8 +231,7 @@ def export(checkpoint: Path, folder: Path) -> None:
     loaded.network.save_pretrained(folder / "ema")
     weights = folder / "ema" / "diffusion_pytorch_model.safetensors"
     save_file({name: value.to(torch.float16) for name, value in load_file(weights).items()}, weights)
-    record = {"format": FORMAT, "lamamba": __version__, **asdict(loaded.info)}
-    (folder / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n")
+    _write_info(folder, loaded.info)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -236,10 +242,3 @@ def write_json(path: Path, content: Any) -> None:
         temporary.replace(path)
     except OSError as error:
         raise CheckpointError(f"{path} could not be written: {error}") from error
-
-
-__all__ = [
-    "CheckpointInfo", "ConfigError", "LoadedCheckpoint", "checkpoints_in", "export", "find_checkpoint",
-    "load_checkpoint", "load_network", "load_training_state", "read_info", "save_checkpoint", "shipped_presets",
-    "write_json",
-]  # fmt: skip
