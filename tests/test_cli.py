@@ -105,6 +105,8 @@ def test_a_preset_sets_the_network_and_options_refine_it(tmp_path: Path, capsys:
         (["sample", "OUT/none"], "OUT/none does not exist"),
         (["info", "xl-265"], "'xl-265' is neither a folder nor a preset: did you mean xl-256?"),
         (["info", "OUT/none"], "OUT/none does not exist"),
+        (["info", "nano", "--size", "33", "31"], "33 by 31 pixels: both must be even"),
+        (["sample", "nano", "--guidance-interval", "5", "1"], "the lower first"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )

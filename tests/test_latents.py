@@ -111,7 +111,9 @@ def test_pixels_go_there_and_back() -> None:
 
 
 def test_folders_without_an_autoencoder_are_named(autoencoder: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=rf"{tmp_path} holds no autoencoder: give a folder with its config.json"):
+    with pytest.raises(
+        CheckpointError, match=rf"{tmp_path} holds no autoencoder: give .--vae. a folder with its config.json"
+    ):
         Latents(tmp_path, CPU)
     for name, content in (("truncated", None), ("foreign", {"_class_name": "UNet2DModel"})):
         folder = shutil.copytree(autoencoder, tmp_path / name)

@@ -271,6 +271,8 @@ class SampleConfig:
         for name in ("num_per_label", "steps", "batch_size"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         _check(self.seed >= 0, "seed", self.seed, "0 or more")
+        low, high = self.guidance_interval or (0.0, 0.0)
+        _check(low <= high, "guidance_interval", self.guidance_interval, "two noise levels, the lower first")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 import lamamba.ops.selective_scan  # noqa: F401 - registers the operation counted below
 from lamamba.checkpoint import find_checkpoint, load_checkpoint
 from lamamba.config import PRESETS, InfoConfig
+from lamamba.errors import ConfigError
 from lamamba.model import Block, LaMambaDiff
 
 WHAT_IS_COUNTED = (
@@ -107,7 +108,10 @@ def print_info(config: InfoConfig) -> None:
     table.add_column("stage")
     table.add_column("parameters", justify="right")
     table.add_column("multiply-adds (G)", justify="right")
-    rows = count(network, *size)
+    try:
+        rows = count(network, *size)
+    except ValueError as error:
+        raise ConfigError(f"size {size[0]} {size[1]} cannot be counted: {error}") from error
     for stage, (parameters, macs) in rows.items():
         if stage == "all":
             table.add_section()

@@ -66,7 +66,9 @@ class Latents:
         from diffusers import AutoencoderKL
 
         if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder} holds no autoencoder: give a folder with its config.json and weights")
+            raise CheckpointError(
+                f"{folder} holds no autoencoder: give (--vae) a folder with its config.json and weights"
+            )
         try:
             autoencoder: Any = AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
         except Exception as error:  # diffusers raises many kinds for a damaged folder
