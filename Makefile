@@ -23,6 +23,7 @@ demo: $(BIN)/lamamba
 	@echo
 	@echo "sampled with the shipped weights:   demo/shipped.png"
 	@echo "a minute of training from scratch:  demo/run/loss.png, demo/run/samples/"
+	@echo "(enough on a CPU to see the loss fall; clothes take some hundred thousand images)"
 
 lint: $(BIN)/lamamba
 	$(BIN)/ruff check .
