@@ -47,7 +47,7 @@ def train_classifier(epochs: int = 6) -> nn.Module:
             loss.backward()
             optimizer.step()
             schedule.step()
-        print(f"classifier epoch {epoch + 1} of {epochs}, loss {float(loss):.3f}", flush=True)
+        print(f"classifier epoch {epoch + 1} of {epochs}, loss {loss.item():.3f}", flush=True)
     return model.eval()
 
 
