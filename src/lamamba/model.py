@@ -29,8 +29,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lamamba.config import NetworkConfig, preset
-from lamamba.ops.grid import NUM_PATHS, gather_rows, scan_paths, sum_rows
-from lamamba.ops.selective_scan import selective_scan
+from lamamba.ops.grid import NUM_PATHS
+from lamamba.ops.selective_scan import scan_grid
 
 
 class LaMambaDiff(ModelMixin, ConfigMixin):
@@ -311,26 +311,14 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix (b, h, w, c) globally."""
-        _, height, width, _ = x.shape
-        paths = scan_paths(height, width, self.scan, x.device)
         x, z = self.in_proj(x).chunk(2, dim=-1)
         # Dense, so that the convolution sees PyTorch's channels-last format and keeps it.
         x = F.silu(self.convolution(rearrange(x.contiguous(), "b h w e -> b e h w")))
-        x = rearrange(x, "b e h w -> b (h w) e")
-
-        # The projection commutes with the reading order: project every pixel once, then reorder the few channels.
+        x = rearrange(x, "b e h w -> b h w e")
+        # The projection commutes with the order of reading: every pixel is projected once, for all paths.
         low = F.linear(x, self.x_proj_weight.flatten(0, 1))
-        low = rearrange(low, "b l (k r) -> b (l k) r", k=NUM_PATHS)
-        low = gather_rows(low, paths.projections, paths.projection_positions).unflatten(1, (NUM_PATHS, -1))
-        delta_low, B, C = low.split([self.dt_rank, self.state_size, self.state_size], dim=-1)
-        delta = delta_low @ self.dt_weight.mT
-        state_dtype = torch.promote_types(delta.dtype, torch.float32)
-        delta = F.softplus(delta.to(state_dtype) + self.dt_bias.to(state_dtype)[:, None])
-
-        u = gather_rows(x, paths.pixels, paths.pixel_positions).unflatten(1, (NUM_PATHS, -1))
-        y = selective_scan(u, delta, -torch.exp(self.A_log.to(state_dtype)), B, C, self.D)
-        y = sum_rows(y.flatten(1, 2), paths.pixels, paths.pixel_positions)
-        y = rearrange(y, "b (h w) e -> b h w e", h=height)
+        A = -torch.exp(self.A_log.to(torch.promote_types(low.dtype, torch.float32)))
+        y = scan_grid(x, low, self.dt_weight, self.dt_bias, A, self.D, self.scan)
         out: Tensor = self.out_proj(self.out_norm(y) * F.silu(z))
         return out
 

@@ -189,8 +189,10 @@ def test_float32_error_is_at_most_twice_the_reference_s(length: int, states: int
     single = [x.detach().float() for x in inputs]
     ours = output_and_gradients(selective_scan, single)
     literal = output_and_gradients(selective_scan_reference, single)
+    # The order of a sum over few values decides much of so small an error: half a unit in the last place is free.
+    rounding = torch.finfo(torch.float32).eps / 2
     for name, value, reference, wanted in zip(("y", *NAMES), ours, literal, exact, strict=True):
-        assert relative_error(value, wanted) <= 2 * relative_error(reference, wanted), name
+        assert relative_error(value, wanted) <= 2 * relative_error(reference, wanted) + rounding, name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

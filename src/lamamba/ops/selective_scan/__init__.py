@@ -1,14 +1,123 @@
 """The selective scan: a linear recurrence whose step size, input and output matrices depend on the input.
 
-`reference.py` is its meaning, `blocked.py` the version that runs; README.md holds the equations of both.
+`selective_scan` is the recurrence along a sequence, `scan_grid` the four scans of a block over a grid of pixels, which
+is what the network calls. `reference.py` is the meaning, `blocked.py` the version that runs on any device, `triton.py`
+the kernels of `scan_grid`; README.md holds the equations of all.
 """
 
+import importlib.util
+from typing import Literal
+
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
+from lamamba.ops.grid import NUM_PATHS, Scan, gather_rows, scan_paths, sum_rows
 from lamamba.ops.selective_scan.blocked import selective_scan_blocked
 
-__all__ = ["selective_scan"]
+__all__ = ["Backend", "scan_grid", "selective_scan"]
+
+Backend = Literal["auto", "triton", "pytorch"]
+
+
+def scan_grid(
+    x: Tensor,
+    low: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    scan: Scan = "continuous",
+    backend: Backend = "auto",
+) -> Tensor:
+    """Scan a grid along its four paths and add up what each path leaves at a pixel (arXiv 2408.02615, section 3.2).
+
+    Along path p, with `delta = softplus(dt_weight[p] delta_low + dt_bias[p])`, a `selective_scan` of x.
+
+    Args:
+        x: (b, h, w, e) input, float32, bfloat16 or float16 (the PyTorch version also takes float64).
+        low: (b, h, w, 4 (r + 2 n)) for each path the low-rank step size (r), then B (n) and C (n).
+        dt_weight: (4, e, r) from the low-rank step size to every channel's.
+        dt_bias: (4, e).
+        A: (4, e, n) decay rates, negative.
+        D: (4, e) weight of the input in the output.
+        scan: "continuous" (serpentine) or "raster" paths, see `lamamba.ops.grid.path_order`.
+        backend: "triton" is the kernels, "pytorch" runs anywhere, "auto" is the kernels for tensors on CUDA.
+
+    Returns:
+        (b, h, w, e), in the dtype of x; the state is float32 (float64 if x is).
+
+    Raises:
+        ValueError: shapes disagree, a dimension is 0, or the kernels cannot run on these tensors.
+    """
+    _check_grid_shapes(x, low, dt_weight, dt_bias, A, D)
+    if backend == "triton" or (backend == "auto" and x.is_cuda and x.dtype != torch.float64):
+        _check_triton(x)
+        from lamamba.ops.selective_scan.triton import scan_grid_triton
+
+        tensors = (x, low.to(x.dtype), dt_weight.to(x.dtype), dt_bias.float(), A.float(), D.float())
+        save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        y: Tensor = scan_grid_triton(*tensors, scan == "continuous", save)[0]
+        return y
+    return _scan_grid_pytorch(x, low, dt_weight, dt_bias, A, D, scan)
+
+
+def _scan_grid_pytorch(
+    x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, scan: Scan
+) -> Tensor:
+    _, height, width, _ = x.shape
+    rank, num_states = dt_weight.shape[2], A.shape[2]
+    paths = scan_paths(height, width, scan, x.device)
+    x = rearrange(x, "b h w e -> b (h w) e")
+    low = rearrange(low, "b h w (k r) -> b (h w k) r", k=NUM_PATHS)
+    low = gather_rows(low, paths.projections, paths.projection_positions).unflatten(1, (NUM_PATHS, -1))
+    delta_low, B, C = low.split([rank, num_states, num_states], dim=-1)
+    delta = delta_low @ dt_weight.mT
+    state_dtype = torch.promote_types(delta.dtype, torch.float32)
+    delta = F.softplus(delta.to(state_dtype) + dt_bias.to(state_dtype)[:, None])
+    u = gather_rows(x, paths.pixels, paths.pixel_positions).unflatten(1, (NUM_PATHS, -1))
+    y = selective_scan(u, delta, A, B, C, D)
+    y = sum_rows(y.flatten(1, 2), paths.pixels, paths.pixel_positions)
+    return rearrange(y, "b (h w) e -> b h w e", h=height)
+
+
+def _check_triton(x: Tensor) -> None:
+    obstacle = _obstacle(x.device.type, x.dtype)
+    if obstacle:
+        raise ValueError(f'scan_grid: {obstacle}, or use backend "pytorch"')
+
+
+@torch.compiler.assume_constant_result
+def _obstacle(device_type: str, dtype: torch.dtype) -> str | None:
+    """Say why the kernels cannot run and what would help, or None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed: pip install triton"
+    from triton import knobs
+
+    if device_type != "cuda" and not knobs.runtime.interpret:
+        return f"the kernels need CUDA tensors, x is on {device_type}: move it to a GPU"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernels do not take {dtype}: use float32 or bfloat16"
+    return None
+
+
+def _check_grid_shapes(x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> None:
+    if x.ndim != 4 or 0 in x.shape:
+        raise ValueError(f"scan_grid: x is {tuple(x.shape)}: give (b, h, w, e), none of them 0")
+    if A.ndim != 3 or dt_weight.ndim != 3 or 0 in A.shape or 0 in dt_weight.shape:
+        raise ValueError(
+            f"scan_grid: A is {tuple(A.shape)} and dt_weight {tuple(dt_weight.shape)}: give (4, e, n) and (4, e, r)"
+        )
+    b, h, w, e = x.shape
+    r, n = dt_weight.shape[2], A.shape[2]
+    wanted = {
+        "low": (b, h, w, NUM_PATHS * (r + 2 * n)), "dt_weight": (NUM_PATHS, e, r), "dt_bias": (NUM_PATHS, e),
+        "A": (NUM_PATHS, e, n), "D": (NUM_PATHS, e),
+    }  # fmt: skip
+    for (name, shape), tensor in zip(wanted.items(), (low, dt_weight, dt_bias, A, D), strict=True):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"scan_grid: {name} is {tuple(tensor.shape)}: with x {tuple(x.shape)} it must be {shape}")
 
 
 def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:

@@ -1,0 +1,154 @@
+"""The kernels of `kernels.py` as one differentiable operation that torch.compile sees as a whole."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from lamamba.ops.selective_scan.kernels import TILE, backward_kernel, forward_kernel, summary_kernel
+
+# Enough to keep a large GPU busy: with fewer programs than this, paths are cut into segments.
+WANTED_PROGRAMS = 1024
+MAX_SEGMENTS = 64
+
+
+class _Geometry(NamedTuple):
+    """What the kernels are told of a call beside its tensors."""
+
+    grid: tuple[int, int, int]
+    constants: dict[str, Any]
+    num_segments: int
+    tiles_per_segment: int
+
+
+def _geometry(x: Tensor, low: Tensor, A: Tensor, continuous: bool, widest_block: int) -> _Geometry:
+    batch, height, width, channels = x.shape
+    states = A.shape[2]
+    states_block = triton.next_power_of_2(states)
+    # A lane holds all states of its channels, so blocks get narrower as states get more.
+    block = max(32, min(widest_block // states_block, triton.next_power_of_2(channels)))
+    num_blocks = triton.cdiv(channels, block)
+    num_tiles = triton.cdiv(height * width, TILE.value)
+    num_segments = min(MAX_SEGMENTS, num_tiles, triton.cdiv(WANTED_PROGRAMS, num_blocks * 4 * batch))
+    tiles_per_segment = triton.cdiv(num_tiles, num_segments)
+    num_segments = triton.cdiv(num_tiles, tiles_per_segment)
+    constants = {
+        "HEIGHT": height, "WIDTH": width, "CONTINUOUS": continuous, "CHANNELS": channels,
+        "RANK": low.shape[3] // 4 - 2 * states, "STATES": states, "STATES_BLOCK": states_block, "BLOCK": block,
+        "PRECISE": x.dtype == torch.float32, "num_warps": 1, "num_stages": 1,
+    }  # fmt: skip
+    return _Geometry((num_blocks, 4 * num_segments, batch), constants, num_segments, tiles_per_segment)
+
+
+def _summarise(
+    geometry: _Geometry, u: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A: Tensor, backward: bool
+) -> tuple[Tensor, Tensor]:
+    """Scan every segment from a zero state; where a path is one segment there is nothing to do."""
+    batch, _, _, channels = u.shape
+    num_segments = geometry.num_segments
+    if num_segments == 1:
+        nothing = A.new_empty(0)
+        return nothing, nothing
+    carry = A.new_empty(batch, 4, num_segments, A.shape[2], channels)
+    spent = A.new_empty(batch, 4, num_segments, channels)
+    summary_kernel[geometry.grid](
+        u, low, weight, bias, A, carry, spent, geometry.tiles_per_segment, num_segments,
+        BACKWARD=backward, **geometry.constants,
+    )  # fmt: skip
+    return carry, spent
+
+
+@torch.library.custom_op("lamamba::scan_grid", mutates_args=())
+def scan_grid_triton(
+    x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A: Tensor, D: Tensor, continuous: bool, save: bool
+) -> tuple[Tensor, Tensor]:
+    """Run the kernels forwards; arguments as in `lamamba.ops.selective_scan.scan_grid`, bias, A and D in float32.
+
+    Returns:
+        y, (b, h, w, e), and, where `save` asks for what the backward pass reads, the states at the start of each
+        tile, (b, 4, tiles, n, e) float32.
+    """
+    x, low, weight, bias, A, D = (tensor.contiguous() for tensor in (x, low, weight, bias, A, D))
+    batch, height, width, channels = x.shape
+    geometry = _geometry(x, low, A, continuous, widest_block=128)
+    carry, spent = _summarise(geometry, x, low, weight, bias, A, backward=False)
+    planes = x.new_empty(4, batch, height, width, channels)
+    states = A.new_empty(_states_shape(x, A, save))
+    forward_kernel[geometry.grid](
+        x, low, weight, bias, A, D, planes, states, carry, spent,
+        batch, geometry.tiles_per_segment, geometry.num_segments, SAVE=save, **geometry.constants,
+    )  # fmt: skip
+    return planes.sum(dim=0), states
+
+
+def _states_shape(x: Tensor, A: Tensor, save: bool) -> tuple[int, ...]:
+    batch, height, width, channels = x.shape
+    return (batch, 4, triton.cdiv(height * width, TILE.value), A.shape[2], channels) if save else (0,)
+
+
+@scan_grid_triton.register_fake
+def _(
+    x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A: Tensor, D: Tensor, continuous: bool, save: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), A.new_empty(_states_shape(x, A, save))
+
+
+@torch.library.custom_op("lamamba::scan_grid_backward", mutates_args=())
+def _scan_grid_backward(
+    grad_y: Tensor, states: Tensor,
+    x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A: Tensor, D: Tensor, continuous: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_y, x, low, weight, bias, A, D = (tensor.contiguous() for tensor in (grad_y, x, low, weight, bias, A, D))
+    batch, height, width, channels = x.shape
+    rank, num_states = weight.shape[2], A.shape[2]
+    geometry = _geometry(x, low, A, continuous, widest_block=64)
+    carry, spent = _summarise(geometry, grad_y, low, weight, bias, A, backward=True)
+    grad_x, grad_z = (x.new_empty(4, batch, height * width, channels) for _ in range(2))
+    grad_BC = A.new_empty(geometry.grid[0], batch, height * width, 4, 2 * num_states)
+    rows = batch * geometry.num_segments
+    grad_A, grad_D, grad_bias = A.new_empty(rows, *A.shape), D.new_empty(rows, *D.shape), D.new_empty(rows, *D.shape)
+    backward_kernel[geometry.grid](
+        x, low, weight, bias, A, D, grad_y, states, carry, spent,
+        grad_x, grad_z, grad_BC, grad_A, grad_D, grad_bias,
+        batch, geometry.tiles_per_segment, geometry.num_segments, **geometry.constants,
+    )  # fmt: skip
+
+    grad_z = grad_z.flatten(1, 2)
+    low_by_path = low.view(batch * height * width, 4, -1)
+    grad_low = torch.empty_like(low_by_path)
+    grad_low[..., :rank] = (grad_z @ weight).transpose(0, 1)
+    grad_low[..., rank:] = grad_BC.sum(dim=0).flatten(0, 1)
+    # A copy with rows that start at multiples of 16 bytes: without it the product takes three times as long.
+    delta_low = F.pad(low_by_path[..., :rank].transpose(0, 1), (0, -rank % 8))
+    grad_weight = (grad_z.mT @ delta_low)[..., :rank].contiguous()
+    return (
+        grad_x.sum(dim=0).view_as(x), grad_low.view_as(low), grad_weight,
+        grad_bias.sum(dim=0), grad_A.sum(dim=0), grad_D.sum(dim=0),
+    )  # fmt: skip
+
+
+@_scan_grid_backward.register_fake
+def _(
+    grad_y: Tensor, states: Tensor,
+    x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A: Tensor, D: Tensor, continuous: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, low, weight, bias, A, D))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1], *inputs[:6])
+    ctx.continuous = inputs[6]
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, grad_y: Tensor | None, grad_states: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:  # nothing downstream depends on y
+        return (None,) * 8
+    gradients: tuple[Tensor, ...] = _scan_grid_backward(grad_y, *ctx.saved_tensors, ctx.continuous)
+    return *gradients, None, None
+
+
+scan_grid_triton.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,187 @@
+"""The scan over a grid: kernels against the version that runs anywhere, both against float64."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lamamba.ops.selective_scan import Backend, scan_grid
+
+triton_host = pytest.importorskip("lamamba.ops.selective_scan.triton")
+NAMES = ("x", "low", "dt_weight", "dt_bias", "A", "D")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def make_inputs(b: int, h: int, w: int, e: int, r: int, n: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(b + 10 * h + 100 * w + 1000 * e + r + n)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).to(DEVICE)
+
+    return [
+        normal(b, h, w, e), normal(b, h, w, 4 * (r + 2 * n)), normal(4, e, r) * r**-0.5,
+        normal(4, e) - 2, -torch.exp(normal(4, e, n)), normal(4, e),
+    ]  # fmt: skip
+
+
+def output_and_gradients(inputs: list[Tensor], backend: Backend, scan: str = "continuous") -> list[Tensor]:
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    y = scan_grid(*leaves, scan=scan, backend=backend)
+    weights = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(y)
+    return [y.detach(), *torch.autograd.grad(y, leaves, weights)]
+
+
+def relative_error(value: Tensor, wanted: Tensor) -> float:
+    return float((value.double() - wanted).norm() / wanted.norm())
+
+
+def check(inputs: list[Tensor], dtype: torch.dtype, scan: str = "continuous") -> None:
+    """At most twice the error of the PyTorch version in the same dtype, and half a unit in the last place."""
+    inputs = [tensor.to(dtype if index < 3 else torch.float32) for index, tensor in enumerate(inputs)]
+    exact = output_and_gradients([tensor.double() for tensor in inputs], "pytorch", scan)
+    plain = output_and_gradients(inputs, "pytorch", scan)
+    ours = output_and_gradients(inputs, "triton", scan)
+    rounding = torch.finfo(torch.float32).eps
+    for name, value, reference, wanted in zip(("y", *NAMES), ours, plain, exact, strict=True):
+        assert relative_error(value, wanted) <= 2 * relative_error(reference, wanted) + rounding, name
+
+
+# (b, h, w, e, r, n): the interpreter takes seconds for each, so that they are few and tiny.
+TINY = {
+    "plain": (2, 4, 4, 8, 3, 1),
+    "length not a multiple of the tile, masked channels": (1, 6, 10, 40, 3, 1),
+    "several states, rank over one block": (1, 6, 4, 8, 17, 3),
+}
+
+
+@pytest.mark.parametrize("scan", ["continuous", "raster"])
+@pytest.mark.parametrize("case", TINY)
+def test_kernels_agree_with_float64(case: str, scan: str) -> None:
+    check(make_inputs(*TINY[case]), torch.float32, scan)
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 10, 8, 3, 1), (1, 8, 6, 8, 3, 2)])
+def test_paths_cut_into_segments_give_the_same(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [tensor.float() for tensor in make_inputs(*shape)]
+    monkeypatch.setattr(triton_host, "WANTED_PROGRAMS", 1)
+    whole = output_and_gradients(inputs, "triton")
+    monkeypatch.setattr(triton_host, "WANTED_PROGRAMS", 1000)
+    cut = output_and_gradients(inputs, "triton")
+    for name, a, b in zip(("y", *NAMES), cut, whole, strict=True):
+        assert relative_error(a, b.double()) < 1e-6, name
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy's, where both sides of a selection are computed
+def test_extreme_steps() -> None:
+    """Steps from 1e-6 to 20 and beyond softplus's linear part, decay to -100: accurate, and nothing overflows."""
+    inputs = make_inputs(1, 4, 8, 8, 3, 1)
+    inputs[3] = torch.linspace(-14, 100, 32, dtype=torch.float64, device=DEVICE).view(4, 8)
+    inputs[4] = -torch.logspace(-3, 2, 32, dtype=torch.float64, device=DEVICE).view(4, 8, 1).flip(0)
+    check(inputs, torch.float32)
+
+
+def test_input_need_not_be_contiguous() -> None:
+    inputs = [tensor.float() for tensor in make_inputs(1, 4, 4, 8, 3, 1)]
+    strided = [tensor.transpose(0, -1).contiguous().transpose(0, -1) for tensor in inputs]
+    for a, b in zip(output_and_gradients(strided, "triton"), output_and_gradients(inputs, "triton"), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_every_value_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is handed out holds NaN: one value left as it came shows in the results."""
+    new_empty = Tensor.new_empty
+
+    def poisoned(tensor: Tensor, *shape: object, **options: object) -> Tensor:
+        return new_empty(tensor, *shape, **options).fill_(torch.nan)
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+    inputs = [tensor.float() for tensor in make_inputs(1, 6, 6, 8, 3, 2)]
+    for name, value in zip(("y", *NAMES), output_and_gradients(inputs, "triton"), strict=True):
+        assert bool(value.isfinite().all()), name
+
+
+def test_compiles_as_one_graph() -> None:
+    inputs = [tensor.float().requires_grad_() for tensor in make_inputs(1, 4, 4, 8, 3, 1)]
+    compiled = torch.compile(scan_grid, backend="aot_eager", fullgraph=True)
+    y = compiled(*inputs, backend="triton")
+    assert torch.equal(y, scan_grid(*inputs, backend="triton"))
+    ours = torch.autograd.grad(y.square().sum(), inputs)
+    eager = torch.autograd.grad(scan_grid(*inputs, backend="triton").square().sum(), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
+
+
+def test_kernels_that_cannot_run_are_an_error_that_says_why() -> None:
+    inputs = make_inputs(1, 4, 4, 8, 3, 1)
+    with pytest.raises(ValueError, match=r"do not take torch\.float64: use float32"):
+        scan_grid(*inputs, backend="triton")
+    program = (
+        "import torch; from lamamba.ops.selective_scan import scan_grid; n = torch.ones; "
+        "scan_grid(n(1,4,4,8), n(1,4,4,20), n(4,8,3), n(4,8), -n(4,8,1), n(4,8), backend='triton')"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert "the kernels need CUDA tensors, x is on cpu: move it to a GPU" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("index", "shape", "message"),
+    [
+        (0, (1, 4, 8), "x is"),
+        (1, (1, 4, 4, 21), "low is"),
+        (2, (4, 8), "dt_weight"),
+        (3, (4, 9), "dt_bias is"),
+        (4, (4, 8), "A is"),
+        (5, (8,), "D is"),
+    ],
+)
+def test_a_wrong_shape_is_named(index: int, shape: tuple[int, ...], message: str) -> None:
+    inputs = make_inputs(1, 4, 4, 8, 3, 1)
+    inputs[index] = torch.ones(shape)
+    with pytest.raises(ValueError, match=message):
+        scan_grid(*inputs)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_without_a_gpu(capability: int) -> None:
+    """To a cubin, at the shapes of XL's first stage; in a process of its own, since here they are interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_scan_kernels.py")
+    done = subprocess.run([sys.executable, script, str(capability)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("compiled") == 4
+
+
+# On a GPU only: real sizes, and arithmetic that the interpreter does not have.
+LARGE = {
+    "XL, first stage": (2, 32, 32, 640, 20, 1),
+    "XL, second stage": (2, 16, 16, 1280, 40, 1),
+    "XL, third stage": (2, 8, 8, 2560, 80, 1),
+    "16 states": (1, 8, 8, 160, 10, 16),
+    "64 states": (1, 4, 8, 40, 3, 64),
+    "16,384 steps": (1, 128, 128, 64, 4, 1),
+    "16 steps": (3, 4, 4, 64, 4, 1),
+    "not square": (2, 6, 50, 72, 5, 1),
+}
+
+
+@ON_GPU
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", LARGE)
+def test_real_sizes_agree_with_float64(case: str, dtype: torch.dtype) -> None:
+    check(make_inputs(*LARGE[case]), dtype)
+
+
+@ON_GPU
+def test_results_are_equal_from_run_to_run() -> None:
+    inputs = [
+        tensor.to(torch.bfloat16 if i < 3 else torch.float32)
+        for i, tensor in enumerate(make_inputs(8, 16, 16, 320, 20, 1))
+    ]
+    first = output_and_gradients(inputs, "triton")
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(output_and_gradients(inputs, "triton"), first, strict=True))
