@@ -49,8 +49,8 @@ def test_loss_terms_agree() -> None:
 
 @pytest.mark.parametrize("steps", ["25", "250", "ddim20"])
 def test_samples_agree(steps: str) -> None:
-    scheduler = Diffusion().scheduler("ddim" if steps == "ddim20" else "ancestral")
-    scheduler.set_timesteps(int(steps.removeprefix("ddim")))
+    num_steps = int(steps.removeprefix("ddim"))
+    scheduler = Diffusion().scheduler("ddim" if steps == "ddim20" else "ancestral", num_steps)
     assert sorted(scheduler.timesteps.tolist()) == sorted(GOLDEN[f"respace.{steps}.timesteps"].tolist())
     x, y, noises = (GOLDEN[f"sample.{steps}.{name}"] for name in ("x_T", "y", "noise"))
     for t, noise in zip(scheduler.timesteps, noises, strict=True):
@@ -126,8 +126,11 @@ def deviation(sampler: str, num_steps: int) -> float:
     ("sampler", "few", "many", "limit"),
     [
         ("ddim", 20, 200, 0.01),
+        ("ddim", 30, 600, 0.005),
         ("dpm++", 10, 100, 0.002),
+        ("dpm++", 10, 1000, 0.002),
         ("unipc", 10, 100, 0.002),
+        ("unipc", 10, 1000, 0.002),
         ("euler", 10, 100, 0.01),
         ("heun", 5, 50, 0.0005),
     ],
@@ -138,9 +141,27 @@ def test_samplers_reach_the_distribution_of_the_data(sampler: str, few: int, man
     assert errors[1] < errors[0] / 5
 
 
+@pytest.mark.parametrize("sampler", Diffusion.samplers)
+def test_every_number_of_steps_goes_down_from_noise(sampler: str) -> None:
+    for num_steps in range(1, 1001):
+        timesteps = Diffusion().scheduler(sampler, num_steps).timesteps.tolist()
+        assert len(timesteps) == num_steps
+        assert timesteps == sorted(set(timesteps), reverse=True)
+        published = sampler == "ddim" and num_steps >= 20
+        assert timesteps[0] == (round(1000 - 1000 / num_steps) if published else 999), num_steps
+        assert timesteps[-1] >= 0
+        assert timesteps[-1] == 0 or num_steps == 1 or sampler in ("dpm++", "unipc")
+
+
+@pytest.mark.parametrize("sampler", Diffusion.samplers)
+def test_a_single_step_answers_the_mean_of_the_data(sampler: str) -> None:
+    x = sample(KnownDenoiser(Diffusion()), Diffusion(), [0], [5], sampler=sampler, num_steps=1)  # type: ignore[arg-type]
+    # What noise alone says of an image is next to nothing, so the best guess is the same for all.
+    torch.testing.assert_close(x, torch.full_like(x, KnownDenoiser.MEAN), atol=0.01, rtol=0)
+
+
 def test_ancestral_sampling_follows_the_learned_variance() -> None:
-    scheduler = Diffusion().scheduler("ancestral")
-    scheduler.set_timesteps(12)
+    scheduler = Diffusion().scheduler("ancestral", 12)
     learned = KnownDenoiser(Diffusion(), scheduler.timesteps.tolist())
     ignorant = KnownDenoiser(Diffusion())  # claims the middle of the bounds throughout
     x, wrong = (
@@ -159,7 +180,7 @@ def test_ancestral_sampling_follows_the_learned_variance() -> None:
 )
 def test_a_sampler_of_the_other_objective_is_refused(objective: str, sampler: str, mend: str) -> None:
     with pytest.raises(ConfigError) as error:
-        OBJECTIVES[objective].scheduler(sampler)
+        OBJECTIVES[objective].scheduler(sampler, 25)
     assert repr(sampler) in str(error.value)
     assert repr(objective) in str(error.value)
     assert str(error.value).endswith(mend)

@@ -84,28 +84,49 @@ class Diffusion:
         likelihood = -_discretised_gaussian_log_likelihood(x_0, mean, 0.5 * log_variance)
         return torch.where(t == 0, _mean(likelihood), _mean(divergence)) / math.log(2)
 
-    def scheduler(self, sampler: str) -> Any:
-        """Build the diffusers scheduler of one of `samplers`; each takes the noise prediction."""
+    def scheduler(self, sampler: str, num_steps: int, device: torch.device | None = None) -> Any:
+        """Build the diffusers scheduler of one of `samplers`, with its timesteps set.
+
+        All start at 999, but for `ddim`: from 20 steps on it has its published stride, 0, 1000/n, 2000/n, ..., which
+        starts at 1000 - 1000/n. Fewer steps of that stride would start where the image is not yet drowned in noise.
+
+        Args:
+            sampler: its `step` takes the noise prediction, and the variance as well where its configuration's
+                `variance_type` is "learned_range".
+            num_steps: 1 to 1000.
+            device: of the timesteps; None is the CPU.
+
+        Raises:
+            ConfigError: there is no such sampler, or the number of steps is out of range.
+        """
         import diffusers
 
+        _check_scheduler(self, sampler, num_steps)
         linear: dict[str, Any] = {
             "num_train_timesteps": NUM_TIMESTEPS,
             "beta_start": BETA_START,
             "beta_end": BETA_END,
             "beta_schedule": "linear",
         }
-        if sampler == "ancestral":
-            scheduler = diffusers.DDPMScheduler(
-                **linear, variance_type="learned_range", clip_sample=False, timestep_spacing="linspace"
-            )
-        elif sampler == "ddim":
-            scheduler = diffusers.DDIMScheduler(**linear, clip_sample=False, timestep_spacing="leading")
-        elif sampler == "dpm++":
-            scheduler = diffusers.DPMSolverMultistepScheduler(**linear, algorithm_type="dpmsolver++", solver_order=2)
-        elif sampler == "unipc":
-            scheduler = diffusers.UniPCMultistepScheduler(**linear, solver_order=2)
+        if sampler == "ancestral" and num_steps > 1:
+            scheduler = diffusers.DDPMScheduler(**linear, variance_type="learned_range", clip_sample=False)
+            scheduler.set_timesteps(timesteps=_descend(NUM_TIMESTEPS - 1, num_steps), device=device)
+        elif sampler in ("ancestral", "ddim"):  # a single ancestral step adds no noise either
+            # DDIM is the solver of first order (arXiv 2206.00927); diffusers' own DDIM assumes that
+            # timesteps are a whole number apart, and the same everywhere.
+            scheduler = diffusers.DPMSolverMultistepScheduler(**linear, algorithm_type="dpmsolver++", solver_order=1)
+            first = NUM_TIMESTEPS - NUM_TIMESTEPS / num_steps if num_steps >= 20 else NUM_TIMESTEPS - 1
+            scheduler.set_timesteps(timesteps=_descend(first, num_steps), device=device)
         else:
-            raise _no_sampler(sampler, self)
+            # "linspace" leaves out 0 here, so that of 1000 steps one would be there twice, which divides by 0.
+            linear["timestep_spacing"] = "trailing" if num_steps == NUM_TIMESTEPS else "linspace"
+            if sampler == "dpm++":
+                scheduler = diffusers.DPMSolverMultistepScheduler(
+                    **linear, algorithm_type="dpmsolver++", solver_order=2
+                )
+            else:
+                scheduler = diffusers.UniPCMultistepScheduler(**linear, solver_order=2)
+            scheduler.set_timesteps(num_steps, device=device)
         return scheduler
 
 
@@ -140,25 +161,39 @@ class FlowMatching:
         mse = _mean(torch.square(noise - x_0 - velocity))
         return {"loss": mse, "mse": mse}
 
-    def scheduler(self, sampler: str) -> Any:
-        """Build the diffusers scheduler of one of `samplers`; each takes the velocity."""
+    def scheduler(self, sampler: str, num_steps: int, device: torch.device | None = None) -> Any:
+        """Build the diffusers scheduler of one of `samplers`, with its timesteps set; `step` takes the velocity.
+
+        Arguments and errors are those of `Diffusion.scheduler`. Heun has two timesteps for each step but the last.
+        """
         import diffusers
 
+        _check_scheduler(self, sampler, num_steps)
         if sampler == "euler":
-            return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS)
-        if sampler == "heun":
-            return diffusers.FlowMatchHeunDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS)
-        raise _no_sampler(sampler, self)
+            scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS)
+        else:
+            scheduler = diffusers.FlowMatchHeunDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS)
+        scheduler.set_timesteps(num_steps, device=device)
+        return scheduler
 
 
 OBJECTIVES: Mapping[str, Diffusion | FlowMatching] = {kind.name: kind for kind in (Diffusion(), FlowMatching())}
 
 
-def _no_sampler(sampler: str, objective: Diffusion | FlowMatching) -> ConfigError:
-    return ConfigError(
-        f"sampler {sampler!r} does not go with the objective {objective.name!r} that the network was trained with: "
-        f"use {' or '.join(objective.samplers)}"
-    )
+def _check_scheduler(objective: Diffusion | FlowMatching, sampler: str, num_steps: int) -> None:
+    if sampler not in objective.samplers:
+        raise ConfigError(
+            f"sampler {sampler!r} does not go with the objective {objective.name!r} that the network was trained with: "
+            f"use {' or '.join(objective.samplers)}"
+        )
+    if not 1 <= num_steps <= NUM_TIMESTEPS:  # beyond the training's, levels of noise repeat
+        raise ConfigError(f"{num_steps} steps are out of range: use 1 to {NUM_TIMESTEPS}")
+
+
+def _descend(first: float, num_steps: int) -> list[int]:
+    """Space whole timesteps evenly from the first down to 0, a single one being the first."""
+    timesteps: list[int] = torch.linspace(first, 0, num_steps, dtype=torch.float64).round().long().tolist()
+    return timesteps
 
 
 def training_losses(

@@ -16,7 +16,7 @@ from lamamba.config import SampleConfig, nearest
 from lamamba.diffusion import OBJECTIVES
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.latents import open_space
-from lamamba.pipeline import check_labels, check_num_steps, choose_device, make_grid, sample
+from lamamba.pipeline import check_labels, choose_device, make_grid, sample
 
 
 def generate(config: SampleConfig) -> None:
@@ -38,8 +38,7 @@ def generate(config: SampleConfig) -> None:
     size = None if config.size is None else (space.grid_size(config.size[0]), space.grid_size(config.size[1]))
     sampler = config.sampler or objective.default_sampler
     # Before the work: a sampler that does not fit, or a folder that cannot be written, should not cost a minute.
-    objective.scheduler(sampler)
-    check_num_steps(config.steps)
+    evaluations = len(objective.scheduler(sampler, config.steps).timesteps)
     _make_folders(config)
 
     console = Console()
@@ -48,9 +47,7 @@ def generate(config: SampleConfig) -> None:
         TextColumn("[bold]sample"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeRemainingColumn(),
         console=console, disable=not console.is_terminal, transient=True,
     ) as progress:  # fmt: skip
-        probe = objective.scheduler(sampler)
-        probe.set_timesteps(config.steps)
-        task = progress.add_task("", total=len(probe.timesteps) * len(labels))
+        task = progress.add_task("", total=evaluations * len(labels))
         for start in range(0, len(labels), config.batch_size):
             part = slice(start, start + config.batch_size)
             x = sample(

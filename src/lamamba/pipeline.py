@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lamamba.diffusion import NUM_TIMESTEPS, Diffusion, FlowMatching, guide
+from lamamba.diffusion import Diffusion, FlowMatching, guide
 from lamamba.errors import ConfigError
 from lamamba.model import LaMambaDiff
 
@@ -46,18 +46,18 @@ def sample(
         (b, c, h, w) float32, about -1 to 1 for pixels.
 
     Raises:
-        ConfigError: a label is out of range, the sampler does not go with the objective, or guidance is asked of an
-            unconditional network.
+        ConfigError: a label or the number of steps is out of range, the sampler does not go with the objective, or
+            guidance is asked of an unconditional network.
     """
     check_labels(labels, network.config.num_classes)
     if guidance_scale != 1 and not network.config.num_classes:
         raise ConfigError("guidance needs labels, and this network is unconditional: leave guidance_scale at 1")
-    check_num_steps(num_steps)
     height, width = size or (network.config.sample_size, network.config.sample_size)
     device = network.device
     denoiser = guide(network, guidance_scale, network.null_label, guidance_interval, objective.sigma)
-    scheduler = objective.scheduler(sampler or objective.default_sampler)
-    scheduler.set_timesteps(num_steps, device=device)
+    scheduler = objective.scheduler(sampler or objective.default_sampler, num_steps, device)
+    # Only ancestral sampling knows what to do with the learned variance; for the others it is no part of the noise.
+    ancestral = scheduler.config.get("variance_type") == "learned_range"
 
     # Noise comes from the CPU's generator, so that every device draws the same.
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -66,9 +66,8 @@ def sample(
     y = torch.as_tensor(labels, dtype=torch.long, device=device)
     for t in scheduler.timesteps:
         out = denoiser(x, t.expand(len(x)), y)
-        # Only ancestral sampling knows what to do with the learned variance; for the others it is no part of the noise.
-        prediction = out if (sampler == "ancestral") else out.chunk(2, dim=1)[0]
-        options = {"generator": generators} if sampler == "ancestral" else {}
+        prediction = out if ancestral else out.chunk(2, dim=1)[0]
+        options = {"generator": generators} if ancestral else {}
         x = scheduler.step(prediction, t, x, **options, return_dict=False)[0]
         if on_step is not None:
             on_step(len(x))
@@ -100,12 +99,6 @@ def check_labels(labels: Sequence[int], num_classes: int) -> None:
         )
     if wrong:
         raise ConfigError(f"label {wrong[0]} is out of range: this network is unconditional, its only label is 0")
-
-
-def check_num_steps(num_steps: int) -> None:
-    """Raise ConfigError unless a sampler can take so many steps: beyond the training's, levels of noise repeat."""
-    if not 1 <= num_steps <= NUM_TIMESTEPS:
-        raise ConfigError(f"{num_steps} steps are out of range: use 1 to {NUM_TIMESTEPS}")
 
 
 def make_grid(images: np.ndarray, columns: int, padding: int = 2, scale: int = 1) -> Image.Image:
