@@ -1,6 +1,7 @@
 """`lamamba sample`: from a checkpoint to PNG files that say how they were made."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,26 @@ def test_labels_by_number_and_name() -> None:
     assert parse_labels(None, 0, ()) == [0]
     with pytest.raises(ConfigError, match="give numbers from 0 to 999"):
         parse_labels("cat", 1000, ())
+
+
+def test_a_name_wins_over_a_number() -> None:
+    assert parse_labels("7,3", 2, ("3", "7")) == [1, 0]
+    assert parse_labels("0,2,3", 3, ("2", "1", "0")) == [2, 0, 3], "3 is no name, and the number of no label"
+    assert parse_labels("a,A,b", 3, ("A", "B", "a")) == [2, 0, 1], "the case decides where it must"
+    for part, hint in (("0", "there are 3, 7"), ("17", "did you mean 7?"), ("-1", "there are 3, 7")):
+        with pytest.raises(ConfigError, match=f"no class is named '{part}': .*{re.escape(hint)}$"):
+            parse_labels(part, 2, ("3", "7"))
+    with pytest.raises(ConfigError, match="a number is a name"):
+        parse_labels("0", 2, ("3", "cat"))
+
+
+def test_classes_named_by_numbers_are_shown_with_their_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", class_names=("0", "3", "7"))
+    sample(run, tmp_path, "--labels", "7,3,0", "--num-per-label", "1")
+    assert settings(tmp_path / "grid.png")["labels"] == [2, 1, 0]
+    assert "(7 = label 2, 3 = label 1, 0)" in capsys.readouterr().out
 
 
 def test_a_class_without_a_name_is_called_by_its_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

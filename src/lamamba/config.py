@@ -241,7 +241,8 @@ class SampleConfig:
     checkpoint: tyro.conf.Positional[str]
     """A run folder (its newest checkpoint), a checkpoint folder, or a preset."""
     labels: str | None = None
-    """Classes to sample, by number or name, separated by commas; the default is all (the first 10)."""
+    """Classes to sample, by name or number from 0, separated by commas; where classes are named by numbers, a number
+    is a name. The default is all (the first 10)."""
     num_per_label: int = 4
     """Images of each class."""
     sampler: Sampler | None = None

@@ -89,33 +89,40 @@ def generate(config: SampleConfig) -> None:
 
 
 def parse_labels(text: str | None, num_classes: int, class_names: tuple[str, ...]) -> list[int]:
-    """Read labels given by number or name, separated by commas; None is all classes, at most the first 10.
+    """Read labels given by name or number, separated by commas; None is all classes, at most the first 10.
+
+    A name wins over a number. Where a class is named by a number, numbers are names throughout, but for the number of
+    "no label": in folders 1, 2 and 3, "2" is not the third.
 
     Raises:
         ConfigError: a label is unknown or out of range.
     """
     if text is None:
         return list(range(min(num_classes, 10))) if num_classes else [0]
-    by_name = {name.lower(): index for index, name in enumerate(class_names)}
+    exact = {name: index for index, name in enumerate(class_names)}
+    lower = {name.lower(): index for name, index in exact.items()}
+    numbers_are_names = any(name.isdecimal() for name in class_names)
     labels = []
     for part in (part.strip() for part in text.split(",")):
-        if part.removeprefix("-").isdecimal():
+        named = exact.get(part, lower.get(part.lower()))
+        if named is not None:
+            labels.append(named)
+        elif part.removeprefix("-").isdecimal() and (not numbers_are_names or int(part) == num_classes):
             labels.append(int(part))
-        elif part.lower() in by_name:
-            labels.append(by_name[part.lower()])
         else:
             numbers = f"give numbers from 0 to {num_classes - 1}" if num_classes else "this network is unconditional"
-            hint = nearest(part, by_name) if by_name else numbers
-            raise ConfigError(f"no class is named {part!r}: {hint}")
+            why = "classes are named by numbers here, so a number is a name; " if part.isdecimal() else ""
+            raise ConfigError(f"no class is named {part!r}: {why + nearest(part, lower) if lower else numbers}")
     check_labels(labels, num_classes)
     return labels
 
 
 def label_name(label: int, num_classes: int, info: CheckpointInfo) -> str:
-    """Name a label for people."""
+    """Name a label for people, with its number where the name is another number."""
     if label == num_classes:
         return "no label"
-    return info.class_names[label] if label < len(info.class_names) else str(label)
+    name = info.class_names[label] if label < len(info.class_names) else str(label)
+    return f"{name} = label {label}" if name.isdecimal() and name != str(label) else name
 
 
 def _make_folders(config: SampleConfig) -> None:
