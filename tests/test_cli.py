@@ -97,7 +97,7 @@ def test_a_preset_sets_the_network_and_options_refine_it(tmp_path: Path, capsys:
         (["train", "--out", "OUT", "--data", "OUT/none"], "OUT/none' is neither a known name nor an existing folder"),
         (["train", "--out", "OUT", "--data", "bultin"], "did you mean 'builtin'?"),
         (["train", "--out", "OUT", "--image-size", "64"], "image_size 64 does not fit data 'builtin'"),
-        (["train", "--out", "OUT", "--channels", "3"], "channels 3 does not fit data 'builtin'"),
+        (["train", "--out", "OUT", "--channels", "2"], "--channels"),
         (["train", "--out", "OUT", "--device", "gpu"], "device 'gpu' cannot be used here"),
         (["train", "--out", "OUT", "--resume"], "OUT holds no checkpoint to resume from"),
         (["sample", "nanno"], "'nanno' is neither a folder nor a preset: did you mean nano?"),

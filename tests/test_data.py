@@ -58,7 +58,7 @@ class TestOpenSource:
         ("options", "message"),
         [
             ({"image_size": 64}, r"image_size 64 .*give image_size \(--image-size\) 32 or none"),
-            ({"channels": 3}, r"channels 3 .*give channels \(--channels\) 1 or none"),
+            ({"channels": 2}, r"channels 2 .*give channels \(--channels\) 1 or 3"),
         ],
     )
     def test_named_sources_have_one_form(self, name, options, message):

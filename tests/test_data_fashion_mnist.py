@@ -8,11 +8,12 @@ import huggingface_hub
 import numpy as np
 import pyarrow
 import pytest
+import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from pyarrow import parquet
 
-from lamamba.data import FASHION_MNIST_FOLDER, fashion_mnist, load_builtin, load_fashion_mnist, open_source
+from lamamba.data import FASHION_MNIST_FOLDER, batches, fashion_mnist, load_builtin, load_fashion_mnist, open_source
 from lamamba.errors import ConfigError, DataError
 
 needs_debian_set = pytest.mark.skipif(
@@ -84,6 +85,16 @@ class TestBuiltin:
         border[:, :, 2:30, 2:30] = 0
         assert not border.any()
         assert source.images[:, :, 2:30, 2:30].any(axis=(1, 2, 3)).all()
+
+    def test_in_colour_it_is_the_same_grey_three_times(self):
+        grey, colour = open_source("builtin"), open_source("builtin", channels=3)
+        assert (len(colour), colour.num_classes, colour.image_size, colour.channels) == (10_000, 10, 32, 3)
+        assert (colour.load(1)[0] == grey.load(1)[0]).all()
+        assert colour.load(1)[0].shape == (32, 32, 3)
+        options = {"batch_size": 4, "seed": 0, "horizontal_flip": True}
+        (images, labels), (grey_images, grey_labels) = (next(batches(source, **options)) for source in (colour, grey))
+        assert torch.equal(images, grey_images.expand(-1, 3, -1, -1))
+        assert torch.equal(labels, grey_labels)
 
     def test_is_small_and_carries_its_licence(self):
         assets = files("lamamba") / "assets"

@@ -155,6 +155,16 @@ def test_a_run_on_latents_from_images_to_samples(
     main(["sample", str(run), *options, "--vae", str(tmp_path / "moved")])
 
 
+def test_the_built_in_grey_images_fit_an_autoencoder_of_colour(autoencoder: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "grid.png"
+    main(["train", "--data", "builtin", "--vae", str(autoencoder), "--out", str(run), *TINY])
+    network = json.loads((run / "config.json").read_text())["network"]
+    assert (network["in_channels"], network["sample_size"], network["num_classes"]) == (2, 16, 10)
+    main(["train", "--out", str(run), "--resume", "--num-images", "8"])
+    main(["sample", str(run), "--labels", "bag", "--steps", "1", "--device", "cpu", "--out", str(out)])
+    assert Image.open(out).mode == "RGB"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -165,7 +165,7 @@ class TrainConfig:
     image_size: int | None = None
     """Crop a folder's images to this many pixels square."""
     channels: Literal[1, 3] | None = None
-    """1 is grey, 3 colour; the default is colour for a folder."""
+    """1 is grey, 3 colour; the default is colour for a folder or with --vae, else grey."""
     skip_bad_images: bool = False
     """Count and report images that cannot be read, instead of stopping at the first."""
     horizontal_flip: bool = False

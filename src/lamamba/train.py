@@ -21,7 +21,7 @@ from lamamba.checkpoint import (
     write_json,
 )
 from lamamba.config import TrainConfig
-from lamamba.data import ImageSource, batches, open_source
+from lamamba.data import NAMED_SOURCES, ImageSource, batches, open_source
 from lamamba.diffusion import OBJECTIVES, training_losses
 from lamamba.errors import CheckpointError, LamambaError
 from lamamba.latents import Latents, Space, open_space
@@ -184,7 +184,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, ImageSource, Space, torch
     device = choose_device(config.device)
     space = open_space(config.vae, device)
     size = config.image_size
-    if size is None and isinstance(space, Latents):
+    if size is None and isinstance(space, Latents) and config.data not in NAMED_SOURCES:  # which have a size
         size = config.network.sample_size * space.factor
     channels = config.channels or (3 if isinstance(space, Latents) else None)
     source = open_source(

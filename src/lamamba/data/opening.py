@@ -3,8 +3,10 @@
 import difflib
 from pathlib import Path
 
+import numpy as np
+
 from lamamba.data.fashion_mnist import load_builtin, load_fashion_mnist
-from lamamba.data.sources import FolderSource, ImageSource
+from lamamba.data.sources import ArraySource, FolderSource, ImageSource
 from lamamba.errors import ConfigError, DataError
 
 NAMED_SOURCES = ("builtin", "fashion-mnist")
@@ -24,12 +26,14 @@ def open_source(
         data: "builtin" (10,000 Fashion-MNIST images shipped with the package), "fashion-mnist" (all 60,000), or the
             path of a folder of images.
         image_size: pixels, needed for a folder; the named sources are 32.
-        channels: 1 (grey) or 3 (colour, the default for a folder); the named sources are grey.
+        channels: 1 (grey) or 3 (colour, the default for a folder); the named sources are grey, and with 3 have their
+            grey three times.
         folder: where the idx files of "fashion-mnist" are, if not in Debian's place or on the hub.
         skip_bad_images: for a folder, leave unreadable files out and list them in `bad_files`.
 
     Raises:
-        ConfigError: image_size or channels do not fit, or `folder` comes with something else than "fashion-mnist".
+        ConfigError: image_size does not fit, channels is neither 1 nor 3, or `folder` comes with something else than
+            "fashion-mnist".
         DataError: there is no such source, or its files are missing or damaged.
     """
     if folder is not None and data != "fashion-mnist":
@@ -44,12 +48,11 @@ def open_source(
                 f"image_size {image_size} does not fit data {data!r}, whose images are 32: "
                 "give image_size (--image-size) 32 or none"
             )
-        if channels not in (None, 1):
-            raise ConfigError(
-                f"channels {channels} does not fit data {data!r}, whose images are grey: "
-                "give channels (--channels) 1 or none, or a folder of colour images"
-            )
-        return load_builtin() if data == "builtin" else load_fashion_mnist("train", folder=folder)
+        source = load_builtin() if data == "builtin" else load_fashion_mnist("train", folder=folder)
+        if channels != 3:
+            return source
+        in_colour = np.broadcast_to(source.images, (len(source), 3, *source.images.shape[2:]))  # takes no memory
+        return ArraySource(source.name, in_colour, source.labels, source.class_names)
     path = Path(data).expanduser()
     if not data or not path.exists():
         close = difflib.get_close_matches(data.lower().replace("_", "-"), NAMED_SOURCES, n=1)
