@@ -67,8 +67,12 @@ class NetworkConfig:
             "decoder_extra_depth": 0, "num_heads": 1, "window_size": 2, "ssm_state_size": 1,
         }  # fmt: skip
         for name, least in at_least.items():
-            _check(isinstance(getattr(self, name), int), name, getattr(self, name), "a whole number")
+            _check(_is_whole(getattr(self, name)), name, getattr(self, name), "a whole number")
             _check(getattr(self, name) >= least, name, getattr(self, name), f"{least} or more")
+        for name in ("ssm_ratio", "mlp_ratio", "label_dropout"):
+            _check(_is_number(getattr(self, name)), name, getattr(self, name), "a number")
+        for name in ("ssm_conv_bias", "use_ssm", "use_attention"):
+            _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         _check(self.sample_size % 2 == 0, "sample_size", self.sample_size, f"even: {self.sample_size + 1}")
         _check(self.embed_dim % 4 == 0, "embed_dim", self.embed_dim, "a multiple of 4, for the positional embedding")
         _check(
@@ -79,14 +83,19 @@ class NetworkConfig:
         )
         _check(self.window_size % 2 == 0, "window_size", self.window_size, "even: windows shift by half")
         _check(
-            len(self.depths) == 4 and all(isinstance(depth, int) and depth >= 1 for depth in self.depths),
-            "depths", self.depths, "four numbers, each 1 or more",
+            # A list is what a configuration read from JSON has.
+            isinstance(self.depths, (tuple, list)) and len(self.depths) == 4
+            and all(_is_whole(depth) and depth >= 1 for depth in self.depths),
+            "depths", self.depths, "four whole numbers, each 1 or more",
         )  # fmt: skip
-        _check(self.ssm_dt_rank is None or self.ssm_dt_rank >= 1, "ssm_dt_rank", self.ssm_dt_rank, "1 or more, or None")
+        _check(
+            self.ssm_dt_rank is None or (_is_whole(self.ssm_dt_rank) and self.ssm_dt_rank >= 1),
+            "ssm_dt_rank", self.ssm_dt_rank, "a whole number, 1 or more, or None",
+        )  # fmt: skip
         for name in ("ssm_ratio", "mlp_ratio"):
             channels = getattr(self, name) * self.embed_dim
             _check(
-                channels >= 1 and channels == int(channels), name, getattr(self, name),
+                channels >= 1 and channels % 1 == 0, name, getattr(self, name),
                 f"a positive number that gives whole channels with embed_dim {self.embed_dim}",
             )  # fmt: skip
         _check(self.scan in ("continuous", "raster"), "scan", self.scan, '"continuous" or "raster"')
@@ -96,6 +105,14 @@ class NetworkConfig:
             self.use_ssm or self.use_attention, "use_attention", self.use_attention,
             "True where use_ssm is False: with neither branch no pixel sees another",
         )  # fmt: skip
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)  # to Python, True is 1
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or _is_whole(value)
 
 
 def _check(holds: bool, name: str, value: object, wanted: str) -> None:
