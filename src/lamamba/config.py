@@ -150,10 +150,11 @@ PRESETS: Mapping[str, NetworkConfig] = {
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Phrase a hint for a name that does not exist: the likeliest meant, or all there are."""
-    names = list(names)
-    close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+    """Phrase a hint for a name that does not exist: three that begin so, or the likeliest, or all there are."""
+    names, name = list(names), name.lower()
+    begun = [longer for longer in names if name and longer.startswith(name)][:3]
+    close = begun or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"
 
 
 def preset(name: str) -> NetworkConfig:
