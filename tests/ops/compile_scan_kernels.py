@@ -29,7 +29,7 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], capability: int) -> N
 
 def main() -> None:
     capability = int(sys.argv[1])
-    geometry = {"HEIGHT": 32, "WIDTH": 32, "CONTINUOUS": True, "CHANNELS": 640, "RANK": 20}
+    geometry = {"HEIGHT": 32, "WIDTH": 32, "CONTINUOUS": True, "TILE": 16, "RUN": 16, "CHANNELS": 640, "RANK": 20}
     constants = {**geometry, "STATES": 1, "STATES_BLOCK": 1, "BLOCK": 64, "PRECISE": False}
     compile_kernel(kernels.forward_kernel, {**constants, "SAVE": True}, capability)
     compile_kernel(kernels.backward_kernel, constants, capability)

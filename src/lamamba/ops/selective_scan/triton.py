@@ -1,5 +1,6 @@
 """The kernels of `kernels.py` as one differentiable operation that torch.compile sees as a whole."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -7,11 +8,14 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from lamamba.ops.selective_scan.kernels import TILE, backward_kernel, forward_kernel, summary_kernel
+from lamamba.ops.selective_scan.kernels import backward_kernel, forward_kernel, summary_kernel
 
 # Enough to keep a large GPU busy: with fewer programs than this, paths are cut into segments.
 WANTED_PROGRAMS = 1024
 MAX_SEGMENTS = 64
+TILE = 16  # steps; the smallest side of a matrix product on tensor cores
+# Channels of a program: the more, the fewer instructions a channel, until the registers of a warp run out.
+FORWARD_BLOCK, BACKWARD_BLOCK = 128, 64
 
 
 class _Geometry(NamedTuple):
@@ -30,12 +34,14 @@ def _geometry(x: Tensor, low: Tensor, A: Tensor, continuous: bool, widest_block:
     # A lane holds all states of its channels, so blocks get narrower as states get more.
     block = max(32, min(widest_block // states_block, triton.next_power_of_2(channels)))
     num_blocks = triton.cdiv(channels, block)
-    num_tiles = triton.cdiv(height * width, TILE.value)
+    num_tiles = triton.cdiv(height * width, TILE)
     num_segments = min(MAX_SEGMENTS, num_tiles, triton.cdiv(WANTED_PROGRAMS, num_blocks * 4 * batch))
     tiles_per_segment = triton.cdiv(num_tiles, num_segments)
     num_segments = triton.cdiv(num_tiles, tiles_per_segment)
     constants = {
-        "HEIGHT": height, "WIDTH": width, "CONTINUOUS": continuous, "CHANNELS": channels,
+        "HEIGHT": height, "WIDTH": width, "CONTINUOUS": continuous, "TILE": TILE,
+        "RUN": math.gcd(height, width, TILE),
+        "CHANNELS": channels,
         "RANK": low.shape[3] // 4 - 2 * states, "STATES": states, "STATES_BLOCK": states_block, "BLOCK": block,
         "PRECISE": x.dtype == torch.float32, "num_warps": 1, "num_stages": 1,
     }  # fmt: skip
@@ -72,7 +78,7 @@ def scan_grid_triton(
     """
     x, low, weight, bias, A, D = (tensor.contiguous() for tensor in (x, low, weight, bias, A, D))
     batch, height, width, channels = x.shape
-    geometry = _geometry(x, low, A, continuous, widest_block=128)
+    geometry = _geometry(x, low, A, continuous, FORWARD_BLOCK)
     carry, spent = _summarise(geometry, x, low, weight, bias, A, backward=False)
     planes = x.new_empty(4, batch, height, width, channels)
     states = A.new_empty(_states_shape(x, A, save))
@@ -85,7 +91,7 @@ def scan_grid_triton(
 
 def _states_shape(x: Tensor, A: Tensor, save: bool) -> tuple[int, ...]:
     batch, height, width, channels = x.shape
-    return (batch, 4, triton.cdiv(height * width, TILE.value), A.shape[2], channels) if save else (0,)
+    return (batch, 4, triton.cdiv(height * width, TILE), A.shape[2], channels) if save else (0,)
 
 
 @scan_grid_triton.register_fake
@@ -103,7 +109,7 @@ def _scan_grid_backward(
     grad_y, x, low, weight, bias, A, D = (tensor.contiguous() for tensor in (grad_y, x, low, weight, bias, A, D))
     batch, height, width, channels = x.shape
     rank, num_states = weight.shape[2], A.shape[2]
-    geometry = _geometry(x, low, A, continuous, widest_block=64)
+    geometry = _geometry(x, low, A, continuous, BACKWARD_BLOCK)
     carry, spent = _summarise(geometry, grad_y, low, weight, bias, A, backward=True)
     grad_x, grad_z = (x.new_empty(4, batch, height * width, channels) for _ in range(2))
     grad_BC = A.new_empty(geometry.grid[0], batch, height * width, 4, 2 * num_states)
