@@ -437,6 +437,18 @@ def test_the_network_is_one_graph() -> None:
     torch.compiler.reset()
 
 
+def test_a_compiled_network_takes_other_sizes() -> None:
+    """The second size makes torch.compile treat sizes as variables, but the geometry of a grid is a constant."""
+    network = build_random(depths=(1, 1, 1, 1), bottleneck_depth=0)
+    torch.compiler.reset()
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for height, width in ((8, 8), (12, 8), (12, 14)):
+            x_t, t, y = torch.randn(2, 4, height, width), torch.tensor([3.0, 700.0]), torch.tensor([0, 1])
+            assert relative_error(compiled(x_t, t, y), network(x_t, t, y)) < 1e-6
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("shifted", [False, True], ids=["plain", "shifted"])
 def test_a_compiled_block_equals_eager_forward_and_backward(shifted: bool) -> None:
     """Every operation that is not plain PyTorch is in a block; a whole network is slow to trace."""

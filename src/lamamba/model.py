@@ -29,7 +29,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lamamba.config import NetworkConfig, preset
-from lamamba.ops.grid import NUM_PATHS
+from lamamba.ops.grid import NUM_PATHS, as_constant
 from lamamba.ops.selective_scan import scan_grid
 
 
@@ -108,10 +108,23 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Self:
-        """Load what `save_pretrained` wrote; options as in diffusers."""
-        # diffusers' default needs accelerate and warns without it; the network fits in memory twice.
+        """Load what `save_pretrained` wrote; options as in diffusers.
+
+        With `torch_dtype=torch.bfloat16`, say, the parameters of the scan's state, `A_log`, `D` and `dt_bias`, stay
+        float32, as the state itself does. `.to(torch.bfloat16)` rounds them too, as `.to` does in any module.
+        """
+        # diffusers' default needs accelerate, as does its way to keep parameters in float32, and warns without it; the
+        # network fits in memory twice.
         options.setdefault("low_cpu_mem_usage", False)
-        return super().from_pretrained(pretrained_model_name_or_path, **options)
+        dtype = options.pop("dtype", None) or options.pop("torch_dtype", None)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **options)
+        if isinstance(dtype, torch.dtype):
+            network = loaded[0] if options.get("output_loading_info") else loaded
+            state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+            for name, parameter in network.named_parameters():
+                of_state = name.endswith((".A_log", ".D", ".dt_bias"))
+                parameter.data = parameter.data.to(state_dtype if of_state else dtype)
+        return loaded
 
     @property
     def null_label(self) -> int:
@@ -343,7 +356,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix (b, h, w, c) locally."""
-        batch, height, width, _ = x.shape
+        batch, height, width = x.shape[0], as_constant(x.shape[1]), as_constant(x.shape[2])
         side_y, side_x = min(height, self.window_size), min(width, self.window_size)
         shift_y = side_y // 2 if self.shifted and height > side_y else 0
         shift_x = side_x // 2 if self.shifted and width > side_x else 0

@@ -46,6 +46,11 @@ class ScanPaths(NamedTuple):
     projection_positions: Tensor  # (1, 4 l) its inverse
 
 
+def as_constant(size: int) -> int:
+    """Return a size as it is, but let torch.compile make a graph for each: to it, an iterated range is no variable."""
+    return len(range(size))
+
+
 # The geometry is a constant to torch.compile: without this, every compiled graph would rebuild it on each call.
 @torch.compiler.assume_constant_result
 def scan_paths(height: int, width: int, scan: Scan, device: torch.device) -> ScanPaths:

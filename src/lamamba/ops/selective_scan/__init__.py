@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from lamamba.ops.grid import NUM_PATHS, Scan, gather_rows, scan_paths, sum_rows
+from lamamba.ops.grid import NUM_PATHS, Scan, as_constant, gather_rows, scan_paths, sum_rows
 from lamamba.ops.selective_scan.blocked import selective_scan_blocked
 
 __all__ = ["Backend", "scan_grid", "selective_scan"]
@@ -66,7 +66,7 @@ def scan_grid(
 def _scan_grid_pytorch(
     x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, scan: Scan
 ) -> Tensor:
-    _, height, width, _ = x.shape
+    height, width = as_constant(x.shape[1]), as_constant(x.shape[2])
     rank, num_states = dt_weight.shape[2], A.shape[2]
     paths = scan_paths(height, width, scan, x.device)
     x = rearrange(x, "b h w e -> b (h w) e")
