@@ -390,6 +390,34 @@ def test_bf16_is_finite_and_near_float32(way: str) -> None:
     assert all(torch.isfinite(parameter.grad).all() for parameter in network.parameters())
 
 
+STATE = ("A_log", "D", "dt_bias")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_loading_in_another_dtype_keeps_the_parameters_of_the_state(dtype: torch.dtype, tmp_path: Path) -> None:
+    network = build_random(ssm_state_size=3)
+    for name, parameter in network.named_parameters():
+        if not name.endswith(STATE):  # so that only what becomes of the others can make a difference
+            parameter.data = parameter.data.to(torch.bfloat16).to(torch.float16).float()
+    network.save_pretrained(tmp_path)
+    x_t, t, y = make_batch(10, 8)
+    exact = network(x_t, t, y)
+
+    loaded, found = LaMambaDiff.from_pretrained(tmp_path, torch_dtype=dtype, output_loading_info=True)
+    assert not found["missing_keys"]
+    assert loaded.dtype == dtype
+    assert len([name for name, _ in loaded.named_parameters() if name.endswith(STATE)]) == 3 * 11
+    for name, parameter in loaded.named_parameters():
+        kept = name.endswith(STATE) and dtype != torch.float64
+        assert parameter.dtype == (torch.float32 if kept else dtype), name
+    out = loaded(x_t, t, y)
+    assert out.dtype == x_t.dtype
+    assert relative_error(out, exact) < 0.05
+    assert torch.equal(loaded.float()(x_t, t, y), exact)
+    if dtype != torch.float64:
+        assert relative_error(network.to(dtype).float()(x_t, t, y), exact) > 1e-5
+
+
 def gradients_of(network: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     network.zero_grad()
     out = network(*make_batch())
