@@ -177,3 +177,14 @@ def test_an_exported_network_is_small_and_loads_as_it_was(run: Path, tmp_path: P
     torch.testing.assert_close(exported.network.state_dict(), whole.network.state_dict(), rtol=1e-3, atol=1e-6)
     weights = "ema/diffusion_pytorch_model.safetensors"
     assert (exported.path / weights).stat().st_size < 0.7 * (whole.path / weights).stat().st_size
+
+
+def test_what_is_written_does_not_say_where_it_was_loaded_from(run: Path, tmp_path: Path) -> None:
+    loaded = load_checkpoint(run)
+    saved = save_checkpoint(tmp_path / "again", CheckpointInfo(8), {"ema": loaded.network}, {"x": torch.ones(1)})
+    export(run, tmp_path / "exported")
+    plain = json.loads((run / "checkpoints" / f"{24:012d}" / "ema" / "config.json").read_text())
+    for folder in (saved, tmp_path / "exported"):
+        text = (folder / "ema" / "config.json").read_text()
+        assert json.loads(text) == plain
+        assert str(run) not in text

@@ -81,7 +81,7 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, network in networks.items():
-            network.save_pretrained(temporary / name)
+            _save_network(network, temporary / name)
         save_file(
             {name: value.contiguous() for name, value in training_state.items()}, temporary / "training.safetensors"
         )
@@ -103,6 +103,14 @@ def save_checkpoint(
     for old in checkpoints_in(run)[:-keep] if keep else []:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _save_network(network: LaMambaDiff, folder: Path) -> None:
+    network.save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("_name_or_path", None)  # where it was loaded from is of this machine, not of the network
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _write_info(checkpoint: Path, info: CheckpointInfo) -> None:
@@ -228,7 +236,7 @@ def shipped_presets() -> list[str]:
 def export(checkpoint: Path, folder: Path) -> None:
     """Write a checkpoint's averaged weights alone, in float16, in the layout of a checkpoint."""
     loaded = load_checkpoint(checkpoint)
-    loaded.network.save_pretrained(folder / "ema")
+    _save_network(loaded.network, folder / "ema")
     weights = folder / "ema" / "diffusion_pytorch_model.safetensors"
     save_file({name: value.to(torch.float16) for name, value in load_file(weights).items()}, weights)
     _write_info(folder, loaded.info)
