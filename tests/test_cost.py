@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lamamba.config import PRESETS
-from lamamba.cost import count
+from lamamba.cost import WHAT_IS_COUNTED, count
 from lamamba.model import LaMambaDiff
 
 
@@ -109,3 +109,11 @@ def test_xl_costs_what_is_reported(states: int, parameters: int, macs: int, repo
     # The reported numbers charge the scan 9 for each state, where this package counts 4, and 2 more a channel.
     elements = scanned_elements(vars(PRESETS["xl-256"]))
     assert macs + elements * (9 * states - (4 * states + 2)) == pytest.approx(reported, rel=5e-3)
+
+
+def test_what_is_said_of_the_paper_s_count_is_so() -> None:
+    ours = count(build_on_meta(ssm_state_size=16), 32, 32)["all"][1]
+    elements = scanned_elements(vars(PRESETS["xl-256"]))
+    papers = ours + elements * (9 * 16 - (4 * 16 + 2))
+    assert f"16 states takes {papers / 1e9:.1f} G instead of {ours / 1e9:.1f} G" in WHAT_IS_COUNTED
+    assert f"{1 - papers / 118.64e9:.1%} less than the 118.64 G".replace("%", " %") in WHAT_IS_COUNTED

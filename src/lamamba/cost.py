@@ -19,7 +19,9 @@ from lamamba.model import Block, LaMambaDiff
 WHAT_IS_COUNTED = (
     "Multiply-adds of linear layers, convolutions, attention (logits and sums, whole windows) and the scan (per step "
     "and channel: 4 for each state and 2 more); not norms, activations, modulation and residual sums. "
-    '"GFLOPs" in papers on diffusion transformers are multiply-adds too; a FLOP count would be twice as high.'
+    '"GFLOPs" in papers on diffusion transformers are multiply-adds too; a FLOP count would be twice as high. '
+    "Those on Mamba charge the scan 9 for each state and nothing more: so counted, xl-256 with 16 states takes 50.3 G "
+    "instead of 48.2 G, which is the paper's 57.6 % less than the 118.64 G of DiT-XL/2."
 )
 
 
