@@ -221,6 +221,20 @@ def test_the_optimizer_steps_once_a_batch(tmp_path: Path) -> None:
     assert steps == {3.0}
 
 
+def test_compiling_is_announced_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
+    train(tmp_path / "compiled", "--num-images", "12", "--compile", "True")
+    assert len(compiled) == 1
+    assert capsys.readouterr().out.count("compiling the network") == 1
+    train(tmp_path / "eager", "--num-images", "12")
+    assert len(compiled) == 1
+    assert "compiling the network" not in capsys.readouterr().out
+    assert same(weights(tmp_path / "compiled"), weights(tmp_path / "eager"))
+
+
 def test_a_run_neither_uses_nor_disturbs_the_global_generator(tmp_path: Path) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()

@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,6 +131,15 @@ class TrainingLog:
         yield
         self.progress.update(self.task, description="train")
         self.paused_s += time.perf_counter() - start
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Say that the first step takes longer than the others, and leave its time out of images/s."""
+        self._print("compiling the network, which takes some minutes (--compile False starts at once, and is slower)")
+        with self.pause("compile"), warnings.catch_warnings():
+            # Advice to allow a rounding that nobody asked for; in bf16 it would change nothing.
+            warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+            yield
 
     def save_samples(self, grid: Any, images: int) -> None:
         """Write a sample grid, and the loss curve up to now."""

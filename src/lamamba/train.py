@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,8 @@ class Trainer:
             and torch.cuda.is_bf16_supported(including_emulation=False)
         )
         self.autocast = torch.autocast(device.type, torch.bfloat16) if use_bf16 else nullcontext()
-        use_compile = config.compile if config.compile is not None else device.type == "cuda"
-        self.compiled: Any = torch.compile(self.network) if use_compile else self.network
+        self.compiles = config.compile if config.compile is not None else device.type == "cuda"
+        self.compiled: Any = torch.compile(self.network) if self.compiles else self.network
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Read on from the first image not yet seen."""
@@ -295,8 +295,12 @@ def _run(trainer: Trainer, log: TrainingLog) -> None:
     assert config.checkpoint_every is not None
     reader = trainer.batches() if trainer.images < config.num_images else iter(())
     before = trainer.images
+    first_step: AbstractContextManager[None] = log.compiling() if trainer.compiles else nullcontext()
     for images, labels in reader:
-        log.step(len(images), trainer.take_step(images, labels))
+        with first_step:
+            terms = trainer.take_step(images, labels)
+        first_step = nullcontext()
+        log.step(len(images), terms)
         last = trainer.images >= config.num_images
 
         def due(interval: int, before: int = before, last: bool = last) -> bool:
