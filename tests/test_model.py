@@ -471,7 +471,7 @@ def test_a_compiled_network_takes_other_sizes() -> None:
     torch.compiler.reset()
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     with torch.no_grad():
-        for height, width in ((8, 8), (12, 8), (12, 14)):
+        for height, width in ((8, 8), (12, 14)):
             x_t, t, y = torch.randn(2, 4, height, width), torch.tensor([3.0, 700.0]), torch.tensor([0, 1])
             assert relative_error(compiled(x_t, t, y), network(x_t, t, y)) < 1e-6
     torch.compiler.reset()
