@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lamamba.config import NetworkConfig
 from lamamba.diffusion import OBJECTIVES, guide, training_losses
-from lamamba.model import LaMambaDiff, WindowAttention, window_geometry
+from lamamba.model import LaMambaDiff, WindowAttention
+from lamamba.ops.window_attention.geometry import window_geometry
 from lamamba.released import load_released, translate
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -334,7 +335,7 @@ def test_pixels_that_only_the_shift_brought_together_see_each_other_at_minus_100
     x = 3 * torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(1)).double()
     with torch.no_grad():
         wanted, out = attend_pixel_by_pixel(attention, x), attention(x)
-        geometry = window_geometry(8, 8, 4, 2, 2, torch.device("cpu"))
+        geometry = window_geometry(8, 8, 4, True, torch.device("cpu"))
         assert sorted(geometry.mask.unique().tolist()) == [-100.0, 0.0]
         assert relative_error(out, wanted) < 1e-12
         geometry.mask[geometry.mask == -100] = -math.inf
@@ -349,7 +350,7 @@ def test_pixels_that_only_the_shift_brought_together_see_each_other_at_minus_100
 def test_a_grid_no_larger_than_the_window_is_one_window(height: int, width: int, shifted: bool) -> None:
     attention = build_attention(8, shifted)
     x = torch.randn(1, height, width, 8).double().requires_grad_()
-    assert window_geometry(height, width, 8, 0, 0, x.device).mask is None
+    assert window_geometry(height, width, 8, False, x.device).mask is None
     (sensitivity,) = torch.autograd.grad(attention(x)[0, 0, 0].sum(), x)
     assert (sensitivity != 0).all()
     assert relative_error(attention(x), attend_pixel_by_pixel(attention, x)) < 1e-12
@@ -358,8 +359,7 @@ def test_a_grid_no_larger_than_the_window_is_one_window(height: int, width: int,
 @pytest.mark.parametrize("shifted", [False, True])
 def test_windows_agree_with_the_released_geometry(shifted: bool) -> None:
     recorded = json.loads((GOLDEN / "official_xl_256_state.json").read_text())
-    shift = 4 if shifted else 0
-    geometry = window_geometry(32, 32, 8, shift, shift, torch.device("cpu"))
+    geometry = window_geometry(32, 32, 8, shifted, torch.device("cpu"))
     shape, _, mean, std, least, most = recorded["layers.0.blocks.0.attn.relative_position_index"]
     offsets = geometry.offsets.double()
     assert list(offsets.shape) == shape

@@ -18,7 +18,6 @@ Initialisation (`LaMambaDiff.reset_parameters`):
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from typing import Any, Self, cast
 
 import torch
@@ -29,8 +28,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lamamba.config import NetworkConfig, preset
-from lamamba.ops.grid import NUM_PATHS, as_constant
+from lamamba.ops.grid import NUM_PATHS
 from lamamba.ops.selective_scan import scan_grid
+from lamamba.ops.window_attention import window_attention
 
 
 class LaMambaDiff(ModelMixin, ConfigMixin):
@@ -337,10 +337,7 @@ class SS2D(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Attention among the pixels of a window, with a learned bias for each relative position (Swin, arXiv 2103.14030).
-
-    A grid no larger than the window is one window; one that windows do not divide is padded and the padding masked.
-    """
+    """Attention among the pixels of a window, see `lamamba.ops.window_attention`, between two linear layers."""
 
     def __init__(self, config: NetworkConfig, width: int, shifted: bool) -> None:
         super().__init__()
@@ -356,82 +353,9 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix (b, h, w, c) locally."""
-        batch, height, width = x.shape[0], as_constant(x.shape[1]), as_constant(x.shape[2])
-        side_y, side_x = min(height, self.window_size), min(width, self.window_size)
-        shift_y = side_y // 2 if self.shifted and height > side_y else 0
-        shift_x = side_x // 2 if self.shifted and width > side_x else 0
-        geometry = window_geometry(height, width, self.window_size, shift_y, shift_x, x.device)
-        pad_y, pad_x = -height % side_y, -width % side_x
-
-        x = F.pad(self.qkv(x), (0, 0, 0, pad_x, 0, pad_y))
-        x = x.roll((-shift_y, -shift_x), dims=(1, 2)) if shift_y or shift_x else x
-        query, key, value = rearrange(
-            x, "b (ny sy) (nx sx) (three heads c) -> three (b ny nx) heads (sy sx) c",
-            sy=side_y, sx=side_x, three=3, heads=self.num_heads,
-        )  # fmt: skip
-        bias = self.relative_position_bias[geometry.offsets]  # (pixels, pixels, heads)
-        bias = rearrange(bias, "query key heads -> 1 heads query key")
-        if geometry.mask is not None:
-            bias = (bias + geometry.mask[:, None]).repeat(batch, 1, 1, 1)
-        x = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
-        x = rearrange(
-            x, "(b ny nx) heads (sy sx) c -> b (ny sy) (nx sx) (heads c)",
-            ny=(height + pad_y) // side_y, nx=(width + pad_x) // side_x, sy=side_y,
-        )  # fmt: skip
-        x = x.roll((shift_y, shift_x), dims=(1, 2)) if shift_y or shift_x else x
-        out: Tensor = self.out_proj(x[:, :height, :width])
+        x = window_attention(self.qkv(x), self.relative_position_bias, self.num_heads, self.window_size, self.shifted)
+        out: Tensor = self.out_proj(x)
         return out
-
-
-class WindowGeometry:
-    """What attention in windows needs to know of a grid, computed once per size.
-
-    Attributes:
-        offsets: (pixels, pixels) row of the relative position table for each query and key of a window.
-        mask: (windows, pixels, pixels) to add to the logits, or None where all may see all: -100 between regions that
-            only the cyclic shift brought together, minus infinity on padded keys.
-    """
-
-    def __init__(self, height: int, width: int, window_size: int, shift_y: int, shift_x: int, device: str) -> None:
-        side_y, side_x = min(height, window_size), min(width, window_size)
-        dy, dx = torch.arange(side_y), torch.arange(side_x)
-        dy = (dy[:, None] - dy)[:, None, :, None] + window_size - 1
-        dx = (dx[:, None] - dx)[None, :, None, :] + window_size - 1
-        offsets = dy * (2 * window_size - 1) + dx
-        self.offsets = offsets.reshape(side_y * side_x, side_y * side_x).to(device)
-        self.mask: Tensor | None = None
-        if shift_y or shift_x or height % side_y or width % side_x:
-            region_y, padding_y = self._regions(height, side_y, shift_y)
-            region_x, padding_x = self._regions(width, side_x, shift_x)
-            region = self._partition(3 * region_y[:, None] + region_x, side_y, side_x)
-            padding = self._partition(padding_y[:, None] | padding_x, side_y, side_x)
-            mask = torch.where(region[:, :, None] == region[:, None, :], 0.0, -100.0)
-            self.mask = mask.masked_fill(padding[:, None, :], -math.inf).to(device)
-
-    @staticmethod
-    def _regions(length: int, side: int, shift: int) -> tuple[Tensor, Tensor]:
-        """Number the regions along one axis after the shift, and say which places are padding."""
-        place = torch.arange(length + -length % side)
-        region = (place >= len(place) - side).long() + (place >= len(place) - shift).long() if shift else place * 0
-        return region, (place >= length).roll(-shift)
-
-    @staticmethod
-    def _partition(grid: Tensor, side_y: int, side_x: int) -> Tensor:
-        return rearrange(grid, "(ny sy) (nx sx) -> (ny nx) (sy sx)", sy=side_y, sx=side_x)
-
-
-@torch.compiler.assume_constant_result
-def window_geometry(
-    height: int, width: int, window_size: int, shift_y: int, shift_x: int, device: torch.device
-) -> WindowGeometry:
-    """Look up the geometry of a grid's windows, computing it the first time it is asked for."""
-    return _window_geometry(height, width, window_size, shift_y, shift_x, str(device))
-
-
-@lru_cache(maxsize=256)
-def _window_geometry(*arguments: Any) -> WindowGeometry:
-    with torch.inference_mode(False):
-        return WindowGeometry(*arguments)
 
 
 class Mlp(nn.Module):

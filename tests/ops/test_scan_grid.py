@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamamba.ops.selective_scan import Backend, scan_grid
+from lamamba.ops.backend import Backend
+from lamamba.ops.selective_scan import scan_grid
 
 triton_host = pytest.importorskip("lamamba.ops.selective_scan.triton")
 NAMES = ("x", "low", "dt_weight", "dt_bias", "A", "D")

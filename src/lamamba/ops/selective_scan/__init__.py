@@ -5,20 +5,16 @@ is what the network calls. `reference.py` is the meaning, `blocked.py` the versi
 the kernels of `scan_grid`; README.md holds the equations of all.
 """
 
-import importlib.util
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from lamamba.ops.backend import Backend, choose_kernels
 from lamamba.ops.grid import NUM_PATHS, Scan, as_constant, gather_rows, scan_paths, sum_rows
 from lamamba.ops.selective_scan.blocked import selective_scan_blocked
 
-__all__ = ["Backend", "scan_grid", "selective_scan"]
-
-Backend = Literal["auto", "triton", "pytorch"]
+__all__ = ["scan_grid", "selective_scan"]
 
 
 def scan_grid(
@@ -43,7 +39,7 @@ def scan_grid(
         A: (4, e, n) decay rates, negative.
         D: (4, e) weight of the input in the output.
         scan: "continuous" (serpentine) or "raster" paths, see `lamamba.ops.grid.path_order`.
-        backend: "triton" is the kernels, "pytorch" runs anywhere, "auto" is the kernels for tensors on CUDA.
+        backend: see `lamamba.ops.backend`.
 
     Returns:
         (b, h, w, e), in the dtype of x; the state is float32 (float64 if x is).
@@ -52,8 +48,7 @@ def scan_grid(
         ValueError: shapes disagree, a dimension is 0, or the kernels cannot run on these tensors.
     """
     _check_grid_shapes(x, low, dt_weight, dt_bias, A, D)
-    if backend == "triton" or (backend == "auto" and x.is_cuda and x.dtype != torch.float64):
-        _check_triton(x)
+    if choose_kernels("scan_grid", x, backend):
         from lamamba.ops.selective_scan.triton import scan_grid_triton
 
         tensors = (x, low.to(x.dtype), dt_weight.to(x.dtype), dt_bias.float(), A.float(), D.float())
@@ -80,26 +75,6 @@ def _scan_grid_pytorch(
     y = selective_scan(u, delta, A, B, C, D)
     y = sum_rows(y.flatten(1, 2), paths.pixels, paths.pixel_positions)
     return rearrange(y, "b (h w) e -> b h w e", h=height)
-
-
-def _check_triton(x: Tensor) -> None:
-    obstacle = _obstacle(x.device.type, x.dtype)
-    if obstacle:
-        raise ValueError(f'scan_grid: {obstacle}, or use backend "pytorch"')
-
-
-@torch.compiler.assume_constant_result
-def _obstacle(device_type: str, dtype: torch.dtype) -> str | None:
-    """Say why the kernels cannot run and what would help, or None where they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed: pip install triton"
-    from triton import knobs
-
-    if device_type != "cuda" and not knobs.runtime.interpret:
-        return f"the kernels need CUDA tensors, x is on {device_type}: move it to a GPU"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the kernels do not take {dtype}: use float32 or bfloat16"
-    return None
 
 
 def _check_grid_shapes(x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> None:

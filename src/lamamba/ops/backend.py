@@ -1,0 +1,45 @@
+"""Which version of an operation runs: the Triton kernels, or plain PyTorch."""
+
+import importlib.util
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "triton", "pytorch"]
+
+
+def choose_kernels(operation: str, x: Tensor, backend: Backend, fits: bool = True, limit: str = "") -> bool:
+    """Say whether the kernels are to run.
+
+    Args:
+        operation: its name, for the error.
+        x: what it works on.
+        backend: "triton" insists on the kernels, "pytorch" on doing without; "auto" takes the kernels for tensors on
+            CUDA, other than float64, that they fit.
+        fits: whether the kernels know the call's options.
+        limit: what they know, for the error.
+
+    Raises:
+        ValueError: the kernels are insisted on, or due, and cannot run; the message says why and what helps.
+    """
+    if backend == "pytorch" or (backend == "auto" and not (x.is_cuda and x.dtype != torch.float64 and fits)):
+        return False
+    obstacle = _obstacle(x.device.type, x.dtype) if fits else limit
+    if obstacle:
+        raise ValueError(f'{operation}: {obstacle}, or use backend "pytorch"')
+    return True
+
+
+@torch.compiler.assume_constant_result
+def _obstacle(device_type: str, dtype: torch.dtype) -> str | None:
+    """Say why the kernels cannot run and what would help, or None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed: pip install triton"
+    from triton import knobs
+
+    if device_type != "cuda" and not knobs.runtime.interpret:
+        return f"the kernels need CUDA tensors, x is on {device_type}: move it to a GPU"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernels do not take {dtype}: use float32 or bfloat16"
+    return None

@@ -1,0 +1,55 @@
+"""Attention among the pixels of a window, with a learned bias for each relative position (Swin, arXiv 2103.14030).
+
+`reference.py` is the meaning and runs on any device; `kernels.py` and `triton.py` are the version for GPUs.
+"""
+
+from torch import Tensor
+
+from lamamba.ops.backend import Backend, choose_kernels
+from lamamba.ops.window_attention.reference import window_attention_reference
+
+__all__ = ["window_attention"]
+
+# Pixels of a window that the kernels hold at once.
+MAX_PLACES = 64
+
+
+def window_attention(
+    qkv: Tensor, bias: Tensor, num_heads: int, window_size: int, shifted: bool = False, backend: Backend = "pytorch"
+) -> Tensor:
+    """Attend among the pixels of each window of a grid: softmax(q k^T / sqrt(c) + bias + mask) v.
+
+    A grid no larger than the window is one window; one that windows do not divide is padded and the padding masked.
+    Shifted windows are shifted by half their side, cyclically, if there is more than one; -100 on the logits keeps
+    pixels apart that only the cyclic shift brought together.
+
+    Args:
+        qkv: (b, h, w, 3 heads c) queries, keys and values of every pixel, in this order, each by head.
+        bias: ((2 s - 1)^2, heads) added to the logits, by query minus key: row (dy + s - 1)(2 s - 1) + dx + s - 1.
+        num_heads: heads.
+        window_size: side s of a window.
+        shifted: shift the windows.
+        backend: see `lamamba.ops.backend`; the kernels take windows of up to 64 pixels. They are not yet the default:
+            so far they have run in Triton's interpreter only.
+
+    Returns:
+        (b, h, w, heads c), in the dtype of qkv.
+
+    Raises:
+        ValueError: shapes disagree, or the kernels cannot run on these tensors.
+    """
+    if qkv.ndim != 4 or 0 in qkv.shape or qkv.shape[3] % (3 * num_heads):
+        raise ValueError(f"window_attention: qkv is {tuple(qkv.shape)}: give (b, h, w, 3 * {num_heads} * c)")
+    if bias.shape != ((2 * window_size - 1) ** 2, num_heads):
+        raise ValueError(
+            f"window_attention: bias is {tuple(bias.shape)}: with windows of {window_size} and {num_heads} heads it "
+            f"must be {((2 * window_size - 1) ** 2, num_heads)}"
+        )
+    fits = min(qkv.shape[1], window_size) * min(qkv.shape[2], window_size) <= MAX_PLACES
+    limit = f"the kernels take windows of up to {MAX_PLACES} pixels: use a window_size of 8 or less"
+    if choose_kernels("window_attention", qkv, backend, fits, limit):
+        from lamamba.ops.window_attention.triton import window_attention_triton
+
+        out: Tensor = window_attention_triton(qkv, bias.float(), num_heads, window_size, shifted)
+        return out
+    return window_attention_reference(qkv, bias, num_heads, window_size, shifted)

@@ -1,0 +1,143 @@
+"""What runs on the GPU: attention in windows of a grid, forwards and backwards; see README.md.
+
+One program takes one head of some windows, one after the other. The places of a window are a tile; shift, padding and
+mask are arithmetic on their coordinates, and pixels are read from and written to where they lie in the grid.
+
+Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# Below any logit, and finite: a row of nothing else stays free of NaN.
+NEVER = tl.constexpr(-1e30)
+
+
+@triton.jit
+def _places(
+    window,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr,
+    SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
+    """Find the pixels of a window: (places,) row-major pixel, whether there is one, and region.
+
+    The cyclic shift brings pixels together that are far apart in the grid; regions tell them apart.
+    """
+    PADDED_Y: tl.constexpr = (HEIGHT + SIDE_Y - 1) // SIDE_Y * SIDE_Y
+    PADDED_X: tl.constexpr = (WIDTH + SIDE_X - 1) // SIDE_X * SIDE_X
+    o_place = tl.arange(0, PLACES)
+    y = window // (PADDED_X // SIDE_X) * SIDE_Y + o_place // SIDE_X
+    x = window % (PADDED_X // SIDE_X) * SIDE_X + o_place % SIDE_X
+    region_y = (y >= PADDED_Y - SIDE_Y).to(tl.int32) + (y >= PADDED_Y - SHIFT_Y).to(tl.int32)
+    region_x = (x >= PADDED_X - SIDE_X).to(tl.int32) + (x >= PADDED_X - SHIFT_X).to(tl.int32)
+    y, x = (y + SHIFT_Y) % PADDED_Y, (x + SHIFT_X) % PADDED_X
+    m_place = (o_place < SIDE_Y * SIDE_X) & (y < HEIGHT) & (x < WIDTH)
+    region = (region_y if SHIFT_Y > 0 else 0) * 3 + (region_x if SHIFT_X > 0 else 0)
+    return y * WIDTH + x, m_place, region + tl.zeros([PLACES], tl.int32)
+
+
+@triton.jit
+def _relative_bias(
+    p_bias, head, HEADS: tl.constexpr, WINDOW: tl.constexpr,
+    SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
+    """Look up the bias of every query and key of a window: (places, places), times log2(e)."""
+    o_place = tl.arange(0, PLACES)
+    m_place = o_place < SIDE_Y * SIDE_X
+    y, x = o_place // SIDE_X, o_place % SIDE_X
+    o_row = (y[:, None] - y[None, :] + WINDOW - 1) * (2 * WINDOW - 1) + x[:, None] - x[None, :] + WINDOW - 1
+    b_bias = tl.load(p_bias + o_row * HEADS + head, mask=m_place[:, None] & m_place[None, :], other=0.0)
+    return b_bias.to(tl.float32) * LOG2_E
+
+
+@triton.jit
+def _weights(b_q, b_k, b_bias, m_place, b_region, scale, MASKED: tl.constexpr):
+    """Softmax of scaled products, bias and mask: (queries, keys) float32."""
+    b_logit = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * (scale * LOG2_E) + b_bias
+    if MASKED:
+        b_logit = tl.where(b_region[:, None] == b_region[None, :], b_logit, b_logit - 100.0 * LOG2_E)
+    b_logit = tl.where(m_place[None, :], b_logit, NEVER)
+    b_weight = tl.exp2(b_logit - tl.max(b_logit, axis=1)[:, None])
+    return b_weight / tl.sum(b_weight, axis=1)[:, None]
+
+
+@triton.jit
+def forward_kernel(
+    p_qkv, p_bias, p_out, num_windows, windows_per_program, scale,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr,
+    SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr, PLACES: tl.constexpr, WINDOW: tl.constexpr,
+    HEADS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Attend; CHANNELS is a head's, `num_windows` counts those of all images."""
+    PER_IMAGE: tl.constexpr = ((HEIGHT + SIDE_Y - 1) // SIDE_Y) * ((WIDTH + SIDE_X - 1) // SIDE_X)
+    head = tl.program_id(1)
+    o_d = tl.arange(0, BLOCK)
+    m_d = (o_d < CHANNELS)[None, :]
+    b_bias = _relative_bias(p_bias, head, HEADS, WINDOW, SIDE_Y, SIDE_X, PLACES)
+    first = tl.program_id(0) * windows_per_program
+    for window in range(first, tl.minimum(first + windows_per_program, num_windows)):
+        image = tl.zeros([1, 1], tl.int64) + window // PER_IMAGE
+        o_pixel, m_place, b_region = _places(
+            window % PER_IMAGE, HEIGHT, WIDTH, SIDE_Y, SIDE_X, SHIFT_Y, SHIFT_X, PLACES
+        )
+        m_row = m_place[:, None] & m_d
+        p_image = p_qkv + image * HEIGHT * WIDTH * 3 * HEADS * CHANNELS + head * CHANNELS
+        p_row = p_image + o_pixel[:, None] * 3 * HEADS * CHANNELS + o_d[None, :]
+        b_q = tl.load(p_row, mask=m_row, other=0.0)
+        b_k = tl.load(p_row + HEADS * CHANNELS, mask=m_row, other=0.0)
+        b_v = tl.load(p_row + 2 * HEADS * CHANNELS, mask=m_row, other=0.0)
+        b_weight = _weights(b_q, b_k, b_bias, m_place, b_region, scale, SHIFT_Y > 0 or SHIFT_X > 0)
+        b_out = tl.dot(b_weight.to(b_v.dtype), b_v, input_precision="ieee")
+        p_out_row = p_out + image * HEIGHT * WIDTH * HEADS * CHANNELS + head * CHANNELS
+        p_out_row += o_pixel[:, None] * HEADS * CHANNELS + o_d[None, :]
+        tl.store(p_out_row, b_out.to(p_out.dtype.element_ty), mask=m_row)
+
+
+@triton.jit
+def backward_kernel(
+    p_qkv, p_bias, p_grad_out, p_grad_qkv, p_grad_bias, num_windows, windows_per_program, scale,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr,
+    SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr, PLACES: tl.constexpr, WINDOW: tl.constexpr,
+    HEADS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Compute the weights again, and from them every gradient; that of the logits is summed over the program's windows.
+
+    The caller adds up these sums, (programs, heads, places, places), and what of them falls on a row of the table.
+    """
+    PER_IMAGE: tl.constexpr = ((HEIGHT + SIDE_Y - 1) // SIDE_Y) * ((WIDTH + SIDE_X - 1) // SIDE_X)
+    head = tl.program_id(1)
+    o_d = tl.arange(0, BLOCK)
+    m_d = (o_d < CHANNELS)[None, :]
+    b_bias = _relative_bias(p_bias, head, HEADS, WINDOW, SIDE_Y, SIDE_X, PLACES)
+    b_grad_bias = tl.zeros([PLACES, PLACES], tl.float32)
+    first = tl.program_id(0) * windows_per_program
+    for window in range(first, tl.minimum(first + windows_per_program, num_windows)):
+        image = tl.zeros([1, 1], tl.int64) + window // PER_IMAGE
+        o_pixel, m_place, b_region = _places(
+            window % PER_IMAGE, HEIGHT, WIDTH, SIDE_Y, SIDE_X, SHIFT_Y, SHIFT_X, PLACES
+        )
+        m_row = m_place[:, None] & m_d
+        o_row = image * HEIGHT * WIDTH * 3 * HEADS * CHANNELS + head * CHANNELS
+        o_row += o_pixel[:, None] * 3 * HEADS * CHANNELS + o_d[None, :]
+        b_q = tl.load(p_qkv + o_row, mask=m_row, other=0.0)
+        b_k = tl.load(p_qkv + o_row + HEADS * CHANNELS, mask=m_row, other=0.0)
+        b_v = tl.load(p_qkv + o_row + 2 * HEADS * CHANNELS, mask=m_row, other=0.0)
+        p_row = p_grad_out + image * HEIGHT * WIDTH * HEADS * CHANNELS + head * CHANNELS
+        b_grad_out = tl.load(p_row + o_pixel[:, None] * HEADS * CHANNELS + o_d[None, :], mask=m_row, other=0.0)
+        b_weight = _weights(b_q, b_k, b_bias, m_place, b_region, scale, SHIFT_Y > 0 or SHIFT_X > 0)
+
+        b_grad_v = tl.dot(tl.trans(b_weight.to(b_v.dtype)), b_grad_out, input_precision="ieee")
+        b_grad_weight = tl.dot(b_grad_out, tl.trans(b_v), input_precision="ieee")
+        b_grad_logit = b_weight * (b_grad_weight - tl.sum(b_weight * b_grad_weight, axis=1)[:, None])
+        b_grad_bias += b_grad_logit
+        b_grad_logit = (b_grad_logit * scale).to(b_v.dtype)
+        b_grad_q = tl.dot(b_grad_logit, b_k, input_precision="ieee")
+        b_grad_k = tl.dot(tl.trans(b_grad_logit), b_q, input_precision="ieee")
+        p_grad_row = p_grad_qkv + o_row
+        tl.store(p_grad_row, b_grad_q.to(p_grad_qkv.dtype.element_ty), mask=m_row)
+        tl.store(p_grad_row + HEADS * CHANNELS, b_grad_k.to(p_grad_qkv.dtype.element_ty), mask=m_row)
+        tl.store(p_grad_row + 2 * HEADS * CHANNELS, b_grad_v.to(p_grad_qkv.dtype.element_ty), mask=m_row)
+    o_place = tl.arange(0, PLACES)
+    p_grad_bias += (tl.program_id(0) * HEADS + head).to(tl.int64) * PLACES * PLACES
+    tl.store(p_grad_bias + o_place[:, None] * PLACES + o_place[None, :], b_grad_bias)
