@@ -1,12 +1,14 @@
-# make demo    install, sample with the shipped weights, train from scratch for about a minute
-# make test    install, lint, type checks, the whole test suite
-# make clean   remove what these made
+# make demo      install, sample with the shipped weights, train from scratch for about a minute
+# make test      install, lint, type checks, the whole test suite
+# make test-gpu  the kernels' tests at real sizes, on a machine with a GPU
+# make bench     measure against the naive ways on a CPU, against DiT-XL/2 on a GPU
+# make clean     remove what these made
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-gpu bench lint clean
 
 # torch goes first and alone: a range would let pip choose a build with gigabytes of CUDA.
 $(BIN)/lamamba: pyproject.toml constraints.txt
@@ -32,6 +34,13 @@ lint: $(BIN)/lamamba
 
 test: lint
 	$(BIN)/python -m pytest --durations=10
+
+test-gpu: $(BIN)/lamamba
+	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'no GPU that PyTorch can use'"
+	$(BIN)/python -m pytest tests/ops
+
+bench: $(BIN)/lamamba
+	$(BIN)/python benchmarks/run.py
 
 clean:
 	rm -rf $(VENV) demo dist
