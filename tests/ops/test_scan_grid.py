@@ -106,6 +106,15 @@ def test_every_value_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
         assert bool(value.isfinite().all()), name
 
 
+def test_autocast_rounds_nothing_in_the_backward_pass() -> None:
+    inputs = [tensor.float().requires_grad_() for tensor in make_inputs(1, 4, 4, 8, 3, 1)]
+    y = scan_grid(*inputs, backend="triton")
+    exact = torch.autograd.grad(y.sum(), inputs, retain_graph=True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        again = torch.autograd.grad(y.sum(), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(again, exact, strict=True))
+
+
 def test_compiles_as_one_graph() -> None:
     inputs = [tensor.float().requires_grad_() for tensor in make_inputs(1, 4, 4, 8, 3, 1)]
     compiled = torch.compile(scan_grid, backend="aot_eager", fullgraph=True)

@@ -79,14 +79,15 @@ def scan_grid_triton(
     x, low, weight, bias, A, D = (tensor.contiguous() for tensor in (x, low, weight, bias, A, D))
     batch, height, width, channels = x.shape
     geometry = _geometry(x, low, A, continuous, FORWARD_BLOCK)
-    carry, spent = _summarise(geometry, x, low, weight, bias, A, backward=False)
     planes = x.new_empty(4, batch, height, width, channels)
     states = A.new_empty(_states_shape(x, A, save))
-    forward_kernel[geometry.grid](
-        x, low, weight, bias, A, D, planes, states, carry, spent,
-        batch, geometry.tiles_per_segment, geometry.num_segments, SAVE=save, **geometry.constants,
-    )  # fmt: skip
-    return planes.sum(dim=0), states
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        carry, spent = _summarise(geometry, x, low, weight, bias, A, backward=False)
+        forward_kernel[geometry.grid](
+            x, low, weight, bias, A, D, planes, states, carry, spent,
+            batch, geometry.tiles_per_segment, geometry.num_segments, SAVE=save, **geometry.constants,
+        )  # fmt: skip
+    return planes.sum(dim=0, dtype=x.dtype), states
 
 
 def _states_shape(x: Tensor, A: Tensor, save: bool) -> tuple[int, ...]:
@@ -110,25 +111,27 @@ def _scan_grid_backward(
     batch, height, width, channels = x.shape
     rank, num_states = weight.shape[2], A.shape[2]
     geometry = _geometry(x, low, A, continuous, BACKWARD_BLOCK)
-    carry, spent = _summarise(geometry, grad_y, low, weight, bias, A, backward=True)
     grad_x, grad_z = (x.new_empty(4, batch, height * width, channels) for _ in range(2))
     grad_BC = A.new_empty(geometry.grid[0], batch, height * width, 4, 2 * num_states)
     rows = batch * geometry.num_segments
     grad_A, grad_D, grad_bias = A.new_empty(rows, *A.shape), D.new_empty(rows, *D.shape), D.new_empty(rows, *D.shape)
-    backward_kernel[geometry.grid](
-        x, low, weight, bias, A, D, grad_y, states, carry, spent,
-        grad_x, grad_z, grad_BC, grad_A, grad_D, grad_bias,
-        batch, geometry.tiles_per_segment, geometry.num_segments, **geometry.constants,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        carry, spent = _summarise(geometry, grad_y, low, weight, bias, A, backward=True)
+        backward_kernel[geometry.grid](
+            x, low, weight, bias, A, D, grad_y, states, carry, spent,
+            grad_x, grad_z, grad_BC, grad_A, grad_D, grad_bias,
+            batch, geometry.tiles_per_segment, geometry.num_segments, **geometry.constants,
+        )  # fmt: skip
 
     grad_z = grad_z.flatten(1, 2)
     low_by_path = low.view(batch * height * width, 4, -1)
     grad_low = torch.empty_like(low_by_path)
-    grad_low[..., :rank] = (grad_z @ weight).transpose(0, 1)
-    grad_low[..., rank:] = grad_BC.sum(dim=0).flatten(0, 1)
     # A copy with rows that start at multiples of 16 bytes: without it the product takes three times as long.
     delta_low = F.pad(low_by_path[..., :rank].transpose(0, 1), (0, -rank % 8))
-    grad_weight = (grad_z.mT @ delta_low)[..., :rank].contiguous()
+    with torch.autocast(x.device.type, enabled=False):  # or float32 products would be rounded to bfloat16
+        grad_low[..., :rank] = (grad_z @ weight).transpose(0, 1)
+        grad_weight = (grad_z.mT @ delta_low)[..., :rank].contiguous()
+    grad_low[..., rank:] = grad_BC.sum(dim=0).flatten(0, 1)
     return (
         grad_x.sum(dim=0).view_as(x), grad_low.view_as(low), grad_weight,
         grad_bias.sum(dim=0), grad_A.sum(dim=0), grad_D.sum(dim=0),

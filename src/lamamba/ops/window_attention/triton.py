@@ -43,7 +43,8 @@ def window_attention_triton(qkv: Tensor, bias: Tensor, num_heads: int, window_si
     qkv, bias = qkv.contiguous(), bias.contiguous()
     launch = _launch(qkv, num_heads, window_size, shifted)
     out = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
-    forward_kernel[launch.grid](qkv, bias, out, *launch.numbers, **launch.constants)
+    with torch.cuda.device_of(qkv):  # Triton launches on the current device
+        forward_kernel[launch.grid](qkv, bias, out, *launch.numbers, **launch.constants)
     return out
 
 
@@ -61,12 +62,14 @@ def _backward(
     places = launch.constants["PLACES"]
     grad_qkv = qkv.new_empty(qkv.shape)
     sums = qkv.new_empty(*launch.grid, places * places, dtype=torch.float32)
-    backward_kernel[launch.grid](qkv, bias, grad_out, grad_qkv, sums, *launch.numbers, **launch.constants)
+    with torch.cuda.device_of(qkv):
+        backward_kernel[launch.grid](qkv, bias, grad_out, grad_qkv, sums, *launch.numbers, **launch.constants)
     rows = _row_of_each_pair(
         launch.constants["SIDE_Y"], launch.constants["SIDE_X"], places, window_size, str(qkv.device)
     )
     # A product with zeros and ones, since adding to rows by index has no fixed order on a GPU.
-    return grad_qkv, (rows @ sums.sum(dim=0).mT).to(bias.dtype)
+    with torch.autocast(qkv.device.type, enabled=False):
+        return grad_qkv, (rows @ sums.sum(dim=0).mT).to(bias.dtype)
 
 
 @_backward.register_fake
