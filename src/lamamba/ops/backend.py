@@ -1,6 +1,8 @@
 """Which version of an operation runs: the Triton kernels, or plain PyTorch."""
 
 import importlib.util
+import warnings
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -16,19 +18,34 @@ def choose_kernels(operation: str, x: Tensor, backend: Backend, fits: bool = Tru
         operation: its name, for the error.
         x: what it works on.
         backend: "triton" insists on the kernels, "pytorch" on doing without; "auto" takes the kernels for tensors on
-            CUDA, other than float64, that they fit.
+            CUDA, other than float64, that they fit, and warns once where triton is missing there.
         fits: whether the kernels know the call's options.
         limit: what they know, for the error.
 
     Raises:
-        ValueError: the kernels are insisted on, or due, and cannot run; the message says why and what helps.
+        ValueError: the kernels are insisted on and cannot run; the message says why and what helps.
     """
-    if backend == "pytorch" or (backend == "auto" and not (x.is_cuda and x.dtype != torch.float64 and fits)):
+    if backend == "pytorch":
+        return False
+    if backend == "auto" and not (x.is_cuda and x.dtype != torch.float64 and fits and _has_triton()):
         return False
     obstacle = _obstacle(x.device.type, x.dtype) if fits else limit
     if obstacle:
         raise ValueError(f'{operation}: {obstacle}, or use backend "pytorch"')
     return True
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    """Say whether there is a triton for NVIDIA's GPUs; where only the package is missing, say what is lost."""
+    if torch.version.hip is not None:
+        return False
+    found = importlib.util.find_spec("triton") is not None
+    if not found:
+        message = "the package triton is not installed: lamamba runs without its kernels, and slower, on this GPU"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return found
 
 
 @torch.compiler.assume_constant_result

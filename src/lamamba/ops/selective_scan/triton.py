@@ -16,6 +16,7 @@ MAX_SEGMENTS = 64
 TILE = 16  # steps; the smallest side of a matrix product on tensor cores
 # Channels of a program: the more, the fewer instructions a channel, until the registers of a warp run out.
 FORWARD_BLOCK, BACKWARD_BLOCK = 128, 64
+MAX_BATCH = 65535  # of CUDA, for the third axis of a grid of programs
 
 
 class _Geometry(NamedTuple):
@@ -29,9 +30,12 @@ class _Geometry(NamedTuple):
 
 def _geometry(x: Tensor, low: Tensor, A: Tensor, continuous: bool, widest_block: int) -> _Geometry:
     batch, height, width, channels = x.shape
+    if batch > MAX_BATCH:
+        raise ValueError(f"scan_grid: a batch of {batch} is too large for the kernels: split it, {MAX_BATCH} at most")
     states = A.shape[2]
     states_block = triton.next_power_of_2(states)
-    # A lane holds all states of its channels, so blocks get narrower as states get more.
+    # A lane holds all states of its channels: blocks get narrower as states get more. Exact logarithms take room too.
+    widest_block = min(widest_block, 64) if x.dtype == torch.float32 else widest_block
     block = max(32, min(widest_block // states_block, triton.next_power_of_2(channels)))
     num_blocks = triton.cdiv(channels, block)
     num_tiles = triton.cdiv(height * width, TILE)

@@ -1,0 +1,52 @@
+"""Which version of an operation is chosen, and what is said where it cannot run."""
+
+import importlib.util
+import warnings
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from lamamba.ops import backend
+
+
+def on_cuda(dtype: torch.dtype = torch.bfloat16) -> Any:
+    return cast(Any, SimpleNamespace(is_cuda=True, dtype=dtype, device=torch.device("cuda")))
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> None:
+    backend._has_triton.cache_clear()
+
+
+def test_auto_takes_the_kernels_on_cuda_where_they_fit() -> None:
+    pytest.importorskip("triton")
+    assert backend.choose_kernels("operation", on_cuda(), "auto")
+    assert not backend.choose_kernels("operation", on_cuda(torch.float64), "auto")
+    assert not backend.choose_kernels("operation", on_cuda(), "auto", fits=False)
+    assert not backend.choose_kernels("operation", on_cuda(), "pytorch")
+    assert not backend.choose_kernels("operation", torch.ones(1), "auto")
+
+
+def test_auto_without_triton_warns_once_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(RuntimeWarning, match="triton is not installed: lamamba runs without its kernels"):
+        assert not backend.choose_kernels("operation", on_cuda(), "auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not backend.choose_kernels("operation", on_cuda(), "auto")
+    with pytest.raises(ValueError, match='triton is not installed: pip install triton, or use backend "pytorch"'):
+        backend.choose_kernels("operation", on_cuda(), "triton")
+
+
+def test_auto_does_without_on_gpus_that_are_not_nvidia_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert not backend.choose_kernels("operation", on_cuda(), "auto")
+
+
+def test_a_batch_beyond_cuda_s_grid_is_an_error() -> None:
+    host = pytest.importorskip("lamamba.ops.selective_scan.triton")
+    x = torch.empty(65536, 1, 1, 1, device="meta")
+    with pytest.raises(ValueError, match="a batch of 65536 is too large for the kernels: split it, 65535 at most"):
+        host._geometry(x, torch.empty(65536, 1, 1, 12, device="meta"), torch.empty(4, 1, 1), True, 128)
