@@ -24,7 +24,7 @@ def test_auto_takes_the_kernels_on_cuda_where_they_fit() -> None:
     pytest.importorskip("triton")
     assert backend.choose_kernels("operation", on_cuda(), "auto")
     assert not backend.choose_kernels("operation", on_cuda(torch.float64), "auto")
-    assert not backend.choose_kernels("operation", on_cuda(), "auto", fits=False)
+    assert not backend.choose_kernels("operation", on_cuda(), "auto", limit="too large")
     assert not backend.choose_kernels("operation", on_cuda(), "pytorch")
     assert not backend.choose_kernels("operation", torch.ones(1), "auto")
 

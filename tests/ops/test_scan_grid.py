@@ -160,8 +160,10 @@ def test_a_wrong_shape_is_named(index: int, shape: tuple[int, ...], message: str
 def test_kernels_compile_without_a_gpu(capability: int) -> None:
     """To a cubin, at the shapes of XL's first stage; in a process of its own, since here they are interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compile_scan_kernels.py")
-    done = subprocess.run([sys.executable, script, str(capability)], env=environment, capture_output=True, text=True)
+    script = Path(__file__).with_name("compile_kernels.py")
+    done = subprocess.run(
+        [sys.executable, script, "scan", str(capability)], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("compiled") == 4
 

@@ -140,8 +140,10 @@ def test_what_cannot_be_is_an_error_that_says_why() -> None:
 def test_kernels_compile_without_a_gpu(capability: int) -> None:
     """To a cubin, at the shapes of XL's first stage; in a process of its own, since here they are interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compile_window_kernels.py")
-    done = subprocess.run([sys.executable, script, str(capability)], env=environment, capture_output=True, text=True)
+    script = Path(__file__).with_name("compile_kernels.py")
+    done = subprocess.run(
+        [sys.executable, script, "window", str(capability)], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("compiled") == 2
 

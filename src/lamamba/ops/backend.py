@@ -11,7 +11,7 @@ from torch import Tensor
 Backend = Literal["auto", "triton", "pytorch"]
 
 
-def choose_kernels(operation: str, x: Tensor, backend: Backend, fits: bool = True, limit: str = "") -> bool:
+def choose_kernels(operation: str, x: Tensor, backend: Backend, limit: str = "") -> bool:
     """Say whether the kernels are to run.
 
     Args:
@@ -19,17 +19,16 @@ def choose_kernels(operation: str, x: Tensor, backend: Backend, fits: bool = Tru
         x: what it works on.
         backend: "triton" insists on the kernels, "pytorch" on doing without; "auto" takes the kernels for tensors on
             CUDA, other than float64, that they fit, and warns once where triton is missing there.
-        fits: whether the kernels know the call's options.
-        limit: what they know, for the error.
+        limit: what keeps the kernels from this call, whatever it works on, and what helps; empty if nothing.
 
     Raises:
         ValueError: the kernels are insisted on and cannot run; the message says why and what helps.
     """
     if backend == "pytorch":
         return False
-    if backend == "auto" and not (x.is_cuda and x.dtype != torch.float64 and fits and _has_triton()):
+    if backend == "auto" and not (x.is_cuda and x.dtype != torch.float64 and not limit and _has_triton()):
         return False
-    obstacle = _obstacle(x.device.type, x.dtype) if fits else limit
+    obstacle = limit or _obstacle(x.device.type, x.dtype)
     if obstacle:
         raise ValueError(f'{operation}: {obstacle}, or use backend "pytorch"')
     return True

@@ -150,9 +150,9 @@ def summary_kernel(
             b_delta = tl.where(m_tile[:, None], b_delta, 0.0)
         b_deltas = _rows(b_delta)
         for i in tl.static_range(TILE):
-            b_u = b_us[15 - i if BACKWARD else i].to(tl.float32)
-            b_weight = b_weights[15 - i if BACKWARD else i].to(tl.float32)
-            b_step = b_deltas[15 - i if BACKWARD else i]
+            b_u = b_us[TILE - 1 - i if BACKWARD else i].to(tl.float32)
+            b_weight = b_weights[TILE - 1 - i if BACKWARD else i].to(tl.float32)
+            b_step = b_deltas[TILE - 1 - i if BACKWARD else i]
             b_a = tl.exp2(b_A * b_step)
             b_h = b_a * (b_h + b_weight * b_u) if BACKWARD else b_a * b_h + (b_weight * LN_2) * (b_step * b_u)
             b_spent += b_step

@@ -44,8 +44,7 @@ def _geometry(x: Tensor, low: Tensor, A: Tensor, continuous: bool, widest_block:
     num_segments = triton.cdiv(num_tiles, tiles_per_segment)
     constants = {
         "HEIGHT": height, "WIDTH": width, "CONTINUOUS": continuous, "TILE": TILE,
-        "RUN": math.gcd(height, width, TILE),
-        "CHANNELS": channels,
+        "RUN": math.gcd(height, width, TILE), "CHANNELS": channels,
         "RANK": low.shape[3] // 4 - 2 * states, "STATES": states, "STATES_BLOCK": states_block, "BLOCK": block,
         "PRECISE": x.dtype == torch.float32, "num_warps": 1, "num_stages": 1,
     }  # fmt: skip
@@ -137,7 +136,7 @@ def _scan_grid_backward(
         grad_weight = (grad_z.mT @ delta_low)[..., :rank].contiguous()
     grad_low[..., rank:] = grad_BC.sum(dim=0).flatten(0, 1)
     return (
-        grad_x.sum(dim=0).view_as(x), grad_low.view_as(low), grad_weight,
+        grad_x.sum(dim=0, dtype=x.dtype).view_as(x), grad_low.view_as(low), grad_weight,
         grad_bias.sum(dim=0), grad_A.sum(dim=0), grad_D.sum(dim=0),
     )  # fmt: skip
 

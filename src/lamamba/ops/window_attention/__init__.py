@@ -46,8 +46,8 @@ def window_attention(
             f"must be {((2 * window_size - 1) ** 2, num_heads)}"
         )
     fits = min(qkv.shape[1], window_size) * min(qkv.shape[2], window_size) <= MAX_PLACES
-    limit = f"the kernels take windows of up to {MAX_PLACES} pixels: use a window_size of 8 or less"
-    if choose_kernels("window_attention", qkv, backend, fits, limit):
+    limit = "" if fits else f"the kernels take windows of up to {MAX_PLACES} pixels: use a window_size of 8 or less"
+    if choose_kernels("window_attention", qkv, backend, limit):
         from lamamba.ops.window_attention.triton import window_attention_triton
 
         out: Tensor = window_attention_triton(qkv, bias.float(), num_heads, window_size, shifted)

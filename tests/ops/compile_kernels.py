@@ -1,0 +1,54 @@
+"""Compile the kernels of an operation for a GPU that need not be there: `compile_kernels.py OPERATION CAPABILITY`."""
+
+import sys
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lamamba.ops.selective_scan import kernels as scan
+from lamamba.ops.window_attention import kernels as window
+
+# Activations and what is multiplied with them are bfloat16, all else that is pointed to is float32.
+HALF = {
+    *("p_x", "p_u", "p_low", "p_weight", "p_y", "p_grad_y", "p_grad_x", "p_grad_z"),
+    *("p_qkv", "p_out", "p_grad_out", "p_grad_qkv"),
+}
+
+
+def compile_kernel(kernel: Any, constants: dict[str, Any], num_warps: int, capability: int) -> None:
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.startswith("p_"):
+            signature[name] = "*bf16" if name in HALF else "*fp32"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": num_warps, "num_stages": 1}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert compiled.asm["cubin"]
+    print("compiled", kernel.__name__)
+
+
+def compile_scan(capability: int) -> None:
+    paths = {"HEIGHT": 32, "WIDTH": 32, "CONTINUOUS": True, "TILE": 16, "RUN": 16, "CHANNELS": 640, "RANK": 20}
+    constants = {**paths, "STATES": 1, "STATES_BLOCK": 1, "BLOCK": 64, "PRECISE": False}
+    compile_kernel(scan.forward_kernel, {**constants, "SAVE": True}, 1, capability)
+    compile_kernel(scan.backward_kernel, constants, 1, capability)
+    for backward in (False, True):
+        compile_kernel(scan.summary_kernel, {**constants, "BACKWARD": backward}, 1, capability)
+
+
+def compile_window(capability: int) -> None:
+    windows = {"HEIGHT": 32, "WIDTH": 32, "SIDE_Y": 8, "SIDE_X": 8, "SHIFT_Y": 4, "SHIFT_X": 4, "PLACES": 64}
+    constants = {**windows, "WINDOW": 8, "HEADS": 16, "CHANNELS": 20, "BLOCK": 32}
+    for kernel in (window.forward_kernel, window.backward_kernel):
+        compile_kernel(kernel, constants, 4, capability)
+
+
+if __name__ == "__main__":
+    {"scan": compile_scan, "window": compile_window}[sys.argv[1]](int(sys.argv[2]))
