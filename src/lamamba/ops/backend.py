@@ -34,9 +34,14 @@ def choose_kernels(operation: str, x: Tensor, backend: Backend, limit: str = "")
     return True
 
 
+# Not the cached function itself: torch.compile would look through the cache and trace what is behind it.
 @torch.compiler.assume_constant_result
-@lru_cache(maxsize=1)
 def _has_triton() -> bool:
+    return _find_triton()
+
+
+@lru_cache(maxsize=1)
+def _find_triton() -> bool:
     """Say whether there is a triton for NVIDIA's GPUs; where only the package is missing, say what is lost."""
     if torch.version.hip is not None:
         return False
