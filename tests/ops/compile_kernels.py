@@ -7,6 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lamamba.ops.depthwise_convolution import kernels as convolution
 from lamamba.ops.selective_scan import kernels as scan
 from lamamba.ops.window_attention import kernels as window
 
@@ -50,5 +51,13 @@ def compile_window(capability: int) -> None:
         compile_kernel(kernel, constants, 4, capability)
 
 
+def compile_convolution(capability: int) -> None:
+    shape = {"HEIGHT": 32, "WIDTH": 32, "STRIDE": 1280, "CHANNELS": 640, "FAST": True}
+    constants = {**shape, "ROWS": 8, "COLUMNS": 32, "BLOCK": 64}
+    for kernel in (convolution.forward_kernel, convolution.backward_kernel):
+        compile_kernel(kernel, constants, 1, capability)
+
+
 if __name__ == "__main__":
-    {"scan": compile_scan, "window": compile_window}[sys.argv[1]](int(sys.argv[2]))
+    operations = {"convolution": compile_convolution, "scan": compile_scan, "window": compile_window}
+    operations[sys.argv[1]](int(sys.argv[2]))

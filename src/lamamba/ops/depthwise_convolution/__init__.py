@@ -1,0 +1,49 @@
+"""Each channel's own 3x3 convolution over a grid, then SiLU: the local step before the scan (VMamba, arXiv 2401.10166).
+
+`reference.py` is the meaning and runs on any device; `kernels.py` and `triton.py` are the version for GPUs.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lamamba.ops.backend import Backend, choose_kernels
+from lamamba.ops.depthwise_convolution.reference import depthwise_convolution_reference
+
+__all__ = ["depthwise_convolution"]
+
+
+def depthwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: Backend = "auto") -> Tensor:
+    """Convolve each channel with its own 3x3 weights, zeros around the grid, and apply SiLU.
+
+    Args:
+        x: (b, h, w, e) input; the kernels read half of a tensor's channels where they lie, without a copy.
+        weight: (e, 1, 3, 3), as in `torch.nn.Conv2d`.
+        bias: (e,), or None.
+        backend: see `lamamba.ops.backend`.
+
+    Returns:
+        (b, h, w, e) contiguous, in the dtype of x; the kernels compute in float32.
+
+    Raises:
+        ValueError: shapes disagree, or the kernels cannot run on these tensors.
+    """
+    if x.ndim != 4 or 0 in x.shape:
+        raise ValueError(f"depthwise_convolution: x is {tuple(x.shape)}: give (b, h, w, e)")
+    channels = x.shape[3]
+    if weight.shape != (channels, 1, 3, 3):
+        raise ValueError(
+            f"depthwise_convolution: weight is {tuple(weight.shape)}: with {channels} channels it must be "
+            f"{(channels, 1, 3, 3)}"
+        )
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(f"depthwise_convolution: bias is {tuple(bias.shape)}: it must be {(channels,)}")
+    if choose_kernels("depthwise_convolution", x, backend):
+        from lamamba.ops.depthwise_convolution.triton import depthwise_convolution_triton
+
+        # Channels last like x, so that nine taps and the bias are ten contiguous rows.
+        taps = weight.flatten(1).mT
+        parameters = F.pad(taps, (0, 0, 0, 1)) if bias is None else torch.cat([taps, bias[None]])
+        y: Tensor = depthwise_convolution_triton(x, parameters.float())
+        return y
+    return depthwise_convolution_reference(x, weight, bias)

@@ -1,0 +1,188 @@
+"""What runs on the GPU: depthwise 3x3 convolution and SiLU, forwards and backwards; see README.md.
+
+One program takes a block of channels of some tiles of the grid, one after the other. Lanes are channels. A tile is a
+strip of rows that is walked column by column, with the last three columns in registers: a pixel is loaded once, but for
+the rows and columns that tiles share.
+
+Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask. A column is a tuple of blocks (e,), one for a row.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+
+@triton.jit
+def _place(tile, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Find a tile: its image, its first row, its first column, and the column it ends before."""
+    STRIPS: tl.constexpr = (HEIGHT + ROWS - 1) // ROWS
+    SEGMENTS: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    first_column = tile % SEGMENTS * COLUMNS
+    first_row = tile // SEGMENTS % STRIPS * ROWS
+    image = tl.cast(tile // (SEGMENTS * STRIPS), tl.int64)
+    return image, first_row, first_column, tl.minimum(first_column + COLUMNS, WIDTH)
+
+
+@triton.jit
+def _load_parameters(p_parameters, o_e, m_e, CHANNELS: tl.constexpr):
+    """Load the nine taps and the bias of each channel: a tuple of ten blocks (e,)."""
+    parameters = ()
+    for row in tl.static_range(10):
+        parameters = parameters + (tl.load(p_parameters + row * CHANNELS + o_e, mask=m_e, other=0.0),)
+    return parameters
+
+
+@triton.jit
+def _load_column(
+    p_image, o_e, m_e, first_row, column,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, MARGIN: tl.constexpr,
+):  # fmt: skip
+    """Load a column of a strip, and MARGIN rows above and below it, in float32; outside the image all is zero."""
+    m_column = m_e & (column >= 0) & (column < WIDTH)
+    p_column = p_image + o_e + ((first_row - MARGIN) * WIDTH + column) * STRIDE
+    pixels = ()
+    for row in tl.static_range(ROWS + 2 * MARGIN):
+        if HEIGHT % ROWS == 0 and row >= MARGIN and row < ROWS + MARGIN:
+            m_pixel = m_column
+        else:
+            y = first_row - MARGIN + row
+            m_pixel = m_column & (y >= 0) & (y < HEIGHT)
+        pixels = pixels + (tl.load(p_column + row * WIDTH * STRIDE, mask=m_pixel, other=0.0).to(tl.float32),)
+    return pixels
+
+
+@triton.jit
+def _convolve(b_sum, left, middle, right, taps, row: tl.constexpr, ROWS: tl.constexpr, FLIPPED: tl.constexpr):
+    """Add the nine products around a row of the middle column of three; ROWS is how many they hold."""
+    columns = (left, middle, right)
+    for dy in tl.static_range(3):
+        if row + dy >= 1 and row + dy <= ROWS:
+            for dx in tl.static_range(3):
+                tap = taps[8 - 3 * dy - dx] if FLIPPED else taps[3 * dy + dx]
+                b_sum += tap * columns[dx][row + dy - 1]
+    return b_sum
+
+
+@triton.jit
+def _add_products(sums, b_grad_z, left, middle, right, row: tl.constexpr, ROWS: tl.constexpr):
+    """Add, for each tap, the gradient of z times what the tap saw from that row, and for the bias the gradient."""
+    columns = (left, middle, right)
+    summed = ()
+    for dy in tl.static_range(3):
+        for dx in tl.static_range(3):
+            if row + dy >= 1 and row + dy <= ROWS:
+                summed = summed + (sums[3 * dy + dx] + b_grad_z * columns[dx][row + dy - 1],)
+            else:
+                summed = summed + (sums[3 * dy + dx],)
+    return summed + (sums[9] + b_grad_z,)
+
+
+@triton.jit
+def _sigmoid(b_z, FAST: tl.constexpr):
+    """Compute 1 / (1 + exp(-z)); FAST takes the instructions that round subnormal numbers to 0."""
+    if FAST:
+        return libdevice.fast_dividef(1.0, 1 + libdevice.fast_expf(-b_z))
+    return 1 / (1 + tl.exp(-b_z))
+
+
+@triton.jit
+def forward_kernel(
+    p_x, p_parameters, p_y, num_tiles,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Convolve and apply SiLU; STRIDE is from pixel to pixel of x."""
+    MARGIN: tl.constexpr = 1 if ROWS < HEIGHT else 0
+    o_e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_e = o_e < CHANNELS
+    parameters = _load_parameters(p_parameters, o_e, m_e, CHANNELS)
+    for tile in range(tl.program_id(1), num_tiles, tl.num_programs(1)):
+        image, first_row, first_column, end = _place(tile, HEIGHT, WIDTH, ROWS, COLUMNS)
+        p_image = p_x + image * HEIGHT * WIDTH * STRIDE
+        left = _load_column(p_image, o_e, m_e, first_row, first_column - 1, HEIGHT, WIDTH, STRIDE, ROWS, MARGIN)
+        middle = _load_column(p_image, o_e, m_e, first_row, first_column, HEIGHT, WIDTH, STRIDE, ROWS, MARGIN)
+        for column in range(first_column, end):
+            right = _load_column(p_image, o_e, m_e, first_row, column + 1, HEIGHT, WIDTH, STRIDE, ROWS, MARGIN)
+            p_column = p_y + image * HEIGHT * WIDTH * CHANNELS + o_e + (first_row * WIDTH + column) * CHANNELS
+            for row in tl.static_range(ROWS):
+                b_z = _convolve(parameters[9], left, middle, right, parameters, row + MARGIN, ROWS + 2 * MARGIN, False)
+                b_y = b_z * _sigmoid(b_z, FAST)
+                m_pixel = m_e if HEIGHT % ROWS == 0 else m_e & (first_row + row < HEIGHT)
+                tl.store(p_column + row * WIDTH * CHANNELS, b_y.to(p_y.dtype.element_ty), mask=m_pixel)
+            left, middle = middle, right
+
+
+@triton.jit
+def _store_grad_x(
+    p_column, m_e, left, middle, right, taps, first_row,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, MARGIN: tl.constexpr,
+):  # fmt: skip
+    """Convolve the gradient of z at three columns with the flipped taps."""
+    for row in tl.static_range(ROWS):
+        b_zero = tl.zeros_like(taps[0])
+        b_grad_x = _convolve(b_zero, left, middle, right, taps, row + MARGIN, ROWS + 2 * MARGIN, True)
+        m_pixel = m_e if HEIGHT % ROWS == 0 else m_e & (first_row + row < HEIGHT)
+        tl.store(p_column + row * WIDTH * CHANNELS, b_grad_x.to(p_column.dtype.element_ty), mask=m_pixel)
+
+
+@triton.jit
+def backward_kernel(
+    p_x, p_parameters, p_grad_y, p_grad_x, p_sums, num_tiles,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Compute z again, and from it every gradient; those of the taps and the bias are summed over the program's tiles.
+
+    A column of x completes the gradient of z one column to the left, and that the gradient of x two to the left. The
+    caller adds up the sums, (programs, 10, e).
+    """
+    MARGIN: tl.constexpr = 1 if ROWS < HEIGHT else 0
+    o_e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_e = o_e < CHANNELS
+    parameters = _load_parameters(p_parameters, o_e, m_e, CHANNELS)
+    b_zero = tl.zeros([BLOCK], tl.float32)
+    sums = ()
+    for _ in tl.static_range(10):
+        sums = sums + (b_zero,)
+    for tile in range(tl.program_id(1), num_tiles, tl.num_programs(1)):
+        image, first_row, first_column, end = _place(tile, HEIGHT, WIDTH, ROWS, COLUMNS)
+        p_image = p_x + image * HEIGHT * WIDTH * STRIDE
+        p_grad_y_image = p_grad_y + image * HEIGHT * WIDTH * CHANNELS
+        p_grad_x_strip = p_grad_x + image * HEIGHT * WIDTH * CHANNELS + first_row * WIDTH * CHANNELS + o_e
+        # Neighbours of the tile's columns take part in the gradient of x.
+        start, stop = tl.maximum(first_column - 1, 0), tl.minimum(end + 1, WIDTH)
+        left = _load_column(p_image, o_e, m_e, first_row, start - 1, HEIGHT, WIDTH, STRIDE, ROWS, 2 * MARGIN)
+        middle = _load_column(p_image, o_e, m_e, first_row, start, HEIGHT, WIDTH, STRIDE, ROWS, 2 * MARGIN)
+        grad_left = ()
+        for _ in tl.static_range(ROWS + 2 * MARGIN):
+            grad_left = grad_left + (b_zero,)
+        outside = grad_left
+        grad_middle = grad_left
+        for column in range(start, stop):
+            right = _load_column(p_image, o_e, m_e, first_row, column + 1, HEIGHT, WIDTH, STRIDE, ROWS, 2 * MARGIN)
+            grad_y = _load_column(p_grad_y_image, o_e, m_e, first_row, column, HEIGHT, WIDTH, CHANNELS, ROWS, MARGIN)
+            grad_right = ()
+            for row in tl.static_range(ROWS + 2 * MARGIN):
+                b_z = _convolve(parameters[9], left, middle, right, parameters, row + MARGIN, ROWS + 4 * MARGIN, False)
+                b_sigmoid = _sigmoid(b_z, FAST)
+                grad_right = grad_right + (grad_y[row] * b_sigmoid * (1 + b_z * (1 - b_sigmoid)),)
+            if column > first_column:
+                _store_grad_x(
+                    p_grad_x_strip + (column - 1) * CHANNELS, m_e, grad_left, grad_middle, grad_right, parameters,
+                    first_row, HEIGHT, WIDTH, CHANNELS, ROWS, MARGIN,
+                )  # fmt: skip
+            for row in tl.static_range(ROWS):
+                b_grad_z = grad_right[row + MARGIN]
+                if COLUMNS < WIDTH:
+                    b_grad_z = tl.where((column >= first_column) & (column < end), b_grad_z, 0.0)
+                sums = _add_products(sums, b_grad_z, left, middle, right, row + 2 * MARGIN, ROWS + 4 * MARGIN)
+            left, middle = middle, right
+            grad_left, grad_middle = grad_middle, grad_right
+        if stop == end:
+            _store_grad_x(
+                p_grad_x_strip + (end - 1) * CHANNELS, m_e, grad_left, grad_middle, outside, parameters,
+                first_row, HEIGHT, WIDTH, CHANNELS, ROWS, MARGIN,
+            )  # fmt: skip
+    p_sums += tl.program_id(1) * 10 * CHANNELS + o_e
+    for row in tl.static_range(10):
+        tl.store(p_sums + row * CHANNELS, sums[row], mask=m_e)

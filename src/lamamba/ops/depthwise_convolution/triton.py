@@ -1,0 +1,107 @@
+"""The kernels of `kernels.py` as one differentiable operation that torch.compile sees as a whole."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from lamamba.ops.depthwise_convolution.kernels import backward_kernel, forward_kernel
+
+# Channels and rows of a program: the more, the less of its neighbours' rows it reads, until registers run out.
+FORWARD_BLOCK, FORWARD_ROWS = 64, 8
+BACKWARD_BLOCK, BACKWARD_ROWS = 64, 8
+NUM_WARPS = 1
+# With fewer tiles than will fill a large GPU they are made smaller, down to this side.
+ENOUGH_PROGRAMS, SMALLEST_SIDE = 512, 4
+# With more, programs take several, one after the other; in the backward pass each program leaves ten sums a channel.
+MAX_PROGRAMS = 4096
+
+
+class _Launch(NamedTuple):
+    grid: tuple[int, int]
+    num_tiles: int
+    constants: dict[str, Any]
+
+
+def _launch(x: Tensor, stride: int, widest_block: int, most_rows: int) -> _Launch:
+    batch, height, width, channels = x.shape
+    block = max(32, min(widest_block, triton.next_power_of_2(channels)))
+    num_blocks = triton.cdiv(channels, block)
+    num_strips, num_segments = triton.cdiv(height, most_rows), 1
+    while batch * num_strips * num_segments * num_blocks < ENOUGH_PROGRAMS:
+        if width >= 2 * SMALLEST_SIDE * num_segments:
+            num_segments *= 2
+        elif height >= 2 * SMALLEST_SIDE * num_strips:
+            num_strips *= 2
+        else:
+            break
+    rows, columns = triton.cdiv(height, num_strips), triton.cdiv(width, num_segments)
+    num_tiles = batch * triton.cdiv(height, rows) * triton.cdiv(width, columns)
+    tiles_per_program = triton.cdiv(num_tiles * num_blocks, MAX_PROGRAMS)
+    constants = {
+        "HEIGHT": height, "WIDTH": width, "STRIDE": stride, "CHANNELS": channels,
+        "ROWS": rows, "COLUMNS": columns, "BLOCK": block, "FAST": x.dtype != torch.float32,
+        "num_warps": NUM_WARPS, "num_stages": 1,
+    }  # fmt: skip
+    return _Launch((num_blocks, triton.cdiv(num_tiles, tiles_per_program)), num_tiles, constants)
+
+
+def _readable(x: Tensor) -> tuple[Tensor, int]:
+    """Give x, and how far apart its pixels are; a copy only where they are not evenly spaced."""
+    _, height, width, channels = x.shape
+    stride = x.stride(2)
+    if x.stride() == (height * width * stride, width * stride, stride, 1):
+        return x, stride
+    return x.contiguous(), channels
+
+
+@torch.library.custom_op("lamamba::depthwise_convolution", mutates_args=())
+def depthwise_convolution_triton(x: Tensor, parameters: Tensor) -> Tensor:
+    """Run the kernels forwards.
+
+    Args:
+        x: (b, h, w, e) input.
+        parameters: (10, e) float32, nine taps, row by row, and the bias.
+    """
+    x, stride = _readable(x)
+    parameters = parameters.contiguous()
+    launch = _launch(x, stride, FORWARD_BLOCK, FORWARD_ROWS)
+    y = x.new_empty(x.shape)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        forward_kernel[launch.grid](x, parameters, y, launch.num_tiles, **launch.constants)
+    return y
+
+
+@depthwise_convolution_triton.register_fake
+def _(x: Tensor, parameters: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("lamamba::depthwise_convolution_backward", mutates_args=())
+def _backward(grad_y: Tensor, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    x, stride = _readable(x)
+    grad_y, parameters = grad_y.contiguous(), parameters.contiguous()
+    launch = _launch(x, stride, BACKWARD_BLOCK, BACKWARD_ROWS)
+    grad_x = x.new_empty(x.shape)
+    sums = parameters.new_empty(launch.grid[1], *parameters.shape)
+    with torch.cuda.device_of(x):
+        backward_kernel[launch.grid](x, parameters, grad_y, grad_x, sums, launch.num_tiles, **launch.constants)
+    return grad_x, sums.sum(dim=0)
+
+
+@_backward.register_fake
+def _(grad_y: Tensor, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), parameters.new_empty(parameters.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor]:
+    gradients: tuple[Tensor, Tensor] = _backward(grad_y, *ctx.saved_tensors)
+    return gradients
+
+
+depthwise_convolution_triton.register_autograd(_autograd, setup_context=_setup_context)
