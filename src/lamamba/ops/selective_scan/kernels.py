@@ -10,11 +10,9 @@ Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
 
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-LINEAR = tl.constexpr(20.0 * 1.4426950408889634)  # PyTorch's threshold, 20: beyond it softplus(z) is z
 
 
 @triton.jit
@@ -36,6 +34,28 @@ def _rows(b_x):
             odds = odds + (odd,)
         parts = evens + odds
     return parts
+
+
+@triton.jit
+def _stack(rows):
+    """Undo `_rows`."""
+    parts = rows
+    for level in tl.static_range(4):
+        joined = ()
+        for index in tl.static_range(8 >> level):
+            pair = tl.join(parts[index], parts[index + (8 >> level)]).permute(0, 2, 1)
+            joined = joined + (pair.reshape(pair.shape[0] * 2, pair.shape[2]),)
+        parts = joined
+    return parts[0]
+
+
+@triton.jit
+def _sum_channels(rows, BLOCK: tl.constexpr):
+    """Sum each of 16 rows (1, d) over its channels: (16,); rows in bfloat16 on tensor cores."""
+    b_x = _stack(rows)
+    if b_x.dtype == tl.float32:
+        return tl.sum(b_x, axis=1)
+    return tl.sum(tl.dot(b_x, tl.full([BLOCK, 16], 1.0, b_x.dtype)), axis=1) * (1.0 / 16)
 
 
 @triton.jit
@@ -88,17 +108,43 @@ def _expand_steps(
 
 
 @triton.jit
-def _softplus(b_z, PRECISE: tl.constexpr):
-    """Of z log2(e), return softplus(z) log2(e), of which exp(A softplus(z)) is 2 to the A-fold, and exp(z)."""
-    b_u = tl.exp2(b_z)
-    b_w = 1 + b_u
+def _exp2(b_x, PRECISE: tl.constexpr):
+    """Compute 2^x, x at most 0; the instruction alone is off by three units in the last place."""
     if PRECISE:
-        b_log = tl.log2(b_w) + (b_u - (b_w - 1)) / b_w * LOG2_E
-    else:
-        # Near 1 the logarithm would see only what is left of u.
-        b_series = b_u * (LOG2_E + b_u * (-0.5 * LOG2_E + b_u * (LOG2_E / 3)))
-        b_log = tl.where(b_u < 0.015625, b_series, libdevice.fast_log2f(b_w))
-    return tl.where(b_z > LINEAR, b_z, b_log), b_u
+        b_whole = tl.floor(b_x + 0.5)
+        b_f = (b_x - b_whole) * LN_2
+        b_power = 1 + b_f * (1.0 / 5) * (1 + b_f * (1.0 / 6) * (1 + b_f * (1.0 / 7)))
+        b_power = 1 + b_f * (1 + b_f * (1.0 / 2) * (1 + b_f * (1.0 / 3) * (1 + b_f * (1.0 / 4) * b_power)))
+        return b_power * tl.exp2(b_whole)
+    return tl.exp2(b_x)
+
+
+@triton.jit
+def _softplus(b_z, PRECISE: tl.constexpr):
+    """Of z log2(e), return m = softplus(z) log2(e), of which exp(A softplus(z)) is 2 to the A-fold."""
+    b_u = _exp2(-tl.abs(b_z), PRECISE)
+    if PRECISE:  # log(1 + u) = 2 artanh(u / (2 + u))
+        b_s = tl.div_rn(b_u, 2 + b_u)
+        b_q = b_s * b_s
+        b_sum = 1.0 / 11 + b_q * (1.0 / 13 + b_q * (1.0 / 15))
+        b_sum = 1 + b_q * (1.0 / 3 + b_q * (1.0 / 5 + b_q * (1.0 / 7 + b_q * (1.0 / 9 + b_q * b_sum))))
+        b_log = (2 * LOG2_E) * b_s * b_sum
+    else:  # a polynomial for log2(1 + u) / u, off by less than 1e-5 of the value from 0 to 1
+        b_log = 0.146015635 - 0.0344313187 * b_u
+        b_log = 1.4426828 + b_u * (-0.720423854 + b_u * (0.469162679 + b_u * (-0.303014423 + b_u * b_log)))
+        b_log = b_u * b_log
+    return tl.maximum(b_z, 0.0) + b_log
+
+
+@triton.jit
+def _slope(b_m, PRECISE: tl.constexpr):
+    """Compute the derivative of softplus from m: 1 / (1 + exp(-z)) is 1 - 2^-m."""
+    if PRECISE:  # near 0 the difference would see only what is left of m
+        b_x = b_m * LN_2
+        b_series = 1 - b_x * (1.0 / 4) * (1 - b_x * (1.0 / 5) * (1 - b_x * (1.0 / 6)))
+        b_series = b_x * (1 - b_x * (1.0 / 2) * (1 - b_x * (1.0 / 3) * b_series))
+        return tl.where(b_x < 0.25, b_series, 1 - _exp2(-b_m, PRECISE))
+    return 1 - tl.exp2(-b_m)
 
 
 @triton.jit
@@ -145,7 +191,7 @@ def summary_kernel(
             b_weights = b_weights + (tl.load(p_weights + o_n, mask=m_n & m_t, other=0.0),)
         o_pixel = _pixel(o_t, path, HEIGHT, WIDTH, CONTINUOUS)
         b_z = _expand_steps(p_low, p_weight, b_bias, o_pixel, m_tile, o_d, m_d, LOW, RANK, BLOCK)
-        b_delta = _softplus(b_z, PRECISE)[0]
+        b_delta = _softplus(b_z, PRECISE)
         if not WHOLE:
             b_delta = tl.where(m_tile[:, None], b_delta, 0.0)
         b_deltas = _rows(b_delta)
@@ -153,7 +199,7 @@ def summary_kernel(
             b_u = b_us[TILE - 1 - i if BACKWARD else i].to(tl.float32)
             b_weight = b_weights[TILE - 1 - i if BACKWARD else i].to(tl.float32)
             b_step = b_deltas[TILE - 1 - i if BACKWARD else i]
-            b_a = tl.exp2(b_A * b_step)
+            b_a = _exp2(b_A * b_step, PRECISE)
             b_h = b_a * (b_h + b_weight * b_u) if BACKWARD else b_a * b_h + (b_weight * LN_2) * (b_step * b_u)
             b_spent += b_step
     o_segment = (image * 4 + path) * num_segments + segment
@@ -194,7 +240,7 @@ def forward_kernel(
         o_segment = (image * 4 + path) * num_segments + before
         b_spent = tl.load(p_spent + o_segment * CHANNELS + o_d, mask=m_d, other=0.0)
         b_end = tl.load(p_carry + (o_segment * STATES + o_n) * CHANNELS + o_d, mask=m_n & m_d, other=0.0)
-        b_h = tl.exp2(b_A * b_spent) * b_h + b_end
+        b_h = _exp2(b_A * b_spent, PRECISE) * b_h + b_end
 
     first = segment * tiles_per_segment
     for tile in range(first, tl.minimum(first + tiles_per_segment, NUM_TILES)):
@@ -214,7 +260,7 @@ def forward_kernel(
             b_Cs = b_Cs + (tl.load(p_BC + STATES, mask=m_n & m_t, other=0.0),)
         o_pixel = _pixel(o_t, path, HEIGHT, WIDTH, CONTINUOUS)
         b_z = _expand_steps(p_low, p_weight, b_bias, o_pixel, m_tile, o_d, m_d, LOW, RANK, BLOCK)
-        b_delta = _softplus(b_z, PRECISE)[0]
+        b_delta = _softplus(b_z, PRECISE)
         if not WHOLE:
             b_delta = tl.where(m_tile[:, None], b_delta, 0.0)
         b_deltas = _rows(b_delta)
@@ -224,9 +270,36 @@ def forward_kernel(
         for step in tl.static_range(TILE):
             m_t = WHOLE or start + step < LENGTH
             b_x, b_B, b_C = b_xs[step].to(tl.float32), b_Bs[step].to(tl.float32), b_Cs[step].to(tl.float32)
-            b_h = tl.exp2(b_A * b_deltas[step]) * b_h + (b_B * LN_2) * (b_deltas[step] * b_x)
+            b_h = _exp2(b_A * b_deltas[step], PRECISE) * b_h + (b_B * LN_2) * (b_deltas[step] * b_x)
             b_y = tl.sum(b_C * b_h, axis=0, keep_dims=True) + b_D * b_x
             tl.store(p_y + pixels[step] * CHANNELS + o_d, b_y.to(p_y.dtype.element_ty), mask=m_d & m_t)
+
+
+@triton.jit
+def _load_weights(
+    p_B, pixels, start, LENGTH: tl.constexpr, LOW: tl.constexpr, STATES: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Load B and C of one state at a tile's steps: two tuples of numbers."""
+    Bs = ()
+    Cs = ()
+    for step in tl.static_range(TILE):
+        m_t = LENGTH % TILE == 0 or start + step < LENGTH
+        Bs = Bs + (tl.load(p_B + pixels[step] * LOW, mask=m_t, other=0.0),)
+        Cs = Cs + (tl.load(p_B + pixels[step] * LOW + STATES, mask=m_t, other=0.0),)
+    return Bs, Cs
+
+
+@triton.jit
+def _scan_tile(b_h, b_A, b_deltas, b_xs, Bs, TILE: tl.constexpr, PRECISE: tl.constexpr):
+    """Scan one state through a tile: tuples of the states, from the one before the tile on, and of the decays."""
+    b_hs = (b_h,)
+    b_as = ()
+    for step in tl.static_range(TILE):
+        b_a = _exp2(b_A * b_deltas[step], PRECISE)
+        b_h = b_a * b_h + (Bs[step].to(tl.float32) * LN_2) * (b_deltas[step] * b_xs[step].to(tl.float32))
+        b_as = b_as + (b_a,)
+        b_hs = b_hs + (b_h,)
+    return b_hs, b_as
 
 
 @triton.jit
@@ -270,7 +343,7 @@ def backward_kernel(
         o_segment = (image * 4 + path) * num_segments + num_segments - 1 - count
         b_spent = tl.load(p_spent + o_segment * CHANNELS + o_d, mask=m_d, other=0.0)
         b_end = tl.load(p_carry + (o_segment * STATES + o_n) * CHANNELS + o_d, mask=m_n & m_d, other=0.0)
-        b_carry = tl.exp2(b_A * b_spent) * b_carry + b_end
+        b_carry = _exp2(b_A * b_spent, PRECISE) * b_carry + b_end
 
     b_grad_A = tl.zeros([STATES_BLOCK, BLOCK], tl.float32)
     b_grad_D = tl.zeros([1, BLOCK], tl.float32)
@@ -292,72 +365,78 @@ def backward_kernel(
             b_grad_ys = b_grad_ys + (tl.load(p_grad_y + o_row, mask=m_d & m_t, other=0.0),)
         o_pixel = _pixel(o_t, path, HEIGHT, WIDTH, CONTINUOUS)
         b_z = _expand_steps(p_low, p_weight, b_bias, o_pixel, m_tile, o_d, m_d, LOW, RANK, BLOCK)
-        b_delta, b_u = _softplus(b_z, PRECISE)
-        b_slope = tl.where(b_z > LINEAR, 1.0, b_u / (1 + b_u))
-        if not WHOLE:
+        b_delta = _softplus(b_z, PRECISE)
+        if not WHOLE:  # a step of zero changes nothing, and has no gradient either
             b_delta = tl.where(m_tile[:, None], b_delta, 0.0)
-            b_slope = tl.where(m_tile[:, None], b_slope, 0.0)
         b_deltas = _rows(b_delta)
-        b_slopes = _rows(b_slope)
 
-        # Sums over the states: of g B, and of the gradient of the exponent delta A times A.
+        # Sums over all states but the last: of g B, and of the gradient of the exponent delta A times A.
         b_drives = ()
         b_exponents = ()
         for _ in tl.static_range(TILE):
             b_drives = b_drives + (tl.zeros([1, BLOCK], tl.float32),)
             b_exponents = b_exponents + (tl.zeros([1, BLOCK], tl.float32),)
-        for state in range(STATES):
-            m_state = o_n == state
-            b_A_s = tl.sum(tl.where(m_state, b_A, 0.0), axis=0, keep_dims=True)
-            b_g = tl.sum(tl.where(m_state, b_carry, 0.0), axis=0, keep_dims=True)
+        for state in range(STATES - 1):
+            b_A_s = tl.sum(tl.where(o_n == state, b_A, 0.0), axis=0, keep_dims=True)
+            b_g = tl.sum(tl.where(o_n == state, b_carry, 0.0), axis=0, keep_dims=True)
             p_state = p_states + (((image * 4 + path) * NUM_TILES + tile) * STATES + state) * CHANNELS
             b_h = tl.load(p_state + o_d, mask=m_d, other=0.0)
-            Bs = ()
-            Cs = ()
-            for step in tl.static_range(TILE):
-                m_t = WHOLE or start + step < LENGTH
-                p_BC = p_low + pixels[step] * LOW + RANK + state
-                Bs = Bs + (tl.load(p_BC, mask=m_t, other=0.0),)
-                Cs = Cs + (tl.load(p_BC + STATES, mask=m_t, other=0.0),)
-            b_hs = (b_h,)
-            b_as = ()
-            for step in tl.static_range(TILE):
-                b_a = tl.exp2(b_A_s * b_deltas[step])
-                b_h = b_a * b_h + (Bs[step].to(tl.float32) * LN_2) * (b_deltas[step] * b_xs[step].to(tl.float32))
-                b_as = b_as + (b_a,)
-                b_hs = b_hs + (b_h,)
+            Bs, Cs = _load_weights(p_low + RANK + state, pixels, start, LENGTH, LOW, STATES, TILE)
+            b_hs, b_as = _scan_tile(b_h, b_A_s, b_deltas, b_xs, Bs, TILE, PRECISE)
             b_grad_A_s = tl.zeros([1, BLOCK], tl.float32)
             b_new_drives = ()
             b_new_exponents = ()
             for step in tl.static_range(TILE - 1, -1, -1):
-                m_t = WHOLE or start + step < LENGTH
-                B, b_grad_y = Bs[step].to(tl.float32), b_grad_ys[step].to(tl.float32)
-                b_g += Cs[step].to(tl.float32) * b_grad_y
+                b_g += Cs[step].to(tl.float32) * b_grad_ys[step].to(tl.float32)
                 grad_B = tl.sum(b_g * (b_deltas[step] * b_xs[step].to(tl.float32))) * LN_2
-                grad_C = tl.sum(b_hs[step + 1] * b_grad_y)
+                grad_C = tl.sum(b_hs[step + 1] * b_grad_ys[step].to(tl.float32))
                 p_BC = p_grad_BC + pixels[step] * 8 * STATES + state
-                tl.store(p_BC, grad_B, mask=m_t)
-                tl.store(p_BC + STATES, grad_C, mask=m_t)
-                b_new_drives = (b_drives[step] + b_g * B,) + b_new_drives
+                tl.store(p_BC, grad_B, mask=WHOLE or start + step < LENGTH)
+                tl.store(p_BC + STATES, grad_C, mask=WHOLE or start + step < LENGTH)
+                b_new_drives = (b_drives[step] + b_g * Bs[step].to(tl.float32),) + b_new_drives
                 b_g *= b_as[step]
                 b_exponent = b_g * b_hs[step]
                 b_new_exponents = (b_exponents[step] + b_exponent * b_A_s,) + b_new_exponents
                 b_grad_A_s += b_exponent * b_deltas[step]
             b_drives = b_new_drives
             b_exponents = b_new_exponents
-            b_carry = tl.where(m_state, b_g, b_carry)
-            b_grad_A += tl.where(m_state, b_grad_A_s * LN_2, 0.0)
+            b_carry = tl.where(o_n == state, b_g, b_carry)
+            b_grad_A += tl.where(o_n == state, b_grad_A_s * LN_2, 0.0)
 
-        for step in tl.static_range(TILE):
+        # The last state, in the walk that also completes the gradients: with one state, nothing but this.
+        LAST: tl.constexpr = STATES - 1
+        SUM: tl.constexpr = tl.float32 if PRECISE else tl.bfloat16
+        b_A_s = tl.sum(tl.where(o_n == LAST, b_A, 0.0), axis=0, keep_dims=True)
+        b_g = tl.sum(tl.where(o_n == LAST, b_carry, 0.0), axis=0, keep_dims=True)
+        p_state = p_states + (((image * 4 + path) * NUM_TILES + tile) * STATES + LAST) * CHANNELS
+        b_h = tl.load(p_state + o_d, mask=m_d, other=0.0)
+        Bs, Cs = _load_weights(p_low + RANK + LAST, pixels, start, LENGTH, LOW, STATES, TILE)
+        b_hs, b_as = _scan_tile(b_h, b_A_s, b_deltas, b_xs, Bs, TILE, PRECISE)
+        b_grad_A_s = tl.zeros([1, BLOCK], tl.float32)
+        b_grad_Bs = ()
+        b_grad_Cs = ()
+        for step in tl.static_range(TILE - 1, -1, -1):
             m_t = WHOLE or start + step < LENGTH
-            b_x, b_grad_y = b_xs[step].to(tl.float32), b_grad_ys[step].to(tl.float32)
-            b_grad_x = b_drives[step] * (b_deltas[step] * LN_2) + b_D * b_grad_y
-            b_grad_z = (b_exponents[step] + b_drives[step] * b_x) * b_slopes[step]
+            b_m, b_x, b_grad_y = b_deltas[step], b_xs[step].to(tl.float32), b_grad_ys[step].to(tl.float32)
+            b_g += Cs[step].to(tl.float32) * b_grad_y
+            b_grad_Bs = ((b_g * (b_m * b_x)).to(SUM),) + b_grad_Bs
+            b_grad_Cs = ((b_hs[step + 1] * b_grad_y).to(SUM),) + b_grad_Cs
+            b_drive = b_drives[step] + b_g * Bs[step].to(tl.float32)
+            b_g *= b_as[step]
+            b_exponent = b_g * b_hs[step]
+            b_grad_A_s += b_exponent * b_m
+            b_grad_x = b_drive * (b_m * LN_2) + b_D * b_grad_y
+            b_grad_z = (b_exponents[step] + b_exponent * b_A_s + b_drive * b_x) * _slope(b_m, PRECISE)
             o_row = pixels[step] * CHANNELS + o_d
             tl.store(p_grad_x + o_row, b_grad_x.to(p_grad_x.dtype.element_ty), mask=m_d & m_t)
             tl.store(p_grad_z + o_row, b_grad_z.to(p_grad_z.dtype.element_ty), mask=m_d & m_t)
             b_grad_D += b_grad_y * b_x
             b_grad_bias += b_grad_z
+        p_BC = p_grad_BC + o_pixel * 8 * STATES + LAST
+        tl.store(p_BC, _sum_channels(b_grad_Bs, BLOCK) * LN_2, mask=m_tile)
+        tl.store(p_BC + STATES, _sum_channels(b_grad_Cs, BLOCK), mask=m_tile)
+        b_carry = tl.where(o_n == LAST, b_g, b_carry)
+        b_grad_A += tl.where(o_n == LAST, b_grad_A_s * LN_2, 0.0)
 
     o_row = ((image * num_segments + segment) * 4 + path) * CHANNELS + o_d
     tl.store(p_grad_A + o_row * STATES + o_n, b_grad_A, mask=m_n & m_d)
