@@ -8,17 +8,24 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lamamba.ops.depthwise_convolution import kernels as convolution
+from lamamba.ops.gated_norm import kernels as gated_norm
+from lamamba.ops.residual_norm import kernels as residual_norm
+from lamamba.ops.rows import cut_rows
 from lamamba.ops.selective_scan import kernels as scan
 from lamamba.ops.window_attention import kernels as window
 
 # Activations and what is multiplied with them are bfloat16, all else that is pointed to is float32.
+FLOATS = {"scale", "eps"}
 HALF = {
     *("p_x", "p_u", "p_low", "p_weight", "p_y", "p_grad_y", "p_grad_x", "p_grad_z"),
     *("p_qkv", "p_out", "p_grad_out", "p_grad_qkv"),
+    *("p_branch", "p_gate", "p_shift", "p_scale", "p_normed", "p_grad_normed", "p_grad_branch"),
+    *("p_grad_gate", "p_grad_shift", "p_grad_scale", "p_planes", "p_z"),
 }
 
 
 def compile_kernel(kernel: Any, constants: dict[str, Any], num_warps: int, capability: int) -> None:
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -27,7 +34,7 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], num_warps: int, capab
             signature[name] = "*bf16" if name in HALF else "*fp32"
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name == "scale" else "i32"
+            signature[name] = "fp32" if name in FLOATS else "i32"
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": num_warps, "num_stages": 1}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -58,6 +65,31 @@ def compile_convolution(capability: int) -> None:
         compile_kernel(kernel, constants, 1, capability)
 
 
+def compile_residual_norm(capability: int) -> None:
+    constants = cut_rows(channels=320, num_rows=1024)
+    num_warps = constants.pop("num_warps")
+    del constants["num_stages"]
+    without_norm = dict.fromkeys(("p_weight", "p_scale", "p_grad_normed"))
+    for kernel, others in (
+        (residual_norm.forward_kernel, {"p_bias": None, "p_shift": None, "p_normed": None}),
+        (residual_norm.backward_kernel, {"p_x_new": None, "p_grad_x": None}),
+    ):
+        compile_kernel(kernel, constants, num_warps, capability)
+        compile_kernel(kernel, {**constants, **without_norm, **others}, num_warps, capability)
+    compile_kernel(residual_norm.sum_kernel, {"CHANNELS": 320, "BLOCK": 64, "ROWS": 8}, 2, capability)
+
+
+def compile_gated_norm(capability: int) -> None:
+    constants = cut_rows(channels=640, num_rows=1024)
+    num_warps = constants.pop("num_warps")
+    del constants["num_stages"]
+    compile_kernel(gated_norm.forward_kernel, {**constants, "PLANES": 2}, num_warps, capability)
+    compile_kernel(gated_norm.backward_kernel, constants, num_warps, capability)
+
+
 if __name__ == "__main__":
-    operations = {"convolution": compile_convolution, "scan": compile_scan, "window": compile_window}
+    operations = {
+        "convolution": compile_convolution, "gated_norm": compile_gated_norm, "residual_norm": compile_residual_norm,
+        "scan": compile_scan, "window": compile_window,
+    }  # fmt: skip
     operations[sys.argv[1]](int(sys.argv[2]))

@@ -1,0 +1,52 @@
+"""The end of a scan: add up its paths, normalize, and gate by SiLU(z) (VMamba, Liu et al. 2024, arXiv 2401.10166).
+
+`reference.py` is the meaning and runs on any device; `kernels.py` and `triton.py` are the version for GPUs.
+"""
+
+import torch
+from torch import Tensor
+
+from lamamba.ops.backend import Backend, choose_kernels
+from lamamba.ops.gated_norm.reference import gated_norm_reference
+
+__all__ = ["gated_norm"]
+
+
+def gated_norm(
+    planes: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, backend: Backend = "auto"
+) -> Tensor:
+    """Add up planes, normalize the sum over its channels, and multiply by SiLU(z).
+
+        y = sum of planes            out = (weight (y - mean) / sqrt(variance + eps) + bias) silu(z)
+
+    Args:
+        planes: (p, b, h, w, e) what the paths left; added up in float32, y is in the dtype of planes.
+        z: (b, h, w, e) gate; the kernels read half of a tensor's channels where they lie, without a copy.
+        weight: (e,).
+        bias: (e,).
+        eps: positive.
+        backend: see `lamamba.ops.backend`.
+
+    Returns:
+        (b, h, w, e) in the dtype of z; the kernels compute in float32.
+
+    Raises:
+        ValueError: shapes disagree, or the kernels cannot run on these tensors.
+    """
+    if planes.ndim != 5 or 0 in planes.shape:
+        raise ValueError(f"gated_norm: planes is {tuple(planes.shape)}: give (p, b, h, w, e)")
+    channels = planes.shape[4]
+    wanted = {"z": (z, planes.shape[1:]), "weight": (weight, (channels,)), "bias": (bias, (channels,))}
+    for name, (tensor, shape) in wanted.items():
+        if tensor.shape != shape:
+            raise ValueError(
+                f"gated_norm: {name} is {tuple(tensor.shape)}: with planes {tuple(planes.shape)} it must be "
+                f"{tuple(shape)}"
+            )
+    if choose_kernels("gated_norm", planes, backend):
+        from lamamba.ops.gated_norm.triton import gated_norm_triton
+
+        save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (planes, z, weight, bias))
+        out, _ = gated_norm_triton(planes, z, weight, bias, eps, save)
+        return out
+    return gated_norm_reference(planes, z, weight, bias, eps)

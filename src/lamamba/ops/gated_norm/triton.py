@@ -1,0 +1,122 @@
+"""The kernels of `kernels.py` as one differentiable operation that torch.compile sees as a whole."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from lamamba.ops.gated_norm.kernels import backward_kernel, forward_kernel
+from lamamba.ops.rows import cut_rows
+
+# Enough to keep a large GPU busy; with more pixels each program takes more of them. Backwards each leaves two sums.
+FORWARD_WARPS, BACKWARD_WARPS = 8192, 2048
+
+
+class _Launch(NamedTuple):
+    grid: tuple[int]
+    num_pixels: int
+    pixels_per_program: int
+    constants: dict[str, int]
+
+
+def _launch(z: Tensor, wanted_warps: int) -> _Launch:
+    batch, height, width, channels = z.shape
+    num_pixels = batch * height * width
+    constants = cut_rows(channels, num_pixels)
+    rows = constants["ROWS"]
+    num_programs = triton.cdiv(wanted_warps, constants["num_warps"])
+    pixels_per_program = rows * triton.cdiv(triton.cdiv(num_pixels, rows), num_programs)
+    return _Launch((triton.cdiv(num_pixels, pixels_per_program),), num_pixels, pixels_per_program, constants)
+
+
+def _readable(z: Tensor) -> tuple[Tensor, int]:
+    """Give z, and how far apart its pixels are; a copy only where they are not evenly spaced."""
+    _, height, width, channels = z.shape
+    stride = z.stride(2)
+    if z.stride() == (height * width * stride, width * stride, stride, 1):
+        return z, stride
+    return z.contiguous(), channels
+
+
+@torch.library.custom_op("lamamba::gated_norm", mutates_args=())
+def gated_norm_triton(
+    planes: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float, save: bool
+) -> tuple[Tensor, Tensor]:
+    """Run the kernels forwards; arguments as in `lamamba.ops.gated_norm`.
+
+    Returns:
+        The result, and, where `save` asks for what the backward pass reads, the sum of the planes, (b, h, w, e) in
+        their dtype; but a single plane is its own sum.
+    """
+    planes, weight, bias = planes.contiguous(), weight.contiguous(), bias.contiguous()
+    z, z_stride = _readable(z)
+    out, y = _results(planes, z, save)
+    launch = _launch(z, FORWARD_WARPS)
+    with torch.cuda.device_of(z):  # Triton launches on the current device
+        forward_kernel[launch.grid](
+            planes, z, weight, bias, y if y.numel() else None, out,
+            z_stride, eps, launch.num_pixels, launch.pixels_per_program,
+            PLANES=planes.shape[0], **launch.constants,
+        )  # fmt: skip
+    return out, y
+
+
+def _results(planes: Tensor, z: Tensor, save: bool) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), planes.new_empty(z.shape if save and planes.shape[0] > 1 else 0)
+
+
+@gated_norm_triton.register_fake
+def _(planes: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float, save: bool) -> tuple[Tensor, Tensor]:
+    return _results(planes, z, save)
+
+
+@torch.library.custom_op("lamamba::gated_norm_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the kernel backwards.
+
+    Returns:
+        The gradients of y, z, and of weight and bias together, (2, e) float32.
+    """
+    grad_out, y, weight, bias = grad_out.contiguous(), y.contiguous(), weight.contiguous(), bias.contiguous()
+    z, z_stride = _readable(z)
+    launch = _launch(z, BACKWARD_WARPS)
+    grad_y, grad_z = y.new_empty(y.shape), z.new_empty(z.shape)
+    sums = y.new_empty(*launch.grid, 2, z.shape[3], dtype=torch.float32)
+    with torch.cuda.device_of(z):
+        backward_kernel[launch.grid](
+            y, z, weight, bias, grad_out, grad_y, grad_z, sums,
+            z_stride, eps, launch.num_pixels, launch.pixels_per_program, **launch.constants,
+        )  # fmt: skip
+    return grad_y, grad_z, sums.sum(dim=0)
+
+
+@_backward.register_fake
+def _(
+    grad_out: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return y.new_empty(y.shape), z.new_empty(z.shape), y.new_empty(2, z.shape[3], dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    planes, z, weight, bias, ctx.eps, _ = inputs
+    ctx.num_planes = planes.shape[0]
+    ctx.save_for_backward(planes if ctx.num_planes == 1 else output[1], z, weight, bias)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, grad_out: Tensor | None, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:  # nothing downstream depends on the result
+        return (None,) * 6
+    y, z, weight, bias = ctx.saved_tensors
+    y = y[0] if ctx.num_planes == 1 else y
+    grad_y, grad_z, (grad_weight, grad_bias) = _backward(grad_out, y, z, weight, bias, ctx.eps)
+    # Every plane's gradient is the same memory.
+    grad_planes = grad_y.expand(ctx.num_planes, *grad_y.shape)
+    return grad_planes, grad_z, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None, None
+
+
+gated_norm_triton.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,111 @@
+"""Between a block's branches: add a gated branch to the stream, normalize, shift and scale (DiT, arXiv 2212.09748).
+
+`reference.py` is the meaning and runs on any device; `kernels.py` and `triton.py` are the version for GPUs.
+"""
+
+import torch
+from torch import Tensor
+
+from lamamba.ops.backend import Backend, choose_kernels
+from lamamba.ops.residual_norm.reference import add_gated_reference, layer_norm_reference
+
+__all__ = ["add_gated", "layer_norm", "residual_norm"]
+
+
+def residual_norm(
+    x: Tensor,
+    residual: tuple[Tensor, Tensor],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    modulation: tuple[Tensor, Tensor] | None = None,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Add a gated branch to the stream, and normalize the sum for the next branch.
+
+        x_new = x + gate branch
+        normed = (weight xhat + bias) (1 + scale) + shift,   xhat = (x_new - mean) / sqrt(variance + eps) over channels
+
+    Args:
+        x: (b, h, w, c) the stream.
+        residual: branch, (b, h, w, c), and gate, (b, c).
+        weight: (c,), or None for 1.
+        bias: (c,), or None for 0.
+        modulation: shift and scale, each (b, c); None for 0. Like gate they may be parts of a larger tensor.
+        eps: positive.
+        dtype: of `normed`, what the next branch takes; None is that of x.
+        backend: see `lamamba.ops.backend`.
+
+    Returns:
+        x_new in the dtype of x, and normed, both (b, h, w, c); the kernels compute in float32.
+
+    Raises:
+        ValueError: shapes disagree, or the kernels cannot run on these tensors.
+    """
+    _check("residual_norm", x, residual, (weight, bias), modulation)
+    if choose_kernels("residual_norm", x, backend):
+        from lamamba.ops.residual_norm.triton import residual_norm_triton
+
+        x_new, normed = residual_norm_triton(
+            x, *residual, weight, bias, *(modulation or (None, None)), eps, dtype or x.dtype
+        )
+        return x_new, normed
+    x = add_gated_reference(x, *residual)
+    return x, layer_norm_reference(x, weight, bias, modulation, eps, dtype or x.dtype)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    modulation: tuple[Tensor, Tensor] | None = None,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Normalize and modulate, where there is no branch to add: the second half of `residual_norm`."""
+    _check("layer_norm", x, None, (weight, bias), modulation)
+    if choose_kernels("layer_norm", x, backend):
+        from lamamba.ops.residual_norm.triton import residual_norm_triton
+
+        _, normed = residual_norm_triton(
+            x, None, None, weight, bias, *(modulation or (None, None)), eps, dtype or x.dtype
+        )
+        return normed
+    return layer_norm_reference(x, weight, bias, modulation, eps, dtype or x.dtype)
+
+
+def add_gated(x: Tensor, branch: Tensor, gate: Tensor, backend: Backend = "auto") -> Tensor:
+    """Add a gated branch, where no norm follows: the first half of `residual_norm`."""
+    _check("add_gated", x, (branch, gate), (), None)
+    if choose_kernels("add_gated", x, backend):
+        from lamamba.ops.residual_norm.triton import residual_norm_triton
+
+        x_new, _ = residual_norm_triton(x, branch, gate, None, None, None, None, 0.0, None)
+        return x_new
+    return add_gated_reference(x, branch, gate)
+
+
+def _check(
+    operation: str,
+    x: Tensor,
+    residual: tuple[Tensor, Tensor] | None,
+    affine: tuple[Tensor | None, ...],
+    modulation: tuple[Tensor, Tensor] | None,
+) -> None:
+    if x.ndim != 4 or 0 in x.shape:
+        raise ValueError(f"{operation}: x is {tuple(x.shape)}: give (b, h, w, c)")
+    batch, _, _, channels = x.shape
+    branch, gate = residual or (None, None)
+    shift, scale = modulation or (None, None)
+    wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {"branch": (branch, x.shape)}
+    for name, tensor in (("gate", gate), ("shift", shift), ("scale", scale)):
+        wanted[name] = tensor, (batch, channels)
+    for name, tensor in zip(("weight", "bias"), affine, strict=False):
+        wanted[name] = tensor, (channels,)
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(
+                f"{operation}: {name} is {tuple(tensor.shape)}: with x {tuple(x.shape)} it must be {tuple(shape)}"
+            )

@@ -1,0 +1,201 @@
+"""What runs on the GPU: gated residual, LayerNorm and modulation, forwards and backwards; see README.md.
+
+One program takes some pixels of one image, a few rows of channels at a time (`lamamba.ops.rows`), so that what is known
+of an image's channels, and the sums over its pixels, stay in registers. What a call has not got is None.
+
+Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
+"""
+
+import triton
+import triton.language as tl
+
+from lamamba.ops.rows import (
+    add,
+    channels_of,
+    load_rows,
+    multiply,
+    normalize,
+    normalize_backward,
+    store_rows,
+    store_sums,
+    zeros,
+)
+
+
+@triton.jit
+def _load_channels(p_channels, CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
+    """Load one value a channel in float32: a tuple of blocks (1, piece)."""
+    values = ()
+    for piece in tl.static_range(PIECES):
+        o_c, m_c = channels_of(piece, CHANNELS, PIECE)
+        values = values + (tl.load(p_channels + o_c, mask=m_c, other=0.0).to(tl.float32),)
+    return values
+
+
+@triton.jit
+def _load_factor(p_weight, p_scale, CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
+    """Load what the normalized channels are multiplied with, weight (1 + scale)."""
+    factor = ()
+    for piece in tl.static_range(PIECES):
+        o_c, m_c = channels_of(piece, CHANNELS, PIECE)
+        b_factor = tl.full([1, PIECE], 1.0, tl.float32)
+        if p_weight is not None:
+            b_factor = tl.load(p_weight + o_c, mask=m_c, other=0.0).to(tl.float32)
+        if p_scale is not None:
+            b_factor *= 1 + tl.load(p_scale + o_c, mask=m_c, other=0.0).to(tl.float32)
+        factor = factor + (b_factor,)
+    return factor
+
+
+@triton.jit
+def _load_offset(p_bias, p_shift, p_scale, CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
+    """Load what is added to that, bias (1 + scale) + shift."""
+    offset = ()
+    for piece in tl.static_range(PIECES):
+        o_c, m_c = channels_of(piece, CHANNELS, PIECE)
+        b_offset = tl.zeros([1, PIECE], tl.float32)
+        if p_bias is not None:
+            b_offset = tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+            if p_scale is not None:
+                b_offset *= 1 + tl.load(p_scale + o_c, mask=m_c, other=0.0).to(tl.float32)
+        if p_shift is not None:
+            b_offset += tl.load(p_shift + o_c, mask=m_c, other=0.0).to(tl.float32)
+        offset = offset + (b_offset,)
+    return offset
+
+
+@triton.jit(do_not_specialize=["num_pixels", "pixels_per_program"])
+def forward_kernel(
+    p_x, p_branch, p_gate, p_weight, p_bias, p_shift, p_scale, p_x_new, p_normed,
+    gate_stride, shift_stride, scale_stride, eps, num_pixels, pixels_per_program,
+    CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Add the branch where there is one, then normalize where that is wanted; strides are from image to image."""
+    image = tl.cast(tl.program_id(0), tl.int64)
+    first = tl.program_id(1) * pixels_per_program
+    end = tl.minimum(first + pixels_per_program, num_pixels)
+    if p_scale is not None:
+        p_scale += image * scale_stride
+    if p_shift is not None:
+        p_shift += image * shift_stride
+    if p_branch is not None:
+        gate = _load_channels(p_gate + image * gate_stride, CHANNELS, PIECE, PIECES)
+    if p_normed is not None:
+        factor = _load_factor(p_weight, p_scale, CHANNELS, PIECE, PIECES)
+        offset = _load_offset(p_bias, p_shift, p_scale, CHANNELS, PIECE, PIECES)
+    for pixel in range(first, end, ROWS):
+        m_row = pixel + tl.arange(0, ROWS) < end
+        o_first = (image * num_pixels + pixel) * CHANNELS
+        x = load_rows(p_x + o_first, CHANNELS, m_row, CHANNELS, PIECE, PIECES)
+        if p_branch is not None:
+            branch = load_rows(p_branch + o_first, CHANNELS, m_row, CHANNELS, PIECE, PIECES)
+            x_new = ()
+            for piece in tl.static_range(PIECES):
+                # Rounded as it is kept, so that the backward pass normalizes the same.
+                b_x_new = (x[piece] + gate[piece] * branch[piece]).to(p_x_new.dtype.element_ty)
+                x_new = x_new + (b_x_new.to(tl.float32),)
+            store_rows(p_x_new + o_first, x_new, m_row, CHANNELS, PIECE, PIECES)
+            x = x_new
+        if p_normed is not None:
+            normalized, _ = normalize(x, eps, CHANNELS, PIECE, PIECES)
+            normed = add(multiply(normalized, factor, PIECES), offset, PIECES)
+            store_rows(p_normed + o_first, normed, m_row, CHANNELS, PIECE, PIECES)
+
+
+@triton.jit(do_not_specialize=["num_pixels", "pixels_per_program"])
+def backward_kernel(
+    p_x_new, p_branch, p_gate, p_weight, p_scale, p_grad_x_new, p_grad_normed, p_grad_x, p_grad_branch, p_sums,
+    gate_stride, scale_stride, eps, num_pixels, pixels_per_program,
+    CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Normalize again, and from that compute every gradient; those of channels are summed over the program's pixels.
+
+    The sums, (images, programs of an image, 3, c), are those of the gradient of `normed`, of that times the normalized
+    channels, and of the branch times the gradient of `x_new`. Without the first gradient, that of x is the second.
+    """
+    image = tl.cast(tl.program_id(0), tl.int64)
+    first = tl.program_id(1) * pixels_per_program
+    end = tl.minimum(first + pixels_per_program, num_pixels)
+    if p_scale is not None:
+        p_scale += image * scale_stride
+    if p_grad_normed is not None:
+        factor = _load_factor(p_weight, p_scale, CHANNELS, PIECE, PIECES)
+        sum_grad, sum_product = zeros(ROWS, PIECE, PIECES), zeros(ROWS, PIECE, PIECES)
+    if p_branch is not None:
+        gate = _load_channels(p_gate + image * gate_stride, CHANNELS, PIECE, PIECES)
+        sum_branch = zeros(ROWS, PIECE, PIECES)
+    for pixel in range(first, end, ROWS):
+        m_row = pixel + tl.arange(0, ROWS) < end
+        o_first = (image * num_pixels + pixel) * CHANNELS
+        if p_grad_normed is not None:
+            x_new = load_rows(p_x_new + o_first, CHANNELS, m_row, CHANNELS, PIECE, PIECES)
+            grad_normed = load_rows(p_grad_normed + o_first, CHANNELS, m_row, CHANNELS, PIECE, PIECES)
+        if p_grad_x_new is not None:
+            grad_x_new = load_rows(p_grad_x_new + o_first, CHANNELS, m_row, CHANNELS, PIECE, PIECES)
+        if p_branch is not None:
+            branch = load_rows(p_branch + o_first, CHANNELS, m_row, CHANNELS, PIECE, PIECES)
+        if p_grad_normed is not None:
+            normalized, b_rstd = normalize(x_new, eps, CHANNELS, PIECE, PIECES)
+            sum_grad = add(sum_grad, grad_normed, PIECES)
+            sum_product = add(sum_product, multiply(grad_normed, normalized, PIECES), PIECES)
+            grad = multiply(grad_normed, factor, PIECES)
+            grad_x = normalize_backward(grad, normalized, b_rstd, CHANNELS, PIECES)
+            if p_grad_x_new is not None:
+                grad_x = add(grad_x, grad_x_new, PIECES)
+            store_rows(p_grad_x + o_first, grad_x, m_row, CHANNELS, PIECE, PIECES)
+        else:
+            grad_x = grad_x_new
+        if p_branch is not None:
+            sum_branch = add(sum_branch, multiply(branch, grad_x, PIECES), PIECES)
+            store_rows(p_grad_branch + o_first, multiply(grad_x, gate, PIECES), m_row, CHANNELS, PIECE, PIECES)
+    p_sums += (image * tl.num_programs(1) + tl.program_id(1)) * 3 * CHANNELS
+    if p_grad_normed is not None:
+        store_sums(p_sums, sum_grad, CHANNELS, PIECE, PIECES)
+        store_sums(p_sums + CHANNELS, sum_product, CHANNELS, PIECE, PIECES)
+    if p_branch is not None:
+        store_sums(p_sums + 2 * CHANNELS, sum_branch, CHANNELS, PIECE, PIECES)
+
+
+@triton.jit
+def _sum_programs(p_sums, m_c, num_programs, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
+    """Add up one of the three sums over the programs of an image."""
+    b_sum = tl.zeros([ROWS, m_c.shape[0]], tl.float32)
+    for first in range(0, num_programs, ROWS):
+        o_program = first + tl.arange(0, ROWS)[:, None]
+        m_sum = (o_program < num_programs) & m_c[None, :]
+        b_sum += tl.load(p_sums[None, :] + o_program * 3 * CHANNELS, mask=m_sum, other=0.0)
+    return tl.sum(b_sum, axis=0)
+
+
+@triton.jit(do_not_specialize=["num_programs"])
+def sum_kernel(
+    p_sums, p_weight, p_bias, p_scale, p_grad_gate, p_grad_shift, p_grad_scale, p_grad_affine,
+    scale_stride, num_programs,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Make gradients of the sums: of gate, shift and scale, and each image's part of those of weight and bias."""
+    image = tl.cast(tl.program_id(0), tl.int64)
+    o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m_c = o_c < CHANNELS
+    p_sums += image * num_programs * 3 * CHANNELS + o_c
+    o_image = image * CHANNELS + o_c
+    if p_grad_gate is not None:
+        b_branch = _sum_programs(p_sums + 2 * CHANNELS, m_c, num_programs, CHANNELS, ROWS)
+        tl.store(p_grad_gate + o_image, b_branch.to(p_grad_gate.dtype.element_ty), mask=m_c)
+    if p_grad_affine is not None:
+        b_grad = _sum_programs(p_sums, m_c, num_programs, CHANNELS, ROWS)
+        b_product = _sum_programs(p_sums + CHANNELS, m_c, num_programs, CHANNELS, ROWS)
+        if p_grad_shift is not None:
+            tl.store(p_grad_shift + o_image, b_grad.to(p_grad_shift.dtype.element_ty), mask=m_c)
+        b_factor = tl.full([BLOCK], 1.0, tl.float32)
+        if p_scale is not None:
+            b_grad_scale = b_product
+            if p_weight is not None:
+                b_grad_scale *= tl.load(p_weight + o_c, mask=m_c, other=0.0).to(tl.float32)
+            if p_bias is not None:
+                b_grad_scale += b_grad * tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+            tl.store(p_grad_scale + o_image, b_grad_scale.to(p_grad_scale.dtype.element_ty), mask=m_c)
+            b_factor += tl.load(p_scale + image * scale_stride + o_c, mask=m_c, other=0.0).to(tl.float32)
+        p_grad_affine += image * 2 * CHANNELS + o_c
+        tl.store(p_grad_affine, b_factor * b_product, mask=m_c)
+        tl.store(p_grad_affine + CHANNELS, b_factor * b_grad, mask=m_c)

@@ -1,0 +1,189 @@
+"""The kernels of `kernels.py` as one differentiable operation that torch.compile sees as a whole."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from lamamba.ops.residual_norm.kernels import backward_kernel, forward_kernel, sum_kernel
+from lamamba.ops.rows import cut_rows
+
+# Enough to keep a large GPU busy: with fewer images than this, they are cut. Backwards each program leaves three sums.
+FORWARD_WARPS, BACKWARD_WARPS = 4096, 2048
+SUM_BLOCK, SUM_ROWS = 64, 8
+
+
+class _Launch(NamedTuple):
+    grid: tuple[int, int]
+    num_pixels: int
+    pixels_per_program: int
+    constants: dict[str, int]
+
+
+def _launch(x: Tensor, wanted_warps: int) -> _Launch:
+    batch, height, width, channels = x.shape
+    num_pixels = height * width
+    constants = cut_rows(channels, num_pixels)
+    rows = constants["ROWS"]
+    num_steps = triton.cdiv(num_pixels, rows)
+    programs_of_image = min(num_steps, triton.cdiv(wanted_warps, batch * constants["num_warps"]))
+    pixels_per_program = rows * triton.cdiv(num_steps, programs_of_image)
+    return _Launch((batch, triton.cdiv(num_pixels, pixels_per_program)), num_pixels, pixels_per_program, constants)
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _readable(of_images: Tensor | None) -> tuple[Tensor | None, int]:
+    """Give a (b, c) tensor, and how far apart its rows are; a copy only where channels are apart too."""
+    if of_images is None:
+        return None, 0
+    if of_images.stride(1) != 1:
+        of_images = of_images.contiguous()
+    return of_images, of_images.stride(0)
+
+
+def _empty_like(tensor: Tensor | None, x: Tensor) -> Tensor:
+    """Give memory for a result; an operation returns tensors only, so what is not there is one without elements."""
+    return x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
+
+
+@torch.library.custom_op("lamamba::residual_norm", mutates_args=())
+def residual_norm_triton(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    shift: Tensor | None, scale: Tensor | None, eps: float, dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Run the kernels forwards; arguments as in `lamamba.ops.residual_norm`, but no dtype is no norm.
+
+    Returns:
+        x_new, empty without a branch (x is x_new then), and normed, empty without a norm.
+    """
+    x, branch, weight, bias = x.contiguous(), _dense(branch), _dense(weight), _dense(bias)
+    gate, gate_stride = _readable(gate)
+    shift, shift_stride = _readable(shift)
+    scale, scale_stride = _readable(scale)
+    x_new, normed = _results(x, branch, dtype)
+    launch = _launch(x, FORWARD_WARPS)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        forward_kernel[launch.grid](
+            x, branch, gate, weight, bias, shift, scale,
+            None if branch is None else x_new, None if dtype is None else normed,
+            gate_stride, shift_stride, scale_stride, eps, launch.num_pixels, launch.pixels_per_program,
+            **launch.constants,
+        )  # fmt: skip
+    return x_new, normed
+
+
+def _results(x: Tensor, branch: Tensor | None, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    x_new = x.new_empty(0 if branch is None else x.shape)
+    return x_new, x.new_empty(0) if dtype is None else x.new_empty(x.shape, dtype=dtype)
+
+
+@residual_norm_triton.register_fake
+def _(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    shift: Tensor | None, scale: Tensor | None, eps: float, dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _results(x, branch, dtype)
+
+
+@torch.library.custom_op("lamamba::residual_norm_backward", mutates_args=())
+def _backward(
+    grad_x_new: Tensor | None, grad_normed: Tensor | None, x_new: Tensor | None,
+    branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    shift: Tensor | None, scale: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Run the kernels backwards, with at least one gradient.
+
+    Returns:
+        The gradients of x, branch, gate, weight and bias together, (2, c) float32, shift and scale. Those that the
+        gradient of normed alone would make are empty without it; then that of x is that of x_new.
+    """
+    grad_x_new, grad_normed, x_new, branch, weight, bias = (
+        _dense(tensor) for tensor in (grad_x_new, grad_normed, x_new, branch, weight, bias)
+    )
+    gate, gate_stride = _readable(gate)
+    scale, scale_stride = _readable(scale)
+    results = _gradients(grad_x_new, grad_normed, x_new, branch, gate, shift, scale)
+    like = grad_normed if grad_x_new is None else grad_x_new
+    assert like is not None
+    batch, _, _, channels = like.shape
+    launch = _launch(like, BACKWARD_WARPS)
+    sums = like.new_empty(*launch.grid, 3, channels, dtype=torch.float32)
+    grad_affine = None if grad_normed is None else sums.new_empty(batch, 2, channels)
+    grad_x, grad_branch, grad_gate, _, grad_shift, grad_scale = (
+        None if tensor.numel() == 0 else tensor for tensor in results
+    )
+    with torch.cuda.device_of(like):
+        backward_kernel[launch.grid](
+            x_new, branch, gate, weight, scale, grad_x_new, grad_normed, grad_x, grad_branch, sums,
+            gate_stride, scale_stride, eps, launch.num_pixels, launch.pixels_per_program, **launch.constants,
+        )  # fmt: skip
+        sum_kernel[(batch, triton.cdiv(channels, SUM_BLOCK))](
+            sums, weight, bias, scale, grad_gate, grad_shift, grad_scale, grad_affine, scale_stride, launch.grid[1],
+            CHANNELS=channels, BLOCK=SUM_BLOCK, ROWS=SUM_ROWS, num_warps=2,
+        )  # fmt: skip
+    if grad_affine is None:
+        return results
+    return (*results[:3], grad_affine.sum(dim=0), *results[4:])
+
+
+def _gradients(
+    grad_x_new: Tensor | None, grad_normed: Tensor | None, x_new: Tensor | None,
+    branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Give memory for what the backward pass returns."""
+    like = grad_normed if grad_x_new is None else grad_x_new
+    assert like is not None
+    without_norm = grad_normed is None
+    return (
+        _empty_like(None if without_norm else x_new, like),
+        _empty_like(branch, like),
+        _empty_like(gate, like),
+        like.new_empty(0 if without_norm else (2, like.shape[3]), dtype=torch.float32),
+        _empty_like(None if without_norm else shift, like),
+        _empty_like(None if without_norm else scale, like),
+    )
+
+
+@_backward.register_fake
+def _(
+    grad_x_new: Tensor | None, grad_normed: Tensor | None, x_new: Tensor | None,
+    branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    shift: Tensor | None, scale: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _gradients(grad_x_new, grad_normed, x_new, branch, gate, shift, scale)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, branch, gate, weight, bias, shift, scale, ctx.eps, dtype = inputs
+    x_new = x if branch is None else output[0]
+    ctx.save_for_backward(None if dtype is None else x_new, branch, gate, weight, bias, shift, scale)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, grad_x_new: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
+    x_new, branch, gate, weight, bias, shift, scale = ctx.saved_tensors
+    if x_new is None:
+        grad_normed = None  # of a tensor without elements
+    if branch is None:
+        grad_x_new = None
+    if grad_x_new is None and grad_normed is None:  # nothing downstream depends on the results
+        return (None,) * 9
+    grad_x, grad_branch, grad_gate, grad_affine, grad_shift, grad_scale = _backward(
+        grad_x_new, grad_normed, x_new, branch, gate, weight, bias, shift, scale, ctx.eps
+    )
+    of_residual = (None, None) if branch is None else (grad_branch, grad_gate)
+    if grad_normed is None:
+        return grad_x_new, *of_residual, None, None, None, None, None, None
+    of_affine = (
+        None if tensor is None else grad.to(tensor.dtype)
+        for tensor, grad in zip((weight, bias), grad_affine, strict=True)
+    )
+    of_modulation = (None if shift is None else grad_shift, None if scale is None else grad_scale)
+    return grad_x, *of_residual, *of_affine, *of_modulation, None, None
+
+
+residual_norm_triton.register_autograd(_autograd, setup_context=_setup_context)
