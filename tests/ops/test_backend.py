@@ -17,7 +17,7 @@ def on_cuda(dtype: torch.dtype = torch.bfloat16) -> Any:
 
 @pytest.fixture(autouse=True)
 def _forget() -> None:
-    backend._has_triton.cache_clear()
+    backend._find_triton.cache_clear()
 
 
 def test_auto_takes_the_kernels_on_cuda_where_they_fit() -> None:
