@@ -28,7 +28,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lamamba.config import NetworkConfig, preset
+from lamamba.ops.depthwise_convolution import depthwise_convolution
+from lamamba.ops.gated_norm import gated_norm
 from lamamba.ops.grid import NUM_PATHS
+from lamamba.ops.residual_norm import add_gated, layer_norm, residual_norm
 from lamamba.ops.selective_scan import scan_grid
 from lamamba.ops.window_attention import window_attention
 
@@ -151,8 +154,8 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         height, width = x_t.shape[2:]
         dtype = self.patch_projection.weight.dtype
 
-        x = self.patch_norm(self.patch_projection(rearrange(x_t, "b c h w -> b h w c").to(dtype)))
-        x = x + self._position_embedding(height, width)
+        x = normalize(self.patch_projection(rearrange(x_t, "b c h w -> b h w c").to(dtype)), self.patch_norm)
+        x = x + self._position_embedding(height, width).to(x.dtype)
         condition = self.timestep_embedding(t) + self.label_embedding(y)
 
         skips = []
@@ -273,7 +276,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.modulation = nn.Linear(width, 3 * width * len(self._branches()))
 
-    def _branches(self) -> list[tuple[nn.Module, nn.Module]]:
+    def _branches(self) -> list[tuple[nn.Module, nn.LayerNorm]]:
         pairs = ((self.ssm, self.ssm_norm), (self.attention, self.attention_norm), (self.mlp, self.mlp_norm))
         return [(branch, norm) for branch, norm in pairs if branch is not None and norm is not None]
 
@@ -282,15 +285,30 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         modulation = self.modulation(F.silu(self.condition_projection(condition)))
-        parts = rearrange(modulation, "b (branch part c) -> branch part b 1 1 c", part=3, c=x.shape[-1])
-        for (branch, norm), (shift, scale, gate) in zip(self._branches(), parts, strict=True):
-            x = torch.addcmul(x, gate, branch(modulate(norm(x), shift, scale)))
-        return x
+        parts = iter(modulation.unflatten(1, (-1, x.shape[-1])).unbind(1))
+        residual: tuple[Tensor, Tensor] | None = None
+        for branch, norm in self._branches():
+            shift_scale, gate = (next(parts), next(parts)), next(parts)
+            # What a branch leaves is added where the next one normalizes: the stream is read once for both.
+            if residual is None:
+                normed = normalize(x, norm, shift_scale)
+            else:
+                dtype = compute_dtype(x)
+                x, normed = residual_norm(x, residual, norm.weight, norm.bias, shift_scale, norm.eps, dtype)
+            residual = branch(normed), gate
+        assert residual is not None  # a block has an MLP at least
+        return add_gated(x, *residual)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Scale and shift channels: x (1 + scale) + shift."""
-    return torch.addcmul(shift, x, 1 + scale)
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Say in which dtype the layers around x work: autocast's, or that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def normalize(x: Tensor, norm: nn.LayerNorm, modulation: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Normalize (b, h, w, c) as `norm` says, then shift and scale, each (b, c): x (1 + scale) + shift."""
+    return layer_norm(x, norm.weight, norm.bias, modulation, norm.eps, compute_dtype(x))
 
 
 class SS2D(nn.Module):
@@ -324,15 +342,16 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix (b, h, w, c) globally."""
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        # Dense, so that the convolution sees PyTorch's channels-last format and keeps it.
-        x = F.silu(self.convolution(rearrange(x.contiguous(), "b h w e -> b e h w")))
-        x = rearrange(x, "b e h w -> b h w e")
+        # Two products, since the gradient of one would have to be put together from two halves.
+        x_weight, z_weight = self.in_proj.weight.chunk(2)
+        x, z = F.linear(x, x_weight), F.linear(x, z_weight)
+        x = depthwise_convolution(x, self.convolution.weight, self.convolution.bias)
         # The projection commutes with the order of reading: every pixel is projected once, for all paths.
         low = F.linear(x, self.x_proj_weight.flatten(0, 1))
         A = -torch.exp(self.A_log.to(torch.promote_types(low.dtype, torch.float32)))
-        y = scan_grid(x, low, self.dt_weight, self.dt_bias, A, self.D, self.scan)
-        out: Tensor = self.out_proj(self.out_norm(y) * F.silu(z))
+        planes = scan_grid(x, low, self.dt_weight, self.dt_bias, A, self.D, self.scan)
+        norm = self.out_norm
+        out: Tensor = self.out_proj(gated_norm(planes, z, norm.weight, norm.bias, norm.eps))
         return out
 
 
@@ -386,7 +405,7 @@ class MergeDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = rearrange(_pad_to_even(x), "b (h row) (w column) c -> b h w (column row c)", row=2, column=2)
-        out: Tensor = self.reduction(self.norm(x))
+        out: Tensor = self.reduction(normalize(x, self.norm))
         return out
 
 
@@ -400,8 +419,7 @@ class ConvDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.convolution(rearrange(_pad_to_even(x), "b h w c -> b c h w"))
-        out: Tensor = self.norm(rearrange(x, "b c h w -> b h w c"))
-        return out
+        return normalize(rearrange(x, "b c h w -> b h w c"), self.norm)
 
 
 class Upsample(nn.Module):
@@ -414,8 +432,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = rearrange(self.expansion(x), "b h w (row column c) -> b (h row) (w column) c", row=2, column=2)
-        out: Tensor = self.norm(x)
-        return out
+        return normalize(x, self.norm)
 
 
 class Head(nn.Module):
@@ -433,9 +450,9 @@ class Head(nn.Module):
         nn.init.zeros_(self.modulation.weight)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.modulation(F.silu(self.condition_projection(condition)))[:, None, None].chunk(2, dim=-1)
-        x = F.layer_norm(self.norm(self.linear(x)), (x.shape[-1],), eps=1e-6)
-        out: Tensor = self.output(modulate(x, shift, scale))
+        shift, scale = self.modulation(F.silu(self.condition_projection(condition))).chunk(2, dim=-1)
+        x = normalize(self.linear(x), self.norm)
+        out: Tensor = self.output(layer_norm(x, modulation=(shift, scale), eps=1e-6))
         return out
 
 

@@ -32,7 +32,7 @@ def make_inputs(b: int, h: int, w: int, e: int, r: int, n: int) -> list[Tensor]:
 
 def output_and_gradients(inputs: list[Tensor], backend: Backend, scan: str = "continuous") -> list[Tensor]:
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
-    y = scan_grid(*leaves, scan=scan, backend=backend)
+    y = scan_grid(*leaves, scan=scan, backend=backend).sum(dim=0)
     weights = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(y)
     return [y.detach(), *torch.autograd.grad(y, leaves, weights)]
 
@@ -91,6 +91,19 @@ def test_input_need_not_be_contiguous() -> None:
     strided = [tensor.transpose(0, -1).contiguous().transpose(0, -1) for tensor in inputs]
     for a, b in zip(output_and_gradients(strided, "triton"), output_and_gradients(inputs, "triton"), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_parts_may_have_gradients_of_their_own() -> None:
+    """What follows need not be a sum; where it is, all parts have one gradient, which is not copied."""
+    inputs = [tensor.float().requires_grad_() for tensor in make_inputs(1, 6, 6, 8, 3, 2)]
+    planes = scan_grid(*inputs, backend="triton")
+    weights = torch.randn(planes.shape, generator=torch.Generator().manual_seed(0)).to(planes)
+    of_sum = torch.autograd.grad(planes.sum(dim=0), inputs, weights[0], retain_graph=True)
+    copied = torch.autograd.grad(planes, inputs, weights[:1].repeat(4, 1, 1, 1, 1), retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(of_sum, copied, strict=True))
+    one_by_one = [torch.autograd.grad(planes[path], inputs, weights[path], retain_graph=True) for path in range(4)]
+    for name, together, *parts in zip(NAMES, torch.autograd.grad(planes, inputs, weights), *one_by_one, strict=True):
+        assert relative_error(torch.stack(parts).sum(dim=0), together.double()) < 1e-5, name
 
 
 def test_every_value_is_written(monkeypatch: pytest.MonkeyPatch) -> None:

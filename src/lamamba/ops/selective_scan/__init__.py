@@ -27,7 +27,7 @@ def scan_grid(
     scan: Scan = "continuous",
     backend: Backend = "auto",
 ) -> Tensor:
-    """Scan a grid along its four paths and add up what each path leaves at a pixel (arXiv 2408.02615, section 3.2).
+    """Scan a grid along its four paths, whose sum is what they leave at a pixel (arXiv 2408.02615, section 3.2).
 
     Along path p, with `delta = softplus(dt_weight[p] delta_low + dt_bias[p])`, a `selective_scan` of x.
 
@@ -42,7 +42,8 @@ def scan_grid(
         backend: see `lamamba.ops.backend`.
 
     Returns:
-        (b, h, w, e), in the dtype of x; the state is float32 (float64 if x is).
+        (p, b, h, w, e), in the dtype of x: parts that add up to the scan, one for each path from the kernels, the sum
+        from PyTorch. Whatever comes next can add them up as it reads them. The state is float32 (float64 if x is).
 
     Raises:
         ValueError: shapes disagree, a dimension is 0, or the kernels cannot run on these tensors.
@@ -53,8 +54,8 @@ def scan_grid(
 
         tensors = (x, low.to(x.dtype), dt_weight.to(x.dtype), dt_bias.float(), A.float(), D.float())
         save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        y: Tensor = scan_grid_triton(*tensors, scan == "continuous", save)[0]
-        return y
+        planes: Tensor = scan_grid_triton(*tensors, scan == "continuous", save)[0]
+        return planes
     return _scan_grid_pytorch(x, low, dt_weight, dt_bias, A, D, scan)
 
 
@@ -74,7 +75,7 @@ def _scan_grid_pytorch(
     u = gather_rows(x, paths.pixels, paths.pixel_positions).unflatten(1, (NUM_PATHS, -1))
     y = selective_scan(u, delta, A, B, C, D)
     y = sum_rows(y.flatten(1, 2), paths.pixels, paths.pixel_positions)
-    return rearrange(y, "b (h w) e -> b h w e", h=height)
+    return rearrange(y, "b (h w) e -> 1 b h w e", h=height)
 
 
 def _check_grid_shapes(x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> None:

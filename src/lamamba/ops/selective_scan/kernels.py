@@ -149,14 +149,15 @@ def _slope(b_m, PRECISE: tl.constexpr):
 
 @triton.jit
 def summary_kernel(
-    p_u, p_low, p_weight, p_bias, p_A, p_carry, p_spent, tiles_per_segment, num_segments,
+    p_u, p_low, p_weight, p_bias, p_A, p_carry, p_spent, plane, tiles_per_segment, num_segments,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
     CHANNELS: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr, STATES_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr, PRECISE: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """Scan a segment from a zero state and keep only its end: the state (n, e), and the sum of step sizes (e).
 
-    Backwards in time it does the same for the gradient of the state, where u is the gradient of y.
+    Backwards in time it does the same for the gradient of the state, where u is the gradient of y; `plane` is from
+    that of one path to that of the next.
     """
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     WHOLE: tl.constexpr = LENGTH % TILE == 0
@@ -169,7 +170,7 @@ def summary_kernel(
     o_path = path * CHANNELS + o_d
     b_bias = tl.load(p_bias + o_path, mask=m_d, other=0.0)
     b_A = tl.load(p_A + o_path * STATES + o_n, mask=m_n & m_d, other=0.0)
-    p_u += image * LENGTH * CHANNELS
+    p_u += image * LENGTH * CHANNELS + path.to(tl.int64) * plane
     p_low += image * LENGTH * LOW + path * (RANK + 2 * STATES)
     p_weight += path * CHANNELS * RANK
 
@@ -306,7 +307,7 @@ def _scan_tile(b_h, b_A, b_deltas, b_xs, Bs, TILE: tl.constexpr, PRECISE: tl.con
 def backward_kernel(
     p_x, p_low, p_weight, p_bias, p_A, p_D, p_grad_y, p_states, p_carry, p_spent,
     p_grad_x, p_grad_z, p_grad_BC, p_grad_A, p_grad_D, p_grad_bias,
-    batch, tiles_per_segment, num_segments,
+    plane, batch, tiles_per_segment, num_segments,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
     CHANNELS: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr, STATES_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr, PRECISE: tl.constexpr,
@@ -314,7 +315,8 @@ def backward_kernel(
     """Walk a segment's tiles backwards; in each, scan forwards from the saved state, then backwards.
 
     Writes the gradients by x and by the step sizes before their softplus, a plane for each path; by B and C, a plane
-    for each block of channels; by A, D and the bias, a row for each image and segment. The caller adds them up.
+    for each block of channels; by A, D and the bias, a row for each image and segment. The caller adds them up. `plane`
+    is from the gradient of one path's y to that of the next.
     """
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     WHOLE: tl.constexpr = LENGTH % TILE == 0
@@ -330,7 +332,7 @@ def backward_kernel(
     b_D = tl.load(p_D + o_path, mask=m_d, other=0.0)
     b_A = tl.load(p_A + o_path * STATES + o_n, mask=m_n & m_d, other=0.0)
     p_x += image * LENGTH * CHANNELS
-    p_grad_y += image * LENGTH * CHANNELS
+    p_grad_y += image * LENGTH * CHANNELS + path.to(tl.int64) * plane
     p_grad_x += (path * batch + image) * LENGTH * CHANNELS
     p_grad_z += (path * batch + image) * LENGTH * CHANNELS
     p_low += image * LENGTH * LOW + path * (RANK + 2 * STATES)

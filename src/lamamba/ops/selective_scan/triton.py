@@ -52,10 +52,10 @@ def _geometry(x: Tensor, low: Tensor, A: Tensor, continuous: bool, widest_block:
 
 
 def _summarise(
-    geometry: _Geometry, u: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A: Tensor, backward: bool
+    geometry: _Geometry, u: Tensor, plane: int, low: Tensor, weight: Tensor, bias: Tensor, A: Tensor, backward: bool
 ) -> tuple[Tensor, Tensor]:
     """Scan every segment from a zero state; where a path is one segment there is nothing to do."""
-    batch, _, _, channels = u.shape
+    batch, channels = low.shape[0], u.shape[-1]
     num_segments = geometry.num_segments
     if num_segments == 1:
         nothing = A.new_empty(0)
@@ -63,7 +63,7 @@ def _summarise(
     carry = A.new_empty(batch, 4, num_segments, A.shape[2], channels)
     spent = A.new_empty(batch, 4, num_segments, channels)
     summary_kernel[geometry.grid](
-        u, low, weight, bias, A, carry, spent, geometry.tiles_per_segment, num_segments,
+        u, low, weight, bias, A, carry, spent, plane, geometry.tiles_per_segment, num_segments,
         BACKWARD=backward, **geometry.constants,
     )  # fmt: skip
     return carry, spent
@@ -76,8 +76,8 @@ def scan_grid_triton(
     """Run the kernels forwards; arguments as in `lamamba.ops.selective_scan.scan_grid`, bias, A and D in float32.
 
     Returns:
-        y, (b, h, w, e), and, where `save` asks for what the backward pass reads, the states at the start of each
-        tile, (b, 4, tiles, n, e) float32.
+        y of each path, (4, b, h, w, e), and, where `save` asks for what the backward pass reads, the states at the
+        start of each tile, (b, 4, tiles, n, e) float32.
     """
     x, low, weight, bias, A, D = (tensor.contiguous() for tensor in (x, low, weight, bias, A, D))
     batch, height, width, channels = x.shape
@@ -85,12 +85,12 @@ def scan_grid_triton(
     planes = x.new_empty(4, batch, height, width, channels)
     states = A.new_empty(_states_shape(x, A, save))
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        carry, spent = _summarise(geometry, x, low, weight, bias, A, backward=False)
+        carry, spent = _summarise(geometry, x, 0, low, weight, bias, A, backward=False)
         forward_kernel[geometry.grid](
             x, low, weight, bias, A, D, planes, states, carry, spent,
             batch, geometry.tiles_per_segment, geometry.num_segments, SAVE=save, **geometry.constants,
         )  # fmt: skip
-    return planes.sum(dim=0, dtype=x.dtype), states
+    return planes, states
 
 
 def _states_shape(x: Tensor, A: Tensor, save: bool) -> tuple[int, ...]:
@@ -102,7 +102,7 @@ def _states_shape(x: Tensor, A: Tensor, save: bool) -> tuple[int, ...]:
 def _(
     x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A: Tensor, D: Tensor, continuous: bool, save: bool
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), A.new_empty(_states_shape(x, A, save))
+    return x.new_empty(4, *x.shape), A.new_empty(_states_shape(x, A, save))
 
 
 @torch.library.custom_op("lamamba::scan_grid_backward", mutates_args=())
@@ -111,6 +111,7 @@ def _scan_grid_backward(
     x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A: Tensor, D: Tensor, continuous: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grad_y, x, low, weight, bias, A, D = (tensor.contiguous() for tensor in (grad_y, x, low, weight, bias, A, D))
+    plane = x.numel() if grad_y.ndim == 5 else 0  # from the gradient of one path to that of the next
     batch, height, width, channels = x.shape
     rank, num_states = weight.shape[2], A.shape[2]
     geometry = _geometry(x, low, A, continuous, BACKWARD_BLOCK)
@@ -119,11 +120,11 @@ def _scan_grid_backward(
     rows = batch * geometry.num_segments
     grad_A, grad_D, grad_bias = A.new_empty(rows, *A.shape), D.new_empty(rows, *D.shape), D.new_empty(rows, *D.shape)
     with torch.cuda.device_of(x):
-        carry, spent = _summarise(geometry, grad_y, low, weight, bias, A, backward=True)
+        carry, spent = _summarise(geometry, grad_y, plane, low, weight, bias, A, backward=True)
         backward_kernel[geometry.grid](
             x, low, weight, bias, A, D, grad_y, states, carry, spent,
             grad_x, grad_z, grad_BC, grad_A, grad_D, grad_bias,
-            batch, geometry.tiles_per_segment, geometry.num_segments, **geometry.constants,
+            plane, batch, geometry.tiles_per_segment, geometry.num_segments, **geometry.constants,
         )  # fmt: skip
 
     grad_z = grad_z.flatten(1, 2)
@@ -159,6 +160,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad_y: Tensor | None, grad_states: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_y is None:  # nothing downstream depends on y
         return (None,) * 8
+    if grad_y.stride(0) == 0:  # that of a sum: the same for all paths
+        grad_y = grad_y[0]
     gradients: tuple[Tensor, ...] = _scan_grid_backward(grad_y, *ctx.saved_tensors, ctx.continuous)
     return *gradients, None, None
 

@@ -15,7 +15,7 @@ MAX_PLACES = 64
 
 
 def window_attention(
-    qkv: Tensor, bias: Tensor, num_heads: int, window_size: int, shifted: bool = False, backend: Backend = "pytorch"
+    qkv: Tensor, bias: Tensor, num_heads: int, window_size: int, shifted: bool = False, backend: Backend = "auto"
 ) -> Tensor:
     """Attend among the pixels of each window of a grid: softmax(q k^T / sqrt(c) + bias + mask) v.
 
@@ -29,8 +29,7 @@ def window_attention(
         num_heads: heads.
         window_size: side s of a window.
         shifted: shift the windows.
-        backend: see `lamamba.ops.backend`; the kernels take windows of up to 64 pixels. They are not yet the default:
-            so far they have run in Triton's interpreter only.
+        backend: see `lamamba.ops.backend`; the kernels take windows of up to 64 pixels.
 
     Returns:
         (b, h, w, heads c), in the dtype of qkv.

@@ -1,6 +1,7 @@
 """What runs on the GPU: attention in windows of a grid, forwards and backwards; see README.md.
 
-One program takes one head of some windows, one after the other. The places of a window are a tile; shift, padding and
+One program takes one head of some windows, one after the other; the heads of a window, which share lines of memory,
+run side by side. The places of a window are a tile; shift, padding and
 mask are arithmetic on their coordinates, and pixels are read from and written to where they lie in the grid.
 
 Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
@@ -71,11 +72,11 @@ def forward_kernel(
 ):  # fmt: skip
     """Attend; CHANNELS is a head's, `num_windows` counts those of all images."""
     PER_IMAGE: tl.constexpr = ((HEIGHT + SIDE_Y - 1) // SIDE_Y) * ((WIDTH + SIDE_X - 1) // SIDE_X)
-    head = tl.program_id(1)
+    head = tl.program_id(0)
     o_d = tl.arange(0, BLOCK)
     m_d = (o_d < CHANNELS)[None, :]
     b_bias = _relative_bias(p_bias, head, HEADS, WINDOW, SIDE_Y, SIDE_X, PLACES)
-    first = tl.program_id(0) * windows_per_program
+    first = tl.program_id(1) * windows_per_program
     for window in range(first, tl.minimum(first + windows_per_program, num_windows)):
         image = tl.zeros([1, 1], tl.int64) + window // PER_IMAGE
         o_pixel, m_place, b_region = _places(
@@ -106,12 +107,12 @@ def backward_kernel(
     The caller adds up these sums, (programs, heads, places, places), and what of them falls on a row of the table.
     """
     PER_IMAGE: tl.constexpr = ((HEIGHT + SIDE_Y - 1) // SIDE_Y) * ((WIDTH + SIDE_X - 1) // SIDE_X)
-    head = tl.program_id(1)
+    head = tl.program_id(0)
     o_d = tl.arange(0, BLOCK)
     m_d = (o_d < CHANNELS)[None, :]
     b_bias = _relative_bias(p_bias, head, HEADS, WINDOW, SIDE_Y, SIDE_X, PLACES)
     b_grad_bias = tl.zeros([PLACES, PLACES], tl.float32)
-    first = tl.program_id(0) * windows_per_program
+    first = tl.program_id(1) * windows_per_program
     for window in range(first, tl.minimum(first + windows_per_program, num_windows)):
         image = tl.zeros([1, 1], tl.int64) + window // PER_IMAGE
         o_pixel, m_place, b_region = _places(
@@ -139,5 +140,5 @@ def backward_kernel(
         tl.store(p_grad_row + HEADS * CHANNELS, b_grad_k.to(p_grad_qkv.dtype.element_ty), mask=m_row)
         tl.store(p_grad_row + 2 * HEADS * CHANNELS, b_grad_v.to(p_grad_qkv.dtype.element_ty), mask=m_row)
     o_place = tl.arange(0, PLACES)
-    p_grad_bias += (tl.program_id(0) * HEADS + head).to(tl.int64) * PLACES * PLACES
+    p_grad_bias += (tl.program_id(1) * HEADS + head).to(tl.int64) * PLACES * PLACES
     tl.store(p_grad_bias + o_place[:, None] * PLACES + o_place[None, :], b_grad_bias)

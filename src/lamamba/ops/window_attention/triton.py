@@ -33,7 +33,7 @@ def _launch(qkv: Tensor, num_heads: int, window_size: int, shifted: bool) -> _La
         "HEADS": num_heads, "CHANNELS": head_channels, "BLOCK": max(16, triton.next_power_of_2(head_channels)),
         "num_warps": 4, "num_stages": 1,
     }  # fmt: skip
-    grid = (triton.cdiv(num_windows, windows_per_program), num_heads)
+    grid = (num_heads, triton.cdiv(num_windows, windows_per_program))
     return _Launch(grid, (num_windows, windows_per_program, head_channels**-0.5), constants)
 
 
@@ -61,7 +61,7 @@ def _backward(
     launch = _launch(qkv, num_heads, window_size, shifted)
     places = launch.constants["PLACES"]
     grad_qkv = qkv.new_empty(qkv.shape)
-    sums = qkv.new_empty(*launch.grid, places * places, dtype=torch.float32)
+    sums = qkv.new_empty(launch.grid[1], num_heads, places * places, dtype=torch.float32)
     with torch.cuda.device_of(qkv):
         backward_kernel[launch.grid](qkv, bias, grad_out, grad_qkv, sums, *launch.numbers, **launch.constants)
     rows = _row_of_each_pair(
