@@ -280,9 +280,9 @@ def main() -> None:
     torch.manual_seed(0)
     results = Results(None if arguments.quick else arguments.out, arguments.commit)
     for case in chosen:
-        case(results, [*networks.PROVIDERS, *arguments.also], arguments.quick)
-    results.write()
-    print(*asked_table(results.records), sep="\n")
+        results.attempt(case.__name__, case, [*networks.PROVIDERS, *arguments.also], arguments.quick)
+    if CUDA or arguments.quick:
+        print(*asked_table(results.records), sep="\n")
     if results.path:
         print(f"written: {results.path}")
     if results.failures:
