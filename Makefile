@@ -2,13 +2,14 @@
 # make test      install, lint, type checks, the whole test suite
 # make test-gpu  the kernels' tests at real sizes, on a machine with a GPU
 # make bench     measure against the naive ways on a CPU, against DiT-XL/2 on a GPU
+# make performance  write docs/performance.md from what was measured
 # make clean     remove what these made
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu bench lint clean
+.PHONY: demo test test-gpu bench performance lint clean
 
 # torch goes first and alone: a range would let pip choose a build with gigabytes of CUDA.
 $(BIN)/lamamba: pyproject.toml constraints.txt
@@ -41,6 +42,9 @@ test-gpu: $(BIN)/lamamba
 
 bench: $(BIN)/lamamba
 	$(BIN)/python benchmarks/run.py
+
+performance: $(BIN)/lamamba
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf $(VENV) demo dist

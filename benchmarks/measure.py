@@ -1,16 +1,18 @@
 """Time a step, and keep what was measured as records."""
 
+import gc
 import json
 import platform
 import statistics
 import subprocess
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,32 +55,57 @@ def commit() -> str:
 
 
 class Results:
-    """Collects records, prints them as they come, writes them at the end."""
+    """Collects records, prints them as they come, writes them after each competitor.
 
-    def __init__(self) -> None:
+    Args:
+        folder: where DATE_DEVICE_COMMIT.json goes; None writes nothing.
+        at_commit: stands in for the checkout's commit, where there is a copy without history.
+    """
+
+    def __init__(self, folder: Path | None = None, at_commit: str = "") -> None:
         self.records: list[Record] = []
+        self.failures: list[str] = []
         try:
             triton = version("triton")
         except PackageNotFoundError:
             triton = "none"
-        self.common = {"gpu": device_name(), "torch": torch.__version__, "triton": triton, "commit": commit()}
+        self.common = {
+            "gpu": device_name(), "torch": torch.__version__, "triton": triton, "commit": at_commit or commit()
+        }  # fmt: skip
+        device = "-".join(self.common["gpu"].replace("(R)", "").replace(",", "").split())
+        name = f"{date.today()}_{device}_{self.common['commit'].replace('+', '-changed')}.json"
+        self.path = folder / name if folder else None
 
     def add(self, case: str, provider: str, metric: str, values: list[float], batch: int, dtype: str) -> float:
         """Keep the median and spread of repeated measurements; returns the median."""
         middle = statistics.median(values)
         low, high = (quantile(values, share) for share in (0.2, 0.8))
         self.records.append(Record(case, provider, metric, middle, low, high, batch, dtype, **self.common))
-        print(
-            f"{case:24} {provider:16} {metric:14} {middle:12.4g}   ({low:.4g} to {high:.4g})   batch {batch}, {dtype}"
-        )
+        spread = f"({low:.4g} to {high:.4g})"
+        print(f"{case:32} {provider:18} {metric:14} {middle:10.4g}   {spread:22} batch {batch}, {dtype}", flush=True)
         return middle
 
-    def write(self) -> Path:
-        """Write all records to results/DATE_DEVICE_COMMIT.json."""
-        name = "-".join(self.common["gpu"].replace("(R)", "").replace(",", "").split())
-        path = RESULTS / f"{date.today()}_{name}_{self.common['commit'].replace('+', '-changed')}.json"
-        path.write_text(json.dumps([asdict(record) for record in self.records], indent=1) + "\n")
-        return path
+    def write(self) -> None:
+        """Write all records so far."""
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps([asdict(record) for record in self.records], indent=1) + "\n")
+
+    def attempt(self, what: str, measure: Callable[..., None], *arguments: object) -> None:
+        """Call `measure(self, *arguments)`; if it fails say so and go on. Give its memory and compiled code back."""
+        start = time.perf_counter()
+        try:
+            measure(self, *arguments)
+        except Exception:
+            traceback.print_exc()
+            print(f"failed: {what}", flush=True)
+            self.failures.append(what)
+        torch.compiler.reset()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        print(f"{what}: {time.perf_counter() - start:.0f} s in all", flush=True)
+        self.write()
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -86,30 +113,73 @@ def quantile(values: list[float], share: float) -> float:
     return sorted(values)[round(share * (len(values) - 1))]
 
 
-def milliseconds(step: Callable[[], object], repeats: int, warm_up: int = 3) -> list[float]:
-    """Time a step again and again: on CUDA by events, so that the host's own time hides behind the device's."""
+def milliseconds(
+    step: Callable[[], object], repeats: int, warm_up: int = 3, between: Callable[[], object] | None = None
+) -> list[float]:
+    """Time a step again and again: on CUDA by events, so that the host's own time hides behind the device's.
+
+    Args:
+        step: what is timed.
+        repeats: number of times.
+        warm_up: number of times before.
+        between: runs before each step and is not timed, such as what empties the cache.
+    """
+    cuda = torch.cuda.is_available()
     for _ in range(warm_up):
         step()
-    if not torch.cuda.is_available():
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            step()
-            times.append(1e3 * (time.perf_counter() - start))
-        return times
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
+    if cuda:
+        torch.cuda.synchronize()
+    pairs = []
+    for _ in range(repeats):
+        if between:
+            between()
+        start = _now(cuda)
         step()
-        event.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in pairwise(events)]
+        pairs.append((start, _now(cuda)))
+    if cuda:
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in pairs]
+    return [1e3 * (end - start) for start, end in pairs]
+
+
+def _now(cuda: bool) -> Any:
+    if not cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def captured(step: Callable[[], object]) -> Callable[[], object]:
+    """Record what a step launches as a CUDA graph and return its replay, which the host's speed does not hold up."""
+    if not torch.cuda.is_available():
+        return step
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def measure_step(
-    results: Results, case: str, provider: str, step: Callable[[], object], batch: int, dtype: str, repeats: int
-) -> None:
-    """Record the first step's seconds (compilation), then milliseconds, images/s and, on CUDA, peak memory."""
+    results: Results,
+    case: str,
+    provider: str,
+    step: Callable[[], object],
+    batch: int,
+    dtype: str,
+    repeats: int,
+    capture: bool = False,
+) -> list[float]:
+    """Record the first step's seconds (compilation), then milliseconds, images/s and, on CUDA, peak memory.
+
+    Returns the milliseconds. `capture` times the replay of a CUDA graph, where there is CUDA.
+    """
     start = time.perf_counter()
     step()
     if torch.cuda.is_available():
@@ -117,8 +187,9 @@ def measure_step(
     results.add(case, provider, "first_step_s", [time.perf_counter() - start], batch, dtype)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    times = milliseconds(step, repeats)
+    times = milliseconds(captured(step) if capture else step, repeats)
     results.add(case, provider, "ms", times, batch, dtype)
     results.add(case, provider, "images_per_s", [1e3 * batch / ms for ms in times], batch, dtype)
     if torch.cuda.is_available():
         results.add(case, provider, "peak_gib", [torch.cuda.max_memory_allocated() / 2**30], batch, dtype)
+    return times

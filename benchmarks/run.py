@@ -4,170 +4,224 @@
     python benchmarks/run.py train_xl infer_xl  the cases that begin so
     python benchmarks/run.py --quick            tiny sizes, to see that it works: the numbers mean nothing
 
-On a GPU: XL against diffusers' DiT-XL/2, both compiled, in bf16 autocast; the scan by itself against the bytes it must
-move. On a CPU: the scan and `nano` against the naive ways. Writes results/DATE_DEVICE_COMMIT.json.
+On a GPU, in bf16: XL against DiT-XL/2 (networks.py), in training (float32 weights, autocast, fused AdamW) and inference
+(bfloat16 weights, replayed as a CUDA graph); the scan by itself against public scans (peers.py) and the bytes it must
+move; a training step by groups of operations (kernel_groups.py). On a CPU: the scan and `nano` against the naive ways.
+
+Writes results/DATE_DEVICE_COMMIT.json after every competitor. One that fails is reported and the others go on; the exit
+status is then 1. At the end stands what was asked of XL beside what it reached. report.py makes docs/performance.md.
 """
 
 import argparse
-import gc
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from pathlib import Path
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import lamamba.ops.selective_scan as scan_module
+import networks
+import peers
+from kernel_groups import limits_by_group, milliseconds_by_group
 from lamamba.model import LaMambaDiff
 from lamamba.ops.selective_scan import scan_grid, selective_scan
 from lamamba.ops.selective_scan.reference import selective_scan_reference
-from measure import ROOT, Results, measure_step, milliseconds
+from measure import RESULTS, ROOT, Results, captured, measure_step, milliseconds
+from networks import CUDA, DEVICE, inference_step, random_batch, to_bfloat16, training_step
+from report import asked_table
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
-
-
-class Xl(nn.Module):
-    """LaMamba-XL as the benchmarks call every network: (x_t, t, y) -> (b, 2c, h, w)."""
-
-    def __init__(self, size: int, quick: bool) -> None:
-        super().__init__()
-        options = {"embed_dim": 32, "depths": (1, 1, 1, 1), "bottleneck_depth": 1} if quick else {}
-        self.network = LaMambaDiff.from_preset("xl-512" if size == 64 else "xl-256", **options)
-
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        out: Tensor = self.network(x_t, t, y)
-        return out
+# Bytes that no cache holds.
+LARGE = 2**30 if CUDA else 2**24
 
 
-class DiT(nn.Module):
-    """DiT-XL/2 (Peebles & Xie 2023, arXiv 2212.09748) as diffusers has it, 675 M parameters; attention by SDPA."""
-
-    def __init__(self, size: int, quick: bool) -> None:
-        super().__init__()
-        from diffusers import DiTTransformer2DModel
-
-        self.network = DiTTransformer2DModel(
-            num_attention_heads=2 if quick else 16, attention_head_dim=8 if quick else 72, in_channels=4,
-            out_channels=8, num_layers=2 if quick else 28, sample_size=size, patch_size=2,
-        )  # fmt: skip
-
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        out: Tensor = self.network(x_t, timestep=t, class_labels=y, return_dict=False)[0]
-        return out
-
-
-NETWORKS: dict[str, Callable[[int, bool], nn.Module]] = {"lamamba": Xl, "dit-xl-2": DiT}
-
-
-def batch_of(number: int, size: int, channels: int = 4, num_classes: int = 1000) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.randn(number, channels, size, size, device=DEVICE),
-        torch.randint(0, 1000, (number,), device=DEVICE),
-        torch.randint(0, num_classes, (number,), device=DEVICE),
-    )
-
-
-@contextmanager
-def cleared() -> Iterator[None]:
-    """Give memory and compiled code back, so that one case does not weigh on the next."""
-    yield
-    gc.collect()
-    torch.compiler.reset()
-    if CUDA:
-        torch.cuda.empty_cache()
-
-
-def training_step(network: nn.Module, batch: tuple[Tensor, Tensor, Tensor], autocast: bool) -> Callable[[], object]:
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
-    run = torch.compile(network) if CUDA else network
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
-            out = run(*batch)
-        out.float().square().mean().backward()
-        optimizer.step()
-
-    return step
-
-
-def inference_step(network: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Callable[[], object]:
-    run = torch.compile(network) if CUDA else network
-
-    @torch.no_grad()
-    def step() -> object:
-        with torch.autocast(DEVICE.type, torch.bfloat16):
-            return run(*batch)
-
-    return step
-
-
-def train_xl(results: Results, quick: bool) -> None:
+def train_xl(results: Results, providers: list[str], quick: bool) -> None:
+    """Steps of AdamW."""
     for pixels, number in ((256, 128), (512, 32)):
         size, number = (8, 2) if quick else (pixels // 8, number)
-        for provider, build in NETWORKS.items():
-            with cleared():
-                step = training_step(build(size, quick).to(DEVICE), batch_of(number, size), autocast=True)
-                measure_step(results, f"train_xl_{pixels}", provider, step, number, "bf16", 2 if quick else 10)
+        for provider in providers:
+            results.attempt(f"train_xl_{pixels} {provider}", _train_xl, provider, pixels, size, number, quick)
 
 
-def infer_xl(results: Results, quick: bool) -> None:
-    for pixels, number in ((256, 128), (512, 32), (256, 8), (256, 1)):
-        size, number = (8, min(number, 2)) if quick else (pixels // 8, number)
-        for provider, build in NETWORKS.items():
-            with cleared():
-                step = inference_step(build(size, quick).to(DEVICE).eval(), batch_of(number, size))
-                measure_step(results, f"infer_xl_{pixels}", provider, step, number, "bf16", 2 if quick else 30)
+def _train_xl(results: Results, provider: str, pixels: int, size: int, number: int, quick: bool) -> None:
+    step = training_step(networks.build(provider, size, quick), random_batch(number, size), autocast=True)
+    measure_step(results, f"train_xl_{pixels}", provider, step, number, "bf16", 2 if quick else 10)
 
 
-def resolution(results: Results, quick: bool) -> None:
-    """Inference of one image, from 256 to 2048 px: the time of one pixel."""
+def infer_xl(results: Results, providers: list[str], quick: bool) -> None:
+    """Forward passes; large batches, and those that wait for launches unless replayed."""
+    for pixels, numbers in ((256, (128, 8, 1)), (512, (32,))):
+        size, numbers = (8, (2, 1)[: len(numbers)]) if quick else (pixels // 8, numbers)
+        for provider in providers:
+            results.attempt(f"infer_xl_{pixels} {provider}", _infer_xl, provider, pixels, size, numbers, quick)
+
+
+def _infer_xl(results: Results, provider: str, pixels: int, size: int, numbers: tuple[int, ...], quick: bool) -> None:
+    network = to_bfloat16(networks.build(provider, size, quick).eval())
+    for number in numbers:
+        step = inference_step(network, random_batch(number, size, dtype=torch.bfloat16))
+        measure_step(
+            results, f"infer_xl_{pixels}", provider, step, number, "bf16", 2 if quick else 20, capture=True
+        )  # fmt: skip
+
+
+def resolution(results: Results, providers: list[str], quick: bool) -> None:
+    """Inference from 256 to 2048 px: the time of one image pixel, in batches of as many pixels at every size."""
     for size in (8, 12) if quick else (32, 64, 128, 256):
-        for provider, build in NETWORKS.items():
-            with cleared():
-                # A batch of as many pixels at every size, so that all fill the GPU alike.
-                number = 1 if quick else (256 // size) ** 2
-                step = inference_step(build(size, quick).to(DEVICE).eval(), batch_of(number, size))
-                times = milliseconds(step, 2 if quick else 10)
-                pixels = number * (8 * size) ** 2
-                values = [1e6 * ms / pixels for ms in times]
-                results.add(f"resolution_{8 * size}", provider, "ns_per_pixel", values, number, "bf16")
+        for provider in providers:
+            results.attempt(f"resolution_{8 * size} {provider}", _resolution, provider, size, quick)
 
 
-def scan(results: Results, quick: bool) -> None:
-    """Four scans over the grid of XL's first stage."""
-    b, side, e, r = (2, 8, 32, 4) if quick else (128, 32, 640, 20) if CUDA else (2, 32, 640, 20)
+def _resolution(results: Results, provider: str, size: int, quick: bool) -> None:
+    number = 1 if quick else (256 // size) ** 2
+    network = to_bfloat16(networks.build(provider, size, quick).eval())
+    step = inference_step(network, random_batch(number, size, dtype=torch.bfloat16))
+    case, pixels = f"resolution_{8 * size}", number * (8 * size) ** 2
+    times = measure_step(results, case, provider, step, number, "bf16", 2 if quick else 10, capture=True)
+    results.add(case, provider, "ns_per_pixel", [1e6 * ms / pixels for ms in times], number, "bf16")
+
+
+def limits(results: Results, providers: list[str], quick: bool) -> None:
+    """What this machine copies and multiplies, at most."""
+    results.attempt("limits", _limits, quick)
+
+
+def _limits(results: Results, quick: bool) -> None:
     dtype, name = (torch.bfloat16, "bf16") if CUDA else (torch.float32, "float32")
-    repeats = 2 if quick else 50 if CUDA else 5
+    repeats = 3 if quick else 20
+    source, target = torch.empty(2, LARGE // 2, dtype=torch.uint8, device=DEVICE).zero_()
+    times = milliseconds(lambda: target.copy_(source), repeats)
+    results.add("copy", "pytorch", "gb_per_s", [LARGE / ms / 1e6 for ms in times], 1, name)
+    side = 8192 if CUDA else 256
+    left, right = torch.randn(2, side, side, dtype=dtype, device=DEVICE)
+    times = milliseconds(lambda: left @ right, repeats)
+    results.add("matmul", "pytorch", "tflop_per_s", [2 * side**3 / ms / 1e9 for ms in times], 1, name)
+
+
+def scan(results: Results, providers: list[str], quick: bool) -> None:
+    """Four scans over the grids of XL's three widths; the first one of public scans too."""
+    number = 2 if quick or not CUDA else 128
+    stages = ((8, 32, 2), (4, 64, 4)) if quick else ((32, 640, 20), (16, 1280, 40), (8, 2560, 80))
+    for side, channels, rank in stages:
+        results.attempt(f"scan {side}x{side}x{channels} lamamba", _scan, number, side, channels, rank, quick)
+    if CUDA:
+        for name in peers.installed():
+            results.attempt(f"scan {name}", _scan_peer, name, number, *stages[0], quick)
+
+
+def _scan_inputs(b: int, side: int, e: int, r: int) -> tuple[Tensor, ...]:
+    dtype = torch.bfloat16 if CUDA else torch.float32
     x = torch.randn(b, side, side, e, device=DEVICE, dtype=dtype)
     low = torch.randn(b, side, side, 4 * (r + 2), device=DEVICE, dtype=dtype)
     weight = torch.randn(4, e, r, device=DEVICE, dtype=dtype) * r**-0.5
     bias, A, D = (torch.randn(*shape, device=DEVICE) for shape in ((4, e), (4, e, 1), (4, e)))
-    inputs = (x, low, weight, bias - 4, -A.exp(), D)
-    leaves = tuple(tensor.clone().requires_grad_() for tensor in inputs)
-    grad = torch.randn_like(x)
-
-    def forward() -> None:
-        with torch.no_grad():
-            scan_grid(*inputs)
-
-    def both() -> None:
-        torch.autograd.grad(scan_grid(*leaves), leaves, grad)
-
-    times = milliseconds(forward, repeats)
-    results.add("scan_forward", "lamamba", "ms", times, b, name)
-    must_move = (2 * x.numel() + low.numel()) * x.element_size()
-    results.add("scan_forward", "lamamba", "gb_per_s", [must_move / ms / 1e6 for ms in times], b, name)
-    results.add("scan_both", "lamamba", "ms", milliseconds(both, repeats), b, name)
-    copied = torch.empty_like(x)
-    times = milliseconds(lambda: copied.copy_(x), repeats)
-    results.add("copy", "pytorch", "gb_per_s", [2 * x.numel() * x.element_size() / ms / 1e6 for ms in times], b, name)
+    return x, low, weight, bias - 4, -A.exp(), D
 
 
-def scan_naive(results: Results, quick: bool) -> None:
+def _scan(results: Results, b: int, side: int, e: int, r: int, quick: bool) -> None:
+    inputs = _scan_inputs(b, side, e, r)
+    times = _measure_scan(results, "lamamba", scan_grid, inputs, quick)
+    read = sum(x.numel() * x.element_size() for x in inputs)
+    written = inputs[0].numel() * inputs[0].element_size()
+    # Forwards: all inputs, y. Backwards: all inputs, the gradient of y, and a gradient of each input.
+    for direction, must_move in (("forward", read + written), ("backward", 2 * read + written)):
+        case = _scan_case(direction, inputs)
+        bandwidths = [must_move / ms / 1e6 for ms in times[direction]]
+        results.add(case, "lamamba", "gb_per_s", bandwidths, b, "bf16" if CUDA else "float32")
+
+
+def _scan_case(direction: str, inputs: tuple[Tensor, ...]) -> str:
+    return f"scan_{direction}_{'x'.join(str(length) for length in inputs[0].shape[1:])}"
+
+
+def _measure_scan(
+    results: Results, provider: str, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], quick: bool
+) -> dict[str, list[float]]:
+    """Record milliseconds forwards and backwards, the cache emptied before each."""
+    repeats = 2 if quick else 20 if CUDA else 5
+    emptied = torch.empty(LARGE, dtype=torch.uint8, device=DEVICE)
+    leaves = tuple(x.clone().requires_grad_() for x in inputs)
+    y = function(*leaves)
+    grad = torch.randn_like(y)
+
+    @torch.no_grad()
+    def forward() -> object:
+        return function(*inputs)
+
+    def backward() -> object:
+        return torch.autograd.grad(y, leaves, grad, retain_graph=True)
+
+    between = emptied.zero_ if CUDA else None
+    times = {
+        "forward": milliseconds(captured(forward), repeats, between=between),
+        "backward": milliseconds(backward, repeats, between=between),
+    }
+    for direction, values in times.items():
+        dtype = "float32" if inputs[0].dtype == torch.float32 else "bf16"
+        results.add(_scan_case(direction, inputs), provider, "ms", values, inputs[0].shape[0], dtype)
+    return times
+
+
+def _scan_peer(results: Results, name: str, b: int, side: int, e: int, r: int, quick: bool) -> None:
+    """A public recurrence, first held to the meaning: alone, and with all that `scan_grid` does around it."""
+    peer = peers.PEERS[name]
+    recurrence = peer.load()
+
+    def whole(*tensors: Tensor) -> Tensor:
+        with mock.patch.object(scan_module, "selective_scan", peer.selective_scan(recurrence)):
+            return scan_grid(*tensors, backend="pytorch")
+
+    small = _scan_inputs(2, side, 64, r)
+    wanted = scan_grid(*(x.float() for x in small), backend="pytorch")
+    error = (whole(*small).float() - wanted).norm() / wanted.norm()
+    if not error < 0.02:
+        raise AssertionError(f"{name}: relative error {error:.3g}: a wrong result has no speed")
+    inputs = _scan_inputs(b, side, e, r)
+    _measure_scan(results, f"{name}, end to end", whole, inputs, quick)
+    repeats = 2 if quick else 20
+    emptied = torch.empty(LARGE, dtype=torch.uint8, device=DEVICE)
+    gates, tokens = (x.requires_grad_() for x in peer.ready_made(4 * b, side * side, e, DEVICE))
+    y = recurrence(gates, tokens)
+    grad = torch.randn_like(y)
+
+    @torch.no_grad()
+    def forward() -> object:
+        return recurrence(gates, tokens)
+
+    def backward() -> object:
+        return torch.autograd.grad(y, (gates, tokens), grad, retain_graph=True)
+
+    dtype = "float32" if peer.dtype == torch.float32 else "bf16"
+    for direction, step in (("forward", captured(forward)), ("backward", backward)):
+        times = milliseconds(step, repeats, between=emptied.zero_)
+        results.add(_scan_case(direction, inputs), f"{name}, alone", "ms", times, b, dtype)
+
+
+def profile(results: Results, providers: list[str], quick: bool) -> None:
+    """LaMamba's training step by groups of operations, beside the hardware's limit of each."""
+    results.attempt("profile", _profile, quick)
+
+
+def _profile(results: Results, quick: bool) -> None:
+    number, size = (2, 8) if quick else (128, 32)
+    if not any(record.case == "matmul" for record in results.records):
+        _limits(results, quick)
+    measured = {record.case: record.value for record in results.records if record.case in ("copy", "matmul")}
+    step = training_step(networks.build("lamamba", size, quick), random_batch(number, size), autocast=True)
+    whole = milliseconds(step, 2 if quick else 5)
+    case = "profile_train_xl_256"
+    results.add(case, "lamamba", "ms", whole, number, "bf16")
+    spent = milliseconds_by_group(step)
+    at_least = limits_by_group(step, measured["copy"], measured["matmul"])
+    for group in sorted(spent, key=lambda group: -spent[group]):
+        name = f"{case}_{group.replace(' ', '_')}"
+        results.add(name, "lamamba", "ms", [spent[group]], number, "bf16")
+        results.add(name, "lamamba", "limit_ms", [at_least.get(group, 0.0)], number, "bf16")
+
+
+def scan_naive(results: Results, providers: list[str], quick: bool) -> None:
     """One scan over a sequence against the loop over time that autograd records."""
     b, length, d = (1, 64, 8) if quick else (8, 1024, 256)
     u, delta = torch.randn(b, 1, length, d), torch.rand(b, 1, length, d) * 0.1
@@ -183,22 +237,26 @@ def scan_naive(results: Results, quick: bool) -> None:
         results.add("scan_both_sequence", provider, "ms", milliseconds(step, 2 if quick else 5), b, "float32")
 
 
-def train_nano(results: Results, quick: bool) -> None:
+def train_nano(results: Results, providers: list[str], quick: bool) -> None:
+    """The network of the demo."""
+    for provider in ("lamamba",) if CUDA else ("lamamba", "naive scan"):
+        results.attempt(f"train_nano {provider}", _train_nano, provider, quick)
+
+
+def _train_nano(results: Results, provider: str, quick: bool) -> None:
     number = 2 if quick else 32 if not CUDA else 512
     naive = mock.patch.object(scan_module, "selective_scan", selective_scan_reference)
-    for provider in ("lamamba",) if CUDA else ("lamamba", "naive scan"):
-        with cleared():
-            network = LaMambaDiff.from_preset("nano").to(DEVICE)
-            step = training_step(network, batch_of(number, 32, channels=1, num_classes=10), autocast=CUDA)
-            if provider == "lamamba":
-                measure_step(results, "train_nano", provider, step, number, "bf16" if CUDA else "float32", 5)
-            else:
-                with naive:
-                    measure_step(results, "train_nano", provider, step, number, "float32", 1)
+    network = LaMambaDiff.from_preset("nano").to(DEVICE)
+    step = training_step(network, random_batch(number, 32, channels=1, num_classes=10), autocast=CUDA)
+    if provider == "lamamba":
+        measure_step(results, "train_nano", provider, step, number, "bf16" if CUDA else "float32", 5)
+    else:
+        with naive:
+            measure_step(results, "train_nano", provider, step, number, "float32", 1)
 
 
-ON_GPU = (scan, train_xl, infer_xl, resolution, train_nano)
-ON_CPU = (scan, scan_naive, train_nano)
+ON_GPU = (limits, train_xl, infer_xl, scan, resolution, profile, train_nano)
+ON_CPU = (limits, scan, scan_naive, train_nano)
 
 
 def main() -> None:
@@ -206,8 +264,11 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", help="run only cases that begin with one of these")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing is written")
     parser.add_argument("--skip-tests", action="store_true", help="do not run the operations' tests first")
+    parser.add_argument("--also", nargs="+", default=[], choices=networks.MORE_PROVIDERS, help="more competitors")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records (benchmarks/results)")
+    parser.add_argument("--commit", default="", help="the commit to note, where this is a copy without history")
     arguments = parser.parse_args()
-    chosen = ON_GPU if CUDA else (*ON_CPU, train_xl, infer_xl, resolution) if arguments.quick else ON_CPU
+    chosen = ON_GPU if CUDA else tuple(dict.fromkeys((*ON_CPU, *ON_GPU))) if arguments.quick else ON_CPU
     if arguments.cases:
         chosen = tuple(case for case in chosen if case.__name__.startswith(tuple(arguments.cases)))
         if not chosen:
@@ -217,11 +278,15 @@ def main() -> None:
     if not untested and subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/ops"], cwd=ROOT).returncode:
         sys.exit("the operations' tests fail: a wrong result has no speed")
     torch.manual_seed(0)
-    results = Results()
+    results = Results(None if arguments.quick else arguments.out, arguments.commit)
     for case in chosen:
-        case(results, arguments.quick)
-    if not arguments.quick:
-        print(f"written: {results.write()}")
+        results.attempt(case.__name__, case, [*networks.PROVIDERS, *arguments.also], arguments.quick)
+    if CUDA or arguments.quick:
+        print(*asked_table(results.records), sep="\n")
+    if results.path:
+        print(f"written: {results.path}")
+    if results.failures:
+        sys.exit(f"failed: {'; '.join(results.failures)}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,21 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
+
+from lamamba.ops.selective_scan import selective_scan
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
@@ -13,27 +23,155 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
+def cases(done: subprocess.CompletedProcess[str]) -> set[str]:
+    """Read the first column of the printed records."""
+    return {line.split()[0] for line in done.stdout.splitlines() if ", float32" in line or ", bf16" in line}
+
+
 def test_the_command_runs_and_prints_its_cases() -> None:
     done = run("--quick", "scan")
     assert done.returncode == 0, done.stderr
-    cases = {line.split()[0] for line in done.stdout.splitlines()}
-    assert cases == {"scan_forward", "scan_both", "copy", "scan_both_sequence"}
+    both = {f"scan_{direction}_{grid}" for direction in ("forward", "backward") for grid in ("8x8x32", "4x4x64")}
+    assert cases(done) == both | {"scan_both_sequence"}
+
+
+def test_every_network_trains_infers_and_is_profiled() -> None:
+    done = run("--quick", "limits", "train_xl", "infer_xl", "profile")
+    assert done.returncode == 0, done.stderr
+    assert {"copy", "matmul", "train_xl_256", "train_xl_512", "infer_xl_256", "infer_xl_512"} < cases(done)
+    assert {"profile_train_xl_256_matrix_products", "profile_train_xl_256_optimizer"} < cases(done)
+    assert "| XL-256 inference, batch 1, ms, over DiT-XL/2 |" in done.stdout
 
 
 def test_an_unknown_case_is_an_error_that_lists_them() -> None:
     done = run("--quick", "trane")
     assert done.returncode == 2
-    assert "no case begins with trane: there are scan" in done.stderr
+    assert "no case begins with trane: there are limits, scan" in done.stderr
 
 
-def test_records_hold_median_spread_and_where_they_come_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def test_records_hold_median_spread_and_where_they_come_from(tmp_path: Path) -> None:
     import measure
 
-    monkeypatch.setattr(measure, "RESULTS", tmp_path)
-    results = measure.Results()
+    results = measure.Results(tmp_path, at_commit="abc1234")
     results.add("case", "lamamba", "ms", [5.0, 1.0, 2.0, 3.0, 4.0, 100.0], batch=8, dtype="bf16")
-    (record,) = json.loads(results.write().read_text())
-    assert (record["value"], record["p20"], record["p80"]) == (3.5, 2.0, 5.0)
+    results.write()
+    (path,) = tmp_path.iterdir()
+    assert path.name.endswith("_abc1234.json")
+    (record,) = json.loads(path.read_text())
+    assert (record["value"], record["p20"], record["p80"], record["commit"]) == (3.5, 2.0, 5.0, "abc1234")
     assert {"case", "provider", "metric", "batch", "dtype", "gpu", "torch", "triton", "commit"} < record.keys()
     assert len(measure.milliseconds(lambda: None, repeats=4)) == 4
+
+
+def test_a_competitor_that_fails_is_reported_and_the_records_before_it_are_kept(tmp_path: Path) -> None:
+    import measure
+
+    def fails(results: measure.Results) -> None:
+        results.add("case", "lamamba", "ms", [1.0], batch=1, dtype="bf16")
+        raise RuntimeError("out of memory")
+
+    results = measure.Results(tmp_path)
+    results.attempt("this one", fails)
+    assert results.failures == ["this one"]
+    assert len(json.loads(next(tmp_path.iterdir()).read_text())) == 1
+
+
+@pytest.mark.parametrize("time_last", [False, True])
+def test_a_recurrence_becomes_a_selective_scan(time_last: bool) -> None:
+    import peers
+
+    def recurrence(gate: Tensor, token: Tensor) -> Tensor:
+        if time_last:
+            gate, token = gate.mT, token.mT
+        h, states = torch.zeros(token.shape[0], token.shape[2]), []
+        for t in range(token.shape[1]):
+            h = (gate[:, t] if time_last else gate[:, t].exp()) * h + token[:, t]
+            states.append(h)
+        states = torch.stack(states, dim=1)
+        return states.mT if time_last else states
+
+    peer = peers.Peer("none", lambda: recurrence, time_last, torch.float32)
+    b, k, length, d = 2, 4, 6, 3
+    u, delta = torch.randn(b, k, length, d), torch.rand(b, k, length, d)
+    A, D = -torch.rand(k, d, 1), torch.randn(k, d)
+    B, C = torch.randn(b, k, length, 1), torch.randn(b, k, length, 1)
+    torch.testing.assert_close(
+        peer.selective_scan(recurrence)(u, delta, A, B, C, D), selective_scan(u, delta, A, B, C, D)
+    )
+    gates, tokens = peer.ready_made(b, length, d, torch.device("cpu"))
+    assert recurrence(gates, tokens).shape == tokens.shape
+
+
+def test_limits_count_bytes_once_and_products_at_their_peak() -> None:
+    from kernel_groups import group_of, limits_by_group
+
+    x, y = torch.ones(2, 1000), torch.ones(1000, 500)
+    limits = limits_by_group(lambda: (x.add_(1), x.T, (x @ y)), gb_per_s=1.0, tflop_per_s=1e-6)
+    assert limits["elementwise and the rest"] == pytest.approx(2 * x.nbytes / 1e6)
+    assert limits["matrix products"] == pytest.approx(2 * 2 * 1000 * 500 / 1e3)
+    assert group_of(["aten::sum", "lamamba::scan_grid_backward"]) == "scan grid backward"
+    assert group_of(["cuLaunch", "aten::addmm", "aten::linear"]) == "matrix products"
+    assert group_of(["aten::_fused_adamw_"]) == "optimizer"
+
+
+def gpu_records() -> list:
+    """Make up the records of a GPU on which lamamba takes half as long as DiT."""
+    from measure import Record
+
+    common = {"p20": 1.0, "p80": 2.0, "dtype": "bf16", "gpu": "Made-up GPU", "torch": "2", "triton": "3", "commit": "c"}
+    measured = []
+    for provider, ms in (("lamamba", 1.0), ("dit-xl-2", 2.0), ("dit-xl-2-diffusers", 3.0)):
+        for case, batch in (
+            ("train_xl_256", 128), ("train_xl_512", 32), ("infer_xl_256", 128), ("infer_xl_512", 32),
+            ("infer_xl_256", 8), ("infer_xl_256", 1),
+        ):  # fmt: skip
+            values = {"ms": ms, "images_per_s": 1e3 * batch / ms, "peak_gib": 10 * ms}
+            measured += [(case, provider, metric, value, batch) for metric, value in values.items()]
+        for side in (256, 512, 1024, 2048):
+            measured.append((f"resolution_{side}", provider, "ns_per_pixel", ms * side**0.05, 1))
+    for grid in ("32x32x640", "16x16x1280", "8x8x2560"):
+        measured.append((f"scan_forward_{grid}", "lamamba", "ms", 0.5, 128))
+        measured.append((f"scan_forward_{grid}", "lamamba", "gb_per_s", 1500.0, 128))
+    measured.append(("scan_forward_32x32x640", "fla, alone", "ms", 1.5, 128))
+    measured.append(("copy", "pytorch", "gb_per_s", 3000.0, 1))
+    measured += [("profile_train_xl_256", "lamamba", "ms", 100.0, 128)]
+    for metric, value in (("ms", 40.0), ("limit_ms", 20.0)):
+        measured.append(("profile_train_xl_256_matrix_products", "lamamba", metric, value, 128))
+    return [
+        Record(case=case, provider=provider, metric=metric, value=value, batch=batch, **common)
+        for case, provider, metric, value, batch in measured
+    ]
+
+
+def test_what_was_asked_is_held_against_the_faster_dit() -> None:
+    from report import ASKED, asked_table
+
+    records = gpu_records()
+    values = {asked.what: asked.measure(records) for asked in ASKED}
+    assert None not in values.values()
+    assert values["XL-256 training, images/s, over DiT-XL/2"] == 2.0
+    assert values["XL-512 training, peak memory, over DiT-XL/2"] == 0.5
+    assert values["scan forwards, share of copy bandwidth, 8x8x2560"] == 0.5
+    assert values["time of a pixel, worst up to 2048 px, over 256 px"] == pytest.approx(8**0.05)
+    table = "\n".join(asked_table(records))
+    assert "| XL-256 training, images/s, over DiT-XL/2 | 2.00 | at least 1.50 | 2.30 | met |" in table
+    assert "| XL-256 inference, batch 1, ms, over DiT-XL/2 | 0.50 | at most 1.00 | 0.50 | aim met |" in table
+    slower = [replace(record, value=9.9) if record.case == "copy" else record for record in records]
+    assert "151.52" in "\n".join(asked_table(slower))
+    assert asked_table(records[:1]) == []
+
+
+def test_the_page_is_made_from_the_records(tmp_path: Path) -> None:
+    from report import Run, newest_runs, write_page
+
+    cpu = newest_runs(sorted((BENCHMARKS / "results").glob("*threads*.json")))
+    page = write_page([Run("2026-01-01", gpu_records()), *cpu], tmp_path, notes="A word on the profile.")
+    text = page.read_text()
+    assert "## Made-up GPU\n\n2026-01-01, PyTorch 2, Triton 3, commit c.\n" in text
+    assert "| matrix products | 40 | 100% | 20 | 2.0 |" in text
+    assert "A word on the profile." in text
+    assert "threads" in text
+    pictures = {path.name for path in (tmp_path / "performance").iterdir()}
+    assert pictures == {"Made-up-GPU-throughput.png", "Made-up-GPU-resolution.png"}
+    assert all(f"(performance/{name})" in text for name in pictures)
+    assert write_page(cpu, tmp_path).read_text().count("## ") == len(cpu)

@@ -1,0 +1,127 @@
+"""The networks that are compared, all called as (x_t, t, y) -> (b, 2c, h, w), and a step of training or inference.
+
+lamamba              LaMamba-XL, as `pip install` gives it
+lamamba-compiled     the same through torch.compile
+dit-xl-2             DiT-XL/2 in its authors' layout, its block compiled
+dit-xl-2-whole       the same, the network compiled as a whole: a check that the block is enough
+dit-xl-2-diffusers   DiT-XL/2 in diffusers' layout, its block compiled
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lamamba.model import LaMambaDiff
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+# What inductor would do to a CPU is not of interest: there, tracing shows that a network compiles.
+COMPILE = {"fullgraph": True, "dynamic": False, "backend": "inductor" if CUDA else "eager"}
+PROVIDERS = ("lamamba", "dit-xl-2")
+MORE_PROVIDERS = ("lamamba-compiled", "dit-xl-2-whole", "dit-xl-2-diffusers")
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+class Given(nn.Module):
+    """Stands in for the embedding of a DiT block, and returns the one made for all blocks."""
+
+    def forward(self, timestep: Tensor, class_labels: Tensor, hidden_dtype: torch.dtype) -> Tensor:
+        return timestep
+
+
+class DiT(nn.Module):
+    """DiT-XL/2 (Peebles & Xie 2023, arXiv 2212.09748) of diffusers' modules; attention by SDPA.
+
+    diffusers gives every block an embedding of timestep and label of its own, 750 M parameters in all. The authors'
+    layout has one for all blocks, 675 M parameters, and does less work: it is the one to compare with.
+    """
+
+    def __init__(self, size: int, quick: bool, own_embeddings: bool) -> None:
+        super().__init__()
+        from diffusers import DiTTransformer2DModel
+        from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
+
+        heads, head_dim = (2, 8) if quick else (16, 72)
+        self.network = DiTTransformer2DModel(
+            num_attention_heads=heads, attention_head_dim=head_dim, in_channels=4, out_channels=8,
+            num_layers=2 if quick else 28, sample_size=size, patch_size=2,
+        )  # fmt: skip
+        # The patches come transposed out of the convolution: a block would be compiled once more for the first of them.
+        self.network.pos_embed.register_forward_hook(lambda module, inputs, tokens: tokens.contiguous())
+        self.embedding = None
+        if not own_embeddings:
+            self.embedding = CombinedTimestepLabelEmbeddings(1000, heads * head_dim)
+            for block in self.network.transformer_blocks:
+                block.norm1.emb = Given()
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if self.embedding is not None:
+            t = self.embedding(t, y, hidden_dtype=self.network.pos_embed.proj.weight.dtype)
+        out: Tensor = self.network(x_t, timestep=t, class_labels=y, return_dict=False)[0]
+        return out
+
+
+def build(provider: str, size: int, quick: bool) -> nn.Module:
+    """Build a network with fresh parameters for a grid of size x size latents, on the device."""
+    with DEVICE:
+        if provider.startswith("lamamba"):
+            options = (
+                {"embed_dim": 32, "depths": (1, 1, 1, 1), "bottleneck_depth": 0, "decoder_extra_depth": 0}
+                if quick
+                else {}
+            )
+            network: nn.Module = LaMambaDiff.from_preset("xl-256", sample_size=size, **options)
+        else:
+            network = DiT(size, quick, own_embeddings=provider.endswith("diffusers"))
+    network.to(DEVICE)
+    if provider in ("lamamba-compiled", "dit-xl-2-whole"):
+        network.compile(**COMPILE)
+    elif isinstance(network, DiT):
+        # The blocks are alike, so that one compilation serves all: the speed of the whole network compiled, sooner.
+        for block in network.network.transformer_blocks:
+            block.compile(**COMPILE)
+    return network
+
+
+def random_batch(
+    number: int, size: int, channels: int = 4, num_classes: int = 1000, dtype: torch.dtype = torch.float32
+) -> Batch:
+    """Draw noised images, timesteps and labels."""
+    return (
+        torch.randn(number, channels, size, size, device=DEVICE, dtype=dtype),
+        torch.randint(0, 1000, (number,), device=DEVICE),
+        torch.randint(0, num_classes, (number,), device=DEVICE),
+    )
+
+
+def training_step(network: nn.Module, batch: Batch, autocast: bool) -> Callable[[], object]:
+    """A step of AdamW on float32 weights, in bf16 autocast or without."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+            out = network(*batch)
+        out.float().square().mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def inference_step(network: nn.Module, batch: Batch) -> Callable[[], object]:
+    """A forward pass without gradients."""
+
+    @torch.no_grad()
+    def step() -> object:
+        return network(*batch)
+
+    return step
+
+
+def to_bfloat16(network: nn.Module) -> nn.Module:
+    """Make all weights bfloat16 but those of the scan's state, as `LaMambaDiff.from_pretrained` does."""
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if tensor.is_floating_point() and not name.endswith((".A_log", ".D", ".dt_bias")):
+            tensor.data = tensor.data.to(torch.bfloat16)
+    return network
