@@ -45,23 +45,23 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], num_warps: int, capab
 def compile_scan(capability: int) -> None:
     paths = {"HEIGHT": 32, "WIDTH": 32, "CONTINUOUS": True, "TILE": 16, "RUN": 16, "CHANNELS": 640, "RANK": 20}
     constants = {**paths, "STATES": 1, "STATES_BLOCK": 1, "BLOCK": 64, "PRECISE": False}
-    compile_kernel(scan.forward_kernel, {**constants, "SAVE": True}, 1, capability)
-    compile_kernel(scan.backward_kernel, constants, 1, capability)
+    compile_kernel(scan.scan_forward_kernel, {**constants, "SAVE": True}, 1, capability)
+    compile_kernel(scan.scan_backward_kernel, constants, 1, capability)
     for backward in (False, True):
-        compile_kernel(scan.summary_kernel, {**constants, "BACKWARD": backward}, 1, capability)
+        compile_kernel(scan.scan_summary_kernel, {**constants, "BACKWARD": backward}, 1, capability)
 
 
 def compile_window(capability: int) -> None:
     windows = {"HEIGHT": 32, "WIDTH": 32, "SIDE_Y": 8, "SIDE_X": 8, "SHIFT_Y": 4, "SHIFT_X": 4, "PLACES": 64}
     constants = {**windows, "WINDOW": 8, "HEADS": 16, "CHANNELS": 20, "BLOCK": 32}
-    for kernel in (window.forward_kernel, window.backward_kernel):
+    for kernel in (window.attention_forward_kernel, window.attention_backward_kernel):
         compile_kernel(kernel, constants, 4, capability)
 
 
 def compile_convolution(capability: int) -> None:
     shape = {"HEIGHT": 32, "WIDTH": 32, "STRIDE": 1280, "CHANNELS": 640, "FAST": True}
     constants = {**shape, "ROWS": 8, "COLUMNS": 32, "BLOCK": 64}
-    for kernel in (convolution.forward_kernel, convolution.backward_kernel):
+    for kernel in (convolution.convolution_forward_kernel, convolution.convolution_backward_kernel):
         compile_kernel(kernel, constants, 1, capability)
 
 
@@ -71,20 +71,20 @@ def compile_residual_norm(capability: int) -> None:
     del constants["num_stages"]
     without_norm = dict.fromkeys(("p_weight", "p_scale", "p_grad_normed"))
     for kernel, others in (
-        (residual_norm.forward_kernel, {"p_bias": None, "p_shift": None, "p_normed": None}),
-        (residual_norm.backward_kernel, {"p_x_new": None, "p_grad_x": None}),
+        (residual_norm.residual_norm_forward_kernel, {"p_bias": None, "p_shift": None, "p_normed": None}),
+        (residual_norm.residual_norm_backward_kernel, {"p_x_new": None, "p_grad_x": None}),
     ):
         compile_kernel(kernel, constants, num_warps, capability)
         compile_kernel(kernel, {**constants, **without_norm, **others}, num_warps, capability)
-    compile_kernel(residual_norm.sum_kernel, {"CHANNELS": 320, "BLOCK": 64, "ROWS": 8}, 2, capability)
+    compile_kernel(residual_norm.residual_norm_sum_kernel, {"CHANNELS": 320, "BLOCK": 64, "ROWS": 8}, 2, capability)
 
 
 def compile_gated_norm(capability: int) -> None:
     constants = cut_rows(channels=640, num_rows=1024)
     num_warps = constants.pop("num_warps")
     del constants["num_stages"]
-    compile_kernel(gated_norm.forward_kernel, {**constants, "PLANES": 2}, num_warps, capability)
-    compile_kernel(gated_norm.backward_kernel, constants, num_warps, capability)
+    compile_kernel(gated_norm.gated_norm_forward_kernel, {**constants, "PLANES": 2}, num_warps, capability)
+    compile_kernel(gated_norm.gated_norm_backward_kernel, constants, num_warps, capability)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def _sigmoid(b_z, FAST: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(
+def convolution_forward_kernel(
     p_x, p_parameters, p_y, num_tiles,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, CHANNELS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
@@ -126,7 +126,7 @@ def _store_grad_x(
 
 
 @triton.jit
-def backward_kernel(
+def convolution_backward_kernel(
     p_x, p_parameters, p_grad_y, p_grad_x, p_sums, num_tiles,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, CHANNELS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lamamba.ops.depthwise_convolution.kernels import backward_kernel, forward_kernel
+from lamamba.ops.depthwise_convolution.kernels import convolution_backward_kernel, convolution_forward_kernel
 
 # Channels and rows of a program: the more, the less of its neighbours' rows it reads, until registers run out.
 FORWARD_BLOCK, FORWARD_ROWS = 64, 8
@@ -69,7 +69,7 @@ def depthwise_convolution_triton(x: Tensor, parameters: Tensor) -> Tensor:
     launch = _launch(x, stride, FORWARD_BLOCK, FORWARD_ROWS)
     y = x.new_empty(x.shape)
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        forward_kernel[launch.grid](x, parameters, y, launch.num_tiles, **launch.constants)
+        convolution_forward_kernel[launch.grid](x, parameters, y, launch.num_tiles, **launch.constants)
     return y
 
 
@@ -86,7 +86,9 @@ def _backward(grad_y: Tensor, x: Tensor, parameters: Tensor) -> tuple[Tensor, Te
     grad_x = x.new_empty(x.shape)
     sums = parameters.new_empty(launch.grid[1], *parameters.shape)
     with torch.cuda.device_of(x):
-        backward_kernel[launch.grid](x, parameters, grad_y, grad_x, sums, launch.num_tiles, **launch.constants)
+        convolution_backward_kernel[launch.grid](
+            x, parameters, grad_y, grad_x, sums, launch.num_tiles, **launch.constants
+        )
     return grad_x, sums.sum(dim=0)
 
 

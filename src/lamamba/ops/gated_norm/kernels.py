@@ -32,7 +32,7 @@ def _load_parameters(p_parameters, CHANNELS: tl.constexpr, PIECE: tl.constexpr, 
 
 
 @triton.jit(do_not_specialize=["num_pixels", "pixels_per_program"])
-def forward_kernel(
+def gated_norm_forward_kernel(
     p_planes, p_z, p_weight, p_bias, p_y, p_out,
     z_stride, eps, num_pixels, pixels_per_program,
     PLANES: tl.constexpr,
@@ -69,7 +69,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["num_pixels", "pixels_per_program"])
-def backward_kernel(
+def gated_norm_backward_kernel(
     p_y, p_z, p_weight, p_bias, p_grad_out, p_grad_y, p_grad_z, p_sums,
     z_stride, eps, num_pixels, pixels_per_program,
     CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lamamba.ops.gated_norm.kernels import backward_kernel, forward_kernel
+from lamamba.ops.gated_norm.kernels import gated_norm_backward_kernel, gated_norm_forward_kernel
 from lamamba.ops.rows import cut_rows
 
 # Enough to keep a large GPU busy; with more pixels each program takes more of them. Backwards each leaves two sums.
@@ -54,7 +54,7 @@ def gated_norm_triton(
     out, y = _results(planes, z, save)
     launch = _launch(z, FORWARD_WARPS)
     with torch.cuda.device_of(z):  # Triton launches on the current device
-        forward_kernel[launch.grid](
+        gated_norm_forward_kernel[launch.grid](
             planes, z, weight, bias, y if y.numel() else None, out,
             z_stride, eps, launch.num_pixels, launch.pixels_per_program,
             PLANES=planes.shape[0], **launch.constants,
@@ -86,7 +86,7 @@ def _backward(
     grad_y, grad_z = y.new_empty(y.shape), z.new_empty(z.shape)
     sums = y.new_empty(*launch.grid, 2, z.shape[3], dtype=torch.float32)
     with torch.cuda.device_of(z):
-        backward_kernel[launch.grid](
+        gated_norm_backward_kernel[launch.grid](
             y, z, weight, bias, grad_out, grad_y, grad_z, sums,
             z_stride, eps, launch.num_pixels, launch.pixels_per_program, **launch.constants,
         )  # fmt: skip

@@ -65,7 +65,7 @@ def _load_offset(p_bias, p_shift, p_scale, CHANNELS: tl.constexpr, PIECE: tl.con
 
 
 @triton.jit(do_not_specialize=["num_pixels", "pixels_per_program"])
-def forward_kernel(
+def residual_norm_forward_kernel(
     p_x, p_branch, p_gate, p_weight, p_bias, p_shift, p_scale, p_x_new, p_normed,
     gate_stride, shift_stride, scale_stride, eps, num_pixels, pixels_per_program,
     CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
@@ -103,7 +103,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["num_pixels", "pixels_per_program"])
-def backward_kernel(
+def residual_norm_backward_kernel(
     p_x_new, p_branch, p_gate, p_weight, p_scale, p_grad_x_new, p_grad_normed, p_grad_x, p_grad_branch, p_sums,
     gate_stride, scale_stride, eps, num_pixels, pixels_per_program,
     CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
@@ -168,7 +168,7 @@ def _sum_programs(p_sums, m_c, num_programs, CHANNELS: tl.constexpr, ROWS: tl.co
 
 
 @triton.jit(do_not_specialize=["num_programs"])
-def sum_kernel(
+def residual_norm_sum_kernel(
     p_sums, p_weight, p_bias, p_scale, p_grad_gate, p_grad_shift, p_grad_scale, p_grad_affine,
     scale_stride, num_programs,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,

@@ -6,7 +6,11 @@ import torch
 import triton
 from torch import Tensor
 
-from lamamba.ops.residual_norm.kernels import backward_kernel, forward_kernel, sum_kernel
+from lamamba.ops.residual_norm.kernels import (
+    residual_norm_backward_kernel,
+    residual_norm_forward_kernel,
+    residual_norm_sum_kernel,
+)
 from lamamba.ops.rows import cut_rows
 
 # Enough to keep a large GPU busy: with fewer images than this, they are cut. Backwards each program leaves three sums.
@@ -67,7 +71,7 @@ def residual_norm_triton(
     x_new, normed = _results(x, branch, dtype)
     launch = _launch(x, FORWARD_WARPS)
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        forward_kernel[launch.grid](
+        residual_norm_forward_kernel[launch.grid](
             x, branch, gate, weight, bias, shift, scale,
             None if branch is None else x_new, None if dtype is None else normed,
             gate_stride, shift_stride, scale_stride, eps, launch.num_pixels, launch.pixels_per_program,
@@ -117,11 +121,11 @@ def _backward(
         None if tensor.numel() == 0 else tensor for tensor in results
     )
     with torch.cuda.device_of(like):
-        backward_kernel[launch.grid](
+        residual_norm_backward_kernel[launch.grid](
             x_new, branch, gate, weight, scale, grad_x_new, grad_normed, grad_x, grad_branch, sums,
             gate_stride, scale_stride, eps, launch.num_pixels, launch.pixels_per_program, **launch.constants,
         )  # fmt: skip
-        sum_kernel[(batch, triton.cdiv(channels, SUM_BLOCK))](
+        residual_norm_sum_kernel[(batch, triton.cdiv(channels, SUM_BLOCK))](
             sums, weight, bias, scale, grad_gate, grad_shift, grad_scale, grad_affine, scale_stride, launch.grid[1],
             CHANNELS=channels, BLOCK=SUM_BLOCK, ROWS=SUM_ROWS, num_warps=2,
         )  # fmt: skip

@@ -148,7 +148,7 @@ def _slope(b_m, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def summary_kernel(
+def scan_summary_kernel(
     p_u, p_low, p_weight, p_bias, p_A, p_carry, p_spent, plane, tiles_per_segment, num_segments,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
     CHANNELS: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr, STATES_BLOCK: tl.constexpr,
@@ -209,7 +209,7 @@ def summary_kernel(
 
 
 @triton.jit
-def forward_kernel(
+def scan_forward_kernel(
     p_x, p_low, p_weight, p_bias, p_A, p_D, p_y, p_states, p_carry, p_spent,
     batch, tiles_per_segment, num_segments,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
@@ -304,7 +304,7 @@ def _scan_tile(b_h, b_A, b_deltas, b_xs, Bs, TILE: tl.constexpr, PRECISE: tl.con
 
 
 @triton.jit
-def backward_kernel(
+def scan_backward_kernel(
     p_x, p_low, p_weight, p_bias, p_A, p_D, p_grad_y, p_states, p_carry, p_spent,
     p_grad_x, p_grad_z, p_grad_BC, p_grad_A, p_grad_D, p_grad_bias,
     plane, batch, tiles_per_segment, num_segments,

@@ -64,7 +64,7 @@ def _weights(b_q, b_k, b_bias, m_place, b_region, scale, MASKED: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(
+def attention_forward_kernel(
     p_qkv, p_bias, p_out, num_windows, windows_per_program, scale,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr,
     SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr, PLACES: tl.constexpr, WINDOW: tl.constexpr,
@@ -96,7 +96,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def attention_backward_kernel(
     p_qkv, p_bias, p_grad_out, p_grad_qkv, p_grad_bias, num_windows, windows_per_program, scale,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr,
     SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr, PLACES: tl.constexpr, WINDOW: tl.constexpr,

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from lamamba.ops.window_attention.geometry import Windows
-from lamamba.ops.window_attention.kernels import backward_kernel, forward_kernel
+from lamamba.ops.window_attention.kernels import attention_backward_kernel, attention_forward_kernel
 
 # Enough to keep a large GPU busy; each looks its bias up once, and leaves one sum of the logits' gradients.
 WANTED_PROGRAMS = 2048
@@ -44,7 +44,7 @@ def window_attention_triton(qkv: Tensor, bias: Tensor, num_heads: int, window_si
     launch = _launch(qkv, num_heads, window_size, shifted)
     out = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
     with torch.cuda.device_of(qkv):  # Triton launches on the current device
-        forward_kernel[launch.grid](qkv, bias, out, *launch.numbers, **launch.constants)
+        attention_forward_kernel[launch.grid](qkv, bias, out, *launch.numbers, **launch.constants)
     return out
 
 
@@ -63,7 +63,7 @@ def _backward(
     grad_qkv = qkv.new_empty(qkv.shape)
     sums = qkv.new_empty(launch.grid[1], num_heads, places * places, dtype=torch.float32)
     with torch.cuda.device_of(qkv):
-        backward_kernel[launch.grid](qkv, bias, grad_out, grad_qkv, sums, *launch.numbers, **launch.constants)
+        attention_backward_kernel[launch.grid](qkv, bias, grad_out, grad_qkv, sums, *launch.numbers, **launch.constants)
     rows = _row_of_each_pair(
         launch.constants["SIDE_Y"], launch.constants["SIDE_X"], places, window_size, str(qkv.device)
     )
