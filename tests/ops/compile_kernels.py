@@ -9,6 +9,7 @@ from triton.compiler import ASTSource
 
 from lamamba.ops.depthwise_convolution import kernels as convolution
 from lamamba.ops.gated_norm import kernels as gated_norm
+from lamamba.ops.linear_gelu import kernels as linear_gelu
 from lamamba.ops.residual_norm import kernels as residual_norm
 from lamamba.ops.rows import cut_rows
 from lamamba.ops.selective_scan import kernels as scan
@@ -87,9 +88,17 @@ def compile_gated_norm(capability: int) -> None:
     compile_kernel(gated_norm.gated_norm_backward_kernel, constants, num_warps, capability)
 
 
+def compile_linear_gelu(capability: int) -> None:
+    constants = linear_gelu.cut_columns(channels=1280, num_rows=131072)
+    num_warps = constants.pop("num_warps")
+    del constants["num_stages"]
+    for kernel in (linear_gelu.linear_gelu_forward_kernel, linear_gelu.linear_gelu_backward_kernel):
+        compile_kernel(kernel, constants, num_warps, capability)
+
+
 if __name__ == "__main__":
     operations = {
-        "convolution": compile_convolution, "gated_norm": compile_gated_norm, "residual_norm": compile_residual_norm,
-        "scan": compile_scan, "window": compile_window,
+        "convolution": compile_convolution, "gated_norm": compile_gated_norm, "linear_gelu": compile_linear_gelu,
+        "residual_norm": compile_residual_norm, "scan": compile_scan, "window": compile_window,
     }  # fmt: skip
     operations[sys.argv[1]](int(sys.argv[2]))

@@ -1,0 +1,47 @@
+"""The first half of an MLP: a linear layer and the exact GELU (Hendrycks & Gimpel 2016, arXiv 1606.08415).
+
+`reference.py` is the meaning and runs on any device; `kernels.py` and `triton.py` are the version for GPUs.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lamamba.ops.backend import Backend, choose_kernels
+from lamamba.ops.linear_gelu.reference import linear_gelu_reference
+
+__all__ = ["linear_gelu"]
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, backend: Backend = "auto") -> Tensor:
+    """Apply a linear layer, then GELU.
+
+        out = gelu(x weight^T + bias),   gelu(z) = z (1 + erf(z / sqrt(2))) / 2
+
+    Args:
+        x: (..., i).
+        weight: (c, i).
+        bias: (c,); the kernels add it in float32, to the product as PyTorch's matrix product rounds it.
+        backend: see `lamamba.ops.backend`.
+
+    Returns:
+        (..., c) in the dtype of the product, which is autocast's where that is on.
+
+    Raises:
+        ValueError: shapes disagree, or the kernels cannot run on these tensors.
+    """
+    if x.ndim == 0 or 0 in x.shape:
+        raise ValueError(f"linear_gelu: x is {tuple(x.shape)}: give (..., i), none of them 0")
+    if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"linear_gelu: weight is {tuple(weight.shape)}: with x {tuple(x.shape)} it must be (c, {x.shape[-1]})"
+        )
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"linear_gelu: bias is {tuple(bias.shape)}: with weight {tuple(weight.shape)} it must be "
+            f"({weight.shape[0]},)"
+        )
+    if choose_kernels("linear_gelu", x, backend):
+        from lamamba.ops.linear_gelu.triton import bias_gelu_triton
+
+        return bias_gelu_triton(F.linear(x, weight), bias)
+    return linear_gelu_reference(x, weight, bias)

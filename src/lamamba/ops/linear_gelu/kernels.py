@@ -1,0 +1,81 @@
+"""What runs on the GPU: bias and GELU behind a matrix product, forwards and backwards; see README.md.
+
+One program takes a block of columns, and some rows of it, a few at a time: what is known of the columns, the bias and
+the sum of its gradient, stays in registers.
+
+Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
+"""
+
+import triton
+import triton.language as tl
+
+# What a thread takes at once: two loads of 16 bytes, if they are of two-byte numbers. A warp reads 64 to 256 columns.
+VALUES_PER_THREAD, MIN_COLUMNS, MAX_COLUMNS, MAX_WARPS = 16, 64, 256, 4
+
+ROOT_HALF = tl.constexpr(0.7071067811865476)
+DENSITY_AT_0 = tl.constexpr(0.3989422804014327)  # of the normal distribution
+
+
+def cut_columns(channels: int, num_rows: int) -> dict[str, int]:
+    """Say how many columns a program takes, how many rows at once, and by how many warps."""
+    without_rest = channels & -channels
+    columns = min(max(MIN_COLUMNS, min(MAX_COLUMNS, without_rest)), triton.next_power_of_2(channels))
+    values = 32 * MAX_WARPS * VALUES_PER_THREAD
+    rows = min(values // columns, triton.next_power_of_2(num_rows))
+    num_warps = max(1, rows * columns // (32 * VALUES_PER_THREAD))
+    return {"CHANNELS": channels, "COLUMNS": columns, "ROWS": rows, "num_warps": num_warps, "num_stages": 1}
+
+
+@triton.jit
+def _columns_of_program(CHANNELS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Give the program's columns, (1, columns), and which of them there are."""
+    o_c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    return o_c, o_c < CHANNELS
+
+
+@triton.jit
+def _place(row, end, o_c, m_c, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
+    """Give where the values of the rows from `row` on lie, and which of them there are."""
+    o_row = tl.arange(0, ROWS)[:, None]
+    return tl.cast(row, tl.int64) * CHANNELS + (o_row * CHANNELS + o_c), (row + o_row < end) & m_c
+
+
+@triton.jit(do_not_specialize=["num_rows", "rows_per_program"])
+def linear_gelu_forward_kernel(
+    p_x, p_bias, p_out, num_rows, rows_per_program,
+    CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Add the bias, then take GELU."""
+    o_c, m_c = _columns_of_program(CHANNELS, COLUMNS)
+    first = tl.program_id(1) * rows_per_program
+    end = tl.minimum(first + rows_per_program, num_rows)
+    b_bias = tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+    for row in range(first, end, ROWS):
+        o_x, m_x = _place(row, end, o_c, m_c, CHANNELS, ROWS)
+        b_z = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32) + b_bias
+        b_out = 0.5 * b_z * (1 + tl.erf(b_z * ROOT_HALF))
+        tl.store(p_out + o_x, b_out.to(p_out.dtype.element_ty), mask=m_x)
+
+
+@triton.jit(do_not_specialize=["num_rows", "rows_per_program"])
+def linear_gelu_backward_kernel(
+    p_x, p_bias, p_grad_out, p_grad_x, p_sums, num_rows, rows_per_program,
+    CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradient of x, and sum it over the program's rows; the caller adds up (programs of a column, c)."""
+    o_c, m_c = _columns_of_program(CHANNELS, COLUMNS)
+    first = tl.program_id(1) * rows_per_program
+    end = tl.minimum(first + rows_per_program, num_rows)
+    b_bias = tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for row in range(first, end, ROWS):
+        o_x, m_x = _place(row, end, o_c, m_c, CHANNELS, ROWS)
+        b_z = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32) + b_bias
+        b_grad_out = tl.load(p_grad_out + o_x, mask=m_x, other=0.0).to(tl.float32)
+        b_probability = 0.5 + 0.5 * tl.erf(b_z * ROOT_HALF)
+        b_density = DENSITY_AT_0 * tl.exp(-0.5 * b_z * b_z)
+        b_grad_x = b_grad_out * (b_probability + b_z * b_density)
+        tl.store(p_grad_x + o_x, b_grad_x.to(p_grad_x.dtype.element_ty), mask=m_x)
+        b_sum += b_grad_x
+    p_sums += tl.cast(tl.program_id(1), tl.int64) * CHANNELS
+    tl.store(p_sums + o_c, tl.sum(b_sum, axis=0, keep_dims=True), mask=m_c)

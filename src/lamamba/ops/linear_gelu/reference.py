@@ -1,0 +1,9 @@
+"""The meaning of the linear layer and its GELU, in plain PyTorch."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Apply the layer, then GELU; arguments and result as in `lamamba.ops.linear_gelu`."""
+    return F.gelu(F.linear(x, weight, bias))

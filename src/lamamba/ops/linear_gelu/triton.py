@@ -1,0 +1,84 @@
+"""The kernels of `kernels.py` as one differentiable operation that torch.compile sees as a whole."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from lamamba.ops.linear_gelu.kernels import cut_columns, linear_gelu_backward_kernel, linear_gelu_forward_kernel
+
+# Enough to keep a large GPU busy; with more rows each program takes more of them. Backwards each leaves a sum.
+FORWARD_WARPS, BACKWARD_WARPS = 16384, 8192
+
+
+class _Launch(NamedTuple):
+    grid: tuple[int, int]
+    num_rows: int
+    rows_per_program: int
+    constants: dict[str, int]
+
+
+def _launch(x: Tensor, wanted_warps: int) -> _Launch:
+    channels = x.shape[-1]
+    num_rows = x.numel() // channels
+    constants = cut_columns(channels, num_rows)
+    rows, num_blocks = constants["ROWS"], triton.cdiv(channels, constants["COLUMNS"])
+    num_programs = triton.cdiv(wanted_warps, num_blocks * constants["num_warps"])
+    rows_per_program = rows * triton.cdiv(triton.cdiv(num_rows, rows), num_programs)
+    # Programs that run one after the other take neighbouring columns of the same rows.
+    return _Launch((num_blocks, triton.cdiv(num_rows, rows_per_program)), num_rows, rows_per_program, constants)
+
+
+@torch.library.custom_op("lamamba::bias_gelu", mutates_args=())
+def bias_gelu_triton(x: Tensor, bias: Tensor) -> Tensor:
+    """Run the kernels forwards: GELU of x, (..., c), plus bias, (c,), in the dtype of x."""
+    x, bias = x.contiguous(), bias.contiguous()
+    out = x.new_empty(x.shape)
+    launch = _launch(x, FORWARD_WARPS)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        linear_gelu_forward_kernel[launch.grid](
+            x, bias, out, launch.num_rows, launch.rows_per_program, **launch.constants
+        )
+    return out
+
+
+@bias_gelu_triton.register_fake
+def _(x: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("lamamba::bias_gelu_backward", mutates_args=())
+def _backward(grad_out: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the kernel backwards.
+
+    Returns:
+        The gradients of x, and of bias in float32.
+    """
+    grad_out, x, bias = grad_out.contiguous(), x.contiguous(), bias.contiguous()
+    launch = _launch(x, BACKWARD_WARPS)
+    grad_x = x.new_empty(x.shape)
+    sums = x.new_empty(launch.grid[1], x.shape[-1], dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        linear_gelu_backward_kernel[launch.grid](
+            x, bias, grad_out, grad_x, sums, launch.num_rows, launch.rows_per_program, **launch.constants
+        )
+    return grad_x, sums.sum(dim=0)
+
+
+@_backward.register_fake
+def _(grad_out: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[-1], dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+    x, bias = ctx.saved_tensors
+    grad_x, grad_bias = _backward(grad_out, x, bias)
+    return grad_x, grad_bias.to(bias.dtype)
+
+
+bias_gelu_triton.register_autograd(_autograd, setup_context=_setup_context)
