@@ -31,7 +31,8 @@ from lamamba.config import NetworkConfig, preset
 from lamamba.ops.depthwise_convolution import depthwise_convolution
 from lamamba.ops.gated_norm import gated_norm
 from lamamba.ops.grid import NUM_PATHS
-from lamamba.ops.residual_norm import add_gated, layer_norm, residual_norm
+from lamamba.ops.linear_gelu import linear_gelu
+from lamamba.ops.residual_norm import Residual, add_gated, layer_norm, residual_norm
 from lamamba.ops.selective_scan import scan_grid
 from lamamba.ops.window_attention import window_attention
 
@@ -258,6 +259,8 @@ class TimestepEmbedding(nn.Module):
 class Block(nn.Module):
     """Scan, window attention and MLP, each a residual branch with shift, scale and gate from the condition.
 
+    A branch gives what it leaves to be added, and the bias of its last layer apart, or None: see `Residual`.
+
     Args:
         config: the network's.
         width: channels c of this block.
@@ -286,7 +289,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         modulation = self.modulation(F.silu(self.condition_projection(condition)))
         parts = iter(modulation.unflatten(1, (-1, x.shape[-1])).unbind(1))
-        residual: tuple[Tensor, Tensor] | None = None
+        residual: Residual | None = None
         for branch, norm in self._branches():
             shift_scale, gate = (next(parts), next(parts)), next(parts)
             # What a branch leaves is added where the next one normalizes: the stream is read once for both.
@@ -295,9 +298,10 @@ class Block(nn.Module):
             else:
                 dtype = compute_dtype(x)
                 x, normed = residual_norm(x, residual, norm.weight, norm.bias, shift_scale, norm.eps, dtype)
-            residual = branch(normed), gate
+            out, bias = branch(normed)
+            residual = Residual(out, gate, bias)
         assert residual is not None  # a block has an MLP at least
-        return add_gated(x, *residual)
+        return add_gated(x, residual)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -340,8 +344,8 @@ class SS2D(nn.Module):
         self.A_log.copy_(torch.arange(1, self.state_size + 1).log().expand_as(self.A_log))
         nn.init.ones_(self.D)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix (b, h, w, c) globally."""
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """Mix (b, h, w, c) globally; there is no bias to be added."""
         # Two products, since the gradient of one would have to be put together from two halves.
         x_weight, z_weight = self.in_proj.weight.chunk(2)
         x, z = F.linear(x, x_weight), F.linear(x, z_weight)
@@ -351,8 +355,7 @@ class SS2D(nn.Module):
         A = -torch.exp(self.A_log.to(torch.promote_types(low.dtype, torch.float32)))
         planes = scan_grid(x, low, self.dt_weight, self.dt_bias, A, self.D, self.scan)
         norm = self.out_norm
-        out: Tensor = self.out_proj(gated_norm(planes, z, norm.weight, norm.bias, norm.eps))
-        return out
+        return self.out_proj(gated_norm(planes, z, norm.weight, norm.bias, norm.eps)), None
 
 
 class WindowAttention(nn.Module):
@@ -370,11 +373,10 @@ class WindowAttention(nn.Module):
     def reset_own_parameters(self) -> None:
         nn.init.trunc_normal_(self.relative_position_bias, std=0.02)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix (b, h, w, c) locally."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix (b, h, w, c) locally; the bias of the result is given beside it."""
         x = window_attention(self.qkv(x), self.relative_position_bias, self.num_heads, self.window_size, self.shifted)
-        out: Tensor = self.out_proj(x)
-        return out
+        return F.linear(x, self.out_proj.weight), self.out_proj.bias
 
 
 class Mlp(nn.Module):
@@ -385,9 +387,10 @@ class Mlp(nn.Module):
         self.linear_1 = nn.Linear(width, hidden)
         self.linear_2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.linear_2(F.gelu(self.linear_1(x)))
-        return out
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map every pixel's channels; the bias of the result is given beside it."""
+        x = linear_gelu(x, self.linear_1.weight, self.linear_1.bias)
+        return F.linear(x, self.linear_2.weight), self.linear_2.bias
 
 
 def _pad_to_even(x: Tensor) -> Tensor:

@@ -70,14 +70,20 @@ def compile_residual_norm(capability: int) -> None:
     constants = cut_rows(channels=320, num_rows=1024)
     num_warps = constants.pop("num_warps")
     del constants["num_stages"]
-    without_norm = dict.fromkeys(("p_weight", "p_scale", "p_grad_normed"))
+    forward, backward = residual_norm.residual_norm_forward_kernel, residual_norm.residual_norm_backward_kernel
+    compile_kernel(forward, constants, num_warps, capability)
+    compile_kernel(backward, {**constants, "SUMS": 4}, num_warps, capability)
+    without_bias = {"p_branch_bias": None, "p_grad_branch_bias": None, "SUMS": 3}
+    without_norm = without_bias | dict.fromkeys(("p_weight", "p_scale", "p_grad_normed"))
     for kernel, others in (
-        (residual_norm.residual_norm_forward_kernel, {"p_bias": None, "p_shift": None, "p_normed": None}),
-        (residual_norm.residual_norm_backward_kernel, {"p_x_new": None, "p_grad_x": None}),
+        (forward, {"p_bias": None, "p_shift": None, "p_normed": None}),
+        (backward, {"p_x_new": None, "p_grad_x": None}),
     ):
-        compile_kernel(kernel, constants, num_warps, capability)
+        compile_kernel(kernel, {**constants, **without_bias}, num_warps, capability)
         compile_kernel(kernel, {**constants, **without_norm, **others}, num_warps, capability)
-    compile_kernel(residual_norm.residual_norm_sum_kernel, {"CHANNELS": 320, "BLOCK": 64, "ROWS": 8}, 2, capability)
+    compile_kernel(
+        residual_norm.residual_norm_sum_kernel, {"CHANNELS": 320, "BLOCK": 64, "ROWS": 8, "SUMS": 4}, 2, capability
+    )
 
 
 def compile_gated_norm(capability: int) -> None:

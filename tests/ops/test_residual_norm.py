@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from lamamba.ops.backend import Backend
-from lamamba.ops.residual_norm import add_gated, layer_norm, residual_norm
+from lamamba.ops.residual_norm import Residual, add_gated, layer_norm, residual_norm
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 Shape = tuple[int, int, int, int]
 Inputs = dict[str, Tensor]
-EVERYTHING = ("branch", "gate", "weight", "bias", "shift", "scale")
-WITHOUT_RESIDUAL = EVERYTHING[2:]
+EVERYTHING = ("branch", "gate", "branch_bias", "weight", "bias", "shift", "scale")
+WITHOUT_RESIDUAL = EVERYTHING[3:]
 
 
 def make_inputs(shape: Shape, names: tuple[str, ...] = EVERYTHING) -> Inputs:
@@ -32,17 +32,18 @@ def make_inputs(shape: Shape, names: tuple[str, ...] = EVERYTHING) -> Inputs:
 
     inputs = {"x": 2 * draw(*shape) + 0.5, "branch": draw(*shape), "weight": draw(channels), "bias": draw(channels)}
     inputs |= zip(("shift", "scale", "gate"), draw(batch, 3, channels).unbind(1), strict=True)
+    inputs["branch_bias"] = draw(channels)
     return {name: tensor for name, tensor in inputs.items() if name in ("x", *names)}
 
 
 def run(inputs: Inputs, backend: Backend, dtype: torch.dtype | None = None, norm: bool = True) -> dict[str, Tensor]:
-    residual = (inputs["branch"], inputs["gate"]) if "branch" in inputs else None
+    residual = Residual(inputs["branch"], inputs["gate"], inputs.get("branch_bias")) if "branch" in inputs else None
     modulation = (inputs["shift"], inputs["scale"]) if "shift" in inputs else None
     options = {"weight": inputs.get("weight"), "bias": inputs.get("bias"), "modulation": modulation, "dtype": dtype}
     if residual is None:
         return {"normed": layer_norm(inputs["x"], **options, backend=backend)}
     if not norm:
-        return {"x_new": add_gated(inputs["x"], *residual, backend=backend)}
+        return {"x_new": add_gated(inputs["x"], residual, backend=backend)}
     x_new, normed = residual_norm(inputs["x"], residual, **options, backend=backend)
     return {"x_new": x_new, "normed": normed}
 
@@ -66,7 +67,7 @@ def relative_error(value: Tensor, wanted: Tensor) -> float:
 
 def check(inputs: Inputs, stream: torch.dtype, others: torch.dtype, norm: bool = True) -> None:
     """At most twice the error of the plain version in the same dtypes, and half a unit in the last place."""
-    dtypes = {"x": stream, "weight": torch.float32, "bias": torch.float32}
+    dtypes = {"x": stream} | dict.fromkeys(("weight", "bias", "branch_bias"), torch.float32)
     inputs = {name: tensor.to(dtypes.get(name, others)) for name, tensor in inputs.items()}
     exact = outputs_and_gradients({name: tensor.double() for name, tensor in inputs.items()}, "pytorch", norm=norm)
     plain = outputs_and_gradients(inputs, "pytorch", others, norm)
@@ -96,7 +97,8 @@ def test_kernels_agree_with_float64(case: str) -> None:
 
 
 AFFINE = ((), ("weight",), ("bias",), ("weight", "bias"))
-COMBINATIONS = list(itertools.product(((), ("branch", "gate")), AFFINE, ((), ("shift", "scale"))))
+RESIDUALS = (("branch", "gate"), ("branch", "gate", "branch_bias"))
+COMBINATIONS = list(itertools.product(((), *RESIDUALS), AFFINE, ((), ("shift", "scale"))))
 
 
 @pytest.mark.parametrize("names", [sum(names, ()) for names in COMBINATIONS], ids=" ".join)
@@ -104,8 +106,9 @@ def test_every_combination_agrees_with_float64(names: tuple[str, ...]) -> None:
     check(make_inputs((2, 3, 5, 20), names), torch.float32, torch.float32)
 
 
-def test_residual_alone_agrees_with_float64() -> None:
-    check(make_inputs((2, 3, 5, 20), ("branch", "gate")), torch.float32, torch.float32, norm=False)
+@pytest.mark.parametrize("names", RESIDUALS, ids=" ".join)
+def test_residual_alone_agrees_with_float64(names: tuple[str, ...]) -> None:
+    check(make_inputs((2, 3, 5, 20), names), torch.float32, torch.float32, norm=False)
 
 
 @pytest.mark.parametrize("others", [torch.float32, torch.float16])
@@ -150,8 +153,8 @@ def test_the_plain_version_is_residual_norm_and_modulation() -> None:
         return tuple(run(dict(zip(leaves, tensors, strict=True)), "pytorch").values())
 
     assert torch.autograd.gradcheck(in_order, list(leaves.values()))
-    x, branch, gate, weight, bias, shift, scale = (inputs[name] for name in ("x", *EVERYTHING))
-    x_new = x + gate[:, None, None] * branch
+    x, branch, gate, branch_bias, weight, bias, shift, scale = (inputs[name] for name in ("x", *EVERYTHING))
+    x_new = x + gate[:, None, None] * (branch + branch_bias)
     normed = torch.nn.functional.layer_norm(x_new, (4,), weight, bias)
     normed = normed * (1 + scale[:, None, None]) + shift[:, None, None]
     for ours, wanted in zip(in_order(*inputs.values()), (x_new, normed), strict=True):
@@ -227,6 +230,14 @@ def test_a_large_mean_costs_no_digits() -> None:
         assert relative_error(value, wanted[name]) < 2e-4, name  # the mean itself is off by 1e-4 of the deviation
 
 
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
+def test_a_bias_of_zeros_changes_nothing(norm: bool) -> None:
+    inputs = {name: tensor.float() for name, tensor in make_inputs((2, 3, 5, 20), RESIDUALS[0]).items()}
+    wanted = outputs_and_gradients(inputs, "triton", norm=norm)
+    ours = outputs_and_gradients({**inputs, "branch_bias": torch.zeros(20, device=DEVICE)}, "triton", norm=norm)
+    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+
+
 def test_autocast_rounds_nothing() -> None:
     inputs = {name: tensor.float() for name, tensor in make_inputs((1, 4, 4, 8)).items()}
     wanted = outputs_and_gradients(inputs, "triton")
@@ -236,10 +247,10 @@ def test_autocast_rounds_nothing() -> None:
 
 
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
-@pytest.mark.parametrize("names", [EVERYTHING, WITHOUT_RESIDUAL, ("branch", "gate")], ids=len)
+@pytest.mark.parametrize("names", [EVERYTHING, WITHOUT_RESIDUAL, *RESIDUALS], ids=len)
 def test_compiles_as_one_graph(names: tuple[str, ...], norm: bool) -> None:
     inputs = {name: tensor.float().requires_grad_() for name, tensor in make_inputs((2, 4, 4, 8), names).items()}
-    if not norm and len(names) != 2:
+    if not norm and names not in RESIDUALS:
         pytest.skip("nothing but the residual takes part without the norm")
 
     def loss(inputs: Inputs) -> Tensor:
@@ -255,19 +266,21 @@ def test_compiles_as_one_graph(names: tuple[str, ...], norm: bool) -> None:
 
 def test_what_cannot_be_is_an_error_that_says_why() -> None:
     inputs = make_inputs((2, 4, 4, 8))
-    x, residual = inputs["x"], (inputs["branch"], inputs["gate"])
+    x, residual = inputs["x"], Residual(inputs["branch"], inputs["gate"])
     with pytest.raises(ValueError, match=r"residual_norm: .* do not take torch\.float64: use float32"):
         residual_norm(x, residual, backend="triton")
     with pytest.raises(ValueError, match=r"layer_norm: .* do not take torch\.float64: use float32"):
         layer_norm(x, backend="triton")
     with pytest.raises(ValueError, match=r"add_gated: .* do not take torch\.float64: use float32"):
-        add_gated(x, *residual, backend="triton")
+        add_gated(x, residual, backend="triton")
     with pytest.raises(ValueError, match=r"layer_norm: x is \(4, 4, 8\): give \(b, h, w, c\)"):
         layer_norm(x[0])
     with pytest.raises(ValueError, match=r"branch is \(2, 4, 3, 8\): with x \(2, 4, 4, 8\) it must be \(2, 4, 4, 8\)"):
-        add_gated(x, residual[0][:, :, 1:], residual[1])
+        add_gated(x, residual._replace(branch=residual.branch[:, :, 1:]))
     with pytest.raises(ValueError, match=r"gate is \(1, 8\): with x \(2, 4, 4, 8\) it must be \(2, 8\)"):
-        residual_norm(x, (residual[0], residual[1][:1]))
+        residual_norm(x, residual._replace(gate=residual.gate[:1]))
+    with pytest.raises(ValueError, match=r"bias of the branch is \(7,\): with x \(2, 4, 4, 8\) it must be \(8,\)"):
+        residual_norm(x, residual._replace(bias=inputs["branch_bias"][1:]))
     with pytest.raises(ValueError, match=r"scale is \(2, 7\): with x \(2, 4, 4, 8\) it must be \(2, 8\)"):
         layer_norm(x, modulation=(inputs["shift"], inputs["scale"][:, 1:]))
     with pytest.raises(ValueError, match=r"bias is \(7,\): with x \(2, 4, 4, 8\) it must be \(8,\)"):
@@ -283,7 +296,7 @@ def test_kernels_compile_without_a_gpu(capability: int) -> None:
         [sys.executable, script, "residual_norm", str(capability)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("compiled") == 5
+    assert done.stdout.count("compiled") == 7
 
 
 # On a GPU only: real sizes, and arithmetic that the interpreter does not have.

@@ -3,18 +3,34 @@
 `reference.py` is the meaning and runs on any device; `kernels.py` and `triton.py` are the version for GPUs.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from lamamba.ops.backend import Backend, choose_kernels
 from lamamba.ops.residual_norm.reference import add_gated_reference, layer_norm_reference
 
-__all__ = ["add_gated", "layer_norm", "residual_norm"]
+__all__ = ["Residual", "add_gated", "layer_norm", "residual_norm"]
+
+
+class Residual(NamedTuple):
+    """What a branch leaves to be added to the stream: gate (branch + bias).
+
+    The bias is that of the branch's last layer, left out of the layer: here its gradient needs no pass of its own.
+    """
+
+    branch: Tensor
+    """(b, h, w, c)."""
+    gate: Tensor
+    """(b, c); it may be part of a larger tensor."""
+    bias: Tensor | None = None
+    """(c,), or None for 0."""
 
 
 def residual_norm(
     x: Tensor,
-    residual: tuple[Tensor, Tensor],
+    residual: Residual,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     modulation: tuple[Tensor, Tensor] | None = None,
@@ -24,15 +40,15 @@ def residual_norm(
 ) -> tuple[Tensor, Tensor]:
     """Add a gated branch to the stream, and normalize the sum for the next branch.
 
-        x_new = x + gate branch
+        x_new = x + gate (branch + bias of the branch)
         normed = (weight xhat + bias) (1 + scale) + shift,   xhat = (x_new - mean) / sqrt(variance + eps) over channels
 
     Args:
         x: (b, h, w, c) the stream.
-        residual: branch, (b, h, w, c), and gate, (b, c).
+        residual: the branch, its gate and its bias.
         weight: (c,), or None for 1.
         bias: (c,), or None for 0.
-        modulation: shift and scale, each (b, c); None for 0. Like gate they may be parts of a larger tensor.
+        modulation: shift and scale, each (b, c); None for 0. Like the gate they may be parts of a larger tensor.
         eps: positive.
         dtype: of `normed`, what the next branch takes; None is that of x.
         backend: see `lamamba.ops.backend`.
@@ -70,38 +86,39 @@ def layer_norm(
         from lamamba.ops.residual_norm.triton import residual_norm_triton
 
         _, normed = residual_norm_triton(
-            x, None, None, weight, bias, *(modulation or (None, None)), eps, dtype or x.dtype
+            x, None, None, None, weight, bias, *(modulation or (None, None)), eps, dtype or x.dtype
         )
         return normed
     return layer_norm_reference(x, weight, bias, modulation, eps, dtype or x.dtype)
 
 
-def add_gated(x: Tensor, branch: Tensor, gate: Tensor, backend: Backend = "auto") -> Tensor:
+def add_gated(x: Tensor, residual: Residual, backend: Backend = "auto") -> Tensor:
     """Add a gated branch, where no norm follows: the first half of `residual_norm`."""
-    _check("add_gated", x, (branch, gate), (), None)
+    _check("add_gated", x, residual, (), None)
     if choose_kernels("add_gated", x, backend):
         from lamamba.ops.residual_norm.triton import residual_norm_triton
 
-        x_new, _ = residual_norm_triton(x, branch, gate, None, None, None, None, 0.0, None)
+        x_new, _ = residual_norm_triton(x, *residual, None, None, None, None, 0.0, None)
         return x_new
-    return add_gated_reference(x, branch, gate)
+    return add_gated_reference(x, *residual)
 
 
 def _check(
     operation: str,
     x: Tensor,
-    residual: tuple[Tensor, Tensor] | None,
+    residual: Residual | None,
     affine: tuple[Tensor | None, ...],
     modulation: tuple[Tensor, Tensor] | None,
 ) -> None:
     if x.ndim != 4 or 0 in x.shape:
         raise ValueError(f"{operation}: x is {tuple(x.shape)}: give (b, h, w, c)")
     batch, _, _, channels = x.shape
-    branch, gate = residual or (None, None)
+    branch, gate, branch_bias = residual or (None, None, None)
     shift, scale = modulation or (None, None)
     wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {"branch": (branch, x.shape)}
     for name, tensor in (("gate", gate), ("shift", shift), ("scale", scale)):
         wanted[name] = tensor, (batch, channels)
+    wanted["bias of the branch"] = branch_bias, (channels,)
     for name, tensor in zip(("weight", "bias"), affine, strict=False):
         wanted[name] = tensor, (channels,)
     for name, (tensor, shape) in wanted.items():

@@ -66,7 +66,7 @@ def _load_offset(p_bias, p_shift, p_scale, CHANNELS: tl.constexpr, PIECE: tl.con
 
 @triton.jit(do_not_specialize=["num_pixels", "pixels_per_program"])
 def residual_norm_forward_kernel(
-    p_x, p_branch, p_gate, p_weight, p_bias, p_shift, p_scale, p_x_new, p_normed,
+    p_x, p_branch, p_gate, p_branch_bias, p_weight, p_bias, p_shift, p_scale, p_x_new, p_normed,
     gate_stride, shift_stride, scale_stride, eps, num_pixels, pixels_per_program,
     CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -80,6 +80,8 @@ def residual_norm_forward_kernel(
         p_shift += image * shift_stride
     if p_branch is not None:
         gate = _load_channels(p_gate + image * gate_stride, CHANNELS, PIECE, PIECES)
+    if p_branch_bias is not None:
+        branch_bias = _load_channels(p_branch_bias, CHANNELS, PIECE, PIECES)
     if p_normed is not None:
         factor = _load_factor(p_weight, p_scale, CHANNELS, PIECE, PIECES)
         offset = _load_offset(p_bias, p_shift, p_scale, CHANNELS, PIECE, PIECES)
@@ -89,6 +91,8 @@ def residual_norm_forward_kernel(
         x = load_rows(p_x + o_first, CHANNELS, m_row, CHANNELS, PIECE, PIECES)
         if p_branch is not None:
             branch = load_rows(p_branch + o_first, CHANNELS, m_row, CHANNELS, PIECE, PIECES)
+            if p_branch_bias is not None:
+                branch = add(branch, branch_bias, PIECES)
             x_new = ()
             for piece in tl.static_range(PIECES):
                 # Rounded as it is kept, so that the backward pass normalizes the same.
@@ -106,12 +110,13 @@ def residual_norm_forward_kernel(
 def residual_norm_backward_kernel(
     p_x_new, p_branch, p_gate, p_weight, p_scale, p_grad_x_new, p_grad_normed, p_grad_x, p_grad_branch, p_sums,
     gate_stride, scale_stride, eps, num_pixels, pixels_per_program,
-    CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
+    SUMS: tl.constexpr, CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Normalize again, and from that compute every gradient; those of channels are summed over the program's pixels.
 
-    The sums, (images, programs of an image, 3, c), are those of the gradient of `normed`, of that times the normalized
-    channels, and of the branch times the gradient of `x_new`. Without the first gradient, that of x is the second.
+    The sums, (images, programs of an image, 3 or 4, c), are those of the gradient of `normed`, of that times the
+    normalized channels, of the branch times the gradient of x, and, for the bias of the branch, of the gradient of x
+    alone. Without the gradient of `normed`, that of x is that of `x_new`.
     """
     image = tl.cast(tl.program_id(0), tl.int64)
     first = tl.program_id(1) * pixels_per_program
@@ -124,6 +129,8 @@ def residual_norm_backward_kernel(
     if p_branch is not None:
         gate = _load_channels(p_gate + image * gate_stride, CHANNELS, PIECE, PIECES)
         sum_branch = zeros(ROWS, PIECE, PIECES)
+    if SUMS == 4:
+        sum_x = zeros(ROWS, PIECE, PIECES)
     for pixel in range(first, end, ROWS):
         m_row = pixel + tl.arange(0, ROWS) < end
         o_first = (image * num_pixels + pixel) * CHANNELS
@@ -148,43 +155,53 @@ def residual_norm_backward_kernel(
         if p_branch is not None:
             sum_branch = add(sum_branch, multiply(branch, grad_x, PIECES), PIECES)
             store_rows(p_grad_branch + o_first, multiply(grad_x, gate, PIECES), m_row, CHANNELS, PIECE, PIECES)
-    p_sums += (image * tl.num_programs(1) + tl.program_id(1)) * 3 * CHANNELS
+        if SUMS == 4:
+            sum_x = add(sum_x, grad_x, PIECES)
+    p_sums += (image * tl.num_programs(1) + tl.program_id(1)) * SUMS * CHANNELS
     if p_grad_normed is not None:
         store_sums(p_sums, sum_grad, CHANNELS, PIECE, PIECES)
         store_sums(p_sums + CHANNELS, sum_product, CHANNELS, PIECE, PIECES)
     if p_branch is not None:
         store_sums(p_sums + 2 * CHANNELS, sum_branch, CHANNELS, PIECE, PIECES)
+    if SUMS == 4:
+        store_sums(p_sums + 3 * CHANNELS, sum_x, CHANNELS, PIECE, PIECES)
 
 
 @triton.jit
-def _sum_programs(p_sums, m_c, num_programs, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
-    """Add up one of the three sums over the programs of an image."""
+def _sum_programs(p_sums, m_c, num_programs, SUMS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
+    """Add up one of the sums over the programs of an image."""
     b_sum = tl.zeros([ROWS, m_c.shape[0]], tl.float32)
     for first in range(0, num_programs, ROWS):
         o_program = first + tl.arange(0, ROWS)[:, None]
         m_sum = (o_program < num_programs) & m_c[None, :]
-        b_sum += tl.load(p_sums[None, :] + o_program * 3 * CHANNELS, mask=m_sum, other=0.0)
+        b_sum += tl.load(p_sums[None, :] + o_program * SUMS * CHANNELS, mask=m_sum, other=0.0)
     return tl.sum(b_sum, axis=0)
 
 
 @triton.jit(do_not_specialize=["num_programs"])
 def residual_norm_sum_kernel(
-    p_sums, p_weight, p_bias, p_scale, p_grad_gate, p_grad_shift, p_grad_scale, p_grad_affine,
-    scale_stride, num_programs,
-    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    p_sums, p_gate, p_branch_bias, p_weight, p_bias, p_scale,
+    p_grad_gate, p_grad_branch_bias, p_grad_shift, p_grad_scale, p_grad_affine,
+    gate_stride, scale_stride, part_stride, num_programs,
+    SUMS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Make gradients of the sums: of gate, shift and scale, and each image's part of those of weight and bias."""
+    """Make gradients of the sums: of gate, shift and scale, and each image's part of those of weight and biases."""
     image = tl.cast(tl.program_id(0), tl.int64)
     o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_c = o_c < CHANNELS
-    p_sums += image * num_programs * 3 * CHANNELS + o_c
+    p_sums += image * num_programs * SUMS * CHANNELS + o_c
     o_image = image * CHANNELS + o_c
     if p_grad_gate is not None:
-        b_branch = _sum_programs(p_sums + 2 * CHANNELS, m_c, num_programs, CHANNELS, ROWS)
+        b_branch = _sum_programs(p_sums + 2 * CHANNELS, m_c, num_programs, SUMS, CHANNELS, ROWS)
+        if p_branch_bias is not None:
+            b_x = _sum_programs(p_sums + 3 * CHANNELS, m_c, num_programs, SUMS, CHANNELS, ROWS)
+            b_gate = tl.load(p_gate + image * gate_stride + o_c, mask=m_c, other=0.0).to(tl.float32)
+            tl.store(p_grad_branch_bias + image * part_stride + o_c, b_gate * b_x, mask=m_c)
+            b_branch += b_x * tl.load(p_branch_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
         tl.store(p_grad_gate + o_image, b_branch.to(p_grad_gate.dtype.element_ty), mask=m_c)
     if p_grad_affine is not None:
-        b_grad = _sum_programs(p_sums, m_c, num_programs, CHANNELS, ROWS)
-        b_product = _sum_programs(p_sums + CHANNELS, m_c, num_programs, CHANNELS, ROWS)
+        b_grad = _sum_programs(p_sums, m_c, num_programs, SUMS, CHANNELS, ROWS)
+        b_product = _sum_programs(p_sums + CHANNELS, m_c, num_programs, SUMS, CHANNELS, ROWS)
         if p_grad_shift is not None:
             tl.store(p_grad_shift + o_image, b_grad.to(p_grad_shift.dtype.element_ty), mask=m_c)
         b_factor = tl.full([BLOCK], 1.0, tl.float32)
@@ -196,6 +213,6 @@ def residual_norm_sum_kernel(
                 b_grad_scale += b_grad * tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
             tl.store(p_grad_scale + o_image, b_grad_scale.to(p_grad_scale.dtype.element_ty), mask=m_c)
             b_factor += tl.load(p_scale + image * scale_stride + o_c, mask=m_c, other=0.0).to(tl.float32)
-        p_grad_affine += image * 2 * CHANNELS + o_c
+        p_grad_affine += image * part_stride + o_c
         tl.store(p_grad_affine, b_factor * b_product, mask=m_c)
         tl.store(p_grad_affine + CHANNELS, b_factor * b_grad, mask=m_c)

@@ -5,9 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def add_gated_reference(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """Compute x + gate branch; arguments as in `lamamba.ops.residual_norm`."""
-    return torch.addcmul(x, gate.to(x.dtype)[:, None, None], branch.to(x.dtype))
+def add_gated_reference(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute x + gate (branch + bias); arguments as in `lamamba.ops.residual_norm`."""
+    branch = branch.to(x.dtype)
+    if bias is not None:
+        branch = branch + bias.to(x.dtype)
+    return torch.addcmul(x, gate.to(x.dtype)[:, None, None], branch)
 
 
 def layer_norm_reference(

@@ -13,7 +13,7 @@ from lamamba.ops.residual_norm.kernels import (
 )
 from lamamba.ops.rows import cut_rows
 
-# Enough to keep a large GPU busy: with fewer images than this, they are cut. Backwards each program leaves three sums.
+# Enough to keep a large GPU busy: with fewer images than this, they are cut. Backwards each program leaves its sums.
 FORWARD_WARPS, BACKWARD_WARPS = 4096, 2048
 SUM_BLOCK, SUM_ROWS = 64, 8
 
@@ -56,15 +56,17 @@ def _empty_like(tensor: Tensor | None, x: Tensor) -> Tensor:
 
 @torch.library.custom_op("lamamba::residual_norm", mutates_args=())
 def residual_norm_triton(
-    x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    shift: Tensor | None, scale: Tensor | None, eps: float, dtype: torch.dtype | None,
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, branch_bias: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    eps: float, dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run the kernels forwards; arguments as in `lamamba.ops.residual_norm`, but no dtype is no norm.
 
     Returns:
         x_new, empty without a branch (x is x_new then), and normed, empty without a norm.
     """
-    x, branch, weight, bias = x.contiguous(), _dense(branch), _dense(weight), _dense(bias)
+    x = x.contiguous()
+    branch, branch_bias, weight, bias = (_dense(tensor) for tensor in (branch, branch_bias, weight, bias))
     gate, gate_stride = _readable(gate)
     shift, shift_stride = _readable(shift)
     scale, scale_stride = _readable(scale)
@@ -72,7 +74,7 @@ def residual_norm_triton(
     launch = _launch(x, FORWARD_WARPS)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         residual_norm_forward_kernel[launch.grid](
-            x, branch, gate, weight, bias, shift, scale,
+            x, branch, gate, branch_bias, weight, bias, shift, scale,
             None if branch is None else x_new, None if dtype is None else normed,
             gate_stride, shift_stride, scale_stride, eps, launch.num_pixels, launch.pixels_per_program,
             **launch.constants,
@@ -87,8 +89,9 @@ def _results(x: Tensor, branch: Tensor | None, dtype: torch.dtype | None) -> tup
 
 @residual_norm_triton.register_fake
 def _(
-    x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    shift: Tensor | None, scale: Tensor | None, eps: float, dtype: torch.dtype | None,
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, branch_bias: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    eps: float, dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _results(x, branch, dtype)
 
@@ -96,95 +99,107 @@ def _(
 @torch.library.custom_op("lamamba::residual_norm_backward", mutates_args=())
 def _backward(
     grad_x_new: Tensor | None, grad_normed: Tensor | None, x_new: Tensor | None,
-    branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    shift: Tensor | None, scale: Tensor | None, eps: float,
+    branch: Tensor | None, gate: Tensor | None, branch_bias: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the kernels backwards, with at least one gradient.
 
     Returns:
-        The gradients of x, branch, gate, weight and bias together, (2, c) float32, shift and scale. Those that the
-        gradient of normed alone would make are empty without it; then that of x is that of x_new.
+        The gradients of x, branch, gate, shift, scale, and, together, (p, c) float32, of weight and bias and then that
+        of the branch's bias, if it has one. Those that the gradient of normed alone would make are empty, or not among
+        the p, without it; then that of x is that of x_new.
     """
-    grad_x_new, grad_normed, x_new, branch, weight, bias = (
-        _dense(tensor) for tensor in (grad_x_new, grad_normed, x_new, branch, weight, bias)
+    grad_x_new, grad_normed, x_new, branch, branch_bias, weight, bias = (
+        _dense(tensor) for tensor in (grad_x_new, grad_normed, x_new, branch, branch_bias, weight, bias)
     )
     gate, gate_stride = _readable(gate)
     scale, scale_stride = _readable(scale)
-    results = _gradients(grad_x_new, grad_normed, x_new, branch, gate, shift, scale)
+    results = _gradients(grad_x_new, grad_normed, x_new, branch, gate, branch_bias, shift, scale)
     like = grad_normed if grad_x_new is None else grad_x_new
     assert like is not None
     batch, _, _, channels = like.shape
     launch = _launch(like, BACKWARD_WARPS)
-    sums = like.new_empty(*launch.grid, 3, channels, dtype=torch.float32)
-    grad_affine = None if grad_normed is None else sums.new_empty(batch, 2, channels)
-    grad_x, grad_branch, grad_gate, _, grad_shift, grad_scale = (
+    num_sums = 3 if branch_bias is None else 4
+    sums = like.new_empty(*launch.grid, num_sums, channels, dtype=torch.float32)
+    grad_x, grad_branch, grad_gate, grad_shift, grad_scale, _ = (
         None if tensor.numel() == 0 else tensor for tensor in results
     )
+    of_parameters = results[-1]
+    of_images = of_parameters.new_empty(batch, *of_parameters.shape)
+    grad_affine = None if grad_normed is None else of_images[:, :2]
+    grad_branch_bias = None if branch_bias is None else of_images[:, -1]
     with torch.cuda.device_of(like):
         residual_norm_backward_kernel[launch.grid](
             x_new, branch, gate, weight, scale, grad_x_new, grad_normed, grad_x, grad_branch, sums,
-            gate_stride, scale_stride, eps, launch.num_pixels, launch.pixels_per_program, **launch.constants,
+            gate_stride, scale_stride, eps, launch.num_pixels, launch.pixels_per_program,
+            SUMS=num_sums, **launch.constants,
         )  # fmt: skip
         residual_norm_sum_kernel[(batch, triton.cdiv(channels, SUM_BLOCK))](
-            sums, weight, bias, scale, grad_gate, grad_shift, grad_scale, grad_affine, scale_stride, launch.grid[1],
-            CHANNELS=channels, BLOCK=SUM_BLOCK, ROWS=SUM_ROWS, num_warps=2,
+            sums, gate, branch_bias, weight, bias, scale,
+            grad_gate, grad_branch_bias, grad_shift, grad_scale, grad_affine,
+            gate_stride, scale_stride, of_images.stride(0), launch.grid[1],
+            SUMS=num_sums, CHANNELS=channels, BLOCK=SUM_BLOCK, ROWS=SUM_ROWS, num_warps=2,
         )  # fmt: skip
-    if grad_affine is None:
-        return results
-    return (*results[:3], grad_affine.sum(dim=0), *results[4:])
+    torch.sum(of_images, dim=0, out=of_parameters)
+    return results
 
 
 def _gradients(
     grad_x_new: Tensor | None, grad_normed: Tensor | None, x_new: Tensor | None,
-    branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    branch: Tensor | None, gate: Tensor | None, branch_bias: Tensor | None,
+    shift: Tensor | None, scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Give memory for what the backward pass returns."""
     like = grad_normed if grad_x_new is None else grad_x_new
     assert like is not None
     without_norm = grad_normed is None
+    num_parameters = (0 if without_norm else 2) + (0 if branch_bias is None else 1)
     return (
         _empty_like(None if without_norm else x_new, like),
         _empty_like(branch, like),
         _empty_like(gate, like),
-        like.new_empty(0 if without_norm else (2, like.shape[3]), dtype=torch.float32),
         _empty_like(None if without_norm else shift, like),
         _empty_like(None if without_norm else scale, like),
+        like.new_empty(num_parameters, like.shape[3], dtype=torch.float32),
     )
 
 
 @_backward.register_fake
 def _(
     grad_x_new: Tensor | None, grad_normed: Tensor | None, x_new: Tensor | None,
-    branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    shift: Tensor | None, scale: Tensor | None, eps: float,
+    branch: Tensor | None, gate: Tensor | None, branch_bias: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _gradients(grad_x_new, grad_normed, x_new, branch, gate, shift, scale)
+    return _gradients(grad_x_new, grad_normed, x_new, branch, gate, branch_bias, shift, scale)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, branch, gate, weight, bias, shift, scale, ctx.eps, dtype = inputs
+    x, branch, gate, branch_bias, weight, bias, shift, scale, ctx.eps, dtype = inputs
     x_new = x if branch is None else output[0]
-    ctx.save_for_backward(None if dtype is None else x_new, branch, gate, weight, bias, shift, scale)
+    ctx.save_for_backward(None if dtype is None else x_new, branch, gate, branch_bias, weight, bias, shift, scale)
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx: Any, grad_x_new: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
-    x_new, branch, gate, weight, bias, shift, scale = ctx.saved_tensors
+    x_new, branch, gate, branch_bias, weight, bias, shift, scale = ctx.saved_tensors
     if x_new is None:
         grad_normed = None  # of a tensor without elements
     if branch is None:
         grad_x_new = None
     if grad_x_new is None and grad_normed is None:  # nothing downstream depends on the results
-        return (None,) * 9
-    grad_x, grad_branch, grad_gate, grad_affine, grad_shift, grad_scale = _backward(
-        grad_x_new, grad_normed, x_new, branch, gate, weight, bias, shift, scale, ctx.eps
+        return (None,) * 10
+    grad_x, grad_branch, grad_gate, grad_shift, grad_scale, of_parameters = _backward(
+        grad_x_new, grad_normed, x_new, branch, gate, branch_bias, weight, bias, shift, scale, ctx.eps
     )
-    of_residual = (None, None) if branch is None else (grad_branch, grad_gate)
+    of_residual: tuple[Tensor | None, ...] = (None, None, None)
+    if branch is not None:
+        grad_bias = None if branch_bias is None else of_parameters[-1].to(branch_bias.dtype)
+        of_residual = (grad_branch, grad_gate, grad_bias)
     if grad_normed is None:
-        return grad_x_new, *of_residual, None, None, None, None, None, None
+        return grad_x_new, *of_residual, *(None,) * 6
     of_affine = (
         None if tensor is None else grad.to(tensor.dtype)
-        for tensor, grad in zip((weight, bias), grad_affine, strict=True)
+        for tensor, grad in zip((weight, bias), of_parameters[:2], strict=True)
     )
     of_modulation = (None if shift is None else grad_shift, None if scale is None else grad_scale)
     return grad_x, *of_residual, *of_affine, *of_modulation, None, None
