@@ -489,10 +489,10 @@ def test_a_compiled_block_equals_eager_forward_and_backward(shifted: bool) -> No
     for forward in (block, compiled):
         block.zero_grad()
         inputs = [x.clone().requires_grad_(), condition.clone().requires_grad_()]
-        out = forward(*inputs)
-        out.square().mean().backward()
+        out, (branch, gate) = forward(*inputs)
+        (out.square().mean() + (branch * gate[:, None, None]).square().mean()).backward()
         gradients = {name: parameter.grad.clone() for name, parameter in block.named_parameters()}
-        results.append({"out": out, "x": inputs[0].grad, "condition": inputs[1].grad, **gradients})
+        results.append({"out": out, "branch": branch, "x": inputs[0].grad, "condition": inputs[1].grad, **gradients})
     torch.compiler.reset()
     for name, wanted in results[0].items():
         assert relative_error(results[1][name], wanted) < 1e-5, name

@@ -29,6 +29,15 @@ def test_auto_takes_the_kernels_on_cuda_where_they_fit() -> None:
     assert not backend.choose_kernels("operation", torch.ones(1), "auto")
 
 
+def test_what_is_left_to_choose_can_be_chosen_for_all() -> None:
+    with backend.use_backend("pytorch"):
+        assert not backend.choose_kernels("operation", on_cuda(), "auto")
+        assert backend.choose_kernels("operation", on_cuda(), "triton")
+        with backend.use_backend("triton"), pytest.raises(ValueError, match=r"do not take torch\.int64"):
+            backend.choose_kernels("operation", on_cuda(torch.int64), "auto")
+    assert backend.choose_kernels("operation", on_cuda(), "auto")
+
+
 def test_auto_without_triton_warns_once_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.warns(RuntimeWarning, match="triton is not installed: lamamba runs without its kernels"):

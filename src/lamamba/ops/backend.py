@@ -2,6 +2,8 @@
 
 import importlib.util
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Literal
 
@@ -9,6 +11,19 @@ import torch
 from torch import Tensor
 
 Backend = Literal["auto", "triton", "pytorch"]
+
+_left_to_choose: Backend = "auto"
+
+
+@contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Run every operation whose backend is "auto" by this one instead, as long as the context lasts."""
+    global _left_to_choose
+    before, _left_to_choose = _left_to_choose, backend
+    try:
+        yield
+    finally:
+        _left_to_choose = before
 
 
 def choose_kernels(operation: str, x: Tensor, backend: Backend, limit: str = "") -> bool:
@@ -24,6 +39,7 @@ def choose_kernels(operation: str, x: Tensor, backend: Backend, limit: str = "")
     Raises:
         ValueError: the kernels are insisted on and cannot run; the message says why and what helps.
     """
+    backend = _left_to_choose if backend == "auto" else backend
     if backend == "pytorch":
         return False
     if backend == "auto" and not (x.is_cuda and x.dtype != torch.float64 and not limit and _has_triton()):
