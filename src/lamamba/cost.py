@@ -33,6 +33,15 @@ def _scan_flops(u_shape: Any, delta_shape: Any, A_shape: Any, *arguments: Any, *
     return int(2 * b * k * l * d * (4 * A_shape[2] + 2))
 
 
+@register_flop_formula(torch.ops.lamamba.scan_grid_cpu)
+def _scan_grid_flops(
+    x_shape: Any, low_shape: Any, weight_shape: Any, bias_shape: Any, A_shape: Any, *arguments: Any, **options: Any
+) -> int:
+    (b, h, w, e), (paths, _, rank) = x_shape, weight_shape
+    expansion = 2 * b * paths * h * w * e * rank
+    return expansion + _scan_flops((b, paths, h * w, e), None, A_shape)
+
+
 @register_flop_formula(torch.ops.lamamba.window_attention_cpu)
 def _attention_flops(
     qkv_shape: Any, bias_shape: Any, num_heads: int, window_size: int, shifted: bool, *arguments: Any, **options: Any
