@@ -16,7 +16,8 @@ from lamamba import train as training
 from lamamba.checkpoint import checkpoints_in, load_checkpoint
 from lamamba.cli import main, read_train_config
 from lamamba.config import PRESETS, TrainConfig
-from lamamba.errors import LamambaError
+from lamamba.diffusion import Diffusion
+from lamamba.errors import ConfigError, LamambaError
 
 TINY = [
     *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
@@ -123,8 +124,8 @@ def test_an_infinite_loss_stops_the_run_and_names_the_last_checkpoint(
         terms = real(*arguments, **options)
         return {name: value * (float("nan") if calls > 2 else 1) for name, value in terms.items()}
 
-    real = module.training_losses
-    monkeypatch.setattr(module, "training_losses", losses_that_break)
+    real = Diffusion.losses
+    monkeypatch.setattr(Diffusion, "losses", losses_that_break)
     from lamamba.cli import _parse, _train_defaults
     from lamamba.config import TrainConfig
 
@@ -198,11 +199,10 @@ def test_the_average_follows_its_formula(tmp_path: Path) -> None:
 
 
 def test_a_batch_in_parts_is_one_step_with_the_same_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def losses_without_chance(objective: Any, denoiser: Any, x_0: Any, y: Any, **_: Any) -> dict[str, torch.Tensor]:
-        out = denoiser(x_0, torch.full((len(x_0),), 500), y)
-        return {"loss": (out - x_0).square().flatten(1).mean(1)}
+    def draw_nothing(objective: Any, x_0: Any, y: Any, **_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return torch.full((len(x_0),), 500), y, torch.ones_like(x_0)
 
-    monkeypatch.setattr(training, "training_losses", losses_without_chance)
+    monkeypatch.setattr(training, "draw_noise", draw_nothing)
     whole, parts = (make_trainer(tmp_path, accumulate=accumulate, max_grad_norm=0.0) for accumulate in (1, 4))
     images, labels = next(whole.batches())
     terms = [trainer.take_step(images, labels) for trainer in (whole, parts)]
@@ -226,13 +226,18 @@ def test_compiling_is_announced_and_changes_nothing(
 ) -> None:
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
-    train(tmp_path / "compiled", "--num-images", "12", "--compile", "True")
+    train(tmp_path / "compiled", "--num-images", "12", "--compile")
     assert len(compiled) == 1
-    assert capsys.readouterr().out.count("compiling the network") == 1
+    assert capsys.readouterr().out.count("preparing the first step, which takes some minutes") == 1
     train(tmp_path / "eager", "--num-images", "12")
     assert len(compiled) == 1
-    assert "compiling the network" not in capsys.readouterr().out
+    assert "preparing" not in capsys.readouterr().out
     assert same(weights(tmp_path / "compiled"), weights(tmp_path / "eager"))
+
+
+def test_a_cuda_graph_without_cuda_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cuda_graph needs a GPU that CUDA runs on, the device is cpu: leave it out"):
+        make_trainer(tmp_path, cuda_graph=True)
 
 
 def test_a_run_neither_uses_nor_disturbs_the_global_generator(tmp_path: Path) -> None:

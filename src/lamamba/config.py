@@ -208,8 +208,10 @@ class TrainConfig:
     """Of the averaged weights, per step; starts lower, so that short runs average too."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """Of the network's arithmetic; auto is bf16 on GPUs that have it. Weights are always float32."""
-    compile: bool | None = None
-    """torch.compile the network; the default is yes on CUDA."""
+    cuda_graph: bool | None = None
+    """Launch a whole step's kernels at once, so that the GPU never waits for Python; the default is yes on CUDA."""
+    compile: bool = False
+    """torch.compile the network too; the first step then takes minutes."""
     gradient_checkpointing: bool = False
     """Keep fewer activations and compute them twice."""
     seed: int = 0

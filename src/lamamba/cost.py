@@ -10,11 +10,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-import lamamba.ops.selective_scan  # noqa: F401 - registers the operation counted below
+import lamamba.ops.selective_scan
+import lamamba.ops.window_attention  # noqa: F401 - both register operations counted below
 from lamamba.checkpoint import find_checkpoint, load_checkpoint
 from lamamba.config import PRESETS, InfoConfig
 from lamamba.errors import ConfigError
 from lamamba.model import Block, LaMambaDiff
+from lamamba.ops.window_attention.geometry import Windows
 
 WHAT_IS_COUNTED = (
     "Multiply-adds of linear layers, convolutions, attention (logits and sums, whole windows) and the scan (per step "
@@ -29,6 +31,24 @@ WHAT_IS_COUNTED = (
 def _scan_flops(u_shape: Any, delta_shape: Any, A_shape: Any, *arguments: Any, **options: Any) -> int:
     b, k, l, d = u_shape
     return int(2 * b * k * l * d * (4 * A_shape[2] + 2))
+
+
+@register_flop_formula(torch.ops.lamamba.scan_grid_cpu)
+def _scan_grid_flops(
+    x_shape: Any, low_shape: Any, weight_shape: Any, bias_shape: Any, A_shape: Any, *arguments: Any, **options: Any
+) -> int:
+    (b, h, w, e), (paths, _, rank) = x_shape, weight_shape
+    expansion = 2 * b * paths * h * w * e * rank
+    return expansion + _scan_flops((b, paths, h * w, e), None, A_shape)
+
+
+@register_flop_formula(torch.ops.lamamba.window_attention_cpu)
+def _attention_flops(
+    qkv_shape: Any, bias_shape: Any, num_heads: int, window_size: int, shifted: bool, *arguments: Any, **options: Any
+) -> int:
+    b, h, w, channels = qkv_shape
+    windows = Windows.of(h, w, window_size, shifted)
+    return int(2 * 2 * b * windows.number * (windows.side_y * windows.side_x) ** 2 * channels // 3)
 
 
 def _width(blocks: nn.ModuleList) -> int:

@@ -196,6 +196,25 @@ def _descend(first: float, num_steps: int) -> list[int]:
     return timesteps
 
 
+def draw_noise(
+    objective: Diffusion | FlowMatching,
+    x_0: Tensor,
+    y: Tensor,
+    *,
+    null_label: int,
+    label_dropout: float,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw what is random in a training step: timesteps (b,), labels (b,) some of them dropped, noise (b, c, h, w).
+
+    Arguments as in `training_losses`.
+    """
+    t = objective.draw_timesteps(len(x_0), x_0.device, generator)
+    noise = torch.randn(x_0.shape, device=x_0.device, dtype=x_0.dtype, generator=generator)
+    dropped = torch.rand(len(y), device=y.device, generator=generator) < label_dropout
+    return t, torch.where(dropped, null_label, y), noise
+
+
 def training_losses(
     objective: Diffusion | FlowMatching,
     denoiser: Denoiser,
@@ -220,10 +239,8 @@ def training_losses(
     Returns:
         (b,) each, see `losses` of the objective.
     """
-    t = objective.draw_timesteps(len(x_0), x_0.device, generator)
-    noise = torch.randn(x_0.shape, device=x_0.device, dtype=x_0.dtype, generator=generator)
-    dropped = torch.rand(len(y), device=y.device, generator=generator) < label_dropout
-    return objective.losses(denoiser, x_0, t, torch.where(dropped, null_label, y), noise)
+    t, y, noise = draw_noise(objective, x_0, y, null_label=null_label, label_dropout=label_dropout, generator=generator)
+    return objective.losses(denoiser, x_0, t, y, noise)
 
 
 def guide(

@@ -133,9 +133,9 @@ class TrainingLog:
         self.paused_s += time.perf_counter() - start
 
     @contextmanager
-    def compiling(self) -> Iterator[None]:
+    def first_step(self, minutes: bool) -> Iterator[None]:
         """Say that the first step takes longer than the others, and leave its time out of images/s."""
-        self._print("compiling the network, which takes some minutes (--compile False starts at once, and is slower)")
+        self._print(f"preparing the first step, which takes {'some minutes' if minutes else 'up to a minute'}")
         with self.pause("compile"), warnings.catch_warnings():
             # Advice to allow a rounding that nobody asked for; in bf16 it would change nothing.
             warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")

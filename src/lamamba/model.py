@@ -175,12 +175,13 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         return out
 
     def _run(self, blocks: Iterable[nn.Module], x: Tensor, condition: Tensor) -> Tensor:
+        residual: Residual | None = None
         for block in blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, condition)
+                x, residual = self._gradient_checkpointing_func(block, x, condition, residual)
             else:
-                x = block(x, condition)
-        return x
+                x, residual = block(x, condition, residual)
+        return x if residual is None else add_gated(x, residual)
 
     def _position_embedding(self, height: int, width: int) -> Tensor:
         embedding = self.position_embedding
@@ -286,13 +287,15 @@ class Block(nn.Module):
     def reset_own_parameters(self) -> None:
         nn.init.zeros_(self.modulation.weight)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, residual: Residual | None = None) -> tuple[Tensor, Residual]:
+        """Take x and what the block before has left to add to it, and return both of this block.
+
+        A branch is added where the next one normalizes: the stream is read once for both.
+        """
         modulation = self.modulation(F.silu(self.condition_projection(condition)))
         parts = iter(modulation.unflatten(1, (-1, x.shape[-1])).unbind(1))
-        residual: Residual | None = None
         for branch, norm in self._branches():
             shift_scale, gate = (next(parts), next(parts)), next(parts)
-            # What a branch leaves is added where the next one normalizes: the stream is read once for both.
             if residual is None:
                 normed = normalize(x, norm, shift_scale)
             else:
@@ -301,13 +304,14 @@ class Block(nn.Module):
             out, bias = branch(normed)
             residual = Residual(out, gate, bias)
         assert residual is not None  # a block has an MLP at least
-        return add_gated(x, residual)
+        return x, residual
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Say in which dtype the layers around x work: autocast's, or that of x."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else x.dtype
 
 
 def normalize(x: Tensor, norm: nn.LayerNorm, modulation: tuple[Tensor, Tensor] | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,12 +22,45 @@ from lamamba.checkpoint import (
 )
 from lamamba.config import TrainConfig
 from lamamba.data import NAMED_SOURCES, ImageSource, batches, open_source
-from lamamba.diffusion import OBJECTIVES, training_losses
-from lamamba.errors import CheckpointError, LamambaError
+from lamamba.diffusion import OBJECTIVES, draw_noise
+from lamamba.errors import CheckpointError, ConfigError, LamambaError
 from lamamba.latents import Latents, Space, open_space
 from lamamba.log import TrainingLog
 from lamamba.model import LaMambaDiff
 from lamamba.pipeline import choose_device, make_grid, sample
+
+
+class Captured:
+    """A function of tensors on CUDA as a CUDA graph: recorded at the first call, and from then on launched whole.
+
+    Every call takes tensors of the shapes of the first one, and writes to the same results again: read them before the
+    next. So it is with gradients that the function leaves in parameters.
+    """
+
+    def __init__(self, function: Callable[..., dict[str, Tensor]]) -> None:
+        self.function = function
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        if self.graph is None:
+            self._record(*inputs)
+        assert self.graph is not None
+        torch._foreach_copy_(self.inputs, list(inputs))
+        self.graph.replay()
+        return self.results
+
+    def _record(self, *inputs: Tensor) -> None:
+        self.inputs = [tensor.clone() for tensor in inputs]
+        # Once as usual: kernels are compiled, and libraries allocate what they keep.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.results = self.function(*self.inputs)
+        self.graph = graph
 
 
 class Trainer:
@@ -65,8 +98,11 @@ class Trainer:
             and torch.cuda.is_bf16_supported(including_emulation=False)
         )
         self.autocast = torch.autocast(device.type, torch.bfloat16) if use_bf16 else nullcontext()
-        self.compiles = config.compile if config.compile is not None else device.type == "cuda"
-        self.compiled: Any = torch.compile(self.network) if self.compiles else self.network
+        self.compiled: Any = torch.compile(self.network) if config.compile else self.network
+        captures = config.cuda_graph if config.cuda_graph is not None else device.type == "cuda"
+        if captures and device.type != "cuda":
+            raise ConfigError(f"cuda_graph needs a GPU that CUDA runs on, the device is {device.type}: leave it out")
+        self.find_gradients = Captured(self._find_gradients) if captures else self._find_gradients
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Read on from the first image not yet seen."""
@@ -83,21 +119,26 @@ class Trainer:
         """Step the optimizer once on (b, c, h, w) uint8 images and (b,) labels; returns the means of the loss terms."""
         parts = self.config.accumulate
         terms: dict[str, Tensor] = {}
-        self.optimizer.zero_grad(set_to_none=True)
+        total: list[Tensor] = []
         for part_images, part_labels in zip(images.chunk(parts), labels.chunk(parts), strict=True):
             x_0 = self.space.encode(part_images.to(self.device, non_blocking=True), self.generator)
-            losses = training_losses(
+            t, y, noise = draw_noise(
                 self.objective,
-                self._denoise,
                 x_0,
                 part_labels.to(self.device, non_blocking=True),
                 null_label=self.network.null_label,
                 label_dropout=self.config.network.label_dropout,
                 generator=self.generator,
             )
-            (losses["loss"].mean() / parts).backward()
-            for name, loss in losses.items():
-                terms[name] = terms.get(name, 0) + loss.detach().mean() / parts
+            for name, mean in self.find_gradients(x_0, t, y, noise).items():
+                terms[name] = terms.get(name, 0) + mean / parts
+            gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
+            if parts > 1 and not total:
+                total = [gradient.clone() for gradient in gradients]
+            elif parts > 1:
+                torch._foreach_add_(total, gradients)
+        if total:
+            torch._foreach_copy_(gradients, total)
         limit = self.config.max_grad_norm or math.inf
         terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)
         self.optimizer.step()
@@ -105,6 +146,13 @@ class Trainer:
         self.step += 1
         self._update_average()
         return terms
+
+    def _find_gradients(self, x_0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Leave the gradients of a part of a batch in the parameters; returns the means of the loss terms."""
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self.objective.losses(self._denoise, x_0, t, y, noise)
+        (losses["loss"].mean() / self.config.accumulate).backward()
+        return {name: loss.detach().mean() for name, loss in losses.items()}
 
     def _denoise(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         with self.autocast:
@@ -216,7 +264,8 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, ImageSource, Space, torch
 
 # What may change from one part of a run to the next without changing what it computes up to there.
 _FREE_TO_CHANGE = {
-    "out", "num_images", "device", "compile", "num_workers", "resume", "dry_run", "data_folder", "keep_checkpoints",
+    "out", "num_images", "device", "cuda_graph", "compile", "num_workers", "resume", "dry_run", "data_folder",
+    "keep_checkpoints",
     "log_every", "sample_every", "checkpoint_every", "sample_steps", "sample_guidance",
 }  # fmt: skip
 
@@ -295,7 +344,8 @@ def _run(trainer: Trainer, log: TrainingLog) -> None:
     assert config.checkpoint_every is not None
     reader = trainer.batches() if trainer.images < config.num_images else iter(())
     before = trainer.images
-    first_step: AbstractContextManager[None] = log.compiling() if trainer.compiles else nullcontext()
+    prepares = trainer.device.type == "cuda" or config.compile
+    first_step: AbstractContextManager[None] = log.first_step(config.compile) if prepares else nullcontext()
     for images, labels in reader:
         with first_step:
             terms = trainer.take_step(images, labels)

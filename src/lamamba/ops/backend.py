@@ -1,7 +1,10 @@
-"""Which version of an operation runs: the Triton kernels, or plain PyTorch."""
+"""Which version of an operation runs: the Triton kernels, loops that numba compiles, or plain PyTorch."""
 
+import importlib
 import importlib.util
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Literal
 
@@ -9,6 +12,19 @@ import torch
 from torch import Tensor
 
 Backend = Literal["auto", "triton", "pytorch"]
+
+_left_to_choose: Backend = "auto"
+
+
+@contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Run every operation whose backend is "auto" by this one instead, as long as the context lasts."""
+    global _left_to_choose
+    before, _left_to_choose = _left_to_choose, backend
+    try:
+        yield
+    finally:
+        _left_to_choose = before
 
 
 def choose_kernels(operation: str, x: Tensor, backend: Backend, limit: str = "") -> bool:
@@ -18,12 +34,14 @@ def choose_kernels(operation: str, x: Tensor, backend: Backend, limit: str = "")
         operation: its name, for the error.
         x: what it works on.
         backend: "triton" insists on the kernels, "pytorch" on doing without; "auto" takes the kernels for tensors on
-            CUDA, other than float64, that they fit, and warns once where triton is missing there.
+            CUDA, other than float64, that they fit, and warns once where triton is missing there. On a CPU "auto"
+            takes the loops of operations that have some, see `choose_loops`.
         limit: what keeps the kernels from this call, whatever it works on, and what helps; empty if nothing.
 
     Raises:
         ValueError: the kernels are insisted on and cannot run; the message says why and what helps.
     """
+    backend = _left_to_choose if backend == "auto" else backend
     if backend == "pytorch":
         return False
     if backend == "auto" and not (x.is_cuda and x.dtype != torch.float64 and not limit and _has_triton()):
@@ -31,6 +49,31 @@ def choose_kernels(operation: str, x: Tensor, backend: Backend, limit: str = "")
     obstacle = limit or _obstacle(x.device.type, x.dtype)
     if obstacle:
         raise ValueError(f'{operation}: {obstacle}, or use backend "pytorch"')
+    return True
+
+
+def choose_loops(x: Tensor, backend: Backend) -> bool:
+    """Say whether loops that numba compiles are to run: where it is installed, on a CPU, on anything but float64."""
+    chosen = _left_to_choose if backend == "auto" else backend
+    return chosen == "auto" and x.device.type == "cpu" and x.dtype != torch.float64 and _has_numba()
+
+
+@torch.compiler.assume_constant_result
+def _has_numba() -> bool:
+    return _import_numba()
+
+
+@lru_cache(maxsize=1)
+def _import_numba() -> bool:
+    """Say whether numba can be imported; it refuses versions of NumPy and Python that it does not know."""
+    if importlib.util.find_spec("numba") is None:
+        return False
+    try:
+        importlib.import_module("numba")
+    except ImportError as error:
+        message = f"numba cannot be imported ({error}): lamamba runs without its loops, and slower, on this CPU"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return False
     return True
 
 

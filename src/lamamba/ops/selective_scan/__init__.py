@@ -1,8 +1,8 @@
 """The selective scan: a linear recurrence whose step size, input and output matrices depend on the input.
 
 `selective_scan` is the recurrence along a sequence, `scan_grid` the four scans of a block over a grid of pixels, which
-is what the network calls. `reference.py` is the meaning, `blocked.py` the version that runs on any device, `triton.py`
-the kernels of `scan_grid`; README.md holds the equations of all.
+is what the network calls. `reference.py` is the meaning, `blocked.py` the version that runs on any device, `cpu.py` and
+`triton.py` the compiled loops and the kernels of `scan_grid`; README.md holds the equations of all.
 """
 
 import torch
@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from lamamba.ops.backend import Backend, choose_kernels
+from lamamba.ops.backend import Backend, choose_kernels, choose_loops
 from lamamba.ops.grid import NUM_PATHS, Scan, as_constant, gather_rows, scan_paths, sum_rows
 from lamamba.ops.selective_scan.blocked import selective_scan_blocked
+from lamamba.ops.selective_scan.cpu import scan_grid_cpu
 
 __all__ = ["scan_grid", "selective_scan"]
 
@@ -56,6 +57,10 @@ def scan_grid(
         save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         planes: Tensor = scan_grid_triton(*tensors, scan == "continuous", save)[0]
         return planes
+    if choose_loops(x, backend):
+        floats = (tensor.float() for tensor in (x, low, dt_weight, dt_bias, A, D))
+        y: Tensor = scan_grid_cpu(*floats, scan == "continuous")
+        return y.to(x.dtype)[None]
     return _scan_grid_pytorch(x, low, dt_weight, dt_bias, A, D, scan)
 
 

@@ -92,18 +92,25 @@ def _pixels(
 
 
 @triton.jit
-def _expand_steps(
-    p_low, p_weight, b_bias, o_pixel, m_pixel, o_d, m_d,
-    LOW: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Multiply out a tile's low-rank step sizes and add the bias (1, d), all times log2(e): (16, d)."""
-    b_z = tl.zeros([16, BLOCK], tl.float32)
+def _load_expansion(p_weight, o_d, m_d, RANK: tl.constexpr):
+    """Load the matrix from low-rank step sizes to a block of channels: a tuple of blocks (16, d)."""
+    weights = ()
     for first in tl.static_range(0, RANK, 16):
         o_r = first + tl.arange(0, 16)
         m_r = o_r < RANK
+        weights = weights + (tl.load(p_weight + o_d * RANK + o_r[:, None], mask=m_d & m_r[:, None], other=0.0),)
+    return weights
+
+
+@triton.jit
+def _expand_steps(p_low, weights, b_bias, o_pixel, m_pixel, LOW: tl.constexpr, RANK: tl.constexpr):
+    """Multiply out a tile's low-rank step sizes and add the bias (1, d), all times log2(e): (16, d)."""
+    b_z = tl.zeros([16, b_bias.shape[1]], tl.float32)
+    for block in tl.static_range((RANK + 15) // 16):
+        o_r = 16 * block + tl.arange(0, 16)
+        m_r = o_r < RANK
         b_low = tl.load(p_low + o_pixel[:, None] * LOW + o_r[None, :], mask=m_pixel[:, None] & m_r[None, :], other=0.0)
-        b_weight = tl.load(p_weight + o_d * RANK + o_r[:, None], mask=m_d & m_r[:, None], other=0.0)
-        b_z = tl.dot(b_low, b_weight, b_z, input_precision="ieee")
+        b_z = tl.dot(b_low, weights[block], b_z, input_precision="ieee")
     return b_z * LOG2_E + b_bias * LOG2_E
 
 
@@ -172,7 +179,7 @@ def scan_summary_kernel(
     b_A = tl.load(p_A + o_path * STATES + o_n, mask=m_n & m_d, other=0.0)
     p_u += image * LENGTH * CHANNELS + path.to(tl.int64) * plane
     p_low += image * LENGTH * LOW + path * (RANK + 2 * STATES)
-    p_weight += path * CHANNELS * RANK
+    weights = _load_expansion(p_weight + path * CHANNELS * RANK, o_d, m_d, RANK)
 
     b_h = tl.zeros([STATES_BLOCK, BLOCK], tl.float32)
     b_spent = tl.zeros([1, BLOCK], tl.float32)
@@ -191,7 +198,7 @@ def scan_summary_kernel(
             b_us = b_us + (tl.load(p_u + pixels[step] * CHANNELS + o_d, mask=m_d & m_t, other=0.0),)
             b_weights = b_weights + (tl.load(p_weights + o_n, mask=m_n & m_t, other=0.0),)
         o_pixel = _pixel(o_t, path, HEIGHT, WIDTH, CONTINUOUS)
-        b_z = _expand_steps(p_low, p_weight, b_bias, o_pixel, m_tile, o_d, m_d, LOW, RANK, BLOCK)
+        b_z = _expand_steps(p_low, weights, b_bias, o_pixel, m_tile, LOW, RANK)
         b_delta = _softplus(b_z, PRECISE)
         if not WHOLE:
             b_delta = tl.where(m_tile[:, None], b_delta, 0.0)
@@ -233,7 +240,7 @@ def scan_forward_kernel(
     p_x += image * LENGTH * CHANNELS
     p_y += (path * batch + image) * LENGTH * CHANNELS
     p_low += image * LENGTH * LOW + path * (RANK + 2 * STATES)
-    p_weight += path * CHANNELS * RANK
+    weights = _load_expansion(p_weight + path * CHANNELS * RANK, o_d, m_d, RANK)
 
     # The state that the segments before leave.
     b_h = tl.zeros([STATES_BLOCK, BLOCK], tl.float32)
@@ -260,7 +267,7 @@ def scan_forward_kernel(
             b_Bs = b_Bs + (tl.load(p_BC, mask=m_n & m_t, other=0.0),)
             b_Cs = b_Cs + (tl.load(p_BC + STATES, mask=m_n & m_t, other=0.0),)
         o_pixel = _pixel(o_t, path, HEIGHT, WIDTH, CONTINUOUS)
-        b_z = _expand_steps(p_low, p_weight, b_bias, o_pixel, m_tile, o_d, m_d, LOW, RANK, BLOCK)
+        b_z = _expand_steps(p_low, weights, b_bias, o_pixel, m_tile, LOW, RANK)
         b_delta = _softplus(b_z, PRECISE)
         if not WHOLE:
             b_delta = tl.where(m_tile[:, None], b_delta, 0.0)
@@ -336,7 +343,7 @@ def scan_backward_kernel(
     p_grad_x += (path * batch + image) * LENGTH * CHANNELS
     p_grad_z += (path * batch + image) * LENGTH * CHANNELS
     p_low += image * LENGTH * LOW + path * (RANK + 2 * STATES)
-    p_weight += path * CHANNELS * RANK
+    weights = _load_expansion(p_weight + path * CHANNELS * RANK, o_d, m_d, RANK)
     p_grad_BC += ((tl.program_id(0) * batch + image) * LENGTH * 4 + path) * 2 * STATES
 
     # The gradient that the segments after it leave: always a[t+1] g[t+1] of the step to come.
@@ -366,7 +373,7 @@ def scan_backward_kernel(
             b_xs = b_xs + (tl.load(p_x + o_row, mask=m_d & m_t, other=0.0),)
             b_grad_ys = b_grad_ys + (tl.load(p_grad_y + o_row, mask=m_d & m_t, other=0.0),)
         o_pixel = _pixel(o_t, path, HEIGHT, WIDTH, CONTINUOUS)
-        b_z = _expand_steps(p_low, p_weight, b_bias, o_pixel, m_tile, o_d, m_d, LOW, RANK, BLOCK)
+        b_z = _expand_steps(p_low, weights, b_bias, o_pixel, m_tile, LOW, RANK)
         b_delta = _softplus(b_z, PRECISE)
         if not WHOLE:  # a step of zero changes nothing, and has no gradient either
             b_delta = tl.where(m_tile[:, None], b_delta, 0.0)

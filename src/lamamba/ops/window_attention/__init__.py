@@ -1,11 +1,14 @@
 """Attention among the pixels of a window, with a learned bias for each relative position (Swin, arXiv 2103.14030).
 
-`reference.py` is the meaning and runs on any device; `kernels.py` and `triton.py` are the version for GPUs.
+`reference.py` is the meaning and runs on any device; `cpu.py` is the version for CPUs, `kernels.py` and `triton.py` the
+one for GPUs.
 """
 
+import torch
 from torch import Tensor
 
 from lamamba.ops.backend import Backend, choose_kernels
+from lamamba.ops.window_attention.cpu import window_attention_cpu
 from lamamba.ops.window_attention.reference import window_attention_reference
 
 __all__ = ["window_attention"]
@@ -50,5 +53,8 @@ def window_attention(
         from lamamba.ops.window_attention.triton import window_attention_triton
 
         out: Tensor = window_attention_triton(qkv, bias.float(), num_heads, window_size, shifted)
+        return out
+    if qkv.device.type == "cpu" and qkv.dtype in (torch.float32, torch.float64):
+        out = window_attention_cpu(qkv, bias, num_heads, window_size, shifted)
         return out
     return window_attention_reference(qkv, bias, num_heads, window_size, shifted)

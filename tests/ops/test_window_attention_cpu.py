@@ -1,0 +1,122 @@
+"""Attention in windows on a CPU, by tiles, against its meaning."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lamamba.ops.window_attention import cpu, window_attention
+from lamamba.ops.window_attention.cpu import window_attention_cpu
+from lamamba.ops.window_attention.reference import window_attention_reference
+
+NAMES = ("out", "qkv", "bias")
+# (b, h, w, heads, c, window_size)
+SHAPES = {
+    "whole windows": (3, 8, 12, 2, 5, 4),
+    "padding": (2, 10, 6, 1, 16, 4),
+    "odd sides": (2, 5, 7, 2, 3, 4),
+    "one window": (2, 3, 5, 2, 4, 8),
+    "one row of windows": (1, 4, 12, 1, 20, 4),
+}
+Shape = tuple[int, int, int, int, int, int]
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    b, h, w, heads, c, window_size = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    qkv = torch.randn(b, h, w, 3 * heads * c, dtype=torch.float64, generator=generator)
+    bias = torch.randn((2 * window_size - 1) ** 2, heads, dtype=torch.float64, generator=generator)
+    return [qkv.to(dtype).requires_grad_(), bias.to(dtype).requires_grad_()]
+
+
+def output_and_gradients(attend: object, inputs: list[Tensor], shape: Shape, shifted: bool) -> list[Tensor]:
+    out = attend(*inputs, shape[3], shape[5], shifted)
+    weights = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
+    return [out.detach(), *torch.autograd.grad(out, inputs, weights)]
+
+
+def relative_error(value: Tensor, wanted: Tensor) -> float:
+    return float((value.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+# Tiles of one image, of two, and of all.
+@pytest.mark.parametrize("elements", [1, 2 * 6 * 16**2, 1 << 18])
+@pytest.mark.parametrize("shifted", [False, True], ids=["plain", "shifted"])
+@pytest.mark.parametrize("case", SHAPES)
+def test_tiles_agree_with_the_reference(
+    case: str, shifted: bool, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "TILE_ELEMENTS", elements)
+    shape = SHAPES[case]
+    inputs = make_inputs(shape)
+    exact = output_and_gradients(window_attention_reference, inputs, shape, shifted)
+    ours = output_and_gradients(window_attention, inputs, shape, shifted)
+    for name, value, wanted in zip(NAMES, ours, exact, strict=True):
+        assert relative_error(value, wanted) < 1e-13, name
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_float32_error_is_at_most_twice_the_reference_s(case: str) -> None:
+    shape = SHAPES[case]
+    single = make_inputs(shape, torch.float32)
+    exact = output_and_gradients(
+        window_attention_reference, [x.detach().double().requires_grad_() for x in single], shape, True
+    )
+    ours = output_and_gradients(window_attention, single, shape, True)
+    plain = output_and_gradients(window_attention_reference, single, shape, True)
+    rounding = torch.finfo(torch.float32).eps
+    for name, value, reference, wanted in zip(NAMES, ours, plain, exact, strict=True):
+        assert relative_error(value, wanted) <= 2 * relative_error(reference, wanted) + rounding, name
+
+
+def test_every_value_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is handed out holds NaN: one value left as it came shows in the results."""
+    new_empty = Tensor.new_empty
+
+    def poisoned(tensor: Tensor, *shape: object, **options: object) -> Tensor:
+        return new_empty(tensor, *shape, **options).fill_(torch.nan)
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+    shape = SHAPES["odd sides"]
+    for name, value in zip(NAMES, output_and_gradients(window_attention, make_inputs(shape), shape, True), strict=True):
+        assert bool(value.isfinite().all()), name
+
+
+def test_input_need_not_be_contiguous() -> None:
+    shape = SHAPES["whole windows"]
+    inputs = make_inputs(shape)
+    strided = [x.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for x in inputs]
+    exact = output_and_gradients(window_attention, inputs, shape, True)
+    for value, wanted in zip(output_and_gradients(window_attention, strided, shape, True), exact, strict=True):
+        assert relative_error(value, wanted) < 1e-13
+
+
+def test_autocast_rounds_nothing() -> None:
+    shape = SHAPES["whole windows"]
+    inputs = make_inputs(shape, torch.float32)
+    exact = output_and_gradients(window_attention, inputs, shape, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = output_and_gradients(window_attention, inputs, shape, True)
+    assert all(torch.equal(a, b) for a, b in zip(again, exact, strict=True))
+
+
+def test_half_precision_takes_the_plain_way() -> None:
+    shape = SHAPES["whole windows"]
+    inputs = make_inputs(shape, torch.bfloat16)
+    out = window_attention(*inputs, shape[3], shape[5], True)
+    assert torch.equal(out, window_attention_reference(*inputs, shape[3], shape[5], True))
+
+
+def test_operator_is_registered_as_torch_expects() -> None:
+    shape = SHAPES["odd sides"]
+    torch.library.opcheck(window_attention_cpu, (*make_inputs(shape, torch.float32), shape[3], shape[5], True))
+
+
+def test_compiles_as_one_graph() -> None:
+    shape = SHAPES["whole windows"]
+    inputs = make_inputs(shape, torch.float32)
+    torch.compiler.reset()
+    compiled = torch.compile(window_attention, backend="aot_eager", fullgraph=True)
+    eager = output_and_gradients(window_attention, inputs, shape, True)
+    for value, wanted in zip(output_and_gradients(compiled, inputs, shape, True), eager, strict=True):
+        assert torch.equal(value, wanted)
+    torch.compiler.reset()

@@ -1,0 +1,95 @@
+"""What only a GPU can show of the network: compiled, as a CUDA graph, trained with and without the kernels."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lamamba.config import PRESETS, TrainConfig
+from lamamba.model import LaMambaDiff
+from lamamba.ops.backend import use_backend
+from lamamba.train import Trainer, resolve
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+TINY = replace(PRESETS["nano"], embed_dim=32, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1)
+
+
+def relative_error(value: Tensor, wanted: Tensor) -> float:
+    return float((value - wanted).norm() / wanted.norm())
+
+
+def build() -> tuple[LaMambaDiff, tuple[Tensor, Tensor, Tensor]]:
+    torch.manual_seed(0)
+    network = LaMambaDiff(**vars(TINY)).cuda()
+    for parameter in network.parameters():  # or gates of zero would hide every branch
+        torch.nn.init.normal_(parameter, std=0.05)
+    return network, (torch.randn(4, 1, 16, 24).cuda(), torch.rand(4).cuda() * 1000, torch.arange(4).cuda())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_compiles_as_one_graph_for_training(checkpointing: bool, bf16: bool) -> None:
+    network, batch = build()
+    if checkpointing:
+        network.enable_gradient_checkpointing()
+    results = []
+    for forward in (network, torch.compile(network, fullgraph=True)):
+        network.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16) if bf16 else nullcontext():
+            out = forward(*batch)
+        out.square().mean().backward()
+        results.append({"out": out.detach(), **{n: p.grad.clone() for n, p in network.named_parameters()}})
+    torch.compiler.reset()
+    for name, wanted in results[0].items():
+        assert relative_error(results[1][name], wanted) < (0.05 if bf16 else 1e-3), name
+
+
+@torch.no_grad()
+def test_a_cuda_graph_of_inference_is_the_same() -> None:
+    network, batch = build()
+    wanted = network(*batch)
+    compiled = torch.compile(network, fullgraph=True)
+    assert relative_error(compiled(*batch), wanted) < 1e-3
+    for forward in (network, compiled):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = forward(*batch)
+        out.fill_(torch.nan)
+        graph.replay()
+        assert relative_error(out, wanted) < 1e-3
+    torch.compiler.reset()
+
+
+def trainer(out: Path, **options: Any) -> Trainer:
+    config = {"out": out, "batch_size": 32, "network": TINY, "learning_rate": 1e-3, "device": "cuda", **options}
+    return Trainer(*resolve(TrainConfig(**config)))
+
+
+def losses_of(trainer: Trainer, number: int) -> Iterator[float]:
+    for (images, labels), _ in zip(trainer.batches(), range(number), strict=False):
+        yield float(trainer.take_step(images, labels)["loss"])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_cuda_graph_trains_the_same(tmp_path: Path, accumulate: int) -> None:
+    trainers = [trainer(tmp_path, cuda_graph=captured, accumulate=accumulate) for captured in (False, True)]
+    losses = [list(losses_of(trainer, 5)) for trainer in trainers]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    for wanted, value in zip(trainers[0].network.parameters(), trainers[1].network.parameters(), strict=True):
+        assert float((value - wanted).norm()) <= 1e-3 * float(wanted.norm()) + 1e-3
+
+
+def test_kernels_train_like_plain_pytorch(tmp_path: Path) -> None:
+    curves = []
+    for backend in ("pytorch", "triton"):
+        with use_backend(backend):
+            curves.append(torch.tensor(list(losses_of(trainer(tmp_path), 200))))
+    plain, ours = curves
+    torch.testing.assert_close(ours[:5], plain[:5], rtol=0.02, atol=0)
+    assert float(ours[-50:].mean()) == pytest.approx(float(plain[-50:].mean()), rel=0.05)
