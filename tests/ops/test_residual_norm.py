@@ -87,7 +87,7 @@ TINY = {
     "one row at once": (1, 3, 2, 644),
     "fewer channels than a piece": (3, 2, 3, 3),
     "one pixel": (3, 1, 1, 8),
-    "one channel": (2, 2, 2, 1),
+    "three channels": (2, 2, 2, 3),
 }
 
 

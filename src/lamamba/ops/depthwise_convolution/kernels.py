@@ -153,11 +153,14 @@ def convolution_backward_kernel(
         start, stop = tl.maximum(first_column - 1, 0), tl.minimum(end + 1, WIDTH)
         left = _load_column(p_image, o_e, m_e, first_row, start - 1, HEIGHT, WIDTH, STRIDE, ROWS, 2 * MARGIN)
         middle = _load_column(p_image, o_e, m_e, first_row, start, HEIGHT, WIDTH, STRIDE, ROWS, 2 * MARGIN)
+        # Zeros of their own: to the compiler, a name that takes over the very value it had is no variable of the loop.
         grad_left = ()
+        grad_middle = ()
+        outside = ()
         for _ in tl.static_range(ROWS + 2 * MARGIN):
-            grad_left = grad_left + (b_zero,)
-        outside = grad_left
-        grad_middle = grad_left
+            grad_left = grad_left + (tl.zeros([BLOCK], tl.float32),)
+            grad_middle = grad_middle + (tl.zeros([BLOCK], tl.float32),)
+            outside = outside + (b_zero,)
         for column in range(start, stop):
             right = _load_column(p_image, o_e, m_e, first_row, column + 1, HEIGHT, WIDTH, STRIDE, ROWS, 2 * MARGIN)
             grad_y = _load_column(p_grad_y_image, o_e, m_e, first_row, column, HEIGHT, WIDTH, CHANNELS, ROWS, MARGIN)

@@ -14,6 +14,7 @@ VALUES_PER_THREAD, MIN_COLUMNS, MAX_COLUMNS, MAX_WARPS = 16, 64, 256, 4
 
 ROOT_HALF = tl.constexpr(0.7071067811865476)
 DENSITY_AT_0 = tl.constexpr(0.3989422804014327)  # of the normal distribution
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def cut_columns(channels: int, num_rows: int) -> dict[str, int]:
@@ -40,6 +41,24 @@ def _place(row, end, o_c, m_c, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
     return tl.cast(row, tl.int64) * CHANNELS + (o_row * CHANNELS + o_c), (row + o_row < end) & m_c
 
 
+@triton.jit
+def _normal(b_z, PRECISE: tl.constexpr):
+    """Compute the normal distribution up to z, and its density there.
+
+    Rounded to 16 bits the error function may be off by 1.5e-7 (Abramowitz & Stegun 1964, 7.1.26), at a third of the
+    instructions: it shares the exponential with the density.
+    """
+    b_exponential = tl.exp2(b_z * b_z * (-0.5 * LOG2_E))
+    if PRECISE:
+        b_below = 0.5 + 0.5 * tl.erf(b_z * ROOT_HALF)
+    else:
+        b_t = 1 / (1 + tl.abs(b_z) * (0.3275911 * ROOT_HALF))
+        b_tail = b_t * (-0.284496736 + b_t * (1.421413741 + b_t * (-1.453152027 + b_t * 1.061405429)))
+        b_tail = 0.5 * b_t * (0.254829592 + b_tail) * b_exponential
+        b_below = tl.where(b_z < 0, b_tail, 1 - b_tail)
+    return b_below, b_exponential * DENSITY_AT_0
+
+
 @triton.jit(do_not_specialize=["num_rows", "rows_per_program"])
 def linear_gelu_forward_kernel(
     p_x, p_bias, p_out, num_rows, rows_per_program,
@@ -53,7 +72,8 @@ def linear_gelu_forward_kernel(
     for row in range(first, end, ROWS):
         o_x, m_x = _place(row, end, o_c, m_c, CHANNELS, ROWS)
         b_z = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32) + b_bias
-        b_out = 0.5 * b_z * (1 + tl.erf(b_z * ROOT_HALF))
+        b_below, _ = _normal(b_z, p_x.dtype.element_ty == tl.float32)
+        b_out = b_z * b_below
         tl.store(p_out + o_x, b_out.to(p_out.dtype.element_ty), mask=m_x)
 
 
@@ -72,9 +92,8 @@ def linear_gelu_backward_kernel(
         o_x, m_x = _place(row, end, o_c, m_c, CHANNELS, ROWS)
         b_z = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32) + b_bias
         b_grad_out = tl.load(p_grad_out + o_x, mask=m_x, other=0.0).to(tl.float32)
-        b_probability = 0.5 + 0.5 * tl.erf(b_z * ROOT_HALF)
-        b_density = DENSITY_AT_0 * tl.exp(-0.5 * b_z * b_z)
-        b_grad_x = b_grad_out * (b_probability + b_z * b_density)
+        b_below, b_density = _normal(b_z, p_x.dtype.element_ty == tl.float32)
+        b_grad_x = b_grad_out * (b_below + b_z * b_density)
         tl.store(p_grad_x + o_x, b_grad_x.to(p_grad_x.dtype.element_ty), mask=m_x)
         b_sum += b_grad_x
     p_sums += tl.cast(tl.program_id(1), tl.int64) * CHANNELS
