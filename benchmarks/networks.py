@@ -96,12 +96,12 @@ def random_batch(
 
 
 def training_step(network: nn.Module, batch: Batch, autocast: bool) -> Callable[[], object]:
-    """A step of AdamW on float32 weights, in bf16 autocast or without."""
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+    """A step of AdamW on float32 weights, in bf16 autocast or without; all of it can be captured in a CUDA graph."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True, capturable=CUDA)
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
             out = network(*batch)
         out.float().square().mean().backward()
         optimizer.step()

@@ -27,6 +27,7 @@ import networks
 import peers
 from kernel_groups import limits_by_group, milliseconds_by_group
 from lamamba.model import LaMambaDiff
+from lamamba.ops.backend import use_backend
 from lamamba.ops.selective_scan import scan_grid, selective_scan
 from lamamba.ops.selective_scan.reference import selective_scan_reference
 from measure import RESULTS, ROOT, Results, captured, measure_step, milliseconds
@@ -47,7 +48,7 @@ def train_xl(results: Results, providers: list[str], quick: bool) -> None:
 
 def _train_xl(results: Results, provider: str, pixels: int, size: int, number: int, quick: bool) -> None:
     step = training_step(networks.build(provider, size, quick), random_batch(number, size), autocast=True)
-    measure_step(results, f"train_xl_{pixels}", provider, step, number, "bf16", 2 if quick else 10)
+    measure_step(results, f"train_xl_{pixels}", provider, step, number, "bf16", 2 if quick else 10, capture=True)
 
 
 def infer_xl(results: Results, providers: list[str], quick: bool) -> None:
@@ -122,7 +123,7 @@ def _scan_inputs(b: int, side: int, e: int, r: int) -> tuple[Tensor, ...]:
 
 def _scan(results: Results, b: int, side: int, e: int, r: int, quick: bool) -> None:
     inputs = _scan_inputs(b, side, e, r)
-    times = _measure_scan(results, "lamamba", scan_grid, inputs, quick)
+    times = _measure_scan(results, "lamamba", lambda *tensors: scan_grid(*tensors).sum(dim=0), inputs, quick)
     read = sum(x.numel() * x.element_size() for x in inputs)
     written = inputs[0].numel() * inputs[0].element_size()
     # Forwards: all inputs, y. Backwards: all inputs, the gradient of y, and a gradient of each input.
@@ -171,10 +172,10 @@ def _scan_peer(results: Results, name: str, b: int, side: int, e: int, r: int, q
 
     def whole(*tensors: Tensor) -> Tensor:
         with mock.patch.object(scan_module, "selective_scan", peer.selective_scan(recurrence)):
-            return scan_grid(*tensors, backend="pytorch")
+            return scan_grid(*tensors, backend="pytorch")[0]
 
     small = _scan_inputs(2, side, 64, r)
-    wanted = scan_grid(*(x.float() for x in small), backend="pytorch")
+    wanted = scan_grid(*(x.float() for x in small), backend="pytorch")[0]
     error = (whole(*small).float() - wanted).norm() / wanted.norm()
     if not error < 0.02:
         raise AssertionError(f"{name}: relative error {error:.3g}: a wrong result has no speed")
@@ -210,7 +211,7 @@ def _profile(results: Results, quick: bool) -> None:
         _limits(results, quick)
     measured = {record.case: record.value for record in results.records if record.case in ("copy", "matmul")}
     step = training_step(networks.build("lamamba", size, quick), random_batch(number, size), autocast=True)
-    whole = milliseconds(step, 2 if quick else 5)
+    whole = milliseconds(captured(step), 2 if quick else 5)
     case = "profile_train_xl_256"
     results.add(case, "lamamba", "ms", whole, number, "bf16")
     spent = milliseconds_by_group(step)
@@ -245,13 +246,12 @@ def train_nano(results: Results, providers: list[str], quick: bool) -> None:
 
 def _train_nano(results: Results, provider: str, quick: bool) -> None:
     number = 2 if quick else 32 if not CUDA else 512
-    naive = mock.patch.object(scan_module, "selective_scan", selective_scan_reference)
     network = LaMambaDiff.from_preset("nano").to(DEVICE)
     step = training_step(network, random_batch(number, 32, channels=1, num_classes=10), autocast=CUDA)
     if provider == "lamamba":
-        measure_step(results, "train_nano", provider, step, number, "bf16" if CUDA else "float32", 5)
+        measure_step(results, "train_nano", provider, step, number, "bf16" if CUDA else "float32", 5, capture=True)
     else:
-        with naive:
+        with use_backend("pytorch"), mock.patch.object(scan_module, "selective_scan", selective_scan_reference):
             measure_step(results, "train_nano", provider, step, number, "float32", 1)
 
 
