@@ -1,10 +1,5 @@
 """Depthwise convolution and SiLU: kernels against the plain version, both against float64."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -173,18 +168,6 @@ def test_what_cannot_be_is_an_error_that_says_why() -> None:
         depthwise_convolution(x, weight[:, 0], bias)
     with pytest.raises(ValueError, match=r"bias is \(7,\): it must be \(8,\)"):
         depthwise_convolution(x, weight, bias[1:])
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile_without_a_gpu(capability: int) -> None:
-    """To a cubin, at the shapes of XL's first stage; in a process of its own, since here they are interpreted."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compile_kernels.py")
-    done = subprocess.run(
-        [sys.executable, script, "convolution", str(capability)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("compiled") == 2
 
 
 # On a GPU only: real sizes, and arithmetic that the interpreter does not have.

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -167,18 +166,6 @@ def test_a_wrong_shape_is_named(index: int, shape: tuple[int, ...], message: str
     inputs[index] = torch.ones(shape)
     with pytest.raises(ValueError, match=message):
         scan_grid(*inputs)
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile_without_a_gpu(capability: int) -> None:
-    """To a cubin, at the shapes of XL's first stage; in a process of its own, since here they are interpreted."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compile_kernels.py")
-    done = subprocess.run(
-        [sys.executable, script, "scan", str(capability)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("compiled") == 4
 
 
 # On a GPU only: real sizes, and arithmetic that the interpreter does not have.
