@@ -99,10 +99,9 @@ class Trainer:
         )
         self.autocast = torch.autocast(device.type, torch.bfloat16) if use_bf16 else nullcontext()
         self.compiled: Any = torch.compile(self.network) if config.compile else self.network
-        captures = config.cuda_graph if config.cuda_graph is not None else device.type == "cuda"
-        if captures and device.type != "cuda":
+        if config.cuda_graph and device.type != "cuda":
             raise ConfigError(f"cuda_graph needs a GPU that CUDA runs on, the device is {device.type}: leave it out")
-        self.find_gradients = Captured(self._find_gradients) if captures else self._find_gradients
+        self.find_gradients = Captured(self._find_gradients) if config.cuda_graph else self._find_gradients
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Read on from the first image not yet seen."""
