@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lamamba.model import LaMambaDiff
+from lamamba.ops.launch import rehearse
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -99,11 +100,16 @@ def training_step(network: nn.Module, batch: Batch, autocast: bool) -> Callable[
     """A step of AdamW on float32 weights, in bf16 autocast or without; all of it can be captured in a CUDA graph."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True, capturable=CUDA)
 
-    def step() -> None:
+    def find_gradients() -> None:
         optimizer.zero_grad()
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
             out = network(*batch)
         out.float().square().mean().backward()
+
+    find_gradients_prepared = prepared(network, find_gradients)
+
+    def step() -> None:
+        find_gradients_prepared()
         optimizer.step()
 
     return step
@@ -116,7 +122,21 @@ def inference_step(network: nn.Module, batch: Batch) -> Callable[[], object]:
     def step() -> object:
         return network(*batch)
 
-    return step
+    return prepared(network, step)
+
+
+def prepared(network: nn.Module, function: Callable[[], object]) -> Callable[[], object]:
+    """Compile the kernels of LaMamba in parallel at the first call, as training and sampling do."""
+    waiting = CUDA and isinstance(network, LaMambaDiff)
+
+    def call() -> object:
+        nonlocal waiting
+        if waiting:
+            waiting = False
+            rehearse(function)
+        return function()
+
+    return call
 
 
 def to_bfloat16(network: nn.Module) -> nn.Module:

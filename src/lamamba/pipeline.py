@@ -1,6 +1,7 @@
 """From labels and seeds to images: the loop around a scheduler, and pictures to look at."""
 
 from collections.abc import Callable, Sequence
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -10,6 +11,10 @@ from torch import Tensor
 from lamamba.diffusion import Diffusion, FlowMatching, guide
 from lamamba.errors import ConfigError
 from lamamba.model import LaMambaDiff
+from lamamba.ops.launch import rehearse
+
+# Networks whose kernels are compiled.
+_prepared: WeakSet[LaMambaDiff] = WeakSet()
 
 
 @torch.inference_mode()
@@ -64,6 +69,9 @@ def sample(
     shape = (network.config.in_channels, height, width)
     x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
     y = torch.as_tensor(labels, dtype=torch.long, device=device)
+    if x.is_cuda and network not in _prepared:
+        rehearse(denoiser, x, scheduler.timesteps[0].expand(len(x)), y)
+        _prepared.add(network)
     for t in scheduler.timesteps:
         out = denoiser(x, t.expand(len(x)), y)
         prediction = out if ancestral else out.chunk(2, dim=1)[0]

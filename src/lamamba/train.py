@@ -27,6 +27,7 @@ from lamamba.errors import CheckpointError, ConfigError, LamambaError
 from lamamba.latents import Latents, Space, open_space
 from lamamba.log import TrainingLog
 from lamamba.model import LaMambaDiff
+from lamamba.ops.launch import rehearse
 from lamamba.pipeline import choose_device, make_grid, sample
 
 
@@ -102,6 +103,7 @@ class Trainer:
         if config.cuda_graph and device.type != "cuda":
             raise ConfigError(f"cuda_graph needs a GPU that CUDA runs on, the device is {device.type}: leave it out")
         self.find_gradients = Captured(self._find_gradients) if config.cuda_graph else self._find_gradients
+        self.compiles_kernels = device.type == "cuda"  # at the first step
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Read on from the first image not yet seen."""
@@ -129,6 +131,9 @@ class Trainer:
                 label_dropout=self.config.network.label_dropout,
                 generator=self.generator,
             )
+            if self.compiles_kernels:
+                rehearse(self._find_gradients, x_0, t, y, noise)
+                self.compiles_kernels = False
             for name, mean in self.find_gradients(x_0, t, y, noise).items():
                 terms[name] = terms.get(name, 0) + mean / parts
             gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]

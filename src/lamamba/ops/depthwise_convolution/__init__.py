@@ -13,17 +13,14 @@ from lamamba.ops.depthwise_convolution.reference import depthwise_convolution_re
 __all__ = ["depthwise_convolution"]
 
 
-def depthwise_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: Backend = "pytorch"
-) -> Tensor:
+def depthwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: Backend = "auto") -> Tensor:
     """Convolve each channel with its own 3x3 weights, zeros around the grid, and apply SiLU.
 
     Args:
         x: (b, h, w, e) input; the kernels read half of a tensor's channels where they lie, without a copy.
         weight: (e, 1, 3, 3), as in `torch.nn.Conv2d`.
         bias: (e,), or None.
-        backend: see `lamamba.ops.backend`. The kernels are not the default yet: since their gradient by x was mended
-            they have not been compared with float64 on a GPU.
+        backend: see `lamamba.ops.backend`.
 
     Returns:
         (b, h, w, e) contiguous, in the dtype of x; the kernels compute in float32.

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from lamamba.ops.depthwise_convolution.kernels import convolution_backward_kernel, convolution_forward_kernel
+from lamamba.ops.launch import launch
 
 # Channels and rows of a program: the more, the less of its neighbours' rows it reads, until registers run out.
 FORWARD_BLOCK, FORWARD_ROWS = 64, 8
@@ -18,13 +19,13 @@ ENOUGH_PROGRAMS, SMALLEST_SIDE = 512, 4
 MAX_PROGRAMS = 4096
 
 
-class _Launch(NamedTuple):
+class _Plan(NamedTuple):
     grid: tuple[int, int]
     num_tiles: int
     constants: dict[str, Any]
 
 
-def _launch(x: Tensor, stride: int, widest_block: int, most_rows: int) -> _Launch:
+def _plan(x: Tensor, stride: int, widest_block: int, most_rows: int) -> _Plan:
     batch, height, width, channels = x.shape
     block = max(32, min(widest_block, triton.next_power_of_2(channels)))
     num_blocks = triton.cdiv(channels, block)
@@ -44,7 +45,7 @@ def _launch(x: Tensor, stride: int, widest_block: int, most_rows: int) -> _Launc
         "ROWS": rows, "COLUMNS": columns, "BLOCK": block, "FAST": x.dtype != torch.float32,
         "num_warps": NUM_WARPS, "num_stages": 1,
     }  # fmt: skip
-    return _Launch((num_blocks, triton.cdiv(num_tiles, tiles_per_program)), num_tiles, constants)
+    return _Plan((num_blocks, triton.cdiv(num_tiles, tiles_per_program)), num_tiles, constants)
 
 
 def _readable(x: Tensor) -> tuple[Tensor, int]:
@@ -66,10 +67,9 @@ def depthwise_convolution_triton(x: Tensor, parameters: Tensor) -> Tensor:
     """
     x, stride = _readable(x)
     parameters = parameters.contiguous()
-    launch = _launch(x, stride, FORWARD_BLOCK, FORWARD_ROWS)
+    plan = _plan(x, stride, FORWARD_BLOCK, FORWARD_ROWS)
     y = x.new_empty(x.shape)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        convolution_forward_kernel[launch.grid](x, parameters, y, launch.num_tiles, **launch.constants)
+    launch(convolution_forward_kernel, plan.grid, x, parameters, y, plan.num_tiles, **plan.constants)
     return y
 
 
@@ -82,13 +82,12 @@ def _(x: Tensor, parameters: Tensor) -> Tensor:
 def _backward(grad_y: Tensor, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
     x, stride = _readable(x)
     grad_y, parameters = grad_y.contiguous(), parameters.contiguous()
-    launch = _launch(x, stride, BACKWARD_BLOCK, BACKWARD_ROWS)
+    plan = _plan(x, stride, BACKWARD_BLOCK, BACKWARD_ROWS)
     grad_x = x.new_empty(x.shape)
-    sums = parameters.new_empty(launch.grid[1], *parameters.shape)
-    with torch.cuda.device_of(x):
-        convolution_backward_kernel[launch.grid](
-            x, parameters, grad_y, grad_x, sums, launch.num_tiles, **launch.constants
-        )
+    sums = parameters.new_empty(plan.grid[1], *parameters.shape)
+    launch(
+        convolution_backward_kernel, plan.grid, x, parameters, grad_y, grad_x, sums, plan.num_tiles, **plan.constants
+    )
     return grad_x, sums.sum(dim=0)
 
 

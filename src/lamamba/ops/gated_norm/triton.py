@@ -7,27 +7,28 @@ import triton
 from torch import Tensor
 
 from lamamba.ops.gated_norm.kernels import gated_norm_backward_kernel, gated_norm_forward_kernel
+from lamamba.ops.launch import launch
 from lamamba.ops.rows import cut_rows
 
 # Enough to keep a large GPU busy; with more pixels each program takes more of them. Backwards each leaves two sums.
 FORWARD_WARPS, BACKWARD_WARPS = 8192, 2048
 
 
-class _Launch(NamedTuple):
+class _Plan(NamedTuple):
     grid: tuple[int]
     num_pixels: int
     pixels_per_program: int
     constants: dict[str, int]
 
 
-def _launch(z: Tensor, wanted_warps: int) -> _Launch:
+def _plan(z: Tensor, wanted_warps: int) -> _Plan:
     batch, height, width, channels = z.shape
     num_pixels = batch * height * width
     constants = cut_rows(channels, num_pixels)
     rows = constants["ROWS"]
     num_programs = triton.cdiv(wanted_warps, constants["num_warps"])
     pixels_per_program = rows * triton.cdiv(triton.cdiv(num_pixels, rows), num_programs)
-    return _Launch((triton.cdiv(num_pixels, pixels_per_program),), num_pixels, pixels_per_program, constants)
+    return _Plan((triton.cdiv(num_pixels, pixels_per_program),), num_pixels, pixels_per_program, constants)
 
 
 def _readable(z: Tensor) -> tuple[Tensor, int]:
@@ -52,13 +53,13 @@ def gated_norm_triton(
     planes, weight, bias = planes.contiguous(), weight.contiguous(), bias.contiguous()
     z, z_stride = _readable(z)
     out, y = _results(planes, z, save)
-    launch = _launch(z, FORWARD_WARPS)
-    with torch.cuda.device_of(z):  # Triton launches on the current device
-        gated_norm_forward_kernel[launch.grid](
-            planes, z, weight, bias, y if y.numel() else None, out,
-            z_stride, eps, launch.num_pixels, launch.pixels_per_program,
-            PLANES=planes.shape[0], **launch.constants,
-        )  # fmt: skip
+    plan = _plan(z, FORWARD_WARPS)
+    launch(
+        gated_norm_forward_kernel, plan.grid,
+        planes, z, weight, bias, y if y.numel() else None, out,
+        z_stride, eps, plan.num_pixels, plan.pixels_per_program,
+        PLANES=planes.shape[0], **plan.constants,
+    )  # fmt: skip
     return out, y
 
 
@@ -82,14 +83,14 @@ def _backward(
     """
     grad_out, y, weight, bias = grad_out.contiguous(), y.contiguous(), weight.contiguous(), bias.contiguous()
     z, z_stride = _readable(z)
-    launch = _launch(z, BACKWARD_WARPS)
+    plan = _plan(z, BACKWARD_WARPS)
     grad_y, grad_z = y.new_empty(y.shape), z.new_empty(z.shape)
-    sums = y.new_empty(*launch.grid, 2, z.shape[3], dtype=torch.float32)
-    with torch.cuda.device_of(z):
-        gated_norm_backward_kernel[launch.grid](
-            y, z, weight, bias, grad_out, grad_y, grad_z, sums,
-            z_stride, eps, launch.num_pixels, launch.pixels_per_program, **launch.constants,
-        )  # fmt: skip
+    sums = y.new_empty(*plan.grid, 2, z.shape[3], dtype=torch.float32)
+    launch(
+        gated_norm_backward_kernel, plan.grid,
+        y, z, weight, bias, grad_out, grad_y, grad_z, sums,
+        z_stride, eps, plan.num_pixels, plan.pixels_per_program, **plan.constants,
+    )  # fmt: skip
     return grad_y, grad_z, sums.sum(dim=0)
 
 

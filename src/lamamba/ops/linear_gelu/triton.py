@@ -6,20 +6,21 @@ import torch
 import triton
 from torch import Tensor
 
+from lamamba.ops.launch import launch
 from lamamba.ops.linear_gelu.kernels import cut_columns, linear_gelu_backward_kernel, linear_gelu_forward_kernel
 
 # Enough to keep a large GPU busy; with more rows each program takes more of them. Backwards each leaves a sum.
 FORWARD_WARPS, BACKWARD_WARPS = 16384, 8192
 
 
-class _Launch(NamedTuple):
+class _Plan(NamedTuple):
     grid: tuple[int, int]
     num_rows: int
     rows_per_program: int
     constants: dict[str, int]
 
 
-def _launch(x: Tensor, wanted_warps: int) -> _Launch:
+def _plan(x: Tensor, wanted_warps: int) -> _Plan:
     channels = x.shape[-1]
     num_rows = x.numel() // channels
     constants = cut_columns(channels, num_rows)
@@ -27,7 +28,7 @@ def _launch(x: Tensor, wanted_warps: int) -> _Launch:
     num_programs = triton.cdiv(wanted_warps, num_blocks * constants["num_warps"])
     rows_per_program = rows * triton.cdiv(triton.cdiv(num_rows, rows), num_programs)
     # Programs that run one after the other take neighbouring columns of the same rows.
-    return _Launch((num_blocks, triton.cdiv(num_rows, rows_per_program)), num_rows, rows_per_program, constants)
+    return _Plan((num_blocks, triton.cdiv(num_rows, rows_per_program)), num_rows, rows_per_program, constants)
 
 
 @torch.library.custom_op("lamamba::bias_gelu", mutates_args=())
@@ -35,11 +36,8 @@ def bias_gelu_triton(x: Tensor, bias: Tensor) -> Tensor:
     """Run the kernels forwards: GELU of x, (..., c), plus bias, (c,), in the dtype of x."""
     x, bias = x.contiguous(), bias.contiguous()
     out = x.new_empty(x.shape)
-    launch = _launch(x, FORWARD_WARPS)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        linear_gelu_forward_kernel[launch.grid](
-            x, bias, out, launch.num_rows, launch.rows_per_program, **launch.constants
-        )
+    plan = _plan(x, FORWARD_WARPS)
+    launch(linear_gelu_forward_kernel, plan.grid, x, bias, out, plan.num_rows, plan.rows_per_program, **plan.constants)
     return out
 
 
@@ -56,13 +54,13 @@ def _backward(grad_out: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
         The gradients of x, and of bias in float32.
     """
     grad_out, x, bias = grad_out.contiguous(), x.contiguous(), bias.contiguous()
-    launch = _launch(x, BACKWARD_WARPS)
+    plan = _plan(x, BACKWARD_WARPS)
     grad_x = x.new_empty(x.shape)
-    sums = x.new_empty(launch.grid[1], x.shape[-1], dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        linear_gelu_backward_kernel[launch.grid](
-            x, bias, grad_out, grad_x, sums, launch.num_rows, launch.rows_per_program, **launch.constants
-        )
+    sums = x.new_empty(plan.grid[1], x.shape[-1], dtype=torch.float32)
+    launch(
+        linear_gelu_backward_kernel, plan.grid,
+        x, bias, grad_out, grad_x, sums, plan.num_rows, plan.rows_per_program, **plan.constants,
+    )  # fmt: skip
     return grad_x, sums.sum(dim=0)
 
 

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from lamamba.ops.launch import launch
 from lamamba.ops.residual_norm.kernels import (
     residual_norm_backward_kernel,
     residual_norm_forward_kernel,
@@ -18,14 +19,14 @@ FORWARD_WARPS, BACKWARD_WARPS = 4096, 2048
 SUM_BLOCK, SUM_ROWS = 64, 8
 
 
-class _Launch(NamedTuple):
+class _Plan(NamedTuple):
     grid: tuple[int, int]
     num_pixels: int
     pixels_per_program: int
     constants: dict[str, int]
 
 
-def _launch(x: Tensor, wanted_warps: int) -> _Launch:
+def _plan(x: Tensor, wanted_warps: int) -> _Plan:
     batch, height, width, channels = x.shape
     num_pixels = height * width
     constants = cut_rows(channels, num_pixels)
@@ -33,7 +34,7 @@ def _launch(x: Tensor, wanted_warps: int) -> _Launch:
     num_steps = triton.cdiv(num_pixels, rows)
     programs_of_image = min(num_steps, triton.cdiv(wanted_warps, batch * constants["num_warps"]))
     pixels_per_program = rows * triton.cdiv(num_steps, programs_of_image)
-    return _Launch((batch, triton.cdiv(num_pixels, pixels_per_program)), num_pixels, pixels_per_program, constants)
+    return _Plan((batch, triton.cdiv(num_pixels, pixels_per_program)), num_pixels, pixels_per_program, constants)
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
@@ -71,14 +72,14 @@ def residual_norm_triton(
     shift, shift_stride = _readable(shift)
     scale, scale_stride = _readable(scale)
     x_new, normed = _results(x, branch, dtype)
-    launch = _launch(x, FORWARD_WARPS)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        residual_norm_forward_kernel[launch.grid](
-            x, branch, gate, branch_bias, weight, bias, shift, scale,
-            None if branch is None else x_new, None if dtype is None else normed,
-            gate_stride, shift_stride, scale_stride, eps, launch.num_pixels, launch.pixels_per_program,
-            **launch.constants,
-        )  # fmt: skip
+    plan = _plan(x, FORWARD_WARPS)
+    launch(
+        residual_norm_forward_kernel, plan.grid,
+        x, branch, gate, branch_bias, weight, bias, shift, scale,
+        None if branch is None else x_new, None if dtype is None else normed,
+        gate_stride, shift_stride, scale_stride, eps, plan.num_pixels, plan.pixels_per_program,
+        **plan.constants,
+    )  # fmt: skip
     return x_new, normed
 
 
@@ -118,9 +119,9 @@ def _backward(
     like = grad_normed if grad_x_new is None else grad_x_new
     assert like is not None
     batch, _, _, channels = like.shape
-    launch = _launch(like, BACKWARD_WARPS)
+    plan = _plan(like, BACKWARD_WARPS)
     num_sums = 3 if branch_bias is None else 4
-    sums = like.new_empty(*launch.grid, num_sums, channels, dtype=torch.float32)
+    sums = like.new_empty(*plan.grid, num_sums, channels, dtype=torch.float32)
     grad_x, grad_branch, grad_gate, grad_shift, grad_scale, _ = (
         None if tensor.numel() == 0 else tensor for tensor in results
     )
@@ -128,18 +129,19 @@ def _backward(
     of_images = of_parameters.new_empty(batch, *of_parameters.shape)
     grad_affine = None if grad_normed is None else of_images[:, :2]
     grad_branch_bias = None if branch_bias is None else of_images[:, -1]
-    with torch.cuda.device_of(like):
-        residual_norm_backward_kernel[launch.grid](
-            x_new, branch, gate, weight, scale, grad_x_new, grad_normed, grad_x, grad_branch, sums,
-            gate_stride, scale_stride, eps, launch.num_pixels, launch.pixels_per_program,
-            SUMS=num_sums, **launch.constants,
-        )  # fmt: skip
-        residual_norm_sum_kernel[(batch, triton.cdiv(channels, SUM_BLOCK))](
-            sums, gate, branch_bias, weight, bias, scale,
-            grad_gate, grad_branch_bias, grad_shift, grad_scale, grad_affine,
-            gate_stride, scale_stride, of_images.stride(0), launch.grid[1],
-            SUMS=num_sums, CHANNELS=channels, BLOCK=SUM_BLOCK, ROWS=SUM_ROWS, num_warps=2,
-        )  # fmt: skip
+    launch(
+        residual_norm_backward_kernel, plan.grid,
+        x_new, branch, gate, weight, scale, grad_x_new, grad_normed, grad_x, grad_branch, sums,
+        gate_stride, scale_stride, eps, plan.num_pixels, plan.pixels_per_program,
+        SUMS=num_sums, **plan.constants,
+    )  # fmt: skip
+    launch(
+        residual_norm_sum_kernel, (batch, triton.cdiv(channels, SUM_BLOCK)),
+        sums, gate, branch_bias, weight, bias, scale,
+        grad_gate, grad_branch_bias, grad_shift, grad_scale, grad_affine,
+        gate_stride, scale_stride, of_images.stride(0), plan.grid[1],
+        SUMS=num_sums, CHANNELS=channels, BLOCK=SUM_BLOCK, ROWS=SUM_ROWS, num_warps=2,
+    )  # fmt: skip
     torch.sum(of_images, dim=0, out=of_parameters)
     return results
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from lamamba.ops.launch import launch
 from lamamba.ops.selective_scan.kernels import scan_backward_kernel, scan_forward_kernel, scan_summary_kernel
 
 # Enough to keep a large GPU busy: with fewer programs than this, paths are cut into segments.
@@ -62,7 +63,8 @@ def _summarise(
         return nothing, nothing
     carry = A.new_empty(batch, 4, num_segments, A.shape[2], channels)
     spent = A.new_empty(batch, 4, num_segments, channels)
-    scan_summary_kernel[geometry.grid](
+    launch(
+        scan_summary_kernel, geometry.grid,
         u, low, weight, bias, A, carry, spent, plane, geometry.tiles_per_segment, num_segments,
         BACKWARD=backward, **geometry.constants,
     )  # fmt: skip
@@ -84,12 +86,12 @@ def scan_grid_triton(
     geometry = _geometry(x, low, A, continuous, FORWARD_BLOCK)
     planes = x.new_empty(4, batch, height, width, channels)
     states = A.new_empty(_states_shape(x, A, save))
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        carry, spent = _summarise(geometry, x, 0, low, weight, bias, A, backward=False)
-        scan_forward_kernel[geometry.grid](
-            x, low, weight, bias, A, D, planes, states, carry, spent,
-            batch, geometry.tiles_per_segment, geometry.num_segments, SAVE=save, **geometry.constants,
-        )  # fmt: skip
+    carry, spent = _summarise(geometry, x, 0, low, weight, bias, A, backward=False)
+    launch(
+        scan_forward_kernel, geometry.grid,
+        x, low, weight, bias, A, D, planes, states, carry, spent,
+        batch, geometry.tiles_per_segment, geometry.num_segments, SAVE=save, **geometry.constants,
+    )  # fmt: skip
     return planes, states
 
 
@@ -119,13 +121,13 @@ def _scan_grid_backward(
     grad_BC = A.new_empty(geometry.grid[0], batch, height * width, 4, 2 * num_states)
     rows = batch * geometry.num_segments
     grad_A, grad_D, grad_bias = A.new_empty(rows, *A.shape), D.new_empty(rows, *D.shape), D.new_empty(rows, *D.shape)
-    with torch.cuda.device_of(x):
-        carry, spent = _summarise(geometry, grad_y, plane, low, weight, bias, A, backward=True)
-        scan_backward_kernel[geometry.grid](
-            x, low, weight, bias, A, D, grad_y, states, carry, spent,
-            grad_x, grad_z, grad_BC, grad_A, grad_D, grad_bias,
-            plane, batch, geometry.tiles_per_segment, geometry.num_segments, **geometry.constants,
-        )  # fmt: skip
+    carry, spent = _summarise(geometry, grad_y, plane, low, weight, bias, A, backward=True)
+    launch(
+        scan_backward_kernel, geometry.grid,
+        x, low, weight, bias, A, D, grad_y, states, carry, spent,
+        grad_x, grad_z, grad_BC, grad_A, grad_D, grad_bias,
+        plane, batch, geometry.tiles_per_segment, geometry.num_segments, **geometry.constants,
+    )  # fmt: skip
 
     grad_z = grad_z.flatten(1, 2)
     low_by_path = low.view(batch * height * width, 4, -1)

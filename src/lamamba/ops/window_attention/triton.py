@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from lamamba.ops.launch import launch
 from lamamba.ops.window_attention.geometry import Windows
 from lamamba.ops.window_attention.kernels import attention_backward_kernel, attention_forward_kernel
 
@@ -14,13 +15,13 @@ from lamamba.ops.window_attention.kernels import attention_backward_kernel, atte
 WANTED_PROGRAMS = 2048
 
 
-class _Launch(NamedTuple):
+class _Plan(NamedTuple):
     grid: tuple[int, int]
     numbers: tuple[int, int, float]
     constants: dict[str, Any]
 
 
-def _launch(qkv: Tensor, num_heads: int, window_size: int, shifted: bool) -> _Launch:
+def _plan(qkv: Tensor, num_heads: int, window_size: int, shifted: bool) -> _Plan:
     batch, height, width, channels = qkv.shape
     windows = Windows.of(height, width, window_size, shifted)
     num_windows = batch * windows.number
@@ -34,17 +35,16 @@ def _launch(qkv: Tensor, num_heads: int, window_size: int, shifted: bool) -> _La
         "num_warps": 4, "num_stages": 1,
     }  # fmt: skip
     grid = (num_heads, triton.cdiv(num_windows, windows_per_program))
-    return _Launch(grid, (num_windows, windows_per_program, head_channels**-0.5), constants)
+    return _Plan(grid, (num_windows, windows_per_program, head_channels**-0.5), constants)
 
 
 @torch.library.custom_op("lamamba::window_attention", mutates_args=())
 def window_attention_triton(qkv: Tensor, bias: Tensor, num_heads: int, window_size: int, shifted: bool) -> Tensor:
     """Run the kernels forwards; arguments as in `lamamba.ops.window_attention`, which checks them."""
     qkv, bias = qkv.contiguous(), bias.contiguous()
-    launch = _launch(qkv, num_heads, window_size, shifted)
+    plan = _plan(qkv, num_heads, window_size, shifted)
     out = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
-    with torch.cuda.device_of(qkv):  # Triton launches on the current device
-        attention_forward_kernel[launch.grid](qkv, bias, out, *launch.numbers, **launch.constants)
+    launch(attention_forward_kernel, plan.grid, qkv, bias, out, *plan.numbers, **plan.constants)
     return out
 
 
@@ -58,15 +58,12 @@ def _backward(
     grad_out: Tensor, qkv: Tensor, bias: Tensor, num_heads: int, window_size: int, shifted: bool
 ) -> tuple[Tensor, Tensor]:
     grad_out, qkv, bias = grad_out.contiguous(), qkv.contiguous(), bias.contiguous()
-    launch = _launch(qkv, num_heads, window_size, shifted)
-    places = launch.constants["PLACES"]
+    plan = _plan(qkv, num_heads, window_size, shifted)
+    places = plan.constants["PLACES"]
     grad_qkv = qkv.new_empty(qkv.shape)
-    sums = qkv.new_empty(launch.grid[1], num_heads, places * places, dtype=torch.float32)
-    with torch.cuda.device_of(qkv):
-        attention_backward_kernel[launch.grid](qkv, bias, grad_out, grad_qkv, sums, *launch.numbers, **launch.constants)
-    rows = _row_of_each_pair(
-        launch.constants["SIDE_Y"], launch.constants["SIDE_X"], places, window_size, str(qkv.device)
-    )
+    sums = qkv.new_empty(plan.grid[1], num_heads, places * places, dtype=torch.float32)
+    launch(attention_backward_kernel, plan.grid, qkv, bias, grad_out, grad_qkv, sums, *plan.numbers, **plan.constants)
+    rows = _row_of_each_pair(plan.constants["SIDE_Y"], plan.constants["SIDE_X"], places, window_size, str(qkv.device))
     # A product with zeros and ones, since adding to rows by index has no fixed order on a GPU.
     with torch.autocast(qkv.device.type, enabled=False):
         return grad_qkv, (rows @ sums.sum(dim=0).mT).to(bias.dtype)
