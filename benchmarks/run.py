@@ -107,9 +107,8 @@ def scan(results: Results, providers: list[str], quick: bool) -> None:
     stages = ((8, 32, 2), (4, 64, 4)) if quick else ((32, 640, 20), (16, 1280, 40), (8, 2560, 80))
     for side, channels, rank in stages:
         results.attempt(f"scan {side}x{side}x{channels} lamamba", _scan, number, side, channels, rank, quick)
-    if CUDA:
-        for name in peers.installed():
-            results.attempt(f"scan {name}", _scan_peer, name, number, *stages[0], quick)
+    if CUDA and peers.is_installed():
+        results.attempt(f"scan {peers.NAME}", _scan_peer, number, *stages[0], quick)
 
 
 def _scan_inputs(b: int, side: int, e: int, r: int) -> tuple[Tensor, ...]:
@@ -165,39 +164,37 @@ def _measure_scan(
     return times
 
 
-def _scan_peer(results: Results, name: str, b: int, side: int, e: int, r: int, quick: bool) -> None:
+def _scan_peer(results: Results, b: int, side: int, e: int, r: int, quick: bool) -> None:
     """A public recurrence, first held to the meaning: alone, and with all that `scan_grid` does around it."""
-    peer = peers.PEERS[name]
-    recurrence = peer.load()
 
     def whole(*tensors: Tensor) -> Tensor:
-        with mock.patch.object(scan_module, "selective_scan", peer.selective_scan(recurrence)):
+        with mock.patch.object(scan_module, "selective_scan", peers.selective_scan):
             return scan_grid(*tensors, backend="pytorch")[0]
 
     small = _scan_inputs(2, side, 64, r)
     wanted = scan_grid(*(x.float() for x in small), backend="pytorch")[0]
     error = (whole(*small).float() - wanted).norm() / wanted.norm()
     if not error < 0.02:
-        raise AssertionError(f"{name}: relative error {error:.3g}: a wrong result has no speed")
+        raise AssertionError(f"{peers.NAME}: relative error {error:.3g}: a wrong result has no speed")
     inputs = _scan_inputs(b, side, e, r)
-    _measure_scan(results, f"{name}, end to end", whole, inputs, quick)
+    _measure_scan(results, f"{peers.NAME}, end to end", whole, inputs, quick)
     repeats = 2 if quick else 20
     emptied = torch.empty(LARGE, dtype=torch.uint8, device=DEVICE)
-    gates, tokens = (x.requires_grad_() for x in peer.ready_made(4 * b, side * side, e, DEVICE))
-    y = recurrence(gates, tokens)
+    log_gates = -torch.rand(4 * b, side * side, e, device=DEVICE, dtype=torch.bfloat16)
+    ready_made = log_gates.requires_grad_(), torch.randn_like(log_gates).requires_grad_()
+    y = peers.recurrence(*ready_made)
     grad = torch.randn_like(y)
 
     @torch.no_grad()
     def forward() -> object:
-        return recurrence(gates, tokens)
+        return peers.recurrence(*ready_made)
 
     def backward() -> object:
-        return torch.autograd.grad(y, (gates, tokens), grad, retain_graph=True)
+        return torch.autograd.grad(y, ready_made, grad, retain_graph=True)
 
-    dtype = "float32" if peer.dtype == torch.float32 else "bf16"
     for direction, step in (("forward", captured(forward)), ("backward", backward)):
         times = milliseconds(step, repeats, between=emptied.zero_)
-        results.add(_scan_case(direction, inputs), f"{name}, alone", "ms", times, b, dtype)
+        results.add(_scan_case(direction, inputs), f"{peers.NAME}, alone", "ms", times, b, "bf16")
 
 
 def profile(results: Results, providers: list[str], quick: bool) -> None:

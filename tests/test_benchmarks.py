@@ -76,30 +76,23 @@ def test_a_competitor_that_fails_is_reported_and_the_records_before_it_are_kept(
     assert len(json.loads(next(tmp_path.iterdir()).read_text())) == 1
 
 
-@pytest.mark.parametrize("time_last", [False, True])
-def test_a_recurrence_becomes_a_selective_scan(time_last: bool) -> None:
+def test_a_recurrence_becomes_a_selective_scan(monkeypatch: pytest.MonkeyPatch) -> None:
     import peers
 
-    def recurrence(gate: Tensor, token: Tensor) -> Tensor:
-        if time_last:
-            gate, token = gate.mT, token.mT
+    def recurrence(log_gate: Tensor, token: Tensor) -> Tensor:
         h, states = torch.zeros(token.shape[0], token.shape[2]), []
         for t in range(token.shape[1]):
-            h = (gate[:, t] if time_last else gate[:, t].exp()) * h + token[:, t]
+            h = log_gate[:, t].float().exp() * h + token[:, t]
             states.append(h)
-        states = torch.stack(states, dim=1)
-        return states.mT if time_last else states
+        return torch.stack(states, dim=1)
 
-    peer = peers.Peer("none", lambda: recurrence, time_last, torch.float32)
+    monkeypatch.setattr(peers, "recurrence", recurrence)
     b, k, length, d = 2, 4, 6, 3
     u, delta = torch.randn(b, k, length, d), torch.rand(b, k, length, d)
     A, D = -torch.rand(k, d, 1), torch.randn(k, d)
     B, C = torch.randn(b, k, length, 1), torch.randn(b, k, length, 1)
-    torch.testing.assert_close(
-        peer.selective_scan(recurrence)(u, delta, A, B, C, D), selective_scan(u, delta, A, B, C, D)
-    )
-    gates, tokens = peer.ready_made(b, length, d, torch.device("cpu"))
-    assert recurrence(gates, tokens).shape == tokens.shape
+    y, wanted = (scan(u, delta, A, B, C, D) for scan in (peers.selective_scan, selective_scan))
+    assert (y - wanted).norm() < 0.01 * wanted.norm()  # gates and tokens are rounded to bfloat16
 
 
 def test_limits_count_bytes_once_and_products_at_their_peak() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,22 @@ def test_a_corrupt_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.Capture
 def test_a_label_out_of_range_is_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["sample", str(run), "--labels", "11", "--out", str(tmp_path / "grid.png")]
     assert "label 11 is out of range: use 0 to 9, or 10 for no label" in refused(capsys, arguments)
+
+
+def test_a_resumed_run_takes_its_options_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    options = ["--data", "builtin", "--num-images", "8", "--batch-size", "4", "--device", "cpu", "--horizontal-flip"]
+    main(["train", "--out", str(out), *options, *TINY])
+    main(["train", "--out", str(out), "--resume", "--horizontal-flip", "--num-images", "12"])
+    resume = ["train", "--out", str(out), "--resume"]
+    assert "horizontal_flip was True, now False" in refused(capsys, [*resume, "--no-horizontal-flip"])
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    script = f"{shlex.quote(sys.executable)} -c 'from lamamba.cli import main; main()' train --help | head -1"
+    result = subprocess.run(script, shell=True, capture_output=True, text=True)
+    assert result.stdout.startswith("usage: lamamba train")
+    assert result.stderr == ""
 
 
 def test_a_full_disk_is_one_line(run: Path) -> None:

@@ -35,19 +35,25 @@ def build() -> tuple[LaMambaDiff, tuple[Tensor, Tensor, Tensor]]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_compiles_as_one_graph_for_training(checkpointing: bool, bf16: bool) -> None:
+    """Output and gradients, all together: as exact as without torch.compile, within a factor of two."""
     network, batch = build()
     if checkpointing:
         network.enable_gradient_checkpointing()
-    results = []
-    for forward in (network, torch.compile(network, fullgraph=True)):
+
+    def output_and_gradients(forward: Any, bf16: bool) -> Tensor:
         network.zero_grad()
         with torch.autocast("cuda", torch.bfloat16) if bf16 else nullcontext():
             out = forward(*batch)
         out.square().mean().backward()
-        results.append({"out": out.detach(), **{n: p.grad.clone() for n, p in network.named_parameters()}})
+        gradients = [parameter.grad for parameter in network.parameters()]
+        assert all(gradient is not None for gradient in gradients)
+        return torch.cat([tensor.flatten() / tensor.norm() for tensor in (out.detach(), *gradients)])
+
+    exact = output_and_gradients(network, bf16=False)
+    compiled = output_and_gradients(torch.compile(network, fullgraph=True), bf16)
     torch.compiler.reset()
-    for name, wanted in results[0].items():
-        assert relative_error(results[1][name], wanted) < (0.05 if bf16 else 1e-3), name
+    bound = 2 * relative_error(output_and_gradients(network, bf16=True), exact) if bf16 else 1e-4
+    assert relative_error(compiled, exact) <= bound
 
 
 @torch.no_grad()
@@ -76,13 +82,24 @@ def losses_of(trainer: Trainer, number: int) -> Iterator[float]:
         yield float(trainer.take_step(images, labels)["loss"])
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_cuda_graph_trains_the_same(tmp_path: Path, accumulate: int) -> None:
-    trainers = [trainer(tmp_path, cuda_graph=captured, accumulate=accumulate) for captured in (False, True)]
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate": 2}, {"gradient_checkpointing": True}], ids=["plain", "parts", "checkpointing"]
+)
+def test_a_cuda_graph_trains_the_same(tmp_path: Path, options: dict[str, Any]) -> None:
+    """In float32, where nothing but the order of sums could differ."""
+    options = {**options, "precision": "float32", "learning_rate": 1e-4}
+    trainers = [trainer(tmp_path, cuda_graph=captured, **options) for captured in (False, True)]
+    before = parameters_of(trainers[0])
+    assert torch.equal(before, parameters_of(trainers[1]))
     losses = [list(losses_of(trainer, 5)) for trainer in trainers]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    for wanted, value in zip(trainers[0].network.parameters(), trainers[1].network.parameters(), strict=True):
-        assert float((value - wanted).norm()) <= 1e-3 * float(wanted.norm()) + 1e-3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    # Adam takes steps of the same size where the gradient is nothing but rounding: so not each parameter by itself.
+    wanted, ours = (parameters_of(trainer) - before for trainer in trainers)
+    assert relative_error(ours, wanted) < 0.1
+
+
+def parameters_of(trainer: Trainer) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.network.parameters()])
 
 
 def test_kernels_train_like_plain_pytorch(tmp_path: Path) -> None:

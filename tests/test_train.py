@@ -17,7 +17,7 @@ from lamamba.checkpoint import checkpoints_in, load_checkpoint
 from lamamba.cli import main, read_train_config
 from lamamba.config import PRESETS, TrainConfig
 from lamamba.diffusion import Diffusion
-from lamamba.errors import ConfigError, LamambaError
+from lamamba.errors import LamambaError
 
 TINY = [
     *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
@@ -233,11 +233,6 @@ def test_compiling_is_announced_and_changes_nothing(
     assert len(compiled) == 1
     assert "preparing" not in capsys.readouterr().out
     assert same(weights(tmp_path / "compiled"), weights(tmp_path / "eager"))
-
-
-def test_a_cuda_graph_without_cuda_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cuda_graph needs a GPU that CUDA runs on, the device is cpu: leave it out"):
-        make_trainer(tmp_path, cuda_graph=True)
 
 
 def test_a_run_neither_uses_nor_disturbs_the_global_generator(tmp_path: Path) -> None:

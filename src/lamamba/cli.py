@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -44,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             commands[arguments[0]](arguments[1:])
         else:
             raise LamambaError(f"no command is named {arguments[0]!r}: {nearest(arguments[0], commands)}")
+    except BrokenPipeError:  # whoever read the output has had enough of it, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (LamambaError, OSError) as error:  # OSError: a disk that is full or read-only
         print(f"lamamba: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -54,12 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse(kind: type[Any], command: str, arguments: list[str], default: Any = None) -> Any:
     options = {} if default is None else {"default": default}
+    # An option that is already on can be given again where a run is continued, or turned off.
+    flags = () if "--resume" in arguments else (tyro.conf.FlagCreatePairsOff,)
     said = io.StringIO()
     try:
         with redirect_stderr(said):
-            return tyro.cli(
-                kind, prog=f"lamamba {command}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,), **options
-            )
+            return tyro.cli(kind, prog=f"lamamba {command}", args=arguments, config=flags, **options)
     except SystemExit as end:
         if not end.code:
             raise

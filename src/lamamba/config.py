@@ -208,8 +208,8 @@ class TrainConfig:
     """Of the averaged weights, per step; starts lower, so that short runs average too."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """Of the network's arithmetic; auto is bf16 on GPUs that have it. Weights are always float32."""
-    cuda_graph: bool = False
-    """Launch a whole step's kernels at once, on CUDA, so that the GPU never waits for Python."""
+    cuda_graph: bool = True
+    """On CUDA, launch a step's kernels all at once, so that the GPU never waits for Python."""
     compile: bool = False
     """torch.compile the network too; the first step then takes minutes."""
     gradient_checkpointing: bool = False

@@ -350,9 +350,8 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """Mix (b, h, w, c) globally; there is no bias to be added."""
-        # Two products, since the gradient of one would have to be put together from two halves.
-        x_weight, z_weight = self.in_proj.weight.chunk(2)
-        x, z = F.linear(x, x_weight), F.linear(x, z_weight)
+        dtype = compute_dtype(x)
+        x, z = _LinearInHalves.apply(x.to(dtype), self.in_proj.weight.to(dtype))
         x = depthwise_convolution(x, self.convolution.weight, self.convolution.bias)
         # The projection commutes with the order of reading: every pixel is projected once, for all paths.
         low = F.linear(x, self.x_proj_weight.flatten(0, 1))
@@ -360,6 +359,26 @@ class SS2D(nn.Module):
         planes = scan_grid(x, low, self.dt_weight, self.dt_bias, A, self.D, self.scan)
         norm = self.out_norm
         return self.out_proj(gated_norm(planes, z, norm.weight, norm.bias, norm.eps)), None
+
+
+class _LinearInHalves(torch.autograd.Function):
+    """A linear layer without bias whose result is cut in two along its channels.
+
+    Autograd's way back would write both halves' gradients side by side first; here each is multiplied where it lies.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight).chunk(2, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        (first, second), (first_weight, second_weight) = (grad.flatten(0, -2) for grad in grads), weight.chunk(2)
+        grad_x = (first @ first_weight).addmm_(second, second_weight)
+        grad_weight = torch.cat([half.mT @ x.flatten(0, -2) for half in (first, second)])
+        return grad_x.view_as(x), grad_weight
 
 
 class WindowAttention(nn.Module):

@@ -5,10 +5,12 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from lamamba.checkpoint import (
@@ -23,7 +25,7 @@ from lamamba.checkpoint import (
 from lamamba.config import TrainConfig
 from lamamba.data import NAMED_SOURCES, ImageSource, batches, open_source
 from lamamba.diffusion import OBJECTIVES, draw_noise
-from lamamba.errors import CheckpointError, ConfigError, LamambaError
+from lamamba.errors import CheckpointError, LamambaError
 from lamamba.latents import Latents, Space, open_space
 from lamamba.log import TrainingLog
 from lamamba.model import LaMambaDiff
@@ -92,7 +94,10 @@ class Trainer:
             fused=device.type in ("cpu", "cuda"),
         )
         if config.gradient_checkpointing:
-            self.network.enable_gradient_checkpointing()
+            # There is no dropout whose random state would have to be kept, which a CUDA graph could not do either.
+            self.network.enable_gradient_checkpointing(
+                partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
+            )
         use_bf16 = config.precision == "bf16" or (
             config.precision == "auto"
             and device.type == "cuda"
@@ -100,9 +105,8 @@ class Trainer:
         )
         self.autocast = torch.autocast(device.type, torch.bfloat16) if use_bf16 else nullcontext()
         self.compiled: Any = torch.compile(self.network) if config.compile else self.network
-        if config.cuda_graph and device.type != "cuda":
-            raise ConfigError(f"cuda_graph needs a GPU that CUDA runs on, the device is {device.type}: leave it out")
-        self.find_gradients = Captured(self._find_gradients) if config.cuda_graph else self._find_gradients
+        graph = config.cuda_graph and device.type == "cuda"
+        self.find_gradients = Captured(self._find_gradients) if graph else self._find_gradients
         self.compiles_kernels = device.type == "cuda"  # at the first step
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -76,6 +76,8 @@ def compile_convolution(capability: int) -> None:
     # Columns of 8 rows and their margins: two of x forwards; two of x, two of the gradient and ten sums backwards.
     compile_kernel(convolution.convolution_forward_kernel, constants, 1, capability, carried=2 * 10)
     compile_kernel(convolution.convolution_backward_kernel, constants, 1, capability, carried=2 * 12 + 2 * 10 + 10)
+    for kernel in (convolution.convolution_forward_kernel, convolution.convolution_backward_kernel):
+        compile_kernel(kernel, {**constants, "p_bias": None}, 1, capability)
 
 
 def compile_residual_norm(capability: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 NUM_COMPILED = {
-    "convolution": 2,
+    "convolution": 4,
     "gated_norm": 2,
     "linear_gelu": 2,
     "residual_norm": 7,

@@ -3,8 +3,6 @@
 `reference.py` is the meaning and runs on any device; `kernels.py` and `triton.py` are the version for GPUs.
 """
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lamamba.ops.backend import Backend, choose_kernels
@@ -41,9 +39,6 @@ def depthwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None,
     if choose_kernels("depthwise_convolution", x, backend):
         from lamamba.ops.depthwise_convolution.triton import depthwise_convolution_triton
 
-        # Channels last like x, so that nine taps and the bias are ten contiguous rows.
-        taps = weight.flatten(1).mT
-        parameters = F.pad(taps, (0, 0, 0, 1)) if bias is None else torch.cat([taps, bias[None]])
-        y: Tensor = depthwise_convolution_triton(x, parameters.float())
+        y: Tensor = depthwise_convolution_triton(x, weight, bias)
         return y
     return depthwise_convolution_reference(x, weight, bias)

@@ -24,11 +24,15 @@ def _place(tile, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, 
 
 
 @triton.jit
-def _load_parameters(p_parameters, o_e, m_e, CHANNELS: tl.constexpr):
-    """Load the nine taps and the bias of each channel: a tuple of ten blocks (e,)."""
+def _load_parameters(p_weight, p_bias, o_e, m_e):
+    """Load the nine taps and the bias, if there is one, of each channel: a tuple of ten blocks (e,) in float32."""
     parameters = ()
-    for row in tl.static_range(10):
-        parameters = parameters + (tl.load(p_parameters + row * CHANNELS + o_e, mask=m_e, other=0.0),)
+    for tap in tl.static_range(9):
+        parameters = parameters + (tl.load(p_weight + 9 * o_e + tap, mask=m_e, other=0.0).to(tl.float32),)
+    if p_bias is None:
+        parameters = parameters + (tl.zeros(o_e.shape, tl.float32),)
+    else:
+        parameters = parameters + (tl.load(p_bias + o_e, mask=m_e, other=0.0).to(tl.float32),)
     return parameters
 
 
@@ -87,7 +91,7 @@ def _sigmoid(b_z, FAST: tl.constexpr):
 
 @triton.jit
 def convolution_forward_kernel(
-    p_x, p_parameters, p_y, num_tiles,
+    p_x, p_weight, p_bias, p_y, num_tiles,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, CHANNELS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +99,7 @@ def convolution_forward_kernel(
     MARGIN: tl.constexpr = 1 if ROWS < HEIGHT else 0
     o_e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_e = o_e < CHANNELS
-    parameters = _load_parameters(p_parameters, o_e, m_e, CHANNELS)
+    parameters = _load_parameters(p_weight, p_bias, o_e, m_e)
     for tile in range(tl.program_id(1), num_tiles, tl.num_programs(1)):
         image, first_row, first_column, end = _place(tile, HEIGHT, WIDTH, ROWS, COLUMNS)
         p_image = p_x + image * HEIGHT * WIDTH * STRIDE
@@ -127,7 +131,7 @@ def _store_grad_x(
 
 @triton.jit
 def convolution_backward_kernel(
-    p_x, p_parameters, p_grad_y, p_grad_x, p_sums, num_tiles,
+    p_x, p_weight, p_bias, p_grad_y, p_grad_x, p_sums, num_tiles,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, CHANNELS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -139,7 +143,7 @@ def convolution_backward_kernel(
     MARGIN: tl.constexpr = 1 if ROWS < HEIGHT else 0
     o_e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_e = o_e < CHANNELS
-    parameters = _load_parameters(p_parameters, o_e, m_e, CHANNELS)
+    parameters = _load_parameters(p_weight, p_bias, o_e, m_e)
     b_zero = tl.zeros([BLOCK], tl.float32)
     sums = ()
     for _ in tl.static_range(10):

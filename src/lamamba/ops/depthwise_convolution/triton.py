@@ -16,7 +16,7 @@ NUM_WARPS = 1
 # With fewer tiles than will fill a large GPU they are made smaller, down to this side.
 ENOUGH_PROGRAMS, SMALLEST_SIDE = 512, 4
 # With more, programs take several, one after the other; in the backward pass each program leaves ten sums a channel.
-MAX_PROGRAMS = 4096
+MAX_PROGRAMS = 16384
 
 
 class _Plan(NamedTuple):
@@ -58,51 +58,51 @@ def _readable(x: Tensor) -> tuple[Tensor, int]:
 
 
 @torch.library.custom_op("lamamba::depthwise_convolution", mutates_args=())
-def depthwise_convolution_triton(x: Tensor, parameters: Tensor) -> Tensor:
-    """Run the kernels forwards.
-
-    Args:
-        x: (b, h, w, e) input.
-        parameters: (10, e) float32, nine taps, row by row, and the bias.
-    """
+def depthwise_convolution_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Run the kernels forwards; arguments as in `lamamba.ops.depthwise_convolution`."""
     x, stride = _readable(x)
-    parameters = parameters.contiguous()
     plan = _plan(x, stride, FORWARD_BLOCK, FORWARD_ROWS)
     y = x.new_empty(x.shape)
-    launch(convolution_forward_kernel, plan.grid, x, parameters, y, plan.num_tiles, **plan.constants)
+    launch(
+        convolution_forward_kernel, plan.grid,
+        x, weight.contiguous(), bias, y, plan.num_tiles, **plan.constants,
+    )  # fmt: skip
     return y
 
 
 @depthwise_convolution_triton.register_fake
-def _(x: Tensor, parameters: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("lamamba::depthwise_convolution_backward", mutates_args=())
-def _backward(grad_y: Tensor, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the gradient of x, and those of the nine taps and the bias, (10, e) float32."""
     x, stride = _readable(x)
-    grad_y, parameters = grad_y.contiguous(), parameters.contiguous()
     plan = _plan(x, stride, BACKWARD_BLOCK, BACKWARD_ROWS)
     grad_x = x.new_empty(x.shape)
-    sums = parameters.new_empty(plan.grid[1], *parameters.shape)
+    sums = x.new_empty(plan.grid[1], 10, x.shape[3], dtype=torch.float32)
     launch(
-        convolution_backward_kernel, plan.grid, x, parameters, grad_y, grad_x, sums, plan.num_tiles, **plan.constants
-    )
+        convolution_backward_kernel, plan.grid,
+        x, weight.contiguous(), bias, grad_y.contiguous(), grad_x, sums, plan.num_tiles, **plan.constants,
+    )  # fmt: skip
     return grad_x, sums.sum(dim=0)
 
 
 @_backward.register_fake
-def _(grad_y: Tensor, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), parameters.new_empty(parameters.shape)
+def _(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(10, x.shape[3], dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor]:
-    gradients: tuple[Tensor, Tensor] = _backward(grad_y, *ctx.saved_tensors)
-    return gradients
+def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias = ctx.saved_tensors
+    grad_x, sums = _backward(grad_y, x, weight, bias)
+    grad_weight = sums[:9].mT.reshape(weight.shape).to(weight.dtype)
+    return grad_x, grad_weight, None if bias is None else sums[9].to(bias.dtype)
 
 
 depthwise_convolution_triton.register_autograd(_autograd, setup_context=_setup_context)

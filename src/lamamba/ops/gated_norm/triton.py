@@ -11,7 +11,7 @@ from lamamba.ops.launch import launch
 from lamamba.ops.rows import cut_rows
 
 # Enough to keep a large GPU busy; with more pixels each program takes more of them. Backwards each leaves two sums.
-FORWARD_WARPS, BACKWARD_WARPS = 8192, 2048
+FORWARD_WARPS, BACKWARD_WARPS = 32768, 2048
 
 
 class _Plan(NamedTuple):

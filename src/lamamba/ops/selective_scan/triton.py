@@ -37,10 +37,10 @@ def _geometry(x: Tensor, low: Tensor, A: Tensor, continuous: bool, widest_block:
     states_block = triton.next_power_of_2(states)
     # A lane holds all states of its channels: blocks get narrower as states get more. Exact logarithms take room too.
     widest_block = min(widest_block, 64) if x.dtype == torch.float32 else widest_block
-    block = max(32, min(widest_block // states_block, triton.next_power_of_2(channels)))
-    num_blocks = triton.cdiv(channels, block)
+    widest_block = max(32, min(widest_block // states_block, triton.next_power_of_2(channels)))
     num_tiles = triton.cdiv(height * width, TILE)
-    num_segments = min(MAX_SEGMENTS, num_tiles, triton.cdiv(WANTED_PROGRAMS, num_blocks * 4 * batch))
+    block, num_segments = _cut(batch, channels, num_tiles, widest_block)
+    num_blocks = triton.cdiv(channels, block)
     tiles_per_segment = triton.cdiv(num_tiles, num_segments)
     num_segments = triton.cdiv(num_tiles, tiles_per_segment)
     constants = {
@@ -50,6 +50,12 @@ def _geometry(x: Tensor, low: Tensor, A: Tensor, continuous: bool, widest_block:
         "PRECISE": x.dtype == torch.float32, "num_warps": 1, "num_stages": 1,
     }  # fmt: skip
     return _Geometry((num_blocks, 4 * num_segments, batch), constants, num_segments, tiles_per_segment)
+
+
+def _cut(batch: int, channels: int, num_tiles: int, widest_block: int) -> tuple[int, int]:
+    """Choose the width of blocks of channels, and in how many segments paths are cut."""
+    num_blocks = triton.cdiv(channels, widest_block)
+    return widest_block, min(MAX_SEGMENTS, num_tiles, triton.cdiv(WANTED_PROGRAMS, num_blocks * 4 * batch))
 
 
 def _summarise(

@@ -52,7 +52,7 @@ def window_attention(
     if choose_kernels("window_attention", qkv, backend, limit):
         from lamamba.ops.window_attention.triton import window_attention_triton
 
-        out: Tensor = window_attention_triton(qkv, bias.float(), num_heads, window_size, shifted)
+        out: Tensor = window_attention_triton(qkv, bias, num_heads, window_size, shifted)
         return out
     if qkv.device.type == "cpu" and qkv.dtype in (torch.float32, torch.float64):
         out = window_attention_cpu(qkv, bias, num_heads, window_size, shifted)
