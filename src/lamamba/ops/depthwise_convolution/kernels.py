@@ -89,7 +89,7 @@ def _sigmoid(b_z, FAST: tl.constexpr):
     return 1 / (1 + tl.exp(-b_z))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def convolution_forward_kernel(
     p_x, p_weight, p_bias, p_y, num_tiles,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, CHANNELS: tl.constexpr,
@@ -129,7 +129,7 @@ def _store_grad_x(
         tl.store(p_column + row * WIDTH * CHANNELS, b_grad_x.to(p_column.dtype.element_ty), mask=m_pixel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def convolution_backward_kernel(
     p_x, p_weight, p_bias, p_grad_y, p_grad_x, p_sums, num_tiles,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, CHANNELS: tl.constexpr,

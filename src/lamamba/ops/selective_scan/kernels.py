@@ -154,7 +154,7 @@ def _slope(b_m, PRECISE: tl.constexpr):
     return 1 - tl.exp2(-b_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_per_segment", "num_segments"])
 def scan_summary_kernel(
     p_u, p_low, p_weight, p_bias, p_A, p_carry, p_spent, plane, tiles_per_segment, num_segments,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
@@ -215,7 +215,7 @@ def scan_summary_kernel(
     tl.store(p_spent + o_segment * CHANNELS + o_d, b_spent, mask=m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "tiles_per_segment", "num_segments"])
 def scan_forward_kernel(
     p_x, p_low, p_weight, p_bias, p_A, p_D, p_y, p_states, p_carry, p_spent,
     batch, tiles_per_segment, num_segments,
@@ -310,7 +310,7 @@ def _scan_tile(b_h, b_A, b_deltas, b_xs, Bs, TILE: tl.constexpr, PRECISE: tl.con
     return b_hs, b_as
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "tiles_per_segment", "num_segments"])
 def scan_backward_kernel(
     p_x, p_low, p_weight, p_bias, p_A, p_D, p_grad_y, p_states, p_carry, p_spent,
     p_grad_x, p_grad_z, p_grad_BC, p_grad_A, p_grad_D, p_grad_bias,

@@ -63,7 +63,7 @@ def _weights(b_q, b_k, b_bias, m_place, b_region, scale, MASKED: tl.constexpr):
     return b_weight / tl.sum(b_weight, axis=1)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_windows", "windows_per_program"])
 def attention_forward_kernel(
     p_qkv, p_bias, p_out, num_windows, windows_per_program, scale,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr,
@@ -95,7 +95,7 @@ def attention_forward_kernel(
         tl.store(p_out_row, b_out.to(p_out.dtype.element_ty), mask=m_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_windows", "windows_per_program"])
 def attention_backward_kernel(
     p_qkv, p_bias, p_grad_out, p_grad_qkv, p_grad_bias, num_windows, windows_per_program, scale,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr,
