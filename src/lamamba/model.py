@@ -310,8 +310,13 @@ class Block(nn.Module):
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Say in which dtype the layers around x work: autocast's, or that of x."""
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    on = _has_autocast(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on else x.dtype
+
+
+@torch.compiler.assume_constant_result  # torch 2.11 does not look into it
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def normalize(x: Tensor, norm: nn.LayerNorm, modulation: tuple[Tensor, Tensor] | None = None) -> Tensor:

@@ -68,12 +68,21 @@ def test_kernels_agree_with_float64(case: str, scan: str) -> None:
 @pytest.mark.parametrize("shape", [(1, 6, 10, 8, 3, 1), (1, 8, 6, 8, 3, 2)])
 def test_paths_cut_into_segments_give_the_same(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = [tensor.float() for tensor in make_inputs(*shape)]
-    monkeypatch.setattr(triton_host, "WANTED_PROGRAMS", 1)
     whole = output_and_gradients(inputs, "triton")
-    monkeypatch.setattr(triton_host, "WANTED_PROGRAMS", 1000)
+    monkeypatch.setattr(triton_host, "LONG_PATH", 1)
+    assert triton_host._cut(4, 8, 4, 32, backward=False) == (32, 4)
     cut = output_and_gradients(inputs, "triton")
     for name, a, b in zip(("y", *NAMES), cut, whole, strict=True):
         assert relative_error(a, b.double()) < 1e-6, name
+
+
+def test_cuts_keep_a_large_gpu_busy_without_walking_twice() -> None:
+    """XL's first and third stage in batches of 128, 32 at 512 px, and 1; (paths, channels, tiles) each."""
+    assert triton_host._cut(4 * 128, 640, 64, 128, backward=False) == (128, 1)
+    assert triton_host._cut(4 * 32, 640, 256, 128, backward=False) == (128, 1)
+    assert triton_host._cut(4 * 32, 640, 256, 64, backward=True) == (32, 1)
+    assert triton_host._cut(4, 640, 64, 128, backward=False) == (128, 52)
+    assert triton_host._cut(4, 2560, 4, 128, backward=False) == (32, 1)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy's, where both sides of a selection are computed

@@ -11,12 +11,15 @@ from torch import Tensor
 from lamamba.ops.launch import launch
 from lamamba.ops.selective_scan.kernels import scan_backward_kernel, scan_forward_kernel, scan_summary_kernel
 
-# Enough to keep a large GPU busy: with fewer programs than this, paths are cut into segments.
-WANTED_PROGRAMS = 1024
+# Programs that keep a large GPU busy. With fewer than enough, paths of so many tiles are cut into segments, until there
+# are as many as wanted; but segments are walked twice.
+ENOUGH_PROGRAMS, WANTED_PROGRAMS, LONG_PATH = 512, 1024, 16
 MAX_SEGMENTS = 64
 TILE = 16  # steps; the smallest side of a matrix product on tensor cores
-# Channels of a program: the more, the fewer instructions a channel, until the registers of a warp run out.
-FORWARD_BLOCK, BACKWARD_BLOCK = 128, 64
+# Channels of a program: the more, the fewer instructions a channel, until the registers of a warp run out. They get
+# fewer where there are fewer programs than these; forwards only on paths that are too short to be cut.
+FORWARD_BLOCK, FORWARD_PROGRAMS = 128, 512
+BACKWARD_BLOCK, BACKWARD_PROGRAMS = 64, 2048
 MAX_BATCH = 65535  # of CUDA, for the third axis of a grid of programs
 
 
@@ -29,17 +32,18 @@ class _Geometry(NamedTuple):
     tiles_per_segment: int
 
 
-def _geometry(x: Tensor, low: Tensor, A: Tensor, continuous: bool, widest_block: int) -> _Geometry:
+def _geometry(x: Tensor, low: Tensor, A: Tensor, continuous: bool, backward: bool) -> _Geometry:
     batch, height, width, channels = x.shape
     if batch > MAX_BATCH:
         raise ValueError(f"scan_grid: a batch of {batch} is too large for the kernels: split it, {MAX_BATCH} at most")
     states = A.shape[2]
     states_block = triton.next_power_of_2(states)
     # A lane holds all states of its channels: blocks get narrower as states get more. Exact logarithms take room too.
-    widest_block = min(widest_block, 64) if x.dtype == torch.float32 else widest_block
-    widest_block = max(32, min(widest_block // states_block, triton.next_power_of_2(channels)))
+    block = BACKWARD_BLOCK if backward else FORWARD_BLOCK
+    block = min(block, 64) if x.dtype == torch.float32 else block
+    block = max(32, min(block // states_block, triton.next_power_of_2(channels)))
     num_tiles = triton.cdiv(height * width, TILE)
-    block, num_segments = _cut(batch, channels, num_tiles, widest_block)
+    block, num_segments = _cut(4 * batch, channels, num_tiles, block, backward)
     num_blocks = triton.cdiv(channels, block)
     tiles_per_segment = triton.cdiv(num_tiles, num_segments)
     num_segments = triton.cdiv(num_tiles, tiles_per_segment)
@@ -52,10 +56,16 @@ def _geometry(x: Tensor, low: Tensor, A: Tensor, continuous: bool, widest_block:
     return _Geometry((num_blocks, 4 * num_segments, batch), constants, num_segments, tiles_per_segment)
 
 
-def _cut(batch: int, channels: int, num_tiles: int, widest_block: int) -> tuple[int, int]:
-    """Choose the width of blocks of channels, and in how many segments paths are cut."""
-    num_blocks = triton.cdiv(channels, widest_block)
-    return widest_block, min(MAX_SEGMENTS, num_tiles, triton.cdiv(WANTED_PROGRAMS, num_blocks * 4 * batch))
+def _cut(num_paths: int, channels: int, num_tiles: int, block: int, backward: bool) -> tuple[int, int]:
+    """Choose how wide blocks of channels are, at most `block`, and in how many segments paths are cut."""
+    is_long = num_tiles >= LONG_PATH
+    busy = BACKWARD_PROGRAMS if backward else 0 if is_long else FORWARD_PROGRAMS
+    while block > 32 and num_paths * triton.cdiv(channels, block) < busy:
+        block //= 2
+    num_programs = num_paths * triton.cdiv(channels, block)
+    if num_programs >= ENOUGH_PROGRAMS or not is_long:
+        return block, 1
+    return block, min(MAX_SEGMENTS, num_tiles, triton.cdiv(WANTED_PROGRAMS, num_programs))
 
 
 def _summarise(
@@ -89,7 +99,7 @@ def scan_grid_triton(
     """
     x, low, weight, bias, A, D = (tensor.contiguous() for tensor in (x, low, weight, bias, A, D))
     batch, height, width, channels = x.shape
-    geometry = _geometry(x, low, A, continuous, FORWARD_BLOCK)
+    geometry = _geometry(x, low, A, continuous, backward=False)
     planes = x.new_empty(4, batch, height, width, channels)
     states = A.new_empty(_states_shape(x, A, save))
     carry, spent = _summarise(geometry, x, 0, low, weight, bias, A, backward=False)
@@ -122,7 +132,7 @@ def _scan_grid_backward(
     plane = x.numel() if grad_y.ndim == 5 else 0  # from the gradient of one path to that of the next
     batch, height, width, channels = x.shape
     rank, num_states = weight.shape[2], A.shape[2]
-    geometry = _geometry(x, low, A, continuous, BACKWARD_BLOCK)
+    geometry = _geometry(x, low, A, continuous, backward=True)
     grad_x, grad_z = (x.new_empty(4, batch, height * width, channels) for _ in range(2))
     grad_BC = A.new_empty(geometry.grid[0], batch, height * width, 4, 2 * num_states)
     rows = batch * geometry.num_segments
