@@ -375,7 +375,9 @@ class _LinearInHalves(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, weight)
-        return F.linear(x, weight).chunk(2, dim=-1)
+        if x.is_cuda:  # where kernels read halves as they lie
+            return F.linear(x, weight).chunk(2, dim=-1)
+        return tuple(F.linear(x, half) for half in weight.chunk(2))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
