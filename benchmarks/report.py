@@ -250,7 +250,7 @@ def cpu_table(records: list[Record]) -> list[str]:
 
 
 def plot_throughput(records: list[Record], path: Path) -> bool:
-    """Draw images/s of the networks, a group of bars a case; False if there is nothing to draw."""
+    """Draw the speed of the networks over that of DiT, a group of bars a case; False if there is nothing to draw."""
     from matplotlib.figure import Figure
 
     drawn = [record for record in records if "_xl_" in record.case and record.metric == "images_per_s"]
@@ -258,21 +258,22 @@ def plot_throughput(records: list[Record], path: Path) -> bool:
         return False
     cases = list(dict.fromkeys((record.case, record.batch) for record in drawn))
     providers = list(dict.fromkeys(record.provider for record in drawn))
+    reference = "dit-xl-2" if "dit-xl-2" in providers else providers[0]
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     for index, provider in enumerate(providers):
         for place, (case, batch) in enumerate(cases):
             record = find(drawn, case, provider, "images_per_s", batch)
-            if record:
+            unit = find(drawn, case, reference, "images_per_s", batch)
+            if record and unit:
                 x = place + (index - (len(providers) - 1) / 2) * 0.8 / len(providers)
-                bars = axes.bar(x, record.value, 0.75 / len(providers), color=f"C{index}",
+                bars = axes.bar(x, record.value / unit.value, 0.75 / len(providers), color=f"C{index}",
                                 label=provider if place == 0 else None)  # fmt: skip
                 axes.bar_label(bars, [number(record.value)], fontsize=7)
     names = [f"{case.replace('_xl_', ' ')}\nbatch {batch}" for case, batch in cases]
     axes.set_xticks(range(len(cases)), names, fontsize=8)
-    axes.set_ylabel("images per second")
-    axes.set_yscale("log")
-    axes.legend(frameon=False)
+    axes.set_ylabel(f"speed, times {reference}; images/s on top", fontsize=8)
+    figure.legend(frameon=False, loc="outside upper left", ncols=len(providers))
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
     return True
