@@ -5,8 +5,9 @@ So two things are timed: that alone, four paths as four sequences, gates and tok
 is generous to it; and all that `scan_grid` does, with this recurrence inside: gathers, low-rank expansion, softplus,
 gates, tokens, output, sum over paths, in PyTorch.
 
-Left aside: mamba-ssm and accelerated_scan.warp, which compile CUDA; accelerated_scan.scalar, which reads memory that is
-not its own at the size of XL's first stage and takes the process with it; mambapy, which is plain PyTorch.
+Left aside: mamba-ssm and accelerated_scan.warp, which compile CUDA; accelerated_scan.scalar 0.3.1, with which CUDA
+reports an illegal memory access at the size of XL's first stage, so that nothing after it can run; mambapy, which is
+plain PyTorch.
 """
 
 from importlib.util import find_spec

@@ -5,7 +5,7 @@
     python benchmarks/run.py --quick            tiny sizes, to see that it works: the numbers mean nothing
 
 On a GPU, in bf16: XL against DiT-XL/2 (networks.py), in training (float32 weights, autocast, fused AdamW) and inference
-(bfloat16 weights, replayed as a CUDA graph); the scan by itself against public scans (peers.py) and the bytes it must
+(bfloat16 weights, replayed as a CUDA graph); the scan by itself against a public one (peers.py) and the bytes it must
 move; a training step by groups of operations (kernel_groups.py). On a CPU: the scan and `nano` against the naive ways.
 
 Writes results/DATE_DEVICE_COMMIT.json after every competitor. One that fails is reported and the others go on; the exit
@@ -102,7 +102,7 @@ def _limits(results: Results, quick: bool) -> None:
 
 
 def scan(results: Results, providers: list[str], quick: bool) -> None:
-    """Four scans over the grids of XL's three widths; the first one of public scans too."""
+    """Four scans over the grids of XL's three widths; the first one of a public scan too."""
     number = 2 if quick or not CUDA else 128
     stages = ((8, 32, 2), (4, 64, 4)) if quick else ((32, 640, 20), (16, 1280, 40), (8, 2560, 80))
     for side, channels, rank in stages:

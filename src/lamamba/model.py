@@ -383,8 +383,9 @@ class _LinearInHalves(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         (first, second), (first_weight, second_weight) = (grad.flatten(0, -2) for grad in grads), weight.chunk(2)
-        grad_x = (first @ first_weight).addmm_(second, second_weight)
-        grad_weight = torch.cat([half.mT @ x.flatten(0, -2) for half in (first, second)])
+        with torch.autocast(x.device.type, enabled=False):  # which would round products, but not what is added to them
+            grad_x = (first @ first_weight).addmm_(second, second_weight)
+            grad_weight = torch.cat([half.mT @ x.flatten(0, -2) for half in (first, second)])
         return grad_x.view_as(x), grad_weight
 
 
