@@ -116,8 +116,8 @@ def _scan_inputs(b: int, side: int, e: int, r: int) -> tuple[Tensor, ...]:
     x = torch.randn(b, side, side, e, device=DEVICE, dtype=dtype)
     low = torch.randn(b, side, side, 4 * (r + 2), device=DEVICE, dtype=dtype)
     weight = torch.randn(4, e, r, device=DEVICE, dtype=dtype) * r**-0.5
-    bias, A, D = (torch.randn(*shape, device=DEVICE) for shape in ((4, e), (4, e, 1), (4, e)))
-    return x, low, weight, bias - 4, -A.exp(), D
+    bias, A_log, D = (torch.randn(*shape, device=DEVICE) for shape in ((4, e), (4, e, 1), (4, e)))
+    return x, low, weight, bias - 4, A_log, D
 
 
 def _scan(results: Results, b: int, side: int, e: int, r: int, quick: bool) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lamamba.config import NetworkConfig
 from lamamba.diffusion import OBJECTIVES, guide, training_losses
-from lamamba.model import LaMambaDiff, WindowAttention, _LinearInHalves
+from lamamba.model import LaMambaDiff, WindowAttention
 from lamamba.ops.window_attention.geometry import window_geometry
 from lamamba.released import load_released, translate
 
@@ -631,16 +631,3 @@ def test_position_embedding_of_another_size_is_resized_not_repeated() -> None:
     assert resized.shape == (1, 16, 12, 8)
     # Resizing to the same picture at twice the size keeps its mean.
     assert resized.mean().item() == pytest.approx(network.position_embedding.mean().item(), abs=0.02)
-
-
-def test_a_linear_layer_in_halves_is_that_layer() -> None:
-    """Also where the backward pass is in autocast and the forward pass was not: nothing is rounded."""
-    x, weight = torch.randn(2, 3, 5, requires_grad=True), torch.randn(8, 5, requires_grad=True)
-    weights = torch.randn(2, 3, 8)
-    out = torch.nn.functional.linear(x, weight)
-    wanted = torch.autograd.grad(out, (x, weight), weights)
-    halves = _LinearInHalves.apply(x, weight)
-    torch.testing.assert_close(torch.cat(halves, dim=-1), out)
-    with torch.autocast("cpu", torch.bfloat16):
-        ours = torch.autograd.grad(halves, (x, weight), weights.chunk(2, dim=-1))
-    torch.testing.assert_close(ours, wanted)

@@ -31,6 +31,7 @@ from lamamba.config import NetworkConfig, preset
 from lamamba.ops.depthwise_convolution import depthwise_convolution
 from lamamba.ops.gated_norm import gated_norm
 from lamamba.ops.grid import NUM_PATHS
+from lamamba.ops.linear import compute_dtype, linear, linear_in_halves, with_projection
 from lamamba.ops.linear_gelu import linear_gelu
 from lamamba.ops.residual_norm import Residual, add_gated, layer_norm, residual_norm
 from lamamba.ops.selective_scan import scan_grid
@@ -77,7 +78,7 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         widths = [embed_dim, 2 * embed_dim, 4 * embed_dim, 4 * embed_dim]
         self.gradient_checkpointing = False
 
-        self.patch_projection = nn.Linear(in_channels, embed_dim)
+        self.patch_projection = Linear(in_channels, embed_dim)
         self.patch_norm = nn.LayerNorm(embed_dim)
         self.position_embedding = nn.Parameter(torch.empty(1, sample_size, sample_size, embed_dim))
         self.timestep_embedding = TimestepEmbedding(4 * embed_dim)
@@ -234,6 +235,14 @@ def _stages(stages: nn.ModuleList) -> Iterable[nn.ModuleList]:
     return cast(Iterable[nn.ModuleList], stages)
 
 
+class Linear(nn.Linear):
+    """PyTorch's, but for how gradients of float32 weights come about in mixed precision; see `lamamba.ops.linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., i) to (..., o)."""
+        return linear(input, self.weight, self.bias)
+
+
 class TimestepEmbedding(nn.Module):
     """(b,) timesteps to (b, width): 256 sinusoids, then two linear layers."""
 
@@ -241,8 +250,8 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(self.num_sinusoids, width)
-        self.linear_2 = nn.Linear(width, width)
+        self.linear_1 = Linear(self.num_sinusoids, width)
+        self.linear_2 = Linear(width, width)
 
     def reset_own_parameters(self) -> None:
         nn.init.normal_(self.linear_1.weight, std=0.02)
@@ -271,14 +280,14 @@ class Block(nn.Module):
 
     def __init__(self, config: NetworkConfig, width: int, shifted: bool, project: bool) -> None:
         super().__init__()
-        self.condition_projection = nn.Linear(4 * config.embed_dim, width) if project else nn.Identity()
+        self.condition_projection = Linear(4 * config.embed_dim, width) if project else nn.Identity()
         self.ssm = SS2D(config, width) if config.use_ssm else None
         self.attention = WindowAttention(config, width, shifted) if config.use_attention else None
         self.mlp = Mlp(width, int(config.mlp_ratio * width))
         self.ssm_norm = nn.LayerNorm(width) if config.use_ssm else None
         self.attention_norm = nn.LayerNorm(width) if config.use_attention else None
         self.mlp_norm = nn.LayerNorm(width)
-        self.modulation = nn.Linear(width, 3 * width * len(self._branches()))
+        self.modulation = Linear(width, 3 * width * len(self._branches()))
 
     def _branches(self) -> list[tuple[nn.Module, nn.LayerNorm]]:
         pairs = ((self.ssm, self.ssm_norm), (self.attention, self.attention_norm), (self.mlp, self.mlp_norm))
@@ -307,18 +316,6 @@ class Block(nn.Module):
         return x, residual
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Say in which dtype the layers around x work: autocast's, or that of x."""
-    device = x.device.type
-    on = _has_autocast(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else x.dtype
-
-
-@torch.compiler.assume_constant_result  # torch 2.11 does not look into it
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
-
-
 def normalize(x: Tensor, norm: nn.LayerNorm, modulation: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Normalize (b, h, w, c) as `norm` says, then shift and scale, each (b, c): x (1 + scale) + shift."""
     return layer_norm(x, norm.weight, norm.bias, modulation, norm.eps, compute_dtype(x))
@@ -334,7 +331,7 @@ class SS2D(nn.Module):
         self.dt_rank = config.ssm_dt_rank or math.ceil(width / 16)
         self.state_size = config.ssm_state_size
         low = self.dt_rank + 2 * self.state_size
-        self.in_proj = nn.Linear(width, 2 * inner, bias=False)
+        self.in_proj = Linear(width, 2 * inner, bias=False)
         self.convolution = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=config.ssm_conv_bias)
         self.x_proj_weight = nn.Parameter(torch.empty(NUM_PATHS, low, inner))
         self.dt_weight = nn.Parameter(torch.empty(NUM_PATHS, inner, self.dt_rank))
@@ -342,7 +339,7 @@ class SS2D(nn.Module):
         self.A_log = nn.Parameter(torch.empty(NUM_PATHS, inner, self.state_size))
         self.D = nn.Parameter(torch.empty(NUM_PATHS, inner))
         self.out_norm = nn.LayerNorm(inner)
-        self.out_proj = nn.Linear(inner, width, bias=False)
+        self.out_proj = Linear(inner, width, bias=False)
 
     def reset_own_parameters(self) -> None:
         bound = self.x_proj_weight.shape[2] ** -0.5
@@ -355,38 +352,13 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """Mix (b, h, w, c) globally; there is no bias to be added."""
-        dtype = compute_dtype(x)
-        x, z = _LinearInHalves.apply(x.to(dtype), self.in_proj.weight.to(dtype))
+        x, z = linear_in_halves(x, self.in_proj.weight)
         x = depthwise_convolution(x, self.convolution.weight, self.convolution.bias)
         # The projection commutes with the order of reading: every pixel is projected once, for all paths.
-        low = F.linear(x, self.x_proj_weight.flatten(0, 1))
-        A = -torch.exp(self.A_log.to(torch.promote_types(low.dtype, torch.float32)))
-        planes = scan_grid(x, low, self.dt_weight, self.dt_bias, A, self.D, self.scan)
+        x, low = with_projection(x, self.x_proj_weight.flatten(0, 1))
+        planes = scan_grid(x, low, self.dt_weight, self.dt_bias, self.A_log, self.D, self.scan)
         norm = self.out_norm
         return self.out_proj(gated_norm(planes, z, norm.weight, norm.bias, norm.eps)), None
-
-
-class _LinearInHalves(torch.autograd.Function):
-    """A linear layer without bias whose result is cut in two along its channels.
-
-    Autograd's way back would write both halves' gradients side by side first; here each is multiplied where it lies.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, weight)
-        if x.is_cuda:  # where kernels read halves as they lie
-            return F.linear(x, weight).chunk(2, dim=-1)
-        return tuple(F.linear(x, half) for half in weight.chunk(2))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        (first, second), (first_weight, second_weight) = (grad.flatten(0, -2) for grad in grads), weight.chunk(2)
-        with torch.autocast(x.device.type, enabled=False):  # which would round products, but not what is added to them
-            grad_x = (first @ first_weight).addmm_(second, second_weight)
-            grad_weight = torch.cat([half.mT @ x.flatten(0, -2) for half in (first, second)])
-        return grad_x.view_as(x), grad_weight
 
 
 class WindowAttention(nn.Module):
@@ -397,9 +369,9 @@ class WindowAttention(nn.Module):
         self.num_heads = config.num_heads
         self.window_size = config.window_size
         self.shifted = shifted
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.relative_position_bias = nn.Parameter(torch.empty((2 * self.window_size - 1) ** 2, self.num_heads))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
 
     def reset_own_parameters(self) -> None:
         nn.init.trunc_normal_(self.relative_position_bias, std=0.02)
@@ -407,7 +379,7 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mix (b, h, w, c) locally; the bias of the result is given beside it."""
         x = window_attention(self.qkv(x), self.relative_position_bias, self.num_heads, self.window_size, self.shifted)
-        return F.linear(x, self.out_proj.weight), self.out_proj.bias
+        return linear(x, self.out_proj.weight), self.out_proj.bias
 
 
 class Mlp(nn.Module):
@@ -415,13 +387,13 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(width, hidden)
-        self.linear_2 = nn.Linear(hidden, width)
+        self.linear_1 = Linear(width, hidden)
+        self.linear_2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map every pixel's channels; the bias of the result is given beside it."""
         x = linear_gelu(x, self.linear_1.weight, self.linear_1.bias)
-        return F.linear(x, self.linear_2.weight), self.linear_2.bias
+        return linear(x, self.linear_2.weight), self.linear_2.bias
 
 
 def _pad_to_even(x: Tensor) -> Tensor:
@@ -435,7 +407,7 @@ class MergeDownsample(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(4 * width)
-        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+        self.reduction = Linear(4 * width, 2 * width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = rearrange(_pad_to_even(x), "b (h row) (w column) c -> b h w (column row c)", row=2, column=2)
@@ -461,7 +433,7 @@ class Upsample(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.expansion = nn.Linear(width, 2 * width, bias=False)
+        self.expansion = Linear(width, 2 * width, bias=False)
         self.norm = nn.LayerNorm(width // 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -474,11 +446,11 @@ class Head(nn.Module):
 
     def __init__(self, width: int, condition_width: int, out_channels: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, width, bias=False)
+        self.linear = Linear(width, width, bias=False)
         self.norm = nn.LayerNorm(width)
-        self.condition_projection = nn.Linear(condition_width, width)
-        self.modulation = nn.Linear(width, 2 * width)
-        self.output = nn.Linear(width, out_channels)
+        self.condition_projection = Linear(condition_width, width)
+        self.modulation = Linear(width, 2 * width)
+        self.output = Linear(width, out_channels)
 
     def reset_own_parameters(self) -> None:
         nn.init.zeros_(self.modulation.weight)

@@ -3,10 +3,10 @@
 `reference.py` is the meaning and runs on any device; `kernels.py` and `triton.py` are the version for GPUs.
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from lamamba.ops.backend import Backend, choose_kernels
+from lamamba.ops.linear import linear
 from lamamba.ops.linear_gelu.reference import linear_gelu_reference
 
 __all__ = ["linear_gelu"]
@@ -43,5 +43,5 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, backend: Backend = "aut
     if choose_kernels("linear_gelu", x, backend):
         from lamamba.ops.linear_gelu.triton import bias_gelu_triton
 
-        return bias_gelu_triton(F.linear(x, weight), bias)
+        return bias_gelu_triton(linear(x, weight), bias)
     return linear_gelu_reference(x, weight, bias)

@@ -23,7 +23,7 @@ def scan_grid(
     low: Tensor,
     dt_weight: Tensor,
     dt_bias: Tensor,
-    A: Tensor,
+    A_log: Tensor,
     D: Tensor,
     scan: Scan = "continuous",
     backend: Backend = "auto",
@@ -37,7 +37,7 @@ def scan_grid(
         low: (b, h, w, 4 (r + 2 n)) for each path the low-rank step size (r), then B (n) and C (n).
         dt_weight: (4, e, r) from the low-rank step size to every channel's.
         dt_bias: (4, e).
-        A: (4, e, n) decay rates, negative.
+        A_log: (4, e, n) logarithms of the decay rates: A is -exp(A_log).
         D: (4, e) weight of the input in the output.
         scan: "continuous" (serpentine) or "raster" paths, see `lamamba.ops.grid.path_order`.
         backend: see `lamamba.ops.backend`.
@@ -49,26 +49,29 @@ def scan_grid(
     Raises:
         ValueError: shapes disagree, a dimension is 0, or the kernels cannot run on these tensors.
     """
-    _check_grid_shapes(x, low, dt_weight, dt_bias, A, D)
+    _check_grid_shapes(x, low, dt_weight, dt_bias, A_log, D)
     if choose_kernels("scan_grid", x, backend):
         from lamamba.ops.selective_scan.triton import scan_grid_triton
 
-        tensors = (x, low.to(x.dtype), dt_weight.to(x.dtype), dt_bias.float(), A.float(), D.float())
+        weight = dt_weight.to(x.dtype)
+        weight = F.pad(weight, (0, -weight.shape[2] % 8)) if weight.shape[2] % 8 else weight
+        tensors = (x, low.to(x.dtype), weight, dt_bias.float(), A_log.float(), D.float())
         save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         planes: Tensor = scan_grid_triton(*tensors, scan == "continuous", save)[0]
         return planes
     if choose_loops(x, backend):
+        A = -torch.exp(A_log.float())
         floats = (tensor.float() for tensor in (x, low, dt_weight, dt_bias, A, D))
         y: Tensor = scan_grid_cpu(*floats, scan == "continuous")
         return y.to(x.dtype)[None]
-    return _scan_grid_pytorch(x, low, dt_weight, dt_bias, A, D, scan)
+    return _scan_grid_pytorch(x, low, dt_weight, dt_bias, A_log, D, scan)
 
 
 def _scan_grid_pytorch(
-    x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, scan: Scan
+    x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, scan: Scan
 ) -> Tensor:
     height, width = as_constant(x.shape[1]), as_constant(x.shape[2])
-    rank, num_states = dt_weight.shape[2], A.shape[2]
+    rank, num_states = dt_weight.shape[2], A_log.shape[2]
     paths = scan_paths(height, width, scan, x.device)
     x = rearrange(x, "b h w e -> b (h w) e")
     low = rearrange(low, "b h w (k r) -> b (h w k) r", k=NUM_PATHS)
@@ -78,25 +81,27 @@ def _scan_grid_pytorch(
     state_dtype = torch.promote_types(delta.dtype, torch.float32)
     delta = F.softplus(delta.to(state_dtype) + dt_bias.to(state_dtype)[:, None])
     u = gather_rows(x, paths.pixels, paths.pixel_positions).unflatten(1, (NUM_PATHS, -1))
+    A = -torch.exp(A_log.to(state_dtype))
     y = selective_scan(u, delta, A, B, C, D)
     y = sum_rows(y.flatten(1, 2), paths.pixels, paths.pixel_positions)
     return rearrange(y, "b (h w) e -> 1 b h w e", h=height)
 
 
-def _check_grid_shapes(x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> None:
+def _check_grid_shapes(x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> None:
     if x.ndim != 4 or 0 in x.shape:
         raise ValueError(f"scan_grid: x is {tuple(x.shape)}: give (b, h, w, e), none of them 0")
-    if A.ndim != 3 or dt_weight.ndim != 3 or 0 in A.shape or 0 in dt_weight.shape:
+    if A_log.ndim != 3 or dt_weight.ndim != 3 or 0 in A_log.shape or 0 in dt_weight.shape:
         raise ValueError(
-            f"scan_grid: A is {tuple(A.shape)} and dt_weight {tuple(dt_weight.shape)}: give (4, e, n) and (4, e, r)"
+            f"scan_grid: A_log is {tuple(A_log.shape)} and dt_weight {tuple(dt_weight.shape)}: give (4, e, n) and "
+            "(4, e, r)"
         )
     b, h, w, e = x.shape
-    r, n = dt_weight.shape[2], A.shape[2]
+    r, n = dt_weight.shape[2], A_log.shape[2]
     wanted = {
         "low": (b, h, w, NUM_PATHS * (r + 2 * n)), "dt_weight": (NUM_PATHS, e, r), "dt_bias": (NUM_PATHS, e),
-        "A": (NUM_PATHS, e, n), "D": (NUM_PATHS, e),
+        "A_log": (NUM_PATHS, e, n), "D": (NUM_PATHS, e),
     }  # fmt: skip
-    for (name, shape), tensor in zip(wanted.items(), (low, dt_weight, dt_bias, A, D), strict=True):
+    for (name, shape), tensor in zip(wanted.items(), (low, dt_weight, dt_bias, A_log, D), strict=True):
         if tuple(tensor.shape) != shape:
             raise ValueError(f"scan_grid: {name} is {tuple(tensor.shape)}: with x {tuple(x.shape)} it must be {shape}")
 

@@ -75,48 +75,80 @@ def _pixel(t, path, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.co
 
 
 @triton.jit
-def _pixels(
+def _below(o_x, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Mask offsets at or beyond a length; all that there are where blocks fill it, which the compiler then sees."""
+    if LENGTH % BLOCK == 0:
+        return tl.full(o_x.shape, 1, tl.int1)
+    return o_x < LENGTH
+
+
+@triton.jit
+def _runs(
     first, path,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """Find the pixels of a tile's steps; RUN steps at a time lie on one line of the grid, evenly spaced."""
-    pixels = ()
+    """Find the pixels of a tile's steps: RUN steps at a time lie on one line of the grid, evenly spaced."""
+    firsts = ()
+    strides = ()
     for run in tl.static_range(0, TILE, RUN):
         pixel = _pixel(first + run, path, HEIGHT, WIDTH, CONTINUOUS)
-        pixels = pixels + (pixel,)
-        if RUN > 1:
-            stride = _pixel(first + run + 1, path, HEIGHT, WIDTH, CONTINUOUS) - pixel
-            for step in tl.static_range(1, RUN):
-                pixels = pixels + (pixel + step * stride,)
-    return pixels
+        firsts = firsts + (pixel,)
+        strides = strides + (_pixel(first + run + 1, path, HEIGHT, WIDTH, CONTINUOUS) - pixel,)
+    return firsts, strides
+
+
+@triton.jit
+def _along(p, runs, ROW: tl.constexpr, RUN: tl.constexpr):
+    """Point to each of the pixels of `_runs`, whose values are ROW apart: a tuple."""
+    pointers = ()
+    firsts, strides = runs
+    for run in tl.static_range(16 // RUN):
+        p_pixel = p + firsts[run] * ROW
+        stride = strides[run].to(tl.int64) * ROW
+        for _ in tl.static_range(RUN):
+            pointers = pointers + (p_pixel,)
+            p_pixel += stride
+    return pointers
 
 
 @triton.jit
 def _load_expansion(p_weight, o_d, m_d, RANK: tl.constexpr):
-    """Load the matrix from low-rank step sizes to a block of channels: a tuple of blocks (16, d)."""
+    """Load the matrix from low-rank step sizes to a block of channels: a tuple of blocks (16, d).
+
+    In memory its rows are filled up to a multiple of 8. So values come eight at a time, and the compiler keeps them in
+    shared memory, not in registers.
+    """
+    ROW: tl.constexpr = (RANK + 7) // 8 * 8
     weights = ()
     for first in tl.static_range(0, RANK, 16):
-        o_r = first + tl.arange(0, 16)
-        m_r = o_r < RANK
-        weights = weights + (tl.load(p_weight + o_d * RANK + o_r[:, None], mask=m_d & m_r[:, None], other=0.0),)
+        o_r = first + tl.arange(0, 16)[:, None]
+        weights = weights + (tl.load(p_weight + o_d * ROW + o_r, mask=m_d & (o_r < ROW), other=0.0),)
     return weights
 
 
 @triton.jit
-def _expand_steps(p_low, weights, b_bias, o_pixel, m_pixel, LOW: tl.constexpr, RANK: tl.constexpr):
-    """Multiply out a tile's low-rank step sizes and add the bias (1, d), all times log2(e): (16, d)."""
-    b_z = tl.zeros([16, b_bias.shape[1]], tl.float32)
-    for block in tl.static_range((RANK + 15) // 16):
-        o_r = 16 * block + tl.arange(0, 16)
-        m_r = o_r < RANK
-        b_low = tl.load(p_low + o_pixel[:, None] * LOW + o_r[None, :], mask=m_pixel[:, None] & m_r[None, :], other=0.0)
-        b_z = tl.dot(b_low, weights[block], b_z, input_precision="ieee")
-    return b_z * LOG2_E + b_bias * LOG2_E
+def _load_low(
+    p_low, start, path, LOW: tl.constexpr, RANK: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr,
+):  # fmt: skip
+    """Load the low-rank step sizes of the 16 steps from `start` on: a tuple of blocks (2, 16, 8).
+
+    A block is two halves (16, 8), in which a lane loads just what it hands to the tensor cores.
+    """
+    b_lows = ()
+    o_half, o_place = tl.arange(0, 2)[:, None, None], tl.arange(0, 8)[None, None, :]
+    o_t = start + tl.arange(0, 16)[None, :, None]
+    p_rows = p_low + _pixel(o_t, path, HEIGHT, WIDTH, CONTINUOUS) * LOW
+    m_t = (o_t >= 0) & (o_t < HEIGHT * WIDTH)
+    for first in tl.static_range(0, RANK, 16):
+        o_r = first + o_half * 8 + o_place
+        b_lows = b_lows + (tl.load(p_rows + o_r, mask=m_t & (o_r < RANK), other=0.0),)
+    return b_lows
 
 
 @triton.jit
 def _exp2(b_x, PRECISE: tl.constexpr):
-    """Compute 2^x, x at most 0; the instruction alone is off by three units in the last place."""
+    """Compute 2^x; the instruction alone is off by three units in the last place."""
     if PRECISE:
         b_whole = tl.floor(b_x + 0.5)
         b_f = (b_x - b_whole) * LN_2
@@ -124,6 +156,16 @@ def _exp2(b_x, PRECISE: tl.constexpr):
         b_power = 1 + b_f * (1 + b_f * (1.0 / 2) * (1 + b_f * (1.0 / 3) * (1 + b_f * (1.0 / 4) * b_power)))
         return b_power * tl.exp2(b_whole)
     return tl.exp2(b_x)
+
+
+@triton.jit
+def _exp(b_x, PRECISE: tl.constexpr):
+    """Compute e^x."""
+    if PRECISE:  # what is left of x beside the power of two, ln(2) in two parts
+        b_whole = tl.floor(b_x * LOG2_E + 0.5)
+        b_rest = (b_x - b_whole * 0.693145751953125) - b_whole * 1.428606765330187e-06
+        return _exp2(b_rest * LOG2_E, PRECISE) * tl.exp2(b_whole)
+    return tl.exp2(b_x * LOG2_E)
 
 
 @triton.jit
@@ -136,27 +178,42 @@ def _softplus(b_z, PRECISE: tl.constexpr):
         b_sum = 1.0 / 11 + b_q * (1.0 / 13 + b_q * (1.0 / 15))
         b_sum = 1 + b_q * (1.0 / 3 + b_q * (1.0 / 5 + b_q * (1.0 / 7 + b_q * (1.0 / 9 + b_q * b_sum))))
         b_log = (2 * LOG2_E) * b_s * b_sum
-    else:  # a polynomial for log2(1 + u) / u, off by less than 1e-5 of the value from 0 to 1
-        b_log = 0.146015635 - 0.0344313187 * b_u
-        b_log = 1.4426828 + b_u * (-0.720423854 + b_u * (0.469162679 + b_u * (-0.303014423 + b_u * b_log)))
-        b_log = b_u * b_log
+    else:  # the polynomial for log2(1 + u) / u that is off by the least part of the value from 0 to 1, 6e-5
+        b_log = 0.441903719 + b_u * (-0.227125935 + b_u * 0.0596544194)
+        b_log = b_u * (1.44261331 + b_u * (-0.716988782 + b_u * b_log))
     return tl.maximum(b_z, 0.0) + b_log
 
 
 @triton.jit
+def _steps(b_lows, weights, b_bias, start, LENGTH: tl.constexpr, RANK: tl.constexpr, PRECISE: tl.constexpr):
+    """Compute the m of a tile's step sizes: a tuple of 16 rows (1, d).
+
+    Beyond the end of the path they are 0: such a step changes nothing, and has no gradient either.
+    """
+    b_z = tl.zeros([16, b_bias.shape[1]], tl.float32)
+    for block in tl.static_range((RANK + 15) // 16):
+        b_low = b_lows[block].permute(1, 0, 2).reshape(16, 16)
+        b_z = tl.dot(b_low, weights[block], b_z, input_precision="ieee")
+    b_m = _softplus(b_z * LOG2_E + b_bias * LOG2_E, PRECISE)
+    if LENGTH % 16 != 0:
+        b_m = tl.where(start + tl.arange(0, 16)[:, None] < LENGTH, b_m, 0.0)
+    return _rows(b_m)
+
+
+@triton.jit
 def _slope(b_m, PRECISE: tl.constexpr):
-    """Compute the derivative of softplus from m: 1 / (1 + exp(-z)) is 1 - 2^-m."""
+    """Compute the derivative of m by z: 1 / (1 + exp(-z)) is 1 - 2^-m, times log2(e)."""
     if PRECISE:  # near 0 the difference would see only what is left of m
         b_x = b_m * LN_2
         b_series = 1 - b_x * (1.0 / 4) * (1 - b_x * (1.0 / 5) * (1 - b_x * (1.0 / 6)))
         b_series = b_x * (1 - b_x * (1.0 / 2) * (1 - b_x * (1.0 / 3) * b_series))
-        return tl.where(b_x < 0.25, b_series, 1 - _exp2(-b_m, PRECISE))
-    return 1 - tl.exp2(-b_m)
+        return tl.where(b_x < 0.25, b_series, 1 - _exp2(-b_m, PRECISE)) * LOG2_E
+    return LOG2_E - LOG2_E * tl.exp2(-b_m)
 
 
 @triton.jit(do_not_specialize=["tiles_per_segment", "num_segments"])
 def scan_summary_kernel(
-    p_u, p_low, p_weight, p_bias, p_A, p_carry, p_spent, plane, tiles_per_segment, num_segments,
+    p_u, p_low, p_weight, p_bias, p_A_log, p_carry, p_spent, plane, tiles_per_segment, num_segments,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
     CHANNELS: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr, STATES_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr, PRECISE: tl.constexpr, BACKWARD: tl.constexpr,
@@ -170,39 +227,35 @@ def scan_summary_kernel(
     WHOLE: tl.constexpr = LENGTH % TILE == 0
     LOW: tl.constexpr = 4 * (RANK + 2 * STATES)
     o_d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    m_d = o_d < CHANNELS
+    m_d = _below(o_d, CHANNELS, BLOCK)
     path, segment, image = tl.program_id(1) % 4, tl.program_id(1) // 4, tl.program_id(2).to(tl.int64)
     o_n = tl.arange(0, STATES_BLOCK)[:, None]
     m_n = o_n < STATES
     o_path = path * CHANNELS + o_d
     b_bias = tl.load(p_bias + o_path, mask=m_d, other=0.0)
-    b_A = tl.load(p_A + o_path * STATES + o_n, mask=m_n & m_d, other=0.0)
+    b_A = -_exp(tl.load(p_A_log + o_path * STATES + o_n, mask=m_n & m_d, other=0.0), PRECISE)
     p_u += image * LENGTH * CHANNELS + path.to(tl.int64) * plane
     p_low += image * LENGTH * LOW + path * (RANK + 2 * STATES)
-    weights = _load_expansion(p_weight + path * CHANNELS * RANK, o_d, m_d, RANK)
+    weights = _load_expansion(p_weight + path * CHANNELS * ((RANK + 7) // 8 * 8), o_d, m_d, RANK)
 
     b_h = tl.zeros([STATES_BLOCK, BLOCK], tl.float32)
     b_spent = tl.zeros([1, BLOCK], tl.float32)
     first = segment * tiles_per_segment
     last = tl.minimum(first + tiles_per_segment, tl.cdiv(LENGTH, TILE))
+    b_lows = _load_low(p_low, (last - 1 if BACKWARD else first) * TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
     for count in range(first, last):
         start = (first + last - 1 - count if BACKWARD else count) * TILE
-        o_t = start + tl.arange(0, TILE)
-        m_tile = o_t < LENGTH
-        pixels = _pixels(start, path, HEIGHT, WIDTH, CONTINUOUS, TILE, RUN)
+        runs = _runs(start, path, HEIGHT, WIDTH, CONTINUOUS, TILE, RUN)
+        p_us = _along(p_u + o_d, runs, CHANNELS, RUN)
+        p_weights = _along(p_low + RANK + (STATES if BACKWARD else 0) + o_n, runs, LOW, RUN)
         b_us = ()
         b_weights = ()
         for step in tl.static_range(TILE):
             m_t = WHOLE or start + step < LENGTH
-            p_weights = p_low + pixels[step] * LOW + RANK + (STATES if BACKWARD else 0)
-            b_us = b_us + (tl.load(p_u + pixels[step] * CHANNELS + o_d, mask=m_d & m_t, other=0.0),)
-            b_weights = b_weights + (tl.load(p_weights + o_n, mask=m_n & m_t, other=0.0),)
-        o_pixel = _pixel(o_t, path, HEIGHT, WIDTH, CONTINUOUS)
-        b_z = _expand_steps(p_low, weights, b_bias, o_pixel, m_tile, LOW, RANK)
-        b_delta = _softplus(b_z, PRECISE)
-        if not WHOLE:
-            b_delta = tl.where(m_tile[:, None], b_delta, 0.0)
-        b_deltas = _rows(b_delta)
+            b_us = b_us + (tl.load(p_us[step], mask=m_d & m_t, other=0.0),)
+            b_weights = b_weights + (tl.load(p_weights[step], mask=m_n & m_t, other=0.0),)
+        b_deltas = _steps(b_lows, weights, b_bias, start, LENGTH, RANK, PRECISE)
+        b_lows = _load_low(p_low, start + (-TILE if BACKWARD else TILE), path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
         for i in tl.static_range(TILE):
             b_u = b_us[TILE - 1 - i if BACKWARD else i].to(tl.float32)
             b_weight = b_weights[TILE - 1 - i if BACKWARD else i].to(tl.float32)
@@ -217,7 +270,7 @@ def scan_summary_kernel(
 
 @triton.jit(do_not_specialize=["batch", "tiles_per_segment", "num_segments"])
 def scan_forward_kernel(
-    p_x, p_low, p_weight, p_bias, p_A, p_D, p_y, p_states, p_carry, p_spent,
+    p_x, p_low, p_weight, p_bias, p_A_log, p_D, p_y, p_states, p_carry, p_spent,
     batch, tiles_per_segment, num_segments,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
     CHANNELS: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr, STATES_BLOCK: tl.constexpr,
@@ -229,18 +282,18 @@ def scan_forward_kernel(
     NUM_TILES: tl.constexpr = (LENGTH + TILE - 1) // TILE
     LOW: tl.constexpr = 4 * (RANK + 2 * STATES)
     o_d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    m_d = o_d < CHANNELS
+    m_d = _below(o_d, CHANNELS, BLOCK)
     path, segment, image = tl.program_id(1) % 4, tl.program_id(1) // 4, tl.program_id(2).to(tl.int64)
     o_n = tl.arange(0, STATES_BLOCK)[:, None]
     m_n = o_n < STATES
     o_path = path * CHANNELS + o_d
     b_bias = tl.load(p_bias + o_path, mask=m_d, other=0.0)
     b_D = tl.load(p_D + o_path, mask=m_d, other=0.0)
-    b_A = tl.load(p_A + o_path * STATES + o_n, mask=m_n & m_d, other=0.0)
+    b_A = -_exp(tl.load(p_A_log + o_path * STATES + o_n, mask=m_n & m_d, other=0.0), PRECISE)
     p_x += image * LENGTH * CHANNELS
     p_y += (path * batch + image) * LENGTH * CHANNELS
     p_low += image * LENGTH * LOW + path * (RANK + 2 * STATES)
-    weights = _load_expansion(p_weight + path * CHANNELS * RANK, o_d, m_d, RANK)
+    weights = _load_expansion(p_weight + path * CHANNELS * ((RANK + 7) // 8 * 8), o_d, m_d, RANK)
 
     # The state that the segments before leave.
     b_h = tl.zeros([STATES_BLOCK, BLOCK], tl.float32)
@@ -251,49 +304,49 @@ def scan_forward_kernel(
         b_h = _exp2(b_A * b_spent, PRECISE) * b_h + b_end
 
     first = segment * tiles_per_segment
+    b_lows = _load_low(p_low, first * TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
     for tile in range(first, tl.minimum(first + tiles_per_segment, NUM_TILES)):
         start = tile * TILE
-        o_t = start + tl.arange(0, TILE)
-        m_tile = o_t < LENGTH
         # All loads of a tile come before its stores: the compiler cannot know that these do not change what those read.
-        pixels = _pixels(start, path, HEIGHT, WIDTH, CONTINUOUS, TILE, RUN)
+        # What starts the work on a tile is loaded with the one before, and the rest while that work goes on.
+        runs = _runs(start, path, HEIGHT, WIDTH, CONTINUOUS, TILE, RUN)
+        p_xs = _along(p_x + o_d, runs, CHANNELS, RUN)
+        p_BCs = _along(p_low + RANK + o_n, runs, LOW, RUN)
         b_xs = ()
         b_Bs = ()
         b_Cs = ()
         for step in tl.static_range(TILE):
             m_t = WHOLE or start + step < LENGTH
-            p_BC = p_low + pixels[step] * LOW + RANK + o_n
-            b_xs = b_xs + (tl.load(p_x + pixels[step] * CHANNELS + o_d, mask=m_d & m_t, other=0.0),)
-            b_Bs = b_Bs + (tl.load(p_BC, mask=m_n & m_t, other=0.0),)
-            b_Cs = b_Cs + (tl.load(p_BC + STATES, mask=m_n & m_t, other=0.0),)
-        o_pixel = _pixel(o_t, path, HEIGHT, WIDTH, CONTINUOUS)
-        b_z = _expand_steps(p_low, weights, b_bias, o_pixel, m_tile, LOW, RANK)
-        b_delta = _softplus(b_z, PRECISE)
-        if not WHOLE:
-            b_delta = tl.where(m_tile[:, None], b_delta, 0.0)
-        b_deltas = _rows(b_delta)
+            b_xs = b_xs + (tl.load(p_xs[step], mask=m_d & m_t, other=0.0),)
+            b_Bs = b_Bs + (tl.load(p_BCs[step], mask=m_n & m_t, other=0.0),)
+            b_Cs = b_Cs + (tl.load(p_BCs[step] + STATES, mask=m_n & m_t, other=0.0),)
+        b_deltas = _steps(b_lows, weights, b_bias, start, LENGTH, RANK, PRECISE)
+        b_lows = _load_low(p_low, start + TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
         if SAVE:
             p_state = p_states + (((image * 4 + path) * NUM_TILES + tile) * STATES + o_n) * CHANNELS + o_d
             tl.store(p_state, b_h, mask=m_n & m_d)
+        p_ys = _along(p_y + o_d, runs, CHANNELS, RUN)
         for step in tl.static_range(TILE):
             m_t = WHOLE or start + step < LENGTH
             b_x, b_B, b_C = b_xs[step].to(tl.float32), b_Bs[step].to(tl.float32), b_Cs[step].to(tl.float32)
             b_h = _exp2(b_A * b_deltas[step], PRECISE) * b_h + (b_B * LN_2) * (b_deltas[step] * b_x)
             b_y = tl.sum(b_C * b_h, axis=0, keep_dims=True) + b_D * b_x
-            tl.store(p_y + pixels[step] * CHANNELS + o_d, b_y.to(p_y.dtype.element_ty), mask=m_d & m_t)
+            tl.store(p_ys[step], b_y.to(p_y.dtype.element_ty), mask=m_d & m_t)
 
 
 @triton.jit
 def _load_weights(
-    p_B, pixels, start, LENGTH: tl.constexpr, LOW: tl.constexpr, STATES: tl.constexpr, TILE: tl.constexpr
+    p_B, runs, start,
+    LENGTH: tl.constexpr, LOW: tl.constexpr, STATES: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Load B and C of one state at a tile's steps: two tuples of numbers."""
     Bs = ()
     Cs = ()
+    p_Bs = _along(p_B, runs, LOW, RUN)
     for step in tl.static_range(TILE):
         m_t = LENGTH % TILE == 0 or start + step < LENGTH
-        Bs = Bs + (tl.load(p_B + pixels[step] * LOW, mask=m_t, other=0.0),)
-        Cs = Cs + (tl.load(p_B + pixels[step] * LOW + STATES, mask=m_t, other=0.0),)
+        Bs = Bs + (tl.load(p_Bs[step], mask=m_t, other=0.0),)
+        Cs = Cs + (tl.load(p_Bs[step] + STATES, mask=m_t, other=0.0),)
     return Bs, Cs
 
 
@@ -312,8 +365,8 @@ def _scan_tile(b_h, b_A, b_deltas, b_xs, Bs, TILE: tl.constexpr, PRECISE: tl.con
 
 @triton.jit(do_not_specialize=["batch", "tiles_per_segment", "num_segments"])
 def scan_backward_kernel(
-    p_x, p_low, p_weight, p_bias, p_A, p_D, p_grad_y, p_states, p_carry, p_spent,
-    p_grad_x, p_grad_z, p_grad_BC, p_grad_A, p_grad_D, p_grad_bias,
+    p_x, p_low, p_weight, p_bias, p_A_log, p_D, p_grad_y, p_states, p_carry, p_spent,
+    p_grad_x, p_grad_z, p_grad_BC, p_grad_A_log, p_grad_D, p_grad_bias,
     plane, batch, tiles_per_segment, num_segments,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
     CHANNELS: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr, STATES_BLOCK: tl.constexpr,
@@ -322,28 +375,28 @@ def scan_backward_kernel(
     """Walk a segment's tiles backwards; in each, scan forwards from the saved state, then backwards.
 
     Writes the gradients by x and by the step sizes before their softplus, a plane for each path; by B and C, a plane
-    for each block of channels; by A, D and the bias, a row for each image and segment. The caller adds them up. `plane`
-    is from the gradient of one path's y to that of the next.
+    for each block of channels; by A_log, D and the bias, a row for each image and segment. The caller adds them up.
+    `plane` is from the gradient of one path's y to that of the next.
     """
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     WHOLE: tl.constexpr = LENGTH % TILE == 0
     NUM_TILES: tl.constexpr = (LENGTH + TILE - 1) // TILE
     LOW: tl.constexpr = 4 * (RANK + 2 * STATES)
     o_d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    m_d = o_d < CHANNELS
+    m_d = _below(o_d, CHANNELS, BLOCK)
     path, segment, image = tl.program_id(1) % 4, tl.program_id(1) // 4, tl.program_id(2).to(tl.int64)
     o_n = tl.arange(0, STATES_BLOCK)[:, None]
     m_n = o_n < STATES
     o_path = path * CHANNELS + o_d
     b_bias = tl.load(p_bias + o_path, mask=m_d, other=0.0)
     b_D = tl.load(p_D + o_path, mask=m_d, other=0.0)
-    b_A = tl.load(p_A + o_path * STATES + o_n, mask=m_n & m_d, other=0.0)
+    b_A = -_exp(tl.load(p_A_log + o_path * STATES + o_n, mask=m_n & m_d, other=0.0), PRECISE)
     p_x += image * LENGTH * CHANNELS
     p_grad_y += image * LENGTH * CHANNELS + path.to(tl.int64) * plane
     p_grad_x += (path * batch + image) * LENGTH * CHANNELS
     p_grad_z += (path * batch + image) * LENGTH * CHANNELS
     p_low += image * LENGTH * LOW + path * (RANK + 2 * STATES)
-    weights = _load_expansion(p_weight + path * CHANNELS * RANK, o_d, m_d, RANK)
+    weights = _load_expansion(p_weight + path * CHANNELS * ((RANK + 7) // 8 * 8), o_d, m_d, RANK)
     p_grad_BC += ((tl.program_id(0) * batch + image) * LENGTH * 4 + path) * 2 * STATES
 
     # The gradient that the segments after it leave: always a[t+1] g[t+1] of the step to come.
@@ -359,27 +412,23 @@ def scan_backward_kernel(
     b_grad_bias = tl.zeros([1, BLOCK], tl.float32)
     first = segment * tiles_per_segment
     last = tl.minimum(first + tiles_per_segment, NUM_TILES)
+    b_lows = _load_low(p_low, (last - 1) * TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
     for count in range(first, last):
         tile = first + last - 1 - count
         start = tile * TILE
-        o_t = start + tl.arange(0, TILE)
-        m_tile = o_t < LENGTH
-        pixels = _pixels(start, path, HEIGHT, WIDTH, CONTINUOUS, TILE, RUN)
+        runs = _runs(start, path, HEIGHT, WIDTH, CONTINUOUS, TILE, RUN)
+        p_xs = _along(p_x + o_d, runs, CHANNELS, RUN)
+        p_grad_ys = _along(p_grad_y + o_d, runs, CHANNELS, RUN)
         b_xs = ()
         b_grad_ys = ()
         for step in tl.static_range(TILE):
             m_t = WHOLE or start + step < LENGTH
-            o_row = pixels[step] * CHANNELS + o_d
-            b_xs = b_xs + (tl.load(p_x + o_row, mask=m_d & m_t, other=0.0),)
-            b_grad_ys = b_grad_ys + (tl.load(p_grad_y + o_row, mask=m_d & m_t, other=0.0),)
-        o_pixel = _pixel(o_t, path, HEIGHT, WIDTH, CONTINUOUS)
-        b_z = _expand_steps(p_low, weights, b_bias, o_pixel, m_tile, LOW, RANK)
-        b_delta = _softplus(b_z, PRECISE)
-        if not WHOLE:  # a step of zero changes nothing, and has no gradient either
-            b_delta = tl.where(m_tile[:, None], b_delta, 0.0)
-        b_deltas = _rows(b_delta)
+            b_xs = b_xs + (tl.load(p_xs[step], mask=m_d & m_t, other=0.0),)
+            b_grad_ys = b_grad_ys + (tl.load(p_grad_ys[step], mask=m_d & m_t, other=0.0),)
+        b_deltas = _steps(b_lows, weights, b_bias, start, LENGTH, RANK, PRECISE)
+        b_lows = _load_low(p_low, start - TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
 
-        # Sums over all states but the last: of g B, and of the gradient of the exponent delta A times A.
+        # Sums over all states but the last: of g B, and of the gradient of the exponent times A; both times ln(2).
         b_drives = ()
         b_exponents = ()
         for _ in tl.static_range(TILE):
@@ -390,22 +439,22 @@ def scan_backward_kernel(
             b_g = tl.sum(tl.where(o_n == state, b_carry, 0.0), axis=0, keep_dims=True)
             p_state = p_states + (((image * 4 + path) * NUM_TILES + tile) * STATES + state) * CHANNELS
             b_h = tl.load(p_state + o_d, mask=m_d, other=0.0)
-            Bs, Cs = _load_weights(p_low + RANK + state, pixels, start, LENGTH, LOW, STATES, TILE)
+            Bs, Cs = _load_weights(p_low + RANK + state, runs, start, LENGTH, LOW, STATES, TILE, RUN)
             b_hs, b_as = _scan_tile(b_h, b_A_s, b_deltas, b_xs, Bs, TILE, PRECISE)
             b_grad_A_s = tl.zeros([1, BLOCK], tl.float32)
+            p_BCs = _along(p_grad_BC + state, runs, 8 * STATES, RUN)
             b_new_drives = ()
             b_new_exponents = ()
             for step in tl.static_range(TILE - 1, -1, -1):
                 b_g += Cs[step].to(tl.float32) * b_grad_ys[step].to(tl.float32)
                 grad_B = tl.sum(b_g * (b_deltas[step] * b_xs[step].to(tl.float32))) * LN_2
                 grad_C = tl.sum(b_hs[step + 1] * b_grad_ys[step].to(tl.float32))
-                p_BC = p_grad_BC + pixels[step] * 8 * STATES + state
-                tl.store(p_BC, grad_B, mask=WHOLE or start + step < LENGTH)
-                tl.store(p_BC + STATES, grad_C, mask=WHOLE or start + step < LENGTH)
-                b_new_drives = (b_drives[step] + b_g * Bs[step].to(tl.float32),) + b_new_drives
+                tl.store(p_BCs[step], grad_B, mask=WHOLE or start + step < LENGTH)
+                tl.store(p_BCs[step] + STATES, grad_C, mask=WHOLE or start + step < LENGTH)
+                b_new_drives = (b_drives[step] + b_g * (Bs[step].to(tl.float32) * LN_2),) + b_new_drives
                 b_g *= b_as[step]
                 b_exponent = b_g * b_hs[step]
-                b_new_exponents = (b_exponents[step] + b_exponent * b_A_s,) + b_new_exponents
+                b_new_exponents = (b_exponents[step] + b_exponent * (b_A_s * LN_2),) + b_new_exponents
                 b_grad_A_s += b_exponent * b_deltas[step]
             b_drives = b_new_drives
             b_exponents = b_new_exponents
@@ -419,35 +468,38 @@ def scan_backward_kernel(
         b_g = tl.sum(tl.where(o_n == LAST, b_carry, 0.0), axis=0, keep_dims=True)
         p_state = p_states + (((image * 4 + path) * NUM_TILES + tile) * STATES + LAST) * CHANNELS
         b_h = tl.load(p_state + o_d, mask=m_d, other=0.0)
-        Bs, Cs = _load_weights(p_low + RANK + LAST, pixels, start, LENGTH, LOW, STATES, TILE)
+        Bs, Cs = _load_weights(p_low + RANK + LAST, runs, start, LENGTH, LOW, STATES, TILE, RUN)
         b_hs, b_as = _scan_tile(b_h, b_A_s, b_deltas, b_xs, Bs, TILE, PRECISE)
         b_grad_A_s = tl.zeros([1, BLOCK], tl.float32)
         b_grad_Bs = ()
         b_grad_Cs = ()
+        p_grad_xs = _along(p_grad_x + o_d, runs, CHANNELS, RUN)
+        p_grad_zs = _along(p_grad_z + o_d, runs, CHANNELS, RUN)
         for step in tl.static_range(TILE - 1, -1, -1):
             m_t = WHOLE or start + step < LENGTH
             b_m, b_x, b_grad_y = b_deltas[step], b_xs[step].to(tl.float32), b_grad_ys[step].to(tl.float32)
             b_g += Cs[step].to(tl.float32) * b_grad_y
             b_grad_Bs = ((b_g * (b_m * b_x)).to(SUM),) + b_grad_Bs
             b_grad_Cs = ((b_hs[step + 1] * b_grad_y).to(SUM),) + b_grad_Cs
-            b_drive = b_drives[step] + b_g * Bs[step].to(tl.float32)
+            b_drive = b_drives[step] + b_g * (Bs[step].to(tl.float32) * LN_2)
             b_g *= b_as[step]
             b_exponent = b_g * b_hs[step]
             b_grad_A_s += b_exponent * b_m
-            b_grad_x = b_drive * (b_m * LN_2) + b_D * b_grad_y
-            b_grad_z = (b_exponents[step] + b_exponent * b_A_s + b_drive * b_x) * _slope(b_m, PRECISE)
-            o_row = pixels[step] * CHANNELS + o_d
-            tl.store(p_grad_x + o_row, b_grad_x.to(p_grad_x.dtype.element_ty), mask=m_d & m_t)
-            tl.store(p_grad_z + o_row, b_grad_z.to(p_grad_z.dtype.element_ty), mask=m_d & m_t)
+            b_grad_x = b_drive * b_m + b_D * b_grad_y
+            b_grad_z = (b_exponents[step] + b_exponent * (b_A_s * LN_2) + b_drive * b_x) * _slope(b_m, PRECISE)
+            tl.store(p_grad_xs[step], b_grad_x.to(p_grad_x.dtype.element_ty), mask=m_d & m_t)
+            tl.store(p_grad_zs[step], b_grad_z.to(p_grad_z.dtype.element_ty), mask=m_d & m_t)
             b_grad_D += b_grad_y * b_x
             b_grad_bias += b_grad_z
-        p_BC = p_grad_BC + o_pixel * 8 * STATES + LAST
+        o_t = start + tl.arange(0, TILE)
+        m_tile = o_t < LENGTH
+        p_BC = p_grad_BC + _pixel(o_t, path, HEIGHT, WIDTH, CONTINUOUS) * 8 * STATES + LAST
         tl.store(p_BC, _sum_channels(b_grad_Bs, BLOCK) * LN_2, mask=m_tile)
         tl.store(p_BC + STATES, _sum_channels(b_grad_Cs, BLOCK), mask=m_tile)
         b_carry = tl.where(o_n == LAST, b_g, b_carry)
         b_grad_A += tl.where(o_n == LAST, b_grad_A_s * LN_2, 0.0)
 
     o_row = ((image * num_segments + segment) * 4 + path) * CHANNELS + o_d
-    tl.store(p_grad_A + o_row * STATES + o_n, b_grad_A, mask=m_n & m_d)
+    tl.store(p_grad_A_log + o_row * STATES + o_n, b_grad_A * b_A, mask=m_n & m_d)
     tl.store(p_grad_D + o_row, b_grad_D, mask=m_d)
     tl.store(p_grad_bias + o_row, b_grad_bias, mask=m_d)

@@ -32,11 +32,11 @@ class _Geometry(NamedTuple):
     tiles_per_segment: int
 
 
-def _geometry(x: Tensor, low: Tensor, A: Tensor, continuous: bool, backward: bool) -> _Geometry:
+def _geometry(x: Tensor, low: Tensor, A_log: Tensor, continuous: bool, backward: bool) -> _Geometry:
     batch, height, width, channels = x.shape
     if batch > MAX_BATCH:
         raise ValueError(f"scan_grid: a batch of {batch} is too large for the kernels: split it, {MAX_BATCH} at most")
-    states = A.shape[2]
+    states = A_log.shape[2]
     states_block = triton.next_power_of_2(states)
     # A lane holds all states of its channels: blocks get narrower as states get more. Exact logarithms take room too.
     block = BACKWARD_BLOCK if backward else FORWARD_BLOCK
@@ -69,19 +69,20 @@ def _cut(num_paths: int, channels: int, num_tiles: int, block: int, backward: bo
 
 
 def _summarise(
-    geometry: _Geometry, u: Tensor, plane: int, low: Tensor, weight: Tensor, bias: Tensor, A: Tensor, backward: bool
-) -> tuple[Tensor, Tensor]:
+    geometry: _Geometry, u: Tensor, plane: int,
+    low: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, backward: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Scan every segment from a zero state; where a path is one segment there is nothing to do."""
     batch, channels = low.shape[0], u.shape[-1]
     num_segments = geometry.num_segments
     if num_segments == 1:
-        nothing = A.new_empty(0)
+        nothing = A_log.new_empty(0)
         return nothing, nothing
-    carry = A.new_empty(batch, 4, num_segments, A.shape[2], channels)
-    spent = A.new_empty(batch, 4, num_segments, channels)
+    carry = A_log.new_empty(batch, 4, num_segments, A_log.shape[2], channels)
+    spent = A_log.new_empty(batch, 4, num_segments, channels)
     launch(
         scan_summary_kernel, geometry.grid,
-        u, low, weight, bias, A, carry, spent, plane, geometry.tiles_per_segment, num_segments,
+        u, low, weight, bias, A_log, carry, spent, plane, geometry.tiles_per_segment, num_segments,
         BACKWARD=backward, **geometry.constants,
     )  # fmt: skip
     return carry, spent
@@ -89,83 +90,88 @@ def _summarise(
 
 @torch.library.custom_op("lamamba::scan_grid", mutates_args=())
 def scan_grid_triton(
-    x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A: Tensor, D: Tensor, continuous: bool, save: bool
+    x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, continuous: bool, save: bool
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernels forwards; arguments as in `lamamba.ops.selective_scan.scan_grid`, bias, A and D in float32.
+    """Run the kernels forwards; arguments as in `lamamba.ops.selective_scan.scan_grid`, bias, A_log and D in float32.
+
+    The rows of weight are filled up with zeros to a multiple of 8, (4, e, r'), so that they begin at multiples of 16
+    bytes: loads of the kernels and matrix products want that.
 
     Returns:
         y of each path, (4, b, h, w, e), and, where `save` asks for what the backward pass reads, the states at the
         start of each tile, (b, 4, tiles, n, e) float32.
     """
-    x, low, weight, bias, A, D = (tensor.contiguous() for tensor in (x, low, weight, bias, A, D))
+    x, low, weight, bias, A_log, D = (tensor.contiguous() for tensor in (x, low, weight, bias, A_log, D))
     batch, height, width, channels = x.shape
-    geometry = _geometry(x, low, A, continuous, backward=False)
+    geometry = _geometry(x, low, A_log, continuous, backward=False)
     planes = x.new_empty(4, batch, height, width, channels)
-    states = A.new_empty(_states_shape(x, A, save))
-    carry, spent = _summarise(geometry, x, 0, low, weight, bias, A, backward=False)
+    states = A_log.new_empty(_states_shape(x, A_log, save))
+    carry, spent = _summarise(geometry, x, 0, low, weight, bias, A_log, backward=False)
     launch(
         scan_forward_kernel, geometry.grid,
-        x, low, weight, bias, A, D, planes, states, carry, spent,
+        x, low, weight, bias, A_log, D, planes, states, carry, spent,
         batch, geometry.tiles_per_segment, geometry.num_segments, SAVE=save, **geometry.constants,
     )  # fmt: skip
     return planes, states
 
 
-def _states_shape(x: Tensor, A: Tensor, save: bool) -> tuple[int, ...]:
+def _states_shape(x: Tensor, A_log: Tensor, save: bool) -> tuple[int, ...]:
     batch, height, width, channels = x.shape
-    return (batch, 4, triton.cdiv(height * width, TILE), A.shape[2], channels) if save else (0,)
+    return (batch, 4, triton.cdiv(height * width, TILE), A_log.shape[2], channels) if save else (0,)
 
 
 @scan_grid_triton.register_fake
 def _(
-    x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A: Tensor, D: Tensor, continuous: bool, save: bool
+    x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, continuous: bool, save: bool
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(4, *x.shape), A.new_empty(_states_shape(x, A, save))
+    return x.new_empty(4, *x.shape), A_log.new_empty(_states_shape(x, A_log, save))
 
 
 @torch.library.custom_op("lamamba::scan_grid_backward", mutates_args=())
 def _scan_grid_backward(
     grad_y: Tensor, states: Tensor,
-    x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A: Tensor, D: Tensor, continuous: bool,
+    x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, continuous: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    grad_y, x, low, weight, bias, A, D = (tensor.contiguous() for tensor in (grad_y, x, low, weight, bias, A, D))
+    tensors = (grad_y, x, low, weight, bias, A_log, D)
+    grad_y, x, low, weight, bias, A_log, D = (tensor.contiguous() for tensor in tensors)
     plane = x.numel() if grad_y.ndim == 5 else 0  # from the gradient of one path to that of the next
     batch, height, width, channels = x.shape
-    rank, num_states = weight.shape[2], A.shape[2]
-    geometry = _geometry(x, low, A, continuous, backward=True)
+    num_states = A_log.shape[2]
+    rank = low.shape[3] // 4 - 2 * num_states
+    geometry = _geometry(x, low, A_log, continuous, backward=True)
     grad_x, grad_z = (x.new_empty(4, batch, height * width, channels) for _ in range(2))
-    grad_BC = A.new_empty(geometry.grid[0], batch, height * width, 4, 2 * num_states)
+    grad_BC = A_log.new_empty(geometry.grid[0], batch, height * width, 4, 2 * num_states)
     rows = batch * geometry.num_segments
-    grad_A, grad_D, grad_bias = A.new_empty(rows, *A.shape), D.new_empty(rows, *D.shape), D.new_empty(rows, *D.shape)
-    carry, spent = _summarise(geometry, grad_y, plane, low, weight, bias, A, backward=True)
+    grad_A_log = A_log.new_empty(rows, *A_log.shape)
+    grad_D, grad_bias = (D.new_empty(rows, *D.shape) for _ in range(2))
+    carry, spent = _summarise(geometry, grad_y, plane, low, weight, bias, A_log, backward=True)
     launch(
         scan_backward_kernel, geometry.grid,
-        x, low, weight, bias, A, D, grad_y, states, carry, spent,
-        grad_x, grad_z, grad_BC, grad_A, grad_D, grad_bias,
+        x, low, weight, bias, A_log, D, grad_y, states, carry, spent,
+        grad_x, grad_z, grad_BC, grad_A_log, grad_D, grad_bias,
         plane, batch, geometry.tiles_per_segment, geometry.num_segments, **geometry.constants,
     )  # fmt: skip
 
     grad_z = grad_z.flatten(1, 2)
     low_by_path = low.view(batch * height * width, 4, -1)
     grad_low = torch.empty_like(low_by_path)
-    # A copy with rows that start at multiples of 16 bytes: without it the product takes three times as long.
     delta_low = F.pad(low_by_path[..., :rank].transpose(0, 1), (0, -rank % 8))
     with torch.autocast(x.device.type, enabled=False):  # or float32 products would be rounded to bfloat16
-        grad_low[..., :rank] = (grad_z @ weight).transpose(0, 1)
-        grad_weight = (grad_z.mT @ delta_low)[..., :rank].contiguous()
+        grad_low[..., :rank] = (grad_z @ weight)[..., :rank].transpose(0, 1)
+        grad_weight = grad_z.mT @ delta_low
     grad_low[..., rank:] = grad_BC.sum(dim=0).flatten(0, 1)
     return (
         grad_x.sum(dim=0, dtype=x.dtype).view_as(x), grad_low.view_as(low), grad_weight,
-        grad_bias.sum(dim=0), grad_A.sum(dim=0), grad_D.sum(dim=0),
+        grad_bias.sum(dim=0), grad_A_log.sum(dim=0), grad_D.sum(dim=0),
     )  # fmt: skip
 
 
 @_scan_grid_backward.register_fake
 def _(
     grad_y: Tensor, states: Tensor,
-    x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A: Tensor, D: Tensor, continuous: bool,
+    x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, continuous: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, low, weight, bias, A, D))
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, low, weight, bias, A_log, D))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,0 +1,113 @@
+"""Linear layers for mixed precision, and those before the scan: what autograd would do in extra passes over memory.
+
+Where a float32 weight is rounded to 16 bits for its product, autograd makes its gradient in 16 bits, then copies it to
+float32; here the product of the gradient ends in float32. Where a tensor's parts, or its uses, have gradients of their
+own, autograd first puts them together; here each is multiplied where it lies, and added to by the next.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Say which dtype autocast asks for on the device of x, or None where it is off."""
+    device = x.device.type
+    on = _has_autocast(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Say in which dtype the layers around x work: autocast's, or that of x."""
+    return autocast_dtype(x) or x.dtype
+
+
+@torch.compiler.assume_constant_result  # torch 2.11 does not look into it
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute x weight^T + bias like `torch.nn.functional.linear`: x (..., i), weight (o, i), bias (o,)."""
+    dtype = autocast_dtype(x)
+    if dtype is None or not x.is_cuda or not torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    out: Tensor = _Linear.apply(x.to(dtype), weight, bias)
+    return out
+
+
+def linear_in_halves(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the halves, each (..., o / 2), of x weight^T: x (..., i), weight (o, i)."""
+    first, second = _LinearInHalves.apply(x.to(compute_dtype(x)), weight)
+    return first, second
+
+
+def with_projection(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Give x itself, (..., i), and x weight^T, (..., o), of which both are to be used: weight (o, i)."""
+    same, projection = _WithProjection.apply(x.to(compute_dtype(x)), weight)
+    return same, projection
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rounded = weight.to(x.dtype)
+        ctx.save_for_backward(x, rounded)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return F.linear(x, rounded, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        (grad,), (x, weight), (weight_dtype, bias_dtype) = grads, ctx.saved_tensors, ctx.dtypes
+        with torch.autocast(x.device.type, enabled=False):  # which would round what products are added to
+            grad_x = grad @ weight
+            grad_weight = _weight_gradient(grad, x, weight_dtype)
+        return grad_x, grad_weight, None if bias_dtype is None else grad.flatten(0, -2).sum(dim=0, dtype=bias_dtype)
+
+
+class _LinearInHalves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        rounded = weight.to(x.dtype)
+        ctx.save_for_backward(x, rounded)
+        ctx.weight_dtype = weight.dtype
+        if x.is_cuda:  # where kernels read halves as they lie
+            return F.linear(x, rounded).chunk(2, dim=-1)
+        return tuple(F.linear(x, half) for half in rounded.chunk(2))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        (first, second), (first_weight, second_weight) = (grad.flatten(0, -2) for grad in grads), weight.chunk(2)
+        with torch.autocast(x.device.type, enabled=False):
+            grad_x = (first @ first_weight).addmm_(second, second_weight)
+            grad_weight = torch.cat([_weight_gradient(half, x, ctx.weight_dtype) for half in (first, second)])
+        return grad_x.view_as(x), grad_weight
+
+
+class _WithProjection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        rounded = weight.to(x.dtype)
+        ctx.save_for_backward(x, rounded)
+        ctx.weight_dtype = weight.dtype
+        return x.view_as(x), F.linear(x, rounded)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (grad_x, grad_projection), (x, weight) = grads, ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            # In place: x has no other use whose gradient this could be.
+            grad_x = grad_x.contiguous().flatten(0, -2).addmm_(grad_projection.flatten(0, -2), weight)
+            grad_weight = _weight_gradient(grad_projection, x, ctx.weight_dtype)
+        return grad_x.view_as(x), grad_weight
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply gradients of results, (..., o), with inputs, (..., i): (o, i) in `dtype`."""
+    grad, x = grad.flatten(0, -2), x.flatten(0, -2)
+    if x.is_cuda and dtype == torch.float32 != x.dtype:
+        return torch.mm(grad.mT, x, out_dtype=dtype)
+    return (grad.mT @ x).to(dtype)

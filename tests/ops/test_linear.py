@@ -1,0 +1,77 @@
+"""Linear layers against PyTorch's, in autocast and without."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lamamba.ops.linear import _Linear, linear, linear_in_halves, with_projection
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Layer = Callable[..., tuple[Tensor, ...]]
+
+# Ours and the same in plain PyTorch, of (x, weight, bias).
+LAYERS: dict[str, tuple[Layer, Layer]] = {
+    "halves": (lambda x, w, b: linear_in_halves(x, w), lambda x, w, b: F.linear(x, w).chunk(2, dim=-1)),
+    "projection": (lambda x, w, b: with_projection(x, w), lambda x, w, b: (x, F.linear(x, w))),
+    "bias": (lambda x, w, b: (_Linear.apply(x, w, b),), lambda x, w, b: (F.linear(x, w, b),)),
+    "no bias": (lambda x, w, b: (_Linear.apply(x, w, None),), lambda x, w, b: (F.linear(x, w),)),
+    "as chosen": (lambda x, w, b: (linear(x, w, b),), lambda x, w, b: (F.linear(x, w, b),)),
+}
+
+
+def make_inputs() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((2, 3, 16), (8, 16), (8,))]
+
+
+def outputs_and_gradients(layer: Layer, inputs: list[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    x = leaves[0] if dtype is None else leaves[0].to(dtype)
+    with torch.autocast(DEVICE, dtype or torch.bfloat16, enabled=dtype is not None):
+        outs = layer(x, *leaves[1:])
+    torch.manual_seed(1)
+    grads = [torch.randn(out.shape).to(out) for out in outs]
+    gradients = torch.autograd.grad(outs, leaves, grads, allow_unused=True)
+    return [*(out.detach() for out in outs), *(gradient for gradient in gradients if gradient is not None)]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_in_float32_they_are_the_same(name: str) -> None:
+    ours, plain = (outputs_and_gradients(layer, make_inputs(), None) for layer in LAYERS[name])
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_in_autocast_they_are_as_exact(name: str) -> None:
+    """At most the error of PyTorch's, against float64, where both round x to bfloat16 first."""
+    layer, plain_layer = LAYERS[name]
+    inputs = make_inputs()
+    inputs[0] = inputs[0].bfloat16().float()
+    exact = outputs_and_gradients(plain_layer, [tensor.double() for tensor in inputs], None)
+    ours, plain = (outputs_and_gradients(which, inputs, torch.bfloat16) for which in (layer, plain_layer))
+    assert len(ours) == len(plain) == len(exact)
+    for value, reference, wanted in zip(ours, plain, exact, strict=True):
+        assert value.dtype == reference.dtype
+        assert (value - wanted).norm() <= 1.1 * (reference - wanted).norm() + 1e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("name", ["halves", "projection", "bias"])
+def test_autocast_in_the_backward_pass_alone_rounds_nothing(name: str) -> None:
+    layer, plain_layer = LAYERS[name]
+    leaves = [tensor.requires_grad_() for tensor in make_inputs()]
+    grads = [torch.randn_like(out) for out in plain_layer(*leaves)]
+    wanted = torch.autograd.grad(plain_layer(*leaves), leaves, grads, allow_unused=True)
+    outs = layer(*leaves)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        ours = torch.autograd.grad(outs, leaves, grads, allow_unused=True)
+    torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_may_be_views_that_cannot_be_written() -> None:
+    x, weight, _ = (tensor.requires_grad_() for tensor in make_inputs())
+    same, projection = with_projection(x, weight)
+    (gradient,) = torch.autograd.grad(same.sum() + projection.sum(), x)
+    torch.testing.assert_close(gradient, 1 + weight.sum(dim=0).expand_as(x))
