@@ -159,30 +159,47 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         x = normalize(self.patch_projection(rearrange(x_t, "b c h w -> b h w c").to(dtype)), self.patch_norm)
         x = x + self._position_embedding(height, width).to(x.dtype)
         condition = self.timestep_embedding(t) + self.label_embedding(y)
+        ahead = self._modulate_ahead(condition)
 
         skips = []
         for index, blocks in enumerate(_stages(self.encoder)):
-            x = self._run(blocks, x, condition)
+            x = self._run(blocks, x, condition, ahead)
             skips.append(x)
             if index < len(self.downsamples):
                 x = self.downsamples[index](x)
-        x = x + self._run(self.bottleneck, x, condition)
+        x = x + self._run(self.bottleneck, x, condition, ahead)
         for index, blocks in enumerate(_stages(self.decoder)):
             skip = skips.pop()
             if index >= 2:
                 x = self.upsamples[index - 2](x)[:, : skip.shape[1], : skip.shape[2]]
-            x = self._run(blocks, x + skip, condition)
+            x = self._run(blocks, x + skip, condition, ahead)
         out: Tensor = rearrange(self.head(x, condition), "b h w c -> b c h w").to(x_t.dtype).contiguous()
         return out
 
-    def _run(self, blocks: Iterable[nn.Module], x: Tensor, condition: Tensor) -> Tensor:
+    def _run(self, blocks: Iterable[nn.Module], x: Tensor, condition: Tensor, ahead: "Ahead") -> Tensor:
         residual: Residual | None = None
         for block in blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x, residual = self._gradient_checkpointing_func(block, x, condition, residual)
             else:
-                x, residual = block(x, condition, residual)
+                modulation = None
+                if block in ahead:
+                    modulation, is_there = ahead[block]
+                    is_there.wait()
+                x, residual = block(x, condition, residual, modulation)
         return x if residual is None else add_gated(x, residual)
+
+    def _modulate_ahead(self, condition: Tensor) -> "Ahead":
+        """Compute modulations beside the blocks in CUDA graphs for inference: in small batches, a fifth of the time."""
+        if not condition.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return {}
+        if not torch.cuda.is_current_stream_capturing():
+            return {}
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            blocks = [block for stage in (*self.encoder, self.bottleneck, *self.decoder) for block in cast(Any, stage)]
+            return {block: (block.modulate(condition), beside.record_event()) for block in blocks}
 
     def _position_embedding(self, height: int, width: int) -> Tensor:
         embedding = self.position_embedding
@@ -228,6 +245,10 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         nn.init.normal_(self.label_embedding.weight, std=0.02)
         _, size, _, channels = self.position_embedding.shape
         self.position_embedding.copy_(_sine_cosine_positions(size, channels))
+
+
+# Modulations that are being computed, and the events after which they are there.
+Ahead = dict[nn.Module, tuple[Tensor, torch.cuda.Event]]
 
 
 def _stages(stages: nn.ModuleList) -> Iterable[nn.ModuleList]:
@@ -296,12 +317,20 @@ class Block(nn.Module):
     def reset_own_parameters(self) -> None:
         nn.init.zeros_(self.modulation.weight)
 
-    def forward(self, x: Tensor, condition: Tensor, residual: Residual | None = None) -> tuple[Tensor, Residual]:
+    def modulate(self, condition: Tensor) -> Tensor:
+        """Compute every branch's shift, scale and gate, side by side, from the condition, (b, 4 embed_dim)."""
+        modulation: Tensor = self.modulation(F.silu(self.condition_projection(condition)))
+        return modulation
+
+    def forward(
+        self, x: Tensor, condition: Tensor, residual: Residual | None = None, modulation: Tensor | None = None
+    ) -> tuple[Tensor, Residual]:
         """Take x and what the block before has left to add to it, and return both of this block.
 
-        A branch is added where the next one normalizes: the stream is read once for both.
+        A branch is added where the next one normalizes: the stream is read once for both. What `modulate` gives may be
+        known already.
         """
-        modulation = self.modulation(F.silu(self.condition_projection(condition)))
+        modulation = self.modulate(condition) if modulation is None else modulation
         parts = iter(modulation.unflatten(1, (-1, x.shape[-1])).unbind(1))
         for branch, norm in self._branches():
             shift_scale, gate = (next(parts), next(parts)), next(parts)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from lamamba.ops.linear import _Linear, linear, linear_in_halves, with_projection
 
+# The first thing that a GPU is asked to do in a thread may be a product.
+pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Layer = Callable[..., tuple[Tensor, ...]]
 

@@ -79,11 +79,11 @@ def test_paths_cut_into_segments_give_the_same(shape: tuple[int, ...], monkeypat
 
 def test_cuts_keep_a_large_gpu_busy_without_walking_twice() -> None:
     """XL's first and third stage in batches of 128, 32 at 512 px, and 1; (paths, channels, tiles) each."""
-    assert triton_host._cut(4 * 128, 640, 64, 128, backward=False) == (128, 1)
-    assert triton_host._cut(4 * 32, 640, 256, 128, backward=False) == (128, 1)
-    assert triton_host._cut(4 * 32, 640, 256, 64, backward=True) == (32, 1)
-    assert triton_host._cut(4, 640, 64, 128, backward=False) == (128, 52)
-    assert triton_host._cut(4, 2560, 4, 128, backward=False) == (32, 1)
+    assert triton_host._cut(4 * 128, 640, 64, 64, backward=False) == (64, 1)
+    assert triton_host._cut(4 * 32, 640, 256, 64, backward=False) == (64, 1)
+    assert triton_host._cut(4 * 32, 640, 256, 64, backward=True) == (64, 1)
+    assert triton_host._cut(4, 640, 64, 64, backward=False) == (64, 26)
+    assert triton_host._cut(4, 2560, 4, 64, backward=False) == (32, 1)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy's, where both sides of a selection are computed
@@ -192,7 +192,7 @@ LARGE = {
 
 
 @ON_GPU
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", LARGE)
 def test_real_sizes_agree_with_float64(case: str, dtype: torch.dtype) -> None:
     check(make_inputs(*LARGE[case]), dtype)

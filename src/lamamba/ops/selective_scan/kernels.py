@@ -366,7 +366,7 @@ def _scan_tile(b_h, b_A, b_deltas, b_xs, Bs, TILE: tl.constexpr, PRECISE: tl.con
 @triton.jit(do_not_specialize=["batch", "tiles_per_segment", "num_segments"])
 def scan_backward_kernel(
     p_x, p_low, p_weight, p_bias, p_A_log, p_D, p_grad_y, p_states, p_carry, p_spent,
-    p_grad_x, p_grad_z, p_grad_BC, p_grad_A_log, p_grad_D, p_grad_bias,
+    p_grad_x, p_grad_z, p_grad_BC, p_grad_shared,
     plane, batch, tiles_per_segment, num_segments,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
     CHANNELS: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr, STATES_BLOCK: tl.constexpr,
@@ -375,8 +375,8 @@ def scan_backward_kernel(
     """Walk a segment's tiles backwards; in each, scan forwards from the saved state, then backwards.
 
     Writes the gradients by x and by the step sizes before their softplus, a plane for each path; by B and C, a plane
-    for each block of channels; by A_log, D and the bias, a row for each image and segment. The caller adds them up.
-    `plane` is from the gradient of one path's y to that of the next.
+    for each block of channels; by A_log, D and the bias, (n + 2, 4, e) for each image and segment. The caller adds them
+    up. `plane` is from the gradient of one path's y to that of the next.
     """
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     WHOLE: tl.constexpr = LENGTH % TILE == 0
@@ -499,7 +499,7 @@ def scan_backward_kernel(
         b_carry = tl.where(o_n == LAST, b_g, b_carry)
         b_grad_A += tl.where(o_n == LAST, b_grad_A_s * LN_2, 0.0)
 
-    o_row = ((image * num_segments + segment) * 4 + path) * CHANNELS + o_d
-    tl.store(p_grad_A_log + o_row * STATES + o_n, b_grad_A * b_A, mask=m_n & m_d)
-    tl.store(p_grad_D + o_row, b_grad_D, mask=m_d)
-    tl.store(p_grad_bias + o_row, b_grad_bias, mask=m_d)
+    p_grad_shared += (image * num_segments + segment) * (STATES + 2) * 4 * CHANNELS + o_path
+    tl.store(p_grad_shared + o_n * 4 * CHANNELS, b_grad_A * b_A, mask=m_n & m_d)
+    tl.store(p_grad_shared + STATES * 4 * CHANNELS, b_grad_D, mask=m_d)
+    tl.store(p_grad_shared + (STATES + 1) * 4 * CHANNELS, b_grad_bias, mask=m_d)

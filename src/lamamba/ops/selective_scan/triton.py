@@ -18,8 +18,7 @@ MAX_SEGMENTS = 64
 TILE = 16  # steps; the smallest side of a matrix product on tensor cores
 # Channels of a program: the more, the fewer instructions a channel, until the registers of a warp run out. They get
 # fewer where there are fewer programs than these; forwards only on paths that are too short to be cut.
-FORWARD_BLOCK, FORWARD_PROGRAMS = 128, 512
-BACKWARD_BLOCK, BACKWARD_PROGRAMS = 64, 2048
+BLOCK, FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 64, 512, 1024
 MAX_BATCH = 65535  # of CUDA, for the third axis of a grid of programs
 
 
@@ -38,10 +37,8 @@ def _geometry(x: Tensor, low: Tensor, A_log: Tensor, continuous: bool, backward:
         raise ValueError(f"scan_grid: a batch of {batch} is too large for the kernels: split it, {MAX_BATCH} at most")
     states = A_log.shape[2]
     states_block = triton.next_power_of_2(states)
-    # A lane holds all states of its channels: blocks get narrower as states get more. Exact logarithms take room too.
-    block = BACKWARD_BLOCK if backward else FORWARD_BLOCK
-    block = min(block, 64) if x.dtype == torch.float32 else block
-    block = max(32, min(block // states_block, triton.next_power_of_2(channels)))
+    # A lane holds all states of its channels: blocks get narrower as states get more.
+    block = max(32, min(BLOCK // states_block, triton.next_power_of_2(channels)))
     num_tiles = triton.cdiv(height * width, TILE)
     block, num_segments = _cut(4 * batch, channels, num_tiles, block, backward)
     num_blocks = triton.cdiv(channels, block)
@@ -131,7 +128,12 @@ def _(
 def _scan_grid_backward(
     grad_y: Tensor, states: Tensor,
     x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, continuous: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Run the kernels backwards.
+
+    Returns:
+        The gradients of x, low and weight, and together, (n + 2, 4, e) float32, those of A_log, of D and of bias.
+    """
     tensors = (grad_y, x, low, weight, bias, A_log, D)
     grad_y, x, low, weight, bias, A_log, D = (tensor.contiguous() for tensor in tensors)
     plane = x.numel() if grad_y.ndim == 5 else 0  # from the gradient of one path to that of the next
@@ -141,14 +143,12 @@ def _scan_grid_backward(
     geometry = _geometry(x, low, A_log, continuous, backward=True)
     grad_x, grad_z = (x.new_empty(4, batch, height * width, channels) for _ in range(2))
     grad_BC = A_log.new_empty(geometry.grid[0], batch, height * width, 4, 2 * num_states)
-    rows = batch * geometry.num_segments
-    grad_A_log = A_log.new_empty(rows, *A_log.shape)
-    grad_D, grad_bias = (D.new_empty(rows, *D.shape) for _ in range(2))
+    grad_shared = A_log.new_empty(batch * geometry.num_segments, num_states + 2, 4, channels)
     carry, spent = _summarise(geometry, grad_y, plane, low, weight, bias, A_log, backward=True)
     launch(
         scan_backward_kernel, geometry.grid,
         x, low, weight, bias, A_log, D, grad_y, states, carry, spent,
-        grad_x, grad_z, grad_BC, grad_A_log, grad_D, grad_bias,
+        grad_x, grad_z, grad_BC, grad_shared,
         plane, batch, geometry.tiles_per_segment, geometry.num_segments, **geometry.constants,
     )  # fmt: skip
 
@@ -161,8 +161,7 @@ def _scan_grid_backward(
         grad_weight = grad_z.mT @ delta_low
     grad_low[..., rank:] = grad_BC.sum(dim=0).flatten(0, 1)
     return (
-        grad_x.sum(dim=0, dtype=x.dtype).view_as(x), grad_low.view_as(low), grad_weight,
-        grad_bias.sum(dim=0), grad_A_log.sum(dim=0), grad_D.sum(dim=0),
+        grad_x.sum(dim=0, dtype=x.dtype).view_as(x), grad_low.view_as(low), grad_weight, grad_shared.sum(dim=0),
     )  # fmt: skip
 
 
@@ -171,7 +170,8 @@ def _(
     grad_y: Tensor, states: Tensor,
     x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, continuous: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, low, weight, bias, A_log, D))
+    of_inputs = (tensor.new_empty(tensor.shape) for tensor in (x, low, weight))
+    return *of_inputs, A_log.new_empty(A_log.shape[2] + 2, *D.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -186,8 +186,8 @@ def _autograd(ctx: Any, grad_y: Tensor | None, grad_states: Tensor | None) -> tu
         return (None,) * 8
     if grad_y.stride(0) == 0:  # that of a sum: the same for all paths
         grad_y = grad_y[0]
-    gradients: tuple[Tensor, ...] = _scan_grid_backward(grad_y, *ctx.saved_tensors, ctx.continuous)
-    return *gradients, None, None
+    grad_x, grad_low, grad_weight, shared = _scan_grid_backward(grad_y, *ctx.saved_tensors, ctx.continuous)
+    return grad_x, grad_low, grad_weight, shared[-1], shared[:-2].permute(1, 2, 0), shared[-2], None, None
 
 
 scan_grid_triton.register_autograd(_autograd, setup_context=_setup_context)
