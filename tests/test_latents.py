@@ -57,9 +57,13 @@ def some_pixels() -> torch.Tensor:
     return torch.randint(0, 256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 
 
+def some_noise(seed: int) -> torch.Tensor:
+    return torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
 def test_scale_and_shift_are_the_autoencoders(autoencoder: Path, tmp_path: Path) -> None:
     scaled, plain = Latents(autoencoder, CPU), Latents(write_autoencoder(tmp_path, 1.0, None), CPU)
-    encoded, unscaled = (space.encode(some_pixels(), torch.Generator().manual_seed(2)) for space in (scaled, plain))
+    encoded, unscaled = (space.encode(some_pixels(), some_noise(2)) for space in (scaled, plain))
     assert encoded.shape == (3, 2, 8, 8)
     assert encoded.dtype == torch.float32
     torch.testing.assert_close(encoded, (unscaled - 0.3) * 0.5)
@@ -70,19 +74,19 @@ def test_scale_and_shift_are_the_autoencoders(autoencoder: Path, tmp_path: Path)
 
 def test_latents_are_drawn_from_the_encoders_distribution(autoencoder: Path) -> None:
     space = Latents(autoencoder, CPU)
-    draws = torch.stack([space.encode(some_pixels(), torch.Generator().manual_seed(seed)) for seed in range(400)])
+    draws = torch.stack([space.encode(some_pixels(), some_noise(seed)) for seed in range(400)])
     distribution = space.autoencoder.encode(to_float(some_pixels())).latent_dist
     # 400 draws know a mean to a twentieth of the spread; the largest of 384 deviations is below five times that.
     assert float(((draws.mean(0) - (distribution.mean - 0.3) * 0.5) / (0.5 * distribution.std)).abs().max()) < 0.25
     assert float((draws.std(0) / (0.5 * distribution.std)).mean()) == pytest.approx(1, abs=0.02)
-    assert torch.equal(draws[7], space.encode(some_pixels(), torch.Generator().manual_seed(7)))
+    assert torch.equal(draws[7], space.encode(some_pixels(), some_noise(7)))
 
 
 def test_encoding_neither_uses_nor_disturbs_the_global_generator(autoencoder: Path) -> None:
     torch.manual_seed(1)
     space = Latents(autoencoder, CPU)
     before = torch.get_rng_state()
-    space.encode(some_pixels(), torch.Generator().manual_seed(2))
+    space.encode(some_pixels(), some_noise(2))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -101,7 +105,7 @@ def test_pixels_go_there_and_back() -> None:
     space = open_space(None, CPU)
     assert isinstance(space, Pixels)
     assert (space.channels(3), space.grid_size(30)) == (3, 30)
-    assert torch.equal(space.decode(space.encode(some_pixels())), some_pixels())
+    assert torch.equal(space.decode(space.encode(some_pixels(), some_noise(0))), some_pixels())
     assert torch.equal(space.decode(torch.tensor([-2.0, -1.0, 0.002, 1.0, 2.0])), torch.tensor([0, 0, 128, 255, 255]))
     assert to_uint8(torch.ones(1)).dtype == torch.uint8
     with pytest.raises(ConfigError, match=r"size 31 is not an even number from 4 up: use 32"):

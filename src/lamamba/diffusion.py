@@ -198,21 +198,20 @@ def _descend(first: float, num_steps: int) -> list[int]:
 
 def draw_noise(
     objective: Diffusion | FlowMatching,
-    x_0: Tensor,
-    y: Tensor,
+    shape: tuple[int, ...],
+    device: torch.device,
     *,
-    null_label: int,
     label_dropout: float,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw what is random in a training step: timesteps (b,), labels (b,) some of them dropped, noise (b, c, h, w).
+    """Draw what is random in a training step on images of a shape (b, c, h, w).
 
-    Arguments as in `training_losses`.
+    Returns:
+        Timesteps (b,); noise (b, c, h, w); and which labels are to become the null label, bool (b,).
     """
-    t = objective.draw_timesteps(len(x_0), x_0.device, generator)
-    noise = torch.randn(x_0.shape, device=x_0.device, dtype=x_0.dtype, generator=generator)
-    dropped = torch.rand(len(y), device=y.device, generator=generator) < label_dropout
-    return t, torch.where(dropped, null_label, y), noise
+    t = objective.draw_timesteps(shape[0], device, generator)
+    noise = torch.randn(shape, device=device, generator=generator)
+    return t, noise, torch.rand(shape[0], device=device, generator=generator) < label_dropout
 
 
 def training_losses(
@@ -239,8 +238,10 @@ def training_losses(
     Returns:
         (b,) each, see `losses` of the objective.
     """
-    t, y, noise = draw_noise(objective, x_0, y, null_label=null_label, label_dropout=label_dropout, generator=generator)
-    return objective.losses(denoiser, x_0, t, y, noise)
+    t, noise, dropped = draw_noise(
+        objective, tuple(x_0.shape), x_0.device, label_dropout=label_dropout, generator=generator
+    )
+    return objective.losses(denoiser, x_0, t, torch.where(dropped, null_label, y), noise.to(x_0.dtype))
 
 
 def guide(

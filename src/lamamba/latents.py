@@ -22,8 +22,11 @@ class Space(Protocol):
     def grid_size(self, pixels: int) -> int:
         """Pixels of a side to rows of the grid; raises ConfigError where they do not fit."""
 
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """(b, c, h, w) uint8 images to what the network is trained on, float32."""
+    draws: bool
+    """Whether `encode` draws from a distribution."""
+
+    def encode(self, images: Tensor, noise: Tensor | None) -> Tensor:
+        """(b, c, h, w) uint8 images to what the network is trained on, float32; `noise` of its shape draws latents."""
 
     def decode(self, x: Tensor) -> Tensor:
         """What the network samples to (b, c, h, w) uint8 images."""
@@ -31,6 +34,8 @@ class Space(Protocol):
 
 class Pixels:
     """The network sees pixels, scaled to -1 to 1."""
+
+    draws = False
 
     def channels(self, image_channels: int) -> int:
         """Channels that the network sees."""
@@ -42,8 +47,8 @@ class Pixels:
             raise ConfigError(f"image size {pixels} is not an even number from 4 up: use {max(4, pixels + pixels % 2)}")
         return pixels
 
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Scale uint8 to -1 to 1."""
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Scale uint8 to -1 to 1; nothing is drawn."""
         return to_float(images)
 
     def decode(self, x: Tensor) -> Tensor:
@@ -61,6 +66,8 @@ class Latents:
     Raises:
         CheckpointError: the folder holds no autoencoder.
     """
+
+    draws = True
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         from diffusers import AutoencoderKL
@@ -99,12 +106,11 @@ class Latents:
         return pixels // self.factor
 
     @torch.no_grad()
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw latents of uint8 images."""
+    def encode(self, images: Tensor, noise: Tensor | None) -> Tensor:
+        """Take the latents of uint8 images that standard normal noise of their shape draws; without, the likeliest."""
         distribution = self.autoencoder.encode(to_float(images)).latent_dist
-        noise = torch.randn(distribution.mean.shape, device=images.device, generator=generator)
-        latents: Tensor = (distribution.mean + distribution.std * noise - self.shift) * self.scale
-        return latents
+        drawn: Tensor = distribution.mean if noise is None else distribution.mean + distribution.std * noise
+        return (drawn - self.shift) * self.scale
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:

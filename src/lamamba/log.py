@@ -4,7 +4,7 @@ import json
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -75,13 +75,14 @@ class TrainingLog:
         self.path.write_text("".join(json.dumps(record) + "\n" for record in records))
         return records
 
-    def introduce(self, source: ImageSource, network: LaMambaDiff) -> None:
+    def introduce(self, source: ImageSource, network: LaMambaDiff, num_processes: int = 1) -> None:
         """Say what is trained on what."""
         kind = "grey" if source.channels == 1 else "colour"
         classes = f"{source.num_classes} classes" if source.num_classes else "no classes"
         self._print(
             f"{len(source):,} {kind} images of {source.name}, {source.image_size}x{source.image_size}, {classes} · "
             f"network {self.config.preset}, {sum(p.numel() for p in network.parameters()):,} parameters · {self.device}"
+            + (f" and {num_processes - 1} more" if num_processes > 1 else "")
         )
         if source.skipped:
             self._print(
@@ -182,3 +183,31 @@ class TrainingLog:
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(self.config.out / "loss.png", dpi=120)
+
+
+class SilentLog:
+    """Stands in for the log in processes that neither write nor print."""
+
+    def step(self, images: int, terms: dict[str, Tensor]) -> None:
+        """Take in nothing."""
+
+    def write(self, images: int, step: int) -> float:
+        """Write nothing; the first process looks at the loss."""
+        return 0.0
+
+    def pause(self, doing: str) -> AbstractContextManager[None]:
+        """Show nothing."""
+        return nullcontext()
+
+    def first_step(self, minutes: bool) -> AbstractContextManager[None]:
+        """Say nothing."""
+        return nullcontext()
+
+    def save_samples(self, grid: Any, images: int) -> None:
+        """Keep nothing."""
+
+    def note_checkpoint(self, path: Path) -> None:
+        """Say nothing."""
+
+    def finish(self, images: int) -> None:
+        """Say nothing."""

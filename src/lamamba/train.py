@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from lamamba.checkpoint import (
     CheckpointInfo,
@@ -27,10 +28,11 @@ from lamamba.data import NAMED_SOURCES, ImageSource, batches, open_source
 from lamamba.diffusion import OBJECTIVES, draw_noise
 from lamamba.errors import CheckpointError, LamambaError
 from lamamba.latents import Latents, Space, open_space
-from lamamba.log import TrainingLog
+from lamamba.log import SilentLog, TrainingLog
 from lamamba.model import LaMambaDiff
 from lamamba.ops.launch import rehearse
 from lamamba.pipeline import choose_device, make_grid, sample
+from lamamba.processes import Processes, joined
 
 
 class Captured:
@@ -74,10 +76,19 @@ class Trainer:
         source: the images.
         space: pixels or latents.
         device: to work on.
+        processes: that train together.
     """
 
-    def __init__(self, config: TrainConfig, source: ImageSource, space: Space, device: torch.device) -> None:
-        self.config, self.source, self.space, self.device = config, source, space, device
+    def __init__(
+        self,
+        config: TrainConfig,
+        source: ImageSource,
+        space: Space,
+        device: torch.device,
+        processes: Processes = Processes(),  # noqa: B008 - frozen
+    ) -> None:
+        self.config, self.source, self.space, self.device, self.processes = config, source, space, device, processes
+        self.share = processes.share(config.batch_size)
         self.objective = OBJECTIVES[config.objective]
         self.images = self.step = 0
         # Forked, so that a run neither sees nor disturbs the global generator of the program around it.
@@ -105,8 +116,13 @@ class Trainer:
         )
         self.autocast = torch.autocast(device.type, torch.bfloat16) if use_bf16 else nullcontext()
         self.compiled: Any = torch.compile(self.network) if config.compile else self.network
-        graph = config.cuda_graph and device.type == "cuda"
-        self.find_gradients = Captured(self._find_gradients) if graph else self._find_gradients
+        if processes.number > 1:
+            self.compiled = DistributedDataParallel(
+                self.compiled, broadcast_buffers=False, gradient_as_bucket_view=True,
+            )  # fmt: skip
+        # Captured, a part's gradients are written to the same memory every time, and added up outside.
+        self.captures = config.cuda_graph and device.type == "cuda" and processes.number == 1
+        self.find_gradients = Captured(self._find_gradients) if self.captures else self._find_gradients
         self.compiles_kernels = device.type == "cuda"  # at the first step
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -118,46 +134,72 @@ class Trainer:
             start=self.images,
             horizontal_flip=self.config.horizontal_flip,
             num_workers=self.config.num_workers,
+            share=self.share,
         )
 
     def take_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Step the optimizer once on (b, c, h, w) uint8 images and (b,) labels; returns the means of the loss terms."""
+        """Step the optimizer once.
+
+        Args:
+            images: (b, c, h, w) uint8, this process's share of a batch.
+            labels: (b,).
+
+        Returns:
+            The means of the loss terms over the whole batch, and the norm of its gradient.
+        """
         parts = self.config.accumulate
         terms: dict[str, Tensor] = {}
         total: list[Tensor] = []
-        for part_images, part_labels in zip(images.chunk(parts), labels.chunk(parts), strict=True):
-            x_0 = self.space.encode(part_images.to(self.device, non_blocking=True), self.generator)
-            t, y, noise = draw_noise(
-                self.objective,
-                x_0,
-                part_labels.to(self.device, non_blocking=True),
-                null_label=self.network.null_label,
-                label_dropout=self.config.network.label_dropout,
-                generator=self.generator,
-            )
+        inputs = self._draw(images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
+        self.optimizer.zero_grad(set_to_none=True)
+        for index, part in enumerate(zip(*(tensor.chunk(parts) for tensor in inputs), strict=True)):
             if self.compiles_kernels:
-                rehearse(self._find_gradients, x_0, t, y, noise)
+                rehearse(self._find_gradients, *part)
+                self.optimizer.zero_grad(set_to_none=True)
                 self.compiles_kernels = False
-            for name, mean in self.find_gradients(x_0, t, y, noise).items():
-                terms[name] = terms.get(name, 0) + mean / parts
-            gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
-            if parts > 1 and not total:
-                total = [gradient.clone() for gradient in gradients]
-            elif parts > 1:
-                torch._foreach_add_(total, gradients)
+            # Gradients are averaged over the processes as they come, of the last part, when all are added up.
+            alone = self.processes.number > 1 and index + 1 < parts
+            with self.compiled.no_sync() if alone else nullcontext():
+                for name, mean in self.find_gradients(*part).items():
+                    terms[name] = terms.get(name, 0) + mean / parts
+            if self.captures and parts > 1:
+                gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
+                if total:
+                    torch._foreach_add_(total, gradients)
+                else:
+                    total = [gradient.clone() for gradient in gradients]
         if total:
             torch._foreach_copy_(gradients, total)
+        terms = self.processes.mean(terms)
         limit = self.config.max_grad_norm or math.inf
         terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)
         self.optimizer.step()
-        self.images += len(images)
+        self.images += self.config.batch_size
         self.step += 1
         self._update_average()
         return terms
 
+    def _draw(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Draw what is random in a step on this process's images and labels: x_0, t, y and noise.
+
+        It is drawn for the whole batch, so that neither the number of processes nor that of parts has a say in it.
+        """
+        network = self.config.network
+        shape = (self.config.batch_size, network.in_channels, network.sample_size, network.sample_size)
+        latent_noise = None
+        if self.space.draws:
+            latent_noise = torch.randn(shape, device=self.device, generator=self.generator)[self.share]
+        t, noise, dropped = draw_noise(
+            self.objective, shape, self.device, label_dropout=network.label_dropout, generator=self.generator
+        )
+        x_0 = self.space.encode(images, latent_noise)
+        y = torch.where(dropped[self.share], self.network.null_label, labels)
+        return x_0, t[self.share], y, noise[self.share]
+
     def _find_gradients(self, x_0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Leave the gradients of a part of a batch in the parameters; returns the means of the loss terms."""
-        self.optimizer.zero_grad(set_to_none=True)
+        """Add the gradients of a part of a batch to the parameters'; returns the means of the loss terms."""
+        if self.captures:
+            self.optimizer.zero_grad(set_to_none=True)
         losses = self.objective.losses(self._denoise, x_0, t, y, noise)
         (losses["loss"].mean() / self.config.accumulate).backward()
         return {name: loss.detach().mean() for name, loss in losses.items()}
@@ -308,12 +350,20 @@ def plain(config: TrainConfig) -> dict[str, Any]:
 def train(config: TrainConfig) -> None:
     """Train as configured, from the start or, with `resume`, from the run's newest checkpoint.
 
+    Started by torchrun, all its processes train together, each on its share of every batch.
+
     Raises:
         LamambaError: the options, the data or the run folder are at fault, or the loss stopped being finite.
     """
-    config, source, space, device = resolve(config)
+    with joined(config.device) as (processes, device_name):
+        opened = resolve(replace(config, device=device_name))
+        _train(replace(opened[0], device=config.device), *opened[1:], processes)
+
+
+def _train(config: TrainConfig, source: ImageSource, space: Space, device: torch.device, processes: Processes) -> None:
     if config.dry_run:
-        print(json.dumps(plain(config), indent=2))
+        if processes.is_first:
+            print(json.dumps(plain(config), indent=2))
         return
     saved = checkpoints_in(config.out)
     if saved and not config.resume:
@@ -322,9 +372,13 @@ def train(config: TrainConfig) -> None:
         raise CheckpointError(f"{config.out} holds no checkpoint to resume from: leave out --resume")
     if config.resume:
         check_resumable(config)
-    trainer = Trainer(config, source, space, device)
+    trainer = Trainer(config, source, space, device, processes)
     if config.resume:
         trainer.restore(saved[-1])
+    processes.wait()  # until all have looked at the folder
+    if not processes.is_first:
+        _run(trainer, SilentLog())
+        return
     try:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -332,7 +386,7 @@ def train(config: TrainConfig) -> None:
     write_json(config.out / "config.json", plain(config))
     try:
         with TrainingLog(config, trainer.images, device) as log:
-            log.introduce(source, trainer.network)
+            log.introduce(source, trainer.network, processes.number)
             _run(trainer, log)
     except OSError as error:
         raise CheckpointError(f"run folder {config.out} could not be written ({error}): free some space") from error
@@ -344,7 +398,7 @@ def _diverged(trainer: Trainer, fault: str) -> LamambaError:
     return LamambaError(f"{fault} at image {trainer.images}: lower learning_rate; {mend}")
 
 
-def _run(trainer: Trainer, log: TrainingLog) -> None:
+def _run(trainer: Trainer, log: TrainingLog | SilentLog) -> None:
     config = trainer.config
     # `resolve` fills these in
     assert config.log_every is not None
@@ -354,11 +408,12 @@ def _run(trainer: Trainer, log: TrainingLog) -> None:
     before = trainer.images
     prepares = trainer.device.type == "cuda" or config.compile
     first_step: AbstractContextManager[None] = log.first_step(config.compile) if prepares else nullcontext()
+    is_first = trainer.processes.is_first
     for images, labels in reader:
         with first_step:
             terms = trainer.take_step(images, labels)
         first_step = nullcontext()
-        log.step(len(images), terms)
+        log.step(config.batch_size, terms)
         last = trainer.images >= config.num_images
 
         def due(interval: int, before: int = before, last: bool = last) -> bool:
@@ -368,14 +423,16 @@ def _run(trainer: Trainer, log: TrainingLog) -> None:
             loss = log.write(trainer.images, trainer.step)
             if not math.isfinite(loss):
                 raise _diverged(trainer, f"the loss is {loss}")
-        if due(config.sample_every):
+        if due(config.sample_every) and is_first:
             with log.pause("sample"):
                 log.save_samples(trainer.draw_samples(), trainer.images)
         if due(config.checkpoint_every):
             if not all(bool(parameter.isfinite().all()) for parameter in trainer.network.parameters()):
                 raise _diverged(trainer, "a weight is not finite")
-            with log.pause("save"):
-                log.note_checkpoint(trainer.save())
+            if is_first:
+                with log.pause("save"):
+                    log.note_checkpoint(trainer.save())
+            trainer.processes.wait()
         before = trainer.images
         if last:
             break

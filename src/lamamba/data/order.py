@@ -52,6 +52,7 @@ def batches(
     start: int = 0,
     horizontal_flip: bool = False,
     num_workers: int = 0,
+    share: slice = slice(None),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Read batches without end, each epoch in a new order that depends only on (seed, epoch).
 
@@ -62,9 +63,11 @@ def batches(
         start: number of images already seen; the same images follow as if reading had never stopped.
         horizontal_flip: mirror half of the images, chosen by (seed, position).
         num_workers: processes that decode files; it changes the speed only. Not used for images held in memory.
+        share: of each batch, what is read; the rest is another process's.
 
     Returns:
-        Iterator over images, uint8 (b, c, h, w), and labels, int64 (b,). PyTorch's global generator is not touched.
+        Iterator over images, uint8 (b, c, h, w), and labels, int64 (b,), of the share. PyTorch's global generator is
+        not touched.
 
     Raises:
         ConfigError: a number is out of its range.
@@ -79,7 +82,7 @@ def batches(
         raise ConfigError(f"seed {seed} is outside 0 .. 2**64 - 1: use a seed in that range")
     if len(source) == 0:
         raise DataError(f"the source {source.name} has no images: give one with at least one image")
-    every_positions = (np.arange(first, first + batch_size) for first in count(start, batch_size))
+    every_positions = (np.arange(first, first + batch_size)[share] for first in count(start, batch_size))
     return _read_batches(source, every_positions, seed, horizontal_flip, num_workers)
 
 

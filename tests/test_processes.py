@@ -1,0 +1,77 @@
+"""Several processes train as one: started by torchrun, on a CPU, the same numbers as in a single process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lamamba.checkpoint import checkpoints_in, load_checkpoint
+from lamamba.cli import main
+from lamamba.errors import ConfigError
+from lamamba.processes import Processes, joined
+
+TINY = [
+    *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
+    *("--data", "builtin", "--batch-size", "8", "--device", "cpu", "--sample-steps", "1", "--horizontal-flip"),
+    *("--learning-rate", "0.003", "--log-every", "8", "--checkpoint-every", "40"),
+]
+
+
+def train_together(number: int, *options: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+    return subprocess.run(
+        [*command, "-m", "lamamba", "train", *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+
+def curve(run: Path) -> list[tuple[int, float, float]]:
+    records = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return [(record["images"], record["loss"], record["grad_norm"]) for record in records]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    main(["train", "--out", str(out), *TINY, "--num-images", "80"])
+    return out
+
+
+@pytest.mark.parametrize(("number", "accumulate"), [(2, 1), (4, 1), (2, 2)])
+def test_the_loss_curve_is_that_of_one_process(tmp_path: Path, alone: Path, number: int, accumulate: int) -> None:
+    out = tmp_path / "run"
+    done = train_together(number, "--out", str(out), *TINY, "--num-images", "80", "--accumulate", str(accumulate))
+    assert done.returncode == 0, done.stderr
+    assert len(curve(out)) == 10
+    for ours, wanted in zip(curve(out), curve(alone), strict=True):
+        assert ours == pytest.approx(wanted, rel=1e-4)
+    assert done.stdout.count("done: 80 images seen") == 1, "the first process alone prints"
+    averages = [load_checkpoint(run).network.state_dict() for run in (out, alone)]
+    for name, value in averages[0].items():
+        torch.testing.assert_close(value, averages[1][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, alone: Path) -> None:
+    out = str(tmp_path / "run")
+    assert train_together(2, "--out", out, *TINY, "--num-images", "40").returncode == 0
+    main(["train", "--out", out, "--resume", "--num-images", "48"])
+    assert train_together(4, "--out", out, "--resume", "--num-images", "80").returncode == 0
+    assert checkpoints_in(Path(out))[-1].name == f"{80:012d}"
+    for ours, wanted in zip(curve(Path(out)), curve(alone), strict=True):
+        assert ours == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+    assert Processes(1, 4).share(8) == slice(2, 4)
+    with pytest.raises(ConfigError, match=r"batch_size 6 cannot be shared by 4 processes: use a multiple of 4"):
+        Processes(0, 4).share(6)
+
+
+def test_a_device_that_processes_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"device 'mps' is not for 2 processes"), joined("mps"):
+        pass
