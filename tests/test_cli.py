@@ -100,7 +100,6 @@ def test_a_preset_sets_the_network_and_options_refine_it(tmp_path: Path, capsys:
         (["train", "--out", "OUT", "--image-size", "64"], "image_size 64 does not fit data 'builtin'"),
         (["train", "--out", "OUT", "--channels", "2"], "--channels"),
         (["train", "--out", "OUT", "--device", "gpu"], "device 'gpu' cannot be used here"),
-        (["train", "--out", "OUT", "--resume"], "OUT holds no checkpoint to resume from"),
         (["sample", "nanno"], "'nanno' is neither a folder nor a preset: did you mean nano?"),
         (["sample", "xl-256"], "no weights are shipped for xl-256"),
         (["sample", "OUT/none"], "OUT/none does not exist"),
@@ -150,8 +149,8 @@ def test_a_corrupt_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.Capture
     weights = checkpoints_in(run)[-1] / "ema" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     arguments = ["sample", str(run), "--steps", "1", "--out", str(tmp_path / "grid.png")]
-    assert f"{weights.parent} cannot be read as a LaMambaDiff" in refused(capsys, arguments)
-    assert str(weights.parent) in refused(capsys, ["train", "--out", str(run), "--resume"])
+    assert f"{weights} is not what was written" in refused(capsys, arguments)
+    assert str(weights) in refused(capsys, ["train", "--out", str(run), "--resume"])
     (run / "config.json").write_text("{")
     assert f"{run / 'config.json'} is not a run's configuration" in refused(
         capsys, ["train", "--out", str(run), "--resume"]

@@ -2,23 +2,27 @@
 
 A run folder holds `config.json` and `checkpoints/`, one folder each, named by the images seen:
 
-    checkpoint.json         format, images, objective, class names, autoencoder
+    checkpoint.json         format, images, objective, class names, autoencoder; the SHA-256 of every other file
     network/  ema/          weights and averaged weights, each a diffusers folder: config.json and safetensors
     training.safetensors    optimizer and random state
 
-A checkpoint is written under a temporary name, flushed to disk and renamed, so that what has its final name is whole.
+A checkpoint is written under a temporary name, flushed to disk and renamed, so that what has its final name is whole;
+what a disk does to it later shows in the checksums.
 Nothing is pickled. The weights shipped with the package are such a folder too, with `ema/` only.
 """
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -114,8 +118,69 @@ def _save_network(network: LaMambaDiff, folder: Path) -> None:
 
 
 def _write_info(checkpoint: Path, info: CheckpointInfo) -> None:
-    record = {"format": FORMAT, "lamamba": __version__, **asdict(info)}
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != "checkpoint.json")
+    checksums = {path.relative_to(checkpoint).as_posix(): _checksum(path) for path in files}
+    record = {"format": FORMAT, "lamamba": __version__, **asdict(info), "sha256": checksums}
     (checkpoint / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(checkpoint: Path, part: str = "") -> None:
+    """Compare a checkpoint's files, or those of the folder `part` in it, with the checksums it was written with.
+
+    Raises:
+        CheckpointError: a file is damaged or missing; the message names it and the checkpoint before.
+    """
+    checksums = _read_record(checkpoint).get("sha256", {})
+    for name, wanted in checksums.items():
+        path = checkpoint / name
+        if not name.startswith(part):
+            continue
+        if not path.is_file() or _checksum(path) != wanted:
+            earlier = [other for other in checkpoints_in(checkpoint.parent.parent) if other < checkpoint]
+            mend = "there is none before it"
+            if earlier:
+                mend = f"the one before is {earlier[-1]}; train --resume --fall-back goes on from that"
+            fault = "is not what was written" if path.is_file() else "is missing"
+            raise CheckpointError(f"{path} {fault}, so the checkpoint cannot be used: {mend}")
+
+
+def newest_whole(checkpoints: Sequence[Path]) -> Path:
+    """Choose the newest of a run's checkpoints that is not damaged; raises CheckpointError where all are."""
+    for checkpoint in reversed(checkpoints):
+        try:
+            read_info(checkpoint)
+            verify(checkpoint)
+        except CheckpointError as error:
+            fault = error
+            continue
+        return checkpoint
+    raise CheckpointError(f"no checkpoint is whole; of the oldest: {fault}")
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Make a run folder and keep other processes from training into it.
+
+    Raises:
+        CheckpointError: another one does, or the folder cannot be made.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(f"another process trains into {run}: wait for it, or choose another --out") from None
+    except OSError as error:
+        raise CheckpointError(f"run folder {run} cannot be made: {error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _flush(path: Path) -> None:
@@ -141,9 +206,8 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
     Raises:
         CheckpointError: it is damaged, or of a later format than this version knows.
     """
-    path = checkpoint / "checkpoint.json"
+    path, record = checkpoint / "checkpoint.json", _read_record(checkpoint)
     try:
-        record = json.loads(path.read_text())
         if record["format"] > FORMAT:
             raise CheckpointError(f"{path} has format {record['format']}, this version reads {FORMAT}: update lamamba")
         fields = {name: record[name] for name in CheckpointInfo.__dataclass_fields__}
@@ -153,6 +217,17 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
     if fields["objective"] not in get_args(Objective):
         raise CheckpointError(f"{path} has the objective {fields['objective']!r}, this version knows no such")
     return CheckpointInfo(**fields)
+
+
+def _read_record(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / "checkpoint.json"
+    try:
+        record = json.loads(path.read_text())
+        if not isinstance(record, dict):
+            raise TypeError(f"it holds a {type(record).__name__}")
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is no checkpoint of lamamba ({type(error).__name__}: {error})") from error
+    return record
 
 
 def load_network(folder: Path) -> LaMambaDiff:
@@ -201,6 +276,7 @@ def load_checkpoint(name: str | Path, weights: str = "ema") -> LoadedCheckpoint:
     """
     path = find_checkpoint(name)
     if (path / "checkpoint.json").is_file():
+        verify(path, weights)
         return LoadedCheckpoint(load_network(path / weights).eval(), read_info(path), path)
     return LoadedCheckpoint(load_network(path).eval(), CheckpointInfo(), path)
 

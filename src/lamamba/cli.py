@@ -16,7 +16,7 @@ import tyro
 
 from lamamba import __version__
 from lamamba.config import InfoConfig, NetworkConfig, SampleConfig, TrainConfig, nearest, preset
-from lamamba.errors import ConfigError, LamambaError
+from lamamba.errors import ConfigError, LamambaError, SignalError
 
 _HELP = """\
 usage: lamamba COMMAND [OPTIONS]
@@ -33,7 +33,7 @@ lamamba COMMAND --help explains a command's options.
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; any LamambaError is one line on standard error and exit code 2."""
+    """Run a command; any LamambaError is one line on standard error and exit code 2, or 128 + the signal it was."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[list[str]], None]] = {"train": _train, "sample": _sample, "info": _info}
     try:
@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # whoever read the output has had enough of it, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except SignalError as stop:
+        print(f"lamamba: {stop}", file=sys.stderr)
+        sys.exit(128 + stop.signal)
     except (LamambaError, OSError) as error:  # OSError: a disk that is full or read-only
         print(f"lamamba: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -116,7 +119,7 @@ def read_train_config(path: Path) -> TrainConfig:
         network = NetworkConfig(**content.pop("network"))
         for name in ("out", "data_folder", "vae"):
             content[name] = None if content[name] is None else Path(content[name])
-        content.update(resume=False, dry_run=False)  # of this command, not of the run
+        content.update(resume=False, fall_back=False, dry_run=False)  # of this command, not of the run
         known = {field.name for field in fields(TrainConfig)}
         return TrainConfig(**{name: value for name, value in content.items() if name in known}, network=network)
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:

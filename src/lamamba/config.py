@@ -204,6 +204,8 @@ class TrainConfig:
     """Of AdamW."""
     max_grad_norm: float = 1.0
     """Clip the gradient to this norm; 0 never clips."""
+    max_skipped_steps: int = 10
+    """Steps are left out whose gradient is not finite; after so many in a row the run stops."""
     ema_decay: float = 0.9999
     """Of the averaged weights, per step; starts lower, so that short runs average too."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
@@ -233,14 +235,16 @@ class TrainConfig:
     sample_guidance: float = 2.0
     """Guidance scale of sample grids."""
     resume: bool = False
-    """Continue the run in --out from its last checkpoint; options not given again are the run's."""
+    """Continue the run in --out from its last checkpoint, if there is one; options not given again are the run's."""
+    fall_back: bool = False
+    """Resume from the newest checkpoint that is whole, where the last one is damaged."""
     dry_run: bool = False
     """Print the resolved configuration and stop."""
     network: tyro.conf.OmitArgPrefixes[NetworkConfig] = PRESETS["nano"]
     """The preset's options, each of which can be given."""
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "batch_size", "accumulate", "sample_steps"):
+        for name in ("num_images", "batch_size", "accumulate", "max_skipped_steps", "sample_steps"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("log_every", "sample_every", "checkpoint_every"):
             _check(getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "1 or more")

@@ -1,5 +1,7 @@
 """What can go wrong, by kind. The command line prints any of these as one line and exits with 2."""
 
+import signal
+
 
 class LamambaError(Exception):
     """Base of every error that lamamba raises on purpose; its message names the thing, the fault and the mend."""
@@ -15,3 +17,11 @@ class DataError(LamambaError, ValueError):
 
 class CheckpointError(LamambaError, RuntimeError):
     """A checkpoint is missing, damaged, foreign, or could not be written."""
+
+
+class SignalError(LamambaError):
+    """Training ended because of a signal, whose number is `signal`, and has saved what it had."""
+
+    def __init__(self, number: int, where: str) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} at {where}")
+        self.signal = number

@@ -91,20 +91,25 @@ class TrainingLog:
 
     def step(self, images: int, terms: dict[str, Tensor]) -> None:
         """Take in one step's loss terms, without waiting for the device."""
+        skipped = terms["skipped"]  # a step whose terms are not finite
         for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
+            taken = value if name == "skipped" else torch.where(skipped > 0, torch.zeros_like(value), value)
+            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + taken
         self.steps += 1
         self.images += images
         self.progress.advance(self.task, images)
 
     def write(self, images: int, step: int) -> float:
-        """Write the means since the last call; returns the mean loss."""
-        means = {name: float(value) / self.steps for name, value in self.sums.items()}  # waits for the device
+        """Write the means since the last call, over the steps that were not skipped; returns the mean loss."""
+        sums = {name: float(value) for name, value in self.sums.items()}  # waits for the device
+        skipped = round(sums.pop("skipped"))
+        means = {name: value / max(1, self.steps - skipped) for name, value in sums.items()}
         seconds = time.perf_counter() - self.since - self.paused_s
         record = {
             "images": images,
             "step": step,
             **means,
+            "skipped_steps": skipped,
             "learning_rate": self.config.learning_rate,
             "images_per_s": self.images / seconds,
             "seconds": time.perf_counter() - self.started,
@@ -116,6 +121,8 @@ class TrainingLog:
                 self.board.add_scalar(f"train/{name}", value, images)
         speed = f"{record['images_per_s']:,.0f}" if record["images_per_s"] >= 10 else f"{record['images_per_s']:.1f}"
         self.progress.update(self.task, loss=f"{means['loss']:.4f}", speed=speed)
+        if skipped:
+            self._print(f"[yellow]{skipped} of {self.steps} steps skipped: their gradient was not finite[/]")
         if self.progress.disable:
             self._print(
                 f"{images:,} of {self.config.num_images:,} images · loss {means['loss']:.4f} · {speed} images/s"

@@ -4,9 +4,12 @@ Every process does the same at the same time but for its share of a batch, and t
 """
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -48,6 +51,14 @@ class Processes:
         dist.all_reduce(together)
         return dict(zip(values, together / self.number, strict=True))
 
+    def largest(self, number: int) -> int:
+        """Return the largest of the processes' numbers."""
+        if self.number == 1:
+            return number
+        together = torch.tensor(number)
+        dist.all_reduce(together, dist.ReduceOp.MAX)
+        return int(together)
+
     def wait(self) -> None:
         """Go on once all processes are here."""
         if self.number > 1:
@@ -73,3 +84,32 @@ def joined(device: str) -> Iterator[tuple[Processes, str]]:
         yield Processes(dist.get_rank(), number), device
     finally:
         dist.destroy_process_group()
+
+
+class SignalsNoted:
+    """A context in which a signal to end is noted, for a loop to look at; a second one ends the process as usual."""
+
+    # Of Ctrl-C, of whoever ends a job, and of a scheduler that warns before it does.
+    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __enter__(self) -> Self:
+        self.before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
+            self.before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: object) -> None:
+        self.number = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}

@@ -19,20 +19,23 @@ from lamamba.checkpoint import (
     checkpoints_in,
     load_network,
     load_training_state,
+    locked,
+    newest_whole,
     read_info,
     save_checkpoint,
+    verify,
     write_json,
 )
 from lamamba.config import TrainConfig
 from lamamba.data import NAMED_SOURCES, ImageSource, batches, open_source
 from lamamba.diffusion import OBJECTIVES, draw_noise
-from lamamba.errors import CheckpointError, LamambaError
+from lamamba.errors import CheckpointError, LamambaError, SignalError
 from lamamba.latents import Latents, Space, open_space
 from lamamba.log import SilentLog, TrainingLog
 from lamamba.model import LaMambaDiff
 from lamamba.ops.launch import rehearse
 from lamamba.pipeline import choose_device, make_grid, sample
-from lamamba.processes import Processes, joined
+from lamamba.processes import Processes, SignalsNoted, joined
 
 
 class Captured:
@@ -91,6 +94,7 @@ class Trainer:
         self.share = processes.share(config.batch_size)
         self.objective = OBJECTIVES[config.objective]
         self.images = self.step = 0
+        self.skipped_in_a_row = torch.zeros((), device=device)
         # Forked, so that a run neither sees nor disturbs the global generator of the program around it.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -145,7 +149,8 @@ class Trainer:
             labels: (b,).
 
         Returns:
-            The means of the loss terms over the whole batch, and the norm of its gradient.
+            The means of the loss terms over the whole batch, the norm of its gradient, and 1 where that was not finite,
+            so that weights and optimizer were left alone. It is so in all processes, which share the gradient.
         """
         parts = self.config.accumulate
         terms: dict[str, Tensor] = {}
@@ -173,11 +178,22 @@ class Trainer:
         terms = self.processes.mean(terms)
         limit = self.config.max_grad_norm or math.inf
         terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)
-        self.optimizer.step()
+        terms["skipped"] = self._step_if_finite(terms["grad_norm"])
         self.images += self.config.batch_size
         self.step += 1
         self._update_average()
         return terms
+
+    def _step_if_finite(self, grad_norm: Tensor) -> Tensor:
+        """Step the optimizer, without waiting for the device, unless the gradient is not finite; returns 1 if so."""
+        skipped = (~grad_norm.isfinite()).float()
+        self.skipped_in_a_row = (self.skipped_in_a_row + skipped) * skipped
+        if self.optimizer.defaults["fused"]:
+            self.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # as a gradient scaler says it
+            self.optimizer.step()
+        elif not skipped:
+            self.optimizer.step()
+        return skipped
 
     def _draw(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Draw what is random in a step on this process's images and labels: x_0, t, y and noise.
@@ -231,6 +247,7 @@ class Trainer:
 
     def restore(self, checkpoint: Path) -> None:
         """Continue from a checkpoint as if the run had never stopped; raises CheckpointError."""
+        verify(checkpoint)
         info = read_info(checkpoint)
         self.network.load_state_dict(load_network(checkpoint / "network").state_dict())
         self.average.load_state_dict(load_network(checkpoint / "ema").state_dict())
@@ -314,8 +331,8 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, ImageSource, Space, torch
 
 # What may change from one part of a run to the next without changing what it computes up to there.
 _FREE_TO_CHANGE = {
-    "out", "num_images", "device", "cuda_graph", "compile", "num_workers", "resume", "dry_run", "data_folder",
-    "keep_checkpoints",
+    "out", "num_images", "device", "cuda_graph", "compile", "num_workers", "resume", "fall_back", "dry_run",
+    "data_folder", "keep_checkpoints", "max_skipped_steps",
     "log_every", "sample_every", "checkpoint_every", "sample_steps", "sample_guidance",
 }  # fmt: skip
 
@@ -368,28 +385,24 @@ def _train(config: TrainConfig, source: ImageSource, space: Space, device: torch
     saved = checkpoints_in(config.out)
     if saved and not config.resume:
         raise CheckpointError(f"{config.out} already holds a run: add --resume to continue it, or choose another --out")
-    if config.resume and not saved:
-        raise CheckpointError(f"{config.out} holds no checkpoint to resume from: leave out --resume")
-    if config.resume:
+    if saved:
         check_resumable(config)
     trainer = Trainer(config, source, space, device, processes)
-    if config.resume:
-        trainer.restore(saved[-1])
+    if saved:
+        trainer.restore(newest_whole(saved) if config.fall_back else saved[-1])
     processes.wait()  # until all have looked at the folder
-    if not processes.is_first:
-        _run(trainer, SilentLog())
-        return
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"run folder {config.out} cannot be made: {error}") from error
-    write_json(config.out / "config.json", plain(config))
-    try:
-        with TrainingLog(config, trainer.images, device) as log:
-            log.introduce(source, trainer.network, processes.number)
-            _run(trainer, log)
-    except OSError as error:
-        raise CheckpointError(f"run folder {config.out} could not be written ({error}): free some space") from error
+    with SignalsNoted() as signals:
+        if not processes.is_first:
+            _run(trainer, SilentLog(), signals)
+            return
+        try:
+            with locked(config.out):
+                write_json(config.out / "config.json", plain(config))
+                with TrainingLog(config, trainer.images, device) as log:
+                    log.introduce(source, trainer.network, processes.number)
+                    _run(trainer, log, signals)
+        except OSError as error:
+            raise CheckpointError(f"run folder {config.out} could not be written ({error}): free some space") from error
 
 
 def _diverged(trainer: Trainer, fault: str) -> LamambaError:
@@ -398,7 +411,7 @@ def _diverged(trainer: Trainer, fault: str) -> LamambaError:
     return LamambaError(f"{fault} at image {trainer.images}: lower learning_rate; {mend}")
 
 
-def _run(trainer: Trainer, log: TrainingLog | SilentLog) -> None:
+def _run(trainer: Trainer, log: TrainingLog | SilentLog, signals: SignalsNoted) -> None:
     config = trainer.config
     # `resolve` fills these in
     assert config.log_every is not None
@@ -423,16 +436,23 @@ def _run(trainer: Trainer, log: TrainingLog | SilentLog) -> None:
             loss = log.write(trainer.images, trainer.step)
             if not math.isfinite(loss):
                 raise _diverged(trainer, f"the loss is {loss}")
+            skipped = int(trainer.skipped_in_a_row)
+            if skipped >= config.max_skipped_steps:
+                raise _diverged(trainer, f"the gradient was not finite in {skipped} steps in a row,")
         if due(config.sample_every) and is_first:
             with log.pause("sample"):
                 log.save_samples(trainer.draw_samples(), trainer.images)
-        if due(config.checkpoint_every):
+        signal_number = trainer.processes.largest(signals.number)
+        if due(config.checkpoint_every) or signal_number:
             if not all(bool(parameter.isfinite().all()) for parameter in trainer.network.parameters()):
                 raise _diverged(trainer, "a weight is not finite")
             if is_first:
                 with log.pause("save"):
                     log.note_checkpoint(trainer.save())
             trainer.processes.wait()
+        if signal_number and not last:
+            where = f"image {trainer.images}, all is saved: --resume goes on from here"
+            raise SignalError(signal_number, where)
         before = trainer.images
         if last:
             break

@@ -1,0 +1,182 @@
+"""What happens to training when something goes wrong around it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lamamba.checkpoint import checkpoints_in, locked
+from lamamba.cli import main
+from lamamba.diffusion import Diffusion
+from lamamba.errors import CheckpointError
+
+TINY = [
+    *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
+    *("--data", "builtin", "--batch-size", "4", "--device", "cpu", "--sample-steps", "1"),
+]
+OFTEN = ["--log-every", "4", "--checkpoint-every", "4", "--sample-every", "100000"]
+
+
+def train(out: Path, *options: str) -> None:
+    main(["train", "--out", str(out), *TINY, *options])
+
+
+def refused(capsys: pytest.CaptureFixture[str], out: Path, *options: str) -> str:
+    with pytest.raises(SystemExit, match="2"):
+        train(out, *options)
+    return capsys.readouterr().err
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    newest = checkpoints_in(run)[-1]
+    return {f"{path.parent.name}/{k}": v for path in newest.rglob("*.safetensors") for k, v in load_file(path).items()}
+
+
+def same(first: Path, second: Path) -> bool:
+    a, b = weights(first), weights(second)
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def records(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def wait_for(happened: "object", seconds: float = 60) -> None:
+    assert callable(happened)
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def test_killed_at_fifty_random_moments_it_ends_bitwise_like_an_unbroken_run(tmp_path: Path) -> None:
+    options = [*TINY, *OFTEN, "--num-images", "600"]
+    program = [sys.executable, str(Path(__file__).with_name("killing_server.py"))]
+    done = subprocess.run([*program, str(tmp_path / "killed"), "50", "0", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    killed, inside_a_save = map(int, re.findall(r"\d+", done.stdout))
+    assert killed == 50
+    assert inside_a_save >= 5, "too few to say anything"
+    # In a process like those, with one thread: another order of sums would be another result.
+    done = subprocess.run([*program, str(tmp_path / "whole"), "0", "0", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert same(tmp_path / "killed", tmp_path / "whole")
+    compared = [[(r["images"], r["loss"]) for r in records(tmp_path / name)] for name in ("killed", "whole")]
+    assert compared[0] == compared[1]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_saves_and_says_so(tmp_path: Path, name: str) -> None:
+    number = getattr(signal, name)
+    command = [sys.executable, "-m", "lamamba", "train", "--out", str(tmp_path / "run"), *TINY]
+    command += ["--num-images", "40000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
+        wait_for(lambda: (tmp_path / "run" / "log.jsonl").is_file() and records(tmp_path / "run"))
+        run.send_signal(number)
+        _, error = run.communicate(timeout=30)
+    images = int(checkpoints_in(tmp_path / "run")[-1].name)
+    assert run.returncode == 128 + number
+    assert error == f"lamamba: stopped by {name} at image {images}, all is saved: --resume goes on from here\n"
+    assert 400 <= images < 40000
+    train(tmp_path / "run", "--resume", "--num-images", str(images + 4))
+    assert int(checkpoints_in(tmp_path / "run")[-1].name) == images + 4
+
+
+def test_resuming_before_there_is_a_checkpoint_begins(tmp_path: Path) -> None:
+    train(tmp_path / "first", "--resume", "--num-images", "8")
+    train(tmp_path / "second", "--num-images", "8")
+    assert same(tmp_path / "first", tmp_path / "second")
+
+
+def break_losses(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
+    """Make the losses of some steps, counted from 1, NaN."""
+    real, count = Diffusion.losses, iter(range(1, 1000))
+
+    def losses(*arguments: object) -> dict[str, torch.Tensor]:
+        broken = next(count) in calls
+        return {name: value * float("nan" if broken else "1") for name, value in real(*arguments).items()}
+
+    monkeypatch.setattr(Diffusion, "losses", losses)
+
+
+def test_a_step_that_is_not_finite_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    break_losses(monkeypatch, 3, 4)
+    train(
+        tmp_path / "run", "--num-images", "24", "--log-every", "8", "--checkpoint-every", "4", "--keep-checkpoints", "0"
+    )
+    assert "2 of 2 steps skipped" in capsys.readouterr().out
+    assert [record["skipped_steps"] for record in records(tmp_path / "run")] == [0, 2, 0]
+    assert all(record["loss"] == record["loss"] for record in records(tmp_path / "run")), "no NaN in the log"
+    networks = [
+        load_file(path / "network" / "diffusion_pytorch_model.safetensors") for path in checkpoints_in(tmp_path / "run")
+    ]
+    moved = [
+        any(not torch.equal(value, after[name]) for name, value in before.items())
+        for before, after in pairwise(networks)
+    ]
+    assert moved == [True, False, False, True, True]
+    state = load_file(checkpoints_in(tmp_path / "run")[-1] / "training.safetensors")
+    assert {float(value) for name, value in state.items() if ".step." in name} == {4.0}
+
+
+def test_too_many_of_them_in_a_row_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    break_losses(monkeypatch, 2, *range(4, 100))
+    line = refused(capsys, tmp_path / "run", "--num-images", "80", *OFTEN, "--max-skipped-steps", "3")
+    assert (
+        "the gradient was not finite in 3 steps in a row, at image 24: lower learning_rate; the last checkpoint" in line
+    )
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["training.safetensors", "network/diffusion_pytorch_model.safetensors"])
+def test_a_flipped_bit_is_found_and_the_checkpoint_before_used_if_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    for name in ("whole", "damaged"):
+        train(tmp_path / name, "--num-images", "12", *OFTEN)
+    before, last = checkpoints_in(tmp_path / "damaged")
+    flip_a_bit(last / file)
+    line = refused(capsys, tmp_path / "damaged", "--resume", "--num-images", "16")
+    assert f"{last / file} is not what was written" in line
+    assert f"the one before is {before}; train --resume --fall-back goes on from that" in line
+    train(tmp_path / "damaged", "--resume", "--fall-back", "--num-images", "16")
+    train(tmp_path / "whole", "--resume", "--num-images", "16")
+    assert same(tmp_path / "damaged", tmp_path / "whole")
+
+
+def test_where_no_checkpoint_is_whole_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path / "run", "--num-images", "8", *OFTEN)
+    for checkpoint in checkpoints_in(tmp_path / "run"):
+        (checkpoint / "training.safetensors").unlink()
+    line = refused(capsys, tmp_path / "run", "--resume", "--fall-back", "--num-images", "16")
+    assert "no checkpoint is whole; of the oldest: " in line
+    assert "training.safetensors is missing" in line
+
+
+def test_two_cannot_train_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with locked(tmp_path / "run"):
+        assert f"another process trains into {tmp_path / 'run'}" in refused(
+            capsys, tmp_path / "run", "--num-images", "4"
+        )
+    with pytest.raises(CheckpointError, match="another process"), locked(tmp_path), locked(tmp_path):
+        pass
+    train(tmp_path / "run", "--num-images", "4")
