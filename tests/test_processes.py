@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,12 +23,38 @@ TINY = [
 ]
 
 
-def train_together(number: int, *options: str) -> "subprocess.CompletedProcess[str]":
+def train_together(
+    number: int, *options: str, program: tuple[str, ...] = ("-m", "lamamba"), restarts: int = 0
+) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
     return subprocess.run(
-        [*command, "-m", "lamamba", "train", *options],
+        [*command, f"--max-restarts={restarts}", *program, "train", *options],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
+
+
+def program_with(folder: Path, fault: str) -> tuple[str, ...]:
+    """Write the command line with something put before every step, which knows `rank`, `trainer` and `restart`."""
+    path = folder / "program.py"
+    path.write_text(
+        f"""
+import os, signal
+import torch
+from lamamba.cli import main
+from lamamba.train import Trainer
+
+rank, restart = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+find_gradients = Trainer._find_gradients
+
+def broken(trainer, x_0, t, y, noise):
+{fault}
+    return find_gradients(trainer, x_0, t, y, noise)
+
+Trainer._find_gradients = broken
+main()
+"""
+    )
+    return (str(path),)
 
 
 def curve(run: Path) -> list[tuple[int, float, float]]:
@@ -75,3 +103,52 @@ def test_a_device_that_processes_cannot_share_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"device 'mps' is not for 2 processes"), joined("mps"):
         pass
+
+
+def test_all_skip_a_step_that_is_not_finite_in_one_of_them(tmp_path: Path) -> None:
+    fault = """
+    if rank == 1 and trainer.step in (2, 3):
+        x_0 = x_0 * float("nan")
+"""
+    out = tmp_path / "run"
+    done = train_together(
+        2, "--out", str(out), *TINY, "--num-images", "48", "--log-every", "24", program=program_with(tmp_path, fault)
+    )
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [record["skipped_steps"] for record in records] == [1, 1]
+    network = load_checkpoint(out, "network").network
+    assert all(bool(value.isfinite().all()) for value in network.state_dict().values())
+
+
+def test_where_one_dies_the_others_end_and_a_restart_goes_on(tmp_path: Path, alone: Path) -> None:
+    fault = """
+    if rank == 1 and trainer.step == 7 and restart == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+    program = program_with(tmp_path, fault)
+    started = time.monotonic()
+    done = train_together(2, "--out", str(tmp_path / "dead"), *TINY, "--num-images", "80", program=program)
+    assert done.returncode != 0
+    assert time.monotonic() - started < 60
+    assert re.search(r"rank +: 1 .*exitcode +: -9", done.stderr, re.DOTALL), "who died is named"
+    assert [path.name for path in checkpoints_in(tmp_path / "dead")] == [f"{40:012d}"]
+    again = tmp_path / "again"
+    done = train_together(
+        2, "--out", str(again), "--resume", *TINY, "--num-images", "80", program=program, restarts=1
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for ours, wanted in zip(curve(again), curve(alone), strict=True):
+        assert ours == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_signal_to_all_is_one_checkpoint(tmp_path: Path) -> None:
+    fault = """
+    if rank == 1 and trainer.step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+"""
+    out = tmp_path / "run"
+    done = train_together(2, "--out", str(out), *TINY, "--num-images", "80", program=program_with(tmp_path, fault))
+    assert done.returncode != 0
+    assert "stopped by SIGTERM at image 32, all is saved" in done.stderr
+    assert [path.name for path in checkpoints_in(out)] == [f"{32:012d}"]

@@ -6,6 +6,7 @@ Every process does the same at the same time but for its share of a batch, and t
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # they are there, and documented
 
 from lamamba.errors import ConfigError
 
@@ -79,11 +81,30 @@ def joined(device: str) -> Iterator[tuple[Processes, str]]:
         torch.cuda.set_device(device)
     elif device != "cpu":
         raise ConfigError(f"device {device!r} is not for {number} processes: use auto, cuda or cpu")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, **_place_to_meet())
+    # Of weights with sides of length 1, whose strides say nothing.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     try:
         yield Processes(dist.get_rank(), number), device
     finally:
         dist.destroy_process_group()
+
+
+def _place_to_meet() -> dict[str, Any]:
+    """Say where processes find each other, if not where PyTorch would look.
+
+    That is a store which torchrun keeps over restarts, with the addresses of processes that are gone
+    (github.com/pytorch/pytorch/issues/135712): so each restart has a part of it to itself.
+    """
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restart == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return {
+        "store": PrefixStore(f"restart {restart}", store),
+        "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"]),
+    }  # fmt: skip
 
 
 class SignalsNoted:

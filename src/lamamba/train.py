@@ -121,9 +121,7 @@ class Trainer:
         self.autocast = torch.autocast(device.type, torch.bfloat16) if use_bf16 else nullcontext()
         self.compiled: Any = torch.compile(self.network) if config.compile else self.network
         if processes.number > 1:
-            self.compiled = DistributedDataParallel(
-                self.compiled, broadcast_buffers=False, gradient_as_bucket_view=True,
-            )  # fmt: skip
+            self.compiled = DistributedDataParallel(self.compiled, gradient_as_bucket_view=True)
         # Captured, a part's gradients are written to the same memory every time, and added up outside.
         self.captures = config.cuda_graph and device.type == "cuda" and processes.number == 1
         self.find_gradients = Captured(self._find_gradients) if self.captures else self._find_gradients

@@ -46,7 +46,8 @@ def _backward(
     per_image = (x_array, low_array, _array(grad_y.flatten(1, 2)), *(gradient.numpy() for gradient in gradients))
     _share_images(lambda x, low, *rest: scan_backward(x, low, *shared, *rest), per_image)
     sums = (grad_weight.sum(dim=0).mT, grad_bias.sum(dim=0), grad_A.sum(dim=0).mT)
-    grad_weight, grad_bias, grad_A = (gradient.contiguous() for gradient in sums)
+    # Flat once, so that sides of length 1 have the strides they have in parameters.
+    grad_weight, grad_bias, grad_A = (gradient.flatten().view(gradient.shape) for gradient in sums)
     return grad_x, grad_low, grad_weight, grad_bias, grad_A, grad_skip.sum(dim=0).repeat(NUM_PATHS, 1)
 
 

@@ -187,7 +187,9 @@ def _autograd(ctx: Any, grad_y: Tensor | None, grad_states: Tensor | None) -> tu
     if grad_y.stride(0) == 0:  # that of a sum: the same for all paths
         grad_y = grad_y[0]
     grad_x, grad_low, grad_weight, shared = _scan_grid_backward(grad_y, *ctx.saved_tensors, ctx.continuous)
-    return grad_x, grad_low, grad_weight, shared[-1], shared[:-2].permute(1, 2, 0), shared[-2], None, None
+    grad_A_log = shared[:-2].permute(1, 2, 0)
+    grad_A_log = grad_A_log.flatten().view(grad_A_log.shape)  # with the strides of a parameter, also where n is 1
+    return grad_x, grad_low, grad_weight, shared[-1], grad_A_log, shared[-2], None, None
 
 
 scan_grid_triton.register_autograd(_autograd, setup_context=_setup_context)
