@@ -162,6 +162,9 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     [
         {"seed": 1},
         {"learning_rate": 1e-3},
+        {"warmup_images": 100},
+        {"decay": "linear", "num_images": 20},
+        {"decay": "cosine", "num_images": 20},
         {"weight_decay": 0.1},
         {"max_grad_norm": 0.01},
         {"ema_decay": 0.1},
@@ -315,6 +318,9 @@ def test_records_and_pictures_say_what_happened(tmp_path: Path) -> None:
         assert record["grad_norm"] > 0
         assert record["images_per_s"] > 0
         assert record["learning_rate"] == 1e-4
+        assert 0 <= record["data_wait"] < 1
+        quarters = [record[f"loss_q{quarter}"] for quarter in range(1, 5) if f"loss_q{quarter}" in record]
+        assert min(quarters) <= record["loss"] <= max(quarters)
     assert records[1]["seconds"] > records[0]["seconds"]
     with Image.open(tmp_path / "run" / "samples" / f"{16:012d}.png") as grid:
         assert (grid.mode, grid.size) == ("L", (2 * (10 * 34 + 2), 2 * (2 * 34 + 2)))
@@ -344,3 +350,31 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path: Path, monkeypatch: pytest
         training.train(config)
     assert [int(path.name) for path in checkpoints_in(tmp_path)] == [4, 8]
     assert all(bool(value.float().isfinite().all()) for value in weights(tmp_path).values())
+
+
+def test_the_learning_rate_rises_and_falls(tmp_path: Path) -> None:
+    def rates(**options: Any) -> list[float]:
+        config = TrainConfig(out=tmp_path, learning_rate=8.0, num_images=100, **options)
+        return [training.learning_rate(config, images) for images in (10, 20, 60, 100)]
+
+    assert rates() == [8.0, 8.0, 8.0, 8.0]
+    assert rates(warmup_images=20) == [4.0, 8.0, 8.0, 8.0]
+    assert rates(warmup_images=20, decay="linear") == [4.0, 8.0, 4.0, 0.0]
+    assert rates(warmup_images=20, decay="cosine") == pytest.approx([4.0, 8.0, 4.0, 0.0])
+    trainer = make_trainer(tmp_path, warmup_images=16)
+    take_steps(trainer, 2)
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(5e-5)
+    with pytest.raises(LamambaError, match=r"warmup_images is 100: it must be less than num_images 100"):
+        rates(warmup_images=100, decay="linear")
+
+
+def test_a_run_whose_rate_falls_keeps_its_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--decay", "cosine", "--warmup-images", "8", "--checkpoint-every", "8", "--sample-every", "16"]
+    for name in ("whole", "parts"):
+        train(tmp_path / name, "--num-images", "16", *options)
+    shutil.rmtree(checkpoints_in(tmp_path / "parts")[-1])
+    main(["train", "--out", str(tmp_path / "parts"), "--resume"])
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--out", str(tmp_path / "parts"), "--resume", "--num-images", "24"])
+    assert "num_images was 16, now 24" in capsys.readouterr().err

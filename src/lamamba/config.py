@@ -199,7 +199,11 @@ class TrainConfig:
     accumulate: int = 1
     """Parts a batch is computed in, one after the other, to save memory."""
     learning_rate: float = 1e-4
-    """Of AdamW, constant."""
+    """Of AdamW."""
+    warmup_images: int = 0
+    """Images over which the learning rate rises from nothing, in equal steps."""
+    decay: Literal["none", "linear", "cosine"] = "none"
+    """How the learning rate falls from the end of its warm-up, to nothing at num_images; none keeps it."""
     weight_decay: float = 0.0
     """Of AdamW."""
     max_grad_norm: float = 1.0
@@ -248,9 +252,13 @@ class TrainConfig:
             _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("log_every", "sample_every", "checkpoint_every"):
             _check(getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("max_grad_norm", "weight_decay", "num_workers", "keep_checkpoints", "seed"):
+        for name in ("max_grad_norm", "warmup_images", "weight_decay", "num_workers", "keep_checkpoints", "seed"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _check(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
+        _check(
+            self.decay == "none" or self.warmup_images < self.num_images, "warmup_images", self.warmup_images,
+            f"less than num_images {self.num_images}, where the learning rate decays",
+        )  # fmt: skip
         _check(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "from 0 to less than 1")
         _check(
             self.batch_size % self.accumulate == 0, "accumulate", self.accumulate,

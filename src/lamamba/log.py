@@ -50,7 +50,7 @@ class TrainingLog:
         self.sums: dict[str, Tensor] = {}
         self.steps = self.images = 0
         self.started = self.since = time.perf_counter()
-        self.paused_s = 0.0
+        self.paused_s = self.waited_s = 0.0
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -99,21 +99,38 @@ class TrainingLog:
         self.images += images
         self.progress.advance(self.task, images)
 
-    def write(self, images: int, step: int) -> float:
+    def waiting_for(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Pass batches on, and note how long they were waited for."""
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited_s += time.perf_counter() - start
+            yield batch
+
+    def write(self, images: int, step: int, learning_rate: float) -> float:
         """Write the means since the last call, over the steps that were not skipped; returns the mean loss."""
         sums = {name: float(value) for name, value in self.sums.items()}  # waits for the device
         skipped = round(sums.pop("skipped"))
         means = {name: value / max(1, self.steps - skipped) for name, value in sums.items()}
+        for quarter in range(1, 5):  # of the timesteps; in a short interval one may have had no image
+            loss, share = means.pop(f"loss_q{quarter}"), means.pop(f"share_q{quarter}")
+            means.update({f"loss_q{quarter}": loss / share} if share else {})
         seconds = time.perf_counter() - self.since - self.paused_s
         record = {
             "images": images,
             "step": step,
             **means,
             "skipped_steps": skipped,
-            "learning_rate": self.config.learning_rate,
+            "learning_rate": learning_rate,
             "images_per_s": self.images / seconds,
+            "data_wait": self.waited_s / seconds,
             "seconds": time.perf_counter() - self.started,
         }
+        if self.device.type == "cuda":
+            record["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.file.write(json.dumps(record) + "\n")
         self.records.append(record)
         for name, value in record.items():
@@ -127,7 +144,8 @@ class TrainingLog:
             self._print(
                 f"{images:,} of {self.config.num_images:,} images · loss {means['loss']:.4f} · {speed} images/s"
             )
-        self.sums, self.steps, self.images, self.paused_s = {}, 0, 0, 0.0
+        self.sums, self.steps, self.images = {}, 0, 0
+        self.paused_s = self.waited_s = 0.0
         self.since = time.perf_counter()
         return means["loss"]
 
@@ -198,7 +216,11 @@ class SilentLog:
     def step(self, images: int, terms: dict[str, Tensor]) -> None:
         """Take in nothing."""
 
-    def write(self, images: int, step: int) -> float:
+    def waiting_for(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Pass batches on."""
+        return batches
+
+    def write(self, images: int, step: int, learning_rate: float) -> float:
         """Write nothing; the first process looks at the loss."""
         return 0.0
 

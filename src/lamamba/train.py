@@ -176,8 +176,10 @@ class Trainer:
         terms = self.processes.mean(terms)
         limit = self.config.max_grad_norm or math.inf
         terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)
-        terms["skipped"] = self._step_if_finite(terms["grad_norm"])
         self.images += self.config.batch_size
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.images)
+        terms["skipped"] = self._step_if_finite(terms["grad_norm"])
         self.step += 1
         self._update_average()
         return terms
@@ -216,7 +218,12 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         losses = self.objective.losses(self._denoise, x_0, t, y, noise)
         (losses["loss"].mean() / self.config.accumulate).backward()
-        return {name: loss.detach().mean() for name, loss in losses.items()}
+        means = {name: loss.detach().mean() for name, loss in losses.items()}
+        for quarter in range(4):  # of the timesteps, 0 to 1000; the loss is that of a quarter over its share
+            here = ((t * (4 / 1000)).clamp(max=3.5).floor() == quarter).float()
+            means[f"loss_q{quarter + 1}"] = (losses["loss"].detach() * here).mean()
+            means[f"share_q{quarter + 1}"] = here.mean()
+        return means
 
     def _denoise(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         with self.autocast:
@@ -286,6 +293,14 @@ class Trainer:
         return make_grid(images, columns, scale=max(1, 64 // images.shape[-1]))
 
 
+def learning_rate(config: TrainConfig, images: int) -> float:
+    """Compute the learning rate of the step after which so many images have been seen."""
+    rising = min(1.0, images / config.warmup_images) if config.warmup_images else 1.0
+    past = max(0, images - config.warmup_images) / max(1, config.num_images - config.warmup_images)
+    falling = {"none": 1.0, "linear": 1 - past, "cosine": (1 + math.cos(math.pi * past)) / 2}[config.decay]
+    return config.learning_rate * rising * max(0.0, falling)
+
+
 def resolve(config: TrainConfig) -> tuple[TrainConfig, ImageSource, Space, torch.device]:
     """Open the data and fill in what follows from it: the network's classes, channels and grid, and the intervals.
 
@@ -345,10 +360,12 @@ def check_resumable(config: TrainConfig) -> None:
     now = plain(config)
     for options in (started, now):
         options.update(options.pop("network", {}))
+    # Where the learning rate falls with the length of the run, that decides what is computed.
+    free = _FREE_TO_CHANGE - ({"num_images"} if config.decay != "none" else set())
     changed = [
         f"{name} was {started.get(name)}, now {now[name]}"
         for name in now
-        if name not in _FREE_TO_CHANGE and started.get(name) != now[name]
+        if name not in free and started.get(name) != now[name]
     ]
     if changed:
         raise CheckpointError(
@@ -420,7 +437,7 @@ def _run(trainer: Trainer, log: TrainingLog | SilentLog, signals: SignalsNoted) 
     prepares = trainer.device.type == "cuda" or config.compile
     first_step: AbstractContextManager[None] = log.first_step(config.compile) if prepares else nullcontext()
     is_first = trainer.processes.is_first
-    for images, labels in reader:
+    for images, labels in log.waiting_for(reader):
         with first_step:
             terms = trainer.take_step(images, labels)
         first_step = nullcontext()
@@ -431,7 +448,7 @@ def _run(trainer: Trainer, log: TrainingLog | SilentLog, signals: SignalsNoted) 
             return last or trainer.images // interval > before // interval
 
         if due(config.log_every):
-            loss = log.write(trainer.images, trainer.step)
+            loss = log.write(trainer.images, trainer.step, learning_rate(config, trainer.images))
             if not math.isfinite(loss):
                 raise _diverged(trainer, f"the loss is {loss}")
             skipped = int(trainer.skipped_in_a_row)
