@@ -131,7 +131,7 @@ def test_an_infinite_loss_stops_the_run_and_names_the_last_checkpoint(
 
     arguments = ["--out", str(tmp_path / "run"), *TINY, "--num-images", "16", "--max-skipped-steps", "1"]
     config = _parse(TrainConfig, "train", arguments, _train_defaults(arguments))
-    with pytest.raises(LamambaError, match=r"gradient was not finite in 1 steps in a row, at image 12.*000000000008"):
+    with pytest.raises(LamambaError, match=r"gradient was not finite in 1 step in a row, at image 12.*000000000008"):
         module.train(config)
 
 

@@ -7,8 +7,8 @@ A run folder holds `config.json` and `checkpoints/`, one folder each, named by t
     training.safetensors    optimizer and random state
 
 A checkpoint is written under a temporary name, flushed to disk and renamed, so that what has its final name is whole;
-what a disk does to it later shows in the checksums.
-Nothing is pickled. The weights shipped with the package are such a folder too, with `ema/` only.
+what a disk does to it later shows in the checksums. Nothing is pickled. The weights shipped with the package are such a
+folder too, with `ema/` only.
 """
 
 import hashlib

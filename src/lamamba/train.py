@@ -453,7 +453,9 @@ def _run(trainer: Trainer, log: TrainingLog | SilentLog, signals: SignalsNoted) 
                 raise _diverged(trainer, f"the loss is {loss}")
             skipped = int(trainer.skipped_in_a_row)
             if skipped >= config.max_skipped_steps:
-                raise _diverged(trainer, f"the gradient was not finite in {skipped} steps in a row,")
+                raise _diverged(
+                    trainer, f"the gradient was not finite in {skipped} step{'s' * (skipped > 1)} in a row,"
+                )
         if due(config.sample_every) and is_first:
             with log.pause("sample"):
                 log.save_samples(trainer.draw_samples(), trainer.images)

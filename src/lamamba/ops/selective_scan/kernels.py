@@ -112,8 +112,8 @@ def _along(p, runs, ROW: tl.constexpr, RUN: tl.constexpr):
 
 
 @triton.jit
-def _load_expansion(p_weight, o_d, m_d, RANK: tl.constexpr):
-    """Load the matrix from low-rank step sizes to a block of channels: a tuple of blocks (16, d).
+def _load_expansion(p_weight, path, o_d, m_d, CHANNELS: tl.constexpr, RANK: tl.constexpr):
+    """Load a path's matrix from low-rank step sizes to a block of channels: a tuple of blocks (16, d).
 
     In memory its rows are filled up to a multiple of 8. So values come eight at a time, and the compiler keeps them in
     shared memory, not in registers.
@@ -122,7 +122,9 @@ def _load_expansion(p_weight, o_d, m_d, RANK: tl.constexpr):
     weights = ()
     for first in tl.static_range(0, RANK, 16):
         o_r = first + tl.arange(0, 16)[:, None]
-        weights = weights + (tl.load(p_weight + o_d * ROW + o_r, mask=m_d & (o_r < ROW), other=0.0),)
+        weights = weights + (
+            tl.load(p_weight + (path * CHANNELS + o_d) * ROW + o_r, mask=m_d & (o_r < ROW), other=0.0),
+        )
     return weights
 
 
@@ -131,10 +133,7 @@ def _load_low(
     p_low, start, path, LOW: tl.constexpr, RANK: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr,
 ):  # fmt: skip
-    """Load the low-rank step sizes of the 16 steps from `start` on: a tuple of blocks (2, 16, 8).
-
-    A block is two halves (16, 8), in which a lane loads just what it hands to the tensor cores.
-    """
+    """Load the low-rank step sizes of 16 steps in halves, just what lanes hand to tensor cores: blocks (2, 16, 8)."""
     b_lows = ()
     o_half, o_place = tl.arange(0, 2)[:, None, None], tl.arange(0, 8)[None, None, :]
     o_t = start + tl.arange(0, 16)[None, :, None]
@@ -236,7 +235,7 @@ def scan_summary_kernel(
     b_A = -_exp(tl.load(p_A_log + o_path * STATES + o_n, mask=m_n & m_d, other=0.0), PRECISE)
     p_u += image * LENGTH * CHANNELS + path.to(tl.int64) * plane
     p_low += image * LENGTH * LOW + path * (RANK + 2 * STATES)
-    weights = _load_expansion(p_weight + path * CHANNELS * ((RANK + 7) // 8 * 8), o_d, m_d, RANK)
+    weights = _load_expansion(p_weight, path, o_d, m_d, CHANNELS, RANK)
 
     b_h = tl.zeros([STATES_BLOCK, BLOCK], tl.float32)
     b_spent = tl.zeros([1, BLOCK], tl.float32)
@@ -293,7 +292,7 @@ def scan_forward_kernel(
     p_x += image * LENGTH * CHANNELS
     p_y += (path * batch + image) * LENGTH * CHANNELS
     p_low += image * LENGTH * LOW + path * (RANK + 2 * STATES)
-    weights = _load_expansion(p_weight + path * CHANNELS * ((RANK + 7) // 8 * 8), o_d, m_d, RANK)
+    weights = _load_expansion(p_weight, path, o_d, m_d, CHANNELS, RANK)
 
     # The state that the segments before leave.
     b_h = tl.zeros([STATES_BLOCK, BLOCK], tl.float32)
@@ -396,7 +395,7 @@ def scan_backward_kernel(
     p_grad_x += (path * batch + image) * LENGTH * CHANNELS
     p_grad_z += (path * batch + image) * LENGTH * CHANNELS
     p_low += image * LENGTH * LOW + path * (RANK + 2 * STATES)
-    weights = _load_expansion(p_weight + path * CHANNELS * ((RANK + 7) // 8 * 8), o_d, m_d, RANK)
+    weights = _load_expansion(p_weight, path, o_d, m_d, CHANNELS, RANK)
     p_grad_BC += ((tl.program_id(0) * batch + image) * LENGTH * 4 + path) * 2 * STATES
 
     # The gradient that the segments after it leave: always a[t+1] g[t+1] of the step to come.
@@ -492,10 +491,9 @@ def scan_backward_kernel(
             b_grad_D += b_grad_y * b_x
             b_grad_bias += b_grad_z
         o_t = start + tl.arange(0, TILE)
-        m_tile = o_t < LENGTH
         p_BC = p_grad_BC + _pixel(o_t, path, HEIGHT, WIDTH, CONTINUOUS) * 8 * STATES + LAST
-        tl.store(p_BC, _sum_channels(b_grad_Bs, BLOCK) * LN_2, mask=m_tile)
-        tl.store(p_BC + STATES, _sum_channels(b_grad_Cs, BLOCK), mask=m_tile)
+        tl.store(p_BC, _sum_channels(b_grad_Bs, BLOCK) * LN_2, mask=o_t < LENGTH)
+        tl.store(p_BC + STATES, _sum_channels(b_grad_Cs, BLOCK), mask=o_t < LENGTH)
         b_carry = tl.where(o_n == LAST, b_g, b_carry)
         b_grad_A += tl.where(o_n == LAST, b_grad_A_s * LN_2, 0.0)
 
