@@ -31,11 +31,11 @@ from lamamba.config import NetworkConfig, preset
 from lamamba.ops.depthwise_convolution import depthwise_convolution
 from lamamba.ops.gated_norm import gated_norm
 from lamamba.ops.grid import NUM_PATHS
-from lamamba.ops.linear import compute_dtype, linear, linear_in_halves, with_projection
+from lamamba.ops.linear import compute_dtype, linear, linear_in_halves
 from lamamba.ops.linear_gelu import linear_gelu
 from lamamba.ops.residual_norm import Residual, add_gated, layer_norm, residual_norm
-from lamamba.ops.selective_scan import scan_grid
-from lamamba.ops.window_attention import window_attention
+from lamamba.ops.selective_scan import project_and_scan
+from lamamba.ops.window_attention import project_and_attend
 
 
 class LaMambaDiff(ModelMixin, ConfigMixin):
@@ -382,9 +382,7 @@ class SS2D(nn.Module):
         """Mix (b, h, w, c) globally; there is no bias to be added."""
         x, z = linear_in_halves(x, self.in_proj.weight)
         x = depthwise_convolution(x, self.convolution.weight, self.convolution.bias)
-        # The projection commutes with the order of reading: every pixel is projected once, for all paths.
-        x, low = with_projection(x, self.x_proj_weight.flatten(0, 1))
-        planes = scan_grid(x, low, self.dt_weight, self.dt_bias, self.A_log, self.D, self.scan)
+        planes = project_and_scan(x, self.x_proj_weight, self.dt_weight, self.dt_bias, self.A_log, self.D, self.scan)
         norm = self.out_norm
         return self.out_proj(gated_norm(planes, z, norm.weight, norm.bias, norm.eps)), None
 
@@ -406,7 +404,10 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mix (b, h, w, c) locally; the bias of the result is given beside it."""
-        x = window_attention(self.qkv(x), self.relative_position_bias, self.num_heads, self.window_size, self.shifted)
+        x = project_and_attend(
+            x, self.qkv.weight, self.qkv.bias,
+            self.relative_position_bias, self.num_heads, self.window_size, self.shifted,
+        )  # fmt: skip
         return linear(x, self.out_proj.weight), self.out_proj.bias
 
 

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Collection
 from typing import Any
 
 import triton
@@ -14,6 +15,7 @@ from lamamba.ops.linear_gelu import kernels as linear_gelu
 from lamamba.ops.residual_norm import kernels as residual_norm
 from lamamba.ops.rows import cut_rows
 from lamamba.ops.selective_scan import kernels as scan
+from lamamba.ops.selective_scan import product_kernels as scan_products
 from lamamba.ops.window_attention import kernels as window
 
 # Activations and what is multiplied with them are bfloat16, all else that is pointed to is float32.
@@ -27,8 +29,9 @@ HALF = {
 
 
 def compile_kernel(
-    kernel: Any, constants: dict[str, Any], num_warps: int, capability: int, carried: int | None = None
-) -> None:
+    kernel: Any, constants: dict[str, Any], num_warps: int, capability: int,
+    carried: int | None = None, half: Collection[str] = (),
+) -> None:  # fmt: skip
     """Compile, and check how many values the loop with most of them carries from turn to turn, where that is known.
 
     The compiler takes a variable that got the very value of another for one that did not change; the interpreter, which
@@ -40,7 +43,7 @@ def compile_kernel(
         if name in constants:
             signature[name] = "constexpr"
         elif name.startswith("p_"):
-            signature[name] = "*bf16" if name in HALF else "*fp32"
+            signature[name] = "*bf16" if name in HALF or name in half else "*fp32"
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
@@ -61,6 +64,11 @@ def compile_scan(capability: int) -> None:
     compile_kernel(scan.scan_backward_kernel, constants, 1, capability)
     for backward in (False, True):
         compile_kernel(scan.scan_summary_kernel, {**constants, "BACKWARD": backward}, 1, capability)
+    low = {"RANK": 20, "LOW": 88, "WIDTH": 640}
+    constants = {**low, "ROWS": 64, "PIECE": 128, "PIECES": 5, "RANK_BLOCK": 32}
+    compile_kernel(scan_products.steps_backward_kernel, constants, 4, capability, half={"p_grad_low"})
+    constants = {"PROJECTED": 88, "WIDTH": 640, "ROWS": 64, "BLOCK": 64, "LOW": 64}
+    compile_kernel(scan_products.sum_and_project_kernel, constants, 4, capability, half={"p_grad_low"})
 
 
 def compile_window(capability: int) -> None:

@@ -14,7 +14,7 @@ NUM_COMPILED = {
     "gated_norm": 2,
     "linear_gelu": 2,
     "residual_norm": 7,
-    "scan": 4,
+    "scan": 6,
     "window": 2,
 }
 

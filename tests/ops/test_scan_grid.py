@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lamamba.ops.backend import Backend
-from lamamba.ops.selective_scan import scan_grid
+from lamamba.ops.selective_scan import project_and_scan, scan_grid
 
 triton_host = pytest.importorskip("lamamba.ops.selective_scan.triton")
 NAMES = ("x", "low", "dt_weight", "dt_bias", "A_log", "D")
@@ -38,7 +38,7 @@ def output_and_gradients(inputs: list[Tensor], backend: Backend, scan: str = "co
 
 
 def relative_error(value: Tensor, wanted: Tensor) -> float:
-    return float((value.double() - wanted).norm() / wanted.norm())
+    return float((value.detach().double() - wanted.detach()).norm() / wanted.detach().norm())
 
 
 def check(inputs: list[Tensor], dtype: torch.dtype, scan: str = "continuous") -> None:
@@ -71,18 +71,60 @@ def test_paths_cut_into_segments_give_the_same(shape: tuple[int, ...], monkeypat
     inputs = [tensor.float() for tensor in make_inputs(*shape)]
     whole = output_and_gradients(inputs, "triton")
     monkeypatch.setattr(triton_host, "LONG_PATH", 1)
+    monkeypatch.setattr(triton_host, "SHORTEST_SEGMENT", 1)
     assert triton_host._cut(4, 8, 4, 32, backward=False) == (32, 4)
     cut = output_and_gradients(inputs, "triton")
     for name, a, b in zip(("y", *NAMES), cut, whole, strict=True):
         assert relative_error(a, b.double()) < 1e-6, name
 
 
+# (b, h, w, e, r, n): a narrow projection and step sizes in one piece; both too wide for that, in sizes that blocks do
+# not divide.
+PROJECTED = {"narrow": (1, 4, 6, 40, 3, 1), "wide": (1, 4, 4, 24, 35, 8)}
+
+
+@pytest.mark.parametrize("case", PROJECTED)
+def test_projecting_first_has_the_gradients_of_both(case: str) -> None:
+    x, _, *others = (tensor.float() for tensor in make_inputs(*PROJECTED[case]))
+    _, _, _, e, r, n = PROJECTED[case]
+    projection = torch.randn(4, r + 2 * n, e, generator=torch.Generator().manual_seed(0)).to(DEVICE) * e**-0.5
+    leaves = [tensor.requires_grad_() for tensor in (x, projection, *others)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in leaves]
+    ours = project_and_scan(*leaves, backend="triton").sum(dim=0)
+    plain, wanted = (
+        scan_grid(x, x @ projection.flatten(0, 1).mT, *others, backend="pytorch").sum(dim=0)
+        for x, projection, *others in (leaves, exact)
+    )
+    assert relative_error(ours, wanted) <= 2 * relative_error(plain, wanted) + 1e-7
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+    of_ours, of_plain = (torch.autograd.grad(y, leaves, weights) for y in (ours, plain))
+    of_exact = torch.autograd.grad(wanted, exact, weights.double())
+    for name, value, reference, gradient in zip(
+        ("x", "projection", *NAMES[2:]), of_ours, of_plain, of_exact, strict=True
+    ):
+        assert value.shape == gradient.shape
+        assert relative_error(value, gradient) <= 2 * relative_error(reference, gradient) + 1e-7, name
+
+
+def test_projecting_first_compiles_as_one_graph() -> None:
+    x, _, *others = (tensor.float().requires_grad_() for tensor in make_inputs(1, 4, 4, 8, 3, 1))
+    projection = torch.randn(4, 5, 8, device=DEVICE, requires_grad=True)
+    inputs = (x, projection, *others)
+    compiled = torch.compile(project_and_scan, backend="aot_eager", fullgraph=True)
+    ys = compiled(*inputs, backend="triton"), project_and_scan(*inputs, backend="triton")
+    assert torch.equal(*ys)
+    ours, eager = (torch.autograd.grad(y.square().sum(), inputs) for y in ys)
+    assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
+
+
 def test_cuts_keep_a_large_gpu_busy_without_walking_twice() -> None:
     """XL's first and third stage in batches of 128, 32 at 512 px, and 1; (paths, channels, tiles) each."""
     assert triton_host._cut(4 * 128, 640, 64, 64, backward=False) == (64, 1)
+    assert triton_host._cut(4 * 128, 640, 64, 64, backward=True) == (64, 1)
     assert triton_host._cut(4 * 32, 640, 256, 64, backward=False) == (64, 1)
-    assert triton_host._cut(4 * 32, 640, 256, 64, backward=True) == (64, 1)
-    assert triton_host._cut(4, 640, 64, 64, backward=False) == (64, 26)
+    assert triton_host._cut(4 * 32, 640, 256, 64, backward=True) == (64, 4)  # a path is worth walking twice here
+    assert triton_host._cut(4, 640, 64, 64, backward=False) == (64, 22)
+    assert triton_host._cut(4, 640, 4096, 64, backward=False) == (64, 80)
     assert triton_host._cut(4, 2560, 4, 64, backward=False) == (32, 1)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lamamba.ops.backend import Backend
-from lamamba.ops.window_attention import window_attention
+from lamamba.ops.window_attention import project_and_attend, window_attention
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,7 +31,7 @@ def output_and_gradients(inputs: list[Tensor], shape: Shape, shifted: bool, back
 
 
 def relative_error(value: Tensor, wanted: Tensor) -> float:
-    return float((value.double() - wanted).norm() / wanted.norm())
+    return float((value.detach().double() - wanted.detach()).norm() / wanted.detach().norm())
 
 
 def check(shape: Shape, shifted: bool, dtype: torch.dtype) -> None:
@@ -60,6 +60,40 @@ TINY = {
 @pytest.mark.parametrize("case", TINY)
 def test_kernels_agree_with_float64(case: str, shifted: bool) -> None:
     check(TINY[case], shifted, torch.float32)
+
+
+@pytest.mark.parametrize("shifted", [False, True], ids=["plain", "shifted"])
+@pytest.mark.parametrize("case", ["whole windows", "odd sides"])
+def test_projecting_first_has_the_gradients_of_both(case: str, shifted: bool) -> None:
+    b, h, w, heads, c, window_size = TINY[case]
+    generator = torch.Generator().manual_seed(0)
+    shapes = (b, h, w, 7), (3 * heads * c, 7), (3 * heads * c,), ((2 * window_size - 1) ** 2, heads)
+    leaves = [torch.randn(*shape, generator=generator).to(DEVICE).requires_grad_() for shape in shapes]
+    exact = [tensor.detach().double().requires_grad_() for tensor in leaves]
+    options = (heads, window_size, shifted)
+    ours = project_and_attend(*leaves, *options, "triton")
+    plain, wanted = (
+        window_attention(torch.nn.functional.linear(x, weight, added), bias, *options, "pytorch")
+        for x, weight, added, bias in (leaves, exact)
+    )
+    assert relative_error(ours, wanted) <= 2 * relative_error(plain, wanted) + 1e-7
+    weights = torch.randn(ours.shape, generator=generator).to(ours)
+    of_ours, of_plain = (torch.autograd.grad(out, leaves, weights) for out in (ours, plain))
+    of_exact = torch.autograd.grad(wanted, exact, weights.double())
+    for name, value, reference, gradient in zip(
+        ("x", "weight", "weight_bias", "bias"), of_ours, of_plain, of_exact, strict=True
+    ):
+        assert relative_error(value, gradient) <= 2 * relative_error(reference, gradient) + 1e-7, name
+
+
+def test_projecting_first_compiles_as_one_graph() -> None:
+    shapes = (1, 8, 8, 5), (24, 5), (24,), (49, 2)
+    inputs = [torch.randn(*shape, device=DEVICE).requires_grad_() for shape in shapes]
+    compiled = torch.compile(project_and_attend, backend="aot_eager", fullgraph=True)
+    outs = compiled(*inputs, 2, 4, True, "triton"), project_and_attend(*inputs, 2, 4, True, "triton")
+    assert torch.equal(*outs)
+    ours, eager = (torch.autograd.grad(out.square().sum(), inputs) for out in outs)
+    assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
 
 
 def test_the_mask_is_minus_100_not_infinity() -> None:

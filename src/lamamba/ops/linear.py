@@ -44,12 +44,6 @@ def linear_in_halves(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def with_projection(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Give x itself, (..., i), and x weight^T, (..., o), of which both are to be used: weight (o, i)."""
-    same, projection = _WithProjection.apply(x.to(compute_dtype(x)), weight)
-    return same, projection
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -63,7 +57,7 @@ class _Linear(torch.autograd.Function):
         (grad,), (x, weight), (weight_dtype, bias_dtype) = grads, ctx.saved_tensors, ctx.dtypes
         with torch.autocast(x.device.type, enabled=False):  # which would round what products are added to
             grad_x = grad @ weight
-            grad_weight = _weight_gradient(grad, x, weight_dtype)
+            grad_weight = weight_gradient(grad, x, weight_dtype)
         return grad_x, grad_weight, None if bias_dtype is None else grad.flatten(0, -2).sum(dim=0, dtype=bias_dtype)
 
 
@@ -83,29 +77,11 @@ class _LinearInHalves(torch.autograd.Function):
         (first, second), (first_weight, second_weight) = (grad.flatten(0, -2) for grad in grads), weight.chunk(2)
         with torch.autocast(x.device.type, enabled=False):
             grad_x = (first @ first_weight).addmm_(second, second_weight)
-            grad_weight = torch.cat([_weight_gradient(half, x, ctx.weight_dtype) for half in (first, second)])
+            grad_weight = torch.cat([weight_gradient(half, x, ctx.weight_dtype) for half in (first, second)])
         return grad_x.view_as(x), grad_weight
 
 
-class _WithProjection(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        rounded = weight.to(x.dtype)
-        ctx.save_for_backward(x, rounded)
-        ctx.weight_dtype = weight.dtype
-        return x.view_as(x), F.linear(x, rounded)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        (grad_x, grad_projection), (x, weight) = grads, ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
-            # In place: x has no other use whose gradient this could be.
-            grad_x = grad_x.contiguous().flatten(0, -2).addmm_(grad_projection.flatten(0, -2), weight)
-            grad_weight = _weight_gradient(grad_projection, x, ctx.weight_dtype)
-        return grad_x.view_as(x), grad_weight
-
-
-def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply gradients of results, (..., o), with inputs, (..., i): (o, i) in `dtype`."""
     grad, x = grad.flatten(0, -2), x.flatten(0, -2)
     if x.is_cuda and dtype == torch.float32 != x.dtype:

@@ -1,8 +1,9 @@
 """The selective scan: a linear recurrence whose step size, input and output matrices depend on the input.
 
-`selective_scan` is the recurrence along a sequence, `scan_grid` the four scans of a block over a grid of pixels, which
-is what the network calls. `reference.py` is the meaning, `blocked.py` the version that runs on any device, `cpu.py` and
-`triton.py` the compiled loops and the kernels of `scan_grid`; README.md holds the equations of all.
+`selective_scan` is the recurrence along a sequence, `scan_grid` the four scans of a block over a grid of pixels, and
+`project_and_scan` those with the projection before them, which is what the network calls. `reference.py` is the
+meaning, `blocked.py` the version that runs on any device, `cpu.py` and `triton.py` the compiled loops and the kernels
+of `scan_grid`; README.md holds the equations of all.
 """
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from lamamba.ops.backend import Backend, choose_kernels, choose_loops
 from lamamba.ops.grid import NUM_PATHS, Scan, as_constant, gather_rows, scan_paths, sum_rows
+from lamamba.ops.linear import compute_dtype, linear
 from lamamba.ops.selective_scan.blocked import selective_scan_blocked
 from lamamba.ops.selective_scan.cpu import scan_grid_cpu
 
-__all__ = ["scan_grid", "selective_scan"]
+__all__ = ["project_and_scan", "scan_grid", "selective_scan"]
 
 
 def scan_grid(
@@ -53,9 +55,7 @@ def scan_grid(
     if choose_kernels("scan_grid", x, backend):
         from lamamba.ops.selective_scan.triton import scan_grid_triton
 
-        weight = dt_weight.to(x.dtype)
-        weight = F.pad(weight, (0, -weight.shape[2] % 8)) if weight.shape[2] % 8 else weight
-        tensors = (x, low.to(x.dtype), weight, dt_bias.float(), A_log.float(), D.float())
+        tensors = (x, low.to(x.dtype), *_for_kernels(x, dt_weight, dt_bias, A_log, D))
         save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         planes: Tensor = scan_grid_triton(*tensors, scan == "continuous", save)[0]
         return planes
@@ -65,6 +65,51 @@ def scan_grid(
         y: Tensor = scan_grid_cpu(*floats, scan == "continuous")
         return y.to(x.dtype)[None]
     return _scan_grid_pytorch(x, low, dt_weight, dt_bias, A_log, D, scan)
+
+
+def project_and_scan(
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    scan: Scan = "continuous",
+    backend: Backend = "auto",
+) -> Tensor:
+    """Scan a grid as `scan_grid` does, step sizes, B and C being projections of x itself.
+
+    The projection commutes with the order of reading: every pixel is projected once, for all paths.
+
+    Args:
+        x: (b, h, w, e), as for `scan_grid`; in autocast it is rounded to its dtype.
+        x_proj_weight: (4, r + 2 n, e), a projection for each path.
+        dt_weight, dt_bias, A_log, D, scan, backend: as for `scan_grid`.
+
+    Returns:
+        As `scan_grid`.
+
+    Raises:
+        ValueError: shapes disagree, a dimension is 0, or the kernels cannot run on these tensors.
+    """
+    x, weight = x.to(compute_dtype(x)), x_proj_weight.flatten(0, 1)
+    tensors = (x, weight, dt_weight, dt_bias, A_log, D)
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if not (choose_kernels("scan_grid", x, backend) and differentiated):
+        return scan_grid(x, linear(x, weight), dt_weight, dt_bias, A_log, D, scan, backend)
+    from lamamba.ops.selective_scan.triton import ProjectedScan
+
+    low = x[..., :1].expand(*x.shape[:-1], len(weight))
+    _check_grid_shapes(x, low, dt_weight, dt_bias, A_log, D)
+    y: Tensor = ProjectedScan.apply(x, weight, *_for_kernels(x, dt_weight, dt_bias, A_log, D), scan == "continuous")
+    return y
+
+
+def _for_kernels(x: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> tuple[Tensor, ...]:
+    """Give parameters in the dtypes and, `dt_weight`, in the width that the kernels want."""
+    weight = dt_weight.to(x.dtype)
+    weight = F.pad(weight, (0, -weight.shape[2] % 8)) if weight.shape[2] % 8 else weight
+    return weight, dt_bias.float(), A_log.float(), D.float()
 
 
 def _scan_grid_pytorch(

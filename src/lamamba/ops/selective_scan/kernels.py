@@ -220,14 +220,15 @@ def scan_summary_kernel(
     """Scan a segment from a zero state and keep only its end: the state (n, e), and the sum of step sizes (e).
 
     Backwards in time it does the same for the gradient of the state, where u is the gradient of y; `plane` is from
-    that of one path to that of the next.
+    that of one path to that of the next. The segment that is walked last has no program: nobody asks for its end.
     """
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     WHOLE: tl.constexpr = LENGTH % TILE == 0
     LOW: tl.constexpr = 4 * (RANK + 2 * STATES)
     o_d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     m_d = _below(o_d, CHANNELS, BLOCK)
-    path, segment, image = tl.program_id(1) % 4, tl.program_id(1) // 4, tl.program_id(2).to(tl.int64)
+    path, image = tl.program_id(1) % 4, tl.program_id(2).to(tl.int64)
+    segment = tl.program_id(1) // 4 + (1 if BACKWARD else 0)
     o_n = tl.arange(0, STATES_BLOCK)[:, None]
     m_n = o_n < STATES
     o_path = path * CHANNELS + o_d
@@ -267,6 +268,28 @@ def scan_summary_kernel(
     tl.store(p_spent + o_segment * CHANNELS + o_d, b_spent, mask=m_d)
 
 
+@triton.jit
+def _walk_segments(
+    p_carry, p_spent, b_A, o_segment, stride: tl.constexpr, count, o_d, m_d, o_n, m_n,
+    CHANNELS: tl.constexpr, STATES: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    """Compute the state that as many segments leave, one after the other, from what `scan_summary_kernel` kept."""
+    STATES_BLOCK: tl.constexpr = b_A.shape[0]
+    AT_ONCE: tl.constexpr = 8 // STATES_BLOCK if STATES_BLOCK <= 8 else 1
+    b_h = tl.zeros(b_A.shape, tl.float32)
+    for first in range(0, count, AT_ONCE):
+        b_spents = ()
+        b_ends = ()
+        for index in tl.static_range(AT_ONCE):
+            o, m = o_segment + stride * (first + index), first + index < count
+            b_spents = b_spents + (tl.load(p_spent + o * CHANNELS + o_d, mask=m_d & m, other=0.0),)
+            p_end = p_carry + (o * STATES + o_n) * CHANNELS + o_d
+            b_ends = b_ends + (tl.load(p_end, mask=m_n & m_d & m, other=0.0),)
+        for index in tl.static_range(AT_ONCE):  # a segment that is not there leaves the state as it is
+            b_h = _exp2(b_A * b_spents[index], PRECISE) * b_h + b_ends[index]
+    return b_h
+
+
 @triton.jit(do_not_specialize=["batch", "tiles_per_segment", "num_segments"])
 def scan_forward_kernel(
     p_x, p_low, p_weight, p_bias, p_A_log, p_D, p_y, p_states, p_carry, p_spent,
@@ -294,13 +317,8 @@ def scan_forward_kernel(
     p_low += image * LENGTH * LOW + path * (RANK + 2 * STATES)
     weights = _load_expansion(p_weight, path, o_d, m_d, CHANNELS, RANK)
 
-    # The state that the segments before leave.
-    b_h = tl.zeros([STATES_BLOCK, BLOCK], tl.float32)
-    for before in range(segment):
-        o_segment = (image * 4 + path) * num_segments + before
-        b_spent = tl.load(p_spent + o_segment * CHANNELS + o_d, mask=m_d, other=0.0)
-        b_end = tl.load(p_carry + (o_segment * STATES + o_n) * CHANNELS + o_d, mask=m_n & m_d, other=0.0)
-        b_h = _exp2(b_A * b_spent, PRECISE) * b_h + b_end
+    o_segment = (image * 4 + path) * num_segments
+    b_h = _walk_segments(p_carry, p_spent, b_A, o_segment, 1, segment, o_d, m_d, o_n, m_n, CHANNELS, STATES, PRECISE)
 
     first = segment * tiles_per_segment
     b_lows = _load_low(p_low, first * TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
@@ -398,13 +416,9 @@ def scan_backward_kernel(
     weights = _load_expansion(p_weight, path, o_d, m_d, CHANNELS, RANK)
     p_grad_BC += ((tl.program_id(0) * batch + image) * LENGTH * 4 + path) * 2 * STATES
 
-    # The gradient that the segments after it leave: always a[t+1] g[t+1] of the step to come.
-    b_carry = tl.zeros([STATES_BLOCK, BLOCK], tl.float32)
-    for count in range(num_segments - 1 - segment):
-        o_segment = (image * 4 + path) * num_segments + num_segments - 1 - count
-        b_spent = tl.load(p_spent + o_segment * CHANNELS + o_d, mask=m_d, other=0.0)
-        b_end = tl.load(p_carry + (o_segment * STATES + o_n) * CHANNELS + o_d, mask=m_n & m_d, other=0.0)
-        b_carry = _exp2(b_A * b_spent, PRECISE) * b_carry + b_end
+    # Always a[t+1] g[t+1] of the step to come.
+    o_segment, count = (image * 4 + path + 1) * num_segments - 1, num_segments - 1 - segment
+    b_carry = _walk_segments(p_carry, p_spent, b_A, o_segment, -1, count, o_d, m_d, o_n, m_n, CHANNELS, STATES, PRECISE)
 
     b_grad_A = tl.zeros([STATES_BLOCK, BLOCK], tl.float32)
     b_grad_D = tl.zeros([1, BLOCK], tl.float32)

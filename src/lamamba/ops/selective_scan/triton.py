@@ -1,6 +1,7 @@
 """The kernels of `kernels.py` as one differentiable operation that torch.compile sees as a whole."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,16 +10,20 @@ import triton
 from torch import Tensor
 
 from lamamba.ops.launch import launch
+from lamamba.ops.linear import weight_gradient
 from lamamba.ops.selective_scan.kernels import scan_backward_kernel, scan_forward_kernel, scan_summary_kernel
+from lamamba.ops.selective_scan.products import steps_backward, sum_and_project
 
-# Programs that keep a large GPU busy. With fewer than enough, paths of so many tiles are cut into segments, until there
-# are as many as wanted; but segments are walked twice.
-ENOUGH_PROGRAMS, WANTED_PROGRAMS, LONG_PATH = 512, 1024, 16
-MAX_SEGMENTS = 64
+# A path of this many tiles may be cut into segments, of three tiles or more, where fewer programs than enough would
+# leave a large GPU idle, to make as many as wanted; but segments are walked twice. Programs of the backward pass take
+# so many registers that a thousand run at once: where paths are very long, the last few programs cost most.
+LONG_PATH, ENOUGH_PROGRAMS, WANTED_PROGRAMS = 16, 512, 3200
+VERY_LONG_PATH, ENOUGH_BACKWARD_PROGRAMS, WANTED_BACKWARD_PROGRAMS = 128, 2048, 5120
+MAX_SEGMENTS, SHORTEST_SEGMENT = 80, 3
 TILE = 16  # steps; the smallest side of a matrix product on tensor cores
 # Channels of a program: the more, the fewer instructions a channel, until the registers of a warp run out. They get
-# fewer where there are fewer programs than these; forwards only on paths that are too short to be cut.
-BLOCK, FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 64, 512, 1024
+# fewer where there are fewer programs than these; not where paths are cut.
+BLOCK, NARROWER_BELOW, NARROWER_BACKWARD_BELOW = 64, 800, 1024
 MAX_BATCH = 65535  # of CUDA, for the third axis of a grid of programs
 
 
@@ -55,14 +60,18 @@ def _geometry(x: Tensor, low: Tensor, A_log: Tensor, continuous: bool, backward:
 
 def _cut(num_paths: int, channels: int, num_tiles: int, block: int, backward: bool) -> tuple[int, int]:
     """Choose how wide blocks of channels are, at most `block`, and in how many segments paths are cut."""
-    is_long = num_tiles >= LONG_PATH
-    busy = BACKWARD_PROGRAMS if backward else 0 if is_long else FORWARD_PROGRAMS
-    while block > 32 and num_paths * triton.cdiv(channels, block) < busy:
-        block //= 2
     num_programs = num_paths * triton.cdiv(channels, block)
-    if num_programs >= ENOUGH_PROGRAMS or not is_long:
-        return block, 1
-    return block, min(MAX_SEGMENTS, num_tiles, triton.cdiv(WANTED_PROGRAMS, num_programs))
+    is_long, enough, wanted = num_tiles >= LONG_PATH, ENOUGH_PROGRAMS, WANTED_PROGRAMS
+    if backward and num_tiles >= VERY_LONG_PATH:
+        enough, wanted = ENOUGH_BACKWARD_PROGRAMS, WANTED_BACKWARD_PROGRAMS
+    if is_long and num_programs < enough:
+        most = min(MAX_SEGMENTS, triton.cdiv(num_tiles, SHORTEST_SEGMENT))
+        return block, min(most, triton.cdiv(wanted, num_programs))
+    while block > 32 and num_paths * triton.cdiv(channels, block) < (
+        NARROWER_BACKWARD_BELOW if backward else NARROWER_BELOW
+    ):
+        block //= 2
+    return block, 1
 
 
 def _summarise(
@@ -77,8 +86,9 @@ def _summarise(
         return nothing, nothing
     carry = A_log.new_empty(batch, 4, num_segments, A_log.shape[2], channels)
     spent = A_log.new_empty(batch, 4, num_segments, channels)
+    num_blocks = geometry.grid[0]
     launch(
-        scan_summary_kernel, geometry.grid,
+        scan_summary_kernel, (num_blocks, 4 * (num_segments - 1), batch),
         u, low, weight, bias, A_log, carry, spent, plane, geometry.tiles_per_segment, num_segments,
         BACKWARD=backward, **geometry.constants,
     )  # fmt: skip
@@ -132,7 +142,8 @@ def _scan_grid_backward(
     """Run the kernels backwards.
 
     Returns:
-        The gradients of x, low and weight, and together, (n + 2, 4, e) float32, those of A_log, of D and of bias.
+        The gradients of x, one for each path, (4, b, h, w, e), of low and of weight, and together, (n + 2, 4, e)
+        float32, those of A_log, of D and of bias.
     """
     tensors = (grad_y, x, low, weight, bias, A_log, D)
     grad_y, x, low, weight, bias, A_log, D = (tensor.contiguous() for tensor in tensors)
@@ -152,17 +163,11 @@ def _scan_grid_backward(
         plane, batch, geometry.tiles_per_segment, geometry.num_segments, **geometry.constants,
     )  # fmt: skip
 
-    grad_z = grad_z.flatten(1, 2)
     low_by_path = low.view(batch * height * width, 4, -1)
-    grad_low = torch.empty_like(low_by_path)
-    delta_low = F.pad(low_by_path[..., :rank].transpose(0, 1), (0, -rank % 8))
-    with torch.autocast(x.device.type, enabled=False):  # or float32 products would be rounded to bfloat16
-        grad_low[..., :rank] = (grad_z @ weight)[..., :rank].transpose(0, 1)
-        grad_weight = grad_z.mT @ delta_low
+    grad_low = low_by_path.new_empty(low_by_path.shape)
+    grad_weight = steps_backward(grad_z.flatten(1, 2), low_by_path, weight, rank, grad_low)
     grad_low[..., rank:] = grad_BC.sum(dim=0).flatten(0, 1)
-    return (
-        grad_x.sum(dim=0, dtype=x.dtype).view_as(x), grad_low.view_as(low), grad_weight, grad_shared.sum(dim=0),
-    )  # fmt: skip
+    return grad_x.view(4, *x.shape), grad_low.view_as(low), grad_weight, grad_shared.sum(dim=0)
 
 
 @_scan_grid_backward.register_fake
@@ -170,8 +175,8 @@ def _(
     grad_y: Tensor, states: Tensor,
     x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, continuous: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    of_inputs = (tensor.new_empty(tensor.shape) for tensor in (x, low, weight))
-    return *of_inputs, A_log.new_empty(A_log.shape[2] + 2, *D.shape)
+    of_inputs = (tensor.new_empty(tensor.shape) for tensor in (low, weight))
+    return x.new_empty(4, *x.shape), *of_inputs, A_log.new_empty(A_log.shape[2] + 2, *D.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -184,12 +189,44 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad_y: Tensor | None, grad_states: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_y is None:  # nothing downstream depends on y
         return (None,) * 8
+    grad_x, *of_others = _gradients(grad_y, ctx.saved_tensors, ctx.continuous)
+    return grad_x.sum(dim=0, dtype=grad_x.dtype), *of_others, None, None
+
+
+def _gradients(grad_y: Tensor, saved: Sequence[Tensor], continuous: bool) -> tuple[Tensor, ...]:
+    """Give the gradients of x, one for each path, low, weight, bias, A_log and D, from the states and these."""
     if grad_y.stride(0) == 0:  # that of a sum: the same for all paths
         grad_y = grad_y[0]
-    grad_x, grad_low, grad_weight, shared = _scan_grid_backward(grad_y, *ctx.saved_tensors, ctx.continuous)
+    grad_x, grad_low, grad_weight, shared = _scan_grid_backward(grad_y, *saved, continuous)
     grad_A_log = shared[:-2].permute(1, 2, 0)
     grad_A_log = grad_A_log.flatten().view(grad_A_log.shape)  # with the strides of a parameter, also where n is 1
-    return grad_x, grad_low, grad_weight, shared[-1], grad_A_log, shared[-2], None, None
+    return grad_x, grad_low, grad_weight, shared[-1], grad_A_log, shared[-2]
 
 
 scan_grid_triton.register_autograd(_autograd, setup_context=_setup_context)
+
+
+class ProjectedScan(torch.autograd.Function):
+    """The scan of x and its own projection, whose gradients meet in one kernel.
+
+    Takes x, the projection's weight (4 (r + 2 n), e), and what `scan_grid_triton` takes after `low`; returns y.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, projection: Tensor,
+        weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, continuous: bool,
+    ) -> Tensor:  # fmt: skip
+        rounded = projection.to(x.dtype)
+        low = F.linear(x, rounded)
+        planes, states = scan_grid_triton(x, low, weight, bias, A_log, D, continuous, True)
+        ctx.save_for_backward(states, x, low, weight, bias, A_log, D, rounded)
+        ctx.continuous, ctx.projection_dtype = continuous, projection.dtype
+        return planes
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, projection = ctx.saved_tensors
+        planes, grad_low, *of_others = _gradients(grads[0], saved, ctx.continuous)
+        grad_x = sum_and_project(planes, grad_low, projection)
+        return grad_x, weight_gradient(grad_low, saved[1], ctx.projection_dtype), *of_others, None

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from lamamba.ops.backend import Backend, choose_kernels
+from lamamba.ops.linear import compute_dtype, linear
 from lamamba.ops.window_attention.cpu import window_attention_cpu
 from lamamba.ops.window_attention.reference import window_attention_reference
 
-__all__ = ["window_attention"]
+__all__ = ["project_and_attend", "window_attention"]
 
 # Pixels of a window that the kernels hold at once.
 MAX_PLACES = 64
@@ -40,16 +41,8 @@ def window_attention(
     Raises:
         ValueError: shapes disagree, or the kernels cannot run on these tensors.
     """
-    if qkv.ndim != 4 or 0 in qkv.shape or qkv.shape[3] % (3 * num_heads):
-        raise ValueError(f"window_attention: qkv is {tuple(qkv.shape)}: give (b, h, w, 3 * {num_heads} * c)")
-    if bias.shape != ((2 * window_size - 1) ** 2, num_heads):
-        raise ValueError(
-            f"window_attention: bias is {tuple(bias.shape)}: with windows of {window_size} and {num_heads} heads it "
-            f"must be {((2 * window_size - 1) ** 2, num_heads)}"
-        )
-    fits = min(qkv.shape[1], window_size) * min(qkv.shape[2], window_size) <= MAX_PLACES
-    limit = "" if fits else f"the kernels take windows of up to {MAX_PLACES} pixels: use a window_size of 8 or less"
-    if choose_kernels("window_attention", qkv, backend, limit):
+    _check(qkv, qkv.shape[-1], bias, num_heads, window_size)
+    if _choose_kernels(qkv, window_size, backend):
         from lamamba.ops.window_attention.triton import window_attention_triton
 
         out: Tensor = window_attention_triton(qkv, bias, num_heads, window_size, shifted)
@@ -58,3 +51,55 @@ def window_attention(
         out = window_attention_cpu(qkv, bias, num_heads, window_size, shifted)
         return out
     return window_attention_reference(qkv, bias, num_heads, window_size, shifted)
+
+
+def project_and_attend(
+    x: Tensor,
+    weight: Tensor,
+    weight_bias: Tensor,
+    bias: Tensor,
+    num_heads: int,
+    window_size: int,
+    shifted: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Attend as `window_attention` does, queries, keys and values being projections of x.
+
+    Args:
+        x: (b, h, w, i); in autocast it is rounded to its dtype.
+        weight: (3 heads c, i) of the linear layer that makes queries, keys and values.
+        weight_bias: (3 heads c) of that layer.
+        bias, num_heads, window_size, shifted, backend: as for `window_attention`.
+
+    Returns:
+        As `window_attention`.
+
+    Raises:
+        ValueError: shapes disagree, or the kernels cannot run on these tensors.
+    """
+    x = x.to(compute_dtype(x))
+    _check(x, len(weight), bias, num_heads, window_size)
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, weight_bias, bias))
+    if not (differentiated and _choose_kernels(x, window_size, backend)):
+        return window_attention(linear(x, weight, weight_bias), bias, num_heads, window_size, shifted, backend)
+    from lamamba.ops.window_attention.triton import ProjectedAttention
+
+    out: Tensor = ProjectedAttention.apply(x, weight, weight_bias, bias, num_heads, window_size, shifted)
+    return out
+
+
+def _choose_kernels(x: Tensor, window_size: int, backend: Backend) -> bool:
+    fits = min(x.shape[1], window_size) * min(x.shape[2], window_size) <= MAX_PLACES
+    limit = "" if fits else f"the kernels take windows of up to {MAX_PLACES} pixels: use a window_size of 8 or less"
+    return choose_kernels("window_attention", x, backend, limit)
+
+
+def _check(x: Tensor, channels: int, bias: Tensor, num_heads: int, window_size: int) -> None:
+    if x.ndim != 4 or 0 in x.shape or channels % (3 * num_heads):
+        shape = (*x.shape[:-1], channels)
+        raise ValueError(f"window_attention: qkv is {shape}: give (b, h, w, 3 * {num_heads} * c)")
+    if bias.shape != ((2 * window_size - 1) ** 2, num_heads):
+        raise ValueError(
+            f"window_attention: bias is {tuple(bias.shape)}: with windows of {window_size} and {num_heads} heads it "
+            f"must be {((2 * window_size - 1) ** 2, num_heads)}"
+        )

@@ -4,10 +4,12 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from lamamba.ops.launch import launch
+from lamamba.ops.linear import weight_gradient
 from lamamba.ops.window_attention.geometry import Windows
 from lamamba.ops.window_attention.kernels import attention_backward_kernel, attention_forward_kernel
 
@@ -56,24 +58,36 @@ def _(qkv: Tensor, bias: Tensor, num_heads: int, window_size: int, shifted: bool
 @torch.library.custom_op("lamamba::window_attention_backward", mutates_args=())
 def _backward(
     grad_out: Tensor, qkv: Tensor, bias: Tensor, num_heads: int, window_size: int, shifted: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the kernel backwards.
+
+    Returns:
+        The gradients of qkv, of bias, and of what would be added to qkv of every pixel, (3 heads c) float32.
+    """
     grad_out, qkv, bias = grad_out.contiguous(), qkv.contiguous(), bias.contiguous()
     plan = _plan(qkv, num_heads, window_size, shifted)
     places = plan.constants["PLACES"]
     grad_qkv = qkv.new_empty(qkv.shape)
-    sums = qkv.new_empty(plan.grid[1], num_heads, places * places, dtype=torch.float32)
-    launch(attention_backward_kernel, plan.grid, qkv, bias, grad_out, grad_qkv, sums, *plan.numbers, **plan.constants)
+    logits = qkv.new_empty(plan.grid[1], num_heads, places * places, dtype=torch.float32)
+    sums = qkv.new_empty(plan.grid[1], num_heads, 2, qkv.shape[3] // (3 * num_heads), dtype=torch.float32)
+    launch(
+        attention_backward_kernel, plan.grid,
+        qkv, bias, grad_out, grad_qkv, logits, sums, *plan.numbers, **plan.constants,
+    )  # fmt: skip
     rows = _row_of_each_pair(plan.constants["SIDE_Y"], plan.constants["SIDE_X"], places, window_size, str(qkv.device))
+    query, value = sums.sum(dim=0).unbind(1)
+    # What is added to every key of a window changes no weight.
+    added = torch.cat([query, torch.zeros_like(query), value]).flatten()
     # A product with zeros and ones, since adding to rows by index has no fixed order on a GPU.
     with torch.autocast(qkv.device.type, enabled=False):
-        return grad_qkv, (rows @ sums.sum(dim=0).mT).to(bias.dtype)
+        return grad_qkv, (rows @ logits.sum(dim=0).mT).to(bias.dtype), added
 
 
 @_backward.register_fake
 def _(
     grad_out: Tensor, qkv: Tensor, bias: Tensor, num_heads: int, window_size: int, shifted: bool
-) -> tuple[Tensor, Tensor]:
-    return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape)
+) -> tuple[Tensor, Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape), qkv.new_empty(qkv.shape[3], dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -82,11 +96,39 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    gradients: tuple[Tensor, ...] = _backward(grad_out, *ctx.saved_tensors, *ctx.options)
-    return *gradients, None, None, None
+    grad_qkv, grad_bias, _ = _backward(grad_out, *ctx.saved_tensors, *ctx.options)
+    return grad_qkv, grad_bias, None, None, None
 
 
 window_attention_triton.register_autograd(_autograd, setup_context=_setup_context)
+
+
+class ProjectedAttention(torch.autograd.Function):
+    """Attention after the linear layer of queries, keys and values, of whose bias the kernel makes the gradient.
+
+    Takes x, the layer's weight and bias, and what `window_attention_triton` takes after qkv.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, weight_bias: Tensor,
+        bias: Tensor, num_heads: int, window_size: int, shifted: bool,
+    ) -> Tensor:  # fmt: skip
+        rounded = weight.to(x.dtype)
+        qkv = F.linear(x, rounded, weight_bias.to(x.dtype))
+        out: Tensor = window_attention_triton(qkv, bias, num_heads, window_size, shifted)
+        ctx.save_for_backward(qkv, bias, x, rounded)
+        ctx.options, ctx.dtypes = (num_heads, window_size, shifted), (weight.dtype, weight_bias.dtype)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, bias, x, weight = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        grad_qkv, grad_bias, added = _backward(grads[0], qkv, bias, *ctx.options)
+        with torch.autocast(x.device.type, enabled=False):
+            grad_x, grad_weight = grad_qkv @ weight, weight_gradient(grad_qkv, x, weight_dtype)
+        return grad_x, grad_weight, added.to(bias_dtype), grad_bias, None, None, None
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,85 @@
+"""Products in the backward pass of the scan, which read a path's gradients once where PyTorch would twice.
+
+A path leaves two large gradients, (b h w, e): that of its input and that of its step sizes before their softplus.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from lamamba.ops.launch import launch
+from lamamba.ops.selective_scan.product_kernels import steps_backward_kernel, sum_and_project_kernel
+
+# A block of `sum_and_project_kernel`; wider projections are faster in a product of their own.
+ROWS, CHANNELS, LOW, MAX_LOW = 64, 64, 64, 192
+# A block of `steps_backward_kernel`, and how much of the gradient of the weight a program holds at most.
+STEP_ROWS, STEP_CHANNELS, MAX_RANK, MAX_PIECES = 64, 128, 32, 5
+# Two for each multiprocessor of a large GPU; each leaves its part of the gradient of the weight.
+WANTED_PROGRAMS = 264
+
+
+@torch.library.custom_op("lamamba::sum_and_project", mutates_args=())
+def sum_and_project(planes: Tensor, grad_low: Tensor, weight: Tensor) -> Tensor:
+    """Add up what the paths leave to x, and what comes to it by its projection.
+
+    Args:
+        planes: (4, b, h, w, e) gradients of x.
+        grad_low: (b, h, w, low) gradient of x weight^T.
+        weight: (low, e), in the dtype of both.
+
+    Returns:
+        (b, h, w, e).
+    """
+    planes, grad_low, weight = planes.contiguous(), grad_low.contiguous(), weight.contiguous()
+    low, width = weight.shape
+    grad_x = planes.new_empty(planes.shape[1:])
+    num_rows = grad_x.numel() // width
+    launch(
+        sum_and_project_kernel, (triton.cdiv(num_rows, ROWS) * triton.cdiv(width, CHANNELS),),
+        planes, grad_low, weight, grad_x, num_rows,
+        PROJECTED=low if low <= MAX_LOW else 0, WIDTH=width, ROWS=ROWS, BLOCK=CHANNELS, LOW=LOW,
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+    if low > MAX_LOW:
+        with torch.autocast(planes.device.type, enabled=False):
+            grad_x.view(-1, width).addmm_(grad_low.view(-1, low), weight)
+    return grad_x
+
+
+@sum_and_project.register_fake
+def _(planes: Tensor, grad_low: Tensor, weight: Tensor) -> Tensor:
+    return planes.new_empty(planes.shape[1:])
+
+
+def steps_backward(grad_z: Tensor, low: Tensor, weight: Tensor, rank: int, grad_low: Tensor) -> Tensor:
+    """Go back through z = weight low, the step sizes before bias and softplus.
+
+    Args:
+        grad_z: (4, rows, e) gradient of z for each path.
+        low: (rows, 4, r + 2 n), of which the first r are the low-rank steps.
+        weight: (4, e, r'), rows filled up with zeros to a multiple of 8.
+        rank: r.
+        grad_low: (rows, 4, r + 2 n), of which the first r are written.
+
+    Returns:
+        The gradient of weight.
+    """
+    _, num_rows, width = grad_z.shape
+    pieces = triton.cdiv(width, STEP_CHANNELS)
+    if pieces > MAX_PIECES or rank > MAX_RANK:
+        steps = F.pad(low[..., :rank].transpose(0, 1), (0, -rank % 8))
+        with torch.autocast(grad_z.device.type, enabled=False):  # or float32 products would be rounded to bfloat16
+            grad_low[..., :rank] = (grad_z @ weight)[..., :rank].transpose(0, 1)
+            return grad_z.mT @ steps
+    num_chunks = min(WANTED_PROGRAMS // 4, triton.cdiv(num_rows, STEP_ROWS))
+    rows_per_program = STEP_ROWS * triton.cdiv(triton.cdiv(num_rows, STEP_ROWS), num_chunks)
+    num_chunks = triton.cdiv(num_rows, rows_per_program)
+    parts = grad_z.new_empty(num_chunks, *weight.shape, dtype=torch.float32)
+    launch(
+        steps_backward_kernel, (4, num_chunks),
+        grad_z, low, weight, grad_low, parts, num_rows, rows_per_program,
+        RANK=rank, LOW=4 * low.shape[2], WIDTH=width, ROWS=STEP_ROWS, PIECE=STEP_CHANNELS, PIECES=pieces,
+        RANK_BLOCK=max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return parts.sum(dim=0).to(weight.dtype)
