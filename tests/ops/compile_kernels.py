@@ -76,6 +76,8 @@ def compile_window(capability: int) -> None:
     constants = {**windows, "WINDOW": 8, "HEADS": 16, "CHANNELS": 20, "BLOCK": 32}
     for kernel in (window.attention_forward_kernel, window.attention_backward_kernel):
         compile_kernel(kernel, constants, 4, capability)
+    sums = {"STRIDE": 960, "WIDTH": 320, "ROWS": 32, "BLOCK": 64}
+    compile_kernel(window.column_sum_kernel, sums, 4, capability)
 
 
 def compile_convolution(capability: int) -> None:

@@ -66,13 +66,15 @@ def test_kernels_agree_with_float64(case: str, scan: str) -> None:
     check(make_inputs(*TINY[case]), torch.float32, scan)
 
 
-@pytest.mark.parametrize("shape", [(1, 6, 10, 8, 3, 1), (1, 8, 6, 8, 3, 2)])
+@pytest.mark.parametrize("shape", [(1, 6, 10, 8, 3, 1), (1, 8, 6, 8, 3, 2), (3, 6, 8, 8, 3, 1)])
 def test_paths_cut_into_segments_give_the_same(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = [tensor.float() for tensor in make_inputs(*shape)]
     whole = output_and_gradients(inputs, "triton")
     monkeypatch.setattr(triton_host, "LONG_PATH", 1)
     monkeypatch.setattr(triton_host, "SHORTEST_SEGMENT", 1)
-    assert triton_host._cut(4, 8, 4, 32, backward=False) == (32, 4)
+    monkeypatch.setattr(triton_host, "BACKWARD_AT_ONCE", 8)  # two images whole, and the third in two segments
+    assert triton_host._cut_forward(1, 8, 4, 32) == (32, [(1, 4)])
+    assert triton_host._cut_backward(3, 8, 3, 32) == (32, [(2, 1), (1, 2)])
     cut = output_and_gradients(inputs, "triton")
     for name, a, b in zip(("y", *NAMES), cut, whole, strict=True):
         assert relative_error(a, b.double()) < 1e-6, name
@@ -118,14 +120,18 @@ def test_projecting_first_compiles_as_one_graph() -> None:
 
 
 def test_cuts_keep_a_large_gpu_busy_without_walking_twice() -> None:
-    """XL's first and third stage in batches of 128, 32 at 512 px, and 1; (paths, channels, tiles) each."""
-    assert triton_host._cut(4 * 128, 640, 64, 64, backward=False) == (64, 1)
-    assert triton_host._cut(4 * 128, 640, 64, 64, backward=True) == (64, 1)
-    assert triton_host._cut(4 * 32, 640, 256, 64, backward=False) == (64, 1)
-    assert triton_host._cut(4 * 32, 640, 256, 64, backward=True) == (64, 4)  # a path is worth walking twice here
-    assert triton_host._cut(4, 640, 64, 64, backward=False) == (64, 22)
-    assert triton_host._cut(4, 640, 4096, 64, backward=False) == (64, 80)
-    assert triton_host._cut(4, 2560, 4, 64, backward=False) == (32, 1)
+    """XL's stages in batches of 128, 32 at 512 px, and 1; (images, channels, tiles, channels of a block) each."""
+    assert triton_host._cut_forward(128, 640, 64, 64) == (64, [(128, 1)])
+    assert triton_host._cut_forward(32, 640, 256, 64) == (64, [(32, 1)])
+    assert triton_host._cut_forward(1, 640, 64, 64) == (64, [(1, 22)])
+    assert triton_host._cut_forward(1, 640, 4096, 64) == (64, [(1, 80)])
+    assert triton_host._cut_forward(1, 2560, 4, 64) == (32, [(1, 1)])
+    assert triton_host._cut_backward(128, 640, 64, 64) == (64, [(128, 1)])
+    assert triton_host._cut_backward(32, 640, 256, 64) == (64, [(26, 1), (6, 4)])
+    assert triton_host._cut_backward(32, 1280, 64, 64) == (64, [(26, 1), (6, 2)])
+    assert triton_host._cut_backward(32, 2560, 16, 64) == (64, [(32, 1)])
+    assert triton_host._cut_backward(1, 640, 64, 64) == (64, [(1, 22)])
+    assert triton_host._cut_backward(1, 2560, 4, 64) == (32, [(1, 1)])
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy's, where both sides of a selection are computed

@@ -11,7 +11,7 @@ from lamamba.ops.launch import launch
 
 # Channels and rows of a program: the more, the less of its neighbours' rows it reads, until registers run out.
 FORWARD_BLOCK, FORWARD_ROWS = 64, 8
-BACKWARD_BLOCK, BACKWARD_ROWS = 64, 8
+BACKWARD_BLOCK, BACKWARD_ROWS = 32, 8
 NUM_WARPS = 1
 # With fewer tiles than will fill a large GPU they are made smaller, down to this side.
 ENOUGH_PROGRAMS, SMALLEST_SIDE = 512, 4

@@ -10,8 +10,9 @@ from lamamba.ops.gated_norm.kernels import gated_norm_backward_kernel, gated_nor
 from lamamba.ops.launch import launch
 from lamamba.ops.rows import cut_rows
 
-# Enough to keep a large GPU busy; with more pixels each program takes more of them. Backwards each leaves two sums.
-FORWARD_WARPS, BACKWARD_WARPS = 32768, 2048
+# Enough to keep a large GPU busy; with more pixels each program takes more of them. Backwards each leaves two sums, and
+# there are as many as run at once: more where rows are so narrow that one warp is a program.
+FORWARD_WARPS, BACKWARD_WARPS, BACKWARD_NARROW = 32768, 1024, 1536
 
 
 class _Plan(NamedTuple):
@@ -83,7 +84,8 @@ def _backward(
     """
     grad_out, y, weight, bias = grad_out.contiguous(), y.contiguous(), weight.contiguous(), bias.contiguous()
     z, z_stride = _readable(z)
-    plan = _plan(z, BACKWARD_WARPS)
+    is_narrow = cut_rows(z.shape[3], 1)["num_warps"] == 1
+    plan = _plan(z, BACKWARD_NARROW if is_narrow else BACKWARD_WARPS)
     grad_y, grad_z = y.new_empty(y.shape), z.new_empty(z.shape)
     sums = y.new_empty(*plan.grid, 2, z.shape[3], dtype=torch.float32)
     launch(

@@ -15,7 +15,7 @@ from lamamba.ops.residual_norm.kernels import (
 from lamamba.ops.rows import cut_rows
 
 # Enough to keep a large GPU busy: with fewer images than this, they are cut. Backwards each program leaves its sums.
-FORWARD_WARPS, BACKWARD_WARPS = 4096, 2048
+FORWARD_WARPS, BACKWARD_WARPS = 4096, 1024
 SUM_BLOCK, SUM_ROWS = 64, 8
 
 

@@ -210,9 +210,9 @@ def _slope(b_m, PRECISE: tl.constexpr):
     return LOG2_E - LOG2_E * tl.exp2(-b_m)
 
 
-@triton.jit(do_not_specialize=["tiles_per_segment", "num_segments"])
+@triton.jit(do_not_specialize=["first_image", "tiles_per_segment", "num_segments"])
 def scan_summary_kernel(
-    p_u, p_low, p_weight, p_bias, p_A_log, p_carry, p_spent, plane, tiles_per_segment, num_segments,
+    p_u, p_low, p_weight, p_bias, p_A_log, p_carry, p_spent, plane, first_image, tiles_per_segment, num_segments,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
     CHANNELS: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr, STATES_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr, PRECISE: tl.constexpr, BACKWARD: tl.constexpr,
@@ -220,14 +220,15 @@ def scan_summary_kernel(
     """Scan a segment from a zero state and keep only its end: the state (n, e), and the sum of step sizes (e).
 
     Backwards in time it does the same for the gradient of the state, where u is the gradient of y; `plane` is from
-    that of one path to that of the next. The segment that is walked last has no program: nobody asks for its end.
+    that of one path to that of the next. The segment that is walked last has no program: nobody asks for its end. What
+    is kept counts images from the first.
     """
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     WHOLE: tl.constexpr = LENGTH % TILE == 0
     LOW: tl.constexpr = 4 * (RANK + 2 * STATES)
     o_d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     m_d = _below(o_d, CHANNELS, BLOCK)
-    path, image = tl.program_id(1) % 4, tl.program_id(2).to(tl.int64)
+    path, image = tl.program_id(1) % 4, first_image + tl.program_id(2).to(tl.int64)
     segment = tl.program_id(1) // 4 + (1 if BACKWARD else 0)
     o_n = tl.arange(0, STATES_BLOCK)[:, None]
     m_n = o_n < STATES
@@ -263,7 +264,7 @@ def scan_summary_kernel(
             b_a = _exp2(b_A * b_step, PRECISE)
             b_h = b_a * (b_h + b_weight * b_u) if BACKWARD else b_a * b_h + (b_weight * LN_2) * (b_step * b_u)
             b_spent += b_step
-    o_segment = (image * 4 + path) * num_segments + segment
+    o_segment = (tl.program_id(2).to(tl.int64) * 4 + path) * num_segments + segment
     tl.store(p_carry + (o_segment * STATES + o_n) * CHANNELS + o_d, b_h, mask=m_n & m_d)
     tl.store(p_spent + o_segment * CHANNELS + o_d, b_spent, mask=m_d)
 
@@ -380,11 +381,11 @@ def _scan_tile(b_h, b_A, b_deltas, b_xs, Bs, TILE: tl.constexpr, PRECISE: tl.con
     return b_hs, b_as
 
 
-@triton.jit(do_not_specialize=["batch", "tiles_per_segment", "num_segments"])
+@triton.jit(do_not_specialize=["batch", "first_image", "tiles_per_segment", "num_segments"])
 def scan_backward_kernel(
     p_x, p_low, p_weight, p_bias, p_A_log, p_D, p_grad_y, p_states, p_carry, p_spent,
     p_grad_x, p_grad_z, p_grad_BC, p_grad_shared,
-    plane, batch, tiles_per_segment, num_segments,
+    plane, batch, first_image, tiles_per_segment, num_segments,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
     CHANNELS: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr, STATES_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr, PRECISE: tl.constexpr,
@@ -392,8 +393,8 @@ def scan_backward_kernel(
     """Walk a segment's tiles backwards; in each, scan forwards from the saved state, then backwards.
 
     Writes the gradients by x and by the step sizes before their softplus, a plane for each path; by B and C, a plane
-    for each block of channels; by A_log, D and the bias, (n + 2, 4, e) for each image and segment. The caller adds them
-    up. `plane` is from the gradient of one path's y to that of the next.
+    for each block of channels; by A_log, D and the bias, (n + 2, 4, e) for each image, from the first, and segment. The
+    caller adds them up. `plane` is from the gradient of one path's y to that of the next.
     """
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     WHOLE: tl.constexpr = LENGTH % TILE == 0
@@ -401,7 +402,8 @@ def scan_backward_kernel(
     LOW: tl.constexpr = 4 * (RANK + 2 * STATES)
     o_d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     m_d = _below(o_d, CHANNELS, BLOCK)
-    path, segment, image = tl.program_id(1) % 4, tl.program_id(1) // 4, tl.program_id(2).to(tl.int64)
+    path, segment, count_of_image = tl.program_id(1) % 4, tl.program_id(1) // 4, tl.program_id(2).to(tl.int64)
+    image = first_image + count_of_image
     o_n = tl.arange(0, STATES_BLOCK)[:, None]
     m_n = o_n < STATES
     o_path = path * CHANNELS + o_d
@@ -417,7 +419,7 @@ def scan_backward_kernel(
     p_grad_BC += ((tl.program_id(0) * batch + image) * LENGTH * 4 + path) * 2 * STATES
 
     # Always a[t+1] g[t+1] of the step to come.
-    o_segment, count = (image * 4 + path + 1) * num_segments - 1, num_segments - 1 - segment
+    o_segment, count = (count_of_image * 4 + path + 1) * num_segments - 1, num_segments - 1 - segment
     b_carry = _walk_segments(p_carry, p_spent, b_A, o_segment, -1, count, o_d, m_d, o_n, m_n, CHANNELS, STATES, PRECISE)
 
     b_grad_A = tl.zeros([STATES_BLOCK, BLOCK], tl.float32)
@@ -511,7 +513,7 @@ def scan_backward_kernel(
         b_carry = tl.where(o_n == LAST, b_g, b_carry)
         b_grad_A += tl.where(o_n == LAST, b_grad_A_s * LN_2, 0.0)
 
-    p_grad_shared += (image * num_segments + segment) * (STATES + 2) * 4 * CHANNELS + o_path
+    p_grad_shared += (count_of_image * num_segments + segment) * (STATES + 2) * 4 * CHANNELS + o_path
     tl.store(p_grad_shared + o_n * 4 * CHANNELS, b_grad_A * b_A, mask=m_n & m_d)
     tl.store(p_grad_shared + STATES * 4 * CHANNELS, b_grad_D, mask=m_d)
     tl.store(p_grad_shared + (STATES + 1) * 4 * CHANNELS, b_grad_bias, mask=m_d)

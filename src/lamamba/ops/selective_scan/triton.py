@@ -14,12 +14,12 @@ from lamamba.ops.linear import weight_gradient
 from lamamba.ops.selective_scan.kernels import scan_backward_kernel, scan_forward_kernel, scan_summary_kernel
 from lamamba.ops.selective_scan.products import steps_backward, sum_and_project
 
-# A path of this many tiles may be cut into segments, of three tiles or more, where fewer programs than enough would
-# leave a large GPU idle, to make as many as wanted; but segments are walked twice. Programs of the backward pass take
-# so many registers that a thousand run at once: where paths are very long, the last few programs cost most.
-LONG_PATH, ENOUGH_PROGRAMS, WANTED_PROGRAMS = 16, 512, 3200
-VERY_LONG_PATH, ENOUGH_BACKWARD_PROGRAMS, WANTED_BACKWARD_PROGRAMS = 128, 2048, 5120
-MAX_SEGMENTS, SHORTEST_SEGMENT = 80, 3
+# Paths of this many tiles may be cut into segments, of three tiles or more; but those are walked twice. Forwards all
+# are, where there are fewer programs than enough, to make as many as wanted. The backward pass takes so many registers
+# that a large GPU runs but so many programs at once: there the images that are left when all others have filled it,
+# once or more often, are cut until they fill it too.
+LONG_PATH, SHORTEST_SEGMENT, MAX_SEGMENTS = 16, 3, 80
+ENOUGH_PROGRAMS, WANTED_PROGRAMS, BACKWARD_AT_ONCE = 512, 3200, 1056
 TILE = 16  # steps; the smallest side of a matrix product on tensor cores
 # Channels of a program: the more, the fewer instructions a channel, until the registers of a warp run out. They get
 # fewer where there are fewer programs than these; not where paths are cut.
@@ -27,13 +27,21 @@ BLOCK, NARROWER_BELOW, NARROWER_BACKWARD_BELOW = 64, 800, 1024
 MAX_BATCH = 65535  # of CUDA, for the third axis of a grid of programs
 
 
-class _Geometry(NamedTuple):
-    """What the kernels are told of a call beside its tensors."""
+class _Part(NamedTuple):
+    """Some images of a batch, and in how many segments their paths are cut."""
 
-    grid: tuple[int, int, int]
-    constants: dict[str, Any]
+    first_image: int
+    num_images: int
     num_segments: int
     tiles_per_segment: int
+
+
+class _Geometry(NamedTuple):
+    """What the kernels are told of a call beside its tensors; each part of the batch is a launch."""
+
+    num_blocks: int
+    parts: list[_Part]
+    constants: dict[str, Any]
 
 
 def _geometry(x: Tensor, low: Tensor, A_log: Tensor, continuous: bool, backward: bool) -> _Geometry:
@@ -45,52 +53,68 @@ def _geometry(x: Tensor, low: Tensor, A_log: Tensor, continuous: bool, backward:
     # A lane holds all states of its channels: blocks get narrower as states get more.
     block = max(32, min(BLOCK // states_block, triton.next_power_of_2(channels)))
     num_tiles = triton.cdiv(height * width, TILE)
-    block, num_segments = _cut(4 * batch, channels, num_tiles, block, backward)
-    num_blocks = triton.cdiv(channels, block)
-    tiles_per_segment = triton.cdiv(num_tiles, num_segments)
-    num_segments = triton.cdiv(num_tiles, tiles_per_segment)
+    block, cuts = (_cut_backward if backward else _cut_forward)(batch, channels, num_tiles, block)
+    parts, first_image = [], 0
+    for num_images, num_segments in cuts:
+        tiles_per_segment = triton.cdiv(num_tiles, num_segments)
+        parts.append(_Part(first_image, num_images, triton.cdiv(num_tiles, tiles_per_segment), tiles_per_segment))
+        first_image += num_images
     constants = {
         "HEIGHT": height, "WIDTH": width, "CONTINUOUS": continuous, "TILE": TILE,
         "RUN": math.gcd(height, width, TILE), "CHANNELS": channels,
         "RANK": low.shape[3] // 4 - 2 * states, "STATES": states, "STATES_BLOCK": states_block, "BLOCK": block,
         "PRECISE": x.dtype == torch.float32, "num_warps": 1, "num_stages": 1,
     }  # fmt: skip
-    return _Geometry((num_blocks, 4 * num_segments, batch), constants, num_segments, tiles_per_segment)
+    return _Geometry(triton.cdiv(channels, block), parts, constants)
 
 
-def _cut(num_paths: int, channels: int, num_tiles: int, block: int, backward: bool) -> tuple[int, int]:
-    """Choose how wide blocks of channels are, at most `block`, and in how many segments paths are cut."""
-    num_programs = num_paths * triton.cdiv(channels, block)
-    is_long, enough, wanted = num_tiles >= LONG_PATH, ENOUGH_PROGRAMS, WANTED_PROGRAMS
-    if backward and num_tiles >= VERY_LONG_PATH:
-        enough, wanted = ENOUGH_BACKWARD_PROGRAMS, WANTED_BACKWARD_PROGRAMS
-    if is_long and num_programs < enough:
-        most = min(MAX_SEGMENTS, triton.cdiv(num_tiles, SHORTEST_SEGMENT))
-        return block, min(most, triton.cdiv(wanted, num_programs))
-    while block > 32 and num_paths * triton.cdiv(channels, block) < (
-        NARROWER_BACKWARD_BELOW if backward else NARROWER_BELOW
-    ):
+Cut = tuple[int, list[tuple[int, int]]]
+
+
+def _cut_forward(batch: int, channels: int, num_tiles: int, block: int) -> Cut:
+    """Choose how wide blocks of channels are, at most `block`, and how many images are cut into how many segments."""
+    num_programs = 4 * batch * triton.cdiv(channels, block)
+    if num_tiles >= LONG_PATH and num_programs < ENOUGH_PROGRAMS:
+        return block, [(batch, _most_segments(num_tiles, triton.cdiv(WANTED_PROGRAMS, num_programs)))]
+    return _narrower(batch, channels, block, NARROWER_BELOW), [(batch, 1)]
+
+
+def _cut_backward(batch: int, channels: int, num_tiles: int, block: int) -> Cut:
+    """Choose as `_cut_forward` does."""
+    if num_tiles < LONG_PATH:
+        return _narrower(batch, channels, block, NARROWER_BACKWARD_BELOW), [(batch, 1)]
+    of_image = 4 * triton.cdiv(channels, block)
+    whole = batch * of_image // BACKWARD_AT_ONCE * BACKWARD_AT_ONCE // of_image
+    left = batch - whole
+    segments = _most_segments(num_tiles, BACKWARD_AT_ONCE // (left * of_image)) if left else 1
+    return block, [(batch, 1)] if segments == 1 else [(whole, 1), (left, segments)] if whole else [(batch, segments)]
+
+
+def _most_segments(num_tiles: int, wanted: int) -> int:
+    return max(1, min(wanted, MAX_SEGMENTS, triton.cdiv(num_tiles, SHORTEST_SEGMENT)))
+
+
+def _narrower(batch: int, channels: int, block: int, below: int) -> int:
+    while block > 32 and 4 * batch * triton.cdiv(channels, block) < below:
         block //= 2
-    return block, 1
+    return block
 
 
 def _summarise(
-    geometry: _Geometry, u: Tensor, plane: int,
+    geometry: _Geometry, part: _Part, u: Tensor, plane: int,
     low: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, backward: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Scan every segment from a zero state; where a path is one segment there is nothing to do."""
-    batch, channels = low.shape[0], u.shape[-1]
-    num_segments = geometry.num_segments
-    if num_segments == 1:
+    """Scan every segment of a part from a zero state; where a path is one segment there is nothing to do."""
+    if part.num_segments == 1:
         nothing = A_log.new_empty(0)
         return nothing, nothing
-    carry = A_log.new_empty(batch, 4, num_segments, A_log.shape[2], channels)
-    spent = A_log.new_empty(batch, 4, num_segments, channels)
-    num_blocks = geometry.grid[0]
+    channels = u.shape[-1]
+    carry = A_log.new_empty(part.num_images, 4, part.num_segments, A_log.shape[2], channels)
+    spent = A_log.new_empty(part.num_images, 4, part.num_segments, channels)
     launch(
-        scan_summary_kernel, (num_blocks, 4 * (num_segments - 1), batch),
-        u, low, weight, bias, A_log, carry, spent, plane, geometry.tiles_per_segment, num_segments,
-        BACKWARD=backward, **geometry.constants,
+        scan_summary_kernel, (geometry.num_blocks, 4 * (part.num_segments - 1), part.num_images),
+        u, low, weight, bias, A_log, carry, spent,
+        plane, part.first_image, part.tiles_per_segment, part.num_segments, BACKWARD=backward, **geometry.constants,
     )  # fmt: skip
     return carry, spent
 
@@ -113,11 +137,12 @@ def scan_grid_triton(
     geometry = _geometry(x, low, A_log, continuous, backward=False)
     planes = x.new_empty(4, batch, height, width, channels)
     states = A_log.new_empty(_states_shape(x, A_log, save))
-    carry, spent = _summarise(geometry, x, 0, low, weight, bias, A_log, backward=False)
+    (part,) = geometry.parts
+    carry, spent = _summarise(geometry, part, x, 0, low, weight, bias, A_log, backward=False)
     launch(
-        scan_forward_kernel, geometry.grid,
+        scan_forward_kernel, (geometry.num_blocks, 4 * part.num_segments, batch),
         x, low, weight, bias, A_log, D, planes, states, carry, spent,
-        batch, geometry.tiles_per_segment, geometry.num_segments, SAVE=save, **geometry.constants,
+        batch, part.tiles_per_segment, part.num_segments, SAVE=save, **geometry.constants,
     )  # fmt: skip
     return planes, states
 
@@ -153,15 +178,16 @@ def _scan_grid_backward(
     rank = low.shape[3] // 4 - 2 * num_states
     geometry = _geometry(x, low, A_log, continuous, backward=True)
     grad_x, grad_z = (x.new_empty(4, batch, height * width, channels) for _ in range(2))
-    grad_BC = A_log.new_empty(geometry.grid[0], batch, height * width, 4, 2 * num_states)
-    grad_shared = A_log.new_empty(batch * geometry.num_segments, num_states + 2, 4, channels)
-    carry, spent = _summarise(geometry, grad_y, plane, low, weight, bias, A_log, backward=True)
-    launch(
-        scan_backward_kernel, geometry.grid,
-        x, low, weight, bias, A_log, D, grad_y, states, carry, spent,
-        grad_x, grad_z, grad_BC, grad_shared,
-        plane, batch, geometry.tiles_per_segment, geometry.num_segments, **geometry.constants,
-    )  # fmt: skip
+    grad_BC = A_log.new_empty(geometry.num_blocks, batch, height * width, 4, 2 * num_states)
+    num_rows = [part.num_images * part.num_segments for part in geometry.parts]
+    grad_shared = A_log.new_empty(sum(num_rows), num_states + 2, 4, channels)
+    for part, rows in zip(geometry.parts, grad_shared.split(num_rows), strict=True):
+        carry, spent = _summarise(geometry, part, grad_y, plane, low, weight, bias, A_log, backward=True)
+        launch(
+            scan_backward_kernel, (geometry.num_blocks, 4 * part.num_segments, part.num_images),
+            x, low, weight, bias, A_log, D, grad_y, states, carry, spent, grad_x, grad_z, grad_BC, rows,
+            plane, batch, part.first_image, part.tiles_per_segment, part.num_segments, **geometry.constants,
+        )  # fmt: skip
 
     low_by_path = low.view(batch * height * width, 4, -1)
     grad_low = low_by_path.new_empty(low_by_path.shape)

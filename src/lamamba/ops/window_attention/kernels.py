@@ -97,15 +97,14 @@ def attention_forward_kernel(
 
 @triton.jit(do_not_specialize=["num_windows", "windows_per_program"])
 def attention_backward_kernel(
-    p_qkv, p_bias, p_grad_out, p_grad_qkv, p_grad_bias, p_sums, num_windows, windows_per_program, scale,
+    p_qkv, p_bias, p_grad_out, p_grad_qkv, p_grad_bias, num_windows, windows_per_program, scale,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr,
     SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr, PLACES: tl.constexpr, WINDOW: tl.constexpr,
     HEADS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute the weights again, and from them every gradient; that of the logits is summed over the program's windows.
 
-    The caller adds up these sums, (programs, heads, places, places), and what of them falls on a row of the table; and
-    those over pixels of the gradients of queries and values, (programs, heads, 2, c).
+    The caller adds up these sums, (programs, heads, places, places), and what of them falls on a row of the table.
     """
     PER_IMAGE: tl.constexpr = ((HEIGHT + SIDE_Y - 1) // SIDE_Y) * ((WIDTH + SIDE_X - 1) // SIDE_X)
     head = tl.program_id(0)
@@ -113,7 +112,6 @@ def attention_backward_kernel(
     m_d = (o_d < CHANNELS)[None, :]
     b_bias = _relative_bias(p_bias, head, HEADS, WINDOW, SIDE_Y, SIDE_X, PLACES)
     b_grad_bias = tl.zeros([PLACES, PLACES], tl.float32)
-    b_sum_q, b_sum_v = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     first = tl.program_id(1) * windows_per_program
     for window in range(first, tl.minimum(first + windows_per_program, num_windows)):
         image = tl.zeros([1, 1], tl.int64) + window // PER_IMAGE
@@ -137,15 +135,27 @@ def attention_backward_kernel(
         b_grad_logit = (b_grad_logit * scale).to(b_v.dtype)
         b_grad_q = tl.dot(b_grad_logit, b_k, input_precision="ieee")
         b_grad_k = tl.dot(tl.trans(b_grad_logit), b_q, input_precision="ieee")
-        b_sum_q += tl.sum(b_grad_q, axis=0)
-        b_sum_v += tl.sum(b_grad_out.to(tl.float32), axis=0)  # of every query the weights add up to 1
         p_grad_row = p_grad_qkv + o_row
         tl.store(p_grad_row, b_grad_q.to(p_grad_qkv.dtype.element_ty), mask=m_row)
         tl.store(p_grad_row + HEADS * CHANNELS, b_grad_k.to(p_grad_qkv.dtype.element_ty), mask=m_row)
         tl.store(p_grad_row + 2 * HEADS * CHANNELS, b_grad_v.to(p_grad_qkv.dtype.element_ty), mask=m_row)
     o_place = tl.arange(0, PLACES)
-    p_sums += (tl.program_id(1) * HEADS + head) * 2 * CHANNELS + o_d
-    tl.store(p_sums, b_sum_q, mask=o_d < CHANNELS)
-    tl.store(p_sums + CHANNELS, b_sum_v, mask=o_d < CHANNELS)
     p_grad_bias += (tl.program_id(1) * HEADS + head).to(tl.int64) * PLACES * PLACES
     tl.store(p_grad_bias + o_place[:, None] * PLACES + o_place[None, :], b_grad_bias)
+
+
+@triton.jit(do_not_specialize=["num_rows", "rows_per_program"])
+def column_sum_kernel(
+    p_x, p_sums, num_rows, rows_per_program,
+    STRIDE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add up rows, STRIDE apart, of which the first WIDTH channels: for each program (WIDTH,) float32."""
+    o_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_c = o_c < WIDTH
+    first = tl.program_id(1) * rows_per_program
+    end = tl.minimum(first + rows_per_program, num_rows)
+    b_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    for row in range(first, end, ROWS):
+        o_row = (row + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        b_sum += tl.load(p_x + o_row * STRIDE + o_c[None, :], mask=(o_row < end) & m_c[None, :], other=0.0)
+    tl.store(p_sums + tl.program_id(1) * WIDTH + o_c, tl.sum(b_sum, axis=0), mask=m_c)

@@ -11,10 +11,16 @@ from torch import Tensor
 from lamamba.ops.launch import launch
 from lamamba.ops.linear import weight_gradient
 from lamamba.ops.window_attention.geometry import Windows
-from lamamba.ops.window_attention.kernels import attention_backward_kernel, attention_forward_kernel
+from lamamba.ops.window_attention.kernels import (
+    attention_backward_kernel,
+    attention_forward_kernel,
+    column_sum_kernel,
+)
 
 # Enough to keep a large GPU busy; each looks its bias up once, and leaves one sum of the logits' gradients.
-WANTED_PROGRAMS = 2048
+WANTED_PROGRAMS = 1024
+# A block of `column_sum_kernel`, and how many programs of it there are to be.
+SUM_ROWS, SUM_BLOCK, WANTED_SUMS = 32, 64, 1056
 
 
 class _Plan(NamedTuple):
@@ -34,7 +40,7 @@ def _plan(qkv: Tensor, num_heads: int, window_size: int, shifted: bool) -> _Plan
         "HEIGHT": height, "WIDTH": width, "SIDE_Y": windows.side_y, "SIDE_X": windows.side_x,
         "SHIFT_Y": windows.shift_y, "SHIFT_X": windows.shift_x, "PLACES": places, "WINDOW": window_size,
         "HEADS": num_heads, "CHANNELS": head_channels, "BLOCK": max(16, triton.next_power_of_2(head_channels)),
-        "num_warps": 4, "num_stages": 1,
+        "num_warps": 8 if head_channels > 64 else 4, "num_stages": 1,
     }  # fmt: skip
     grid = (num_heads, triton.cdiv(num_windows, windows_per_program))
     return _Plan(grid, (num_windows, windows_per_program, head_channels**-0.5), constants)
@@ -58,36 +64,24 @@ def _(qkv: Tensor, bias: Tensor, num_heads: int, window_size: int, shifted: bool
 @torch.library.custom_op("lamamba::window_attention_backward", mutates_args=())
 def _backward(
     grad_out: Tensor, qkv: Tensor, bias: Tensor, num_heads: int, window_size: int, shifted: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the kernel backwards.
-
-    Returns:
-        The gradients of qkv, of bias, and of what would be added to qkv of every pixel, (3 heads c) float32.
-    """
+) -> tuple[Tensor, Tensor]:
     grad_out, qkv, bias = grad_out.contiguous(), qkv.contiguous(), bias.contiguous()
     plan = _plan(qkv, num_heads, window_size, shifted)
     places = plan.constants["PLACES"]
     grad_qkv = qkv.new_empty(qkv.shape)
     logits = qkv.new_empty(plan.grid[1], num_heads, places * places, dtype=torch.float32)
-    sums = qkv.new_empty(plan.grid[1], num_heads, 2, qkv.shape[3] // (3 * num_heads), dtype=torch.float32)
-    launch(
-        attention_backward_kernel, plan.grid,
-        qkv, bias, grad_out, grad_qkv, logits, sums, *plan.numbers, **plan.constants,
-    )  # fmt: skip
+    launch(attention_backward_kernel, plan.grid, qkv, bias, grad_out, grad_qkv, logits, *plan.numbers, **plan.constants)
     rows = _row_of_each_pair(plan.constants["SIDE_Y"], plan.constants["SIDE_X"], places, window_size, str(qkv.device))
-    query, value = sums.sum(dim=0).unbind(1)
-    # What is added to every key of a window changes no weight.
-    added = torch.cat([query, torch.zeros_like(query), value]).flatten()
     # A product with zeros and ones, since adding to rows by index has no fixed order on a GPU.
     with torch.autocast(qkv.device.type, enabled=False):
-        return grad_qkv, (rows @ logits.sum(dim=0).mT).to(bias.dtype), added
+        return grad_qkv, (rows @ logits.sum(dim=0).mT).to(bias.dtype)
 
 
 @_backward.register_fake
 def _(
     grad_out: Tensor, qkv: Tensor, bias: Tensor, num_heads: int, window_size: int, shifted: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape), qkv.new_empty(qkv.shape[3], dtype=torch.float32)
+) -> tuple[Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -96,15 +90,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    grad_qkv, grad_bias, _ = _backward(grad_out, *ctx.saved_tensors, *ctx.options)
-    return grad_qkv, grad_bias, None, None, None
+    gradients: tuple[Tensor, ...] = _backward(grad_out, *ctx.saved_tensors, *ctx.options)
+    return *gradients, None, None, None
 
 
 window_attention_triton.register_autograd(_autograd, setup_context=_setup_context)
 
 
 class ProjectedAttention(torch.autograd.Function):
-    """Attention after the linear layer of queries, keys and values, of whose bias the kernel makes the gradient.
+    """Attention after the linear layer of queries, keys and values, of whose gradients its bias needs but a part.
 
     Takes x, the layer's weight and bias, and what `window_attention_triton` takes after qkv.
     """
@@ -125,10 +119,42 @@ class ProjectedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         qkv, bias, x, weight = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
-        grad_qkv, grad_bias, added = _backward(grads[0], qkv, bias, *ctx.options)
+        grad_qkv, grad_bias = _backward(grads[0], qkv, bias, *ctx.options)
         with torch.autocast(x.device.type, enabled=False):
             grad_x, grad_weight = grad_qkv @ weight, weight_gradient(grad_qkv, x, weight_dtype)
-        return grad_x, grad_weight, added.to(bias_dtype), grad_bias, None, None, None
+        added = added_gradient(grad_qkv, grads[0]).to(bias_dtype)
+        return grad_x, grad_weight, added, grad_bias, None, None, None
+
+
+@torch.library.custom_op("lamamba::added_gradient", mutates_args=())
+def added_gradient(grad_qkv: Tensor, grad_out: Tensor) -> Tensor:
+    """Give the gradient of what is added to queries, keys and values of every pixel, (3 heads c) float32.
+
+    That of the queries is a sum over pixels. What is added to every key changes no weight: zero. What is added to every
+    value is added to the result, since weights add up to 1: that of the values is the sum of the result's gradient.
+    """
+    width = grad_out.shape[3]
+    query, value = (_sum_columns(x.contiguous(), width) for x in (grad_qkv, grad_out))
+    return torch.cat([query, torch.zeros_like(query), value])
+
+
+@added_gradient.register_fake
+def _(grad_qkv: Tensor, grad_out: Tensor) -> Tensor:
+    return grad_qkv.new_empty(grad_qkv.shape[3], dtype=torch.float32)
+
+
+def _sum_columns(x: Tensor, width: int) -> Tensor:
+    """Add up the first channels of all pixels: (width,) float32."""
+    stride = x.shape[-1]
+    num_rows, num_blocks = x.numel() // stride, triton.cdiv(width, SUM_BLOCK)
+    steps_per_program = triton.cdiv(triton.cdiv(num_rows, SUM_ROWS) * num_blocks, WANTED_SUMS)
+    num_programs = triton.cdiv(num_rows, SUM_ROWS * steps_per_program)
+    sums = x.new_empty(num_programs, width, dtype=torch.float32)
+    launch(
+        column_sum_kernel, (num_blocks, num_programs), x, sums, num_rows, SUM_ROWS * steps_per_program,
+        STRIDE=stride, WIDTH=width, ROWS=SUM_ROWS, BLOCK=SUM_BLOCK, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return sums.sum(dim=0)
 
 
 @lru_cache(maxsize=64)
