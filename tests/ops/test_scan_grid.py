@@ -87,25 +87,31 @@ PROJECTED = {"narrow": (1, 4, 6, 40, 3, 1), "wide": (1, 4, 4, 24, 35, 8)}
 
 @pytest.mark.parametrize("case", PROJECTED)
 def test_projecting_first_has_the_gradients_of_both(case: str) -> None:
-    x, _, *others = (tensor.float() for tensor in make_inputs(*PROJECTED[case]))
-    _, _, _, e, r, n = PROJECTED[case]
+    check_projection(PROJECTED[case], torch.float32)
+
+
+def check_projection(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """At most twice the error of the PyTorch version in the same dtype, and half a unit in the last place."""
+    x, _, dt_weight, *others = make_inputs(*shape)
+    _, _, _, e, r, n = shape
     projection = torch.randn(4, r + 2 * n, e, generator=torch.Generator().manual_seed(0)).to(DEVICE) * e**-0.5
-    leaves = [tensor.requires_grad_() for tensor in (x, projection, *others)]
-    exact = [tensor.detach().double().requires_grad_() for tensor in leaves]
+    leaves = [x.to(dtype), projection.to(dtype), dt_weight.to(dtype), *(tensor.float() for tensor in others)]
+    exact = [tensor.double().requires_grad_() for tensor in leaves]
+    leaves = [tensor.requires_grad_() for tensor in leaves]
     ours = project_and_scan(*leaves, backend="triton").sum(dim=0)
     plain, wanted = (
         scan_grid(x, x @ projection.flatten(0, 1).mT, *others, backend="pytorch").sum(dim=0)
         for x, projection, *others in (leaves, exact)
     )
-    assert relative_error(ours, wanted) <= 2 * relative_error(plain, wanted) + 1e-7
-    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+    rounding = torch.finfo(torch.float32).eps
+    assert relative_error(ours, wanted) <= 2 * relative_error(plain, wanted) + rounding
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(ours)
     of_ours, of_plain = (torch.autograd.grad(y, leaves, weights) for y in (ours, plain))
     of_exact = torch.autograd.grad(wanted, exact, weights.double())
-    for name, value, reference, gradient in zip(
-        ("x", "projection", *NAMES[2:]), of_ours, of_plain, of_exact, strict=True
-    ):
+    names = ("x", "projection", *NAMES[2:])
+    for name, value, reference, gradient in zip(names, of_ours, of_plain, of_exact, strict=True):
         assert value.shape == gradient.shape
-        assert relative_error(value, gradient) <= 2 * relative_error(reference, gradient) + 1e-7, name
+        assert relative_error(value, gradient) <= 2 * relative_error(reference, gradient) + rounding, name
 
 
 def test_projecting_first_compiles_as_one_graph() -> None:
@@ -124,7 +130,7 @@ def test_cuts_keep_a_large_gpu_busy_without_walking_twice() -> None:
     assert triton_host._cut_forward(128, 640, 64, 64) == (64, [(128, 1)])
     assert triton_host._cut_forward(32, 640, 256, 64) == (64, [(32, 1)])
     assert triton_host._cut_forward(1, 640, 64, 64) == (64, [(1, 22)])
-    assert triton_host._cut_forward(1, 640, 4096, 64) == (64, [(1, 80)])
+    assert triton_host._cut_forward(1, 640, 4096, 64) == (64, [(1, 79)])
     assert triton_host._cut_forward(1, 2560, 4, 64) == (32, [(1, 1)])
     assert triton_host._cut_backward(128, 640, 64, 64) == (64, [(128, 1)])
     assert triton_host._cut_backward(32, 640, 256, 64) == (64, [(26, 1), (6, 4)])
@@ -244,6 +250,12 @@ LARGE = {
 @pytest.mark.parametrize("case", LARGE)
 def test_real_sizes_agree_with_float64(case: str, dtype: torch.dtype) -> None:
     check(make_inputs(*LARGE[case]), dtype)
+
+
+@ON_GPU
+@pytest.mark.parametrize("case", ["XL, first stage", "XL, second stage", "XL, third stage", "not square"])
+def test_projecting_first_at_real_sizes(case: str) -> None:
+    check_projection(LARGE[case], torch.bfloat16)
 
 
 @ON_GPU

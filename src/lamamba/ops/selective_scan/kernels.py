@@ -59,13 +59,18 @@ def _sum_channels(rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _is_reversed(path, CONTINUOUS: tl.constexpr):
+    """Say whether a path is another one backwards."""
+    if CONTINUOUS:
+        return path % 2 == 1
+    return path >= 2
+
+
+@triton.jit
 def _pixel(t, path, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr):
     """Find the row-major pixel that a path reads at step t, a number or a block; see `lamamba.ops.grid.path_order`."""
-    if CONTINUOUS:
-        columns, backwards = path >= 2, path % 2 == 1
-    else:
-        columns, backwards = path % 2 == 1, path >= 2
-    t = tl.where(backwards, HEIGHT * WIDTH - 1 - t, t)
+    columns = path >= 2 if CONTINUOUS else path % 2 == 1
+    t = tl.where(_is_reversed(path, CONTINUOUS), HEIGHT * WIDTH - 1 - t, t)
     row, right = t // WIDTH, t % WIDTH
     column, down = t // HEIGHT, t % HEIGHT
     if CONTINUOUS:
@@ -229,7 +234,8 @@ def scan_summary_kernel(
     o_d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     m_d = _below(o_d, CHANNELS, BLOCK)
     path, image = tl.program_id(1) % 4, first_image + tl.program_id(2).to(tl.int64)
-    segment = tl.program_id(1) // 4 + (1 if BACKWARD else 0)
+    segment = tl.program_id(1) // 4
+    segment = tl.where(_is_reversed(path, CONTINUOUS), num_segments - 2 - segment, segment) + (1 if BACKWARD else 0)
     o_n = tl.arange(0, STATES_BLOCK)[:, None]
     m_n = o_n < STATES
     o_path = path * CHANNELS + o_d
@@ -307,6 +313,8 @@ def scan_forward_kernel(
     o_d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     m_d = _below(o_d, CHANNELS, BLOCK)
     path, segment, image = tl.program_id(1) % 4, tl.program_id(1) // 4, tl.program_id(2).to(tl.int64)
+    # A path and its reverse read the same pixels at the same time: only one of them waits for memory.
+    segment = tl.where(_is_reversed(path, CONTINUOUS), num_segments - 1 - segment, segment)
     o_n = tl.arange(0, STATES_BLOCK)[:, None]
     m_n = o_n < STATES
     o_path = path * CHANNELS + o_d

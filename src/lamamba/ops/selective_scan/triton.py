@@ -15,11 +15,11 @@ from lamamba.ops.selective_scan.kernels import scan_backward_kernel, scan_forwar
 from lamamba.ops.selective_scan.products import steps_backward, sum_and_project
 
 # Paths of this many tiles may be cut into segments, of three tiles or more; but those are walked twice. Forwards all
-# are, where there are fewer programs than enough, to make as many as wanted. The backward pass takes so many registers
-# that a large GPU runs but so many programs at once: there the images that are left when all others have filled it,
+# are, where there are fewer programs than enough, to make twice as many as a large GPU runs at once. The backward pass
+# takes so many registers that fewer run at once: there the images that are left when all others have filled the GPU,
 # once or more often, are cut until they fill it too.
 LONG_PATH, SHORTEST_SEGMENT, MAX_SEGMENTS = 16, 3, 80
-ENOUGH_PROGRAMS, WANTED_PROGRAMS, BACKWARD_AT_ONCE = 512, 3200, 1056
+ENOUGH_PROGRAMS, WANTED_PROGRAMS, BACKWARD_AT_ONCE = 512, 3168, 1056
 TILE = 16  # steps; the smallest side of a matrix product on tensor cores
 # Channels of a program: the more, the fewer instructions a channel, until the registers of a warp run out. They get
 # fewer where there are fewer programs than these; not where paths are cut.
@@ -75,7 +75,7 @@ def _cut_forward(batch: int, channels: int, num_tiles: int, block: int) -> Cut:
     """Choose how wide blocks of channels are, at most `block`, and how many images are cut into how many segments."""
     num_programs = 4 * batch * triton.cdiv(channels, block)
     if num_tiles >= LONG_PATH and num_programs < ENOUGH_PROGRAMS:
-        return block, [(batch, _most_segments(num_tiles, triton.cdiv(WANTED_PROGRAMS, num_programs)))]
+        return block, [(batch, _most_segments(num_tiles, WANTED_PROGRAMS // num_programs))]
     return _narrower(batch, channels, block, NARROWER_BELOW), [(batch, 1)]
 
 
