@@ -58,7 +58,16 @@ def compile_kernel(
 
 
 def compile_scan(capability: int) -> None:
-    paths = {"HEIGHT": 32, "WIDTH": 32, "CONTINUOUS": True, "TILE": 16, "RUN": 16, "CHANNELS": 640, "RANK": 20}
+    paths = {
+        "HEIGHT": 32,
+        "WIDTH": 32,
+        "CONTINUOUS": True,
+        "TILE": 16,
+        "RUN": 16,
+        "CHANNELS": 640,
+        "LOW": 88,
+        "RANK": 20,
+    }
     constants = {**paths, "STATES": 1, "STATES_BLOCK": 1, "BLOCK": 64, "PRECISE": False}
     compile_kernel(scan.scan_forward_kernel, {**constants, "SAVE": True}, 1, capability)
     compile_kernel(scan.scan_backward_kernel, constants, 1, capability)

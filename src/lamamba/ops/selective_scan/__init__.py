@@ -57,7 +57,7 @@ def scan_grid(
 
         tensors = (x, low.to(x.dtype), *_for_kernels(x, dt_weight, dt_bias, A_log, D))
         save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        planes: Tensor = scan_grid_triton(*tensors, scan == "continuous", save)[0]
+        planes: Tensor = scan_grid_triton(*tensors, dt_weight.shape[2], scan == "continuous", save)[0]
         return planes
     if choose_loops(x, backend):
         A = -torch.exp(A_log.float())
@@ -97,11 +97,16 @@ def project_and_scan(
     differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if not (choose_kernels("scan_grid", x, backend) and differentiated):
         return scan_grid(x, linear(x, weight), dt_weight, dt_bias, A_log, D, scan, backend)
+    from lamamba.ops.selective_scan.products import wants_alignment
     from lamamba.ops.selective_scan.triton import ProjectedScan
 
     low = x[..., :1].expand(*x.shape[:-1], len(weight))
     _check_grid_shapes(x, low, dt_weight, dt_bias, A_log, D)
-    y: Tensor = ProjectedScan.apply(x, weight, *_for_kernels(x, dt_weight, dt_bias, A_log, D), scan == "continuous")
+    rank, fill = dt_weight.shape[2], -x_proj_weight.shape[1] % 8
+    if fill and wants_alignment(rank, x.shape[3]):
+        weight = F.pad(x_proj_weight, (0, 0, 0, fill)).flatten(0, 1)
+    others = _for_kernels(x, dt_weight, dt_bias, A_log, D)
+    y: Tensor = ProjectedScan.apply(x, weight, *others, rank, scan == "continuous")
     return y
 
 

@@ -219,7 +219,7 @@ def _slope(b_m, PRECISE: tl.constexpr):
 def scan_summary_kernel(
     p_u, p_low, p_weight, p_bias, p_A_log, p_carry, p_spent, plane, first_image, tiles_per_segment, num_segments,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
-    CHANNELS: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr, STATES_BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr, STATES_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr, PRECISE: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """Scan a segment from a zero state and keep only its end: the state (n, e), and the sum of step sizes (e).
@@ -230,7 +230,6 @@ def scan_summary_kernel(
     """
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     WHOLE: tl.constexpr = LENGTH % TILE == 0
-    LOW: tl.constexpr = 4 * (RANK + 2 * STATES)
     o_d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     m_d = _below(o_d, CHANNELS, BLOCK)
     path, image = tl.program_id(1) % 4, first_image + tl.program_id(2).to(tl.int64)
@@ -242,7 +241,7 @@ def scan_summary_kernel(
     b_bias = tl.load(p_bias + o_path, mask=m_d, other=0.0)
     b_A = -_exp(tl.load(p_A_log + o_path * STATES + o_n, mask=m_n & m_d, other=0.0), PRECISE)
     p_u += image * LENGTH * CHANNELS + path.to(tl.int64) * plane
-    p_low += image * LENGTH * LOW + path * (RANK + 2 * STATES)
+    p_low += image * LENGTH * LOW + path * (LOW // 4)
     weights = _load_expansion(p_weight, path, o_d, m_d, CHANNELS, RANK)
 
     b_h = tl.zeros([STATES_BLOCK, BLOCK], tl.float32)
@@ -302,14 +301,13 @@ def scan_forward_kernel(
     p_x, p_low, p_weight, p_bias, p_A_log, p_D, p_y, p_states, p_carry, p_spent,
     batch, tiles_per_segment, num_segments,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
-    CHANNELS: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr, STATES_BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr, STATES_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr, PRECISE: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     """Scan a segment and write y, one plane for each path; SAVE also writes the state at the start of each tile."""
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     WHOLE: tl.constexpr = LENGTH % TILE == 0
     NUM_TILES: tl.constexpr = (LENGTH + TILE - 1) // TILE
-    LOW: tl.constexpr = 4 * (RANK + 2 * STATES)
     o_d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     m_d = _below(o_d, CHANNELS, BLOCK)
     path, segment, image = tl.program_id(1) % 4, tl.program_id(1) // 4, tl.program_id(2).to(tl.int64)
@@ -323,7 +321,7 @@ def scan_forward_kernel(
     b_A = -_exp(tl.load(p_A_log + o_path * STATES + o_n, mask=m_n & m_d, other=0.0), PRECISE)
     p_x += image * LENGTH * CHANNELS
     p_y += (path * batch + image) * LENGTH * CHANNELS
-    p_low += image * LENGTH * LOW + path * (RANK + 2 * STATES)
+    p_low += image * LENGTH * LOW + path * (LOW // 4)
     weights = _load_expansion(p_weight, path, o_d, m_d, CHANNELS, RANK)
 
     o_segment = (image * 4 + path) * num_segments
@@ -357,7 +355,8 @@ def scan_forward_kernel(
             b_x, b_B, b_C = b_xs[step].to(tl.float32), b_Bs[step].to(tl.float32), b_Cs[step].to(tl.float32)
             b_h = _exp2(b_A * b_deltas[step], PRECISE) * b_h + (b_B * LN_2) * (b_deltas[step] * b_x)
             b_y = tl.sum(b_C * b_h, axis=0, keep_dims=True) + b_D * b_x
-            tl.store(p_ys[step], b_y.to(p_y.dtype.element_ty), mask=m_d & m_t)
+            # Not to be read again soon: what others read stays in the cache longer.
+            tl.store(p_ys[step], b_y.to(p_y.dtype.element_ty), mask=m_d & m_t, cache_modifier=".cs")
 
 
 @triton.jit
@@ -395,7 +394,7 @@ def scan_backward_kernel(
     p_grad_x, p_grad_z, p_grad_BC, p_grad_shared,
     plane, batch, first_image, tiles_per_segment, num_segments,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
-    CHANNELS: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr, STATES_BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr, STATES_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """Walk a segment's tiles backwards; in each, scan forwards from the saved state, then backwards.
@@ -407,7 +406,6 @@ def scan_backward_kernel(
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     WHOLE: tl.constexpr = LENGTH % TILE == 0
     NUM_TILES: tl.constexpr = (LENGTH + TILE - 1) // TILE
-    LOW: tl.constexpr = 4 * (RANK + 2 * STATES)
     o_d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     m_d = _below(o_d, CHANNELS, BLOCK)
     path, segment, count_of_image = tl.program_id(1) % 4, tl.program_id(1) // 4, tl.program_id(2).to(tl.int64)
@@ -422,7 +420,7 @@ def scan_backward_kernel(
     p_grad_y += image * LENGTH * CHANNELS + path.to(tl.int64) * plane
     p_grad_x += (path * batch + image) * LENGTH * CHANNELS
     p_grad_z += (path * batch + image) * LENGTH * CHANNELS
-    p_low += image * LENGTH * LOW + path * (RANK + 2 * STATES)
+    p_low += image * LENGTH * LOW + path * (LOW // 4)
     weights = _load_expansion(p_weight, path, o_d, m_d, CHANNELS, RANK)
     p_grad_BC += ((tl.program_id(0) * batch + image) * LENGTH * 4 + path) * 2 * STATES
 

@@ -57,21 +57,23 @@ def steps_backward(grad_z: Tensor, low: Tensor, weight: Tensor, rank: int, grad_
 
     Args:
         grad_z: (4, rows, e) gradient of z for each path.
-        low: (rows, 4, r + 2 n), of which the first r are the low-rank steps.
+        low: (rows, 4, r + 2 n or more), of which the first r are the low-rank steps.
         weight: (4, e, r'), rows filled up with zeros to a multiple of 8.
         rank: r.
-        grad_low: (rows, 4, r + 2 n), of which the first r are written.
+        grad_low: like low; of the last dimension the first r are written.
 
     Returns:
         The gradient of weight.
     """
     _, num_rows, width = grad_z.shape
-    pieces = triton.cdiv(width, STEP_CHANNELS)
-    if pieces > MAX_PIECES or rank > MAX_RANK:
-        steps = F.pad(low[..., :rank].transpose(0, 1), (0, -rank % 8))
+    if not _fits(rank, width):
+        steps, grad_steps = (tensor[..., :rank].transpose(0, 1) for tensor in (low, grad_low))
+        fill = weight.shape[2] - rank
         with torch.autocast(grad_z.device.type, enabled=False):  # or float32 products would be rounded to bfloat16
-            grad_low[..., :rank] = (grad_z @ weight)[..., :rank].transpose(0, 1)
-            return grad_z.mT @ steps
+            torch.bmm(grad_z, weight[..., :rank], out=grad_steps)
+            grad_weight = grad_z.mT @ steps
+        return F.pad(grad_weight, (0, fill)) if fill else grad_weight
+    pieces = triton.cdiv(width, STEP_CHANNELS)
     num_chunks = min(WANTED_PROGRAMS // 4, triton.cdiv(num_rows, STEP_ROWS))
     rows_per_program = STEP_ROWS * triton.cdiv(triton.cdiv(num_rows, STEP_ROWS), num_chunks)
     num_chunks = triton.cdiv(num_rows, rows_per_program)
@@ -83,3 +85,12 @@ def steps_backward(grad_z: Tensor, low: Tensor, weight: Tensor, rank: int, grad_
         RANK_BLOCK=max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=1,
     )  # fmt: skip
     return parts.sum(dim=0).to(weight.dtype)
+
+
+def _fits(rank: int, width: int) -> bool:
+    return rank <= MAX_RANK and triton.cdiv(width, STEP_CHANNELS) <= MAX_PIECES
+
+
+def wants_alignment(rank: int, width: int) -> bool:
+    """Say whether `steps_backward` is faster where what low holds of a path begins at a multiple of eight."""
+    return not _fits(rank, width)

@@ -44,7 +44,7 @@ class _Geometry(NamedTuple):
     constants: dict[str, Any]
 
 
-def _geometry(x: Tensor, low: Tensor, A_log: Tensor, continuous: bool, backward: bool) -> _Geometry:
+def _geometry(x: Tensor, low: Tensor, rank: int, A_log: Tensor, continuous: bool, backward: bool) -> _Geometry:
     batch, height, width, channels = x.shape
     if batch > MAX_BATCH:
         raise ValueError(f"scan_grid: a batch of {batch} is too large for the kernels: split it, {MAX_BATCH} at most")
@@ -62,7 +62,7 @@ def _geometry(x: Tensor, low: Tensor, A_log: Tensor, continuous: bool, backward:
     constants = {
         "HEIGHT": height, "WIDTH": width, "CONTINUOUS": continuous, "TILE": TILE,
         "RUN": math.gcd(height, width, TILE), "CHANNELS": channels,
-        "RANK": low.shape[3] // 4 - 2 * states, "STATES": states, "STATES_BLOCK": states_block, "BLOCK": block,
+        "LOW": low.shape[3], "RANK": rank, "STATES": states, "STATES_BLOCK": states_block, "BLOCK": block,
         "PRECISE": x.dtype == torch.float32, "num_warps": 1, "num_stages": 1,
     }  # fmt: skip
     return _Geometry(triton.cdiv(channels, block), parts, constants)
@@ -121,12 +121,21 @@ def _summarise(
 
 @torch.library.custom_op("lamamba::scan_grid", mutates_args=())
 def scan_grid_triton(
-    x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, continuous: bool, save: bool
+    x: Tensor,
+    low: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    rank: int,
+    continuous: bool,
+    save: bool,
 ) -> tuple[Tensor, Tensor]:
     """Run the kernels forwards; arguments as in `lamamba.ops.selective_scan.scan_grid`, bias, A_log and D in float32.
 
-    The rows of weight are filled up with zeros to a multiple of 8, (4, e, r'), so that they begin at multiples of 16
-    bytes: loads of the kernels and matrix products want that.
+    What low holds for a path may be followed by something that is not looked at. The rows of weight are filled up with
+    zeros to a multiple of 8, (4, e, r'), so that they begin at multiples of 16 bytes: loads of the kernels and matrix
+    products want that.
 
     Returns:
         y of each path, (4, b, h, w, e), and, where `save` asks for what the backward pass reads, the states at the
@@ -134,7 +143,7 @@ def scan_grid_triton(
     """
     x, low, weight, bias, A_log, D = (tensor.contiguous() for tensor in (x, low, weight, bias, A_log, D))
     batch, height, width, channels = x.shape
-    geometry = _geometry(x, low, A_log, continuous, backward=False)
+    geometry = _geometry(x, low, rank, A_log, continuous, backward=False)
     planes = x.new_empty(4, batch, height, width, channels)
     states = A_log.new_empty(_states_shape(x, A_log, save))
     (part,) = geometry.parts
@@ -154,7 +163,15 @@ def _states_shape(x: Tensor, A_log: Tensor, save: bool) -> tuple[int, ...]:
 
 @scan_grid_triton.register_fake
 def _(
-    x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, continuous: bool, save: bool
+    x: Tensor,
+    low: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    rank: int,
+    continuous: bool,
+    save: bool,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(4, *x.shape), A_log.new_empty(_states_shape(x, A_log, save))
 
@@ -162,7 +179,7 @@ def _(
 @torch.library.custom_op("lamamba::scan_grid_backward", mutates_args=())
 def _scan_grid_backward(
     grad_y: Tensor, states: Tensor,
-    x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, continuous: bool,
+    x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, rank: int, continuous: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the kernels backwards.
 
@@ -175,8 +192,7 @@ def _scan_grid_backward(
     plane = x.numel() if grad_y.ndim == 5 else 0  # from the gradient of one path to that of the next
     batch, height, width, channels = x.shape
     num_states = A_log.shape[2]
-    rank = low.shape[3] // 4 - 2 * num_states
-    geometry = _geometry(x, low, A_log, continuous, backward=True)
+    geometry = _geometry(x, low, rank, A_log, continuous, backward=True)
     grad_x, grad_z = (x.new_empty(4, batch, height * width, channels) for _ in range(2))
     grad_BC = A_log.new_empty(geometry.num_blocks, batch, height * width, 4, 2 * num_states)
     num_rows = [part.num_images * part.num_segments for part in geometry.parts]
@@ -190,16 +206,17 @@ def _scan_grid_backward(
         )  # fmt: skip
 
     low_by_path = low.view(batch * height * width, 4, -1)
-    grad_low = low_by_path.new_empty(low_by_path.shape)
+    is_filled_up = low_by_path.shape[2] > rank + 2 * num_states
+    grad_low = torch.zeros_like(low_by_path) if is_filled_up else low_by_path.new_empty(low_by_path.shape)
     grad_weight = steps_backward(grad_z.flatten(1, 2), low_by_path, weight, rank, grad_low)
-    grad_low[..., rank:] = grad_BC.sum(dim=0).flatten(0, 1)
+    grad_low[..., rank : rank + 2 * num_states] = grad_BC.sum(dim=0).flatten(0, 1)
     return grad_x.view(4, *x.shape), grad_low.view_as(low), grad_weight, grad_shared.sum(dim=0)
 
 
 @_scan_grid_backward.register_fake
 def _(
     grad_y: Tensor, states: Tensor,
-    x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, continuous: bool,
+    x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, rank: int, continuous: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     of_inputs = (tensor.new_empty(tensor.shape) for tensor in (low, weight))
     return x.new_empty(4, *x.shape), *of_inputs, A_log.new_empty(A_log.shape[2] + 2, *D.shape)
@@ -207,23 +224,23 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1], *inputs[:6])
-    ctx.continuous = inputs[6]
+    ctx.options = inputs[6:8]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx: Any, grad_y: Tensor | None, grad_states: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_y is None:  # nothing downstream depends on y
-        return (None,) * 8
-    grad_x, *of_others = _gradients(grad_y, ctx.saved_tensors, ctx.continuous)
-    return grad_x.sum(dim=0, dtype=grad_x.dtype), *of_others, None, None
+        return (None,) * 9
+    grad_x, *of_others = _gradients(grad_y, ctx.saved_tensors, *ctx.options)
+    return grad_x.sum(dim=0, dtype=grad_x.dtype), *of_others, None, None, None
 
 
-def _gradients(grad_y: Tensor, saved: Sequence[Tensor], continuous: bool) -> tuple[Tensor, ...]:
+def _gradients(grad_y: Tensor, saved: Sequence[Tensor], rank: int, continuous: bool) -> tuple[Tensor, ...]:
     """Give the gradients of x, one for each path, low, weight, bias, A_log and D, from the states and these."""
     if grad_y.stride(0) == 0:  # that of a sum: the same for all paths
         grad_y = grad_y[0]
-    grad_x, grad_low, grad_weight, shared = _scan_grid_backward(grad_y, *saved, continuous)
+    grad_x, grad_low, grad_weight, shared = _scan_grid_backward(grad_y, *saved, rank, continuous)
     grad_A_log = shared[:-2].permute(1, 2, 0)
     grad_A_log = grad_A_log.flatten().view(grad_A_log.shape)  # with the strides of a parameter, also where n is 1
     return grad_x, grad_low, grad_weight, shared[-1], grad_A_log, shared[-2]
@@ -235,24 +252,25 @@ scan_grid_triton.register_autograd(_autograd, setup_context=_setup_context)
 class ProjectedScan(torch.autograd.Function):
     """The scan of x and its own projection, whose gradients meet in one kernel.
 
-    Takes x, the projection's weight (4 (r + 2 n), e), and what `scan_grid_triton` takes after `low`; returns y.
+    Takes x, the projection's weight (4 (r + 2 n), e), and what `scan_grid_triton` takes after `low`; returns y. Each
+    path's part of the weight may be filled up with rows of zeros.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, projection: Tensor,
-        weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, continuous: bool,
+        weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, rank: int, continuous: bool,
     ) -> Tensor:  # fmt: skip
         rounded = projection.to(x.dtype)
         low = F.linear(x, rounded)
-        planes, states = scan_grid_triton(x, low, weight, bias, A_log, D, continuous, True)
+        planes, states = scan_grid_triton(x, low, weight, bias, A_log, D, rank, continuous, True)
         ctx.save_for_backward(states, x, low, weight, bias, A_log, D, rounded)
-        ctx.continuous, ctx.projection_dtype = continuous, projection.dtype
+        ctx.options, ctx.projection_dtype = (rank, continuous), projection.dtype
         return planes
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *saved, projection = ctx.saved_tensors
-        planes, grad_low, *of_others = _gradients(grads[0], saved, ctx.continuous)
+        planes, grad_low, *of_others = _gradients(grads[0], saved, *ctx.options)
         grad_x = sum_and_project(planes, grad_low, projection)
-        return grad_x, weight_gradient(grad_low, saved[1], ctx.projection_dtype), *of_others, None
+        return grad_x, weight_gradient(grad_low, saved[1], ctx.projection_dtype), *of_others, None, None
