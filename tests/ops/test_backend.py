@@ -61,7 +61,7 @@ def test_a_batch_beyond_cuda_s_grid_is_an_error() -> None:
     host = pytest.importorskip("lamamba.ops.selective_scan.triton")
     x = torch.empty(65536, 1, 1, 1, device="meta")
     with pytest.raises(ValueError, match="a batch of 65536 is too large for the kernels: split it, 65535 at most"):
-        host._geometry(x, torch.empty(65536, 1, 1, 12, device="meta"), torch.empty(4, 1, 1), True, False)
+        host._geometry(x, torch.empty(65536, 1, 1, 12, device="meta"), 1, torch.empty(4, 1, 1), True, False)
 
 
 def test_loops_are_for_a_cpu_up_to_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
