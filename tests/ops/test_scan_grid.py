@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lamamba.ops import selective_scan
 from lamamba.ops.backend import Backend
 from lamamba.ops.selective_scan import project_and_scan, scan_grid
 
@@ -85,8 +86,12 @@ def test_paths_cut_into_segments_give_the_same(shape: tuple[int, ...], monkeypat
 PROJECTED = {"narrow": (1, 4, 6, 40, 3, 1), "wide": (1, 4, 4, 24, 35, 8)}
 
 
+@pytest.mark.parametrize("filled_up", [False, True], ids=["as it is", "filled up"])
 @pytest.mark.parametrize("case", PROJECTED)
-def test_projecting_first_has_the_gradients_of_both(case: str) -> None:
+def test_projecting_first_has_the_gradients_of_both(
+    case: str, filled_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selective_scan, "FILLED_UP_FROM", 0 if filled_up else math.inf)
     check_projection(PROJECTED[case], torch.float32)
 
 
@@ -99,6 +104,8 @@ def check_projection(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     exact = [tensor.double().requires_grad_() for tensor in leaves]
     leaves = [tensor.requires_grad_() for tensor in leaves]
     ours = project_and_scan(*leaves, backend="triton").sum(dim=0)
+    with torch.no_grad():
+        assert torch.equal(project_and_scan(*leaves, backend="triton").sum(dim=0), ours)
     plain, wanted = (
         scan_grid(x, x @ projection.flatten(0, 1).mT, *others, backend="pytorch").sum(dim=0)
         for x, projection, *others in (leaves, exact)
@@ -254,7 +261,8 @@ def test_real_sizes_agree_with_float64(case: str, dtype: torch.dtype) -> None:
 
 @ON_GPU
 @pytest.mark.parametrize("case", ["XL, first stage", "XL, second stage", "XL, third stage", "not square"])
-def test_projecting_first_at_real_sizes(case: str) -> None:
+def test_projecting_first_at_real_sizes(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selective_scan, "FILLED_UP_FROM", 0)
     check_projection(LARGE[case], torch.bfloat16)
 
 

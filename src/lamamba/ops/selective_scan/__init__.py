@@ -19,6 +19,9 @@ from lamamba.ops.selective_scan.cpu import scan_grid_cpu
 
 __all__ = ["project_and_scan", "scan_grid", "selective_scan"]
 
+# Elements of x from which the kernels' faster loads repay filling each path's projection up to a multiple of 8.
+FILLED_UP_FROM = 1 << 23
+
 
 def scan_grid(
     x: Tensor,
@@ -93,20 +96,20 @@ def project_and_scan(
         ValueError: shapes disagree, a dimension is 0, or the kernels cannot run on these tensors.
     """
     x, weight = x.to(compute_dtype(x)), x_proj_weight.flatten(0, 1)
-    tensors = (x, weight, dt_weight, dt_bias, A_log, D)
-    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if not (choose_kernels("scan_grid", x, backend) and differentiated):
+    if not choose_kernels("scan_grid", x, backend):
         return scan_grid(x, linear(x, weight), dt_weight, dt_bias, A_log, D, scan, backend)
-    from lamamba.ops.selective_scan.products import wants_alignment
-    from lamamba.ops.selective_scan.triton import ProjectedScan
+    from lamamba.ops.selective_scan.triton import ProjectedScan, scan_grid_triton
 
-    low = x[..., :1].expand(*x.shape[:-1], len(weight))
-    _check_grid_shapes(x, low, dt_weight, dt_bias, A_log, D)
-    rank, fill = dt_weight.shape[2], -x_proj_weight.shape[1] % 8
-    if fill and wants_alignment(rank, x.shape[3]):
+    _check_grid_shapes(x, x[..., :1].expand(*x.shape[:-1], len(weight)), dt_weight, dt_bias, A_log, D)
+    fill = -x_proj_weight.shape[1] % 8
+    if fill and x.numel() >= FILLED_UP_FROM:
         weight = F.pad(x_proj_weight, (0, 0, 0, fill)).flatten(0, 1)
-    others = _for_kernels(x, dt_weight, dt_bias, A_log, D)
-    y: Tensor = ProjectedScan.apply(x, weight, *others, rank, scan == "continuous")
+    others = (*_for_kernels(x, dt_weight, dt_bias, A_log, D), dt_weight.shape[2], scan == "continuous")
+    parameters = (x_proj_weight, dt_weight, dt_bias, A_log, D)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters)):
+        y: Tensor = ProjectedScan.apply(x, weight, *others)
+    else:
+        y = scan_grid_triton(x, linear(x, weight).to(x.dtype), *others, False)[0]
     return y
 
 

@@ -89,8 +89,3 @@ def steps_backward(grad_z: Tensor, low: Tensor, weight: Tensor, rank: int, grad_
 
 def _fits(rank: int, width: int) -> bool:
     return rank <= MAX_RANK and triton.cdiv(width, STEP_CHANNELS) <= MAX_PIECES
-
-
-def wants_alignment(rank: int, width: int) -> bool:
-    """Say whether `steps_backward` is faster where what low holds of a path begins at a multiple of eight."""
-    return not _fits(rank, width)
