@@ -65,7 +65,7 @@ def compile_scan(capability: int) -> None:
         "TILE": 16,
         "RUN": 16,
         "CHANNELS": 640,
-        "LOW": 88,
+        "LOW": 96,
         "RANK": 20,
     }
     constants = {**paths, "STATES": 1, "STATES_BLOCK": 1, "BLOCK": 64, "PRECISE": False}
@@ -73,10 +73,10 @@ def compile_scan(capability: int) -> None:
     compile_kernel(scan.scan_backward_kernel, constants, 1, capability)
     for backward in (False, True):
         compile_kernel(scan.scan_summary_kernel, {**constants, "BACKWARD": backward}, 1, capability)
-    low = {"RANK": 20, "LOW": 88, "WIDTH": 640}
+    low = {"RANK": 20, "LOW": 96, "WIDTH": 640}
     constants = {**low, "ROWS": 64, "PIECE": 128, "PIECES": 5, "RANK_BLOCK": 32}
     compile_kernel(scan_products.steps_backward_kernel, constants, 4, capability, half={"p_grad_low"})
-    constants = {"PROJECTED": 88, "WIDTH": 640, "ROWS": 64, "BLOCK": 64, "LOW": 64}
+    constants = {"PROJECTED": 96, "WIDTH": 640, "ROWS": 64, "BLOCK": 64, "LOW": 64}
     compile_kernel(scan_products.sum_and_project_kernel, constants, 4, capability, half={"p_grad_low"})
 
 
