@@ -4,10 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 
 from lamamba.checkpoint import load_checkpoint
@@ -15,42 +13,13 @@ from lamamba.cli import main
 from lamamba.data import to_float, to_uint8
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.latents import Latents, Pixels, open_space
+from tiny_autoencoder import write_autoencoder
 
 CPU = torch.device("cpu")
 TINY = [
     *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
     *("--batch-size", "2", "--num-images", "4", "--device", "cpu", "--sample-steps", "1"),
 ]
-
-
-def write_autoencoder(folder: Path, scaling_factor: float = 0.5, shift_factor: float | None = 0.3) -> Path:
-    """Save a tiny autoencoder that halves images, the same weights every time."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        autoencoder = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=2, latent_channels=2, sample_size=16,
-            scaling_factor=scaling_factor, shift_factor=shift_factor,
-        )  # fmt: skip
-    autoencoder.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_autoencoder(tmp_path_factory.mktemp("autoencoder"))
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of three 16 x 16 images."""
-    folder = tmp_path_factory.mktemp("images")
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
-    for index, image in enumerate(pixels):
-        path = folder / ("bird", "fish")[index % 2] / f"{index}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(image).save(path)
-    return folder
 
 
 def some_pixels() -> torch.Tensor:

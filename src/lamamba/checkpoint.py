@@ -11,9 +11,7 @@ what a disk does to it later shows in the checksums. Nothing is pickled. The wei
 folder too, with `ema/` only.
 """
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,11 +28,11 @@ from torch import Tensor
 from lamamba import __version__
 from lamamba.config import PRESETS, Objective, nearest
 from lamamba.errors import CheckpointError, ConfigError
+from lamamba.files import TEMPORARY, checksum, flush, written_whole
 from lamamba.model import LaMambaDiff
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "assets"
-_TEMPORARY = ".incomplete-"
 _WRITE_ERRORS = (OSError, SafetensorError)
 
 
@@ -80,7 +78,7 @@ def save_checkpoint(
         CheckpointError: it could not be written, for want of space say; earlier checkpoints are untouched.
     """
     final = run / "checkpoints" / f"{info.images:012d}"
-    temporary = final.with_name(_TEMPORARY + final.name)
+    temporary = final.with_name(TEMPORARY + final.name)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -91,14 +89,14 @@ def save_checkpoint(
         )
         _write_info(temporary, info)
         for path in temporary.rglob("*"):
-            _flush(path)
+            flush(path)
         replaced = final.with_name(f"{temporary.name}-replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         if final.exists():  # the same images again: the older goes only once the newer has its place
             final.rename(replaced)
         temporary.rename(final)
         shutil.rmtree(replaced, ignore_errors=True)
-        _flush(final.parent)
+        flush(final.parent)
     except _WRITE_ERRORS as error:
         shutil.rmtree(temporary, ignore_errors=True)
         whole = checkpoints_in(run)
@@ -119,14 +117,9 @@ def _save_network(network: LaMambaDiff, folder: Path) -> None:
 
 def _write_info(checkpoint: Path, info: CheckpointInfo) -> None:
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != "checkpoint.json")
-    checksums = {path.relative_to(checkpoint).as_posix(): _checksum(path) for path in files}
+    checksums = {path.relative_to(checkpoint).as_posix(): checksum(path) for path in files}
     record = {"format": FORMAT, "lamamba": __version__, **asdict(info), "sha256": checksums}
     (checkpoint / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n")
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(checkpoint: Path, part: str = "") -> None:
@@ -140,7 +133,7 @@ def verify(checkpoint: Path, part: str = "") -> None:
         path = checkpoint / name
         if not name.startswith(part):
             continue
-        if not path.is_file() or _checksum(path) != wanted:
+        if not path.is_file() or checksum(path) != wanted:
             earlier = [other for other in checkpoints_in(checkpoint.parent.parent) if other < checkpoint]
             mend = "there is none before it"
             if earlier:
@@ -181,14 +174,6 @@ def locked(run: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_training_state(checkpoint: Path) -> dict[str, Tensor]:
@@ -320,9 +305,8 @@ def export(checkpoint: Path, folder: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a small JSON file whole or not at all."""
-    temporary = path.with_name(_TEMPORARY + path.name)
     try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        temporary.replace(path)
+        with written_whole(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise CheckpointError(f"{path} could not be written: {error}") from error

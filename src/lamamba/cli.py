@@ -15,7 +15,7 @@ from typing import Any
 import tyro
 
 from lamamba import __version__
-from lamamba.config import InfoConfig, NetworkConfig, SampleConfig, TrainConfig, nearest, preset
+from lamamba.config import EncodeConfig, InfoConfig, NetworkConfig, SampleConfig, TrainConfig, nearest, preset
 from lamamba.errors import ConfigError, LamambaError, SignalError
 
 _HELP = """\
@@ -25,6 +25,7 @@ Linear-time image diffusion: LaMamba-Diff (arXiv 2408.02615), to train, sample a
 
 commands:
   train    train a network on images       lamamba train --preset nano --data builtin --out runs/first
+  encode   images to latents, to train on  lamamba encode --data photos --vae vae --image-size 256 --out latents
   sample   sample images                   lamamba sample nano --labels 0,1,2 --out grid.png
   info     count parameters and multiply-adds, stage by stage      lamamba info xl-256
 
@@ -35,7 +36,12 @@ lamamba COMMAND --help explains a command's options.
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; any LamambaError is one line on standard error and exit code 2, or 128 + the signal it was."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands: dict[str, Callable[[list[str]], None]] = {"train": _train, "sample": _sample, "info": _info}
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": _train,
+        "encode": _encode,
+        "sample": _sample,
+        "info": _info,
+    }
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(_HELP, end="")
@@ -124,6 +130,13 @@ def read_train_config(path: Path) -> TrainConfig:
         return TrainConfig(**{name: value for name, value in content.items() if name in known}, network=network)
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise LamambaError(f"{path} is not a run's configuration: {error}") from error
+
+
+def _encode(arguments: list[str]) -> None:
+    config = _parse(EncodeConfig, "encode", arguments)
+    from lamamba.encode import encode
+
+    encode(config)
 
 
 def _sample(arguments: list[str]) -> None:

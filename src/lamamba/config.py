@@ -177,7 +177,8 @@ class TrainConfig:
     preset: str = "nano"
     """Size of the network: nano, or s, b, l or xl at -256 or -512."""
     data: str = "builtin"
-    """builtin (10,000 Fashion-MNIST images), fashion-mnist (60,000), or a folder: one subfolder a class, or flat."""
+    """builtin (10,000 Fashion-MNIST images), fashion-mnist (60,000), a folder of images, one subfolder a class or flat,
+    or what lamamba encode wrote."""
     data_folder: Path | None = None
     """Where the files of fashion-mnist are; else Debian's package, else the Hugging Face hub."""
     image_size: int | None = None
@@ -189,7 +190,8 @@ class TrainConfig:
     horizontal_flip: bool = False
     """Mirror every other image, at random."""
     vae: Path | None = None
-    """Train on latents of this AutoencoderKL folder, as diffusers saves it; the default is pixels."""
+    """Train on latents of this AutoencoderKL folder, as diffusers saves it; the default is pixels, or what --data was
+    encoded with."""
     objective: Objective = "diffusion"
     """Noise prediction with learned variance, or flow matching."""
     num_images: int = 100_000
@@ -264,6 +266,37 @@ class TrainConfig:
             self.batch_size % self.accumulate == 0, "accumulate", self.accumulate,
             f"a divisor of batch_size {self.batch_size}",
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """Encode images to latents once, to train on them many times."""
+
+    data: str
+    """A folder of images, one subfolder a class or flat; or builtin, fashion-mnist."""
+    vae: Path
+    """AutoencoderKL folder, as diffusers saves it."""
+    out: Path
+    """Folder for the latents: shards and an index. Run again, what is missing in it is done."""
+    image_size: int | None = None
+    """Crop a folder's images to this many pixels square."""
+    mirrored: bool = True
+    """Encode every image mirrored too, for --horizontal-flip in training; twice as many files and as much time."""
+    skip_bad_images: bool = False
+    """Leave images out that cannot be read, instead of stopping at the first."""
+    images_per_shard: int = 2048
+    """Images in a file."""
+    batch_size: int = 32
+    """Images encoded at once."""
+    num_workers: int = 4
+    """Threads that read and decode images."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes the best there is."""
+
+    def __post_init__(self) -> None:
+        for name in ("images_per_shard", "batch_size"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        _check(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lamamba.data import to_float, to_uint8
 from lamamba.errors import CheckpointError, ConfigError
+from lamamba.files import checksum
 
 
 class Space(Protocol):
@@ -26,7 +27,7 @@ class Space(Protocol):
     """Whether `encode` draws from a distribution."""
 
     def encode(self, images: Tensor, noise: Tensor | None) -> Tensor:
-        """(b, c, h, w) uint8 images to what the network is trained on, float32; `noise` of its shape draws latents."""
+        """What a source holds to what the network is trained on, float32; `noise` of its shape draws latents."""
 
     def decode(self, x: Tensor) -> Tensor:
         """What the network samples to (b, c, h, w) uint8 images."""
@@ -81,13 +82,14 @@ class Latents:
         except Exception as error:  # diffusers raises many kinds for a damaged folder
             raise CheckpointError(f"{folder} cannot be read as an AutoencoderKL: {_first_line(error)}") from error
         self.autoencoder = autoencoder.to(device).eval().requires_grad_(False)
+        self.image_channels: int = autoencoder.config.in_channels
         self.factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
         self.scale: float = autoencoder.config.scaling_factor
         self.shift: float = autoencoder.config.shift_factor or 0.0
 
     def channels(self, image_channels: int) -> int:
         """Channels that the network sees; the images' must be the autoencoder's."""
-        wanted, channels = self.autoencoder.config.in_channels, self.autoencoder.config.latent_channels
+        wanted, channels = self.image_channels, self.autoencoder.config.latent_channels
         if image_channels != wanted:
             raise ConfigError(
                 f"the images have {image_channels} channels, the autoencoder takes {wanted}: set channels"
@@ -107,15 +109,32 @@ class Latents:
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor | None) -> Tensor:
-        """Take the latents of uint8 images that standard normal noise of their shape draws; without, the likeliest."""
-        distribution = self.autoencoder.encode(to_float(images)).latent_dist
-        drawn: Tensor = distribution.mean if noise is None else distribution.mean + distribution.std * noise
+        """Take the latents that standard normal noise of their shape draws; without, the likeliest.
+
+        Args:
+            images: (b, c, h, w) uint8 images; or, of latents that were encoded before, mean and standard deviation,
+                (b, 2 c', h', w').
+            noise: (b, c', h', w') or None.
+        """
+        mean, deviation = self.moments(images) if images.dtype == torch.uint8 else images.float().chunk(2, dim=1)
+        drawn = mean if noise is None else mean + deviation * noise
         return (drawn - self.shift) * self.scale
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute mean and standard deviation of the latents of uint8 images, before they are scaled."""
+        distribution = self.autoencoder.encode(to_float(images)).latent_dist
+        return distribution.mean, distribution.std
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
         """Decode latents to uint8 images."""
         return to_uint8(self.autoencoder.decode(x / self.scale + self.shift).sample)
+
+
+def identify(folder: Path) -> str:
+    """Compute a checksum of an autoencoder's weights, by which it can be told from others."""
+    return checksum(*sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")))
 
 
 def open_space(vae: Path | None, device: torch.device) -> Space:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from lamamba.config import TrainConfig
-from lamamba.data import ImageSource
+from lamamba.data import Source
 from lamamba.model import LaMambaDiff
 
 
@@ -75,7 +75,7 @@ class TrainingLog:
         self.path.write_text("".join(json.dumps(record) + "\n" for record in records))
         return records
 
-    def introduce(self, source: ImageSource, network: LaMambaDiff, num_processes: int = 1) -> None:
+    def introduce(self, source: Source, network: LaMambaDiff, num_processes: int = 1) -> None:
         """Say what is trained on what."""
         kind = "grey" if source.channels == 1 else "colour"
         classes = f"{source.num_classes} classes" if source.num_classes else "no classes"

@@ -27,10 +27,11 @@ from lamamba.checkpoint import (
     write_json,
 )
 from lamamba.config import TrainConfig
-from lamamba.data import NAMED_SOURCES, ImageSource, batches, open_source
+from lamamba.data import NAMED_SOURCES, LatentSource, Source, batches, open_source
+from lamamba.data.latent_files import are_latents
 from lamamba.diffusion import OBJECTIVES, draw_noise
-from lamamba.errors import CheckpointError, LamambaError, SignalError
-from lamamba.latents import Latents, Space, open_space
+from lamamba.errors import CheckpointError, ConfigError, LamambaError, SignalError
+from lamamba.latents import Latents, Space, identify, open_space
 from lamamba.log import SilentLog, TrainingLog
 from lamamba.model import LaMambaDiff
 from lamamba.ops.launch import rehearse
@@ -85,7 +86,7 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        source: ImageSource,
+        source: Source,
         space: Space,
         device: torch.device,
         processes: Processes = Processes(),  # noqa: B008 - frozen
@@ -301,7 +302,7 @@ def learning_rate(config: TrainConfig, images: int) -> float:
     return config.learning_rate * rising * max(0.0, falling)
 
 
-def resolve(config: TrainConfig) -> tuple[TrainConfig, ImageSource, Space, torch.device]:
+def resolve(config: TrainConfig) -> tuple[TrainConfig, Source, Space, torch.device]:
     """Open the data and fill in what follows from it: the network's classes, channels and grid, and the intervals.
 
     Raises:
@@ -310,9 +311,17 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, ImageSource, Space, torch
         CheckpointError: the autoencoder cannot be opened.
     """
     device = choose_device(config.device)
+    latents = LatentSource(Path(config.data)) if are_latents(Path(config.data)) else None
+    if latents and config.horizontal_flip and not latents.is_mirrored:
+        raise ConfigError(f"{config.data} has no mirrored images: leave horizontal_flip out, or encode them too")
+    if latents and config.vae is None:
+        config = replace(config, vae=Path(latents.autoencoder["folder"]))
     space = open_space(config.vae, device)
+    if latents and config.vae and identify(config.vae) != latents.autoencoder["sha256"]:
+        raise ConfigError(f"{config.vae} is not the autoencoder that {config.data} was encoded with: leave vae out")
     size = config.image_size
-    if size is None and isinstance(space, Latents) and config.data not in NAMED_SOURCES:  # which have a size
+    # What has a size of its own is not asked for one.
+    if size is None and isinstance(space, Latents) and config.data not in NAMED_SOURCES and not latents:
         size = config.network.sample_size * space.factor
     channels = config.channels or (3 if isinstance(space, Latents) else None)
     source = open_source(
@@ -392,7 +401,7 @@ def train(config: TrainConfig) -> None:
         _train(replace(opened[0], device=config.device), *opened[1:], processes)
 
 
-def _train(config: TrainConfig, source: ImageSource, space: Space, device: torch.device, processes: Processes) -> None:
+def _train(config: TrainConfig, source: Source, space: Space, device: torch.device, processes: Processes) -> None:
     if config.dry_run:
         if processes.is_first:
             print(json.dumps(plain(config), indent=2))

@@ -1,21 +1,24 @@
 """Images with labels, in an order that is a pure function of (seed, position), so that training resumes to the image.
 
-    open_source(...) -> ImageSource -> batches(...) -> uint8 (b, c, h, w), labels (b,) -> to_float -> [-1, 1]
+    open_source(...) -> Source -> batches(...) -> uint8 (b, c, h, w), labels (b,) -> to_float -> [-1, 1]
 
-A source is the built-in set, Fashion-MNIST, or a folder of images: one subfolder a class, or flat without classes.
+A source is the built-in set, Fashion-MNIST, or a folder of images: one subfolder a class, or flat without classes. What
+`lamamba encode` made of one is a source too, of the distributions of latents.
 
     opening.py        a name or a path -> a source
     fashion_mnist.py  the shipped images, the idx files, the hub
     sources.py        what a source is; images in memory, files in a folder
+    latent_files.py   latents that were encoded before
     decoding.py       a file -> pixels of one size; uint8 <-> float
     order.py          which image is read when; batches
 """
 
 from lamamba.data.decoding import crop_centre, read_image, to_float, to_uint8
 from lamamba.data.fashion_mnist import FASHION_MNIST_CLASSES, FASHION_MNIST_FOLDER, load_builtin, load_fashion_mnist
+from lamamba.data.latent_files import LatentSource
 from lamamba.data.opening import NAMED_SOURCES, open_source
 from lamamba.data.order import batches, flip_choices, permutation, reading_order
-from lamamba.data.sources import IMAGE_SUFFIXES, ArraySource, FolderSource, ImageSource
+from lamamba.data.sources import IMAGE_SUFFIXES, ArraySource, FolderSource, ImageSource, Source
 
 __all__ = [
     "FASHION_MNIST_CLASSES",
@@ -25,6 +28,8 @@ __all__ = [
     "ArraySource",
     "FolderSource",
     "ImageSource",
+    "LatentSource",
+    "Source",
     "batches",
     "crop_centre",
     "flip_choices",

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from lamamba.data.fashion_mnist import load_builtin, load_fashion_mnist
-from lamamba.data.sources import ArraySource, FolderSource, ImageSource
+from lamamba.data.latent_files import LatentSource, are_latents
+from lamamba.data.sources import ArraySource, FolderSource, Source
 from lamamba.errors import ConfigError, DataError
 
 NAMED_SOURCES = ("builtin", "fashion-mnist")
@@ -19,12 +20,12 @@ def open_source(
     channels: int | None = None,
     folder: Path | None = None,
     skip_bad_images: bool = False,
-) -> ImageSource:
-    """Open a source of training images.
+) -> Source:
+    """Open a source to train on.
 
     Args:
         data: "builtin" (10,000 Fashion-MNIST images shipped with the package), "fashion-mnist" (all 60,000), or the
-            path of a folder of images.
+            path of a folder of images, or of one that `lamamba encode` wrote.
         image_size: pixels, needed for a folder; the named sources are 32.
         channels: 1 (grey) or 3 (colour, the default for a folder); the named sources are grey, and with 3 have their
             grey three times.
@@ -58,6 +59,11 @@ def open_source(
         close = difflib.get_close_matches(data.lower().replace("_", "-"), NAMED_SOURCES, n=1)
         mend = f"did you mean {close[0]!r}?" if close else "give 'builtin', 'fashion-mnist' or a folder of images"
         raise DataError(f"data {data!r} is neither a known name nor an existing folder: {mend}")
+    if are_latents(path):
+        latents = LatentSource(path)
+        if image_size not in (None, latents.image_size):
+            raise ConfigError(f"image_size {image_size} is not that of {path}, {latents.image_size}: leave it out")
+        return latents
     if image_size is None or image_size < 1:
         fault = "not set" if image_size is None else f"{image_size}, not positive,"
         raise ConfigError(

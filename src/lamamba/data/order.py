@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lamamba.data.sources import ArraySource, ImageSource
+from lamamba.data.sources import ArraySource, Source
 from lamamba.errors import ConfigError, DataError
 
 
@@ -45,7 +45,7 @@ def flip_choices(positions: np.ndarray, *, seed: int) -> np.ndarray:
 
 
 def batches(
-    source: ImageSource,
+    source: Source,
     *,
     batch_size: int,
     seed: int,
@@ -66,8 +66,8 @@ def batches(
         share: of each batch, what is read; the rest is another process's.
 
     Returns:
-        Iterator over images, uint8 (b, c, h, w), and labels, int64 (b,), of the share. PyTorch's global generator is
-        not touched.
+        Iterator over images, uint8 (b, c, h, w), or what else the source holds, and labels, int64 (b,), of the share.
+        PyTorch's global generator is not touched.
 
     Raises:
         ConfigError: a number is out of its range.
@@ -87,7 +87,7 @@ def batches(
 
 
 def _read_batches(
-    source: ImageSource, every_positions: Iterator[np.ndarray], seed: int, horizontal_flip: bool, num_workers: int
+    source: Source, every_positions: Iterator[np.ndarray], seed: int, horizontal_flip: bool, num_workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     reader = _BatchReader(source, seed, horizontal_flip)
     if isinstance(source, ArraySource):
@@ -118,26 +118,19 @@ def _read_batches(
 class _BatchReader(Dataset[Any]):
     """Makes one batch from its positions; a DataError is returned, for a worker wraps a raised one in a traceback."""
 
-    def __init__(self, source: ImageSource, seed: int, horizontal_flip: bool) -> None:
+    def __init__(self, source: Source, seed: int, horizontal_flip: bool) -> None:
         self.source, self.seed, self.horizontal_flip = source, seed, horizontal_flip
 
     def __getitem__(self, positions: np.ndarray) -> tuple[Tensor, Tensor] | DataError:
         indices = reading_order(positions, length=len(self.source), seed=self.seed)
-        try:
-            pixels, labels = _gather(self.source, indices)
-        except DataError as error:
-            return DataError(str(error))  # without its cause, which may not survive the way between processes
+        flipped = np.zeros(len(positions), dtype=bool)
         if self.horizontal_flip:
             flipped = flip_choices(positions, seed=self.seed)
-            pixels[flipped] = pixels[flipped, :, :, ::-1]
-        return torch.from_numpy(pixels), torch.from_numpy(labels)
-
-
-def _gather(source: ImageSource, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    if isinstance(source, ArraySource):
-        return source.images[indices], source.labels[indices]
-    pixels, labels = zip(*(source.load(index) for index in indices.tolist()), strict=True)
-    return np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2)), np.array(labels, dtype=np.int64)
+        try:
+            images, labels = self.source.gather(indices, flipped)
+        except DataError as error:
+            return DataError(str(error))  # without its cause, which may not survive the way between processes
+        return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 def _mix_bits(values: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a source of images is, and the two kinds: images held in memory, and files in a folder."""
+"""What a source is, and two kinds of images: held in memory, and files in a folder."""
 
 import os
 from abc import ABC, abstractmethod
@@ -13,14 +13,14 @@ from lamamba.errors import DataError
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-class ImageSource(ABC):
-    """A finite list of square uint8 images with labels.
+class Source(ABC):
+    """A finite list of what a network is trained on, with labels.
 
     Attributes:
         name: short name for logs and checkpoints.
         class_names: one name a label; empty for a source without classes.
-        image_size: height and width in pixels.
-        channels: 1 (grey) or 3 (red, green, blue).
+        image_size: height and width of an image in pixels.
+        channels: of an image, 1 (grey) or 3 (red, green, blue).
         bad_files: the files that were left out because they cannot be read.
     """
 
@@ -44,12 +44,38 @@ class ImageSource(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
+    def gather(self, indices: np.ndarray, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Read several at once.
+
+        Args:
+            indices: int64 (b,).
+            mirrored: bool (b,), which of them left to right.
+
+        Returns:
+            What `lamamba.latents.Space.encode` takes, and int64 labels (b,), 0 without classes.
+
+        Raises:
+            DataError: one cannot be read; the message names the file.
+        """
+
+
+class ImageSource(Source):
+    """Square uint8 images with labels."""
+
+    @abstractmethod
     def load(self, index: int) -> tuple[np.ndarray, int]:
         """Return one image, uint8 (h, w, c), and its label (0 without classes).
 
         Raises:
             DataError: the image cannot be read; the message names the file.
         """
+
+    def gather(self, indices: np.ndarray, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Read images, uint8 (b, c, h, w), and their labels."""
+        images, labels = zip(*(self.load(index) for index in indices.tolist()), strict=True)
+        pixels = np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
+        pixels[mirrored] = pixels[mirrored, :, :, ::-1]
+        return pixels, np.array(labels, dtype=np.int64)
 
 
 class ArraySource(ImageSource):
@@ -66,6 +92,12 @@ class ArraySource(ImageSource):
     def load(self, index: int) -> tuple[np.ndarray, int]:
         """Return one image, uint8 (h, w, c), and its label."""
         return self.images[index].transpose(1, 2, 0), int(self.labels[index])
+
+    def gather(self, indices: np.ndarray, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Read images, uint8 (b, c, h, w), and their labels."""
+        pixels = self.images[indices]
+        pixels[mirrored] = pixels[mirrored, :, :, ::-1]
+        return pixels, self.labels[indices]
 
 
 class FolderSource(ImageSource):

@@ -1,0 +1,197 @@
+"""The command `lamamba encode`: images to the distributions of their latents, each once, on any number of processes.
+
+Shards belong to processes in turn, and one that is there is whole: run again after an interruption, what is missing is
+done. `lamamba.data.latent_files` says what is in them.
+"""
+
+import json
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lamamba import __version__
+from lamamba.checkpoint import locked
+from lamamba.config import EncodeConfig
+from lamamba.data import Source, open_source
+from lamamba.data.latent_files import FORMAT, INDEX, SETTINGS, are_latents, read_index
+from lamamba.errors import ConfigError, DataError
+from lamamba.files import checksum, written_whole
+from lamamba.latents import Latents, identify
+from lamamba.pipeline import choose_device
+from lamamba.processes import Processes, joined
+
+
+def encode(config: EncodeConfig) -> None:
+    """Encode all images of a source; started by torchrun, its processes share them.
+
+    Raises:
+        LamambaError: the data, the autoencoder or the folder are at fault, or the folder holds latents of other
+            images, or made otherwise.
+    """
+    with joined(config.device) as (processes, device_name):
+        device = choose_device(device_name)
+        space = Latents(config.vae, device)
+        source = _open(config, space)
+        settings = describe(config, source, space)
+        # Others wait, so that the folder is there, and is the right one.
+        with locked(config.out) if processes.is_first else nullcontext():
+            if processes.is_first:
+                _begin(config.out, settings)
+            processes.wait()
+            _encode_shards(config, source, space, device, processes)
+            processes.wait()
+            if processes.is_first:
+                _write_index(config.out, settings)
+
+
+def _open(config: EncodeConfig, space: Latents) -> Source:
+    if are_latents(Path(config.data)):
+        raise ConfigError(f"{config.data} holds latents already: give the images")
+    source = open_source(
+        config.data,
+        image_size=config.image_size,
+        channels=space.image_channels,
+        skip_bad_images=config.skip_bad_images,
+    )
+    space.grid_size(source.image_size)
+    return source
+
+
+def describe(config: EncodeConfig, source: Source, space: Latents) -> dict[str, Any]:
+    """Say what decides the contents of the shards; latents can be told apart by it."""
+    grid = space.grid_size(source.image_size)
+    return {
+        "source": source.name, "images": len(source), "class_names": list(source.class_names),
+        "image_size": source.image_size, "channels": source.channels,
+        "shape": [space.channels(source.channels), grid, grid], "mirrored": config.mirrored,
+        "images_per_shard": config.images_per_shard,
+        "autoencoder": {"folder": str(config.vae.resolve()), "sha256": identify(config.vae)},
+    }  # fmt: skip
+
+
+def _begin(folder: Path, settings: dict[str, Any]) -> None:
+    """Note the settings in a new folder, or compare them with those of one that was begun."""
+    path = folder / SETTINGS
+    if path.is_file():
+        begun = read_index(path)["settings"]
+        # The autoencoder may have moved; it is its weights that count.
+        changed = [
+            f"{name} was {begun.get(name)}, now {value}"
+            for name, value in settings.items()
+            if (name != "autoencoder" and begun.get(name) != value)
+        ]
+        if begun["autoencoder"]["sha256"] != settings["autoencoder"]["sha256"]:
+            changed.append("the autoencoder has other weights")
+        if changed:
+            raise DataError(f"{folder} was begun with other options, choose another --out: {'; '.join(changed)}")
+        return
+    try:
+        with written_whole(path) as temporary:
+            temporary.write_text(json.dumps({"format": FORMAT, "settings": settings}, indent=2) + "\n")
+    except OSError as error:
+        raise DataError(f"{path} cannot be written ({error}): free some space, or choose another --out") from error
+
+
+def _encode_shards(
+    config: EncodeConfig, source: Source, space: Latents, device: torch.device, processes: Processes
+) -> None:
+    size = config.images_per_shard
+    shards = {first // size: range(first, min(first + size, len(source))) for first in range(0, len(source), size)}
+    mine = {shard: images for shard, images in shards.items() if shard % processes.number == processes.rank}
+    console = Console()
+    with Progress(
+        TextColumn("[bold]encode"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn(),
+        console=console, disable=not console.is_terminal or not processes.is_first, transient=True,
+    ) as progress:  # fmt: skip
+        task = progress.add_task("", total=sum(len(images) for images in mine.values()))
+        for shard, images in mine.items():
+            path = _shard_path(config.out, shard)
+            if path.is_file():
+                progress.advance(task, len(images))
+                continue
+            parts = []
+            for pixels, labels in _read(source, images, config):
+                parts.append(_encode_batch(space, torch.from_numpy(pixels).to(device), config.mirrored))
+                parts[-1]["labels"] = torch.from_numpy(labels)
+                progress.advance(task, len(labels))
+            _write_shard(path, parts)
+
+
+def _shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.safetensors"
+
+
+def _read(source: Source, indices: range, config: EncodeConfig) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Read batches in threads, a few ahead."""
+    waiting: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
+    with ThreadPoolExecutor(max(1, config.num_workers)) as threads:
+        for first in range(0, len(indices), config.batch_size):
+            batch = np.array(indices[first : first + config.batch_size])
+            waiting.append(threads.submit(source.gather, batch, np.zeros(len(batch), dtype=bool)))
+            if len(waiting) > config.num_workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _encode_batch(space: Latents, images: Tensor, mirrored: bool) -> dict[str, Tensor]:
+    """Compute the moments of images, and the sums over them of what the index says of all."""
+    views = [images, images.flip(-1)] if mirrored else [images]
+    moments = torch.stack([torch.cat(space.moments(view), dim=1) for view in views], dim=1)
+    rounded = moments.half().cpu()
+    if not bool(rounded.isfinite().all()):
+        raise DataError("latents of these images are beyond float16: this autoencoder cannot be used on them")
+    mean, deviation = moments.double().chunk(2, dim=2)
+    sums = torch.stack([mean.sum((0, 1, 3, 4)), (mean**2 + deviation**2).sum((0, 1, 3, 4))])
+    return {"moments": rounded, "sums": sums.cpu()}
+
+
+def _write_shard(path: Path, parts: list[dict[str, Tensor]]) -> None:
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in ("moments", "labels")}
+    tensors["crc32"] = torch.tensor(
+        [[zlib.crc32(view.numpy().tobytes()) for view in image] for image in tensors["moments"]]
+    )
+    sums = torch.stack([part["sums"] for part in parts]).sum(dim=0)
+    try:
+        with written_whole(path) as temporary:
+            save_file(tensors, temporary, {"sums": json.dumps(sums.tolist())})
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"{path} cannot be written ({error}): free some space and run the same command again, it goes on"
+        ) from error
+
+
+def _write_index(folder: Path, settings: dict[str, Any]) -> None:
+    """List the shards with their checksums, and what all latents together are like."""
+    shards, sums = [], np.zeros((2, settings["shape"][0]))
+    for shard in range(-(-settings["images"] // settings["images_per_shard"])):
+        path = _shard_path(folder, shard)
+        try:
+            with safe_open(path, framework="np") as file:
+                num_images = file.get_slice("labels").get_shape()[0]
+                sums += json.loads(file.metadata()["sums"])
+        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is damaged ({error}): delete it and run the same command again") from error
+        shards.append({"file": path.name, "images": num_images, "sha256": checksum(path)})
+    _, height, width = settings["shape"]
+    mean, square = sums / (settings["images"] * (1 + settings["mirrored"]) * height * width)
+    statistics = {"mean": mean.tolist(), "standard_deviation": np.sqrt(square - mean**2).tolist()}
+    index = {
+        "format": FORMAT, "lamamba": __version__, "settings": settings, "channel_statistics": statistics,
+        "shards": shards,
+    }  # fmt: skip
+    with written_whole(folder / INDEX) as temporary:
+        temporary.write_text(json.dumps(index, indent=2) + "\n")
+    print(f"{settings['images']:,} images in {len(shards)} shards: train with --data {folder}")

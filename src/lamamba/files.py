@@ -1,0 +1,46 @@
+"""Files that are there whole or not at all, and their checksums."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# How the name of what is not whole yet begins; it is hidden, and nothing reads it.
+TEMPORARY = ".incomplete-"
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write to, which is flushed to disk and takes its name once all is written.
+
+    Raises:
+        OSError: it cannot be written; a file that was there before is as it was.
+    """
+    temporary = path.with_name(TEMPORARY + path.name)
+    try:
+        yield temporary
+        flush(temporary)
+        temporary.replace(path)
+        flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(*paths: Path) -> str:
+    """Compute the SHA-256 of files, one after the other."""
+    together = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                together.update(piece)
+    return together.hexdigest()

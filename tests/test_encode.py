@@ -1,0 +1,219 @@
+"""Latents encoded once: complete, the same whoever encoded them, and as good to train on as the images."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lamamba.encode
+from lamamba.cli import main
+from lamamba.config import EncodeConfig
+from lamamba.data import LatentSource, batches, open_source
+from lamamba.encode import encode
+from lamamba.errors import ConfigError, DataError
+from lamamba.latents import Latents
+from test_latents import CPU, TINY
+from tiny_autoencoder import write_autoencoder
+
+FIRST = np.array([0])
+AS_THEY_ARE = np.zeros(6, dtype=bool)
+
+
+def encoded(images: Path, autoencoder: Path, out: Path, **options: Any) -> Path:
+    chosen = {"image_size": 16, "images_per_shard": 4, "batch_size": 3, "device": "cpu", **options}
+    encode(EncodeConfig(data=str(images), vae=autoencoder, out=out, **chosen))
+    return out
+
+
+@pytest.fixture(scope="module")
+def latents(images: Path, autoencoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return encoded(images, autoencoder, tmp_path_factory.mktemp("encoded") / "latents")
+
+
+def all_moments(folder: Path, mirrored: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    moments, labels = LatentSource(folder).gather(np.arange(6), np.full(6, mirrored))
+    return torch.from_numpy(moments), torch.from_numpy(labels)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_moments_are_those_of_every_image(images: Path, autoencoder: Path, latents: Path, mirrored: bool) -> None:
+    pixels, labels = open_source(str(images), image_size=16).gather(np.arange(6), np.full(6, mirrored))
+    space = Latents(autoencoder, CPU)
+    moments, their_labels = all_moments(latents, mirrored)
+    torch.testing.assert_close(
+        moments.float(), torch.cat(space.moments(torch.from_numpy(pixels)), dim=1), atol=2e-3, rtol=2e-3
+    )
+    assert labels.tolist() == their_labels.tolist() == [0, 0, 0, 1, 1, 1]
+    noise = torch.randn(6, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    drawn, wanted = (space.encode(x, noise) for x in (moments, torch.from_numpy(pixels)))
+    torch.testing.assert_close(drawn, wanted, atol=2e-3, rtol=2e-3)
+
+
+def test_drawing_gives_the_distribution_of_encoding_on_the_fly(images: Path, autoencoder: Path, latents: Path) -> None:
+    """Thousands of draws of each: equal in mean and spread at every place, as far as so many draws can tell."""
+    pixels, _ = open_source(str(images), image_size=16).gather(FIRST, AS_THEY_ARE[:1])
+    distribution = Latents(autoencoder, CPU).autoencoder.encode(torch.from_numpy(pixels) / 127.5 - 1).latent_dist
+    torch.manual_seed(0)
+    wanted = torch.cat([distribution.sample() for _ in range(4000)])
+    wanted = (wanted - 0.3) * 0.5  # as the autoencoder is scaled
+    moments = all_moments(latents)[0][:1].expand(4000, -1, -1, -1)
+    drawn = Latents(autoencoder, CPU).encode(moments, torch.randn(4000, 2, 8, 8))
+    spread = wanted.std(dim=0)
+    assert ((drawn.mean(dim=0) - wanted.mean(dim=0)).abs() < 6 * spread / 4000**0.5 + 2e-3).all()
+    assert ((drawn.std(dim=0) / spread - 1).abs() < 0.1).all()
+
+
+def test_the_index_says_what_is_in_it(autoencoder: Path, latents: Path) -> None:
+    index = json.loads((latents / "latents.json").read_text())
+    assert [shard["images"] for shard in index["shards"]] == [4, 2]
+    settings = index["settings"]
+    assert (settings["shape"], settings["class_names"], settings["images"]) == ([2, 8, 8], ["bird", "fish"], 6)
+    moments = torch.cat([all_moments(latents, mirrored)[0].double() for mirrored in (False, True)])
+    mean, deviation = moments.chunk(2, dim=1)
+    statistics = {name: torch.tensor(value).double() for name, value in index["channel_statistics"].items()}
+    torch.testing.assert_close(statistics["mean"], mean.mean((0, 2, 3)), atol=1e-3, rtol=1e-3)
+    square = (mean**2 + deviation**2).mean((0, 2, 3)) - mean.mean((0, 2, 3)) ** 2
+    torch.testing.assert_close(statistics["standard_deviation"], square.sqrt(), atol=1e-3, rtol=1e-3)
+
+
+def test_processes_share_the_shards(images: Path, autoencoder: Path, latents: Path, tmp_path: Path) -> None:
+    """Each is written by one of them, and they are those that a single process writes, to the byte."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lamamba"]
+    options = ["--image-size", "16", "--images-per-shard", "4", "--batch-size", "3", "--device", "cpu"]
+    paths = ["--data", str(images), "--vae", str(autoencoder), "--out", str(tmp_path / "two")]
+    done = subprocess.run([*command, "encode", *paths, *options], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("train with --data") == 1
+    for path in sorted(latents.glob("shard-*")):
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+    assert (tmp_path / "two" / "latents.json").read_text() == (latents / "latents.json").read_text()
+
+
+def test_encoding_goes_on_where_it_was_interrupted(
+    images: Path,
+    autoencoder: Path,
+    latents: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encode_batch, calls = lamamba.encode._encode_batch, []
+
+    def fail_at_third(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode_batch(*arguments)
+
+    monkeypatch.setattr(lamamba.encode, "_encode_batch", fail_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        encoded(images, autoencoder, tmp_path / "latents")
+    assert [path.name for path in (tmp_path / "latents").glob("shard-*")] == ["shard-00000.safetensors"]
+    with pytest.raises(DataError, match="is not encoded to its end: run the same lamamba encode again"):
+        LatentSource(tmp_path / "latents")
+    encoded(images, autoencoder, tmp_path / "latents")
+    assert len(calls) == 4  # the last shard's batch; not those of the first
+    for path in latents.glob("shard-*"):
+        assert path.read_bytes() == (tmp_path / "latents" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mirrored": False}, "mirrored was True, now False"),
+        ({"image_size": 8}, "image_size was 16, now 8; shape was"),
+        ({"images_per_shard": 3}, "images_per_shard was 4, now 3"),
+    ],
+)
+def test_other_options_do_not_mix(
+    images: Path,
+    autoencoder: Path,
+    latents: Path,
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(DataError, match=message):
+        encoded(images, autoencoder, latents, **options)
+
+
+def test_another_autoencoder_does_not_mix(images: Path, latents: Path, tmp_path: Path) -> None:
+    other = write_autoencoder(tmp_path / "other")
+    weights = other / "diffusion_pytorch_model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    with pytest.raises(DataError, match="the autoencoder has other weights"):
+        encoded(images, other, latents)
+    with pytest.raises(SystemExit):
+        main(["train", "--data", str(latents), "--vae", str(other), "--out", str(tmp_path / "run"), *TINY])
+
+
+@pytest.mark.parametrize("fault", ["flipped bit", "truncated"])
+def test_a_damaged_shard_is_named(latents: Path, tmp_path: Path, fault: str) -> None:
+    shutil.copytree(latents, tmp_path / "latents")
+    shard = tmp_path / "latents" / "shard-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    if fault == "truncated":
+        content = content[:-100]
+    else:  # in the last moments; behind them lie checksums and labels, of 8 bytes each
+        values = load_file(shard)["moments"].numpy()[-1, -1].tobytes()
+        content[content.rindex(values) + 3] ^= 4
+    shard.write_bytes(content)
+    source = LatentSource(tmp_path / "latents")
+    source.gather(np.arange(4), AS_THEY_ARE[:4])
+    with pytest.raises(DataError, match=r"shard-00001\.safetensors is damaged .*run the same lamamba encode again"):
+        source.gather(np.array([5]), np.ones(1, dtype=bool))
+
+
+def test_a_missing_shard_is_named(latents: Path, tmp_path: Path) -> None:
+    shutil.copytree(latents, tmp_path / "latents")
+    (tmp_path / "latents" / "shard-00000.safetensors").unlink()
+    with pytest.raises(DataError, match=r"shard-00000\.safetensors is missing"):
+        LatentSource(tmp_path / "latents")
+
+
+def test_workers_read_the_same(latents: Path) -> None:
+    source = LatentSource(latents)
+    options: dict[str, Any] = {"batch_size": 4, "seed": 3, "horizontal_flip": True}
+    alone, shared = batches(source, **options), batches(source, num_workers=2, **options)
+    for _ in range(4):
+        for a, b in zip(next(alone), next(shared), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_training_on_them_is_training_on_the_images(
+    images: Path,
+    autoencoder: Path,
+    latents: Path,
+    tmp_path: Path,
+) -> None:
+    """The same images, flips and noise: losses differ by the rounding of the moments."""
+    options = [*TINY, "--horizontal-flip", "--num-images", "8", "--log-every", "2"]
+    main(["train", "--data", str(latents), "--out", str(tmp_path / "latents"), *options])
+    pixels = ["--data", str(images), "--image-size", "16", "--vae", str(autoencoder)]
+    main(["train", *pixels, "--out", str(tmp_path / "images"), *options])
+    curves = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("latents", "images")
+    ]
+    assert len(curves[0]) == 4
+    np.testing.assert_allclose(*curves, rtol=2e-3)
+    main(["train", "--resume", "--out", str(tmp_path / "latents"), "--num-images", "10", "--device", "cpu"])
+    main(["sample", str(tmp_path / "latents"), "--steps", "1", "--out", str(tmp_path / "grid.png"), "--device", "cpu"])
+    assert (tmp_path / "grid.png").is_file()
+
+
+def test_what_does_not_fit_is_said(images: Path, autoencoder: Path, latents: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds latents already"):
+        encoded(latents, autoencoder, tmp_path / "out")
+    with pytest.raises(ConfigError, match="image_size 8 is not that of"):
+        open_source(str(latents), image_size=8)
+    plain = encoded(images, autoencoder, tmp_path / "plain", mirrored=False)
+    with pytest.raises(SystemExit):
+        main(["train", "--data", str(plain), "--out", str(tmp_path / "run"), "--horizontal-flip", *TINY])
