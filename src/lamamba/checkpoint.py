@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lamamba import __version__
-from lamamba.config import PRESETS, Objective, nearest
+from lamamba.config import PRESETS, NetworkConfig, Objective, nearest
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import TEMPORARY, checksum, flush, written_whole
 from lamamba.model import LaMambaDiff
@@ -213,6 +213,16 @@ def _read_record(checkpoint: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is no checkpoint of lamamba ({type(error).__name__}: {error})") from error
     return record
+
+
+def read_network_config(folder: Path) -> NetworkConfig:
+    """Read what options a network folder's network was built with; raises CheckpointError."""
+    try:
+        content = json.loads((folder / "config.json").read_text())
+        options = {name: content[name] for name in NetworkConfig.__dataclass_fields__ if name in content}
+        return NetworkConfig(**{**options, "depths": tuple(options["depths"])})
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{folder} holds no network of lamamba ({type(error).__name__}: {error})") from error
 
 
 def load_network(folder: Path) -> LaMambaDiff:

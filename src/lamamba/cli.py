@@ -10,12 +10,21 @@ from contextlib import redirect_stderr
 from dataclasses import fields, replace
 from itertools import dropwhile, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tyro
 
 from lamamba import __version__
-from lamamba.config import EncodeConfig, InfoConfig, NetworkConfig, SampleConfig, TrainConfig, nearest, preset
+from lamamba.config import (
+    EncodeConfig,
+    InfoConfig,
+    NetworkConfig,
+    Objective,
+    SampleConfig,
+    TrainConfig,
+    nearest,
+    preset,
+)
 from lamamba.errors import ConfigError, LamambaError, SignalError
 
 _HELP = """\
@@ -25,6 +34,7 @@ Linear-time image diffusion: LaMamba-Diff (arXiv 2408.02615), to train, sample a
 
 commands:
   train    train a network on images       lamamba train --preset nano --data builtin --out runs/first
+  finetune train on from a checkpoint      lamamba finetune nano --data photos --image-size 32 --out runs/photos
   encode   images to latents, to train on  lamamba encode --data photos --vae vae --image-size 256 --out latents
   sample   sample images                   lamamba sample nano --labels 0,1,2 --out grid.png
   info     count parameters and multiply-adds, stage by stage      lamamba info xl-256
@@ -38,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": _train,
+        "finetune": _finetune,
         "encode": _encode,
         "sample": _sample,
         "info": _info,
@@ -96,6 +107,38 @@ def _train(arguments: list[str]) -> None:
     from lamamba.train import train
 
     train(config)
+
+
+def _finetune(arguments: list[str]) -> None:
+    """Train from a checkpoint, which comes first and decides the network's options."""
+    if not arguments or arguments[0].startswith("-"):
+        if arguments[:1] not in (["-h"], ["--help"]):
+            raise LamambaError("give a checkpoint first: lamamba finetune nano --data photos --out runs/photos")
+        print("lamamba finetune CHECKPOINT [OPTIONS]: a run, a checkpoint or a preset, and options of lamamba train\n")
+        _parse(TrainConfig, "train", arguments)
+    name, *others = arguments
+    out = _peek(others, "--out")
+    if out is not None and (Path(out) / "config.json").is_file():
+        _train(others)  # which says what there is, or resumes it
+        return
+    config = _parse(TrainConfig, "finetune CHECKPOINT", others, _finetune_defaults(name))
+    from lamamba.train import train
+
+    train(config)
+
+
+def _finetune_defaults(name: str) -> TrainConfig:
+    from lamamba.checkpoint import find_checkpoint, read_info, read_network_config
+
+    path = find_checkpoint(name)
+    whole = (path / "checkpoint.json").is_file()
+    network = read_network_config(path / "ema" if whole else path)
+    defaults = TrainConfig(out=tyro.MISSING, start_from=name, preset=f"of {name}", network=network)
+    if not whole:
+        return defaults
+    info = read_info(path)
+    objective = cast(Objective, info.objective)
+    return replace(defaults, objective=objective, vae=Path(info.vae) if info.vae else None)
 
 
 def _train_defaults(arguments: list[str]) -> Any:

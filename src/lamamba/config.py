@@ -176,6 +176,8 @@ class TrainConfig:
     """Run folder: checkpoints, samples, logs and the resolved configuration."""
     preset: str = "nano"
     """Size of the network: nano, or s, b, l or xl at -256 or -512."""
+    start_from: str | None = None
+    """A run, a checkpoint or a preset whose weights to begin with, as far as they fit; see lamamba finetune."""
     data: str = "builtin"
     """builtin (10,000 Fashion-MNIST images), fashion-mnist (60,000), a folder of images, one subfolder a class or flat,
     or what lamamba encode wrote."""
@@ -194,6 +196,8 @@ class TrainConfig:
     encoded with."""
     objective: Objective = "diffusion"
     """Noise prediction with learned variance, or flow matching."""
+    min_snr_gamma: float = 0.0
+    """Weigh timesteps by their signal-to-noise ratio, up to this one (min-SNR, 5 in the paper); 0 weighs all alike."""
     num_images: int = 100_000
     """Length of the training: images seen in all."""
     batch_size: int = 64
@@ -254,7 +258,15 @@ class TrainConfig:
             _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("log_every", "sample_every", "checkpoint_every"):
             _check(getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("max_grad_norm", "warmup_images", "weight_decay", "num_workers", "keep_checkpoints", "seed"):
+        for name in (
+            "max_grad_norm",
+            "min_snr_gamma",
+            "warmup_images",
+            "weight_decay",
+            "num_workers",
+            "keep_checkpoints",
+            "seed",
+        ):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _check(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
         _check(

@@ -45,6 +45,13 @@ class Diffusion:
         index = t.long()
         return schedule["sqrt_one_minus_alpha_bar"][index] / schedule["sqrt_alpha_bar"][index]
 
+    def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
+        """Weigh the error of the noise so that that of x_0 has the weight min(SNR, gamma): (b,) of (b,) timesteps.
+
+        Hang et al. 2023, arXiv 2303.09556, section 3.4.
+        """
+        return (gamma * self.sigma(t).square()).clamp(max=1)
+
     def losses(self, denoiser: Denoiser, x_0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Compute the hybrid loss (arXiv 2102.09672, eq. 16, with the weights of DiT).
 
@@ -149,6 +156,11 @@ class FlowMatching:
     def sigma(self, t: Tensor) -> Tensor:
         """Noise level of timesteps, as noise over signal: t / (1000 - t)."""
         return t / (NUM_TIMESTEPS - t)
+
+    def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
+        """Weigh the error of the velocity so that that of x_0 has the weight min(SNR, gamma), as `Diffusion` does."""
+        fraction = t / NUM_TIMESTEPS
+        return torch.minimum(1 - fraction, math.sqrt(gamma) * fraction).square()
 
     def losses(self, denoiser: Denoiser, x_0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Compute the squared error of the velocity (arXiv 2401.08740, eq. 8); arguments as `Diffusion.losses`.

@@ -89,6 +89,12 @@ class TrainingLog:
                 f"[yellow]left out {source.skipped} images that cannot be read:[/] {', '.join(source.bad_files)}"
             )
 
+    def note_start(self, name: str, notes: list[str]) -> None:
+        """Say which weights it starts from, and what of them is not simply copied."""
+        self._print(f"starts from the averaged weights of {name}")
+        for note in notes:
+            self._print(f"  {note}")
+
     def step(self, images: int, terms: dict[str, Tensor]) -> None:
         """Take in one step's loss terms, without waiting for the device."""
         skipped = terms["skipped"]  # a step whose terms are not finite

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lamamba.checkpoint import (
     CheckpointInfo,
     checkpoints_in,
+    load_checkpoint,
     load_network,
     load_training_state,
     locked,
@@ -31,6 +32,7 @@ from lamamba.data import NAMED_SOURCES, LatentSource, Source, batches, open_sour
 from lamamba.data.latent_files import are_latents
 from lamamba.diffusion import OBJECTIVES, draw_noise
 from lamamba.errors import CheckpointError, ConfigError, LamambaError, SignalError
+from lamamba.finetune import take_over
 from lamamba.latents import Latents, Space, identify, open_space
 from lamamba.log import SilentLog, TrainingLog
 from lamamba.model import LaMambaDiff
@@ -218,6 +220,9 @@ class Trainer:
         if self.captures:
             self.optimizer.zero_grad(set_to_none=True)
         losses = self.objective.losses(self._denoise, x_0, t, y, noise)
+        if self.config.min_snr_gamma:
+            weight = self.objective.min_snr_weight(t, self.config.min_snr_gamma)
+            losses["loss"] = losses["loss"] + (weight - 1) * losses["mse"]
         (losses["loss"].mean() / self.config.accumulate).backward()
         means = {name: loss.detach().mean() for name, loss in losses.items()}
         for quarter in range(4):  # of the timesteps, 0 to 1000; the loss is that of a quarter over its share
@@ -276,6 +281,26 @@ class Trainer:
             raise CheckpointError(f"{checkpoint} misses the optimizer's {error}: resume from another one") from error
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.images, self.step = info.images, info.step
+
+    def begin_with(self, name: str) -> list[str]:
+        """Take over the averaged weights of a run, a checkpoint or a preset, as far as they fit.
+
+        Returns:
+            A line for everything that is not simply copied.
+
+        Raises:
+            CheckpointError: nothing loadable is there, or it was trained for another objective.
+        """
+        loaded = load_checkpoint(name)
+        if loaded.info.objective != self.config.objective:
+            raise CheckpointError(
+                f"{name} was trained with the objective {loaded.info.objective}: give objective {loaded.info.objective}"
+            )
+        notes = take_over(
+            self.network, loaded.network.to(self.device), self.source.class_names, loaded.info.class_names
+        )
+        self.average.load_state_dict(self.network.state_dict())
+        return notes
 
     def draw_samples(self, columns: int = 10) -> Any:
         """Sample a grid from the averaged weights, the same seeds every time."""
@@ -412,8 +437,11 @@ def _train(config: TrainConfig, source: Source, space: Space, device: torch.devi
     if saved:
         check_resumable(config)
     trainer = Trainer(config, source, space, device, processes)
+    notes: list[str] = []
     if saved:
         trainer.restore(newest_whole(saved) if config.fall_back else saved[-1])
+    elif config.start_from is not None:
+        notes = trainer.begin_with(config.start_from)
     processes.wait()  # until all have looked at the folder
     with SignalsNoted() as signals:
         if not processes.is_first:
@@ -424,6 +452,8 @@ def _train(config: TrainConfig, source: Source, space: Space, device: torch.devi
                 write_json(config.out / "config.json", plain(config))
                 with TrainingLog(config, trainer.images, device) as log:
                     log.introduce(source, trainer.network, processes.number)
+                    if config.start_from is not None and not saved:
+                        log.note_start(config.start_from, notes)
                     _run(trainer, log, signals)
         except OSError as error:
             raise CheckpointError(f"run folder {config.out} could not be written ({error}): free some space") from error

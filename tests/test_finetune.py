@@ -1,0 +1,166 @@
+"""Training on from other weights: what fits is taken over, what does not is named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lamamba.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
+from lamamba.cli import main
+from lamamba.diffusion import OBJECTIVES
+from lamamba.errors import CheckpointError
+from lamamba.finetune import take_over
+from lamamba.model import LaMambaDiff
+
+OPTIONS: dict[str, Any] = {
+    "in_channels": 1, "sample_size": 8, "num_classes": 3, "embed_dim": 8, "num_heads": 2, "depths": (1, 1, 1, 1),
+    "bottleneck_depth": 1,
+}  # fmt: skip
+RUN = ["--num-images", "4", "--batch-size", "2", "--device", "cpu", "--sample-steps", "1"]
+
+
+def build(seed: int, **options: Any) -> LaMambaDiff:
+    torch.manual_seed(seed)
+    return LaMambaDiff(**{**OPTIONS, **options})
+
+
+def write_images(folder: Path, classes: tuple[str, ...], size: int) -> Path:
+    for index, name in enumerate(classes * 2):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(index).integers(0, 256, (size, size), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    info = CheckpointInfo(100, 10, "diffusion", ("cat", "dog", "owl"))
+    return save_checkpoint(tmp_path / "before", info, {"network": build(0), "ema": build(1)}, {"none": torch.zeros(1)})
+
+
+def test_classes_are_told_apart_by_name() -> None:
+    before, after = build(0), build(1, num_classes=4)
+    notes = take_over(after, before, ("ant", "cat", "dog", "eel"), ("dog", "cat", "owl"))
+    assert notes == ["2 of 4 classes are new and begin as no label: ant, eel"]
+    table = before.label_embedding.weight
+    assert torch.equal(after.label_embedding.weight, table[[3, 1, 0, 3, 3]])
+    for name, value in before.named_parameters():
+        if name != "label_embedding.weight":
+            assert torch.equal(value, after.get_parameter(name))
+
+
+def test_the_same_classes_are_copied_without_a_word() -> None:
+    before, after = build(0), build(1)
+    assert take_over(after, before, (), ("a", "b", "c")) == []
+    assert torch.equal(after.label_embedding.weight, before.label_embedding.weight)
+
+
+def test_another_resolution_predicts_what_the_network_did_there() -> None:
+    before, after = build(0), build(1, sample_size=12)
+    assert take_over(after, before, (), ()) == ["the position embedding is resized from 8x8 to 12x12"]
+    torch.nn.init.normal_(before.head.output.weight)
+    after.head.load_state_dict(before.head.state_dict())
+    x, t, y = torch.randn(2, 1, 12, 12), torch.tensor([3, 700]), torch.tensor([0, 2])
+    torch.testing.assert_close(after(x, t, y), before(x, t, y))
+
+
+def test_what_does_not_fit_is_named() -> None:
+    after = build(1, in_channels=3, ssm_conv_bias=True)
+    notes = take_over(after, build(0), (), ())
+    assert len(notes) == 1
+    assert "weights do not fit and begin anew: " in notes[0]
+    for name in ("patch_projection.weight", "head.output.weight", "encoder.0.0.ssm.convolution.bias"):
+        assert name in notes[0]
+    assert take_over(build(1), build(0, ssm_conv_bias=True), (), ())[0].startswith("13 weights have no place here: ")
+    with pytest.raises(CheckpointError, match=r"only [\d,]+ of [\d,]+ parameters fit"):
+        take_over(build(1, embed_dim=16), build(0), (), ())
+
+
+def test_a_run_starts_from_the_averaged_weights(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = write_images(tmp_path / "images", ("bat", "cat"), size=12)
+    data = ["--data", str(images), "--image-size", "12", "--channels", "1", "--out", str(tmp_path / "run")]
+    main(["finetune", str(checkpoint), *data, *RUN, "--learning-rate", "1e-9", "--ema-decay", "0"])
+    said = capsys.readouterr().out
+    assert f"starts from the averaged weights of {checkpoint}" in said
+    assert "1 of 2 classes are new and begin as no label: bat" in said
+    assert "the position embedding is resized from 8x8 to 12x12" in said
+    before, after = load_checkpoint(checkpoint), load_checkpoint(tmp_path / "run")
+    assert after.info.class_names == ("bat", "cat")
+    assert (after.network.config.sample_size, after.network.config.num_classes) == (12, 2)
+    weight = "encoder.0.0.mlp.linear_1.weight"
+    torch.testing.assert_close(after.network.get_parameter(weight), before.network.get_parameter(weight))
+    # What was begun is resumed, and not begun again.
+    main(
+        [
+            "finetune",
+            str(checkpoint),
+            "--out",
+            str(tmp_path / "run"),
+            "--resume",
+            "--num-images",
+            "6",
+            "--device",
+            "cpu",
+        ]
+    )
+    assert "starts from" not in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "run").info.images == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give a checkpoint first"),
+        (["--out", "run"], "give a checkpoint first"),
+        (["nanoo", "--out", "run"], "did you mean nano"),
+        (["nano", "--out", "run", "--objective", "flow", *RUN], "was trained with the objective diffusion"),
+    ],
+)
+def test_faults_are_said(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["finetune", *arguments])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["diffusion", "flow"])
+def test_min_snr_weights_the_error_of_x_0(name: str) -> None:
+    """For a denoiser that is off by a known amount, the loss is min(SNR, 5) times the squared error of x_0."""
+    objective = OBJECTIVES[name]
+    t = torch.tensor([1, 50, 400, 900]) if name == "diffusion" else torch.tensor([1.0, 100.0, 400.0, 900.0])
+    torch.manual_seed(0)
+    x_0, noise, error = torch.randn(3, 4, 1, 8, 8).double()
+
+    def denoiser(x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        prediction = (noise if name == "diffusion" else noise - x_0) + error
+        return torch.cat([prediction, torch.zeros_like(prediction)], dim=1)
+
+    mse = objective.losses(denoiser, x_0, t, torch.zeros(4), noise)["mse"]
+    sigma = objective.sigma(t).double()
+    # x_0 = (x_t - sigma' noise) / signal: off by sigma times the error, of the velocity by t / 1000 times it.
+    of_x_0 = error.square().mean((1, 2, 3)) * (sigma if name == "diffusion" else t / 1000).square()
+    wanted = (1 / sigma**2).clamp(max=5) * of_x_0
+    torch.testing.assert_close(objective.min_snr_weight(t, 5.0).double() * mse, wanted, rtol=1e-4, atol=0)
+
+
+def test_min_snr_is_an_option_of_training(tmp_path: Path) -> None:
+    losses = []
+    for gamma in ("0", "5"):
+        run = tmp_path / gamma
+        tiny = ["--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"]
+        main(["train", "--data", "builtin", "--out", str(run), *tiny, *RUN, "--min-snr-gamma", gamma])
+        losses.append(json.loads((run / "log.jsonl").read_text().splitlines()[0]))
+    assert losses[0]["mse"] == losses[1]["mse"]
+    assert losses[0]["loss"] > losses[1]["loss"]
