@@ -307,10 +307,16 @@ def shipped_presets() -> list[str]:
 def export(checkpoint: Path, folder: Path) -> None:
     """Write a checkpoint's averaged weights alone, in float16, in the layout of a checkpoint."""
     loaded = load_checkpoint(checkpoint)
-    _save_network(loaded.network, folder / "ema")
-    weights = folder / "ema" / "diffusion_pytorch_model.safetensors"
-    save_file({name: value.to(torch.float16) for name, value in load_file(weights).items()}, weights)
-    _write_info(folder, loaded.info)
+    write_weights(folder, loaded.network.half(), loaded.info)
+
+
+def write_weights(folder: Path, network: LaMambaDiff, info: CheckpointInfo) -> None:
+    """Write weights alone in the layout of a checkpoint, as averaged ones; raises CheckpointError."""
+    try:
+        _save_network(network, folder / "ema")
+        _write_info(folder, info)
+    except _WRITE_ERRORS as error:
+        raise CheckpointError(f"{folder} could not be written ({error}): free some space") from error
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -16,10 +16,12 @@ import tyro
 
 from lamamba import __version__
 from lamamba.config import (
+    AverageConfig,
     EncodeConfig,
     InfoConfig,
     NetworkConfig,
     Objective,
+    PrepareConfig,
     SampleConfig,
     TrainConfig,
     nearest,
@@ -36,6 +38,8 @@ commands:
   train    train a network on images       lamamba train --preset nano --data builtin --out runs/first
   finetune train on from a checkpoint      lamamba finetune nano --data photos --image-size 32 --out runs/photos
   encode   images to latents, to train on  lamamba encode --data photos --vae vae --image-size 256 --out latents
+  prepare  ImageNet's files to folders     lamamba prepare imagenet --train ILSVRC2012_img_train.tar --out imagenet
+  average  weights averaged over any span  lamamba average runs/first --sigma-rel 0.07 --out averaged
   sample   sample images                   lamamba sample nano --labels 0,1,2 --out grid.png
   info     count parameters and multiply-adds, stage by stage      lamamba info xl-256
 
@@ -51,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "finetune": _finetune,
         "encode": _encode,
         "sample": _sample,
+        "prepare": _prepare,
+        "average": _average,
         "info": _info,
     }
     try:
@@ -168,6 +174,7 @@ def read_train_config(path: Path) -> TrainConfig:
         network = NetworkConfig(**content.pop("network"))
         for name in ("out", "data_folder", "vae"):
             content[name] = None if content[name] is None else Path(content[name])
+        content["power_averages"] = tuple(content.get("power_averages", ()))
         content.update(resume=False, fall_back=False, dry_run=False)  # of this command, not of the run
         known = {field.name for field in fields(TrainConfig)}
         return TrainConfig(**{name: value for name, value in content.items() if name in known}, network=network)
@@ -180,6 +187,23 @@ def _encode(arguments: list[str]) -> None:
     from lamamba.encode import encode
 
     encode(config)
+
+
+def _prepare(arguments: list[str]) -> None:
+    config = _parse(PrepareConfig, "prepare", arguments)
+    from lamamba.data.imagenet import prepare_imagenet
+
+    counts = prepare_imagenet(config.out, train=config.train, validation=config.validation, devkit=config.devkit)
+    for split, count in counts.items():
+        present = f", {count.num_present:,} were there" if count.num_present else ""
+        print(f"{config.out / split}: {count.num_classes:,} classes, {count.num_extracted:,} images extracted{present}")
+
+
+def _average(arguments: list[str]) -> None:
+    config = _parse(AverageConfig, "average", arguments)
+    from lamamba.averages import average
+
+    average(config)
 
 
 def _sample(arguments: list[str]) -> None:

@@ -179,8 +179,8 @@ class TrainConfig:
     start_from: str | None = None
     """A run, a checkpoint or a preset whose weights to begin with, as far as they fit; see lamamba finetune."""
     data: str = "builtin"
-    """builtin (10,000 Fashion-MNIST images), fashion-mnist (60,000), a folder of images, one subfolder a class or flat,
-    or what lamamba encode wrote."""
+    """builtin (10,000 Fashion-MNIST images), fashion-mnist (60,000), or a folder: of images, one subfolder a class or
+    flat, or of latents, by lamamba encode."""
     data_folder: Path | None = None
     """Where the files of fashion-mnist are; else Debian's package, else the Hugging Face hub."""
     image_size: int | None = None
@@ -218,6 +218,10 @@ class TrainConfig:
     """Steps are left out whose gradient is not finite; after so many in a row the run stops."""
     ema_decay: float = 0.9999
     """Of the averaged weights, per step; starts lower, so that short runs average too."""
+    power_averages: tuple[float, ...] = ()
+    """Keep snapshots of averages of these relative lengths; say 0.05 0.1, of which lamamba average makes any other."""
+    snapshot_every: int | None = None
+    """Images between two of these snapshots; the default is a 20th of the run."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """Of the network's arithmetic; auto is bf16 on GPUs that have it. Weights are always float32."""
     cuda_graph: bool = True
@@ -256,7 +260,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("num_images", "batch_size", "accumulate", "max_skipped_steps", "sample_steps"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("log_every", "sample_every", "checkpoint_every"):
+        for name in ("log_every", "sample_every", "checkpoint_every", "snapshot_every"):
             _check(getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in (
             "max_grad_norm",
@@ -273,6 +277,9 @@ class TrainConfig:
             self.decay == "none" or self.warmup_images < self.num_images, "warmup_images", self.warmup_images,
             f"less than num_images {self.num_images}, where the learning rate decays",
         )  # fmt: skip
+        for length in self.power_averages:
+            fits = 0 < length <= 0.288 and round(length, 3) == length
+            _check(fits, "power_averages", length, "from 0.001 to 0.288, with three decimals")
         _check(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "from 0 to less than 1")
         _check(
             self.batch_size % self.accumulate == 0, "accumulate", self.accumulate,
@@ -351,6 +358,36 @@ class SampleConfig:
         _check(self.seed >= 0, "seed", self.seed, "0 or more")
         low, high = self.guidance_interval or (0.0, 0.0)
         _check(low <= high, "guidance_interval", self.guidance_interval, "two noise levels, the lower first")
+
+
+@dataclass(frozen=True)
+class AverageConfig:
+    """Make an average of the weights of any length from a run's snapshots (train --power-averages)."""
+
+    run: tyro.conf.Positional[Path]
+    """The run folder; the run may still go on."""
+    sigma_rel: float
+    """Standard deviation of the average's profile over the training up to there, such as 0.07."""
+    out: Path
+    """Folder for the weights, for lamamba sample."""
+    images: int | None = None
+    """Images seen at one of the snapshots; the default is the newest."""
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Extract the official ImageNet files to folders that can be trained on; run again, it goes on."""
+
+    dataset: tyro.conf.Positional[Literal["imagenet"]]
+    """What the files are."""
+    out: Path
+    """Folder for train/ and validation/, with a folder for each class."""
+    train: Path | None = None
+    """ILSVRC2012_img_train.tar."""
+    validation: Path | None = None
+    """ILSVRC2012_img_val.tar."""
+    devkit: Path | None = None
+    """ILSVRC2012_devkit_t12.tar.gz, which knows the classes of the validation images."""
 
 
 @dataclass(frozen=True)

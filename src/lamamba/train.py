@@ -14,6 +14,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lamamba.averages import PowerAverages, save_snapshot
 from lamamba.checkpoint import (
     CheckpointInfo,
     checkpoints_in,
@@ -104,6 +105,7 @@ class Trainer:
             self.network = LaMambaDiff(**vars(config.network)).to(device)
             self.average = LaMambaDiff(**vars(config.network)).to(device).eval().requires_grad_(False)
         self.average.load_state_dict(self.network.state_dict())
+        self.power_averages = PowerAverages(self.network, config.power_averages) if config.power_averages else None
         self.generator = torch.Generator(device).manual_seed(config.seed)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
@@ -241,6 +243,8 @@ class Trainer:
         # Early on the decay grows with the step, so that the average forgets the initialisation in short runs too.
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), 1 - decay)
+        if self.power_averages:
+            self.power_averages.update(self.network, self.step)
 
     def info(self) -> CheckpointInfo:
         """Describe the run as it stands."""
@@ -253,6 +257,8 @@ class Trainer:
         for name, parameter in self.network.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+        if self.power_averages:
+            state |= {f"power.{name}": value for name, value in self.power_averages.state_dict().items()}
         networks = {"network": self.network, "ema": self.average}
         return save_checkpoint(self.config.out, self.info(), networks, state, self.config.keep_checkpoints)
 
@@ -280,6 +286,11 @@ class Trainer:
         except KeyError as error:
             raise CheckpointError(f"{checkpoint} misses the optimizer's {error}: resume from another one") from error
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        if self.power_averages:
+            averages = {name: value for name, value in saved.items() if name.startswith("power.")}
+            self.power_averages.load_state_dict(
+                {name.removeprefix("power."): value for name, value in averages.items()}
+            )
         self.images, self.step = info.images, info.step
 
     def begin_with(self, name: str) -> list[str]:
@@ -372,6 +383,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Source, Space, torch.devi
         log_every=every(config.log_every, 100),
         sample_every=every(config.sample_every, 10),
         checkpoint_every=every(config.checkpoint_every, 10),
+        snapshot_every=every(config.snapshot_every, 20),
     )
     return resolved, source, space, device
 
@@ -380,7 +392,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Source, Space, torch.devi
 _FREE_TO_CHANGE = {
     "out", "num_images", "device", "cuda_graph", "compile", "num_workers", "resume", "fall_back", "dry_run",
     "data_folder", "keep_checkpoints", "max_skipped_steps",
-    "log_every", "sample_every", "checkpoint_every", "sample_steps", "sample_guidance",
+    "log_every", "sample_every", "checkpoint_every", "snapshot_every", "sample_steps", "sample_guidance",
 }  # fmt: skip
 
 
@@ -471,6 +483,7 @@ def _run(trainer: Trainer, log: TrainingLog | SilentLog, signals: SignalsNoted) 
     assert config.log_every is not None
     assert config.sample_every is not None
     assert config.checkpoint_every is not None
+    assert config.snapshot_every is not None
     reader = trainer.batches() if trainer.images < config.num_images else iter(())
     before = trainer.images
     prepares = trainer.device.type == "cuda" or config.compile
@@ -498,6 +511,9 @@ def _run(trainer: Trainer, log: TrainingLog | SilentLog, signals: SignalsNoted) 
         if due(config.sample_every) and is_first:
             with log.pause("sample"):
                 log.save_samples(trainer.draw_samples(), trainer.images)
+        if trainer.power_averages and due(config.snapshot_every) and is_first:
+            with log.pause("save"):
+                save_snapshot(config.out, trainer.power_averages, trainer.step, trainer.images)
         signal_number = trainer.processes.largest(signals.number)
         if due(config.checkpoint_every) or signal_number:
             if not all(bool(parameter.isfinite().all()) for parameter in trainer.network.parameters()):

@@ -9,6 +9,7 @@ A source is the built-in set, Fashion-MNIST, or a folder of images: one subfolde
     fashion_mnist.py  the shipped images, the idx files, the hub
     sources.py        what a source is; images in memory, files in a folder
     latent_files.py   latents that were encoded before
+    imagenet.py       the official ImageNet files -> folders
     decoding.py       a file -> pixels of one size; uint8 <-> float
     order.py          which image is read when; batches
 """
