@@ -24,6 +24,7 @@ from lamamba.config import (
     PrepareConfig,
     SampleConfig,
     TrainConfig,
+    WatchConfig,
     nearest,
     preset,
 )
@@ -40,6 +41,7 @@ commands:
   encode   images to latents, to train on  lamamba encode --data photos --vae vae --image-size 256 --out latents
   prepare  ImageNet's files to folders     lamamba prepare imagenet --train ILSVRC2012_img_train.tar --out imagenet
   average  weights averaged over any span  lamamba average runs/first --sigma-rel 0.07 --out averaged
+  watch    follow a run                    lamamba watch runs/first
   sample   sample images                   lamamba sample nano --labels 0,1,2 --out grid.png
   info     count parameters and multiply-adds, stage by stage      lamamba info xl-256
 
@@ -57,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "sample": _sample,
         "prepare": _prepare,
         "average": _average,
+        "watch": _watch,
         "info": _info,
     }
     try:
@@ -204,6 +207,13 @@ def _average(arguments: list[str]) -> None:
     from lamamba.averages import average
 
     average(config)
+
+
+def _watch(arguments: list[str]) -> None:
+    config = _parse(WatchConfig, "watch", arguments)
+    from lamamba.watch import watch
+
+    watch(config)
 
 
 def _sample(arguments: list[str]) -> None:

@@ -236,6 +236,10 @@ class TrainConfig:
     """cpu, cuda, cuda:1, mps; auto takes the best there is."""
     num_workers: int = 0
     """Processes that read and decode the images of a folder."""
+    tracker: Literal["none", "wandb", "trackio"] = "none"
+    """Log to Weights & Biases or trackio too, where that is installed; TensorBoard's files are always written."""
+    project: str = "lamamba"
+    """The tracker's project."""
     log_every: int | None = None
     """Images between two lines of the log; the default is a 100th of the run."""
     sample_every: int | None = None
@@ -358,6 +362,21 @@ class SampleConfig:
         _check(self.seed >= 0, "seed", self.seed, "0 or more")
         low, high = self.guidance_interval or (0.0, 0.0)
         _check(low <= high, "guidance_interval", self.guidance_interval, "two noise levels, the lower first")
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """Follow a run: its loss, speed and last checkpoint."""
+
+    run: tyro.conf.Positional[Path]
+    """The run folder."""
+    every: float = 2.0
+    """Seconds between two looks at it."""
+    once: bool = False
+    """Show it once and stop."""
+
+    def __post_init__(self) -> None:
+        _check(self.every > 0, "every", self.every, "more than 0")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 import lamamba.ops.selective_scan
 import lamamba.ops.window_attention  # noqa: F401 - both register operations counted below
 from lamamba.checkpoint import find_checkpoint, load_checkpoint
-from lamamba.config import PRESETS, InfoConfig
+from lamamba.config import PRESETS, InfoConfig, NetworkConfig
 from lamamba.errors import ConfigError
 from lamamba.model import Block, LaMambaDiff
 from lamamba.ops.window_attention.geometry import Windows
@@ -94,6 +94,25 @@ def count(network: LaMambaDiff, height: int, width: int) -> dict[str, tuple[int,
     result["embeddings"] = (parameters + network.position_embedding.numel(), macs)
     result["all"] = (sum(p.numel() for p in network.parameters()), flops[""] // 2)
     return result
+
+
+def training_flops(config: NetworkConfig) -> float:
+    """Count the FLOPs of a training step for each image: three times those of a forward pass, two a multiply-add."""
+    with torch.device("meta"):
+        network = LaMambaDiff(**vars(config))
+    return 3.0 * 2 * count(network, config.sample_size, config.sample_size)["all"][1]
+
+
+# Dense bfloat16 TFLOP/s of NVIDIA's data sheets, by a part of the name that PyTorch gives; the first that fits.
+PEAK_TFLOPS = {
+    "B200": 2250.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "GH200": 989.0, "A100": 312.0,
+    "L40S": 362.0, "A10G": 70.0, "A10": 125.0, "L4": 121.0, "RTX 4090": 165.0, "RTX 3090": 71.0,
+}  # fmt: skip
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Look up what a GPU multiplies at most, in bfloat16; None where it is not known."""
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
 
 
 def _measure(network: LaMambaDiff, height: int, width: int) -> dict[str, int]:

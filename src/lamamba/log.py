@@ -1,10 +1,13 @@
-"""What a training run shows and records: progress, log.jsonl, TensorBoard, the loss curve and sample grids."""
+"""What a training run shows and records: progress, log.jsonl, TensorBoard and others, the loss curve, sample grids."""
 
 import json
+import secrets
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from lamamba.config import TrainConfig
+from lamamba.cost import peak_tflops, training_flops
 from lamamba.data import Source
+from lamamba.errors import ConfigError
 from lamamba.model import LaMambaDiff
 
 
@@ -36,6 +41,9 @@ class TrainingLog:
         self.records = self._read_earlier_records(images)
         self.file = self.path.open("a", buffering=1)
         self.board = SummaryWriter(str(config.out / "tensorboard"), purge_step=images or None)
+        self.tracker = _start_tracker(config)
+        self.tflop_per_image = 0.0
+        self.peak_tflops: float | None = None
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -60,6 +68,8 @@ class TrainingLog:
         self.progress.stop()
         self.file.close()
         self.board.close()
+        if self.tracker:
+            self.tracker.finish()
 
     def _read_earlier_records(self, images: int) -> list[dict[str, Any]]:
         """Keep what was logged up to the checkpoint that is resumed from; the rest is about to be done again."""
@@ -75,8 +85,11 @@ class TrainingLog:
         self.path.write_text("".join(json.dumps(record) + "\n" for record in records))
         return records
 
-    def introduce(self, source: Source, network: LaMambaDiff, num_processes: int = 1) -> None:
-        """Say what is trained on what."""
+    def introduce(self, source: Source, network: LaMambaDiff, num_processes: int = 1, uses_bf16: bool = False) -> None:
+        """Say what is trained on what; and find out how much there is to compute, and how much could be."""
+        self.tflop_per_image = training_flops(self.config.network) / 1e12
+        peak = peak_tflops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        self.peak_tflops = peak * num_processes if peak and uses_bf16 else None
         kind = "grey" if source.channels == 1 else "colour"
         classes = f"{source.num_classes} classes" if source.num_classes else "no classes"
         self._print(
@@ -135,6 +148,9 @@ class TrainingLog:
             "data_wait": self.waited_s / seconds,
             "seconds": time.perf_counter() - self.started,
         }
+        record["tflop_per_s"] = record["images_per_s"] * self.tflop_per_image
+        if self.peak_tflops:
+            record["mfu"] = record["tflop_per_s"] / self.peak_tflops
         if self.device.type == "cuda":
             record["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.file.write(json.dumps(record) + "\n")
@@ -142,6 +158,8 @@ class TrainingLog:
         for name, value in record.items():
             if name not in ("images", "step"):
                 self.board.add_scalar(f"train/{name}", value, images)
+        if self.tracker:
+            self.tracker.log({f"train/{name}": value for name, value in record.items()}, step=images)
         speed = f"{record['images_per_s']:,.0f}" if record["images_per_s"] >= 10 else f"{record['images_per_s']:.1f}"
         self.progress.update(self.task, loss=f"{means['loss']:.4f}", speed=speed)
         if skipped:
@@ -214,6 +232,31 @@ class TrainingLog:
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(self.config.out / "loss.png", dpi=120)
+
+
+def _start_tracker(config: TrainConfig) -> Any:
+    """Begin the run at a tracker, or go on with it; wandb and trackio share what is used here.
+
+    Raises:
+        ConfigError: the tracker is not installed.
+    """
+    if config.tracker == "none":
+        return None
+    try:
+        tracker = import_module(config.tracker)
+    except ImportError as error:
+        raise ConfigError(
+            f"tracker {config.tracker} is not installed ({error}): pip install {config.tracker}"
+        ) from error
+    options = json.loads(json.dumps(asdict(config), default=str))
+    run: dict[str, Any] = {"project": config.project, "name": config.out.resolve().name, "config": options}
+    if config.tracker == "wandb":  # which knows runs by an identity
+        identity = config.out / "wandb-id"
+        if not identity.is_file():
+            identity.write_text(secrets.token_hex(8))
+        run |= {"id": identity.read_text(), "dir": str(config.out)}
+    tracker.init(**run, resume="allow")
+    return tracker
 
 
 class SilentLog:

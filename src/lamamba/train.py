@@ -118,12 +118,12 @@ class Trainer:
             self.network.enable_gradient_checkpointing(
                 partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
             )
-        use_bf16 = config.precision == "bf16" or (
+        self.uses_bf16 = config.precision == "bf16" or (
             config.precision == "auto"
             and device.type == "cuda"
             and torch.cuda.is_bf16_supported(including_emulation=False)
         )
-        self.autocast = torch.autocast(device.type, torch.bfloat16) if use_bf16 else nullcontext()
+        self.autocast = torch.autocast(device.type, torch.bfloat16) if self.uses_bf16 else nullcontext()
         self.compiled: Any = torch.compile(self.network) if config.compile else self.network
         if processes.number > 1:
             self.compiled = DistributedDataParallel(self.compiled, gradient_as_bucket_view=True)
@@ -391,7 +391,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Source, Space, torch.devi
 # What may change from one part of a run to the next without changing what it computes up to there.
 _FREE_TO_CHANGE = {
     "out", "num_images", "device", "cuda_graph", "compile", "num_workers", "resume", "fall_back", "dry_run",
-    "data_folder", "keep_checkpoints", "max_skipped_steps",
+    "data_folder", "keep_checkpoints", "max_skipped_steps", "tracker", "project",
     "log_every", "sample_every", "checkpoint_every", "snapshot_every", "sample_steps", "sample_guidance",
 }  # fmt: skip
 
@@ -463,7 +463,7 @@ def _train(config: TrainConfig, source: Source, space: Space, device: torch.devi
             with locked(config.out):
                 write_json(config.out / "config.json", plain(config))
                 with TrainingLog(config, trainer.images, device) as log:
-                    log.introduce(source, trainer.network, processes.number)
+                    log.introduce(source, trainer.network, processes.number, trainer.uses_bf16)
                     if config.start_from is not None and not saved:
                         log.note_start(config.start_from, notes)
                     _run(trainer, log, signals)

@@ -1,0 +1,102 @@
+"""The command `lamamba watch`: follow a run from its folder, on this machine or wherever that is mounted."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from lamamba.checkpoint import checkpoints_in
+from lamamba.config import WatchConfig
+from lamamba.errors import CheckpointError
+
+BARS = "▁▂▃▄▅▆▇█"
+# What is shown, if the log has it: name, unit, and how.
+SHOWN = (
+    ("loss", "", ".4f"), ("mse", "", ".4f"), ("vb", "", ".4f"),
+    ("loss_q1", "timesteps 0 to 250", ".4f"), ("loss_q2", "250 to 500", ".4f"),
+    ("loss_q3", "500 to 750", ".4f"), ("loss_q4", "750 to 1000", ".4f"),
+    ("grad_norm", "", ".3f"), ("learning_rate", "", ".2e"), ("images_per_s", "images/s", ",.1f"),
+    ("data_wait", "of the time, for images", ".1%"), ("mfu", "of the GPU's peak", ".1%"),
+    ("peak_gib", "GiB", ".1f"), ("skipped_steps", "", "d"),
+)  # fmt: skip
+
+
+def watch(config: WatchConfig) -> None:
+    """Show a run's log until it ends or Ctrl-C; where the output is no terminal, or with `once`, show it once.
+
+    Raises:
+        CheckpointError: the folder holds no run.
+    """
+    console = Console()
+    if config.once or not console.is_terminal:
+        console.print(_picture(config.run, console.width)[0])
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            picture, ended = _picture(config.run, console.width)
+            live.update(picture, refresh=True)
+            if ended:
+                return
+            time.sleep(config.every)
+
+
+def _picture(run: Path, width: int) -> tuple[Group, bool]:
+    """Draw the run as it stands; also say whether it is at its end."""
+    records, total = _read(run)
+    if not records:
+        return Group(Text(f"{run}: nothing logged yet")), False
+    last = records[-1]
+    share, left = last["images"] / total, (total - last["images"]) / last["images_per_s"]
+    ended = last["images"] >= total
+    until = "done" if ended else f"{_duration(left)} left at this speed"
+    table = Table(box=None, show_header=False)
+    for name, unit, style in SHOWN:
+        if name in last:
+            table.add_row(name, format(last[name], style), Text(unit, style="dim"))
+    saved = checkpoints_in(run)
+    age = _duration(time.time() - (saved[-1] / "checkpoint.json").stat().st_mtime) if saved else ""
+    checkpoint = f"checkpoint of {int(saved[-1].name):,} images, {age} ago" if saved else "no checkpoint yet"
+    return Group(
+        Text(f"{run}: {last['images']:,} of {total:,} images, {share:.0%}, {until}", style="bold"),
+        Text(f"loss {_line([record['loss'] for record in records], width - 5)}"),
+        table,
+        Text(checkpoint, style="dim"),
+    ), ended
+
+
+def _read(run: Path) -> tuple[list[dict[str, Any]], int]:
+    try:
+        total = int(json.loads((run / "config.json").read_text())["num_images"])
+        lines = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").is_file() else []
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{run} holds no run of lamamba ({type(error).__name__}: {error})") from error
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue  # a line that is being written
+    return records, total
+
+
+def _line(values: list[float], width: int) -> str:
+    """Draw values as a line of bars, each the mean of its share of them."""
+    width = max(1, min(width, len(values)))
+    parts = [values[len(values) * i // width : len(values) * (i + 1) // width] for i in range(width)]
+    means = [sum(part) / len(part) for part in parts]
+    low, high = min(means), max(means)
+    return "".join(BARS[round((mean - low) / (high - low or 1) * (len(BARS) - 1))] for mean in means)
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
+    if days >= 2:
+        return f"{days:.1f} days"
+    if hours >= 2:
+        return f"{hours:.1f} hours"
+    return f"{minutes:.0f} minutes" if minutes >= 2 else f"{seconds:.0f} seconds"

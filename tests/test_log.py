@@ -1,0 +1,147 @@
+"""What is known of a run beside its weights: the log, trackers, and who watches it."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from lamamba import watch as watching
+from lamamba.cli import main
+from lamamba.config import NetworkConfig, preset
+from lamamba.cost import peak_tflops, training_flops
+from lamamba.watch import _duration, _line
+
+TINY = [
+    *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
+    *("--data", "builtin", "--batch-size", "2", "--device", "cpu", "--sample-steps", "1", "--log-every", "2"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "first"
+    main(["train", "--out", str(out), "--num-images", "6", *TINY])
+    return out
+
+
+def test_training_counts_three_forward_passes() -> None:
+    """XL at 256 px takes 45.7 G multiply-adds forwards with a single state, as `lamamba info` says."""
+    flops = training_flops(preset("xl-256"))
+    assert flops == pytest.approx(6 * 45.72e9, rel=0.001)
+    assert training_flops(preset("xl-512")) == pytest.approx(4 * flops, rel=0.01)
+
+
+def test_the_log_says_how_much_is_computed(run: Path) -> None:
+    content = json.loads((run / "config.json").read_text())["network"]
+    network = NetworkConfig(**{**content, "depths": tuple(content["depths"])})
+    for line in (run / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        assert record["tflop_per_s"] == pytest.approx(record["images_per_s"] * training_flops(network) / 1e12)
+        assert "mfu" not in record  # of a processor whose peak nobody knows
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA A10G", 70.0),
+        ("Tesla V100", None),
+    ],
+)
+def test_peaks_are_found_by_name(name: str, peak: float | None) -> None:
+    assert peak_tflops(name) == peak
+
+
+class FakeTracker(SimpleNamespace):
+    """Keeps what it is told, like wandb and trackio."""
+
+    def __init__(self) -> None:
+        super().__init__(begun=[], logged=[], finished=0)
+
+    def init(self, project: str, name: str, config: dict[str, Any], resume: str, **others: str) -> None:
+        assert resume == "allow"
+        self.begun.append({"project": project, "name": name, "config": config, **others})
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_trackers_are_told_what_the_log_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = FakeTracker()
+    monkeypatch.setitem(sys.modules, name, tracker)
+    out = tmp_path / "tracked"
+    main(["train", "--out", str(out), "--num-images", "4", "--tracker", name, "--project", "clothes", *TINY])
+    main(["train", "--out", str(out), "--num-images", "6", "--resume"])
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [step for step, _ in tracker.logged] == [2, 4, 6]
+    for (_, values), record in zip(tracker.logged, records, strict=True):
+        assert values == {f"train/{key}": value for key, value in record.items()}
+    first, second = tracker.begun
+    assert (first["project"], first["name"]) == ("clothes", "tracked")
+    assert first["config"]["network"]["embed_dim"] == 8
+    assert first.get("id") == second.get("id")
+    assert ("id" in first) == (name == "wandb")
+    assert tracker.finished == 2
+
+
+def test_a_tracker_that_is_not_there_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit):
+        main(["train", "--out", str(tmp_path / "run"), "--num-images", "4", "--tracker", "wandb", *TINY])
+    assert "wandb is not installed" in capsys.readouterr().err
+
+
+def test_a_run_is_shown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["watch", str(run)])  # once, where the output is no terminal
+    shown = capsys.readouterr().out
+    last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    for part in ("6 of 6 images, 100%, done", f"{last['loss']:.4f}", "images/s", "checkpoint of 6 images"):
+        assert part in shown
+    assert "mfu" not in shown
+
+
+def test_watching_ends_with_the_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    followed = tmp_path / "followed"
+    followed.mkdir()
+    (followed / "config.json").write_text((run / "config.json").read_text())
+    lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    states = ["", lines[0], lines[0] + lines[1][:20], "".join(lines)]
+    looks: list[float] = []
+
+    def look(seconds: float) -> None:
+        looks.append(seconds)
+        (followed / "log.jsonl").write_text(states[len(looks)])
+
+    monkeypatch.setattr(watching.time, "sleep", look)
+    monkeypatch.setattr(watching, "Console", lambda: Console(force_terminal=True, width=80))
+    main(["watch", str(followed), "--every", "0.5"])
+    assert looks == [0.5, 0.5, 0.5]
+
+
+def test_a_folder_without_a_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["watch", str(tmp_path)])
+    assert "holds no run of lamamba" in capsys.readouterr().err
+
+
+def test_a_curve_fits_its_line() -> None:
+    assert _line([1.0, 2.0, 3.0], 80) == "▁▅█"
+    assert _line([4.0] * 5, 3) == "▁▁▁"
+    assert len(_line([float(value) for value in range(1000)], 40)) == 40
+    assert [_duration(seconds) for seconds in (5, 300, 9000, 500_000)] == [
+        "5 seconds", "5 minutes", "2.5 hours", "5.8 days",
+    ]  # fmt: skip
