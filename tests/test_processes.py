@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import torch
 from lamamba.checkpoint import checkpoints_in, load_checkpoint
 from lamamba.cli import main
 from lamamba.errors import ConfigError
-from lamamba.processes import Processes, joined
+from lamamba.processes import Processes, SignalsNoted, joined
 
 TINY = [
     *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
@@ -152,3 +153,50 @@ def test_a_signal_to_all_is_one_checkpoint(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "stopped by SIGTERM at image 32, all is saved" in done.stderr
     assert [path.name for path in checkpoints_in(out)] == [f"{32:012d}"]
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGINT"])
+def test_a_signal_to_the_whole_job_is_one_checkpoint(tmp_path: Path, name: str) -> None:
+    """As a scheduler signals all processes: torchrun passes on what it gets, so that the others get it twice."""
+    out, program = tmp_path / "run", tmp_path / "program.py"
+    program.write_text(  # saving takes so long that what torchrun passes on comes in between
+        """
+import time
+from lamamba.cli import main
+from lamamba.train import Trainer
+
+save = Trainer.save
+Trainer.save = lambda trainer: time.sleep(1.5) or save(trainer)
+main()
+"""
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = ["--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout=120", str(program), "train"]
+    job = subprocess.Popen(
+        [*command, *options, "--out", str(out), *TINY, "--num-images", "100000"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    end = time.monotonic() + 120
+    while not (out / "log.jsonl").is_file() or not (out / "log.jsonl").read_text():
+        assert time.monotonic() < end, "nothing happened"
+        assert job.poll() is None
+        time.sleep(0.1)
+    workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    assert len(workers) == 2
+    for process in (*map(int, workers), job.pid):
+        os.kill(process, getattr(signal, name))
+    _, said = job.communicate(timeout=120)
+    assert job.returncode != 0
+    saved = checkpoints_in(out)[-1]
+    assert f"stopped by {name} at image {int(saved.name)}, all is saved" in said
+
+
+def test_signals_that_come_at_once_are_one_and_later_ones_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    with SignalsNoted() as signals:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert signals.number == signal.SIGTERM
+        monkeypatch.setattr(SignalsNoted, "AT_ONCE_S", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

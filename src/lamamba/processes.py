@@ -6,6 +6,7 @@ Every process does the same at the same time but for its share of a batch, and t
 import os
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,10 +109,15 @@ def _place_to_meet() -> dict[str, Any]:
 
 
 class SignalsNoted:
-    """A context in which a signal to end is noted, for a loop to look at; a second one ends the process as usual."""
+    """A context in which a signal to end is noted, for a loop to look at; a later one ends the process as usual.
+
+    Not one that follows at once: whoever signals all processes of a job reaches some of them twice, directly and by way
+    of torchrun, which passes on what it gets.
+    """
 
     # Of Ctrl-C, of whoever ends a job, and of a scheduler that warns before it does.
     NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
+    AT_ONCE_S = 2.0
 
     def __init__(self) -> None:
         self.number = 0
@@ -127,8 +133,12 @@ class SignalsNoted:
         self._restore()
 
     def _note(self, number: int, frame: object) -> None:
-        self.number = number
-        self._restore()
+        now = time.monotonic()
+        if not self.number:
+            self.number, self.noted = number, now
+        elif now - self.noted > self.AT_ONCE_S:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self.before.items():
