@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lamamba.checkpoint import checkpoints_in, locked
+from lamamba.checkpoint import checkpoints_in, load_checkpoint, locked
 from lamamba.cli import main
 from lamamba.diffusion import Diffusion
 from lamamba.errors import CheckpointError
+from lamamba.train import Trainer
 
 TINY = [
     *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
@@ -180,3 +182,41 @@ def test_two_cannot_train_into_one_folder(tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(CheckpointError, match="another process"), locked(tmp_path), locked(tmp_path):
         pass
     train(tmp_path / "run", "--num-images", "4")
+
+
+def test_a_run_whose_checkpoints_are_deleted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By someone who wanted the space: the next one is whole, and so is the run."""
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    take_step = Trainer.take_step
+
+    def delete_once(trainer: Trainer, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        if trainer.step == 3:
+            shutil.rmtree(out / "checkpoints")
+        return take_step(trainer, *batch)
+
+    train(whole, "--num-images", "20", *OFTEN)
+    monkeypatch.setattr(Trainer, "take_step", delete_once)
+    train(out, "--num-images", "20", *OFTEN)
+    assert [int(path.name) for path in checkpoints_in(out)] == [16, 20]
+    assert same(out, whole)
+
+
+def test_a_run_whose_folder_is_gone_ends_with_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file in its place stands for whatever else cannot be written to, which a superuser always can."""
+    out = tmp_path / "run"
+    take_step = Trainer.take_step
+
+    def lose(trainer: Trainer, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        if trainer.step == 3:
+            out.rename(tmp_path / "elsewhere")
+            out.write_text("")
+        return take_step(trainer, *batch)
+
+    monkeypatch.setattr(Trainer, "take_step", lose)
+    said = refused(capsys, out, "--num-images", "20", *OFTEN)
+    assert "could not be written" in said
+    assert "free some space" in said
+    assert [int(path.name) for path in checkpoints_in(tmp_path / "elsewhere")] == [8, 12]
+    assert load_checkpoint(tmp_path / "elsewhere").info.images == 12
