@@ -168,3 +168,16 @@ def test_the_page_is_made_from_the_records(tmp_path: Path) -> None:
     assert pictures == {"Made-up-GPU-throughput.png", "Made-up-GPU-resolution.png"}
     assert all(f"(performance/{name})" in text for name in pictures)
     assert write_page(cpu, tmp_path).read_text().count("## ") == len(cpu)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_scaling_is_measured_by_any_number_of_processes(tmp_path: Path, number: int) -> None:
+    together = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"] if number > 1 else []
+    command = [sys.executable, *together, str(BENCHMARKS / "scaling.py"), "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.json")
+    records = {record["metric"]: record for record in json.loads(path.read_text())}
+    assert records["ms"]["provider"] == f"processes-{number}"
+    assert records["ms"]["batch"] == 2 * number
+    assert records["images_per_s"]["value"] > 0
