@@ -194,4 +194,5 @@ def _write_index(folder: Path, settings: dict[str, Any]) -> None:
     }  # fmt: skip
     with written_whole(folder / INDEX) as temporary:
         temporary.write_text(json.dumps(index, indent=2) + "\n")
-    print(f"{settings['images']:,} images in {len(shards)} shards: train with --data {folder}")
+    number = f"{len(shards)} shard{'s' * (len(shards) > 1)}"
+    print(f"{settings['images']:,} images in {number}: train with --data {folder}")
