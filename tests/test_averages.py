@@ -464,3 +464,13 @@ def test_a_run_keeps_snapshots_and_makes_any_average(tmp_path: Path, capsys: pyt
     with pytest.raises(SystemExit):
         main(["average", str(tmp_path / "whole"), "--sigma-rel", "0.5", "--out", str(tmp_path / "none")])
     assert "sigma_rel 0.5 is not the length of an average" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length", [0.03, 0.25])
+def test_the_default_twenty_snapshots_reach_what_the_docs_say(length: float) -> None:
+    """Evenly spaced, of 0.05 and 0.10, in float16: docs/training.md."""
+    steps = np.repeat(np.arange(1, 21) * 1000.0, 2)
+    gammas = np.array([gamma_of(0.05), gamma_of(0.10)] * 20)
+    fit = fit_profile(gammas, steps, gamma_of(length), 20_000)
+    assert fit.residual < lamamba.averages.MAX_RESIDUAL
+    assert np.linalg.norm(fit.weights) * torch.finfo(torch.float16).eps / 2 < lamamba.averages.MAX_ROUNDING
