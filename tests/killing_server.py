@@ -1,5 +1,7 @@
 """Train again and again into one folder, killed at random moments: `killing_server.py OUT KILLS SEED ARGUMENT...`.
 
+Every other attempt is killed at any moment from its start, the others soon after it began to save.
+
 Each attempt is a fork of this process, which has loaded all modules but computed nothing, so that an attempt takes a
 moment. What is left must be what an unbroken run leaves; the test that starts this looks.
 """
@@ -33,6 +35,17 @@ def attempt(arguments: list[str]) -> int:
     return child
 
 
+def wait_for_a_save(checkpoints: Path, child: int) -> None:
+    """Wait until an attempt has begun to save, or is at its end."""
+    before = names(checkpoints)
+    while names(checkpoints) <= before and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(0.01)
+
+
+def names(folder: Path) -> set[str]:
+    return set(os.listdir(folder)) if folder.is_dir() else set()
+
+
 if __name__ == "__main__":
     out, kills, seed, *arguments = sys.argv[1:]
     command = ["train", "--out", out, "--resume", *arguments]
@@ -40,7 +53,11 @@ if __name__ == "__main__":
     killed = inside_save = 0
     while killed < int(kills):
         child = attempt(command)
-        time.sleep(chance.uniform(0.3, 2.0))
+        if killed % 2:
+            wait_for_a_save(Path(out) / "checkpoints", child)
+            time.sleep(chance.uniform(0.0, chance.choice((0.02, 0.5))))
+        else:
+            time.sleep(chance.uniform(0.3, 2.0))
         os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
         assert os.WIFSIGNALED(status) or status == 0, "an attempt failed by itself"

@@ -61,10 +61,11 @@ def wait_for(happened: Callable[[], object], seconds: float = 60) -> None:
 
 
 def test_killed_at_fifty_random_moments_it_ends_bitwise_like_an_unbroken_run(tmp_path: Path) -> None:
-    options = [*TINY, *OFTEN, "--num-images", "600"]
+    options = [*TINY, *OFTEN, "--num-images", "1000"]
     program = [sys.executable, str(Path(__file__).with_name("killing_server.py"))]
     done = subprocess.run([*program, str(tmp_path / "killed"), "50", "0", *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    print(done.stdout)
     killed, inside_a_save = map(int, re.findall(r"\d+", done.stdout))
     assert killed == 50
     assert inside_a_save >= 5, "too few to say anything"
