@@ -53,6 +53,9 @@ def test_the_log_says_how_much_is_computed(run: Path) -> None:
         ("NVIDIA L40S", 362.0),
         ("NVIDIA L4", 121.0),
         ("NVIDIA A10G", 70.0),
+        ("NVIDIA GH200 480GB", 989.0),
+        ("NVIDIA L40", None),
+        ("NVIDIA RTX A1000", None),
         ("Tesla V100", None),
     ],
 )

@@ -123,8 +123,8 @@ def _finetune(arguments: list[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
         if arguments[:1] not in (["-h"], ["--help"]):
             raise LamambaError("give a checkpoint first: lamamba finetune nano --data photos --out runs/photos")
-        print("lamamba finetune CHECKPOINT [OPTIONS]: a run, a checkpoint or a preset, and options of lamamba train\n")
-        _parse(TrainConfig, "train", arguments)
+        print("Train on from CHECKPOINT, a run, a checkpoint or a preset; the options are those of lamamba train.\n")
+        _parse(TrainConfig, "finetune CHECKPOINT", arguments)
     name, *others = arguments
     out = _peek(others, "--out")
     if out is not None and (Path(out) / "config.json").is_file():

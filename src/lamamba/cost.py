@@ -1,5 +1,6 @@
 """What a network costs: parameters and multiply-adds, stage by stage, counted on tensors without storage."""
 
+import re
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -103,7 +104,7 @@ def training_flops(config: NetworkConfig) -> float:
     return 3.0 * 2 * count(network, config.sample_size, config.sample_size)["all"][1]
 
 
-# Dense bfloat16 TFLOP/s of NVIDIA's data sheets, by a part of the name that PyTorch gives; the first that fits.
+# Dense bfloat16 TFLOP/s of NVIDIA's data sheets, by words of the name that PyTorch gives; the first that fits.
 PEAK_TFLOPS = {
     "B200": 2250.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "GH200": 989.0, "A100": 312.0,
     "L40S": 362.0, "A10G": 70.0, "A10": 125.0, "L4": 121.0, "RTX 4090": 165.0, "RTX 3090": 71.0,
@@ -112,7 +113,7 @@ PEAK_TFLOPS = {
 
 def peak_tflops(device_name: str) -> float | None:
     """Look up what a GPU multiplies at most, in bfloat16; None where it is not known."""
-    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+    return next((peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def _measure(network: LaMambaDiff, height: int, width: int) -> dict[str, int]:

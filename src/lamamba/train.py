@@ -347,7 +347,8 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Source, Space, torch.devi
         CheckpointError: the autoencoder cannot be opened.
     """
     device = choose_device(config.device)
-    latents = LatentSource(Path(config.data)) if are_latents(Path(config.data)) else None
+    latents = open_source(config.data, image_size=config.image_size) if are_latents(Path(config.data)) else None
+    assert latents is None or isinstance(latents, LatentSource)
     if latents and config.horizontal_flip and not latents.is_mirrored:
         raise ConfigError(f"{config.data} has no mirrored images: leave horizontal_flip out, or encode them too")
     if latents and config.vae is None:
@@ -360,7 +361,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Source, Space, torch.devi
     if size is None and isinstance(space, Latents) and config.data not in NAMED_SOURCES and not latents:
         size = config.network.sample_size * space.factor
     channels = config.channels or (3 if isinstance(space, Latents) else None)
-    source = open_source(
+    source = latents or open_source(
         config.data,
         image_size=size,
         channels=channels,
