@@ -18,8 +18,8 @@ from lamamba.ops.selective_scan.products import steps_backward, sum_and_project
 # are, where there are fewer programs than enough, to make twice as many as a large GPU runs at once. The backward pass
 # takes so many registers that fewer run at once: there the images that are left when all others have filled the GPU,
 # once or more often, are cut until they fill it too.
-LONG_PATH, SHORTEST_SEGMENT, MAX_SEGMENTS = 16, 3, 80
-ENOUGH_PROGRAMS, WANTED_PROGRAMS, BACKWARD_AT_ONCE = 512, 3168, 1056
+LONG_PATH, SHORTEST_SEGMENT, MAX_SEGMENTS = 16, 3, 112
+ENOUGH_PROGRAMS, WANTED_PROGRAMS, BACKWARD_AT_ONCE = 512, 4224, 1056
 TILE = 16  # steps; the smallest side of a matrix product on tensor cores
 # Channels of a program: the more, the fewer instructions a channel, until the registers of a warp run out. They get
 # fewer where there are fewer programs than these; not where paths are cut.
@@ -108,15 +108,14 @@ def _summarise(
     if part.num_segments == 1:
         nothing = A_log.new_empty(0)
         return nothing, nothing
-    channels = u.shape[-1]
-    carry = A_log.new_empty(part.num_images, 4, part.num_segments, A_log.shape[2], channels)
-    spent = A_log.new_empty(part.num_images, 4, part.num_segments, channels)
+    shape = (part.num_images, 4, part.num_segments, A_log.shape[2], u.shape[-1])
+    carry, decay = A_log.new_empty(shape), A_log.new_empty(shape)
     launch(
         scan_summary_kernel, (geometry.num_blocks, 4 * (part.num_segments - 1), part.num_images),
-        u, low, weight, bias, A_log, carry, spent,
+        u, low, weight, bias, A_log, carry, decay,
         plane, part.first_image, part.tiles_per_segment, part.num_segments, BACKWARD=backward, **geometry.constants,
     )  # fmt: skip
-    return carry, spent
+    return carry, decay
 
 
 @torch.library.custom_op("lamamba::scan_grid", mutates_args=())
@@ -147,10 +146,10 @@ def scan_grid_triton(
     planes = x.new_empty(4, batch, height, width, channels)
     states = A_log.new_empty(_states_shape(x, A_log, save))
     (part,) = geometry.parts
-    carry, spent = _summarise(geometry, part, x, 0, low, weight, bias, A_log, backward=False)
+    carry, decay = _summarise(geometry, part, x, 0, low, weight, bias, A_log, backward=False)
     launch(
         scan_forward_kernel, (geometry.num_blocks, 4 * part.num_segments, batch),
-        x, low, weight, bias, A_log, D, planes, states, carry, spent,
+        x, low, weight, bias, A_log, D, planes, states, carry, decay,
         batch, part.tiles_per_segment, part.num_segments, SAVE=save, **geometry.constants,
     )  # fmt: skip
     return planes, states
@@ -198,10 +197,10 @@ def _scan_grid_backward(
     num_rows = [part.num_images * part.num_segments for part in geometry.parts]
     grad_shared = A_log.new_empty(sum(num_rows), num_states + 2, 4, channels)
     for part, rows in zip(geometry.parts, grad_shared.split(num_rows), strict=True):
-        carry, spent = _summarise(geometry, part, grad_y, plane, low, weight, bias, A_log, backward=True)
+        carry, decay = _summarise(geometry, part, grad_y, plane, low, weight, bias, A_log, backward=True)
         launch(
             scan_backward_kernel, (geometry.num_blocks, 4 * part.num_segments, part.num_images),
-            x, low, weight, bias, A_log, D, grad_y, states, carry, spent, grad_x, grad_z, grad_BC, rows,
+            x, low, weight, bias, A_log, D, grad_y, states, carry, decay, grad_x, grad_z, grad_BC, rows,
             plane, batch, part.first_image, part.tiles_per_segment, part.num_segments, **geometry.constants,
         )  # fmt: skip
 
