@@ -347,10 +347,12 @@ def gpu_section(run: Run, docs: Path, notes: str) -> list[str]:
 
 
 def heading(run: Run) -> list[str]:
-    """Say where numbers come from."""
+    """Say where numbers come from, also where a few cases were measured at another commit than the rest."""
     first = run.records[0]
+    commits = ", ".join(dict.fromkeys(record.commit for record in run.records))
+    several = "s" if "," in commits else ""
     triton = "" if run.on_cpu else f", Triton {first.triton}"
-    return [f"## {run.device}", "", f"{run.day}, PyTorch {first.torch}{triton}, commit {first.commit}.", ""]
+    return [f"## {run.device}", "", f"{run.day}, PyTorch {first.torch}{triton}, commit{several} {commits}.", ""]
 
 
 def write_page(runs: list[Run], docs: Path, notes: str = "") -> Path:
