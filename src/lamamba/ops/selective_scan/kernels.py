@@ -430,9 +430,7 @@ def scan_backward_kernel(
 
     # Always a[t+1] g[t+1] of the step to come.
     o_segment, count = (count_of_image * 4 + path + 1) * num_segments - 1, num_segments - 1 - segment
-    b_carry = _walk_segments(
-        p_carry, p_decay, o_segment, -1, count, o_d, m_d, o_n, m_n, CHANNELS, STATES, STATES_BLOCK
-    )
+    b_carry = _walk_segments(p_carry, p_decay, o_segment, -1, count, o_d, m_d, o_n, m_n, CHANNELS, STATES, STATES_BLOCK)
 
     b_grad_A = tl.zeros([STATES_BLOCK, BLOCK], tl.float32)
     b_grad_D = tl.zeros([1, BLOCK], tl.float32)
