@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,38 @@ def test_a_batch_in_parts_is_one_step_with_the_same_gradient(tmp_path: Path) -> 
         assert first.grad is not None
         assert second.grad is not None
         assert float((first.grad - second.grad).norm()) <= 1e-5 * float(first.grad.norm()), name
+
+
+class Replayed:
+    """What a CUDA graph does, on a CPU: from the second call on, nothing is done but writing to the same tensors."""
+
+    def __init__(self, function: Callable[..., dict[str, torch.Tensor]], parameters: list[torch.nn.Parameter]) -> None:
+        self.function, self.parameters = function, parameters
+        self.written: list[torch.Tensor] = []
+
+    def __call__(self, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        attached = [parameter.grad for parameter in self.parameters]
+        results = self.function(*inputs)
+        gradients = [parameter.grad for parameter in self.parameters]
+        tensors = [*results.values(), *gradients]
+        if not self.written:
+            self.names, self.written = list(results), tensors
+            return results
+        for parameter, gradient in zip(self.parameters, attached, strict=True):
+            parameter.grad = gradient
+        torch._foreach_copy_(self.written, tensors)
+        return dict(zip(self.names, self.written, strict=False))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_that_is_replayed_is_the_same(tmp_path: Path, accumulate: int) -> None:
+    options = {"batch_size": 8, "accumulate": accumulate, "learning_rate": 1e-3}
+    called, replayed = (make_trainer(tmp_path, **options) for _ in range(2))
+    replayed.captures = True
+    replayed.find_gradients = Replayed(replayed._find_gradients, list(replayed.network.parameters()))
+    wanted, ours = (take_steps(trainer, 4) for trainer in (called, replayed))
+    for name, value in wanted.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_the_optimizer_steps_once_a_batch(tmp_path: Path) -> None:

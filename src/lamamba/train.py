@@ -159,7 +159,8 @@ class Trainer:
         terms: dict[str, Tensor] = {}
         total: list[Tensor] = []
         inputs = self._draw(images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
-        self.optimizer.zero_grad(set_to_none=True)
+        if not self.captures:  # a graph, once recorded, writes to the gradients that were there then, and starts anew
+            self.optimizer.zero_grad(set_to_none=True)
         for index, part in enumerate(zip(*(tensor.chunk(parts) for tensor in inputs), strict=True)):
             if self.compiles_kernels:
                 rehearse(self._find_gradients, *part)
