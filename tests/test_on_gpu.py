@@ -115,3 +115,4 @@ def test_kernels_train_like_plain_pytorch(tmp_path: Path, precision: str, steps_
     plain, ours = curves
     torch.testing.assert_close(ours[:steps_alike], plain[:steps_alike], rtol=tolerance, atol=0)
     assert float(ours[-50:].mean()) == pytest.approx(float(plain[-50:].mean()), rel=0.2)
+    assert float(plain[-50:].mean()) < 0.15  # of 1.3 at first: both have learned, by as much as on a CPU
