@@ -38,7 +38,7 @@ test: lint
 
 test-gpu: $(BIN)/lamamba
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'no GPU that PyTorch can use'"
-	$(BIN)/python -m pytest tests/ops tests/test_on_gpu.py
+	$(BIN)/python -m pytest -n auto tests/ops tests/test_on_gpu.py
 
 bench: $(BIN)/lamamba
 	$(BIN)/python benchmarks/run.py

@@ -104,14 +104,15 @@ def check_projection(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     exact = [tensor.double().requires_grad_() for tensor in leaves]
     leaves = [tensor.requires_grad_() for tensor in leaves]
     ours = project_and_scan(*leaves, backend="triton").sum(dim=0)
-    with torch.no_grad():
-        assert torch.equal(project_and_scan(*leaves, backend="triton").sum(dim=0), ours)
+    with torch.no_grad():  # a kernel of its own, which saves nothing
+        without = project_and_scan(*leaves, backend="triton").sum(dim=0)
     plain, wanted = (
         scan_grid(x, x @ projection.flatten(0, 1).mT, *others, backend="pytorch").sum(dim=0)
         for x, projection, *others in (leaves, exact)
     )
     rounding = torch.finfo(torch.float32).eps
-    assert relative_error(ours, wanted) <= 2 * relative_error(plain, wanted) + rounding
+    for y in (ours, without):
+        assert relative_error(y, wanted) <= 2 * relative_error(plain, wanted) + rounding
     weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(ours)
     of_ours, of_plain = (torch.autograd.grad(y, leaves, weights) for y in (ours, plain))
     of_exact = torch.autograd.grad(wanted, exact, weights.double())
