@@ -1,13 +1,15 @@
 """The scan over a grid on a CPU: compiled loops against the plain version in float64."""
 
 import math
+import threading
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from lamamba.ops.selective_scan import scan_grid
+from lamamba.ops.selective_scan import cpu, scan_grid
 from lamamba.ops.selective_scan.cpu import scan_grid_cpu
 
 pytest.importorskip("numba")
@@ -100,6 +102,29 @@ def test_results_do_not_depend_on_the_threads() -> None:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+@pytest.mark.parametrize("by_openmp", [True, False])
+def test_parts_run_side_by_side_and_their_errors_are_raised(by_openmp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if by_openmp and cpu._openmp is None:
+        pytest.skip("PyTorch without OpenMP")
+    monkeypatch.setattr(cpu, "_openmp", cpu._openmp if by_openmp else None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    images = (np.arange(5),)
+    both, seen = threading.Barrier(2, timeout=20), []
+
+    def note(part: np.ndarray) -> None:
+        both.wait()  # or they ran one after the other
+        seen.extend(part)
+
+    cpu._share_images(note, images)
+    assert sorted(seen) == [0, 1, 2, 3, 4]
+
+    def fail(part: np.ndarray) -> None:
+        raise ValueError("here")
+
+    with pytest.raises(ValueError, match="here"):
+        cpu._share_images(fail, images)
 
 
 def test_input_need_not_be_contiguous() -> None:

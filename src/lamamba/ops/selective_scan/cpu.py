@@ -1,5 +1,7 @@
 """The compiled loops of `loops.py` as one differentiable operation; threads share the images."""
 
+import ctypes
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -70,6 +72,13 @@ def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 scan_grid_cpu.register_autograd(_autograd, setup_context=_setup_context)
 
 
+# A function of GNU's OpenMP, which LLVM's has too: to run another one in so many threads.
+_openmp: Any = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
+_Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+if _openmp is not None:
+    _openmp.restype, _openmp.argtypes = None, (_Body, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+
+
 def _array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
 
@@ -89,5 +98,31 @@ def _arrays(
 def _share_images(run: Callable[..., None], per_image: tuple[np.ndarray, ...]) -> None:
     """Run on slices of the images, one for each of PyTorch's threads."""
     bounds = np.linspace(0, len(per_image[0]), min(torch.get_num_threads(), len(per_image[0])) + 1).astype(int)
-    with ThreadPoolExecutor(len(bounds) - 1) as threads:
-        list(threads.map(lambda start, stop: run(*(array[start:stop] for array in per_image)), bounds, bounds[1:]))
+    parts = [tuple(array[start:stop] for array in per_image) for start, stop in itertools.pairwise(bounds)]
+    if len(parts) == 1:
+        run(*parts[0])
+    elif _openmp is None:
+        with ThreadPoolExecutor(len(parts)) as threads:
+            list(threads.map(lambda part: run(*part), parts))
+    else:
+        _run_by_openmp(run, parts)
+
+
+def _run_by_openmp(run: Callable[..., None], parts: list[tuple[np.ndarray, ...]]) -> None:
+    """Run in the threads of PyTorch's own operations.
+
+    They wait for work without leaving their cores: other threads would have half of each as long as they do.
+    """
+    left, errors = iter(parts), []
+
+    @_Body
+    def body(_: int) -> None:
+        try:
+            for part in left:  # however many threads there are
+                run(*part)
+        except BaseException as error:  # which would end here, in a thread that is not Python's
+            errors.append(error)
+
+    _openmp(body, None, len(parts), 0)
+    if errors:
+        raise errors[0]
