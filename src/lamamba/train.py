@@ -36,6 +36,7 @@ from lamamba.errors import CheckpointError, ConfigError, LamambaError, SignalErr
 from lamamba.finetune import take_over
 from lamamba.latents import Latents, Space, identify, open_space
 from lamamba.log import SilentLog, TrainingLog
+from lamamba.memory import keep_freed_memory
 from lamamba.model import LaMambaDiff
 from lamamba.ops.launch import rehearse
 from lamamba.pipeline import choose_device, make_grid, sample
@@ -486,6 +487,8 @@ def _run(trainer: Trainer, log: TrainingLog | SilentLog, signals: SignalsNoted) 
     assert config.sample_every is not None
     assert config.checkpoint_every is not None
     assert config.snapshot_every is not None
+    if trainer.device.type == "cpu":
+        keep_freed_memory()
     reader = trainer.batches() if trainer.images < config.num_images else iter(())
     before = trainer.images
     prepares = trainer.device.type == "cuda" or config.compile
