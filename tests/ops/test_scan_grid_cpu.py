@@ -1,18 +1,16 @@
 """The scan over a grid on a CPU: compiled loops against the plain version in float64."""
 
 import math
-import threading
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from lamamba.ops.selective_scan import cpu, scan_grid
+from lamamba.ops.selective_scan import scan_grid
 from lamamba.ops.selective_scan.cpu import scan_grid_cpu
 
-pytest.importorskip("numba")
+compiled = pytest.importorskip("lamamba.ops.compiled")
 loops = pytest.importorskip("lamamba.ops.selective_scan.loops")
 NAMES = ("y", "x", "low", "dt_weight", "dt_bias", "A_log", "D")
 # (b, h, w, e, r, n)
@@ -21,6 +19,7 @@ SHAPES = {
     "odd sides": (2, 5, 7, 3, 2, 1),
     "several states": (2, 6, 4, 17, 9, 4),
     "one pixel": (1, 1, 1, 1, 1, 1),
+    "a tile and a bit": (1, 5, 13, 4, 1, 2),
 }
 
 
@@ -71,7 +70,7 @@ def test_extreme_steps() -> None:
 
 @pytest.mark.parametrize(
     ("function", "exact", "low", "high"),
-    [(loops.exp, torch.exp, -86.0, 0.0), (loops.softplus, torch.nn.functional.softplus, -86.0, 100.0)],
+    [(compiled.exp, torch.exp, -86.0, 0.0), (loops.softplus, torch.nn.functional.softplus, -86.0, 100.0)],
     ids=["exp", "softplus"],
 )
 def test_functions_are_right_to_two_units_in_the_last_place(
@@ -102,29 +101,6 @@ def test_results_do_not_depend_on_the_threads() -> None:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
-
-
-@pytest.mark.parametrize("by_openmp", [True, False])
-def test_parts_run_side_by_side_and_their_errors_are_raised(by_openmp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if by_openmp and cpu._openmp is None:
-        pytest.skip("PyTorch without OpenMP")
-    monkeypatch.setattr(cpu, "_openmp", cpu._openmp if by_openmp else None)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    images = (np.arange(5),)
-    both, seen = threading.Barrier(2, timeout=20), []
-
-    def note(part: np.ndarray) -> None:
-        both.wait()  # or they ran one after the other
-        seen.extend(part)
-
-    cpu._share_images(note, images)
-    assert sorted(seen) == [0, 1, 2, 3, 4]
-
-    def fail(part: np.ndarray) -> None:
-        raise ValueError("here")
-
-    with pytest.raises(ValueError, match="here"):
-        cpu._share_images(fail, images)
 
 
 def test_input_need_not_be_contiguous() -> None:

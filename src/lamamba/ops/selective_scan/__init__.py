@@ -65,7 +65,7 @@ def scan_grid(
     if choose_loops(x, backend):
         A = -torch.exp(A_log.float())
         floats = (tensor.float() for tensor in (x, low, dt_weight, dt_bias, A, D))
-        y: Tensor = scan_grid_cpu(*floats, scan == "continuous")
+        y: Tensor = scan_grid_cpu(*floats, scan == "continuous")[0]
         return y.to(x.dtype)[None]
     return _scan_grid_pytorch(x, low, dt_weight, dt_bias, A_log, D, scan)
 

@@ -1,9 +1,5 @@
 """The compiled loops of `loops.py` as one differentiable operation; threads share the images."""
 
-import ctypes
-import itertools
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,30 +7,45 @@ import torch
 from torch import Tensor
 
 from lamamba.ops.grid import NUM_PATHS, scan_paths
+from lamamba.ops.threads import array, share_images
+
+# Steps of a tile: the states before each are kept, and backwards what is between two of them stays in cache.
+TILE = 64
 
 
 @torch.library.custom_op("lamamba::scan_grid_cpu", mutates_args=())
 def scan_grid_cpu(
     x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, continuous: bool
-) -> Tensor:
-    """Scan a grid; arguments and result as in `lamamba.ops.selective_scan.scan_grid`, all float32."""
+) -> tuple[Tensor, Tensor]:
+    """Scan a grid; arguments and result as in `lamamba.ops.selective_scan.scan_grid`, all float32.
+
+    Beside it the states before every `TILE` steps are given, (b, 4, l / TILE rounded up, n, e), for the backward pass.
+    """
     from lamamba.ops.selective_scan.loops import scan_forward
 
-    y = x.new_empty(x.shape)
+    y, starts = x.new_empty(x.shape), x.new_empty(_shape_of_starts(x, A))
     per_image, shared = _arrays(x, low, dt_weight, dt_bias, A, D, continuous)
-    _share_images(lambda x, low, y: scan_forward(x, low, *shared, y), (*per_image, y.flatten(1, 2).numpy()))
-    return y
+    share_images(scan_forward, per_image, shared, (y.flatten(1, 2).numpy(), starts.numpy()))
+    return y, starts
 
 
 @scan_grid_cpu.register_fake
-def _(x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, continuous: bool) -> Tensor:
-    return x.new_empty(x.shape)
+def _(
+    x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, continuous: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(_shape_of_starts(x, A))
+
+
+def _shape_of_starts(x: Tensor, A: Tensor) -> tuple[int, ...]:
+    batch, height, width, channels = x.shape
+    return batch, NUM_PATHS, -(-height * width // TILE), A.shape[2], channels
 
 
 @torch.library.custom_op("lamamba::scan_grid_cpu_backward", mutates_args=())
 def _backward(
-    grad_y: Tensor, x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, continuous: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_y: Tensor, starts: Tensor,
+    x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, continuous: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from lamamba.ops.selective_scan.loops import scan_backward
 
     b, e = x.shape[0], x.shape[3]
@@ -42,11 +53,11 @@ def _backward(
     grad_weight, grad_bias = x.new_empty(b, *dt_weight.mT.shape), x.new_empty(b, *dt_bias.shape)
     grad_A, grad_skip = x.new_empty(b, *A.mT.shape), x.new_empty(b, e)
     (x_array, low_array), shared = _arrays(x, low, dt_weight, dt_bias, A, D, continuous)
-    gradients = (
+    outputs = (
         grad_x.flatten(1, 2), grad_low.view(low_array.shape), grad_weight, grad_bias, grad_A, grad_skip,
     )  # fmt: skip
-    per_image = (x_array, low_array, _array(grad_y.flatten(1, 2)), *(gradient.numpy() for gradient in gradients))
-    _share_images(lambda x, low, *rest: scan_backward(x, low, *shared, *rest), per_image)
+    inputs = (x_array, low_array, starts.numpy(), array(grad_y.flatten(1, 2)))
+    share_images(scan_backward, inputs, shared, tuple(output.numpy() for output in outputs))
     sums = (grad_weight.sum(dim=0).mT, grad_bias.sum(dim=0), grad_A.sum(dim=0).mT)
     # Flat once, so that sides of length 1 have the strides they have in parameters.
     grad_weight, grad_bias, grad_A = (gradient.flatten().view(gradient.shape) for gradient in sums)
@@ -55,32 +66,22 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    grad_y: Tensor, x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, continuous: bool
-) -> tuple[Tensor, ...]:
+    grad_y: Tensor, starts: Tensor,
+    x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, continuous: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     return tuple(tensor.new_empty(tensor.shape) for tensor in (x, low, dt_weight, dt_bias, A, D))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.continuous = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(output[1], *tensors)
 
 
-def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad_y: Tensor, grad_starts: Tensor) -> tuple[Tensor | None, ...]:
     return *_backward(grad_y, *ctx.saved_tensors, ctx.continuous), None
 
 
 scan_grid_cpu.register_autograd(_autograd, setup_context=_setup_context)
-
-
-# A function of GNU's OpenMP, which LLVM's has too: to run another one in so many threads.
-_openmp: Any = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
-_Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-if _openmp is not None:
-    _openmp.restype, _openmp.argtypes = None, (_Body, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().contiguous().numpy()
 
 
 def _arrays(
@@ -92,37 +93,4 @@ def _arrays(
     per_image = (x.flatten(1, 2), low.flatten(1, 2).unflatten(2, (NUM_PATHS, -1)))
     # D weighs the input of the pixel itself, whichever path reads it.
     shared = (dt_weight.mT, dt_bias, A.mT, D.sum(dim=0), pixels.view(NUM_PATHS, -1))
-    return tuple(map(_array, per_image)), tuple(map(_array, shared))
-
-
-def _share_images(run: Callable[..., None], per_image: tuple[np.ndarray, ...]) -> None:
-    """Run on slices of the images, one for each of PyTorch's threads."""
-    bounds = np.linspace(0, len(per_image[0]), min(torch.get_num_threads(), len(per_image[0])) + 1).astype(int)
-    parts = [tuple(array[start:stop] for array in per_image) for start, stop in itertools.pairwise(bounds)]
-    if len(parts) == 1:
-        run(*parts[0])
-    elif _openmp is None:
-        with ThreadPoolExecutor(len(parts)) as threads:
-            list(threads.map(lambda part: run(*part), parts))
-    else:
-        _run_by_openmp(run, parts)
-
-
-def _run_by_openmp(run: Callable[..., None], parts: list[tuple[np.ndarray, ...]]) -> None:
-    """Run in the threads of PyTorch's own operations.
-
-    They wait for work without leaving their cores: other threads would have half of each as long as they do.
-    """
-    left, errors = iter(parts), []
-
-    @_Body
-    def body(_: int) -> None:
-        try:
-            for part in left:  # however many threads there are
-                run(*part)
-        except BaseException as error:  # which would end here, in a thread that is not Python's
-            errors.append(error)
-
-    _openmp(body, None, len(parts), 0)
-    if errors:
-        raise errors[0]
+    return tuple(map(array, per_image)), tuple(map(array, shared))
