@@ -1,12 +1,14 @@
 """The end of a scan: add up its paths, normalize, and gate by SiLU(z) (VMamba, Liu et al. 2024, arXiv 2401.10166).
 
-`reference.py` is the meaning and runs on any device; `kernels.py` and `triton.py` are the version for GPUs.
+`reference.py` is the meaning and runs on any device; `loops.py` and `cpu.py` are the version for CPUs, `kernels.py` and
+`triton.py` the one for GPUs.
 """
 
 import torch
 from torch import Tensor
 
-from lamamba.ops.backend import Backend, choose_kernels
+from lamamba.ops.backend import Backend, choose_kernels, choose_loops
+from lamamba.ops.gated_norm.cpu import GatedNorm
 from lamamba.ops.gated_norm.reference import gated_norm_reference
 
 __all__ = ["gated_norm"]
@@ -48,5 +50,10 @@ def gated_norm(
 
         save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (planes, z, weight, bias))
         out, _ = gated_norm_triton(planes, z, weight, bias, eps, save)
+        return out
+    # What torch.compile makes of the reference is one pass, too.
+    single = {tensor.dtype for tensor in (planes, z, weight, bias)} == {torch.float32}
+    if single and len(planes) == 1 and choose_loops(planes, backend) and not torch.compiler.is_compiling():
+        out = GatedNorm.apply(planes[0], z, weight, bias, eps)
         return out
     return gated_norm_reference(planes, z, weight, bias, eps)

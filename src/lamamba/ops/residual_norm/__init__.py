@@ -1,6 +1,7 @@
 """Between a block's branches: add a gated branch to the stream, normalize, shift and scale (DiT, arXiv 2212.09748).
 
-`reference.py` is the meaning and runs on any device; `kernels.py` and `triton.py` are the version for GPUs.
+`reference.py` is the meaning and runs on any device; `loops.py` and `cpu.py` are the version for CPUs, `kernels.py` and
+`triton.py` the one for GPUs.
 """
 
 from typing import NamedTuple
@@ -8,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lamamba.ops.backend import Backend, choose_kernels
+from lamamba.ops.backend import Backend, choose_kernels, choose_loops
+from lamamba.ops.residual_norm.cpu import ResidualNorm
 from lamamba.ops.residual_norm.reference import add_gated_reference, layer_norm_reference
 
 __all__ = ["Residual", "add_gated", "layer_norm", "residual_norm"]
@@ -67,6 +69,11 @@ def residual_norm(
             x, *residual, weight, bias, *(modulation or (None, None)), eps, dtype or x.dtype
         )
         return x_new, normed
+    single = {x.dtype, residual.branch.dtype, dtype or x.dtype} == {torch.float32}
+    # What torch.compile makes of the reference is one pass, too.
+    if single and choose_loops(x, backend) and not torch.compiler.is_compiling():
+        x_new, normed = ResidualNorm.apply(x, *_as_loops_take(x, residual, weight, bias, modulation), eps)
+        return x_new, normed
     x = add_gated_reference(x, *residual)
     return x, layer_norm_reference(x, weight, bias, modulation, eps, dtype or x.dtype)
 
@@ -101,6 +108,25 @@ def add_gated(x: Tensor, residual: Residual, backend: Backend = "auto") -> Tenso
         x_new, _ = residual_norm_triton(x, *residual, None, None, None, None, 0.0, None)
         return x_new
     return add_gated_reference(x, *residual)
+
+
+def _as_loops_take(
+    x: Tensor,
+    residual: Residual,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    modulation: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, ...]:
+    """Give branch, gate, moved, slope and offset of `ResidualNorm`."""
+    branch, gate, branch_bias = residual
+    gate = gate.float()
+    moved = torch.zeros_like(gate) if branch_bias is None else gate * branch_bias
+    slope = torch.ones_like(gate) if weight is None else weight.float().expand_as(gate)
+    offset = torch.zeros_like(gate) if bias is None else bias.float().expand_as(gate)
+    if modulation is not None:
+        shift, scale = modulation
+        slope, offset = slope * (1 + scale), offset * (1 + scale) + shift
+    return branch, gate, moved, slope, offset
 
 
 def _check(
