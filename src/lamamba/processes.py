@@ -7,8 +7,7 @@ import os
 import signal
 import threading
 import time
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -68,6 +67,36 @@ class Processes:
             dist.barrier()
 
 
+class GradientSums:
+    """Adds up parameters' gradients over the processes, each as soon as a backward pass has left it, beside the others.
+
+    What it launches can be recorded in a CUDA graph, other than what DistributedDataParallel does.
+
+    Args:
+        parameters: of this process; the others have the same, and leave gradients in the same order.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.under_way: list[Any] | None = None
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._launch)
+
+    def _launch(self, parameter: Tensor) -> None:
+        if self.under_way is not None:
+            self.under_way.append(dist.all_reduce(parameter.grad, async_op=True))
+
+    @contextmanager
+    def added_up(self) -> Iterator[None]:
+        """Add up the gradients of a backward pass in this context; after it they are there."""
+        self.under_way = []
+        try:
+            yield
+            for work in self.under_way:
+                work.wait()
+        finally:
+            self.under_way = None
+
+
 @contextmanager
 def joined(device: str) -> Iterator[tuple[Processes, str]]:
     """Join the processes that torchrun started; gives this process's place, and its device for that of all."""
@@ -84,8 +113,6 @@ def joined(device: str) -> Iterator[tuple[Processes, str]]:
         raise ConfigError(f"device {device!r} is not for {number} processes: use auto, cuda or cpu")
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, **_place_to_meet())
-    # Of weights with sides of length 1, whose strides say nothing.
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     try:
         yield Processes(dist.get_rank(), number), device
     finally:

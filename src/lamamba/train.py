@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from lamamba.averages import PowerAverages, save_snapshot
 from lamamba.checkpoint import (
@@ -40,7 +39,7 @@ from lamamba.memory import keep_freed_memory
 from lamamba.model import LaMambaDiff
 from lamamba.ops.launch import rehearse
 from lamamba.pipeline import choose_device, make_grid, sample
-from lamamba.processes import Processes, SignalsNoted, joined
+from lamamba.processes import GradientSums, Processes, SignalsNoted, joined
 
 
 class Captured:
@@ -71,7 +70,8 @@ class Captured:
             self.function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads, such as NCCL's that watches over what it runs, may do as they like meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.results = self.function(*self.inputs)
         self.graph = graph
 
@@ -126,12 +126,12 @@ class Trainer:
         )
         self.autocast = torch.autocast(device.type, torch.bfloat16) if self.uses_bf16 else nullcontext()
         self.compiled: Any = torch.compile(self.network) if config.compile else self.network
-        if processes.number > 1:
-            self.compiled = DistributedDataParallel(self.compiled, gradient_as_bucket_view=True)
+        self.gradient_sums = GradientSums(self.network.parameters()) if processes.number > 1 else None
         # Captured, a part's gradients are written to the same memory every time, and added up outside.
-        self.captures = config.cuda_graph and device.type == "cuda" and processes.number == 1
+        self.captures = config.cuda_graph and device.type == "cuda"
         self.find_gradients = Captured(self._find_gradients) if self.captures else self._find_gradients
         self.compiles_kernels = device.type == "cuda"  # at the first step
+        self.adds_up = False  # over the processes, in the backward pass that comes next
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Read on from the first image not yet seen."""
@@ -167,11 +167,11 @@ class Trainer:
                 rehearse(self._find_gradients, *part)
                 self.optimizer.zero_grad(set_to_none=True)
                 self.compiles_kernels = False
-            # Gradients are averaged over the processes as they come, of the last part, when all are added up.
-            alone = self.processes.number > 1 and index + 1 < parts
-            with self.compiled.no_sync() if alone else nullcontext():
-                for name, mean in self.find_gradients(*part).items():
-                    terms[name] = terms.get(name, 0) + mean / parts
+            # The last part's gradients are all parts', but in a graph, where each part's are its own.
+            self.adds_up = self.gradient_sums is not None and (self.captures or index + 1 == parts)
+            for name, mean in self.find_gradients(*part).items():
+                terms[name] = terms.get(name, 0) + mean / parts
+            self.adds_up = False
             if self.captures and parts > 1:
                 gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
                 if total:
@@ -227,7 +227,10 @@ class Trainer:
         if self.config.min_snr_gamma:
             weight = self.objective.min_snr_weight(t, self.config.min_snr_gamma)
             losses["loss"] = losses["loss"] + (weight - 1) * losses["mse"]
-        (losses["loss"].mean() / self.config.accumulate).backward()
+        # Added up over parts and processes, gradients are those of the whole batch's mean.
+        share = losses["loss"].mean() / (self.config.accumulate * self.processes.number)
+        with self.gradient_sums.added_up() if self.gradient_sums and self.adds_up else nullcontext():
+            share.backward()
         means = {name: loss.detach().mean() for name, loss in losses.items()}
         for quarter in range(4):  # of the timesteps, 0 to 1000; the loss is that of a quarter over its share
             here = ((t * (4 / 1000)).clamp(max=3.5).floor() == quarter).float()
