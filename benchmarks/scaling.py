@@ -50,6 +50,7 @@ def main() -> None:
         trainer = Trainer(config, source, Pixels(), choose_device(device_name), processes)
         batches = trainer.batches()
         times = milliseconds(lambda: trainer.take_step(*next(batches)), 3 if options.quick else 20, warm_up=5)
+        trainer.close()
         dtype = "bf16" if trainer.uses_bf16 else "float32"
         results = Results(options.out if processes.is_first else None, options.commit)
         case, provider = f"scaling_{'quick' if options.quick else options.preset}", f"processes-{processes.number}"

@@ -15,7 +15,11 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # they are there, and documented
+from torch.distributed import (  # type: ignore[attr-defined]  # they are there, and documented
+    PrefixStore,
+    TCPStore,
+    _coalescing_manager,  # as PyTorch's own FSDP does
+)
 
 from lamamba.errors import ConfigError
 
@@ -68,7 +72,7 @@ class Processes:
 
 
 class GradientSums:
-    """Adds up parameters' gradients over the processes, each as soon as a backward pass has left it, beside the others.
+    """Adds up parameters' gradients over the processes as a backward pass leaves them, beside the rest of it.
 
     What it launches can be recorded in a CUDA graph, other than what DistributedDataParallel does.
 
@@ -76,25 +80,42 @@ class GradientSums:
         parameters: of this process; the others have the same, and leave gradients in the same order.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self.under_way: list[Any] | None = None
-        for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self._launch)
+    AT_A_TIME = 256 << 20  # bytes
 
-    def _launch(self, parameter: Tensor) -> None:
-        if self.under_way is not None:
-            self.under_way.append(dist.all_reduce(parameter.grad, async_op=True))
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.adding_up = False
+        self.left: list[Tensor] = []
+        self.under_way: list[Any] = []
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._note)
+
+    def _note(self, parameter: Tensor) -> None:
+        if self.adding_up and parameter.grad is not None:
+            self.left.append(parameter.grad)
+            if sum(gradient.nbytes for gradient in self.left) >= self.AT_A_TIME:
+                self._launch()
+
+    def _launch(self) -> None:
+        if self.left and self.left[0].is_cuda:
+            with _coalescing_manager(async_ops=True) as together:
+                for gradient in self.left:
+                    dist.all_reduce(gradient)
+            self.under_way.append(together)
+        else:
+            self.under_way += [dist.all_reduce(gradient, async_op=True) for gradient in self.left]
+        self.left = []
 
     @contextmanager
     def added_up(self) -> Iterator[None]:
         """Add up the gradients of a backward pass in this context; after it they are there."""
-        self.under_way = []
+        self.adding_up, self.left, self.under_way = True, [], []
         try:
             yield
+            self._launch()
             for work in self.under_way:
                 work.wait()
         finally:
-            self.under_way = None
+            self.adding_up, self.left, self.under_way = False, [], []
 
 
 @contextmanager

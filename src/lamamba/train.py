@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -74,6 +74,12 @@ class Captured:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.results = self.function(*self.inputs)
         self.graph = graph
+
+    def forget(self) -> None:
+        """Free what was recorded."""
+        if self.graph is not None:
+            self.graph.reset()
+            self.graph = None
 
 
 class Trainer:
@@ -250,6 +256,11 @@ class Trainer:
         torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), 1 - decay)
         if self.power_averages:
             self.power_averages.update(self.network, self.step)
+
+    def close(self) -> None:
+        """Free the recorded step: NCCL ends only after the graphs that use it."""
+        if isinstance(self.find_gradients, Captured):
+            self.find_gradients.forget()
 
     def info(self) -> CheckpointInfo:
         """Describe the run as it stands."""
@@ -461,7 +472,7 @@ def _train(config: TrainConfig, source: Source, space: Space, device: torch.devi
     elif config.start_from is not None:
         notes = trainer.begin_with(config.start_from)
     processes.wait()  # until all have looked at the folder
-    with SignalsNoted() as signals:
+    with SignalsNoted() as signals, closing(trainer):
         if not processes.is_first:
             _run(trainer, SilentLog(), signals)
             return
