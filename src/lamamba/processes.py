@@ -15,11 +15,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import (  # type: ignore[attr-defined]  # they are there, and documented
-    PrefixStore,
-    TCPStore,
-    _coalescing_manager,  # as PyTorch's own FSDP does
-)
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # they are there, and documented
 
 from lamamba.errors import ConfigError
 
@@ -85,6 +81,7 @@ class GradientSums:
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self.adding_up = False
         self.left: list[Tensor] = []
+        self.bytes_left = 0
         self.under_way: list[Any] = []
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._note)
@@ -92,30 +89,31 @@ class GradientSums:
     def _note(self, parameter: Tensor) -> None:
         if self.adding_up and parameter.grad is not None:
             self.left.append(parameter.grad)
-            if sum(gradient.nbytes for gradient in self.left) >= self.AT_A_TIME:
+            self.bytes_left += parameter.grad.nbytes
+            if self.bytes_left >= self.AT_A_TIME:
                 self._launch()
 
     def _launch(self) -> None:
         if self.left and self.left[0].is_cuda:
-            with _coalescing_manager(async_ops=True) as together:
+            with dist._coalescing_manager(async_ops=True) as together:  # type: ignore[attr-defined]  # as FSDP does
                 for gradient in self.left:
                     dist.all_reduce(gradient)
             self.under_way.append(together)
         else:
             self.under_way += [dist.all_reduce(gradient, async_op=True) for gradient in self.left]
-        self.left = []
+        self.left, self.bytes_left = [], 0
 
     @contextmanager
     def added_up(self) -> Iterator[None]:
         """Add up the gradients of a backward pass in this context; after it they are there."""
-        self.adding_up, self.left, self.under_way = True, [], []
+        self.adding_up = True
         try:
             yield
             self._launch()
             for work in self.under_way:
                 work.wait()
         finally:
-            self.adding_up, self.left, self.under_way = False, [], []
+            self.adding_up, self.left, self.bytes_left, self.under_way = False, [], 0, []
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lamamba.ops.backend import Backend
 from lamamba.ops.gated_norm import gated_norm
@@ -154,3 +155,18 @@ def test_compiles_as_one_graph(norm: str) -> None:
     for ours, eager in zip(compiled(), RUNS[norm](inputs, "auto"), strict=True):
         assert torch.allclose(ours, eager, rtol=1e-5, atol=1e-5)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("norm", RUNS)
+def test_second_derivatives_are_refused_not_wrong(norm: str) -> None:
+    inputs = {name: tensor.requires_grad_() for name, tensor in make_inputs(norm, (1, 2, 2, 4)).items()}
+    (grad,) = torch.autograd.grad(RUNS[norm](inputs, "auto")[-1].square().sum(), inputs["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("norm", RUNS)
+def test_tensors_without_memory_are_left_to_pytorch(norm: str) -> None:
+    with FakeTensorMode() as mode:
+        inputs = {name: mode.from_tensor(tensor) for name, tensor in make_inputs(norm, (1, 2, 2, 4)).items()}
+        assert RUNS[norm](inputs, "auto")[-1].shape == (1, 2, 2, 4)

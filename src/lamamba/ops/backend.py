@@ -3,13 +3,14 @@
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 Backend = Literal["auto", "triton", "pytorch"]
 
@@ -56,6 +57,16 @@ def choose_loops(x: Tensor, backend: Backend) -> bool:
     """Say whether loops that numba compiles are to run: where it is installed, on a CPU, on anything but float64."""
     chosen = _left_to_choose if backend == "auto" else backend
     return chosen == "auto" and x.device.type == "cpu" and x.dtype != torch.float64 and _has_numba()
+
+
+def choose_loops_outside_graphs(tensors: Iterable[Tensor], backend: Backend) -> bool:
+    """Say whether loops are to run that PyTorch does not know as an operation, on float32 alone.
+
+    Not in torch.compile, which makes one pass of the plain version, too, nor on what only stands for a tensor.
+    """
+    tensors = list(tensors)
+    plain = all(type(tensor) in (Tensor, Parameter) and tensor.dtype == torch.float32 for tensor in tensors)
+    return not torch.compiler.is_compiling() and plain and choose_loops(tensors[0], backend)
 
 
 @torch.compiler.assume_constant_result

@@ -3,6 +3,8 @@
 LLVM turns a loop over channels into vector code where it knows that what the loop writes overlaps nothing it reads: the
 arguments of a compiled function must not overlap, other than those that are only read. It allocates nothing, or numba
 would count references to every row it looks at, which costs more than the arithmetic. Arrays are contiguous float32.
+
+What is compiled is kept on disk until the file of the loop itself changes: after a change here, touch the loops' files.
 """
 
 import numpy as np

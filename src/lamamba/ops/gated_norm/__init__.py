@@ -7,7 +7,7 @@
 import torch
 from torch import Tensor
 
-from lamamba.ops.backend import Backend, choose_kernels, choose_loops
+from lamamba.ops.backend import Backend, choose_kernels, choose_loops_outside_graphs
 from lamamba.ops.gated_norm.cpu import GatedNorm
 from lamamba.ops.gated_norm.reference import gated_norm_reference
 
@@ -51,9 +51,7 @@ def gated_norm(
         save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (planes, z, weight, bias))
         out, _ = gated_norm_triton(planes, z, weight, bias, eps, save)
         return out
-    # What torch.compile makes of the reference is one pass, too.
-    single = {tensor.dtype for tensor in (planes, z, weight, bias)} == {torch.float32}
-    if single and len(planes) == 1 and choose_loops(planes, backend) and not torch.compiler.is_compiling():
+    if len(planes) == 1 and choose_loops_outside_graphs((planes, z, weight, bias), backend):
         out = GatedNorm.apply(planes[0], z, weight, bias, eps)
         return out
     return gated_norm_reference(planes, z, weight, bias, eps)

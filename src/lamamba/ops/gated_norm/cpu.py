@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lamamba.ops.threads import array, share_images
 
@@ -24,6 +25,7 @@ class GatedNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from lamamba.ops.gated_norm.loops import gated_norm_backward
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lamamba.ops.backend import Backend, choose_kernels, choose_loops
+from lamamba.ops.backend import Backend, choose_kernels, choose_loops_outside_graphs
 from lamamba.ops.residual_norm.cpu import ResidualNorm
 from lamamba.ops.residual_norm.reference import add_gated_reference, layer_norm_reference
 
@@ -69,9 +69,7 @@ def residual_norm(
             x, *residual, weight, bias, *(modulation or (None, None)), eps, dtype or x.dtype
         )
         return x_new, normed
-    single = {x.dtype, residual.branch.dtype, dtype or x.dtype} == {torch.float32}
-    # What torch.compile makes of the reference is one pass, too.
-    if single and choose_loops(x, backend) and not torch.compiler.is_compiling():
+    if (dtype or x.dtype) == x.dtype and choose_loops_outside_graphs((x, residual.branch), backend):
         x_new, normed = ResidualNorm.apply(x, *_as_loops_take(x, residual, weight, bias, modulation), eps)
         return x_new, normed
     x = add_gated_reference(x, *residual)

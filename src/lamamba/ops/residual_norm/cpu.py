@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lamamba.ops.threads import array, share_images
 
@@ -29,6 +30,7 @@ class ResidualNorm(torch.autograd.Function):
         return x_new, normed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from lamamba.ops.residual_norm.loops import residual_norm_backward
 

@@ -138,12 +138,8 @@ def _scan_backward(
                         grad_z[c] *= f32(1) - exp(-delta_t[c])
                         grad_bias[b, path, c] += grad_z[c]
                     for j in range(rank):
-                        total, low_j, weight_j, grad_weight_j = (
-                            f32(0),
-                            low_t[j],
-                            weight[path, j],
-                            grad_weight[b, path, j],
-                        )
+                        weight_j, grad_weight_j = weight[path, j], grad_weight[b, path, j]
+                        total, low_j = f32(0), low_t[j]
                         for c in range(channels):
                             total += grad_z[c] * weight_j[c]
                             grad_weight_j[c] += grad_z[c] * low_j
