@@ -83,7 +83,7 @@ def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
     def save(averages: PowerAverages, step: int) -> None:
         if step % EVERY == 0:
-            save_snapshot(run, averages, step, step * BATCH, request.param)
+            save_snapshot(run, averages.state_dict(), step, step * BATCH, request.param)
 
     walk(PowerAverages, save)
     return run, request.param
@@ -95,7 +95,7 @@ def small_run(run: Path, num_snapshots: int = 1) -> Path:
     for step in range(1, num_snapshots + 1):
         module.step()
         averages.update(module, step)
-        path = save_snapshot(run, averages, step, step * BATCH)
+        path = save_snapshot(run, averages.state_dict(), step, step * BATCH)
     return path
 
 
@@ -253,7 +253,7 @@ def test_what_does_not_change_comes_out_as_it_is(tmp_path: Path) -> None:
     averages = PowerAverages(module)
     for step in range(1, 5):
         averages.update(module, step)
-        save_snapshot(tmp_path, averages, step, step * BATCH)
+        save_snapshot(tmp_path, averages.state_dict(), step, step * BATCH)
     torch.testing.assert_close(reconstruct(tmp_path, 0.07), of_length(averages, 0.05), rtol=0, atol=1e-6)
 
 
@@ -272,7 +272,7 @@ def test_rounding_that_would_be_amplified(tmp_path: Path) -> None:
         averages = PowerAverages(module)
         for step in range(1, 101):
             averages.update(module, step)
-            save_snapshot(run, averages, step, step, dtype)
+            save_snapshot(run, averages.state_dict(), step, step, dtype)
     gammas, steps = np.tile([gamma_of(0.05), gamma_of(0.1)], 100), np.repeat(np.arange(1.0, 101.0), 2)
     assert fit_profile(gammas, steps, gamma_of(0.015), 100).residual < MAX_RESIDUAL
     with pytest.raises(CheckpointError, match="from rounding"):
@@ -349,7 +349,7 @@ def test_a_later_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_snapshots_of_different_networks(tmp_path: Path) -> None:
     small_run(tmp_path, 2)
     other = PowerAverages(nn.Linear(3, 3))
-    path = save_snapshot(tmp_path, other, 1, BATCH)
+    path = save_snapshot(tmp_path, other.state_dict(), 1, BATCH)
     with pytest.raises(CheckpointError, match=f"{path} and .* different networks"):
         reconstruct(tmp_path, 0.05)
 
@@ -364,7 +364,7 @@ def test_a_full_disk_leaves_what_was_saved(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(os, "fsync", full)
     for images in (BATCH, 2 * BATCH):
         with pytest.raises(CheckpointError, match="could not be written"):
-            save_snapshot(tmp_path, PowerAverages(Walk()), 2, images)
+            save_snapshot(tmp_path, PowerAverages(Walk()).state_dict(), 2, images)
     assert [(each.name, each.read_bytes()) for each in path.parent.iterdir()] == [(path.name, before)]
 
 
@@ -379,8 +379,8 @@ def test_what_was_not_finished_is_ignored_and_the_same_images_replaced(tmp_path:
     path.with_name(f".incomplete-{16:012d}.safetensors").write_bytes(b"")
     assert snapshots_in(tmp_path) == [path]
     averages = PowerAverages(nn.Linear(2, 1))
-    assert save_snapshot(tmp_path, averages, 1, BATCH) == path
-    assert save_snapshot(tmp_path, averages, 1, 2 * BATCH).parent == path.parent
+    assert save_snapshot(tmp_path, averages.state_dict(), 1, BATCH) == path
+    assert save_snapshot(tmp_path, averages.state_dict(), 1, 2 * BATCH).parent == path.parent
     assert sorted(each.name for each in path.parent.iterdir()) == [f"{images:012d}.safetensors" for images in (8, 16)]
     assert reconstruct(tmp_path, 0.05).keys() == {"weight", "bias"}
 
@@ -389,25 +389,25 @@ def test_weights_that_float16_cannot_hold(tmp_path: Path) -> None:
     module = Walk()
     nn.init.constant_(module.weight, 1e5)
     with pytest.raises(CheckpointError, match=r"0\.050\.weight is not finite"):
-        save_snapshot(tmp_path, PowerAverages(module), 1, BATCH)
+        save_snapshot(tmp_path, PowerAverages(module).state_dict(), 1, BATCH)
     assert not snapshots_in(tmp_path)
-    save_snapshot(tmp_path, PowerAverages(module), 1, BATCH, torch.float32)
+    save_snapshot(tmp_path, PowerAverages(module).state_dict(), 1, BATCH, torch.float32)
     assert (reconstruct(tmp_path, 0.05)["weight"] == 1e5).all()
 
 
 def test_arguments_of_a_snapshot_that_cannot_be(tmp_path: Path) -> None:
     averages = PowerAverages(Walk())
     with pytest.raises(ValueError, match="bfloat16"):
-        save_snapshot(tmp_path, averages, 1, BATCH, torch.bfloat16)
+        save_snapshot(tmp_path, averages.state_dict(), 1, BATCH, torch.bfloat16)
     with pytest.raises(ValueError, match="step 0"):
-        save_snapshot(tmp_path, averages, 0, 0)
+        save_snapshot(tmp_path, averages.state_dict(), 0, 0)
 
 
 def test_weights_in_another_layout_of_memory(tmp_path: Path) -> None:
     module = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     averages = PowerAverages(module)
     averages.update(module, 1)
-    save_snapshot(tmp_path, averages, 1, BATCH, torch.float32)
+    save_snapshot(tmp_path, averages.state_dict(), 1, BATCH, torch.float32)
     assert torch.equal(reconstruct(tmp_path, 0.1)["weight"], module.weight)
 
 

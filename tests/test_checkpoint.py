@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lamamba.checkpoint import CheckpointInfo, checkpoints_in, export, load_checkpoint, load_network, save_checkpoint
+from lamamba.checkpoint import CheckpointInfo, checkpoints_in, export, load_checkpoint, load_network
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.model import LaMambaDiff
+from lamamba.saving import save_checkpoint
 
 TINY = {"embed_dim": 8, "num_heads": 2, "in_channels": 1, "sample_size": 8, "num_classes": 2, "depths": (1, 1, 1, 1)}
 
@@ -45,7 +46,8 @@ def test_a_full_disk_leaves_what_was_saved(run: Path) -> None:
 import resource, signal
 import torch
 from pathlib import Path
-from lamamba.checkpoint import CheckpointInfo, CheckpointError, save_checkpoint
+from lamamba.checkpoint import CheckpointInfo, CheckpointError
+from lamamba.saving import save_checkpoint
 from lamamba.model import LaMambaDiff
 network = LaMambaDiff(**{TINY!r})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

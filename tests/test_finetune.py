@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from lamamba.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
+from lamamba.checkpoint import CheckpointInfo, load_checkpoint
 from lamamba.cli import main
 from lamamba.diffusion import OBJECTIVES
 from lamamba.errors import CheckpointError
 from lamamba.finetune import take_over
 from lamamba.model import LaMambaDiff
+from lamamba.saving import save_checkpoint
 
 OPTIONS: dict[str, Any] = {
     "in_channels": 1, "sample_size": 8, "num_classes": 3, "embed_dim": 8, "num_heads": 2, "depths": (1, 1, 1, 1),

@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from lamamba.checkpoint import CheckpointInfo, save_checkpoint
+from lamamba.checkpoint import CheckpointInfo
 from lamamba.cli import main
 from lamamba.errors import ConfigError
 from lamamba.generate import parse_labels
 from lamamba.model import LaMambaDiff
+from lamamba.saving import save_checkpoint
 
 CLASS_NAMES = ("Cat", "Dog", "Great owl")
 

@@ -1,4 +1,7 @@
-"""Several processes train as one: started by torchrun, on a CPU, the same numbers as in a single process."""
+"""Several processes train as one: started by torchrun, the same numbers as in a single process.
+
+On a CPU through gloo; where there are two GPUs also there, through NCCL and with steps as CUDA graphs.
+"""
 
 import json
 import os
@@ -11,31 +14,47 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from lamamba.averages import snapshots_in
 from lamamba.checkpoint import checkpoints_in, load_checkpoint
 from lamamba.cli import main
 from lamamba.errors import ConfigError
 from lamamba.processes import Processes, SignalsNoted, joined
 
 TINY = [
-    *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
-    *("--data", "builtin", "--batch-size", "8", "--device", "cpu", "--sample-steps", "1", "--horizontal-flip"),
+    *("--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
+    *("--data", "builtin", "--batch-size", "8", "--precision", "float32", "--sample-steps", "1", "--horizontal-flip"),
     *("--learning-rate", "0.003", "--log-every", "8", "--checkpoint-every", "40"),
 ]
+# On GPUs as wide as the kernels want it.
+DEVICES = {"cpu": [*TINY, "--device", "cpu", "--embed-dim", "8"], "cuda": [*TINY, "--embed-dim", "32"]}
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def tiny(request: pytest.FixtureRequest) -> list[str]:
+    """Options of a short run on a device."""
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    return DEVICES[request.param]
 
 
 def train_together(
-    number: int, *options: str, program: tuple[str, ...] = ("-m", "lamamba"), restarts: int = 0
+    number: int,
+    *options: str,
+    program: tuple[str, ...] = ("-m", "lamamba"),
+    command: str = "train",
+    restarts: int = 0,
 ) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
     return subprocess.run(
-        [*command, f"--max-restarts={restarts}", *program, "train", *options],
+        [*start, f"--max-restarts={restarts}", *program, command, *options],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
 
 
 def program_with(folder: Path, fault: str) -> tuple[str, ...]:
-    """Write the command line with something put before every step, which knows `rank`, `trainer` and `restart`."""
+    """Write the command line with something put before every step, which knows `rank`, `trainer`, `restart`, `x_0`."""
     path = folder / "program.py"
     path.write_text(
         f"""
@@ -45,13 +64,14 @@ from lamamba.cli import main
 from lamamba.train import Trainer
 
 rank, restart = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-find_gradients = Trainer._find_gradients
+draw = Trainer._draw
 
-def broken(trainer, x_0, t, y, noise):
+def broken(trainer, images, labels):
+    x_0, t, y, noise = draw(trainer, images, labels)
 {fault}
-    return find_gradients(trainer, x_0, t, y, noise)
+    return x_0, t, y, noise
 
-Trainer._find_gradients = broken
+Trainer._draw = broken
 main()
 """
     )
@@ -64,16 +84,26 @@ def curve(run: Path) -> list[tuple[int, float, float]]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     out = tmp_path_factory.mktemp("alone") / "run"
-    main(["train", "--out", str(out), *TINY, "--num-images", "80"])
+    main(["train", "--out", str(out), *tiny, "--num-images", "80"])
     return out
 
 
-@pytest.mark.parametrize(("number", "accumulate"), [(2, 1), (4, 1), (2, 2)])
-def test_the_loss_curve_is_that_of_one_process(tmp_path: Path, alone: Path, number: int, accumulate: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "options"),
+    [
+        (2, []), (4, []), (2, ["--accumulate", "2"]),
+        (2, ["--shard"]), (4, ["--shard"]), (2, ["--shard", "--accumulate", "2", "--gradient-checkpointing"]),
+    ],
+)  # fmt: skip
+def test_the_loss_curve_is_that_of_one_process(
+    tmp_path: Path, tiny: list[str], alone: Path, number: int, options: list[str]
+) -> None:
+    if "--device" not in tiny and torch.cuda.device_count() < number:
+        pytest.skip(f"needs {number} GPUs")
     out = tmp_path / "run"
-    done = train_together(number, "--out", str(out), *TINY, "--num-images", "80", "--accumulate", str(accumulate))
+    done = train_together(number, "--out", str(out), *tiny, "--num-images", "80", *options)
     assert done.returncode == 0, done.stderr
     assert len(curve(out)) == 10
     for ours, wanted in zip(curve(out), curve(alone), strict=True):
@@ -84,13 +114,38 @@ def test_the_loss_curve_is_that_of_one_process(tmp_path: Path, alone: Path, numb
         torch.testing.assert_close(value, averages[1][name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, alone: Path) -> None:
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, tiny: list[str], alone: Path) -> None:
+    """Sharded or not: what two have saved in parts, one reads whole, and four cut otherwise."""
     out = str(tmp_path / "run")
-    assert train_together(2, "--out", out, *TINY, "--num-images", "40").returncode == 0
-    main(["train", "--out", out, "--resume", "--num-images", "48"])
-    assert train_together(4, "--out", out, "--resume", "--num-images", "80").returncode == 0
+    often = ["--power-averages", "0.1", "--snapshot-every", "80", "--checkpoint-every", "16"]
+    assert train_together(2, "--out", out, *tiny, *often, "--shard", "--num-images", "32").returncode == 0
+    shards = sorted(path.name for path in (checkpoints_in(Path(out))[-1] / "training").iterdir())
+    assert [name.split("-model")[0] for name in shards] == ["shard-00001", "shard-00002"]
+    main(["train", "--out", out, "--resume", "--no-shard", "--num-images", "48"])
+    more = 4 if "--device" in tiny else min(4, torch.cuda.device_count())
+    assert train_together(more, "--out", out, "--resume", "--shard", "--num-images", "64").returncode == 0
+    assert train_together(2, "--out", out, "--resume", "--no-shard", "--num-images", "80").returncode == 0
     assert checkpoints_in(Path(out))[-1].name == f"{80:012d}"
     for ours, wanted in zip(curve(Path(out)), curve(alone), strict=True):
+        assert ours == pytest.approx(wanted, rel=1e-4)
+    expected = tmp_path / "expected"
+    main(["train", "--out", str(expected), *tiny, *often, "--num-images", "80"])
+    ours, wanted = (load_file(snapshots_in(run)[-1]) for run in (Path(out), expected))
+    for name, value in wanted.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-2, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["copies", "shards"])
+def test_finetuning_begins_with_the_same_weights_in_all(
+    tmp_path: Path, tiny: list[str], alone: Path, shard: list[str]
+) -> None:
+    options = ["--data", "builtin", "--batch-size", "8", "--num-images", "16", "--log-every", "8"]
+    options += [*tiny[tiny.index("--device") :][:2]] if "--device" in tiny else []
+    run, expected = tmp_path / "run", tmp_path / "expected"
+    done = train_together(2, str(alone), "--out", str(run), *options, *shard, command="finetune")
+    assert done.returncode == 0, done.stderr
+    main(["finetune", str(alone), "--out", str(expected), *options])
+    for ours, wanted in zip(curve(run), curve(expected), strict=True):
         assert ours == pytest.approx(wanted, rel=1e-4)
 
 
@@ -106,15 +161,17 @@ def test_a_device_that_processes_cannot_share_is_refused(monkeypatch: pytest.Mon
         pass
 
 
-def test_all_skip_a_step_that_is_not_finite_in_one_of_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["copies", "shards"])
+def test_all_skip_a_step_that_is_not_finite_in_one_of_them(tmp_path: Path, tiny: list[str], shard: list[str]) -> None:
     fault = """
     if rank == 1 and trainer.step in (2, 3):
         x_0 = x_0 * float("nan")
 """
     out = tmp_path / "run"
     done = train_together(
-        2, "--out", str(out), *TINY, "--num-images", "48", "--log-every", "24", program=program_with(tmp_path, fault)
-    )
+        2, "--out", str(out), *tiny, "--num-images", "48", "--log-every", "24", *shard,
+        program=program_with(tmp_path, fault),
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [record["skipped_steps"] for record in records] == [1, 1]
@@ -122,41 +179,57 @@ def test_all_skip_a_step_that_is_not_finite_in_one_of_them(tmp_path: Path) -> No
     assert all(bool(value.isfinite().all()) for value in network.state_dict().values())
 
 
-def test_where_one_dies_the_others_end_and_a_restart_goes_on(tmp_path: Path, alone: Path) -> None:
+def test_where_one_dies_the_others_end_and_a_restart_goes_on(tmp_path: Path, tiny: list[str], alone: Path) -> None:
     fault = """
     if rank == 1 and trainer.step == 7 and restart == 0:
         os.kill(os.getpid(), signal.SIGKILL)
 """
     program = program_with(tmp_path, fault)
     started = time.monotonic()
-    done = train_together(2, "--out", str(tmp_path / "dead"), *TINY, "--num-images", "80", program=program)
+    done = train_together(2, "--out", str(tmp_path / "dead"), *tiny, "--num-images", "80", program=program)
     assert done.returncode != 0
     assert time.monotonic() - started < 60
     assert re.search(r"rank +: 1 .*exitcode +: -9", done.stderr, re.DOTALL), "who died is named"
     assert [path.name for path in checkpoints_in(tmp_path / "dead")] == [f"{40:012d}"]
     again = tmp_path / "again"
     done = train_together(
-        2, "--out", str(again), "--resume", *TINY, "--num-images", "80", program=program, restarts=1
+        2, "--out", str(again), "--resume", *tiny, "--num-images", "80", program=program, restarts=1
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for ours, wanted in zip(curve(again), curve(alone), strict=True):
         assert ours == pytest.approx(wanted, rel=1e-4)
 
 
-def test_a_signal_to_all_is_one_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rank", "shard"), [(0, []), (1, []), (1, ["--shard"])])
+def test_an_error_in_one_ends_all(tmp_path: Path, tiny: list[str], rank: int, shard: list[str]) -> None:
+    fault = f"""
+    if rank == {rank} and trainer.step == 3:
+        raise FileNotFoundError("this one is broken")
+"""
+    program = program_with(tmp_path, fault)
+    started = time.monotonic()
+    done = train_together(2, "--out", str(tmp_path / "run"), *tiny, *shard, "--num-images", "80", program=program)
+    assert done.returncode != 0
+    assert "this one is broken" in done.stderr
+    assert time.monotonic() - started < 90  # of which some are what starting takes
+
+
+@pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["copies", "shards"])
+def test_a_signal_to_all_is_one_checkpoint(tmp_path: Path, tiny: list[str], shard: list[str]) -> None:
     fault = """
     if rank == 1 and trainer.step == 3:
         os.kill(os.getpid(), signal.SIGTERM)
 """
     out = tmp_path / "run"
-    done = train_together(2, "--out", str(out), *TINY, "--num-images", "80", program=program_with(tmp_path, fault))
+    program = program_with(tmp_path, fault)
+    done = train_together(2, "--out", str(out), *tiny, *shard, "--num-images", "80", program=program)
     assert done.returncode != 0
     assert "stopped by SIGTERM at image 32, all is saved" in done.stderr
     assert [path.name for path in checkpoints_in(out)] == [f"{32:012d}"]
 
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGINT"])
-def test_a_signal_to_the_whole_job_is_one_checkpoint(tmp_path: Path, name: str) -> None:
+def test_a_signal_to_the_whole_job_is_one_checkpoint(tmp_path: Path, tiny: list[str], name: str) -> None:
     """As a scheduler signals all processes: torchrun passes on what it gets, so that the others get it twice."""
     out, program = tmp_path / "run", tmp_path / "program.py"
     program.write_text(  # saving takes so long that what torchrun passes on comes in between
@@ -173,7 +246,7 @@ main()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     options = ["--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout=120", str(program), "train"]
     job = subprocess.Popen(
-        [*command, *options, "--out", str(out), *TINY, "--num-images", "100000"],
+        [*command, *options, "--out", str(out), *tiny, "--num-images", "100000"],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     end = time.monotonic() + 120

@@ -26,6 +26,7 @@ TINY = [
     *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
     *("--data", "builtin", "--batch-size", "4", "--device", "cpu", "--sample-steps", "1"),
 ]
+TRAINING = "training/shard-00001-model-00001-of-00001.safetensors"
 OFTEN = ["--log-every", "4", "--checkpoint-every", "4", "--sample-every", "100000"]
 
 
@@ -130,7 +131,7 @@ def test_a_step_that_is_not_finite_is_left_out(
         for before, after in pairwise(networks)
     ]
     assert moved == [True, False, False, True, True]
-    state = load_file(checkpoints_in(tmp_path / "run")[-1] / "training.safetensors")
+    state = load_file(checkpoints_in(tmp_path / "run")[-1] / TRAINING)
     assert {float(value) for name, value in state.items() if ".step." in name} == {4.0}
 
 
@@ -150,7 +151,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("file", ["training.safetensors", "network/diffusion_pytorch_model.safetensors"])
+@pytest.mark.parametrize("file", [TRAINING, "network/diffusion_pytorch_model.safetensors"])
 def test_a_flipped_bit_is_found_and_the_checkpoint_before_used_if_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
 ) -> None:
@@ -169,10 +170,10 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_used_if_asked(
 def test_where_no_checkpoint_is_whole_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tmp_path / "run", "--num-images", "8", *OFTEN)
     for checkpoint in checkpoints_in(tmp_path / "run"):
-        (checkpoint / "training.safetensors").unlink()
+        (checkpoint / TRAINING).unlink()
     line = refused(capsys, tmp_path / "run", "--resume", "--fall-back", "--num-images", "16")
     assert "no checkpoint is whole; of the oldest: " in line
-    assert "training.safetensors is missing" in line
+    assert f"{TRAINING} is missing" in line
 
 
 def test_two_cannot_train_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

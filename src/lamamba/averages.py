@@ -166,13 +166,13 @@ def snapshots_in(run: Path) -> list[Path]:
 
 
 def save_snapshot(
-    run: Path, averages: PowerAverages, step: int, images: int, dtype: torch.dtype = torch.float16
+    run: Path, averages: Mapping[str, Tensor], step: int, images: int, dtype: torch.dtype = torch.float16
 ) -> Path:
     """Write a snapshot of averages whole or not at all; one of the same images is replaced.
 
     Args:
         run: the run folder.
-        averages: as they are after `step`.
+        averages: whole tensors, named as `PowerAverages.state_dict` does, as they are after `step`.
         step: steps of the optimizer so far, the t of the profiles.
         images: images seen so far, which name the file.
         dtype: of the weights in the file, float16 or float32.
@@ -189,7 +189,7 @@ def save_snapshot(
     if step < 1:
         raise ValueError(f"no averages exist at step {step}: save them after the first one")
     final = run / "averages" / f"{images:012d}.safetensors"
-    tensors = {name: value.to("cpu", dtype).contiguous() for name, value in averages.state_dict().items()}
+    tensors = {name: value.to("cpu", dtype).contiguous() for name, value in averages.items()}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise CheckpointError(
@@ -199,7 +199,7 @@ def save_snapshot(
         "format": str(FORMAT),
         "step": str(step),
         "images": str(images),
-        "sigma_rels": json.dumps(averages.sigma_rels),
+        "sigma_rels": json.dumps(sorted({_sigma_rel_of(name) for name in averages})),
     }
     checksum = _Checksum(record)
     for name in sorted(tensors):
@@ -440,3 +440,7 @@ class _Checksum:
 
 def _prefix(sigma_rel: float) -> str:
     return f"{sigma_rel:.3f}."
+
+
+def _sigma_rel_of(name: str) -> float:
+    return float(name[: len(_prefix(0)) - 1])

@@ -4,7 +4,8 @@ A run folder holds `config.json` and `checkpoints/`, one folder each, named by t
 
     checkpoint.json         format, images, objective, class names, autoencoder; the SHA-256 of every other file
     network/  ema/          weights and averaged weights, each a diffusers folder: config.json and safetensors
-    training.safetensors    optimizer and random state
+    training/               optimizer, random state, power function averages, by torch.distributed.checkpoint: a
+                            safetensors file from each process that holds a part of them
 
 A checkpoint is written under a temporary name, flushed to disk and renamed, so that what has its final name is whole;
 what a disk does to it later shows in the checksums. Nothing is pickled. The weights shipped with the package are such a
@@ -12,8 +13,7 @@ folder too, with `ema/` only.
 """
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,13 +22,12 @@ from typing import Any, get_args
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 from lamamba import __version__
 from lamamba.config import PRESETS, NetworkConfig, Objective, nearest
 from lamamba.errors import CheckpointError, ConfigError
-from lamamba.files import TEMPORARY, checksum, flush, written_whole
+from lamamba.files import checksum, written_whole
 from lamamba.model import LaMambaDiff
 
 FORMAT = 1
@@ -65,49 +64,8 @@ def checkpoints_in(run: Path) -> list[Path]:
     return sorted((path.parent for path in folders if path.parent.name.isdigit()), key=lambda path: int(path.name))
 
 
-def save_checkpoint(
-    run: Path,
-    info: CheckpointInfo,
-    networks: Mapping[str, LaMambaDiff],
-    training_state: Mapping[str, Tensor],
-    keep: int = 0,
-) -> Path:
-    """Write a checkpoint whole or not at all, then delete the oldest beyond `keep` (0 keeps all).
-
-    Raises:
-        CheckpointError: it could not be written, for want of space say; earlier checkpoints are untouched.
-    """
-    final = run / "checkpoints" / f"{info.images:012d}"
-    temporary = final.with_name(TEMPORARY + final.name)
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for name, network in networks.items():
-            _save_network(network, temporary / name)
-        save_file(
-            {name: value.contiguous() for name, value in training_state.items()}, temporary / "training.safetensors"
-        )
-        _write_info(temporary, info)
-        for path in temporary.rglob("*"):
-            flush(path)
-        replaced = final.with_name(f"{temporary.name}-replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if final.exists():  # the same images again: the older goes only once the newer has its place
-            final.rename(replaced)
-        temporary.rename(final)
-        shutil.rmtree(replaced, ignore_errors=True)
-        flush(final.parent)
-    except _WRITE_ERRORS as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        whole = checkpoints_in(run)
-        kept = f"the last whole one is {whole[-1]}" if whole else "none was saved before"
-        raise CheckpointError(f"checkpoint {final} could not be written ({error}): free some space; {kept}") from error
-    for old in checkpoints_in(run)[:-keep] if keep else []:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
-
-
-def _save_network(network: LaMambaDiff, folder: Path) -> None:
+def save_network(network: LaMambaDiff, folder: Path) -> None:
+    """Write a network as diffusers does."""
     network.save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())
@@ -115,7 +73,8 @@ def _save_network(network: LaMambaDiff, folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _write_info(checkpoint: Path, info: CheckpointInfo) -> None:
+def write_info(checkpoint: Path, info: CheckpointInfo) -> None:
+    """Write what a checkpoint says of itself, and the checksums of all that is there."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != "checkpoint.json")
     checksums = {path.relative_to(checkpoint).as_posix(): checksum(path) for path in files}
     record = {"format": FORMAT, "lamamba": __version__, **asdict(info), "sha256": checksums}
@@ -174,15 +133,6 @@ def locked(run: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def load_training_state(checkpoint: Path) -> dict[str, Tensor]:
-    """Read a checkpoint's optimizer and random state."""
-    path = checkpoint / "training.safetensors"
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): resume from another checkpoint") from error
 
 
 def read_info(checkpoint: Path) -> CheckpointInfo:
@@ -313,8 +263,8 @@ def export(checkpoint: Path, folder: Path) -> None:
 def write_weights(folder: Path, network: LaMambaDiff, info: CheckpointInfo) -> None:
     """Write weights alone in the layout of a checkpoint, as averaged ones; raises CheckpointError."""
     try:
-        _save_network(network, folder / "ema")
-        _write_info(folder, info)
+        save_network(network, folder / "ema")
+        write_info(folder, info)
     except _WRITE_ERRORS as error:
         raise CheckpointError(f"{folder} could not be written ({error}): free some space") from error
 

@@ -224,6 +224,9 @@ class TrainConfig:
     """Images between two of these snapshots; the default is a 20th of the run."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """Of the network's arithmetic; auto is bf16 on GPUs that have it. Weights are always float32."""
+    shard: bool = False
+    """Leave each process a part of the weights, their gradients, moments and averages (FSDP2), for networks that do not
+    fit one GPU otherwise; slower, and without CUDA graphs."""
     cuda_graph: bool = True
     """On CUDA, launch a step's kernels all at once, so that the GPU never waits for Python."""
     compile: bool = False

@@ -198,9 +198,9 @@ class TrainingLog:
         grid.save(folder / f"{images:012d}.png")
         self._plot()
 
-    def note_checkpoint(self, path: Path) -> None:
-        """Say where a checkpoint was written."""
-        if self.progress.disable:
+    def note_checkpoint(self, path: Path | None) -> None:
+        """Say where a checkpoint was written, if one was."""
+        if path and self.progress.disable:
             self._print(f"checkpoint {path}")
 
     def finish(self, images: int) -> None:
@@ -284,7 +284,7 @@ class SilentLog:
     def save_samples(self, grid: Any, images: int) -> None:
         """Keep nothing."""
 
-    def note_checkpoint(self, path: Path) -> None:
+    def note_checkpoint(self, path: Path | None) -> None:
         """Say nothing."""
 
     def finish(self, images: int) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # they are there, and documented
+from torch.distributed.distributed_c10d import _abort_process_group
 
 from lamamba.errors import ConfigError
 
@@ -134,8 +135,11 @@ def joined(device: str) -> Iterator[tuple[Processes, str]]:
     dist.init_process_group(backend, **_place_to_meet())
     try:
         yield Processes(dist.get_rank(), number), device
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # The others may be waiting for this process: to end as usual would be to wait for them.
+        _abort_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _place_to_meet() -> dict[str, Any]:

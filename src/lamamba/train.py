@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 import torch.utils.checkpoint
 from torch import Tensor
 
 from lamamba.averages import PowerAverages, save_snapshot
+from lamamba.captured import Captured
 from lamamba.checkpoint import (
     CheckpointInfo,
     checkpoints_in,
     load_checkpoint,
     load_network,
-    load_training_state,
     locked,
     newest_whole,
     read_info,
-    save_checkpoint,
     verify,
     write_json,
 )
@@ -37,49 +37,12 @@ from lamamba.latents import Latents, Space, identify, open_space
 from lamamba.log import SilentLog, TrainingLog
 from lamamba.memory import keep_freed_memory
 from lamamba.model import LaMambaDiff
+from lamamba.ops.backend import use_backend
 from lamamba.ops.launch import rehearse
 from lamamba.pipeline import choose_device, make_grid, sample
 from lamamba.processes import GradientSums, Processes, SignalsNoted, joined
-
-
-class Captured:
-    """A function of tensors on CUDA as a CUDA graph: recorded at the first call, and from then on launched whole.
-
-    Every call takes tensors of the shapes of the first one, and writes to the same results again: read them before the
-    next. So it is with gradients that the function leaves in parameters.
-    """
-
-    def __init__(self, function: Callable[..., dict[str, Tensor]]) -> None:
-        self.function = function
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
-        if self.graph is None:
-            self._record(*inputs)
-        assert self.graph is not None
-        torch._foreach_copy_(self.inputs, list(inputs))
-        self.graph.replay()
-        return self.results
-
-    def _record(self, *inputs: Tensor) -> None:
-        self.inputs = [tensor.clone() for tensor in inputs]
-        # Once as usual: kernels are compiled, and libraries allocate what they keep.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as NCCL's that watches over what it runs, may do as they like meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.results = self.function(*self.inputs)
-        self.graph = graph
-
-    def forget(self) -> None:
-        """Free what was recorded."""
-        if self.graph is not None:
-            self.graph.reset()
-            self.graph = None
+from lamamba.saving import CheckpointWriter, load_training_state, names_of_training_state
+from lamamba.sharding import gather, load, local, shard, whole
 
 
 class Trainer:
@@ -112,6 +75,14 @@ class Trainer:
             self.network = LaMambaDiff(**vars(config.network)).to(device)
             self.average = LaMambaDiff(**vars(config.network)).to(device).eval().requires_grad_(False)
         self.average.load_state_dict(self.network.state_dict())
+        self.shards = config.shard and processes.number > 1
+        if self.shards:
+            shard(self.network, processes.number, compile=config.compile)
+            shard(self.average, processes.number)
+        # What the CPU's compiled loops have looked at cannot be freed, as whole parameters are after use.
+        self.backend = partial(use_backend, "pytorch") if self.shards and device.type == "cpu" else nullcontext
+        group = torch.distributed.new_group(backend="gloo") if self.shards else None
+        self.writer = CheckpointWriter(config.out, config.keep_checkpoints, group)
         self.power_averages = PowerAverages(self.network, config.power_averages) if config.power_averages else None
         self.generator = torch.Generator(device).manual_seed(config.seed)
         self.optimizer = torch.optim.AdamW(
@@ -131,10 +102,11 @@ class Trainer:
             and torch.cuda.is_bf16_supported(including_emulation=False)
         )
         self.autocast = torch.autocast(device.type, torch.bfloat16) if self.uses_bf16 else nullcontext()
-        self.compiled: Any = torch.compile(self.network) if config.compile else self.network
-        self.gradient_sums = GradientSums(self.network.parameters()) if processes.number > 1 else None
+        self.compiled: Any = torch.compile(self.network) if config.compile and not self.shards else self.network
+        sums_up = processes.number > 1 and not self.shards
+        self.gradient_sums = GradientSums(self.network.parameters()) if sums_up else None
         # Captured, a part's gradients are written to the same memory every time, and added up outside.
-        self.captures = config.cuda_graph and device.type == "cuda"
+        self.captures = config.cuda_graph and device.type == "cuda" and not self.shards
         self.find_gradients = Captured(self._find_gradients) if self.captures else self._find_gradients
         self.compiles_kernels = device.type == "cuda"  # at the first step
         self.adds_up = False  # over the processes, in the backward pass that comes next
@@ -174,8 +146,12 @@ class Trainer:
                 self.optimizer.zero_grad(set_to_none=True)
                 self.compiles_kernels = False
             # The last part's gradients are all parts', but in a graph, where each part's are its own.
-            self.adds_up = self.gradient_sums is not None and (self.captures or index + 1 == parts)
-            for name, mean in self.find_gradients(*part).items():
+            self.adds_up = self.processes.number > 1 and (self.captures or index + 1 == parts)
+            if self.shards:
+                self.network.set_requires_gradient_sync(self.adds_up)  # FSDP's
+            with self.backend():
+                means = self.find_gradients(*part)
+            for name, mean in means.items():
                 terms[name] = terms.get(name, 0) + mean / parts
             self.adds_up = False
             if self.captures and parts > 1:
@@ -188,7 +164,7 @@ class Trainer:
             torch._foreach_copy_(gradients, total)
         terms = self.processes.mean(terms)
         limit = self.config.max_grad_norm or math.inf
-        terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)
+        terms["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit))
         self.images += self.config.batch_size
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.images)
@@ -233,8 +209,9 @@ class Trainer:
         if self.config.min_snr_gamma:
             weight = self.objective.min_snr_weight(t, self.config.min_snr_gamma)
             losses["loss"] = losses["loss"] + (weight - 1) * losses["mse"]
-        # Added up over parts and processes, gradients are those of the whole batch's mean.
-        share = losses["loss"].mean() / (self.config.accumulate * self.processes.number)
+        # Added up over parts and processes, gradients are those of the whole batch's mean; FSDP takes the processes'
+        # mean by itself.
+        share = losses["loss"].mean() / (self.config.accumulate * (1 if self.shards else self.processes.number))
         with self.gradient_sums.added_up() if self.gradient_sums and self.adds_up else nullcontext():
             share.backward()
         means = {name: loss.detach().mean() for name, loss in losses.items()}
@@ -253,61 +230,93 @@ class Trainer:
     def _update_average(self) -> None:
         # Early on the decay grows with the step, so that the average forgets the initialisation in short runs too.
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), 1 - decay)
+        torch._foreach_lerp_(local(self.average.parameters()), local(self.network.parameters()), 1 - decay)
         if self.power_averages:
             self.power_averages.update(self.network, self.step)
 
     def close(self) -> None:
-        """Free the recorded step: NCCL ends only after the graphs that use it."""
+        """Wait for the checkpoint that is written; free the recorded step, since NCCL waits for graphs that use it."""
+        self.writer.close()
         if isinstance(self.find_gradients, Captured):
             self.find_gradients.forget()
+
+    def is_finite(self) -> bool:
+        """Say whether all weights are, in all processes."""
+        finite = torch.stack([tensor.isfinite().all() for tensor in local(self.network.parameters())]).all()
+        return not self.processes.largest(int(not finite))
 
     def info(self) -> CheckpointInfo:
         """Describe the run as it stands."""
         vae = str(self.config.vae.resolve()) if self.config.vae else None
         return CheckpointInfo(self.images, self.step, self.config.objective, self.source.class_names, vae)
 
-    def save(self) -> Path:
-        """Write a checkpoint; raises CheckpointError."""
+    def save(self) -> None:
+        """Begin to write a checkpoint; `writer` says when it is there. Raises CheckpointError."""
         state = {"random_state": self.generator.get_state()}
         for name, parameter in self.network.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
         if self.power_averages:
             state |= {f"power.{name}": value for name, value in self.power_averages.state_dict().items()}
-        networks = {"network": self.network, "ema": self.average}
-        return save_checkpoint(self.config.out, self.info(), networks, state, self.config.keep_checkpoints)
+        weights = {name: self._gather(network.state_dict()) for name, network in self._networks().items()}
+        if self.processes.is_first or self.shards:
+            networks = {name: self._rebuild(value) for name, value in weights.items() if value}
+            self.writer.begin(self.info(), networks, state)
+
+    def save_snapshot(self) -> None:
+        """Write a snapshot of the power function averages; raises CheckpointError."""
+        assert self.power_averages is not None
+        averages = self._gather(self.power_averages.state_dict())
+        if averages:
+            save_snapshot(self.config.out, averages, self.step, self.images)
+
+    def _networks(self) -> dict[str, LaMambaDiff]:
+        return {"network": self.network, "ema": self.average}
+
+    def _gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy whole tensors to the first process's memory; empty in the others."""
+        return gather(tensors, keep=self.processes.is_first)
+
+    def _rebuild(self, weights: Mapping[str, Tensor]) -> LaMambaDiff:
+        with torch.device("meta"):
+            network = LaMambaDiff(**vars(self.config.network))
+        network.load_state_dict(weights, assign=True)
+        return network
 
     def restore(self, checkpoint: Path) -> None:
         """Continue from a checkpoint as if the run had never stopped; raises CheckpointError."""
         verify(checkpoint)
         info = read_info(checkpoint)
-        self.network.load_state_dict(load_network(checkpoint / "network").state_dict())
-        self.average.load_state_dict(load_network(checkpoint / "ema").state_dict())
-        saved = load_training_state(checkpoint)
+        for name, network in self._networks().items():
+            load(network, load_network(checkpoint / name).state_dict())
+        state, optimizer_state = self._empty_state(checkpoint)
+        load_training_state(checkpoint, state, self.writer.group)
         try:
-            self.generator.set_state(saved["random_state"])
+            self.generator.set_state(state["random_state"])
         except RuntimeError as error:
             raise CheckpointError(
                 f"{checkpoint} was written on another kind of device than {self.device}: resume on that kind"
             ) from error
-        names = [name for name, _ in self.network.named_parameters()]
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        try:
-            state = {
-                index: {key: saved[f"optimizer.{key}.{name}"] for key in keys}
-                for index, name in enumerate(names)
-                if f"optimizer.step.{name}" in saved
-            }
-        except KeyError as error:
-            raise CheckpointError(f"{checkpoint} misses the optimizer's {error}: resume from another one") from error
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        if self.power_averages:
-            averages = {name: value for name, value in saved.items() if name.startswith("power.")}
-            self.power_averages.load_state_dict(
-                {name.removeprefix("power."): value for name, value in averages.items()}
-            )
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
         self.images, self.step = info.images, info.step
+
+    def _empty_state(self, checkpoint: Path) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
+        """Make what a checkpoint's training state is read to: by name; and the optimizer's part as it wants it."""
+        saved = names_of_training_state(checkpoint)
+        state, optimizer_state = {"random_state": torch.empty_like(self.generator.get_state())}, {}
+        for index, (name, parameter) in enumerate(self.network.named_parameters()):
+            if f"optimizer.step.{name}" not in saved:
+                continue  # it had no gradient yet
+            moments = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer_state[index] = {"step": torch.zeros((), device=self.device), **moments}
+            state |= {f"optimizer.{key}.{name}": value for key, value in optimizer_state[index].items()}
+        if self.power_averages:
+            state |= {f"power.{name}": value for name, value in self.power_averages.state_dict().items()}
+        missing = sorted(state.keys() - saved)
+        if missing:
+            raise CheckpointError(f"{checkpoint} misses {missing[0]} of its training: resume from another one")
+        return state, optimizer_state
 
     def begin_with(self, name: str) -> list[str]:
         """Take over the averaged weights of a run, a checkpoint or a preset, as far as they fit.
@@ -323,10 +332,10 @@ class Trainer:
             raise CheckpointError(
                 f"{name} was trained with the objective {loaded.info.objective}: give objective {loaded.info.objective}"
             )
-        notes = take_over(
-            self.network, loaded.network.to(self.device), self.source.class_names, loaded.info.class_names
-        )
-        self.average.load_state_dict(self.network.state_dict())
+        network = self._rebuild(gather(self.network.state_dict()))
+        notes = take_over(network, loaded.network, self.source.class_names, loaded.info.class_names)
+        for own in self._networks().values():
+            load(own, network.state_dict())
         return notes
 
     def draw_samples(self, columns: int = 10) -> Any:
@@ -334,14 +343,15 @@ class Trainer:
         num_classes = self.config.network.num_classes
         number = 2 * columns
         labels = [index % columns % max(num_classes, 1) for index in range(number)]
-        x = sample(
-            self.average,
-            self.objective,
-            labels,
-            list(range(number)),
-            num_steps=self.config.sample_steps,
-            guidance_scale=self.config.sample_guidance if num_classes else 1.0,
-        )
+        with self.backend():
+            x = sample(
+                self.average,
+                self.objective,
+                labels,
+                list(range(number)),
+                num_steps=self.config.sample_steps,
+                guidance_scale=self.config.sample_guidance if num_classes else 1.0,
+            )
         images = self.space.decode(x).cpu().numpy()
         return make_grid(images, columns, scale=max(1, 64 // images.shape[-1]))
 
@@ -408,7 +418,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Source, Space, torch.devi
 # What may change from one part of a run to the next without changing what it computes up to there.
 _FREE_TO_CHANGE = {
     "out", "num_images", "device", "cuda_graph", "compile", "num_workers", "resume", "fall_back", "dry_run",
-    "data_folder", "keep_checkpoints", "max_skipped_steps", "tracker", "project",
+    "data_folder", "keep_checkpoints", "shard", "max_skipped_steps", "tracker", "project",
     "log_every", "sample_every", "checkpoint_every", "snapshot_every", "sample_steps", "sample_guidance",
 }  # fmt: skip
 
@@ -489,6 +499,7 @@ def _train(config: TrainConfig, source: Source, space: Space, device: torch.devi
 
 
 def _diverged(trainer: Trainer, fault: str) -> LamambaError:
+    trainer.writer.finish()
     saved = checkpoints_in(trainer.config.out)
     mend = f"the last checkpoint is {saved[-1]}" if saved else "nothing was saved"
     return LamambaError(f"{fault} at image {trainer.images}: lower learning_rate; {mend}")
@@ -527,19 +538,22 @@ def _run(trainer: Trainer, log: TrainingLog | SilentLog, signals: SignalsNoted) 
                 raise _diverged(
                     trainer, f"the gradient was not finite in {skipped} step{'s' * (skipped > 1)} in a row,"
                 )
-        if due(config.sample_every) and is_first:
+        if due(config.sample_every) and (is_first or trainer.shards):
             with log.pause("sample"):
                 log.save_samples(trainer.draw_samples(), trainer.images)
-        if trainer.power_averages and due(config.snapshot_every) and is_first:
+        if trainer.power_averages and due(config.snapshot_every):
             with log.pause("save"):
-                save_snapshot(config.out, trainer.power_averages, trainer.step, trainer.images)
+                trainer.save_snapshot()
+        log.note_checkpoint(trainer.writer.finish(wait=False))
         signal_number = trainer.processes.largest(signals.number)
         if due(config.checkpoint_every) or signal_number:
-            if not all(bool(parameter.isfinite().all()) for parameter in trainer.network.parameters()):
+            if not trainer.is_finite():
                 raise _diverged(trainer, "a weight is not finite")
-            if is_first:
-                with log.pause("save"):
-                    log.note_checkpoint(trainer.save())
+            with log.pause("save"):
+                log.note_checkpoint(trainer.writer.finish())
+                trainer.save()
+        if signal_number or last:
+            log.note_checkpoint(trainer.writer.finish())
             trainer.processes.wait()
         if signal_number and not last:
             where = f"image {trainer.images}, all is saved: --resume goes on from here"
