@@ -3,6 +3,7 @@
     python benchmarks/scaling.py                                        one GPU
     torchrun --nproc-per-node 2 benchmarks/scaling.py                   two, through NCCL
     torchrun --nproc-per-node 2 benchmarks/scaling.py --preset xl-256 xl-512 --batch-size 8 16 32 64
+    torchrun --nproc-per-node 2 benchmarks/scaling.py --shard           each with a part of the weights
     torchrun --nproc-per-node 2 benchmarks/scaling.py --quick           tiny, on a CPU too: the numbers mean nothing
 
 It is the trainer itself that is timed, with all that a step does: drawing noise, the average, the gradients' way
@@ -50,7 +51,8 @@ class Measurement:
 
     def __init__(self, options: argparse.Namespace, processes: Processes, device: torch.device) -> None:
         self.processes, self.device, self.quick = processes, device, options.quick
-        self.provider = f"processes-{processes.number}"
+        self.shard = options.shard
+        self.provider = f"processes-{processes.number}" + "-shard" * options.shard
         self.results = Results(options.out if processes.is_first else None, options.commit)
         if self.results.path:
             cases = "_".join(["quick"] if options.quick else options.preset)
@@ -72,7 +74,7 @@ class Measurement:
         with tempfile.TemporaryDirectory() as folder:
             config = TrainConfig(
                 out=Path(folder), network=network, batch_size=each * self.processes.number, num_images=10**9,
-                max_grad_norm=1.0,
+                max_grad_norm=1.0, shard=self.shard,
             )  # fmt: skip
             with self.device:  # where weights are drawn, which takes a processor many seconds
                 trainer = Trainer(config, source, Pixels(), self.device, self.processes)
@@ -144,6 +146,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--preset", nargs="+", default=["xl-256"])
     parser.add_argument("--batch-size", type=int, nargs="+", default=[128], help="images of a process")
+    parser.add_argument("--shard", action="store_true", help="as lamamba train --shard")
     parser.add_argument("--out", type=Path, default=RESULTS / "scaling", help="folder for the records")
     parser.add_argument("--commit", default="", help="its name, for a copy without history")
     options = parser.parse_args()
