@@ -2,67 +2,171 @@
 
     python benchmarks/scaling.py                                        one GPU
     torchrun --nproc-per-node 2 benchmarks/scaling.py                   two, through NCCL
+    torchrun --nproc-per-node 2 benchmarks/scaling.py --preset xl-256 xl-512 --batch-size 8 16 32 64
     torchrun --nproc-per-node 2 benchmarks/scaling.py --quick           tiny, on a CPU too: the numbers mean nothing
 
 It is the trainer itself that is timed, with all that a step does: drawing noise, the average, the gradients' way
-between processes. Images lie in memory, so that none are waited for. The first process writes results/scaling/.
+between processes. Images lie in memory, so that none are waited for. With it goes what else a prediction needs: alone,
+how fast latents are read and noise is drawn; together, how fast bytes go between processes when nothing else is done.
+
+Every preset is measured at every batch size. One that fails, such as for want of memory, is reported and the others go
+on; the exit status is then 1. The first process writes results/scaling/, a file a run, again after every case.
 """
 
 import argparse
+import json
+import sys
 import tempfile
+import zlib
+from collections.abc import Callable
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from safetensors.numpy import save_file
+from torch import Tensor
 
 from lamamba.config import NetworkConfig, TrainConfig, preset
-from lamamba.data import ArraySource
+from lamamba.data import ArraySource, LatentSource, batches
+from lamamba.data.latent_files import FORMAT, INDEX
+from lamamba.diffusion import OBJECTIVES, draw_noise
 from lamamba.latents import Pixels
 from lamamba.pipeline import choose_device
-from lamamba.processes import joined
+from lamamba.processes import GradientSums, Processes, joined
 from lamamba.train import Trainer
 from measure import RESULTS, Results, milliseconds
 
 TINY = NetworkConfig(
     in_channels=4, sample_size=8, num_classes=10, embed_dim=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1
 )
+MIB = 2**20
 
 
-def main() -> None:
-    """Time steps of the trainer in this process, among others if torchrun started some."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes")
-    parser.add_argument("--preset", default="xl-256")
-    parser.add_argument("--batch-size", type=int, default=128, help="images of a process")
-    parser.add_argument("--out", type=Path, default=RESULTS / "scaling", help="folder for the record")
-    parser.add_argument("--commit", default="", help="its name, for a copy without history")
-    options = parser.parse_args()
-    network = TINY if options.quick else preset(options.preset)
-    each = 2 if options.quick else options.batch_size
-    with joined("auto") as (processes, device_name), tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig(
-            out=Path(folder), network=network, batch_size=each * processes.number, num_images=10**9, max_grad_norm=1.0
-        )
+class Measurement:
+    """What is measured by one process, or by all of them together, and goes into one file."""
+
+    def __init__(self, options: argparse.Namespace, processes: Processes, device: torch.device) -> None:
+        self.processes, self.device, self.quick = processes, device, options.quick
+        self.provider = f"processes-{processes.number}"
+        self.results = Results(options.out if processes.is_first else None, options.commit)
+        if self.results.path:
+            cases = "_".join(["quick"] if options.quick else options.preset)
+            self.results.path = self.results.path.with_stem(f"{self.results.path.stem}_scaling_{cases}_{self.provider}")
+
+    def add(self, case: str, metric: str, values: list[float], batch: int, dtype: str) -> None:
+        """Record repeated measurements, in the first process."""
+        if self.processes.is_first:
+            self.results.add(case, self.provider, metric, values, batch, dtype)
+
+    def training(self, results: Results, name: str, network: NetworkConfig, each: int) -> None:
+        """Time steps with so many images in each process."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         size = network.sample_size
         images = np.random.default_rng(0).integers(0, 256, (64, network.in_channels, size, size), dtype=np.uint8)
         labels = np.arange(len(images)) % network.num_classes
         source = ArraySource("random", images, labels, tuple(map(str, range(network.num_classes))))
-        trainer = Trainer(config, source, Pixels(), choose_device(device_name), processes)
-        batches = trainer.batches()
-        times = milliseconds(lambda: trainer.take_step(*next(batches)), 3 if options.quick else 20, warm_up=5)
-        trainer.close()
-        dtype = "bf16" if trainer.uses_bf16 else "float32"
-        results = Results(options.out if processes.is_first else None, options.commit)
-        case, provider = f"scaling_{'quick' if options.quick else options.preset}", f"processes-{processes.number}"
-        if processes.is_first:
-            results.add(case, provider, "ms", times, config.batch_size, dtype)
-            speeds = [1e3 * config.batch_size / ms for ms in times]
-            results.add(case, provider, "images_per_s", speeds, config.batch_size, dtype)
-            if torch.cuda.is_available():
-                peak = torch.cuda.max_memory_allocated() / 2**30
-                results.add(case, provider, "peak_gib", [peak], config.batch_size, dtype)
-            results.path = results.path and results.path.with_stem(f"{results.path.stem}_{case}_{provider}")
-            results.write()
+        with tempfile.TemporaryDirectory() as folder:
+            config = TrainConfig(
+                out=Path(folder), network=network, batch_size=each * self.processes.number, num_images=10**9,
+                max_grad_norm=1.0,
+            )  # fmt: skip
+            with self.device:  # where weights are drawn, which takes a processor many seconds
+                trainer = Trainer(config, source, Pixels(), self.device, self.processes)
+            with closing(trainer):
+                reader = trainer.batches()
+                times = milliseconds(lambda: trainer.take_step(*next(reader)), 3 if self.quick else 20, warm_up=5)
+                if self.device.type == "cuda":
+                    free, total = torch.cuda.mem_get_info()
+        case, batch, dtype = f"scaling_{name}", config.batch_size, "bf16" if trainer.uses_bf16 else "float32"
+        self.add(case, "ms", times, batch, dtype)
+        self.add(case, "images_per_s", [1e3 * batch / ms for ms in times], batch, dtype)
+        if self.device.type == "cuda":
+            self.add(case, "peak_gib", [torch.cuda.max_memory_allocated() / 2**30], batch, dtype)
+            # Also what PyTorch keeps without using it, and what CUDA, NCCL and the recorded step take beside it.
+            self.add(case, "in_use_gib", [(total - free) / 2**30], batch, dtype)
+
+    def collectives(self, results: Results, num_bytes: int) -> None:
+        """Time how gradients and parameters of so many bytes go between processes, and what each sends in that time."""
+        number = self.processes.number
+        share = num_bytes // 4 // number
+        whole, part = torch.zeros(share * number, device=self.device), torch.zeros(share, device=self.device)
+        ways: dict[str, tuple[int, Callable[[], object]]] = {
+            "all_reduce": (2, lambda: dist.all_reduce(whole)),
+            "all_gather": (1, lambda: dist.all_gather_into_tensor(whole, part)),
+            "reduce_scatter": (1, lambda: dist.reduce_scatter_tensor(part, whole)),
+        }
+        for name, (passes, way) in ways.items():
+            times = milliseconds(way, 3 if self.quick else 20)
+            sent = passes * (number - 1) / number * whole.nbytes
+            case, length = f"{name}_{num_bytes / MIB:.0f}_mib", whole.numel()
+            self.add(case, "ms", times, length, "float32")
+            self.add(case, "sent_gb_per_s", [sent / ms / 1e6 for ms in times], length, "float32")
+
+    def reading(self, results: Results, side: int) -> None:
+        """Time how one process reads latents of a grid, from files that the operating system has in memory."""
+        number = 64 if self.quick else 512
+        with tempfile.TemporaryDirectory() as folder:
+            write_random_latents(Path(folder), number, side)
+            reader = batches(LatentSource(Path(folder)), batch_size=32, seed=0, horizontal_flip=True)
+            times = milliseconds(lambda: list(islice(reader, number // 32)), 3)
+        self.add(f"read_latents_{side}", "images_per_s", [1e3 * number / ms for ms in times], number, "float16")
+
+    def drawing(self, results: Results) -> None:
+        """Time the noise of a whole batch, which every process draws."""
+        shape = (64 if self.quick else 4096, 4, 64, 64)
+        generator = torch.Generator(self.device).manual_seed(0)
+
+        def draw() -> tuple[Tensor, ...]:
+            return draw_noise(OBJECTIVES["diffusion"], shape, self.device, label_dropout=0.1, generator=generator)
+
+        speeds = [np.prod(shape) / ms / 1e6 for ms in milliseconds(draw, 3 if self.quick else 20)]
+        self.add("draw_noise", "numbers_per_ns", [float(speed) for speed in speeds], shape[0], "float32")
+
+
+def write_random_latents(folder: Path, number: int, side: int) -> None:
+    """Write a shard of random moments, as `lamamba encode` writes those of images."""
+    moments = np.random.default_rng(0).standard_normal((number, 2, 8, side, side), dtype=np.float32).astype(np.float16)
+    sums = np.array([[zlib.crc32(view.tobytes()) for view in image] for image in moments], dtype=np.int64)
+    labels = np.zeros(number, dtype=np.int64)
+    save_file({"moments": moments, "labels": labels, "crc32": sums}, folder / "shard-00000.safetensors")
+    settings = {"class_names": ["0"], "image_size": 8 * side, "channels": 3, "mirrored": True, "autoencoder": {}}
+    shards = [{"file": "shard-00000.safetensors", "images": number}]
+    (folder / INDEX).write_text(json.dumps({"format": FORMAT, "settings": settings, "shards": shards}))
+
+
+def main() -> None:
+    """Measure in this process, among others if torchrun started some."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    parser.add_argument("--preset", nargs="+", default=["xl-256"])
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[128], help="images of a process")
+    parser.add_argument("--out", type=Path, default=RESULTS / "scaling", help="folder for the records")
+    parser.add_argument("--commit", default="", help="its name, for a copy without history")
+    options = parser.parse_args()
+    networks = {"quick": TINY} if options.quick else {name: preset(name) for name in options.preset}
+    with joined("auto") as (processes, device_name):
+        measured = Measurement(options, processes, choose_device(device_name))
+        results = measured.results
+        if processes.number == 1:
+            for side in (8,) if options.quick else (32, 64):
+                results.attempt(f"reading latents {side}x{side}", measured.reading, side)
+            results.attempt("drawing noise", measured.drawing)
+        else:
+            # What the trainer sends at once, and about the gradients of XL.
+            for num_bytes in (MIB,) if options.quick else (GradientSums.AT_A_TIME, 2488 * MIB):
+                results.attempt(f"collectives of {num_bytes / MIB:.0f} MiB", measured.collectives, num_bytes)
+        for name, network in networks.items():
+            for each in (2, 4) if options.quick else options.batch_size:
+                # In several processes one that alone fails leaves the others waiting: choose sizes that fit all.
+                results.attempt(f"{name}, {each} images", measured.training, name, network, each)
+        if processes.is_first and results.path:
+            print(f"written: {results.path}")
+    if results.failures:
+        sys.exit(f"failed: {'; '.join(results.failures)}")
 
 
 if __name__ == "__main__":
