@@ -3,13 +3,14 @@
 # make test-gpu  the kernels' tests at real sizes, on a machine with a GPU
 # make bench     measure against the naive ways on a CPU, against DiT-XL/2 on a GPU
 # make performance  write docs/performance.md from what was measured
+# make scaling  collect what benchmarks/scaling.py measured, for `lamamba plan` and docs/scaling.md
 # make clean     remove what these made
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu bench performance lint clean
+.PHONY: demo test test-gpu bench performance scaling lint clean
 
 # torch goes first and alone: a range would let pip choose a build with gigabytes of CUDA.
 $(BIN)/lamamba: pyproject.toml constraints.txt
@@ -45,6 +46,9 @@ bench: $(BIN)/lamamba
 
 performance: $(BIN)/lamamba
 	$(BIN)/python benchmarks/report.py
+
+scaling: $(BIN)/lamamba
+	$(BIN)/python benchmarks/scaling_report.py
 
 clean:
 	rm -rf $(VENV) demo dist

@@ -201,7 +201,8 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: lamamba COMMAND" in capsys.readouterr().out
     main(["--version"])
     assert capsys.readouterr().out.strip() == __version__
-    for command, option in (("train", "--num-images"), ("sample", "--guidance-interval"), ("info", "--size")):
+    options = {"train": "--num-images", "sample": "--guidance-interval", "info": "--size", "plan": "--shard"}
+    for command, option in options.items():
         with pytest.raises(SystemExit, match="0"):
             main([command, "--help"])
         shown = capsys.readouterr()
@@ -210,7 +211,8 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", ["['--help']", "['--version']", "['train', '--help']", "['sample', '--help']", "['info', '--help']"]
+    "arguments",
+    ["['--help']", "['--version']", *(f"['{command}', '--help']" for command in ("train", "sample", "info", "plan"))],
 )
 def test_help_loads_nothing_heavy(arguments: str) -> None:
     script = f"""

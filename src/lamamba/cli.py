@@ -21,6 +21,7 @@ from lamamba.config import (
     InfoConfig,
     NetworkConfig,
     Objective,
+    PlanConfig,
     PrepareConfig,
     SampleConfig,
     TrainConfig,
@@ -44,6 +45,7 @@ commands:
   watch    follow a run                    lamamba watch runs/first
   sample   sample images                   lamamba sample nano --labels 0,1,2 --out grid.png
   info     count parameters and multiply-adds, stage by stage      lamamba info xl-256
+  plan     what a training will take on a cluster                  lamamba plan xl-512 --gpus 64
 
 lamamba COMMAND --help explains a command's options.
 """
@@ -61,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "average": _average,
         "watch": _watch,
         "info": _info,
+        "plan": _plan,
     }
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
@@ -228,3 +231,10 @@ def _info(arguments: list[str]) -> None:
     from lamamba.cost import print_info
 
     print_info(config)
+
+
+def _plan(arguments: list[str]) -> None:
+    config = _parse(PlanConfig, "plan", arguments)
+    from lamamba.plan import print_plan
+
+    print_plan(config)

@@ -1,0 +1,205 @@
+"""Collect what scaling.py recorded: the table that `lamamba plan` calculates from, and the tables of docs/scaling.md.
+
+    python benchmarks/scaling_report.py
+
+Of each case the newest day's records count. The page's text is written by hand; its tables stand between <!-- NAME -->
+and <!-- end NAME -->, and no number in them is typed.
+"""
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+from lamamba.config import PlanConfig
+from lamamba.plan import MEASURED, Model, network_of, point_plan, predict
+from measure import RESULTS, Record
+from report import DOCS, number, read_run, table
+
+KINDS = ("all_reduce", "all_gather", "reduce_scatter")
+PAGE = DOCS / "scaling.md"
+NUM_IMAGES = PlanConfig("xl-512").num_images
+
+
+Key = tuple[str, str, str, int]
+
+
+def newest_records(folder: Path = RESULTS / "scaling") -> dict[Key, list[Record]]:
+    """Read the newest day's records of each case, number of processes, metric and batch.
+
+    Steps without the memory that was in use, as first recorded, are left out.
+    """
+    newest: dict[Key, tuple[str, list[Record]]] = {}
+    for run in (read_run(path) for path in sorted(folder.glob("*.json"))):
+        whole = {(record.case, record.batch) for record in run.records if record.metric == "in_use_gib"}
+        for record in run.records:
+            if record.case.startswith("scaling_") and (record.case, record.batch) not in whole:
+                continue
+            key = (record.case, record.provider, record.metric, record.batch)
+            day, records = newest.get(key, ("", []))
+            newest[key] = (run.day, [*records, record] if run.day == day else [record])
+    return {key: records for key, (_, records) in newest.items()}
+
+
+def measured(records: dict[Key, list[Record]]) -> dict[str, Any]:
+    """Choose what the model is made of, as JSON holds it: the median where something was measured several times."""
+    used: list[Record] = []
+
+    def median(case: str, metric: str, provider: str = "", batch: int = 0) -> float:
+        found = [
+            record
+            for key, several in records.items()
+            for record in several
+            if key[0] == case and key[2] == metric and provider in ("", key[1]) and batch in (0, key[3])
+        ]
+        if not found:
+            raise ValueError(f"nothing was recorded of {case}, {metric}: run benchmarks/scaling.py on one and two GPUs")
+        used.extend(found)
+        return round(statistics.median(record.value for record in found), 3)
+
+    points = []
+    for case, provider, metric, batch in records:
+        alike = re.fullmatch(r"processes-(\d+)", provider)
+        if alike and case.startswith("scaling_") and metric == "ms":
+            gpus = int(alike[1])
+            ms, memory = (median(case, metric, provider, batch) for metric in ("ms", "in_use_gib"))
+            name = case.removeprefix("scaling_")
+            points.append({"preset": name, "gpus": gpus, "images": batch // gpus, "ms": ms, "memory_gib": memory})
+    points.sort(key=lambda point: (network_of(point["preset"]).multiply_adds, point["gpus"], point["images"]))
+    content = {
+        "points": points,
+        "sent_gb_per_s": {kind: median(f"{kind}_256_mib", "sent_gb_per_s") for kind in KINDS},
+        "noise_numbers_per_ns": median("draw_noise", "numbers_per_ns"),
+        "latents_per_s": {side: median(f"read_latents_{side}", "images_per_s") for side in ("32", "64")},
+    }
+    (gpu,) = {record.gpu for record in used}
+    versions = sorted({f"PyTorch {record.torch}, Triton {record.triton}" for record in used})
+    commits = sorted({record.commit for record in used})
+    return {"gpu": gpu, "versions": f"{'; '.join(versions)}; commit {', '.join(commits)}", **content}
+
+
+def error(predicted: float, actual: float) -> str:
+    """Write how far a prediction is off."""
+    return f"{predicted / actual - 1:+.1%}"
+
+
+def fit_table(model: Model) -> list[str]:
+    """Hold what is predicted against what was measured, for every step."""
+    rows, errors = [], []
+    for point in model.points:
+        predicted = predict(point_plan(point), model)
+        rows.append(
+            [point.preset, str(point.gpus), str(point.images), number(1e3 * point.images * point.gpus / point.ms),
+             f"{point.ms:.1f}", f"{predicted.ms:.1f}", error(predicted.ms, point.ms),
+             f"{point.memory_gib:.1f}", f"{predicted.memory_gib:.1f}", error(predicted.memory_gib, point.memory_gib)]
+        )  # fmt: skip
+        errors.append((abs(predicted.ms / point.ms - 1), abs(predicted.memory_gib / point.memory_gib - 1)))
+    worst = [f"{max(values):.1%}" for values in zip(*errors, strict=True)]
+    header = ["network", "GPUs", "images a GPU", "images/s", "ms", "predicted", "", "GiB", "predicted", ""]
+    said = f"{len(rows)} steps; the prediction is off by {worst[0]} at most in time, by {worst[1]} in memory."
+    return [f"{model.gpu}, {model.versions}.", "", *table(header, rows), said, ""]
+
+
+def constants_table(model: Model) -> list[str]:
+    """List what was fitted, and what was measured by itself."""
+    presets = list(dict.fromkeys(point.preset for point in model.points))
+    rows = []
+    for name in presets:
+        ms, gib, state = model.milliseconds(name), model.other_gib(name), network_of(name).state_bytes
+        rows.append(
+            [name, f"{state / 1e9:.3f}", *(f"{value:.3g}" for value in (ms.fixed, ms.slope, gib.fixed, gib.slope))]
+        )
+    alone = [
+        *([f"{kind.replace('_', ' ')}, GB/s", number(speed)] for kind, speed in model.sent_gb_per_s.items()),
+        ["share of a bare all-reduce by which a step gets longer", f"{model.exposed_share:.2f}"],
+        ["NCCL, GiB", f"{model.together_gib:.2f}"],
+        ["noise, numbers a nanosecond", number(model.noise_numbers_per_ns)],
+        *(
+            [f"latents of {side}x{side} that a process reads in a second", number(speed)]
+            for side, speed in model.latents_per_s.items()
+        ),
+    ]
+    header = ["network", "S, GB", "fixed, ms", "slope, ms", "rest, GiB", "slope, GiB"]
+    return [*table(header, rows), *table(["of two GPUs, or one", "measured"], alone)]
+
+
+def prediction_row(model: Model, config: PlanConfig) -> list[str]:
+    """Write a line of the predictions."""
+    predicted = predict(config, model)
+    speed = predicted.images_per_s(config.gpus)
+    hours = config.num_images / speed / 3600
+    return [
+        str(config.gpus), f"{predicted.images * config.gpus:,}", str(predicted.images), "yes" if config.shard else "no",
+        f"{speed:,.0f}", f"{predicted.efficiency:.0%}", f"{predicted.exposed_ms:.1f} of {predicted.ms:.0f}",
+        f"{predicted.memory_gib:.1f}", f"{1e3 * predicted.read_mb / predicted.ms:,.0f}", f"{hours * config.gpus:,.0f}",
+        f"{hours / 24:.2g}", predicted.limit,
+    ]  # fmt: skip
+
+
+def predictions_table(model: Model) -> list[str]:
+    """Predict XL-512: with as many images on every GPU, and with one batch shared by more and more of them."""
+    header = [
+        "GPUs", "batch", "a GPU", "sharded", "images/s", "efficiency", "communication, ms", "GiB", "MB/s a host",
+        "GPU-hours", "days", "limited by",
+    ]  # fmt: skip
+    lines = []
+    for title, batch in (("32 images on every GPU", None), ("A batch of 1,024 shared by all", 1024)):
+        configs = [
+            PlanConfig("xl-512", gpus=gpus, batch_size=batch, shard=shard)
+            for gpus in (8, 64, 512)
+            for shard in (False, True)
+        ]
+        fitting = [config for config in configs if predict(config, model).memory_gib <= config.gpu_memory_gib]
+        lines += [f"{title}; GPU-hours and days for {NUM_IMAGES / 1e6:.0f} million images:", ""]
+        lines += table(header, [prediction_row(model, config) for config in fitting])
+        for config in configs:
+            if config not in fitting:
+                needed = predict(config, model).memory_gib
+                lines += [
+                    f"{config.gpus} GPUs{' sharded' * config.shard} do not hold it: {needed:.0f} GiB each, of "
+                    f"{config.gpu_memory_gib:g}.",
+                    "",
+                ]
+    return lines
+
+
+def network_table(model: Model) -> list[str]:
+    """Show what the one number that was not measured decides."""
+    speeds = (80.0, 40.0, 20.0, 10.0, 5.0)
+    rows = []
+    for gpus in (64, 512):
+        for images in (32, 2):
+            plans = [
+                predict(PlanConfig("xl-512", gpus=gpus, batch_size=images * gpus, network_gbytes_per_s=speed), model)
+                for speed in speeds
+            ]
+            rows.append([str(gpus), str(images), *(f"{plan.efficiency:.0%}" for plan in plans)])
+    return table(["GPUs", "images a GPU", *(f"{speed:g} GB/s" for speed in speeds)], rows)
+
+
+TABLES = {
+    "fit": fit_table, "constants": constants_table, "predictions": predictions_table, "network": network_table
+}  # fmt: skip
+
+
+def filled(page: str, model: Model) -> str:
+    """Write the tables of a page anew."""
+    for name, lay_out in TABLES.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
+        if page.count(start) != 1 or page.count(end) != 1:
+            raise ValueError(f"the page has no place for the table {name}: put {start.strip()} and {end} there, once")
+        lines = "\n".join(lay_out(model)).rstrip()
+        page = re.sub(f"{start}.*{end}", lambda _, new=f"{start}\n{lines}\n\n{end}": new, page, flags=re.DOTALL)
+    return page
+
+
+def main() -> None:
+    content = measured(newest_records())
+    MEASURED.write_text(json.dumps(content, indent=1) + "\n")
+    PAGE.write_text(filled(PAGE.read_text(), Model.read(content)))
+    print(f"{len(content['points'])} steps on {content['gpu']}: written {MEASURED}, {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

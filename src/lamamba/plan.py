@@ -1,0 +1,380 @@
+"""What training a preset takes on a cluster, before it is rented: the command `lamamba plan`.
+
+A small model of the time of a step on n GPUs with b images on each, in h hosts of g GPUs:
+
+    compute       = fixed + slope b                      a line through measured steps of one GPU
+    pass          = S (g - 1) / g / link + S / g (h - 1) / h / network         S: bytes of all gradients, float32
+    communication = 2 passes, of an all-reduce; sharded 3, of two all-gathers and a reduce-scatter
+    exposed       = max(share communication, communication - overlap)          share: of two measured GPUs
+    noise         = numbers drawn for the other GPUs' images / speed
+    step          = max(compute + exposed + noise, reading)
+
+and of the memory of a GPU, which holds weights, their average, two moments and p more averages, S bytes each:
+
+    memory        = (4 + p) S + rest + slope b + NCCL + noise for the others   rest and slope: a line, as above
+    sharded       = (4 + p) S / n + blocks gathered + the same
+
+docs/scaling.md says what was measured, how well this fits it, and what is assumed.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lamamba.config import NetworkConfig, PlanConfig, preset
+from lamamba.cost import PEAK_TFLOPS, count, peak_tflops
+from lamamba.errors import ConfigError
+from lamamba.model import Block, LaMambaDiff
+
+MEASURED = Path(__file__).with_name("assets") / "scaling.json"
+BACKWARD_SHARE = 2 / 3
+"""Of the time that grows with the images: a backward pass multiplies twice as much as a forward pass."""
+BLOCKS_GATHERED = 3
+"""Whole blocks there are at once where parameters are sharded: one computed, one gathered, gradients of one."""
+NOT_COUNTED = (
+    "latency and waiting for the slowest GPU, which grow with their number; samples, checkpoints and starts; "
+    "what larger batches do to learning"
+)
+
+
+@dataclass(frozen=True)
+class Network:
+    """What the model asks of a preset."""
+
+    config: NetworkConfig
+    parameters: int
+    multiply_adds: int
+    largest_block: int
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one float32 number a parameter, such as the gradients."""
+        return 4 * self.parameters
+
+    @property
+    def pixels(self) -> int:
+        """Positions of the grid."""
+        return self.config.sample_size**2
+
+    @property
+    def is_of_latents(self) -> bool:
+        """Whether images are latents, read as mean and deviation in float16, else pixels in uint8."""
+        return self.config.in_channels == 4
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that a step reads of an image."""
+        return self.config.in_channels * self.pixels * (4 if self.is_of_latents else 1)
+
+    @property
+    def noise_numbers(self) -> int:
+        """Numbers that a step draws for an image: its noise, and what makes a latent of mean and deviation."""
+        return self.config.in_channels * self.pixels * (2 if self.is_of_latents else 1)
+
+
+@cache
+def network_of(name: str) -> Network:
+    """Count a preset; raises ConfigError where there is none of that name."""
+    config = preset(name)
+    with torch.device("meta"):
+        network = LaMambaDiff(**vars(config))
+    blocks = [module for module in network.modules() if isinstance(module, Block)]
+    largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
+    parameters, multiply_adds = count(network, config.sample_size, config.sample_size)["all"]
+    return Network(config, parameters, multiply_adds, largest)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured step on so many GPUs of one host, with so many images on each."""
+
+    preset: str
+    gpus: int
+    images: int
+    ms: float
+    memory_gib: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """A value that grows evenly with the images of a GPU."""
+
+    fixed: float
+    slope: float
+
+    @classmethod
+    def through(cls, points: Iterable[tuple[int, float]]) -> "Line":
+        """Fit by least squares of relative errors; through the origin where there is one number of images alone."""
+        images, values = np.array(list(points), dtype=float).T
+        columns = np.stack([np.ones_like(images), images] if len(set(images)) > 1 else [0 * images, images], axis=1)
+        fixed, slope = np.linalg.lstsq(columns / values[:, None], np.ones_like(values))[0]
+        return cls(float(fixed), float(slope))
+
+    def at(self, images: int) -> float:
+        """Evaluate it."""
+        return self.fixed + self.slope * images
+
+
+@dataclass(frozen=True)
+class Model:
+    """What benchmarks/scaling.py measured, and what follows from it."""
+
+    gpu: str
+    versions: str
+    points: tuple[Point, ...]
+    sent_gb_per_s: dict[str, float]
+    """What each of two GPUs sends to the other, by kind of collective."""
+    noise_numbers_per_ns: float
+    latents_per_s: dict[str, float]
+    """What a process reads of files in memory, by the side of their grid."""
+
+    @classmethod
+    @cache
+    def shipped(cls) -> "Model":
+        """Read the measurements that come with the package."""
+        return cls.read(json.loads(MEASURED.read_text()))
+
+    @classmethod
+    def read(cls, content: dict[str, Any]) -> "Model":
+        """Take measurements as JSON holds them."""
+        return cls(**{**content, "points": tuple(Point(**point) for point in content["points"])})
+
+    def of(self, name: str, gpus: int) -> list[Point]:
+        """Return the points of a preset on so many GPUs."""
+        return [point for point in self.points if (point.preset, point.gpus) == (name, gpus)]
+
+    def reference(self, name: str) -> str:
+        """Name the measured preset to calculate from: itself, or the one nearest in parameters, and so in width."""
+        measured = sorted({point.preset for point in self.points if point.gpus == 1})
+        own = network_of(name).parameters
+        if name in measured:
+            return name
+        return min(measured, key=lambda other: abs(math.log(network_of(other).parameters / own)))
+
+    def milliseconds(self, name: str) -> Line:
+        """Fit the time of one GPU; of a preset not measured, by its parameters and, at the same MFU, multiply-adds."""
+        other = self.reference(name)
+        line = Line.through((point.images, point.ms) for point in self.of(other, gpus=1))
+        ours, theirs = network_of(name), network_of(other)
+        return Line(
+            line.fixed * ours.parameters / theirs.parameters, line.slope * ours.multiply_adds / theirs.multiply_adds
+        )
+
+    def other_gib(self, name: str) -> Line:
+        """Fit the memory beside weights, average and moments; of a preset not measured, by its width and pixels."""
+        other = self.reference(name)
+        ours, theirs = network_of(name), network_of(other)
+        held = 4 * theirs.state_bytes / 2**30
+        line = Line.through((point.images, point.memory_gib) for point in self.of(other, gpus=1))
+        larger = ours.pixels * ours.config.embed_dim / (theirs.pixels * theirs.config.embed_dim)
+        return Line(line.fixed - held, line.slope * larger)
+
+    @cached_property
+    def exposed_share(self) -> float:
+        """Fit the time by which two GPUs take longer than one, as a share of that of the bare all-reduce."""
+        pairs = []
+        for point in self.points:
+            if point.gpus == 2:
+                bare = point_plan(point)
+                alone = {one.images: one.ms for one in self.of(point.preset, gpus=1)}
+                before = alone.get(point.images, self.milliseconds(point.preset).at(point.images))
+                pairs.append((self.communication(bare)[0], point.ms - before))
+        return sum(bare * longer for bare, longer in pairs) / sum(bare * bare for bare, _ in pairs)
+
+    @cached_property
+    def together_gib(self) -> float:
+        """Average the memory that NCCL takes: what is in use on two GPUs beyond what it would be on one."""
+        return float(
+            np.mean([
+                point.memory_gib
+                - 4 * network_of(point.preset).state_bytes / 2**30
+                - self.other_gib(point.preset).at(point.images)
+                for point in self.points
+                if point.gpus == 2
+            ])
+        )  # fmt: skip
+
+    def communication(self, config: PlanConfig) -> tuple[float, float, float]:
+        """Compute how long bare collectives of a step take, in ms, and the GB that a GPU sends in its host and out."""
+        state = network_of(config.preset).state_bytes / 1e9
+        in_host, hosts = config.gpus_in_host, config.hosts
+        inside, between = state * (in_host - 1) / in_host, state / in_host * (hosts - 1) / hosts
+        kinds = ["all_gather", "all_gather", "reduce_scatter"] if config.shard else ["all_reduce"] * 2
+        seconds = [
+            inside / (config.link_gbytes_per_s or self.sent_gb_per_s[kind]) + between / config.network_gbytes_per_s
+            for kind in kinds
+        ]
+        return 1e3 * sum(seconds), len(kinds) * inside, len(kinds) * between
+
+
+def point_plan(point: Point) -> PlanConfig:
+    """Describe a measured step as what is predicted."""
+    return PlanConfig(point.preset, gpus=point.gpus, batch_size=point.images * point.gpus)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a step takes on each GPU, and the cluster gives."""
+
+    images: int
+    """Of a GPU."""
+    compute_ms: float
+    exposed_ms: float
+    """By which communication makes it longer."""
+    communication_ms: float
+    """Of communication if nothing else was done."""
+    noise_ms: float
+    reading_ms: float
+    read_mb: float
+    """By a host."""
+    sent_in_host_gb: float
+    sent_out_gb: float
+    held_gib: float
+    """Weights, averages, moments."""
+    memory_gib: float
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds of a step."""
+        return max(self.compute_ms + self.exposed_ms + self.noise_ms, self.reading_ms)
+
+    @property
+    def efficiency(self) -> float:
+        """Speed of a GPU over that of one alone with as many images."""
+        return self.compute_ms / self.ms
+
+    @property
+    def limit(self) -> str:
+        """What takes most of a step."""
+        if self.reading_ms == self.ms:
+            return "reading"
+        return "communication" if self.exposed_ms > self.compute_ms else "computing"
+
+    def images_per_s(self, gpus: int) -> float:
+        """Speed of them all."""
+        return 1e3 * self.images * gpus / self.ms
+
+
+def predict(config: PlanConfig, model: Model | None = None) -> Prediction:
+    """Predict a step.
+
+    Raises:
+        ConfigError: no preset has that name, a batch or the GPUs cannot be shared, or the GPU is not known.
+    """
+    model = model or Model.shipped()
+    network, images = network_of(config.preset), config.images_of_a_gpu
+    line = model.milliseconds(config.preset)
+    slower = _slower(config, model, line.at(images))
+    compute_ms, overlap_ms = slower * line.at(images), slower * line.slope * images
+    if not config.shard:
+        overlap_ms *= BACKWARD_SHARE
+    communication_ms, inside, between = model.communication(config)
+    partly, bound = model.exposed_share * communication_ms, communication_ms - overlap_ms
+    others = images * (config.gpus - 1)
+    noise_ms = others * network.noise_numbers / model.noise_numbers_per_ns / 1e6
+    read_mb = config.gpus_in_host * images * network.read_bytes / 1e6
+    reading_ms = read_mb / config.data_gbytes_per_s if config.data_gbytes_per_s else 0.0
+    held = (4 + config.power_averages) * network.state_bytes / 2**30
+    other_gib = model.other_gib(config.preset).at(images) + 4 * others * network.noise_numbers / 2**30
+    if config.gpus > 1:
+        other_gib += model.together_gib
+    if config.shard:
+        held /= config.gpus
+        other_gib += BLOCKS_GATHERED * 4 * network.largest_block / 2**30
+    return Prediction(
+        images=images, compute_ms=compute_ms, exposed_ms=max(partly, bound), communication_ms=communication_ms,
+        noise_ms=noise_ms, reading_ms=reading_ms, read_mb=read_mb, sent_in_host_gb=inside, sent_out_gb=between,
+        held_gib=held, memory_gib=held + other_gib,
+    )  # fmt: skip
+
+
+def _slower(config: PlanConfig, model: Model, ms: float) -> float:
+    """Compute how many times as long a step takes as on the measured GPU: by what was given, else by peak TFLOP/s."""
+    if config.images_per_s:
+        return 1e3 * config.images_of_a_gpu / config.images_per_s / ms
+    ours, theirs = peak_tflops(config.gpu), peak_tflops(model.gpu)
+    if ours is None or theirs is None:
+        raise ConfigError(
+            f"gpu {config.gpu!r} is not known: give images_per_s, measured on one of them, or one of "
+            f"{', '.join(PEAK_TFLOPS)}"
+        )
+    return theirs / ours
+
+
+def print_plan(config: PlanConfig) -> None:
+    """Print a prediction, and what it rests on; raises ConfigError as `predict` does."""
+    predicted, model, console = predict(config), Model.shipped(), Console()
+    speed = predicted.images_per_s(config.gpus)
+    hours = config.num_images / speed / 3600
+    fits = "fits" if predicted.memory_gib <= config.gpu_memory_gib else "does not fit"
+    hosts = f"{config.hosts} host{'s' * (config.hosts > 1)}"
+    table = Table(show_header=False)
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    rows = {
+        "images/s": f"{speed:,.0f}",
+        "scaling efficiency": f"{predicted.efficiency:.1%}",
+        "limited by": predicted.limit,
+        "a step, ms": f"{predicted.ms:.1f}",
+        "  computing": f"{predicted.compute_ms:.1f}",
+        f"  not hidden of {predicted.communication_ms:.1f} of communication": f"{predicted.exposed_ms:.1f}",
+        "  noise for the other GPUs' images": f"{predicted.noise_ms:.1f}",
+        "sent by a GPU in a step, GB, in its host": f"{predicted.sent_in_host_gb:.2f}",
+        "  to other hosts": f"{predicted.sent_out_gb:.2f}",
+        "read by a host, MB/s": f"{1e3 * predicted.read_mb / predicted.ms:,.1f}",
+        f"memory of a GPU, GiB of {config.gpu_memory_gib:g}": f"{predicted.memory_gib:.1f}, {fits}",
+        "  weights, averages, moments": f"{predicted.held_gib:.1f}",
+        f"GPU-hours for {config.num_images:,} images": f"{hours * config.gpus:,.0f}",
+        "days": f"{hours / 24:,.1f}",
+    }
+    for what, value in rows.items():
+        table.add_row(what, value)
+    console.print(
+        f"{config.preset} on {config.gpus} {config.gpu} in {hosts}, batches of {predicted.images * config.gpus:,}, "
+        f"{predicted.images} a GPU{', sharded' * config.shard}",
+        highlight=False,
+    )
+    console.print(table)
+    for line in basis(config, model):
+        console.print(line, highlight=False)
+
+
+def basis(config: PlanConfig, model: Model) -> list[str]:
+    """Say what a prediction rests on: a line each of what was measured, what is assumed, and what is left out."""
+    other = model.reference(config.preset)
+    measured = sorted({point.images for point in model.of(other, gpus=1)})
+    given = [
+        f"{name} {value:g}"
+        for name in ("images_per_s", "link_gbytes_per_s", "data_gbytes_per_s")
+        if (value := getattr(config, name))
+    ]
+    assumed = []
+    if other != config.preset and not config.images_per_s:
+        assumed.append(f"the MFU of {other}, as {config.preset} was not measured")
+    elif not min(measured) <= config.images_of_a_gpu <= max(measured):
+        assumed.append(f"that the line goes on to {config.images_of_a_gpu} images")
+    if peak_tflops(config.gpu) != peak_tflops(model.gpu) and not config.images_per_s:
+        assumed.append(f"times by peak TFLOP/s, of {config.gpu} over {model.gpu}")
+    if config.gpus > 2:
+        assumed.append("links and what hides behind computing as on two GPUs")
+    if config.hosts > 1:
+        assumed.append(f"{config.network_gbytes_per_s:g} GB/s of each GPU's network card")
+    if config.shard:
+        assumed.append("that sharded training hides as much as that which is not; it was not measured")
+    if not config.data_gbytes_per_s:
+        assumed.append("images never waited for")
+    return [
+        f"Measured: {other} with {min(measured)} to {max(measured)} images on a GPU, one and two {model.gpu}.",
+        *([f"Given: {', '.join(given)}."] if given else []),
+        f"Assumed: {'; '.join(assumed) or 'nothing'}.",
+        f"Not counted: {NOT_COUNTED}. docs/scaling.md has the model and its fit.",
+    ]
