@@ -60,13 +60,18 @@ def measured(records: dict[Key, list[Record]]) -> dict[str, Any]:
 
     points = []
     for case, provider, metric, batch in records:
-        alike = re.fullmatch(r"processes-(\d+)", provider)
+        alike = re.fullmatch(r"processes-(\d+)(-shard)?", provider)
         if alike and case.startswith("scaling_") and metric == "ms":
             gpus = int(alike[1])
             ms, memory = (median(case, metric, provider, batch) for metric in ("ms", "in_use_gib"))
             name = case.removeprefix("scaling_")
-            points.append({"preset": name, "gpus": gpus, "images": batch // gpus, "ms": ms, "memory_gib": memory})
-    points.sort(key=lambda point: (network_of(point["preset"]).multiply_adds, point["gpus"], point["images"]))
+            point = {"preset": name, "gpus": gpus, "images": batch // gpus, "ms": ms, "memory_gib": memory}
+            points.append({**point, "shard": True} if alike[2] else point)
+
+    def place(point: dict[str, Any]) -> tuple[float, ...]:
+        return (network_of(point["preset"]).multiply_adds, "shard" in point, point["gpus"], point["images"])
+
+    points.sort(key=place)
     content = {
         "points": points,
         "sent_gb_per_s": {kind: median(f"{kind}_256_mib", "sent_gb_per_s") for kind in KINDS},
@@ -90,14 +95,16 @@ def fit_table(model: Model) -> list[str]:
     for point in model.points:
         predicted = predict(point_plan(point), model)
         rows.append(
-            [point.preset, str(point.gpus), str(point.images), number(1e3 * point.images * point.gpus / point.ms),
+            [point.preset, f"{point.gpus}{', sharded' * point.shard}", str(point.images),
+             number(1e3 * point.images * point.gpus / point.ms),
              f"{point.ms:.1f}", f"{predicted.ms:.1f}", error(predicted.ms, point.ms),
              f"{point.memory_gib:.1f}", f"{predicted.memory_gib:.1f}", error(predicted.memory_gib, point.memory_gib)]
         )  # fmt: skip
-        errors.append((abs(predicted.ms / point.ms - 1), abs(predicted.memory_gib / point.memory_gib - 1)))
+        if not point.shard:
+            errors.append((abs(predicted.ms / point.ms - 1), abs(predicted.memory_gib / point.memory_gib - 1)))
     worst = [f"{max(values):.1%}" for values in zip(*errors, strict=True)]
     header = ["network", "GPUs", "images a GPU", "images/s", "ms", "predicted", "", "GiB", "predicted", ""]
-    said = f"{len(rows)} steps; the prediction is off by {worst[0]} at most in time, by {worst[1]} in memory."
+    said = f"Where it is not sharded, the prediction is off by {worst[0]} at most in time, by {worst[1]} in memory."
     return [f"{model.gpu}, {model.versions}.", "", *table(header, rows), said, ""]
 
 
@@ -112,7 +119,9 @@ def constants_table(model: Model) -> list[str]:
         )
     alone = [
         *([f"{kind.replace('_', ' ')}, GB/s", number(speed)] for kind, speed in model.sent_gb_per_s.items()),
-        ["share of a bare all-reduce by which a step gets longer", f"{model.exposed_share:.2f}"],
+        ["latency by which a step gets longer, ms", f"{model.exposed_ms.fixed:.2f}"],
+        ["share of a bare all-reduce by which a step gets longer", f"{model.exposed_ms.slope:.2f}"],
+        ["launching of a sharded step, ms", f"{model.launching_ms:.0f}"],
         ["NCCL, GiB", f"{model.together_gib:.2f}"],
         ["noise, numbers a nanosecond", number(model.noise_numbers_per_ns)],
         *(

@@ -79,6 +79,27 @@ def test_what_exceeds_the_backward_pass_cannot_hide() -> None:
     assert sharded.exposed_ms == pytest.approx(sharded.communication_ms - 4)
 
 
+def test_two_points_tell_latency_from_what_grows_with_bytes() -> None:
+    points = [Point("s-256", 1, 8, 3.0, 4.0), Point("s-256", 2, 8, 3.0 + 1.5, 5.0)]
+    both = replace(MODEL, points=(*MODEL.points, *points))
+    bare_ms = [1e3 * 4 * network_of(name).parameters / 100e9 for name in ("s-256", "xl-512")]
+    slope = (5 - 1.5) / (bare_ms[1] - bare_ms[0])
+    plan = predict(PlanConfig("xl-512", gpus=8, batch_size=8 * 64), both)
+    assert plan.exposed_ms == pytest.approx(5 + slope * (plan.communication_ms - bare_ms[1]))
+    assert predict(PlanConfig("xl-512", gpus=1, batch_size=8), both).exposed_ms == 0
+
+
+def test_sharded_steps_take_what_launching_takes_at_least() -> None:
+    slow = replace(MODEL, points=(*MODEL.points, Point("xl-512", 2, 32, 400.0, 40.0, shard=True)))
+    small, large = (predict(PlanConfig("xl-512", gpus=8, batch_size=8 * n, shard=True), slow) for n in (8, 128))
+    assert (small.ms, small.limit) == (400, "launching")
+    assert small.efficiency == pytest.approx(42 / 400)
+    assert large.ms > 10 + 4 * 128
+    assert large.limit == "computing"
+    alike = PlanConfig("xl-512", gpus=8, batch_size=64)
+    assert predict(alike, slow) == predict(alike, MODEL)
+
+
 def test_sharding_sends_half_as_much_again_and_each_gpu_holds_its_part() -> None:
     for gpus in (8, 64):
         whole, sharded = (predict(PlanConfig("xl-512", gpus=gpus, shard=shard), MODEL) for shard in (False, True))
@@ -194,8 +215,12 @@ def test_every_measured_step_is_predicted() -> None:
     assert {point.gpus for point in points} == {1, 2}
     for point in points:
         plan = predict(point_plan(point))
-        assert plan.ms == pytest.approx(point.ms, rel=0.05), point
-        assert plan.memory_gib == pytest.approx(point.memory_gib, rel=0.05), point
+        # How fast Python launches what is not recorded varies.
+        assert plan.ms == pytest.approx(point.ms, rel=0.2 if point.shard else 0.05), point
+        if point.shard:  # what is predicted is a bound, since a recorded step keeps more
+            assert point.memory_gib <= plan.memory_gib < 1.15 * point.memory_gib, point
+        else:
+            assert plan.memory_gib == pytest.approx(point.memory_gib, rel=0.05), point
 
 
 # --- the command -------------------------------------------------------------------------------------------------
@@ -213,7 +238,7 @@ def test_the_command_prints_what_is_predicted_and_on_what_it_rests(capsys: pytes
     assert f"memory of a GPU, GiB of 79 │ {plan.memory_gib:.1f}, fits" in shown
     assert "Measured: xl-512 with " in shown
     assert "40 GB/s of each GPU's network card" in shown
-    assert "that sharded training hides as much" in shown
+    assert "that sharded training hides as much as whole" in shown
 
 
 def test_the_command_says_what_does_not_fit_and_what_is_stretched(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,9 +5,9 @@ A small model of the time of a step on n GPUs with b images on each, in h hosts 
     compute       = fixed + slope b                      a line through measured steps of one GPU
     pass          = S (g - 1) / g / link + S / g (h - 1) / h / network         S: bytes of all gradients, float32
     communication = 2 passes, of an all-reduce; sharded 3, of two all-gathers and a reduce-scatter
-    exposed       = max(share communication, communication - overlap)          share: of two measured GPUs
+    exposed       = max(latency + share communication, communication - overlap)        a line through two GPUs' steps
     noise         = numbers drawn for the other GPUs' images / speed
-    step          = max(compute + exposed + noise, reading)
+    step          = max(compute + exposed + noise, reading, launching)         launching: of sharded steps, by Python
 
 and of the memory of a GPU, which holds weights, their average, two moments and p more averages, S bytes each:
 
@@ -102,26 +102,28 @@ class Point:
     images: int
     ms: float
     memory_gib: float
+    shard: bool = False
 
 
 @dataclass(frozen=True)
 class Line:
-    """A value that grows evenly with the images of a GPU."""
+    """A value that grows evenly with another, such as the images of a GPU."""
 
     fixed: float
     slope: float
 
     @classmethod
-    def through(cls, points: Iterable[tuple[int, float]]) -> "Line":
-        """Fit by least squares of relative errors; through the origin where there is one number of images alone."""
-        images, values = np.array(list(points), dtype=float).T
-        columns = np.stack([np.ones_like(images), images] if len(set(images)) > 1 else [0 * images, images], axis=1)
-        fixed, slope = np.linalg.lstsq(columns / values[:, None], np.ones_like(values))[0]
+    def through(cls, points: Iterable[tuple[float, float]], relative: bool = True) -> "Line":
+        """Fit by least squares of (relative) errors; through the origin where all points are above the same place."""
+        places, values = np.array(list(points), dtype=float).T
+        columns = np.stack([np.ones_like(places), places] if len(set(places)) > 1 else [0 * places, places], axis=1)
+        scale = values if relative else np.ones_like(values)
+        fixed, slope = np.linalg.lstsq(columns / scale[:, None], values / scale)[0]
         return cls(float(fixed), float(slope))
 
-    def at(self, images: int) -> float:
+    def at(self, place: float) -> float:
         """Evaluate it."""
-        return self.fixed + self.slope * images
+        return self.fixed + self.slope * place
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,8 @@ class Model:
         return cls(**{**content, "points": tuple(Point(**point) for point in content["points"])})
 
     def of(self, name: str, gpus: int) -> list[Point]:
-        """Return the points of a preset on so many GPUs."""
-        return [point for point in self.points if (point.preset, point.gpus) == (name, gpus)]
+        """Return the points of a preset on so many GPUs, each with all the weights."""
+        return [point for point in self.points if (point.preset, point.gpus, point.shard) == (name, gpus, False)]
 
     def reference(self, name: str) -> str:
         """Name the measured preset to calculate from: itself, or the one nearest in parameters, and so in width."""
@@ -179,16 +181,20 @@ class Model:
         return Line(line.fixed - held, line.slope * larger)
 
     @cached_property
-    def exposed_share(self) -> float:
-        """Fit the time by which two GPUs take longer than one, as a share of that of the bare all-reduce."""
+    def exposed_ms(self) -> Line:
+        """Fit the time by which two GPUs take longer than one to that of the bare all-reduce."""
         pairs = []
         for point in self.points:
-            if point.gpus == 2:
-                bare = point_plan(point)
+            if point.gpus == 2 and not point.shard:
                 alone = {one.images: one.ms for one in self.of(point.preset, gpus=1)}
                 before = alone.get(point.images, self.milliseconds(point.preset).at(point.images))
-                pairs.append((self.communication(bare)[0], point.ms - before))
-        return sum(bare * longer for bare, longer in pairs) / sum(bare * bare for bare, _ in pairs)
+                pairs.append((self.communication(point_plan(point))[0], point.ms - before))
+        return Line.through(pairs, relative=False)
+
+    @cached_property
+    def launching_ms(self) -> float:
+        """Average how long Python takes for a sharded step, which is not recorded: the same in every preset."""
+        return float(np.mean([point.ms for point in self.points if point.shard] or [0.0]))
 
     @cached_property
     def together_gib(self) -> float:
@@ -199,7 +205,7 @@ class Model:
                 - 4 * network_of(point.preset).state_bytes / 2**30
                 - self.other_gib(point.preset).at(point.images)
                 for point in self.points
-                if point.gpus == 2
+                if point.gpus == 2 and not point.shard
             ])
         )  # fmt: skip
 
@@ -218,7 +224,7 @@ class Model:
 
 def point_plan(point: Point) -> PlanConfig:
     """Describe a measured step as what is predicted."""
-    return PlanConfig(point.preset, gpus=point.gpus, batch_size=point.images * point.gpus)
+    return PlanConfig(point.preset, gpus=point.gpus, batch_size=point.images * point.gpus, shard=point.shard)
 
 
 @dataclass(frozen=True)
@@ -233,6 +239,7 @@ class Prediction:
     communication_ms: float
     """Of communication if nothing else was done."""
     noise_ms: float
+    launching_ms: float
     reading_ms: float
     read_mb: float
     """By a host."""
@@ -245,7 +252,7 @@ class Prediction:
     @property
     def ms(self) -> float:
         """Milliseconds of a step."""
-        return max(self.compute_ms + self.exposed_ms + self.noise_ms, self.reading_ms)
+        return max(self.compute_ms + self.exposed_ms + self.noise_ms, self.launching_ms, self.reading_ms)
 
     @property
     def efficiency(self) -> float:
@@ -257,6 +264,8 @@ class Prediction:
         """What takes most of a step."""
         if self.reading_ms == self.ms:
             return "reading"
+        if self.launching_ms == self.ms:
+            return "launching"
         return "communication" if self.exposed_ms > self.compute_ms else "computing"
 
     def images_per_s(self, gpus: int) -> float:
@@ -278,7 +287,8 @@ def predict(config: PlanConfig, model: Model | None = None) -> Prediction:
     if not config.shard:
         overlap_ms *= BACKWARD_SHARE
     communication_ms, inside, between = model.communication(config)
-    partly, bound = model.exposed_share * communication_ms, communication_ms - overlap_ms
+    partly = model.exposed_ms.at(communication_ms) if config.gpus > 1 else 0.0
+    bound = communication_ms - overlap_ms
     others = images * (config.gpus - 1)
     noise_ms = others * network.noise_numbers / model.noise_numbers_per_ns / 1e6
     read_mb = config.gpus_in_host * images * network.read_bytes / 1e6
@@ -292,7 +302,8 @@ def predict(config: PlanConfig, model: Model | None = None) -> Prediction:
         other_gib += BLOCKS_GATHERED * 4 * network.largest_block / 2**30
     return Prediction(
         images=images, compute_ms=compute_ms, exposed_ms=max(partly, bound), communication_ms=communication_ms,
-        noise_ms=noise_ms, reading_ms=reading_ms, read_mb=read_mb, sent_in_host_gb=inside, sent_out_gb=between,
+        noise_ms=noise_ms, launching_ms=model.launching_ms if config.shard else 0.0, reading_ms=reading_ms,
+        read_mb=read_mb, sent_in_host_gb=inside, sent_out_gb=between,
         held_gib=held, memory_gib=held + other_gib,
     )  # fmt: skip
 
@@ -328,6 +339,7 @@ def print_plan(config: PlanConfig) -> None:
         "  computing": f"{predicted.compute_ms:.1f}",
         f"  not hidden of {predicted.communication_ms:.1f} of communication": f"{predicted.exposed_ms:.1f}",
         "  noise for the other GPUs' images": f"{predicted.noise_ms:.1f}",
+        **({"  or launching, by Python": f"{predicted.launching_ms:.1f}"} if config.shard else {}),
         "sent by a GPU in a step, GB, in its host": f"{predicted.sent_in_host_gb:.2f}",
         "  to other hosts": f"{predicted.sent_out_gb:.2f}",
         "read by a host, MB/s": f"{1e3 * predicted.read_mb / predicted.ms:,.1f}",
@@ -369,7 +381,7 @@ def basis(config: PlanConfig, model: Model) -> list[str]:
     if config.hosts > 1:
         assumed.append(f"{config.network_gbytes_per_s:g} GB/s of each GPU's network card")
     if config.shard:
-        assumed.append("that sharded training hides as much as that which is not; it was not measured")
+        assumed.append("that sharded training hides as much as whole, and is launched as fast as on two GPUs")
     if not config.data_gbytes_per_s:
         assumed.append("images never waited for")
     return [
