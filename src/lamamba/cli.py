@@ -234,10 +234,10 @@ def _prepare_dataset(arguments: list[str]) -> None:
 
     counts = prepare_dataset(**vars(config))
     folder = config.out / config.split
-    classes = f"{counts.num_classes:,}" if counts.num_classes else "no"
+    classes = {0: "no classes", 1: "1 class"}.get(counts.num_classes, f"{counts.num_classes:,} classes")
     present = f", {counts.num_present:,} were there" if counts.num_present else ""
     left_out = f", {len(counts.left_out):,} left out ({RECORD} says why)" if counts.left_out else ""
-    print(f"{folder}: {classes} classes, {counts.num_extracted:,} images extracted{present}{left_out}")
+    print(f"{folder}: {classes}, {counts.num_extracted:,} images extracted{present}{left_out}")
     if counts.renumbered:
         print(f"training numbers classes in the order of their folders, unlike the dataset: {folder / RECORD} has both")
 

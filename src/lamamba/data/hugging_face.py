@@ -113,8 +113,6 @@ def prepare_dataset(
             f"the column {image_column!r} of {where}", "images", "give image_column (--image-column) another"
         ):
             images = rows.select_columns([image_column]).cast_column(image_column, library.Image(decode=False))
-    if not len(images):
-        raise DataError(f"{where} has no rows: give another split (--split)")
     identity = {
         "dataset": str(Path(dataset).expanduser().resolve()) if _is_local(dataset) else dataset,
         "subset": subset,
@@ -190,7 +188,8 @@ def _opening(what: str, kind: str, mend: str) -> Iterator[None]:
 def _refuse_image_folder(folder: Path, split: str) -> None:
     """Say that a folder of images, without anything that datasets would take labels from, needs no preparing."""
     with using(folder, "listed"):
-        suffixes = {Path(name).suffix.lower() for _, _, names in os.walk(folder) for name in names if name[0] != "."}
+        names = {name for _, _, within in os.walk(folder) for name in within if name[0] != "." and name != RECORD}
+    suffixes = {Path(name).suffix.lower() for name in names}
     if suffixes & set(IMAGE_SUFFIXES) and suffixes <= {*IMAGE_SUFFIXES, ".txt", ".md", ""}:
         images = folder / split if (folder / split).is_dir() else folder
         raise DataError(
@@ -335,7 +334,7 @@ def _prepare(
     advance(len(present))
     missing = [row for row in range(len(folders)) if row not in present]
     left_out = _write_images(images, missing, [temporary / folders[row] for row in missing], advance)
-    if len(left_out) == len(folders) or (left_out and not skip_bad_images):
+    if left_out and (not skip_bad_images or len(left_out) == len(folders)):
         raise _unreadable(where, left_out, folders)
     _check_counts(temporary, _find_rows(temporary, classes), folders, left_out)
     _write_record(temporary, identity, classes, folders, left_out)
