@@ -126,7 +126,7 @@ class TestWhole:
         path = save(dataset_of(images, list(range(12)), names), folder)
         assert prepare_dataset(path, out, number_classes=True) == DatasetCounts(12, 12, 0, {}, renumbered=False)
         source = FolderSource(out / "train", image_size=8)
-        assert source.class_names[:2] == ("00", "01")
+        assert source.class_names[:2] == ("00_class 12", "01_class 11")
         assert [int(source.load(index)[0].max()) for index in range(12)] == source.labels == list(range(12))
         assert record(out)["classes"][1]["name"] == "class 11"
 
@@ -271,6 +271,7 @@ class TestGoingOn:
         assert_refused("with label_column 'label', not 'kind'", label_column="kind")
         assert_refused("with label_column 'label', not None", label_column=None)
         assert_refused("with number_classes False, not True", number_classes=True)
+        assert_refused("with subset None, not 'default'", subset="default")
         other = save(dataset_of(images, labels, **more), folder.with_name("other"))
         assert_refused(f"with dataset {path!r}, not {other!r}", other)
         changed = (
@@ -313,7 +314,7 @@ class TestDamage:
     def test_every_damaged_image_is_named(self, damaged, out):
         message = refused(damaged, out)
         assert "3 of 12 images of" in message
-        assert "cannot be read, rows from 0 4 (cat), 5 (dog), 7 (cat) (row 4: OSError: " in message
+        assert "cannot be read, rows 4 (cat), 5 (dog), 7 (cat) (counted from 0; row 4: OSError: " in message
         assert "truncated" in message
         assert "(--skip-bad-images)" in message
         assert os.listdir(out) == [".incomplete-train"]
@@ -341,13 +342,16 @@ class TestDamage:
         path = save(dataset_of([b"no image"] * 30), folder)
         message = refused(path, out, skip_bad_images=True)
         assert "30 of 30 images of" in message
-        assert "18, 19 and 10 more (row 0: it is of no known format): name the column of images with" in message
+        assert (
+            "18, 19 and 10 more (counted from 0; row 0: it is of no known format): name the column of images with"
+            in message
+        )
 
     def test_pixels_that_training_refuses_are_refused(self, folder, out):
         file = io.BytesIO()
         Image.new("F", (8, 8)).save(file, "TIFF")
         message = refused(save(dataset_of([*contents(), file.getvalue()]), folder), out)
-        assert "rows from 0 12 (row 12: 32-bit pixels (mode F) of unknown range)" in message
+        assert "rows 12 (counted from 0; row 12: 32-bit pixels (mode F) of unknown range)" in message
 
 
 class TestColumns:
@@ -411,14 +415,26 @@ class TestColumns:
 
 
 class TestNames:
-    @pytest.mark.parametrize("name", ["cat/dog", "..", ".hidden", "a\\b", "a\nb", "x" * 300, "é" * 150])
-    def test_a_name_that_no_folder_can_have_is_refused(self, folder, out, name):
+    @pytest.mark.parametrize(
+        ("name", "mended"),
+        [
+            ("T-shirt/top", "T-shirt-top"),
+            ("..", ".."),
+            (".hidden", ".hidden"),
+            ("a\\b\n", "a-b-"),
+            ("x" * 300, "x" * 200),
+            ("é" * 150, "é" * 100),
+            ("€" * 100, "€" * 66),
+        ],
+        ids=range(7),
+    )
+    def test_a_name_that_no_folder_can_have_is_refused(self, folder, out, name, mended):
         path = save(dataset_of(contents(), [row % 3 for row in range(NUM_ROWS)], ("zebra", name, "dog")), folder)
         message = refused(path, out)
         assert "cannot be a folder's name: give number_classes (--number-classes)" in message
         assert not out.exists()
         prepare_dataset(path, out, number_classes=True)
-        assert tree(out) == expected_tree(folders="012")
+        assert tree(out) == expected_tree(folders=("0_zebra", f"1_{mended}", "2_dog"))
         assert record(out)["classes"][1]["name"] == name
 
     @pytest.mark.parametrize(("one", "other"), [("Cat", "cat"), ("caf\u00e9", "cafe\u0301"), ("STRASSE", "straße")])
@@ -427,7 +443,12 @@ class TestNames:
         assert f"the classes {one!r} and {other!r} of" in refused(path, out)
         assert not out.exists()
         prepare_dataset(path, out, number_classes=True)
-        assert tree(out) == expected_tree(folders="012")
+        assert tree(out) == expected_tree(folders=(f"0_{one}", "1_dog", f"2_{other}"))
+
+    def test_names_that_are_numbers_are_not_numbered_twice(self, folder, out):
+        path = save(dataset_of(contents(), [row % 3 for row in range(NUM_ROWS)], "019"), folder)
+        prepare_dataset(path, out, number_classes=True)
+        assert tree(out) == expected_tree(folders=("0", "1", "2_9"))
 
     def test_a_class_without_images_may_have_any_name(self, folder, out):
         labels = [row % 3 for row in range(NUM_ROWS)]
@@ -450,7 +471,7 @@ class TestOpening:
 
     def test_what_was_prepared_is_such_a_folder(self, folder, out):
         prepare_dataset(save(labelled(), folder), out)
-        assert f"(lamamba train --data {out / 'train'})" in refused(str(out), out / "again")
+        assert f"(lamamba train --data {out / 'train'})" in refused(str(out), out.with_name("again"))
 
     @pytest.mark.parametrize(
         ("name", "message"),
@@ -483,8 +504,17 @@ class TestOpening:
 
     def test_a_split_is_a_name(self, folder, out):
         for split in ("train[:10]", "../train", ""):
-            with pytest.raises(ConfigError, match="is not a name, which its folder takes too"):
+            with pytest.raises(ConfigError, match="cannot be a folder's name: give split"):
                 prepare_dataset(save(labelled(), folder), out, split=split)
+
+    @pytest.mark.parametrize("inside", ["", "more"])
+    def test_the_result_is_never_taken_for_the_dataset(self, monkeypatch, tmp_path, folder, inside):
+        path = save(labelled(), folder)
+        with pytest.raises(ConfigError, match=r"would be taken for files of .*: give out"):
+            prepare_dataset(path, folder / inside)
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ConfigError, match="would be taken for files of mnist: give out"):
+            prepare_dataset("mnist", Path("mnist", inside))  # the next time a folder of that name would be there
 
     def test_an_empty_split_is_named(self, folder, out):
         message = refused(save(labelled().select([]), folder), out)
@@ -520,7 +550,8 @@ class TestCommand:
         arguments = ["--split", "test", "--subset", "default", "--image-column", "photo", "--label-column", "kind"]
         main(["prepare", "dataset", str(folder), "--out", str(out), *arguments, "--number-classes"])
         assert tree(out) == {
-            name.replace("train", "test"): content for name, content in expected_tree(folders="201").items()
+            name.replace("train", "test"): content
+            for name, content in expected_tree(folders=("2_zebra", "0_cat", "1_dog")).items()
         }
         main(["prepare", "dataset", str(folder), "--out", str(out / "flat"), *arguments[:-1], "None"])
         assert capsys.readouterr().out.endswith(f"{out / 'flat' / 'test'}: no classes, 12 images extracted\n")

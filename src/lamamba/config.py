@@ -426,7 +426,7 @@ class PrepareDatasetConfig:
     """Column with the classes: ClassLabel, strings or integers. auto is the only ClassLabel, if there is any, None is
     no classes."""
     number_classes: bool = False
-    """Name class folders by the dataset's numbers, such as 007, which keeps their order, instead of by its names."""
+    """Begin the names of class folders with the dataset's numbers, as 007_cat, which keeps their order."""
     skip_bad_images: bool = False
     """Leave out images that cannot be read, instead of failing once all others are written."""
 

@@ -39,6 +39,8 @@ _SUFFIX = {
 }  # fmt: skip
 _ROWS_AT_ONCE = 64
 _DIGITS = 8
+_UNSAFE = re.compile(r"[/\\\x00-\x1f\x7f]")
+_LONGEST_NAME = 255  # bytes
 
 
 @dataclass(frozen=True)
@@ -90,18 +92,20 @@ def prepare_dataset(
         image_column: column with the images; by default the only one of the type Image.
         label_column: column with the classes, of the type ClassLabel, strings or integers; "auto" is the only
             ClassLabel, if there is any, and None is no classes.
-        number_classes: name the class folders by the dataset's numbers, 007, instead of by its names.
+        number_classes: begin the names of class folders with the dataset's numbers, 007_cat, which keeps their order,
+            and replace in them what a folder's name cannot have.
         skip_bad_images: leave out images that cannot be read, instead of failing once all others are written.
 
     Raises:
-        ConfigError: split is no name.
+        ConfigError: split is no name, or `out` lies where datasets looks for the dataset.
         DataError: datasets is missing or cannot open the dataset; columns or names of classes need a choice; images
             cannot be read; or `out` holds something else or cannot be written.
     """
     if not re.fullmatch(r"\w[\w.-]*", split):
-        raise ConfigError(
-            f"split {split!r} is not a name, which its folder takes too: give split (--split) one as train"
-        )
+        raise ConfigError(f"split {split!r} cannot be a folder's name: give split (--split) a name such as train")
+    place = Path(dataset).expanduser().resolve()  # where the library looks before it asks the hub
+    if out.resolve().is_relative_to(place):
+        raise ConfigError(f"out {out} would be taken for files of {dataset}: give out (--out) another folder")
     console = Console()
     library = _import_datasets(dataset)
     with _quiet(library, unless=console.is_terminal):
@@ -114,7 +118,7 @@ def prepare_dataset(
         ):
             images = rows.select_columns([image_column]).cast_column(image_column, library.Image(decode=False))
     identity = {
-        "dataset": str(Path(dataset).expanduser().resolve()) if _is_local(dataset) else dataset,
+        "dataset": str(place) if place.exists() else dataset,
         "subset": subset,
         "split": split,
         "image_column": image_column,
@@ -145,10 +149,6 @@ def _quiet(library: Any, unless: bool) -> Iterator[None]:
         yield
     finally:
         library.enable_progress_bars()
-
-
-def _is_local(dataset: str) -> bool:
-    return Path(dataset).expanduser().exists()
 
 
 def _open(library: Any, dataset: str, subset: str | None, split: str) -> Any:
@@ -269,22 +269,26 @@ def _find_classes(library: Any, rows: Any, where: str, column: str | None, numbe
     present = {number: names[number] for number in sorted(set(values))}
     if number_classes:
         digits = len(str(max(names)))
-        return _Classes(column, present, {number: f"{number:0{digits}d}" for number in present}, values)
+        folders = {number: _put_number_first(f"{number:0{digits}d}", name) for number, name in present.items()}
+        return _Classes(column, present, folders, values)
     _check_names(where, list(present.values()))
     return _Classes(column, present, present, values)
 
 
+def _put_number_first(number: str, name: str) -> str:
+    """Return a folder's name that begins with the number: 007_cat; of a name that is the number, the number alone."""
+    if name.isdecimal() and int(name) == int(number):
+        return number
+    allowed = _UNSAFE.sub("-", name).encode()[:200]  # which leaves room for any number
+    return f"{number}_{allowed.decode(errors='ignore')}"
+
+
 def _check_names(where: str, names: list[str]) -> None:
     """Refuse names that cannot be a folder's, are hidden, or are told apart on some disks only."""
-    mend = "give number_classes (--number-classes), to name the folders by numbers"
+    mend = "give number_classes (--number-classes), for folders such as 007_cat"
     folded = dict[str, str]()
     for name in names:
-        unsafe = (
-            name in ("", RECORD)
-            or name[0] == "."
-            or re.search(r"[/\\\x00-\x1f\x7f]", name)
-            or len(os.fsencode(name)) > 255
-        )
+        unsafe = name in ("", RECORD) or name[0] == "." or _UNSAFE.search(name) or len(name.encode()) > _LONGEST_NAME
         if unsafe:
             raise DataError(f"the class {textwrap.shorten(name, 80)!r} of {where} cannot be a folder's name: {mend}")
         other = folded.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
@@ -440,8 +444,8 @@ def _unreadable(where: str, left_out: dict[int, str], folders: list[str]) -> Dat
     if len(left_out) == len(folders):
         mend = "name the column of images with image_column (--image-column)"
     return DataError(
-        f"{len(left_out):,} of {len(folders):,} images of {where} cannot be read, rows from 0 {', '.join(named)}{more} "
-        f"(row {first}: {reason}): {mend}"
+        f"{len(left_out):,} of {len(folders):,} images of {where} cannot be read, rows {', '.join(named)}{more} "
+        f"(counted from 0; row {first}: {reason}): {mend}"
     )
 
 
