@@ -105,6 +105,12 @@ def test_a_preset_sets_the_network_and_options_refine_it(tmp_path: Path, capsys:
         (["sample", "OUT/none"], "OUT/none does not exist"),
         (["info", "xl-265"], "'xl-265' is neither a folder nor a preset: did you mean xl-256?"),
         (["info", "OUT/none"], "OUT/none does not exist"),
+        (["prepare"], "give what to prepare first, imagenet or dataset"),
+        (["prepare", "imagnet"], "nothing to prepare is named 'imagnet': did you mean imagenet?"),
+        (["prepare", "imagenet"], "--out"),
+        (["prepare", "imagenet", "--out", "OUT"], "no ImageNet file is given"),
+        (["prepare", "dataset", "OUT/none", "--out", "OUT"], "OUT/none is missing: give an existing folder"),
+        (["prepare", "dataset", "x", "--out", "OUT", "--splt", "a"], "--splt, a (see lamamba prepare dataset --help)"),
         (["info", "nano", "--size", "33", "31"], "33 by 31 pixels: both must be even"),
         (["sample", "nano", "--guidance-interval", "5", "1"], "the lower first"),
     ],
@@ -199,12 +205,20 @@ main(["train", "--out", {str(run)!r}, "--resume", "--num-images", "12"])
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     main([])
     assert "usage: lamamba COMMAND" in capsys.readouterr().out
+    main(["prepare", "--help"])
+    assert "lamamba prepare dataset" in capsys.readouterr().out
     main(["--version"])
     assert capsys.readouterr().out.strip() == __version__
-    options = {"train": "--num-images", "sample": "--guidance-interval", "info": "--size", "plan": "--shard"}
-    for command, option in options.items():
+    for command, option in (
+        ("train", "--num-images"),
+        ("sample", "--guidance-interval"),
+        ("prepare imagenet", "--devkit"),
+        ("prepare dataset", "--number-classes"),
+        ("plan", "--shard"),
+        ("info", "--size"),
+    ):
         with pytest.raises(SystemExit, match="0"):
-            main([command, "--help"])
+            main([*command.split(), "--help"])
         shown = capsys.readouterr()
         assert option in shown.out
         assert shown.err == ""
@@ -212,7 +226,16 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    ["['--help']", "['--version']", *(f"['{command}', '--help']" for command in ("train", "sample", "info", "plan"))],
+    [
+        "['--help']",
+        "['--version']",
+        "['train', '--help']",
+        "['sample', '--help']",
+        "['prepare', '--help']",
+        "['prepare', 'dataset', '--help']",
+        "['plan', '--help']",
+        "['info', '--help']",
+    ],
 )
 def test_help_loads_nothing_heavy(arguments: str) -> None:
     script = f"""
@@ -222,7 +245,7 @@ try:
     main({arguments})
 except SystemExit as end:
     assert not end.code
-print("heavy:", sorted({{"torch", "diffusers", "numpy", "matplotlib"}} & set(sys.modules)))
+print("heavy:", sorted({{"torch", "diffusers", "numpy", "matplotlib", "datasets"}} & set(sys.modules)))
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.endswith("heavy: []\n")
@@ -230,7 +253,7 @@ print("heavy:", sorted({{"torch", "diffusers", "numpy", "matplotlib"}} & set(sys
 
 
 def test_importing_the_package_loads_nothing_and_prints_nothing() -> None:
-    script = "import lamamba, sys; print(sorted({'torch', 'diffusers', 'tyro'} & set(sys.modules)))"
+    script = "import lamamba, sys; print(sorted({'torch', 'diffusers', 'tyro', 'datasets'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert (result.stdout, result.stderr) == ("[]\n", "")
 

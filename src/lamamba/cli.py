@@ -22,7 +22,8 @@ from lamamba.config import (
     NetworkConfig,
     Objective,
     PlanConfig,
-    PrepareConfig,
+    PrepareDatasetConfig,
+    PrepareImagenetConfig,
     SampleConfig,
     TrainConfig,
     WatchConfig,
@@ -41,6 +42,7 @@ commands:
   finetune train on from a checkpoint      lamamba finetune nano --data photos --image-size 32 --out runs/photos
   encode   images to latents, to train on  lamamba encode --data photos --vae vae --image-size 256 --out latents
   prepare  ImageNet's files to folders     lamamba prepare imagenet --train ILSVRC2012_img_train.tar --out imagenet
+           or a Hugging Face dataset       lamamba prepare dataset ylecun/mnist --split train --out mnist
   average  weights averaged over any span  lamamba average runs/first --sigma-rel 0.07 --out averaged
   watch    follow a run                    lamamba watch runs/first
   sample   sample images                   lamamba sample nano --labels 0,1,2 --out grid.png
@@ -48,6 +50,17 @@ commands:
   plan     what a training will take on a cluster                  lamamba plan xl-512 --gpus 64
 
 lamamba COMMAND --help explains a command's options.
+"""
+
+_PREPARE_HELP = """\
+usage: lamamba prepare imagenet|dataset [OPTIONS]
+
+Write images to folders that can be trained on; run again, it goes on. A folder of images needs no preparing.
+
+  imagenet  the official files             lamamba prepare imagenet --train ILSVRC2012_img_train.tar --out imagenet
+  dataset   of Hugging Face's hub or disk  lamamba prepare dataset ylecun/mnist --split train --out mnist
+
+lamamba prepare imagenet --help and lamamba prepare dataset --help explain their options.
 """
 
 
@@ -196,13 +209,40 @@ def _encode(arguments: list[str]) -> None:
 
 
 def _prepare(arguments: list[str]) -> None:
-    config = _parse(PrepareConfig, "prepare", arguments)
+    kinds: dict[str, Callable[[list[str]], None]] = {"imagenet": _prepare_imagenet, "dataset": _prepare_dataset}
+    if not arguments:
+        raise LamambaError(f"give what to prepare first, {' or '.join(kinds)} (see lamamba prepare --help)")
+    if arguments[0] in ("-h", "--help"):
+        print(_PREPARE_HELP, end="")
+    elif arguments[0] in kinds:
+        kinds[arguments[0]](arguments[1:])
+    else:
+        hint = nearest(arguments[0], kinds)
+        raise LamambaError(f"nothing to prepare is named {arguments[0]!r}: {hint} (see lamamba prepare --help)")
+
+
+def _prepare_imagenet(arguments: list[str]) -> None:
+    config = _parse(PrepareImagenetConfig, "prepare imagenet", arguments)
     from lamamba.data.imagenet import prepare_imagenet
 
     counts = prepare_imagenet(config.out, train=config.train, validation=config.validation, devkit=config.devkit)
     for split, count in counts.items():
         present = f", {count.num_present:,} were there" if count.num_present else ""
         print(f"{config.out / split}: {count.num_classes:,} classes, {count.num_extracted:,} images extracted{present}")
+
+
+def _prepare_dataset(arguments: list[str]) -> None:
+    config = _parse(PrepareDatasetConfig, "prepare dataset", arguments)
+    from lamamba.data.hugging_face import RECORD, prepare_dataset
+
+    counts = prepare_dataset(**vars(config))
+    folder = config.out / config.split
+    classes = {0: "no classes", 1: "1 class"}.get(counts.num_classes, f"{counts.num_classes:,} classes")
+    present = f", {counts.num_present:,} were there" if counts.num_present else ""
+    left_out = f", {len(counts.left_out):,} left out ({RECORD} says why)" if counts.left_out else ""
+    print(f"{folder}: {classes}, {counts.num_extracted:,} images extracted{present}{left_out}")
+    if counts.renumbered:
+        print(f"training numbers classes in the order of their folders, unlike the dataset: {folder / RECORD} has both")
 
 
 def _average(arguments: list[str]) -> None:

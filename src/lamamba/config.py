@@ -397,11 +397,9 @@ class AverageConfig:
 
 
 @dataclass(frozen=True)
-class PrepareConfig:
+class PrepareImagenetConfig:
     """Extract the official ImageNet files to folders that can be trained on; run again, it goes on."""
 
-    dataset: tyro.conf.Positional[Literal["imagenet"]]
-    """What the files are."""
     out: Path
     """Folder for train/ and validation/, with a folder for each class."""
     train: Path | None = None
@@ -410,6 +408,30 @@ class PrepareConfig:
     """ILSVRC2012_img_val.tar."""
     devkit: Path | None = None
     """ILSVRC2012_devkit_t12.tar.gz, which knows the classes of the validation images."""
+
+
+@dataclass(frozen=True)
+class PrepareDatasetConfig:
+    """Write a Hugging Face dataset's images to folders that can be trained on; run again, it goes on."""
+
+    dataset: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME|FOLDER")]
+    """A dataset of the hub, or a folder that datasets opens: parquet files, what save_to_disk wrote. A folder of images
+    needs no preparing."""
+    out: Path
+    """Folder for the split, such as train/, with a folder for each class; without classes, images."""
+    split: str = "train"
+    """The split."""
+    subset: str | None = None
+    """The subset (configuration), of a dataset that has several."""
+    image_column: str | None = None
+    """Column with the images; the default is the only one of the type Image."""
+    label_column: str | None = "auto"
+    """Column with the classes: ClassLabel, strings or integers. auto is the only ClassLabel, if there is any, None is
+    no classes."""
+    number_classes: bool = False
+    """Begin the names of class folders with the dataset's numbers, as 007_cat, which keeps their order."""
+    skip_bad_images: bool = False
+    """Leave out images that cannot be read, instead of failing once all others are written."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """From an image file to pixels of one size, and between uint8 pixels and the network's floats."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -19,25 +20,36 @@ def read_image(path: str | Path, channels: int) -> Image.Image:
         DataError: the file is missing, damaged or truncated, or has pixels that have no 8-bit meaning.
     """
     try:
-        with Image.open(path) as opened:
-            opened.load()
-            kind = opened.format
-            image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):  # older Pillow: 16-bit PNG is "I"
-            image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
-        elif image.mode in ("I", "F"):
-            raise DataError(f"{path} has 32-bit pixels (mode {image.mode}) of unknown range: save it with 8 or 16 bits")
-        if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("L" if channels == 1 else "RGB")
-    except (DataError, MemoryError):
+        return decode_image(path, channels)
+    except MemoryError:
         raise
+    except DataError as error:
+        raise DataError(f"{path} has {error}: save it with 8 or 16 bits") from error
     except Exception as error:  # Pillow's decoders raise nearly everything on damaged files, even SyntaxError
         raise DataError(
             f"{path} cannot be read as an image ({type(error).__name__}: {error}): replace or delete it, "
             "or skip it with skip_bad_images (--skip-bad-images)"
         ) from error
+
+
+def decode_image(file: str | Path | BinaryIO, channels: int) -> Image.Image:
+    """Decode as `read_image` does, from memory too; errors are Pillow's own, which are of nearly any type.
+
+    Raises:
+        DataError: the pixels have no 8-bit meaning; the message names them alone.
+    """
+    with Image.open(file) as opened:
+        opened.load()
+        kind = opened.format
+        image = ImageOps.exif_transpose(opened)
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):  # older Pillow: 16-bit PNG is "I"
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise DataError(f"32-bit pixels (mode {image.mode}) of unknown range")
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if channels == 1 else "RGB")
 
 
 def crop_centre(image: Image.Image, size: int) -> Image.Image:

@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lamamba.data.preparing import SplitCounts, is_there, list_names, make_folder, progress_bars, rename, using
 from lamamba.errors import ConfigError, DataError
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
@@ -52,15 +52,6 @@ class Expected:
 
 
 ILSVRC2012 = Expected(num_classes=1000, num_train=1_281_167, num_validation_per_class=50)
-
-
-@dataclass(frozen=True)
-class SplitCounts:
-    """What `prepare_imagenet` did for one split: its classes, the images extracted now, and those there before."""
-
-    num_classes: int
-    num_extracted: int
-    num_present: int
 
 
 def prepare_imagenet(
@@ -101,17 +92,8 @@ def prepare_imagenet(
         if path is not None and not os.path.isfile(path):  # all of them, before hours of work
             raise DataError(f"{path} is missing or not a file: give the path of {official} from image-net.org")
     classes = None if devkit is None else _read_devkit(devkit, expected)
-    console = Console()
     counts: dict[str, SplitCounts] = {}
-    with Progress(
-        TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images ·"),
-        TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True,
-    ) as progress:  # fmt: skip
-
-        def bar(split: str, total: int) -> Callable[[int], None]:
-            task = progress.add_task(split, total=total)
-            return lambda number: progress.advance(task, number)
-
+    with progress_bars(Console()) as bar:
         if validation is not None and classes is not None:
             counts["validation"] = _prepare_validation(validation, out, classes, bar("validation", len(classes)))
         if train is not None:
@@ -169,12 +151,12 @@ def _prepare_validation(path: Path, out: Path, classes: list[str], advance: Call
     """Extract the validation tar to out/validation; classes has the WNID of image 1, 2, ..."""
     final, temporary = out / "validation", out / ".incomplete-validation"
     number_of_images = Counter(classes)
-    if _is_there(final):
+    if is_there(final):
         _check_split(final, number_of_images)
         advance(len(classes))
         return SplitCounts(len(number_of_images), 0, len(classes))
     for wnid in number_of_images:
-        _make_folder(temporary / wnid)
+        make_folder(temporary / wnid)
     extracted, names = 0, set[str]()
     with _reading(path, VALIDATION_TAR), tarfile.open(path, "r:") as tar:
         for member in _read_entries(tar):
@@ -188,7 +170,7 @@ def _prepare_validation(path: Path, out: Path, classes: list[str], advance: Call
             advance(1)
     _check_number(len(names), len(classes), "images", path, VALIDATION_TAR)
     _check_split(temporary, number_of_images)
-    _rename(temporary, final)
+    rename(temporary, final)
     return SplitCounts(len(number_of_images), extracted, len(classes) - extracted)
 
 
@@ -202,7 +184,7 @@ def _prepare_train(
         odd = sorted(members.keys() ^ wnids) if wnids is not None else []
         if odd:
             raise DataError(f"the class {odd[0]} is in only one of {path} and the devkit: take both from ILSVRC2012")
-        _make_folder(folder)
+        make_folder(folder)
         _check_no_others(folder, members.keys())
         for wnid, member in members.items():
             with _reading(f"{path}: {member.name}", TRAIN_TAR), _open_inner(tar, member) as inner:
@@ -229,9 +211,9 @@ def _list_classes(path: Path, tar: tarfile.TarFile, expected: Expected) -> dict[
 def _prepare_class(where: str, tar: tarfile.TarFile, final: Path, advance: Callable[[int], None]) -> tuple[int, int]:
     """Extract the tar of one class to the folder `final`; returns the number of images extracted and of all."""
     temporary = final.with_name(f".incomplete-{final.name}")
-    there = _is_there(final)
+    there = is_there(final)
     if not there:
-        _make_folder(temporary)
+        make_folder(temporary)
     extracted, names = 0, set[str]()
     for member in _read_entries(tar):
         if not re.fullmatch(rf"{final.name}_[0-9]+\.JPEG", member.name):
@@ -243,7 +225,7 @@ def _prepare_class(where: str, tar: tarfile.TarFile, final: Path, advance: Calla
     folder = final if there else temporary
     _check_class(folder, len(names), delete=folder)
     if not there:
-        _rename(temporary, final)
+        rename(temporary, final)
     return extracted, len(names)
 
 
@@ -271,34 +253,14 @@ def _read_entry(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> bool:
     """Write an image into the folder unless it is there in full size; returns whether it was written."""
     path = folder / member.name
-    if _is_there(path) and path.stat().st_size == member.size:
+    if is_there(path) and path.stat().st_size == member.size:
         return False
     content = _read_entry(tar, member)
-    with _using(path, "written"):
+    with using(path, "written"):
         path.write_bytes(content)
         if path.stat().st_size != member.size:
             raise OSError(errno.EIO, f"{path.stat().st_size} bytes arrived of {member.size}")
     return True
-
-
-def _make_folder(folder: Path) -> None:
-    with _using(folder, "made"):
-        folder.mkdir(parents=True, exist_ok=True)
-
-
-def _is_there(path: Path) -> bool:
-    with _using(path, "looked at"):
-        return path.exists()
-
-
-def _rename(temporary: Path, final: Path) -> None:
-    with _using(final, "made"):
-        temporary.rename(final)
-
-
-def _list_names(folder: Path) -> list[str]:
-    with _using(folder, "listed"):
-        return [name for name in os.listdir(folder) if not name.startswith(".")]
 
 
 def _check_split(folder: Path, number_of_images: Counter[str]) -> None:
@@ -308,13 +270,13 @@ def _check_split(folder: Path, number_of_images: Counter[str]) -> None:
 
 
 def _check_no_others(folder: Path, wnids: Set[str]) -> None:
-    others = sorted(set(_list_names(folder)) - wnids)
+    others = sorted(set(list_names(folder)) - wnids)
     if others:
         raise DataError(f"{folder} also holds {others[0]!r}, which is not in the tar: move it elsewhere")
 
 
 def _check_class(folder: Path, number: int, delete: Path) -> None:
-    there = len(_list_names(folder)) if _is_there(folder) else 0
+    there = len(list_names(folder)) if is_there(folder) else 0
     if there != number:
         raise DataError(f"{folder} has {there} files, not {number}: delete {delete}, and it is extracted again")
 
@@ -350,16 +312,4 @@ def _reading(where: object, official: str) -> Iterator[None]:
     except OSError as error:
         raise DataError(
             f"{where} cannot be read ({error.strerror or error}): make it readable, or {_download_again(official)}"
-        ) from error
-
-
-@contextmanager
-def _using(path: Path, verb: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        mend = "free some space" if full else "make its folder readable and writable, or give another"
-        raise DataError(
-            f"{path} cannot be {verb} ({error.strerror or error}): {mend}, and run again, which goes on from here"
         ) from error

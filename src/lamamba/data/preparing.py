@@ -1,0 +1,77 @@
+"""What preparing any set shares: its counts, its progress bar, and errors of the disk that say what to do."""
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lamamba.errors import DataError
+
+
+@dataclass(frozen=True)
+class SplitCounts:
+    """What was done for one split: its classes (0 without), the images extracted now, and those there before."""
+
+    num_classes: int
+    num_extracted: int
+    num_present: int
+
+
+@contextmanager
+def progress_bars(console: Console) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """Give a function that adds a bar for a split of so many images and returns what moves it on.
+
+    Bars are seen in a terminal only, and vanish at the end.
+    """
+    with Progress(
+        TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images ·"),
+        TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True,
+    ) as progress:  # fmt: skip
+
+        def bar(split: str, total: int) -> Callable[[int], None]:
+            task = progress.add_task(split, total=total)
+            return lambda number: progress.advance(task, number)
+
+        yield bar
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, unless they are there."""
+    with using(folder, "made"):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file or folder exists."""
+    with using(path, "looked at"):
+        return path.exists()
+
+
+def rename(temporary: Path, final: Path) -> None:
+    """Give what is whole its final name."""
+    with using(final, "made"):
+        temporary.rename(final)
+
+
+def list_names(folder: Path) -> list[str]:
+    """List a folder without what is hidden."""
+    with using(folder, "listed"):
+        return [name for name in os.listdir(folder) if not name.startswith(".")]
+
+
+@contextmanager
+def using(path: Path, verb: str) -> Iterator[None]:
+    """Turn errors of the disk into a DataError: `path` cannot be `verb`, why, and what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        mend = "free some space" if full else "make its folder readable and writable, or give another"
+        raise DataError(
+            f"{path} cannot be {verb} ({error.strerror or error}): {mend}, and run again, which goes on from here"
+        ) from error
