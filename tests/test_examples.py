@@ -8,9 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from packaging.version import parse
 
 from lamamba.checkpoint import checkpoints_in
 
+pytestmark = pytest.mark.skipif(parse(torch.__version__) < parse("2.12"), reason="torchrun takes no --shutdown-timeout")
 SLURM = Path(__file__).parent.parent / "examples" / "slurm" / "train.sbatch"
 TINY = [
     *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),

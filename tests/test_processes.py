@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import parse
 from safetensors.torch import load_file
 
 from lamamba.averages import snapshots_in
@@ -58,8 +59,7 @@ def program_with(folder: Path, fault: str) -> tuple[str, ...]:
     path = folder / "program.py"
     path.write_text(
         f"""
-import os, signal
-import torch
+import os, signal, sys, time
 from lamamba.cli import main
 from lamamba.train import Trainer
 
@@ -76,6 +76,12 @@ main()
 """
     )
     return (str(path),)
+
+
+def seconds_since_it_was_gone(done: "subprocess.CompletedProcess[str]") -> float:
+    gone = re.search(r"gone at (\S+)", done.stderr)
+    assert gone, done.stderr
+    return time.time() - float(gone[1])
 
 
 def curve(run: Path) -> list[tuple[int, float, float]]:
@@ -140,6 +146,7 @@ def test_finetuning_begins_with_the_same_weights_in_all(
     tmp_path: Path, tiny: list[str], alone: Path, shard: list[str]
 ) -> None:
     options = ["--data", "builtin", "--batch-size", "8", "--num-images", "16", "--log-every", "8"]
+    options += ["--precision", "float32"]
     options += [*tiny[tiny.index("--device") :][:2]] if "--device" in tiny else []
     run, expected = tmp_path / "run", tmp_path / "expected"
     done = train_together(2, str(alone), "--out", str(run), *options, *shard, command="finetune")
@@ -182,13 +189,13 @@ def test_all_skip_a_step_that_is_not_finite_in_one_of_them(tmp_path: Path, tiny:
 def test_where_one_dies_the_others_end_and_a_restart_goes_on(tmp_path: Path, tiny: list[str], alone: Path) -> None:
     fault = """
     if rank == 1 and trainer.step == 7 and restart == 0:
+        print("gone at", time.time(), file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 """
     program = program_with(tmp_path, fault)
-    started = time.monotonic()
     done = train_together(2, "--out", str(tmp_path / "dead"), *tiny, "--num-images", "80", program=program)
     assert done.returncode != 0
-    assert time.monotonic() - started < 60
+    assert seconds_since_it_was_gone(done) < 60
     assert re.search(r"rank +: 1 .*exitcode +: -9", done.stderr, re.DOTALL), "who died is named"
     assert [path.name for path in checkpoints_in(tmp_path / "dead")] == [f"{40:012d}"]
     again = tmp_path / "again"
@@ -204,14 +211,14 @@ def test_where_one_dies_the_others_end_and_a_restart_goes_on(tmp_path: Path, tin
 def test_an_error_in_one_ends_all(tmp_path: Path, tiny: list[str], rank: int, shard: list[str]) -> None:
     fault = f"""
     if rank == {rank} and trainer.step == 3:
+        print("gone at", time.time(), file=sys.stderr, flush=True)
         raise FileNotFoundError("this one is broken")
 """
     program = program_with(tmp_path, fault)
-    started = time.monotonic()
     done = train_together(2, "--out", str(tmp_path / "run"), *tiny, *shard, "--num-images", "80", program=program)
     assert done.returncode != 0
     assert "this one is broken" in done.stderr
-    assert time.monotonic() - started < 90  # of which some are what starting takes
+    assert seconds_since_it_was_gone(done) < 60
 
 
 @pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["copies", "shards"])
@@ -228,6 +235,7 @@ def test_a_signal_to_all_is_one_checkpoint(tmp_path: Path, tiny: list[str], shar
     assert [path.name for path in checkpoints_in(out)] == [f"{32:012d}"]
 
 
+@pytest.mark.skipif(parse(torch.__version__) < parse("2.12"), reason="torchrun takes no --shutdown-timeout")
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGINT"])
 def test_a_signal_to_the_whole_job_is_one_checkpoint(tmp_path: Path, tiny: list[str], name: str) -> None:
     """As a scheduler signals all processes: torchrun passes on what it gets, so that the others get it twice."""

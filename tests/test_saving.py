@@ -1,0 +1,89 @@
+"""Checkpoints are written beside training as it was when they began, and what cannot be written or read is said."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from lamamba import saving
+from lamamba.checkpoint import CheckpointInfo, checkpoints_in, load_network
+from lamamba.errors import CheckpointError
+from lamamba.model import LaMambaDiff
+from lamamba.saving import CheckpointWriter, load_training_state, names_of_training_state, save_checkpoint
+
+TINY = {"embed_dim": 8, "num_heads": 2, "in_channels": 1, "sample_size": 8, "num_classes": 2, "depths": (1, 1, 1, 1)}
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Hold up what writes until this is set."""
+    event, write = threading.Event(), saving.save_checkpoint
+
+    def wait_and_write(*arguments: object) -> Path:
+        assert event.wait(60)
+        return write(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(saving, "save_checkpoint", wait_and_write)
+    return event
+
+
+def test_what_is_written_is_what_there_was_at_the_beginning(tmp_path: Path, gate: threading.Event) -> None:
+    network = LaMambaDiff(**TINY)
+    state = {"moment": torch.arange(6.0).reshape(2, 3), "step": torch.tensor(3.0), "random": torch.arange(5).byte()}
+    wanted = {name: value.clone() for name, value in state.items()}
+    writer = CheckpointWriter(tmp_path)
+    writer.begin(CheckpointInfo(8), {"ema": network}, state)
+    for value in state.values():
+        value.zero_()
+    assert writer.finish(wait=False) is None, "it goes on beside"
+    assert not checkpoints_in(tmp_path)
+    gate.set()
+    path = writer.finish()
+    assert path == checkpoints_in(tmp_path)[0]
+    assert writer.finish() is None, "it is said once"
+    writer.close()
+    assert names_of_training_state(path) == set(wanted)
+    found = {name: torch.zeros_like(value) for name, value in wanted.items()}
+    load_training_state(path, found)
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+    for name, value in load_network(path / "ema").state_dict().items():
+        assert torch.equal(value, network.state_dict()[name]), name
+
+
+def test_the_next_waits_for_the_one_before_and_closing_for_the_last(tmp_path: Path, gate: threading.Event) -> None:
+    writer = CheckpointWriter(tmp_path, keep=1)
+    writer.begin(CheckpointInfo(8), {}, {"x": torch.zeros(2)})
+    threading.Timer(0.2, gate.set).start()
+    writer.begin(CheckpointInfo(16), {}, {"x": torch.ones(2)})
+    assert [int(path.name) for path in checkpoints_in(tmp_path)][:1] in ([8], [16])
+    writer.close()
+    assert [int(path.name) for path in checkpoints_in(tmp_path)] == [16]
+
+
+def test_a_checkpoint_that_could_not_be_written_is_said_when_asked_for(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path)
+    (tmp_path / "checkpoints").write_text("in the way")
+    writer.begin(CheckpointInfo(8), {}, {"x": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match=r"000000000008 could not be written .*none was saved before"):
+        writer.finish()
+    assert writer.finish() is None
+    (tmp_path / "checkpoints").unlink()
+    writer.begin(CheckpointInfo(8), {}, {"x": torch.zeros(2)})
+    assert writer.finish() == tmp_path / "checkpoints" / "000000000008"
+
+
+def test_a_training_state_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, CheckpointInfo(8), {}, {"x": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match=r"training cannot be read .*resume from another"):
+        load_training_state(path, {"x": torch.zeros(3)})
+    with pytest.raises(CheckpointError, match=r"training cannot be read .*y.*resume from another"):
+        load_training_state(path, {"y": torch.zeros(2)})
+    (file,) = (path / "training").iterdir()
+    file.write_bytes(file.read_bytes()[:9])
+    with pytest.raises(CheckpointError, match=r"training cannot be read"):
+        names_of_training_state(path)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"training cannot be read"):
+        load_training_state(path, {"x": torch.zeros(2)})
