@@ -37,7 +37,7 @@ from lamamba.diffusion import OBJECTIVES, draw_noise
 from lamamba.latents import Pixels
 from lamamba.pipeline import choose_device
 from lamamba.processes import GradientSums, Processes, joined
-from lamamba.train import Trainer
+from lamamba.trainer import Trainer
 from measure import RESULTS, Results, milliseconds
 
 TINY = NetworkConfig(

@@ -14,7 +14,8 @@ from lamamba.config import PRESETS, TrainConfig
 from lamamba.model import LaMambaDiff
 from lamamba.ops.backend import use_backend
 from lamamba.ops.launch import rehearse
-from lamamba.train import Trainer, resolve
+from lamamba.train import resolve
+from lamamba.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

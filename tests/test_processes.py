@@ -61,7 +61,7 @@ def program_with(folder: Path, fault: str) -> tuple[str, ...]:
         f"""
 import os, signal, sys, time
 from lamamba.cli import main
-from lamamba.train import Trainer
+from lamamba.trainer import Trainer
 
 rank, restart = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 draw = Trainer._draw
@@ -118,6 +118,45 @@ def test_the_loss_curve_is_that_of_one_process(
     averages = [load_checkpoint(run).network.state_dict() for run in (out, alone)]
     for name, value in averages[0].items():
         torch.testing.assert_close(value, averages[1][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_parts_whose_gradients_are_their_own_are_sent_once(tmp_path: Path) -> None:
+    """As in a CUDA graph, which writes each part's gradients to the same memory again."""
+    tiny, out, program = DEVICES["cpu"], tmp_path / "run", tmp_path / "program.py"
+    program.write_text(
+        """
+import torch
+from lamamba.cli import main
+from lamamba.processes import GradientSums
+from lamamba.trainer import Trainer
+
+initialize, launch = Trainer.__init__, GradientSums._launch
+sent = 0
+
+def captured(trainer, *arguments):
+    initialize(trainer, *arguments)
+    trainer.captures = True
+
+def count(sums):
+    global sent
+    sent += sum(gradient.numel() for gradient in sums.left)
+    launch(sums)
+
+Trainer.__init__, GradientSums._launch = captured, count
+main()
+print("sent", sent)
+"""
+    )
+    done = train_together(
+        2, "--out", str(out), *tiny, "--num-images", "32", "--accumulate", "4", program=(str(program),)
+    )
+    assert done.returncode == 0, done.stderr
+    alone = tmp_path / "alone"
+    main(["train", "--out", str(alone), *tiny, "--num-images", "32"])
+    for ours, wanted in zip(curve(out), curve(alone), strict=True):
+        assert ours == pytest.approx(wanted, rel=1e-4)
+    number = sum(value.numel() for value in load_checkpoint(out).network.state_dict().values())
+    assert {int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("sent")} == {4 * number}
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, tiny: list[str], alone: Path) -> None:
@@ -244,7 +283,7 @@ def test_a_signal_to_the_whole_job_is_one_checkpoint(tmp_path: Path, tiny: list[
         """
 import time
 from lamamba.cli import main
-from lamamba.train import Trainer
+from lamamba.trainer import Trainer
 
 save = Trainer.save
 Trainer.save = lambda trainer: time.sleep(1.5) or save(trainer)

@@ -20,7 +20,7 @@ from lamamba.checkpoint import checkpoints_in, load_checkpoint, locked
 from lamamba.cli import main
 from lamamba.diffusion import Diffusion
 from lamamba.errors import CheckpointError
-from lamamba.train import Trainer
+from lamamba.trainer import Trainer
 
 TINY = [
     *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),

@@ -89,10 +89,13 @@ class GradientSums:
 
     def _note(self, parameter: Tensor) -> None:
         if self.adding_up and parameter.grad is not None:
-            self.left.append(parameter.grad)
-            self.bytes_left += parameter.grad.nbytes
-            if self.bytes_left >= self.AT_A_TIME:
-                self._launch()
+            self._take(parameter.grad)
+
+    def _take(self, gradient: Tensor) -> None:
+        self.left.append(gradient)
+        self.bytes_left += gradient.nbytes
+        if self.bytes_left >= self.AT_A_TIME:
+            self._launch()
 
     def _launch(self) -> None:
         if self.left and self.left[0].is_cuda:
@@ -103,6 +106,12 @@ class GradientSums:
         else:
             self.under_way += [dist.all_reduce(gradient, async_op=True) for gradient in self.left]
         self.left, self.bytes_left = [], 0
+
+    def add_up(self, gradients: Iterable[Tensor]) -> None:
+        """Add up gradients that are there already."""
+        with self.added_up():
+            for gradient in gradients:
+                self._take(gradient)
 
     @contextmanager
     def added_up(self) -> Iterator[None]:

@@ -1,0 +1,351 @@
+"""One run's state, and how to take a step: batch, loss, gradient, optimizer, average; checkpoints and samples of it."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.utils.checkpoint
+from torch import Tensor
+
+from lamamba.averages import PowerAverages, save_snapshot
+from lamamba.captured import Captured
+from lamamba.checkpoint import CheckpointInfo, load_checkpoint, load_network, read_info, verify
+from lamamba.config import TrainConfig
+from lamamba.data import Source, batches
+from lamamba.diffusion import OBJECTIVES, draw_noise
+from lamamba.errors import CheckpointError
+from lamamba.finetune import take_over
+from lamamba.latents import Space
+from lamamba.model import LaMambaDiff
+from lamamba.ops.backend import use_backend
+from lamamba.ops.launch import rehearse
+from lamamba.pipeline import make_grid, sample
+from lamamba.processes import GradientSums, Processes
+from lamamba.saving import CheckpointWriter, load_training_state, names_of_training_state
+from lamamba.sharding import gather, load, local, shard, whole
+
+
+class Trainer:
+    """One run: the network, its average, the optimizer and the random state, and how to take a step.
+
+    Args:
+        config: resolved, see `lamamba.train.resolve`.
+        source: the images.
+        space: pixels or latents.
+        device: to work on.
+        processes: that train together.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        source: Source,
+        space: Space,
+        device: torch.device,
+        processes: Processes = Processes(),  # noqa: B008 - frozen
+    ) -> None:
+        self.config, self.source, self.space, self.device, self.processes = config, source, space, device, processes
+        self.share = processes.share(config.batch_size)
+        self.objective = OBJECTIVES[config.objective]
+        self.images = self.step = 0
+        self.skipped_in_a_row = torch.zeros((), device=device)
+        # Forked, so that a run neither sees nor disturbs the global generator of the program around it.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.network = LaMambaDiff(**vars(config.network)).to(device)
+            self.average = LaMambaDiff(**vars(config.network)).to(device).eval().requires_grad_(False)
+        self.average.load_state_dict(self.network.state_dict())
+        self.shards = config.shard and processes.number > 1
+        if self.shards:
+            shard(self.network, processes.number, compile=config.compile)
+            shard(self.average, processes.number)
+        # What the CPU's compiled loops have looked at cannot be freed, as whole parameters are after use.
+        self.backend = partial(use_backend, "pytorch") if self.shards and device.type == "cpu" else nullcontext
+        group = torch.distributed.new_group(backend="gloo") if self.shards else None
+        self.writer = CheckpointWriter(config.out, config.keep_checkpoints, group)
+        self.power_averages = PowerAverages(self.network, config.power_averages) if config.power_averages else None
+        self.generator = torch.Generator(device).manual_seed(config.seed)
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=device.type in ("cpu", "cuda"),
+        )
+        if config.gradient_checkpointing:
+            # There is no dropout whose random state would have to be kept, which a CUDA graph could not do either.
+            self.network.enable_gradient_checkpointing(
+                partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
+            )
+        self.uses_bf16 = config.precision == "bf16" or (
+            config.precision == "auto"
+            and device.type == "cuda"
+            and torch.cuda.is_bf16_supported(including_emulation=False)
+        )
+        self.autocast = torch.autocast(device.type, torch.bfloat16) if self.uses_bf16 else nullcontext()
+        self.compiled: Any = torch.compile(self.network) if config.compile and not self.shards else self.network
+        sums_up = processes.number > 1 and not self.shards
+        self.gradient_sums = GradientSums(self.network.parameters()) if sums_up else None
+        # Captured, a part's gradients are written to the same memory every time, and added up outside.
+        self.captures = config.cuda_graph and device.type == "cuda" and not self.shards
+        self.find_gradients = Captured(self._find_gradients) if self.captures else self._find_gradients
+        self.compiles_kernels = device.type == "cuda"  # at the first step
+        self.adds_up = False  # over the processes, in the backward pass that comes next
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Read on from the first image not yet seen."""
+        return batches(
+            self.source,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            start=self.images,
+            horizontal_flip=self.config.horizontal_flip,
+            num_workers=self.config.num_workers,
+            share=self.share,
+        )
+
+    def take_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Step the optimizer once.
+
+        Args:
+            images: (b, c, h, w) uint8, this process's share of a batch.
+            labels: (b,).
+
+        Returns:
+            The means of the loss terms over the whole batch, the norm of its gradient, and 1 where that was not finite,
+            so that weights and optimizer were left alone. It is so in all processes, which share the gradient.
+        """
+        parts = self.config.accumulate
+        terms: dict[str, Tensor] = {}
+        total: list[Tensor] = []
+        inputs = self._draw(images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
+        if not self.captures:  # a graph, once recorded, writes to the gradients that were there then, and starts anew
+            self.optimizer.zero_grad(set_to_none=True)
+        for index, part in enumerate(zip(*(tensor.chunk(parts) for tensor in inputs), strict=True)):
+            if self.compiles_kernels:
+                rehearse(self._find_gradients, *part)
+                self.optimizer.zero_grad(set_to_none=True)
+                self.compiles_kernels = False
+            # The last part's gradients are all parts', but in a graph, where each part's are its own.
+            self.adds_up = self.processes.number > 1 and (parts == 1 if self.captures else index + 1 == parts)
+            if self.shards:
+                self.network.set_requires_gradient_sync(self.adds_up)  # FSDP's
+            with self.backend():
+                means = self.find_gradients(*part)
+            for name, mean in means.items():
+                terms[name] = terms.get(name, 0) + mean / parts
+            self.adds_up = False
+            if self.captures and parts > 1:
+                gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
+                if total:
+                    torch._foreach_add_(total, gradients)
+                else:
+                    total = [gradient.clone() for gradient in gradients]
+        if total:
+            torch._foreach_copy_(gradients, total)
+            if self.gradient_sums:
+                self.gradient_sums.add_up(gradients)
+        terms = self.processes.mean(terms)
+        limit = self.config.max_grad_norm or math.inf
+        terms["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit))
+        self.images += self.config.batch_size
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.images)
+        terms["skipped"] = self._step_if_finite(terms["grad_norm"])
+        self.step += 1
+        self._update_average()
+        return terms
+
+    def _step_if_finite(self, grad_norm: Tensor) -> Tensor:
+        """Step the optimizer, without waiting for the device, unless the gradient is not finite; returns 1 if so."""
+        skipped = (~grad_norm.isfinite()).float()
+        self.skipped_in_a_row = (self.skipped_in_a_row + skipped) * skipped
+        if self.optimizer.defaults["fused"]:
+            self.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # as a gradient scaler says it
+            self.optimizer.step()
+        elif not skipped:
+            self.optimizer.step()
+        return skipped
+
+    def _draw(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Draw what is random in a step on this process's images and labels: x_0, t, y and noise.
+
+        It is drawn for the whole batch, so that neither the number of processes nor that of parts has a say in it.
+        """
+        network = self.config.network
+        shape = (self.config.batch_size, network.in_channels, network.sample_size, network.sample_size)
+        latent_noise = None
+        if self.space.draws:
+            latent_noise = torch.randn(shape, device=self.device, generator=self.generator)[self.share]
+        t, noise, dropped = draw_noise(
+            self.objective, shape, self.device, label_dropout=network.label_dropout, generator=self.generator
+        )
+        x_0 = self.space.encode(images, latent_noise)
+        y = torch.where(dropped[self.share], self.network.null_label, labels)
+        return x_0, t[self.share], y, noise[self.share]
+
+    def _find_gradients(self, x_0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Add the gradients of a part of a batch to the parameters'; returns the means of the loss terms."""
+        if self.captures:
+            self.optimizer.zero_grad(set_to_none=True)
+        losses = self.objective.losses(self._denoise, x_0, t, y, noise)
+        if self.config.min_snr_gamma:
+            weight = self.objective.min_snr_weight(t, self.config.min_snr_gamma)
+            losses["loss"] = losses["loss"] + (weight - 1) * losses["mse"]
+        # Added up over parts and processes, gradients are those of the whole batch's mean; FSDP takes the processes'
+        # mean by itself.
+        share = losses["loss"].mean() / (self.config.accumulate * (1 if self.shards else self.processes.number))
+        with self.gradient_sums.added_up() if self.gradient_sums and self.adds_up else nullcontext():
+            share.backward()
+        means = {name: loss.detach().mean() for name, loss in losses.items()}
+        for quarter in range(4):  # of the timesteps, 0 to 1000; the loss is that of a quarter over its share
+            here = ((t * (4 / 1000)).clamp(max=3.5).floor() == quarter).float()
+            means[f"loss_q{quarter + 1}"] = (losses["loss"].detach() * here).mean()
+            means[f"share_q{quarter + 1}"] = here.mean()
+        return means
+
+    def _denoise(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with self.autocast:
+            out: Tensor = self.compiled(x_t, t, y)
+        return out
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        # Early on the decay grows with the step, so that the average forgets the initialisation in short runs too.
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(local(self.average.parameters()), local(self.network.parameters()), 1 - decay)
+        if self.power_averages:
+            self.power_averages.update(self.network, self.step)
+
+    def close(self) -> None:
+        """Wait for the checkpoint that is written; free the recorded step, since NCCL waits for graphs that use it."""
+        self.writer.close()
+        if isinstance(self.find_gradients, Captured):
+            self.find_gradients.forget()
+
+    def is_finite(self) -> bool:
+        """Say whether all weights are, in all processes."""
+        finite = torch.stack([tensor.isfinite().all() for tensor in local(self.network.parameters())]).all()
+        return not self.processes.largest(int(not finite))
+
+    def info(self) -> CheckpointInfo:
+        """Describe the run as it stands."""
+        vae = str(self.config.vae.resolve()) if self.config.vae else None
+        return CheckpointInfo(self.images, self.step, self.config.objective, self.source.class_names, vae)
+
+    def save(self) -> None:
+        """Begin to write a checkpoint; `writer` says when it is there. Raises CheckpointError."""
+        state = {"random_state": self.generator.get_state()}
+        for name, parameter in self.network.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                state[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+        if self.power_averages:
+            state |= {f"power.{name}": value for name, value in self.power_averages.state_dict().items()}
+        weights = {name: self._gather(network.state_dict()) for name, network in self._networks().items()}
+        if self.processes.is_first or self.shards:
+            networks = {name: self._rebuild(value) for name, value in weights.items() if value}
+            self.writer.begin(self.info(), networks, state)
+
+    def save_snapshot(self) -> None:
+        """Write a snapshot of the power function averages; raises CheckpointError."""
+        assert self.power_averages is not None
+        averages = self._gather(self.power_averages.state_dict())
+        if averages:
+            save_snapshot(self.config.out, averages, self.step, self.images)
+
+    def _networks(self) -> dict[str, LaMambaDiff]:
+        return {"network": self.network, "ema": self.average}
+
+    def _gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy whole tensors to the first process's memory; empty in the others."""
+        return gather(tensors, keep=self.processes.is_first)
+
+    def _rebuild(self, weights: Mapping[str, Tensor]) -> LaMambaDiff:
+        with torch.device("meta"):
+            network = LaMambaDiff(**vars(self.config.network))
+        network.load_state_dict(weights, assign=True)
+        return network
+
+    def restore(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint as if the run had never stopped; raises CheckpointError."""
+        verify(checkpoint)
+        info = read_info(checkpoint)
+        for name, network in self._networks().items():
+            load(network, load_network(checkpoint / name).state_dict())
+        state, optimizer_state = self._empty_state(checkpoint)
+        load_training_state(checkpoint, state, self.writer.group)
+        try:
+            self.generator.set_state(state["random_state"])
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{checkpoint} was written on another kind of device than {self.device}: resume on that kind"
+            ) from error
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
+        self.images, self.step = info.images, info.step
+
+    def _empty_state(self, checkpoint: Path) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
+        """Make what a checkpoint's training state is read to: by name; and the optimizer's part as it wants it."""
+        saved = names_of_training_state(checkpoint)
+        state, optimizer_state = {"random_state": torch.empty_like(self.generator.get_state())}, {}
+        for index, (name, parameter) in enumerate(self.network.named_parameters()):
+            if f"optimizer.step.{name}" not in saved:
+                continue  # it had no gradient yet
+            moments = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer_state[index] = {"step": torch.zeros((), device=self.device), **moments}
+            state |= {f"optimizer.{key}.{name}": value for key, value in optimizer_state[index].items()}
+        if self.power_averages:
+            state |= {f"power.{name}": value for name, value in self.power_averages.state_dict().items()}
+        missing = sorted(state.keys() - saved)
+        if missing:
+            raise CheckpointError(f"{checkpoint} misses {missing[0]} of its training: resume from another one")
+        return state, optimizer_state
+
+    def begin_with(self, name: str) -> list[str]:
+        """Take over the averaged weights of a run, a checkpoint or a preset, as far as they fit.
+
+        Returns:
+            A line for everything that is not simply copied.
+
+        Raises:
+            CheckpointError: nothing loadable is there, or it was trained for another objective.
+        """
+        loaded = load_checkpoint(name)
+        if loaded.info.objective != self.config.objective:
+            raise CheckpointError(
+                f"{name} was trained with the objective {loaded.info.objective}: give objective {loaded.info.objective}"
+            )
+        network = self._rebuild(gather(self.network.state_dict()))
+        notes = take_over(network, loaded.network, self.source.class_names, loaded.info.class_names)
+        for own in self._networks().values():
+            load(own, network.state_dict())
+        return notes
+
+    def draw_samples(self, columns: int = 10) -> Any:
+        """Sample a grid from the averaged weights, the same seeds every time."""
+        num_classes = self.config.network.num_classes
+        number = 2 * columns
+        labels = [index % columns % max(num_classes, 1) for index in range(number)]
+        with self.backend():
+            x = sample(
+                self.average,
+                self.objective,
+                labels,
+                list(range(number)),
+                num_steps=self.config.sample_steps,
+                guidance_scale=self.config.sample_guidance if num_classes else 1.0,
+            )
+        images = self.space.decode(x).cpu().numpy()
+        return make_grid(images, columns, scale=max(1, 64 // images.shape[-1]))
+
+
+def learning_rate(config: TrainConfig, images: int) -> float:
+    """Compute the learning rate of the step after which so many images have been seen."""
+    rising = min(1.0, images / config.warmup_images) if config.warmup_images else 1.0
+    past = max(0, images - config.warmup_images) / max(1, config.num_images - config.warmup_images)
+    falling = {"none": 1.0, "linear": 1 - past, "cosine": (1 + math.cos(math.pi * past)) / 2}[config.decay]
+    return config.learning_rate * rising * max(0.0, falling)
