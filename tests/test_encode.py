@@ -45,7 +45,7 @@ def all_moments(folder: Path, mirrored: bool = False) -> tuple[torch.Tensor, tor
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_moments_are_those_of_every_image(images: Path, autoencoder: Path, latents: Path, mirrored: bool) -> None:
     pixels, labels = open_source(str(images), image_size=16).gather(np.arange(6), np.full(6, mirrored))
-    space = Latents(autoencoder, CPU)
+    space = Latents.open(autoencoder, CPU)
     moments, their_labels = all_moments(latents, mirrored)
     torch.testing.assert_close(
         moments.float(), torch.cat(space.moments(torch.from_numpy(pixels)), dim=1), atol=2e-3, rtol=2e-3
@@ -59,12 +59,12 @@ def test_moments_are_those_of_every_image(images: Path, autoencoder: Path, laten
 def test_drawing_gives_the_distribution_of_encoding_on_the_fly(images: Path, autoencoder: Path, latents: Path) -> None:
     """Thousands of draws of each: equal in mean and spread at every place, as far as so many draws can tell."""
     pixels, _ = open_source(str(images), image_size=16).gather(FIRST, AS_THEY_ARE[:1])
-    distribution = Latents(autoencoder, CPU).autoencoder.encode(torch.from_numpy(pixels) / 127.5 - 1).latent_dist
+    distribution = Latents.open(autoencoder, CPU).autoencoder.encode(torch.from_numpy(pixels) / 127.5 - 1).latent_dist
     torch.manual_seed(0)
     wanted = torch.cat([distribution.sample() for _ in range(4000)])
     wanted = (wanted - 0.3) * 0.5  # as the autoencoder is scaled
     moments = all_moments(latents)[0][:1].expand(4000, -1, -1, -1)
-    drawn = Latents(autoencoder, CPU).encode(moments, torch.randn(4000, 2, 8, 8))
+    drawn = Latents.open(autoencoder, CPU).encode(moments, torch.randn(4000, 2, 8, 8))
     spread = wanted.std(dim=0)
     assert ((drawn.mean(dim=0) - wanted.mean(dim=0)).abs() < 6 * spread / 4000**0.5 + 2e-3).all()
     assert ((drawn.std(dim=0) / spread - 1).abs() < 0.1).all()

@@ -31,7 +31,7 @@ def some_noise(seed: int) -> torch.Tensor:
 
 
 def test_scale_and_shift_are_the_autoencoders(autoencoder: Path, tmp_path: Path) -> None:
-    scaled, plain = Latents(autoencoder, CPU), Latents(write_autoencoder(tmp_path, 1.0, None), CPU)
+    scaled, plain = Latents.open(autoencoder, CPU), Latents.open(write_autoencoder(tmp_path, 1.0, None), CPU)
     encoded, unscaled = (space.encode(some_pixels(), some_noise(2)) for space in (scaled, plain))
     assert encoded.shape == (3, 2, 8, 8)
     assert encoded.dtype == torch.float32
@@ -42,7 +42,7 @@ def test_scale_and_shift_are_the_autoencoders(autoencoder: Path, tmp_path: Path)
 
 
 def test_latents_are_drawn_from_the_encoders_distribution(autoencoder: Path) -> None:
-    space = Latents(autoencoder, CPU)
+    space = Latents.open(autoencoder, CPU)
     draws = torch.stack([space.encode(some_pixels(), some_noise(seed)) for seed in range(400)])
     distribution = space.autoencoder.encode(to_float(some_pixels())).latent_dist
     # 400 draws know a mean to a twentieth of the spread; the largest of 384 deviations is below five times that.
@@ -53,14 +53,14 @@ def test_latents_are_drawn_from_the_encoders_distribution(autoencoder: Path) -> 
 
 def test_encoding_neither_uses_nor_disturbs_the_global_generator(autoencoder: Path) -> None:
     torch.manual_seed(1)
-    space = Latents(autoencoder, CPU)
+    space = Latents.open(autoencoder, CPU)
     before = torch.get_rng_state()
     space.encode(some_pixels(), some_noise(2))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_sizes_and_channels_that_do_not_fit_are_named(autoencoder: Path) -> None:
-    space = Latents(autoencoder, CPU)
+    space = Latents.open(autoencoder, CPU)
     assert (space.grid_size(16), space.channels(3)) == (8, 2)
     with pytest.raises(ConfigError, match=r"size 18 is not a multiple of 4 from 8 up \(2 for the .*use 16 or 20"):
         space.grid_size(18)
@@ -87,7 +87,7 @@ def test_folders_without_an_autoencoder_are_named(autoencoder: Path, tmp_path: P
     with pytest.raises(
         CheckpointError, match=rf"{tmp_path} holds no autoencoder: give .--vae. a folder with its config.json"
     ):
-        Latents(tmp_path, CPU)
+        Latents.open(tmp_path, CPU)
     for name, content in (("truncated", None), ("foreign", {"_class_name": "UNet2DModel"})):
         folder = shutil.copytree(autoencoder, tmp_path / name)
         weights = folder / "diffusion_pytorch_model.safetensors"
@@ -97,7 +97,7 @@ def test_folders_without_an_autoencoder_are_named(autoencoder: Path, tmp_path: P
             (folder / "config.json").write_text(json.dumps(content))
             weights.unlink()
         with pytest.raises(CheckpointError, match=rf"{folder} cannot be read as an AutoencoderKL") as error:
-            Latents(folder, CPU)
+            Latents.open(folder, CPU)
         assert "\n" not in str(error.value)
 
 

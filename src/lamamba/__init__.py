@@ -12,6 +12,7 @@ _HOMES = {
     "Diffusion": "lamamba.diffusion",
     "FlowMatching": "lamamba.diffusion",
     "LaMambaDiff": "lamamba.model",
+    "LaMambaDiffPipeline": "lamamba.diffusers_pipeline",
     "LamambaError": "lamamba.errors",
     "guide": "lamamba.diffusion",
     "load_checkpoint": "lamamba.checkpoint",
@@ -26,6 +27,7 @@ __all__ = ["__version__", *_HOMES]
 if TYPE_CHECKING:
     from lamamba.checkpoint import load_checkpoint as load_checkpoint
     from lamamba.data import to_uint8 as to_uint8
+    from lamamba.diffusers_pipeline import LaMambaDiffPipeline as LaMambaDiffPipeline
     from lamamba.diffusion import Diffusion as Diffusion
     from lamamba.diffusion import FlowMatching as FlowMatching
     from lamamba.diffusion import guide as guide

@@ -42,7 +42,7 @@ def encode(config: EncodeConfig) -> None:
     """
     with joined(config.device) as (processes, device_name):
         device = choose_device(device_name)
-        space = Latents(config.vae, device)
+        space = Latents.open(config.vae, device)
         source = _open(config, space)
         settings = describe(config, source, space)
         # Others wait, so that the folder is there, and is the right one.

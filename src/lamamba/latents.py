@@ -4,7 +4,7 @@ The only file that knows the autoencoder.
 """
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -61,16 +61,25 @@ class Latents:
     """The network sees latents of a diffusers AutoencoderKL, scaled as its configuration says.
 
     Args:
-        folder: what `AutoencoderKL.save_pretrained` wrote; nothing is fetched.
-        device: to work on.
-
-    Raises:
-        CheckpointError: the folder holds no autoencoder.
+        autoencoder: on the device to work on.
     """
 
     draws = True
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
+    def __init__(self, autoencoder: Any) -> None:
+        self.autoencoder = autoencoder
+        self.image_channels: int = autoencoder.config.in_channels
+        self.factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+        self.scale: float = autoencoder.config.scaling_factor
+        self.shift: float = autoencoder.config.shift_factor or 0.0
+
+    @classmethod
+    def open(cls, folder: Path, device: torch.device) -> Self:
+        """Read what `AutoencoderKL.save_pretrained` wrote; nothing is fetched.
+
+        Raises:
+            CheckpointError: the folder holds no autoencoder.
+        """
         from diffusers import AutoencoderKL
 
         if not (folder / "config.json").is_file():
@@ -81,11 +90,7 @@ class Latents:
             autoencoder: Any = AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
         except Exception as error:  # diffusers raises many kinds for a damaged folder
             raise CheckpointError(f"{folder} cannot be read as an AutoencoderKL: {_first_line(error)}") from error
-        self.autoencoder = autoencoder.to(device).eval().requires_grad_(False)
-        self.image_channels: int = autoencoder.config.in_channels
-        self.factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
-        self.scale: float = autoencoder.config.scaling_factor
-        self.shift: float = autoencoder.config.shift_factor or 0.0
+        return cls(autoencoder.to(device).eval().requires_grad_(False))
 
     def channels(self, image_channels: int) -> int:
         """Channels that the network sees; the images' must be the autoencoder's."""
@@ -139,7 +144,7 @@ def identify(folder: Path) -> str:
 
 def open_space(vae: Path | None, device: torch.device) -> Space:
     """Choose pixels, or the latents of an autoencoder folder."""
-    return Pixels() if vae is None else Latents(vae, device)
+    return Pixels() if vae is None else Latents.open(vae, device)
 
 
 def _first_line(error: Exception) -> str:

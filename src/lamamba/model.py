@@ -143,7 +143,8 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
             x_t: (b, c, h, w) noised images or latents; h and w even, at least 4, and not necessarily `sample_size`.
             t: (b,) timesteps, integer or float, from 0 to 1000.
             y: (b,) labels from 0 to num_classes, the last being "no label"; not needed by an unconditional network.
-                Labels are taken as they are: replacing some of them in training is the objective's work.
+                Labels are taken as they are: replacing some of them in training is the objective's work. Or
+                (b, num_classes + 1) floating point weights of labels, whose embeddings are added up so.
 
         Returns:
             (b, 2c, h, w) in the dtype of x_t. For noise prediction: the noise, then the position of the log-variance
@@ -158,7 +159,7 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
 
         x = normalize(self.patch_projection(rearrange(x_t, "b c h w -> b h w c").to(dtype)), self.patch_norm)
         x = x + self._position_embedding(height, width).to(x.dtype)
-        condition = self.timestep_embedding(t) + self.label_embedding(y)
+        condition = self.timestep_embedding(t) + self._embed(y)
         ahead = self._modulate_ahead(condition)
 
         skips = []
@@ -200,6 +201,11 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
             blocks = [block for stage in (*self.encoder, self.bottleneck, *self.decoder) for block in cast(Any, stage)]
             return {block: (block.modulate(condition), beside.record_event()) for block in blocks}
 
+    def _embed(self, y: Tensor) -> Tensor:
+        table = self.label_embedding.weight
+        embedded: Tensor = y.to(table.dtype) @ table if y.is_floating_point() else self.label_embedding(y)
+        return embedded
+
     def _position_embedding(self, height: int, width: int) -> Tensor:
         embedding = self.position_embedding
         if embedding.shape[1:3] == (height, width):
@@ -222,6 +228,10 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
             if num_classes:
                 raise ValueError(f"y is missing: give ({batch},) labels from 0 to {num_classes} ({num_classes}: none)")
             return torch.zeros(batch, dtype=torch.long, device=x_t.device)
+        if y.is_floating_point():
+            if y.shape != (batch, num_classes + 1):
+                raise ValueError(f"y is {tuple(y.shape)}: give ({batch}, {num_classes + 1}), weights of all labels")
+            return y
         if y.shape != (batch,):
             raise ValueError(f"y is {tuple(y.shape)}: give ({batch},), one label for each image of x_t")
         # Looking at the labels would make a GPU wait; there the embedding's own assertion has to do.
