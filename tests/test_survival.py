@@ -212,6 +212,7 @@ def test_a_run_whose_folder_is_gone_ends_with_a_word(
 
     def lose(trainer: Trainer, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
         if trainer.step == 3:
+            trainer.writer.finish()
             out.rename(tmp_path / "elsewhere")
             out.write_text("")
         return take_step(trainer, *batch)

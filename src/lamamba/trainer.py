@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from functools import partial
+from copy import deepcopy
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -265,10 +266,14 @@ class Trainer:
         return gather(tensors, keep=self.processes.is_first)
 
     def _rebuild(self, weights: Mapping[str, Tensor]) -> LaMambaDiff:
-        with torch.device("meta"):
-            network = LaMambaDiff(**vars(self.config.network))
+        network = deepcopy(self._empty_network)
         network.load_state_dict(weights, assign=True)
         return network
+
+    @cached_property
+    def _empty_network(self) -> LaMambaDiff:
+        with torch.device("meta"):
+            return LaMambaDiff(**vars(self.config.network))
 
     def restore(self, checkpoint: Path) -> None:
         """Continue from a checkpoint as if the run had never stopped; raises CheckpointError."""
