@@ -11,6 +11,7 @@ _HOMES = {
     "DataError": "lamamba.errors",
     "Diffusion": "lamamba.diffusion",
     "FlowMatching": "lamamba.diffusion",
+    "GuidanceOptions": "lamamba.config",
     "LaMambaDiff": "lamamba.model",
     "LamambaError": "lamamba.errors",
     "guide": "lamamba.diffusion",
@@ -25,6 +26,7 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from lamamba.checkpoint import load_checkpoint as load_checkpoint
+    from lamamba.config import GuidanceOptions as GuidanceOptions
     from lamamba.data import to_uint8 as to_uint8
     from lamamba.diffusion import Diffusion as Diffusion
     from lamamba.diffusion import FlowMatching as FlowMatching
