@@ -260,10 +260,12 @@ def export(checkpoint: Path, folder: Path) -> None:
     write_weights(folder, loaded.network.half(), loaded.info)
 
 
-def write_weights(folder: Path, network: LaMambaDiff, info: CheckpointInfo) -> None:
-    """Write weights alone in the layout of a checkpoint, as averaged ones; raises CheckpointError."""
+def write_weights(folder: Path, network: LaMambaDiff, info: CheckpointInfo, trained: LaMambaDiff | None = None) -> None:
+    """Write weights alone in the layout of a checkpoint, averaged and maybe those trained; raises CheckpointError."""
     try:
         save_network(network, folder / "ema")
+        if trained is not None:
+            save_network(trained, folder / "network")
         write_info(folder, info)
     except _WRITE_ERRORS as error:
         raise CheckpointError(f"{folder} could not be written ({error}): free some space") from error

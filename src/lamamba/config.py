@@ -393,6 +393,24 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class ConvertConfig:
+    """Convert a checkpoint of the authors' released code to a folder for lamamba sample and finetune, or back."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """A released checkpoint, of whose pickle only tensors are read; or what to make one of: a run folder (its newest
+    checkpoint), a checkpoint folder, or a preset."""
+    out: tyro.conf.Positional[Path]
+    """The folder to write; or, of what is this package's, the .pt file."""
+    preset: str = "xl-256"
+    """Of a released checkpoint: size of its network, s, b, l or xl at -256 or -512; its classes, channels and grid are
+    seen in the file."""
+    vae: Path | None = None
+    """Of a released checkpoint: AutoencoderKL folder that decodes its latents, for lamamba sample to find."""
+    network: tyro.conf.OmitArgPrefixes[NetworkConfig] = PRESETS["xl-256"]
+    """The preset's options, each of which can be given."""
+
+
+@dataclass(frozen=True)
 class WatchConfig:
     """Follow a run: its loss, speed and last checkpoint."""
 
