@@ -351,10 +351,11 @@ PLAIN_GUIDANCE = GuidanceOptions()
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Sample images from a run, a checkpoint, or a preset whose weights are shipped (nano)."""
+    """Sample images from a run, a checkpoint, a preset whose weights are shipped (nano), or a DiT of diffusers."""
 
     checkpoint: tyro.conf.Positional[str]
-    """A run folder (its newest checkpoint), a checkpoint folder, or a preset."""
+    """A run folder (its newest checkpoint), a checkpoint folder, a preset; or a folder that diffusers saved of a
+    DiTPipeline or a DiTTransformer2DModel."""
     labels: str | None = None
     """Classes to sample, by name or number from 0, separated by commas; where classes are named by numbers, a number
     is a name. The default is all (the first 10)."""

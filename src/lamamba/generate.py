@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lamamba import __version__
-from lamamba.checkpoint import CheckpointInfo, load_checkpoint
+from lamamba.checkpoint import CheckpointInfo, load_denoiser
 from lamamba.config import SampleConfig, nearest
 from lamamba.diffusion import OBJECTIVES
+from lamamba.dit import DiT
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.latents import open_space
 from lamamba.model import LaMambaDiff
@@ -27,10 +28,16 @@ def generate(config: SampleConfig) -> None:
         LamambaError: the checkpoint, a label, the sampler or a path is at fault.
     """
     device = choose_device(config.device)
-    loaded = load_checkpoint(config.checkpoint)
+    loaded = load_denoiser(config.checkpoint)
     network, info = loaded.network.to(device), loaded.info
     objective = OBJECTIVES[info.objective]
-    space = open_space(config.vae or (Path(info.vae) if info.vae else None), device)
+    vae = config.vae or (Path(info.vae) if info.vae else None)
+    if vae is None and network.config.in_channels not in (1, 3):
+        raise ConfigError(
+            f"{config.checkpoint} samples latents, of {network.config.in_channels} channels: give (--vae) the folder "
+            "of the AutoencoderKL that decodes them"
+        )
+    space = open_space(vae, device)
     num_classes = int(network.config.num_classes)
     classes = parse_labels(config.labels, num_classes, info.class_names)
     labels = [label for label in classes for _ in range(config.num_per_label)]
@@ -93,9 +100,9 @@ def generate(config: SampleConfig) -> None:
         console.print(f"images {config.images_out}", highlight=False, soft_wrap=True)
 
 
-def _load_weaker(checkpoint: str, info: CheckpointInfo) -> LaMambaDiff:
+def _load_weaker(checkpoint: str, info: CheckpointInfo) -> LaMambaDiff | DiT:
     """Load the network to guide away from, which must predict the same as that of `info`."""
-    weaker = load_checkpoint(checkpoint)
+    weaker = load_denoiser(checkpoint)
     if weaker.info.objective != info.objective:
         raise ConfigError(
             f"guidance_checkpoint {checkpoint} has the objective {weaker.info.objective!r}, this one "

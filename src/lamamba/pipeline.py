@@ -6,21 +6,22 @@ from weakref import WeakSet
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from lamamba.config import PLAIN_GUIDANCE, GuidanceOptions
 from lamamba.diffusion import STOCHASTIC_SAMPLERS, Diffusion, FlowMatching, guide
+from lamamba.dit import DiT
 from lamamba.errors import ConfigError
 from lamamba.model import LaMambaDiff
 from lamamba.ops.launch import rehearse
 
 # Networks whose kernels are compiled.
-_prepared: WeakSet[LaMambaDiff] = WeakSet()
+_prepared: WeakSet[nn.Module] = WeakSet()
 
 
 @torch.inference_mode()
 def sample(
-    network: LaMambaDiff,
+    network: LaMambaDiff | DiT,
     objective: Diffusion | FlowMatching,
     labels: Sequence[int],
     seeds: Sequence[int],
@@ -29,7 +30,7 @@ def sample(
     num_steps: int = 25,
     guidance_scale: float = 1.0,
     guidance_options: GuidanceOptions = PLAIN_GUIDANCE,
-    weaker: LaMambaDiff | None = None,
+    weaker: LaMambaDiff | DiT | None = None,
     size: tuple[int, int] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
@@ -78,7 +79,7 @@ def sample(
     x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
     y = torch.as_tensor(labels, dtype=torch.long, device=device)
     options = {"generator": generators} if sampler in STOCHASTIC_SAMPLERS else {}
-    used = WeakSet([network] if weaker is None else [network, weaker])
+    used: WeakSet[nn.Module] = WeakSet([network] if weaker is None else [network, weaker])
     if x.is_cuda and not used <= _prepared:
         rehearse(denoiser, x, scheduler.timesteps[0].expand(len(x)), y)
         _prepared.update(used)
@@ -91,9 +92,9 @@ def sample(
     return x
 
 
-def _check_weaker(network: LaMambaDiff, weaker: LaMambaDiff) -> None:
+def _check_weaker(network: LaMambaDiff | DiT, weaker: LaMambaDiff | DiT) -> None:
     for name in ("in_channels", "num_classes"):
-        ours, other = network.config[name], weaker.config[name]
+        ours, other = getattr(network.config, name), getattr(weaker.config, name)
         if ours != other:
             raise ConfigError(
                 f"the weaker network has {name} {other} and this one {ours}: guide by one trained on the same data"
