@@ -215,6 +215,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("prepare imagenet", "--devkit"),
         ("prepare dataset", "--number-classes"),
         ("plan", "--shard"),
+        ("convert", "--preset"),
         ("info", "--size"),
     ):
         with pytest.raises(SystemExit, match="0"):
@@ -234,6 +235,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         "['prepare', '--help']",
         "['prepare', 'dataset', '--help']",
         "['plan', '--help']",
+        "['convert', '--help']",
         "['info', '--help']",
     ],
 )

@@ -183,14 +183,23 @@ def test_flow_schedulers_can_be_swapped() -> None:
     assert (euler - heun).norm() < 0.05 * heun.norm()
 
 
-def test_mixtures_and_intervals_change_the_image() -> None:
+def test_mixtures_and_guidance_change_the_image() -> None:
     pipe = build()
+    weaker = build(decoder_extra_depth=0).network
     coat, bag = latents_of(pipe, "Coat"), latents_of(pipe, "Bag")
     assert torch.allclose(latents_of(pipe, {"Coat": 2.0}), coat, atol=1e-5)
     mixed = latents_of(pipe, {"Coat": 1.0, 2: 1.0})
     assert torch.equal(mixed, latents_of(pipe, {"Coat": 0.5, "Bag": 0.5}))
-    for other in (coat, bag, latents_of(pipe, None), latents_of(pipe, "Coat", guidance_interval=(0.1, 1.0))):
-        assert not torch.allclose(mixed, other, atol=1e-4)
+    ways: list[dict[str, Any]] = [
+        {}, {"guidance_scale": 1.0}, {"guidance_interval": (0.1, 1.0)}, {"guidance_cosine_power": 2.0},
+        {"guidance_rescale": 0.7}, {"weaker_network": weaker},
+    ]  # fmt: skip
+    images = [latents_of(pipe, "Coat", **options) for options in ways]
+    images += [mixed, bag, latents_of(pipe, None)]
+    for index, image in enumerate(images):
+        for other in images[:index]:
+            assert not torch.allclose(image, other, atol=1e-4)
+    assert torch.equal(images[0], coat)
     assert len(latents_of(pipe, ["Coat", "Bag"], num_images_per_label=3)) == 6
 
 

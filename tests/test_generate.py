@@ -19,10 +19,12 @@ from lamamba.saving import save_checkpoint
 CLASS_NAMES = ("Cat", "Dog", "Great owl")
 
 
-def write_run(folder: Path, objective: str = "diffusion", class_names: tuple[str, ...] = CLASS_NAMES) -> Path:
+def write_run(
+    folder: Path, objective: str = "diffusion", class_names: tuple[str, ...] = CLASS_NAMES, seed: int = 0
+) -> Path:
     """Write a checkpoint of a tiny network whose output depends on its label."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         network = LaMambaDiff(
             in_channels=1, sample_size=8, num_classes=len(class_names), embed_dim=8, num_heads=2, depths=(1, 1, 1, 1),
             bottleneck_depth=1, decoder_extra_depth=0, window_size=4,
@@ -52,7 +54,7 @@ def settings(path: Path) -> dict[str, object]:
     return content
 
 
-@pytest.mark.parametrize("sampler", ["dpm++", "ancestral"])
+@pytest.mark.parametrize("sampler", ["dpm++", "sde-dpm++", "ancestral"])
 def test_the_batch_size_changes_no_image(run: Path, tmp_path: Path, sampler: str) -> None:
     options = ["--labels", "0,2", "--num-per-label", "4", "--sampler", sampler]
     for batch_size in (1, 3, 8):
@@ -111,6 +113,38 @@ def test_guidance_changes_the_images(run: Path, tmp_path: Path) -> None:
     assert np.array_equal(draw("never", "--guidance", "6", "--guidance-interval", "1e6", "1e7"), none)
 
 
+def test_the_options_of_guidance_change_the_images_and_are_kept_with_them(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flow, weaker = (
+        write_run(tmp_path / name, objective="flow", seed=seed) for seed, name in enumerate(("run", "weaker"))
+    )
+    variants = [
+        [],
+        ["--guidance-interval", "0.5", "5"],
+        ["--guidance-cosine-power", "2"],
+        ["--guidance-rescale", "0.7"],
+        ["--guidance-checkpoint", str(weaker)],
+    ]
+    names = ("guidance_interval", "guidance_cosine_power", "guidance_rescale", "guidance_checkpoint")
+    kept, images = [], []
+    for index, options in enumerate(variants):
+        folder = tmp_path / str(index)
+        sample(flow, tmp_path, "--labels", "1", "--guidance", "3", *options, "--images-out", str(folder))
+        images.append(read_images(folder).tobytes())
+        kept.append([settings(folder / "000000.png")[name] for name in names])
+    assert len(set(images)) == len(variants)
+    assert kept == [
+        [None, 0, 0, None],
+        [[0.5, 5], 0, 0, None],
+        [None, 2, 0, None],
+        [None, 0, 0.7, None],
+        [None, 0, 0, str(weaker)],
+    ]
+    message = f"guidance_checkpoint {flow} has the objective 'flow', this one 'diffusion'"
+    refused(capsys, run, tmp_path, "--guidance-checkpoint", str(flow), message=message)
+
+
 def test_flow_matching_is_sampled_with_its_own_samplers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", objective="flow")
     for sampler in ("euler", "heun"):
@@ -149,11 +183,16 @@ def refused(capsys: pytest.CaptureFixture[str], run: Path, folder: Path, *option
         (["--labels", "grate owl"], "no class is named 'grate owl': did you mean great owl?"),
         (["--labels", ""], "no class is named ''"),
         (["--labels", "²"], "no class is named '²'"),
-        (["--sampler", "heun"], "use ancestral or ddim or dpm++ or unipc"),
+        (["--sampler", "heun"], "use ancestral or ddim or dpm++ or sde-dpm++ or unipc"),
         (["--size", "8", "7"], "image size 7 is not an even number from 4 up: use 8"),
         (["--steps", "1001"], "1001 steps are out of range"),
         (["--steps", "0"], "steps is 0: it must be 1 or more"),
         (["--out", "grid.jpg"], "grid.jpg is not a .png file"),
+        (["--guidance-interval", "5", "1"], "guidance_interval is (5.0, 1.0)"),
+        (["--guidance-cosine-power", "-1"], "guidance_cosine_power is -1.0: it must be 0 or more"),
+        (["--guidance-rescale", "1.5"], "guidance_rescale is 1.5: it must be from 0 to 1"),
+        (["--guidance-checkpoint", "nanno"], "'nanno' is neither a folder nor a preset: did you mean nano?"),
+        (["--guidance-checkpoint", "nano"], "num_classes 10 and this one 3: guide by one trained on the same data"),
         (["--device", "gpu"], "device 'gpu' cannot be used here"),
     ],
 )

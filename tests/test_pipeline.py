@@ -1,11 +1,14 @@
 """Sampling: an image depends on its seed and its label alone, and what cannot work is refused by name."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from lamamba.diffusion import OBJECTIVES, Diffusion
+from lamamba.config import GuidanceOptions
+from lamamba.diffusion import OBJECTIVES, STOCHASTIC_SAMPLERS, Diffusion
 from lamamba.errors import ConfigError
 from lamamba.model import LaMambaDiff
 from lamamba.pipeline import choose_device, make_grid, sample
@@ -13,10 +16,10 @@ from lamamba.pipeline import choose_device, make_grid, sample
 LABELS, SEEDS = [0, 1, 2, 0, 1, 2, 3, 1], [5, 6, 7, 8, 9, 10, 11, 12]
 
 
-def make_network(num_classes: int = 3) -> LaMambaDiff:
+def make_network(num_classes: int = 3, seed: int = 0) -> LaMambaDiff:
     """Build a tiny network whose output depends on everything; a fresh one ignores its label."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         network = LaMambaDiff(
             in_channels=1, sample_size=8, num_classes=num_classes, embed_dim=8, num_heads=2, depths=(1, 1, 1, 1),
             bottleneck_depth=1, decoder_extra_depth=0, window_size=4,
@@ -37,7 +40,7 @@ def sample_in_batches(network: LaMambaDiff, batch_size: int, objective: str, sam
         [
             sample(
                 network, OBJECTIVES[objective], LABELS[part], SEEDS[part], sampler=sampler, num_steps=5,
-                guidance_scale=2.0,
+                guidance_scale=2.0, guidance_options=GuidanceOptions((0.0, 50.0), cosine_power=0.5, rescale=0.5),
             )
             for part in parts
         ]
@@ -64,20 +67,22 @@ def test_an_image_depends_on_its_seed_and_its_label(network: LaMambaDiff) -> Non
     assert torch.equal(x, sample(network, Diffusion(), [0, 0, 1, 3], [4, 5, 4, 4], num_steps=5))
 
 
-def test_sampling_neither_uses_nor_disturbs_the_global_generator(network: LaMambaDiff) -> None:
+@pytest.mark.parametrize("sampler", STOCHASTIC_SAMPLERS)
+def test_sampling_neither_uses_nor_disturbs_the_global_generator(network: LaMambaDiff, sampler: str) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = sample(network, Diffusion(), [0], [4], sampler="ancestral", num_steps=3)
+    first = sample(network, Diffusion(), [0], [4], sampler=sampler, num_steps=3)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    assert torch.equal(sample(network, Diffusion(), [0], [4], sampler="ancestral", num_steps=3), first)
+    assert torch.equal(sample(network, Diffusion(), [0], [4], sampler=sampler, num_steps=3), first)
 
 
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
 def test_guidance_in_an_interval(network: LaMambaDiff, objective: str) -> None:
     def draw(scale: float, interval: tuple[float, float] | None = None) -> Tensor:
+        options = GuidanceOptions(interval)
         return sample(
-            network, OBJECTIVES[objective], LABELS, SEEDS, num_steps=6, guidance_scale=scale, guidance_interval=interval
+            network, OBJECTIVES[objective], LABELS, SEEDS, num_steps=6, guidance_scale=scale, guidance_options=options
         )
 
     everywhere, nowhere = draw(3.0), draw(1.0)
@@ -87,6 +92,39 @@ def test_guidance_in_an_interval(network: LaMambaDiff, objective: str) -> None:
     partly = draw(3.0, (0.5, 5.0))
     assert float((partly - everywhere).abs().max()) > 1e-3
     assert float((partly - nowhere).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_every_option_of_guidance_changes_the_image(network: LaMambaDiff, objective: str) -> None:
+    variants: list[dict] = [
+        {},
+        {"guidance_options": GuidanceOptions(interval=(0.5, 5.0))},
+        {"guidance_options": GuidanceOptions(cosine_power=1.0)},
+        {"guidance_options": GuidanceOptions(cosine_power=4.0)},
+        {"guidance_options": GuidanceOptions(rescale=0.7)},
+        {"weaker": make_network(seed=1)},
+    ]
+    images = [
+        sample(network, OBJECTIVES[objective], [0, 1], [4, 5], num_steps=6, guidance_scale=scale, **variant)
+        for scale in (3.0, 1.0)
+        for variant in variants
+    ]
+    for first, second in itertools.combinations(images[: len(variants) + 1], 2):
+        assert float((first - second).abs().max()) > 1e-3
+    for image in images[len(variants) :]:  # at scale 1
+        assert torch.equal(image, images[-1])
+
+
+def test_autoguidance_guides_an_unconditional_network_and_needs_one_like_it() -> None:
+    network, weaker = make_network(0), make_network(0, seed=1)
+    plain, guided = (
+        sample(network, Diffusion(), [0], [1], num_steps=4, guidance_scale=2.0, weaker=other)
+        for other in (network, weaker)
+    )
+    torch.testing.assert_close(plain, sample(network, Diffusion(), [0], [1], num_steps=4))
+    assert float((plain - guided).abs().max()) > 1e-3
+    with pytest.raises(ConfigError, match="the weaker network has num_classes 3 and this one 0"):
+        sample(network, Diffusion(), [0], [1], num_steps=2, guidance_scale=2.0, weaker=make_network(3))
 
 
 def test_an_unconditional_network_samples_without_guidance_only() -> None:

@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lamamba.errors import CheckpointError
+from lamamba.errors import CheckpointError, ConfigError
 from lamamba.model import LaMambaDiff
-from lamamba.released import load_released, translate
+from lamamba.released import load_released, released_state, save_released, sizes_in, translate
 
 GOLDEN = Path(__file__).parent / "golden"
 OPTIONS = {
@@ -27,20 +27,25 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def released() -> tuple[dict[str, Tensor], dict[str, object]]:
-    """A small state dict under the released names, and the options of its network."""
-    with safe_open(GOLDEN / "golden_cross_dstate4_uncond.safetensors", framework="pt") as file:
+def load_golden_state(name: str) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """A state dict that the released code wrote, and the options of its network."""
+    with safe_open(GOLDEN / f"{name}.safetensors", framework="pt") as file:
         config = json.loads(file.metadata()["config"])
         keys = [key for key in file.keys() if key.startswith("model.")]  # noqa: SIM118 - safe_open is no mapping
         state = {key.removeprefix("model."): file.get_tensor(key) for key in keys}
     geometry = {
         "embed_dim": config["embed_dim"],
         "sample_size": config["image_size"] // 8,
+        "num_classes": config["num_classes"],
         "num_heads": config["num_heads"],
         "window_size": config["window"],
     }
-    return state, {**OPTIONS, **geometry}
+    return state, {**(OPTIONS if "cross" in name else {}), **geometry}
+
+
+@pytest.fixture(scope="module")
+def released() -> tuple[dict[str, Tensor], dict[str, object]]:
+    return load_golden_state("golden_cross_dstate4_uncond")
 
 
 def assert_holds(network: LaMambaDiff, state: dict[str, Tensor]) -> None:
@@ -194,7 +199,7 @@ def test_a_truncated_file_is_refused(released: tuple[dict, dict], tmp_path: Path
 
 def test_a_file_without_the_weights_asked_for_says_what_it_holds(tmp_path: Path) -> None:
     torch.save({"model": {}, "args": {}}, tmp_path / "model_only.pt")
-    with pytest.raises(CheckpointError, match="holds no 'ema' weights, only model, args"):
+    with pytest.raises(CheckpointError, match="holds no 'ema' weights, only model"):
         load_released(tmp_path / "model_only.pt")
 
 
@@ -216,7 +221,7 @@ def test_missing_and_unknown_names_and_wrong_shapes_are_all_listed(released: tup
     with pytest.raises(CheckpointError) as caught:
         load_released(wrong, **options)
     message = str(caught.value)
-    assert message.startswith("state dict does not fit this network, give its options as keywords: ")
+    assert message.startswith("state dict does not fit this network, give its options: ")
     width = options["embed_dim"]
     assert "head.output.bias is missing" in message
     assert "encoder.0.0.ssm.D is missing" in message
@@ -255,6 +260,67 @@ def test_every_name_of_the_released_xl_has_its_place_and_shape() -> None:
             assert shape == (*ours, 1, 1), name
         else:
             assert shape == ours, name
+
+
+GOLDEN_NETWORKS = ("golden_continuous", "golden_window8_res32", "golden_cross_dstate4_uncond")
+
+
+def assert_same(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    assert sorted(state) == sorted(wanted)
+    for name, value in wanted.items():
+        assert state[name].dtype == value.dtype, name
+        assert torch.equal(state[name], value), name
+
+
+@pytest.mark.parametrize("name", GOLDEN_NETWORKS)
+def test_the_way_back_gives_every_value_and_buffer_that_the_released_code_wrote(name: str) -> None:
+    state, options = load_golden_state(name)
+    assert sizes_in(state) == {
+        option: options.get(option, 4) for option in ("in_channels", "sample_size", "num_classes")
+    }
+    assert_same(released_state(load_released(state, **options)), state)
+    if "cross" not in name:
+        recorded = json.loads((GOLDEN / "official_xl_256_state.json").read_text())
+        assert sorted(state) == sorted(recorded), "the names are those of the released XL, all of them"
+
+
+def test_the_way_back_gives_every_key_of_the_released_xl() -> None:
+    recorded = json.loads((GOLDEN / "official_xl_256_state.json").read_text())
+    with torch.device("meta"):
+        network = LaMambaDiff.from_preset("xl-256")
+    state = released_state(network)
+    assert {name: [list(value.shape), str(value.dtype)] for name, value in state.items()} == {
+        name: entry[:2] for name, entry in recorded.items()
+    }
+    derived = {name: value for name, value in state.items() if not value.is_meta}
+    assert len(derived) == 26
+    for name, value in derived.items():
+        found = [value.double().mean(), value.double().std(), value.min(), value.max()]
+        assert [float(number) for number in found] == pytest.approx(recorded[name][2:], rel=1e-5), name
+
+
+def test_what_is_loaded_shares_no_memory_and_draws_nothing(released: tuple[dict, dict]) -> None:
+    state, options = released
+    before = torch.get_rng_state()
+    network = load_released(state, **options)
+    assert torch.equal(torch.get_rng_state(), before)
+    kept = {name: value.clone() for name, value in state.items()}
+    for parameter in network.parameters():
+        assert parameter.requires_grad
+        parameter.data.zero_()
+    assert_same(state, kept)
+
+
+def test_a_network_that_the_released_code_lacks_has_no_way_back(tmp_path: Path) -> None:
+    small = {"embed_dim": 8, "num_heads": 2, "num_classes": 0}
+    with torch.device("meta"):
+        lacking = LaMambaDiff(**small, use_attention=False)
+        narrow = LaMambaDiff(**small, sample_size=16)
+    with pytest.raises(ConfigError, match="no network without scans or attention"):
+        released_state(lacking)
+    with pytest.raises(ConfigError, match="windows of 8 do not fill all grids of a network of sample_size 16"):
+        save_released(tmp_path / "narrow.pt", narrow, narrow)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["layers.0.blocks.0.unheard_of", "something.else", "pos_embedding", ""])

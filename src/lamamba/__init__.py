@@ -11,11 +11,13 @@ _HOMES = {
     "DataError": "lamamba.errors",
     "Diffusion": "lamamba.diffusion",
     "FlowMatching": "lamamba.diffusion",
+    "GuidanceOptions": "lamamba.config",
     "LaMambaDiff": "lamamba.model",
     "LaMambaDiffPipeline": "lamamba.diffusers_pipeline",
     "LamambaError": "lamamba.errors",
     "guide": "lamamba.diffusion",
     "load_checkpoint": "lamamba.checkpoint",
+    "load_denoiser": "lamamba.checkpoint",
     "load_released": "lamamba.released",
     "sample": "lamamba.pipeline",
     "to_uint8": "lamamba.data",
@@ -26,6 +28,8 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from lamamba.checkpoint import load_checkpoint as load_checkpoint
+    from lamamba.checkpoint import load_denoiser as load_denoiser
+    from lamamba.config import GuidanceOptions as GuidanceOptions
     from lamamba.data import to_uint8 as to_uint8
     from lamamba.diffusers_pipeline import LaMambaDiffPipeline as LaMambaDiffPipeline
     from lamamba.diffusion import Diffusion as Diffusion

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 from lamamba import __version__
 from lamamba.config import PRESETS, NetworkConfig, Objective, nearest
+from lamamba.dit import DiT, DiTFolder
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import checksum, written_whole
 from lamamba.model import LaMambaDiff
@@ -50,12 +51,19 @@ class CheckpointInfo:
 
 
 @dataclass(frozen=True)
-class LoadedCheckpoint:
+class LoadedDenoiser:
     """A network to sample from, and where it came from."""
 
-    network: LaMambaDiff
+    network: LaMambaDiff | DiT
     info: CheckpointInfo
     path: Path
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint(LoadedDenoiser):
+    """A network of this package, and where it came from."""
+
+    network: LaMambaDiff
 
 
 def checkpoints_in(run: Path) -> list[Path]:
@@ -226,6 +234,20 @@ def load_checkpoint(name: str | Path, weights: str = "ema") -> LoadedCheckpoint:
     return LoadedCheckpoint(load_network(path).eval(), CheckpointInfo(), path)
 
 
+def load_denoiser(name: str | Path) -> LoadedDenoiser:
+    """Load what `load_checkpoint` does or, to be sampled alike, a DiT that diffusers saved: its pipeline or itself.
+
+    Raises:
+        CheckpointError: nothing loadable is there; the message says what was looked for.
+        ConfigError: neither a path nor a preset.
+    """
+    folder = DiTFolder.find(Path(name))
+    if folder is None:
+        return load_checkpoint(name)
+    info = CheckpointInfo(class_names=folder.class_names, vae=str(folder.vae) if folder.vae else None)
+    return LoadedDenoiser(folder.load(), info, Path(name))
+
+
 def find_checkpoint(name: str | Path) -> Path:
     """Find the folder that `load_checkpoint` reads."""
     path = Path(name)
@@ -260,10 +282,12 @@ def export(checkpoint: Path, folder: Path) -> None:
     write_weights(folder, loaded.network.half(), loaded.info)
 
 
-def write_weights(folder: Path, network: LaMambaDiff, info: CheckpointInfo) -> None:
-    """Write weights alone in the layout of a checkpoint, as averaged ones; raises CheckpointError."""
+def write_weights(folder: Path, network: LaMambaDiff, info: CheckpointInfo, trained: LaMambaDiff | None = None) -> None:
+    """Write weights alone in the layout of a checkpoint, averaged and maybe those trained; raises CheckpointError."""
     try:
         save_network(network, folder / "ema")
+        if trained is not None:
+            save_network(trained, folder / "network")
         write_info(folder, info)
     except _WRITE_ERRORS as error:
         raise CheckpointError(f"{folder} could not be written ({error}): free some space") from error

@@ -17,6 +17,7 @@ import tyro
 from lamamba import __version__
 from lamamba.config import (
     AverageConfig,
+    ConvertConfig,
     EncodeConfig,
     InfoConfig,
     NetworkConfig,
@@ -45,6 +46,7 @@ commands:
            or a Hugging Face dataset       lamamba prepare dataset ylecun/mnist --split train --out mnist
   average  weights averaged over any span  lamamba average runs/first --sigma-rel 0.07 --out averaged
   watch    follow a run                    lamamba watch runs/first
+  convert  released checkpoints, and back  lamamba convert released.pt lamamba-xl
   sample   sample images                   lamamba sample nano --labels 0,1,2 --out grid.png
   info     count parameters and multiply-adds, stage by stage      lamamba info xl-256
   plan     what a training will take on a cluster                  lamamba plan xl-512 --gpus 64
@@ -74,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "sample": _sample,
         "prepare": _prepare,
         "average": _average,
+        "convert": _convert,
         "watch": _watch,
         "info": _info,
         "plan": _plan,
@@ -250,6 +253,17 @@ def _average(arguments: list[str]) -> None:
     from lamamba.averages import average
 
     average(config)
+
+
+def _convert(arguments: list[str]) -> None:
+    name = _peek(arguments, "--preset")
+    default = None
+    if name is not None:
+        default = ConvertConfig(tyro.MISSING, tyro.MISSING, preset=name, network=preset(name))
+    config = _parse(ConvertConfig, "convert", arguments, default)
+    from lamamba.convert import convert
+
+    convert(config)
 
 
 def _watch(arguments: list[str]) -> None:

@@ -4,6 +4,7 @@ Imports neither torch nor diffusers, so that `lamamba --help` answers at once.
 """
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import tyro
 from lamamba.errors import ConfigError
 
 Objective = Literal["diffusion", "flow"]
-Sampler = Literal["ancestral", "ddim", "dpm++", "unipc", "euler", "heun"]
+Sampler = Literal["ancestral", "ddim", "dpm++", "sde-dpm++", "unipc", "euler", "heun"]
 
 
 @dataclass(frozen=True)
@@ -326,24 +327,51 @@ class EncodeConfig:
 
 
 @dataclass(frozen=True)
+class GuidanceOptions:
+    """What guidance has beside its scale; the equations are at `lamamba.diffusion.guide`."""
+
+    interval: Annotated[tuple[float, float] | None, tyro.conf.arg(name="guidance-interval")] = None
+    """Guide only between these two noise levels, as noise over signal (arXiv 2404.07724)."""
+    cosine_power: Annotated[float, tyro.conf.arg(name="guidance-cosine-power")] = 0.0
+    """Let guidance grow from none at full noise to its scale at none, along a cosine of this power: the higher, the
+    later (MDT, arXiv 2303.14389); 0 is the same scale throughout."""
+    rescale: Annotated[float, tyro.conf.arg(name="guidance-rescale")] = 0.0
+    """Bring the deviation of guided predictions back to that of unguided ones, by this much from 0, not at all, to 1
+    (arXiv 2305.08891)."""
+
+    def __post_init__(self) -> None:
+        low, high = self.interval or (0.0, 0.0)
+        _check(low <= high, "guidance_interval", self.interval, "two noise levels, the lower first")
+        _check(0 <= self.cosine_power < math.inf, "guidance_cosine_power", self.cosine_power, "0 or more")
+        _check(0 <= self.rescale <= 1, "guidance_rescale", self.rescale, "from 0 to 1")
+
+
+PLAIN_GUIDANCE = GuidanceOptions()
+
+
+@dataclass(frozen=True)
 class SampleConfig:
-    """Sample images from a run, a checkpoint, or a preset whose weights are shipped (nano)."""
+    """Sample images from a run, a checkpoint, a preset whose weights are shipped (nano), or a DiT of diffusers."""
 
     checkpoint: tyro.conf.Positional[str]
-    """A run folder (its newest checkpoint), a checkpoint folder, or a preset."""
+    """A run folder (its newest checkpoint), a checkpoint folder, a preset; or a folder that diffusers saved of a
+    DiTPipeline or a DiTTransformer2DModel."""
     labels: str | None = None
     """Classes to sample, by name or number from 0, separated by commas; where classes are named by numbers, a number
     is a name. The default is all (the first 10)."""
     num_per_label: int = 4
     """Images of each class."""
     sampler: Sampler | None = None
-    """ancestral, ddim, dpm++ or unipc (diffusion); euler or heun (flow). The default is dpm++ or heun."""
+    """ancestral, ddim, dpm++, sde-dpm++ or unipc (diffusion); euler or heun (flow). The default is dpm++ or heun."""
     steps: int = 25
     """Steps of the sampler."""
     guidance: float | None = None
     """Scale of classifier-free guidance, 1 is none; the default is 2, or 1 for an unconditional network."""
-    guidance_interval: tuple[float, float] | None = None
-    """Guide only between these two noise levels, as noise over signal."""
+    guidance_checkpoint: str | None = None
+    """Guide away from this weaker checkpoint, smaller or trained for less long, instead of away from the same network
+    without a label (autoguidance, arXiv 2406.02507)."""
+    guidance_options: tyro.conf.OmitArgPrefixes[GuidanceOptions] = PLAIN_GUIDANCE
+    """What guidance has beside its scale."""
     seed: int = 0
     """Of the first image; image i has seed + i."""
     size: tuple[int, int] | None = None
@@ -363,8 +391,24 @@ class SampleConfig:
         for name in ("num_per_label", "steps", "batch_size"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         _check(self.seed >= 0, "seed", self.seed, "0 or more")
-        low, high = self.guidance_interval or (0.0, 0.0)
-        _check(low <= high, "guidance_interval", self.guidance_interval, "two noise levels, the lower first")
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Convert a checkpoint of the authors' released code to a folder for lamamba sample and finetune, or back."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """A released checkpoint, of whose pickle only tensors are read; or what to make one of: a run folder (its newest
+    checkpoint), a checkpoint folder, or a preset."""
+    out: tyro.conf.Positional[Path]
+    """The folder to write; or, of what is this package's, the .pt file."""
+    preset: str = "xl-256"
+    """Of a released checkpoint: size of its network, s, b, l or xl at -256 or -512; its classes, channels and grid are
+    seen in the file."""
+    vae: Path | None = None
+    """Of a released checkpoint: AutoencoderKL folder that decodes its latents, for lamamba sample to find."""
+    network: tyro.conf.OmitArgPrefixes[NetworkConfig] = PRESETS["xl-256"]
+    """The preset's options, each of which can be given."""
 
 
 @dataclass(frozen=True)

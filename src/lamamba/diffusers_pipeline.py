@@ -11,7 +11,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from lamamba.checkpoint import load_checkpoint
-from lamamba.config import nearest
+from lamamba.config import GuidanceOptions, nearest
 from lamamba.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS, OBJECTIVES, guide
 from lamamba.errors import ConfigError
 from lamamba.latents import Latents, Pixels
@@ -96,6 +96,9 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         guidance_scale: float = 2.0,
         *,
         guidance_interval: tuple[float, float] | None = None,
+        guidance_cosine_power: float = 0.0,
+        guidance_rescale: float = 0.0,
+        weaker_network: LaMambaDiff | None = None,
         num_images_per_label: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -119,7 +122,8 @@ class LaMambaDiffPipeline(DiffusionPipeline):
                 or several. None is "no label".
             num_inference_steps: steps of the scheduler.
             guidance_scale: 1 is no guidance; an unconditional network knows none.
-            guidance_interval: noise levels to guide in, see `lamamba.diffusion.guide`.
+            guidance_interval, guidance_cosine_power, guidance_rescale: see `lamamba.diffusion.guide`.
+            weaker_network: to guide away from, with the same label; None is the network without a label.
             num_images_per_label: images of each.
             generator: one for all images, or one each; an image is the same wherever it is sampled.
             latents: (b, c, h, w) standard normal noise to begin with, in place of what a generator would draw.
@@ -152,8 +156,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         if image is not None and not 0 < strength <= 1:
             raise ConfigError(f"strength {strength} is out of range: give more than 0, up to 1")
         conditions = [condition for condition in self._conditions(class_labels) for _ in range(num_images_per_label)]
-        conditional = self._config_of_network("num_classes") > 0
-        if not conditional:
+        if not self._config_of_network("num_classes") and weaker_network is None:
             guidance_scale = 1.0
         size = self._grid_size(height, width)
         shape = (self._config_of_network("in_channels"), *size)
@@ -173,8 +176,12 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             table = table.argmax(dim=1)
         denoiser = guide(
             lambda x_t, t, y: self.network(x_t, t, table[y]),
-            guidance_scale, len(conditions), guidance_interval, objective.sigma,
-        )  # fmt: skip
+            guidance_scale,
+            len(conditions),
+            GuidanceOptions(guidance_interval, guidance_cosine_power, guidance_rescale),
+            sigma=objective.sigma,
+            weaker=None if weaker_network is None else lambda x_t, t, y: weaker_network(x_t, t, table[y]),
+        )
 
         self._interrupt = False
         at_once = min(max_batch_size or len(conditions), len(conditions))

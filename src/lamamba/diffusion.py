@@ -16,18 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lamamba.config import PLAIN_GUIDANCE, GuidanceOptions
 from lamamba.errors import ConfigError
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 NUM_TIMESTEPS = 1000
 BETA_START, BETA_END = 1e-4, 2e-2
+# Their schedulers' `step` takes a generator, or one for each image.
+STOCHASTIC_SAMPLERS = ("ancestral", "sde-dpm++")
 
 
 class Diffusion:
     """1000 linear steps; predicts the noise and, for each value, where its log-variance lies between two bounds."""
 
     name = "diffusion"
-    samplers = ("ancestral", "ddim", "dpm++", "unipc")
+    samplers = ("ancestral", "ddim", "dpm++", "sde-dpm++", "unipc")
     default_sampler = "dpm++"
 
     def draw_timesteps(self, batch: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
@@ -94,6 +97,10 @@ class Diffusion:
     def scheduler(self, sampler: str, num_steps: int, device: torch.device | None = None) -> Any:
         """Build the diffusers scheduler of one of `samplers`, with its timesteps set.
 
+        `ancestral` is that of the training process with the learned variance (arXiv 2102.09672), `ddim` is arXiv
+        2010.02502, `dpm++` and `sde-dpm++` are the multistep solvers of second order for the ordinary and for the
+        stochastic equation (DPM-Solver++, arXiv 2211.01095, 2M and SDE-2M), `unipc` is arXiv 2302.04867.
+
         All start at 999, but for `ddim`: from 20 steps on it has its published stride, 0, 1000/n, 2000/n, ..., which
         starts at 1000 - 1000/n. Fewer steps of that stride would start where the image is not yet drowned in noise.
 
@@ -127,12 +134,11 @@ class Diffusion:
         else:
             # "linspace" leaves out 0 here, so that of 1000 steps one would be there twice, which divides by 0.
             linear["timestep_spacing"] = "trailing" if num_steps == NUM_TIMESTEPS else "linspace"
-            if sampler == "dpm++":
-                scheduler = diffusers.DPMSolverMultistepScheduler(
-                    **linear, algorithm_type="dpmsolver++", solver_order=2
-                )
-            else:
+            if sampler == "unipc":
                 scheduler = diffusers.UniPCMultistepScheduler(**linear, solver_order=2)
+            else:
+                algorithm = {"dpm++": "dpmsolver++", "sde-dpm++": "sde-dpmsolver++"}[sampler]
+                scheduler = diffusers.DPMSolverMultistepScheduler(**linear, algorithm_type=algorithm, solver_order=2)
             scheduler.set_timesteps(num_steps, device=device)
         return scheduler
 
@@ -260,38 +266,63 @@ def guide(
     denoiser: Denoiser,
     scale: float,
     null_label: int,
-    interval: tuple[float, float] | None = None,
+    options: GuidanceOptions = PLAIN_GUIDANCE,
+    *,
     sigma: Callable[[Tensor], Tensor] | None = None,
+    weaker: Denoiser | None = None,
 ) -> Denoiser:
-    """Wrap a denoiser in classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) on all of its channels.
+    """Wrap a denoiser in guidance on all of its channels: predictions move away from those of a worse denoiser.
 
-    The prediction moves away from the one without a label: null + scale (labelled - null). The variance, where there
-    is one, stays the labelled one.
+        guided = worse + s(t) (labelled - worse),        s(t) = 1 + (scale - 1) (1 - cos(pi (1 - t/1000)^power)) / 2
+
+    The worse one is the denoiser itself without a label (classifier-free guidance, Ho & Salimans 2022, arXiv
+    2207.12598) or a weaker denoiser with the same label (autoguidance, Karras et al. 2024, arXiv 2406.02507). The
+    schedule s is MDT's (Gao et al. 2023, arXiv 2303.14389), constant where `options.cosine_power` is 0; outside
+    `options.interval`, in noise over signal, s is 1 (Kynkaanniemi et al. 2024, arXiv 2404.07724). What is guided is
+    then multiplied by 1 + rescale (std(labelled) / std(guided) - 1), each over an image's values (Lin et al. 2023,
+    arXiv 2305.08891, eq. 15 and 16). The variance, where there is one, stays the labelled one.
 
     Args:
         denoiser: see the top of this file.
         scale: 1 is no guidance.
         null_label: the label that means "no label".
-        interval: guide only where the noise level lies between these, as noise over signal (arXiv 2404.07724).
+        options: interval, cosine power and rescaling.
         sigma: noise level of timesteps, the objective's; needed with an interval.
+        weaker: None is the denoiser without a label.
+
+    Raises:
+        ConfigError: there is an interval and no sigma.
     """
+    interval = options.interval
     if interval is not None and sigma is None:
         raise ConfigError(
             "an interval of noise levels needs sigma, the noise level of a timestep: give objective.sigma"
         )
 
-    def guided(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        scales = torch.full((len(t), 1, 1, 1), scale, dtype=x_t.dtype, device=x_t.device)
+    def scales(t: Tensor) -> Tensor:
+        time_left = 1 - t.float() / NUM_TIMESTEPS
+        strength = (1 - torch.cos(math.pi * time_left**options.cosine_power)) / 2
         if interval is not None and sigma is not None:
-            level = sigma(t)[:, None, None, None]
-            scales = torch.where((level >= interval[0]) & (level <= interval[1]), scales, 1.0)
-        if bool((scales == 1).all()):
+            level = sigma(t)
+            strength = torch.where((level >= interval[0]) & (level <= interval[1]), strength, 0.0)
+        return (1 + (scale - 1) * strength)[:, None, None, None]
+
+    def guided(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        scale_of = scales(t).to(x_t.dtype)
+        if bool((scale_of == 1).all()):
             return denoiser(x_t, t, y)
-        out = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null_label)]))
-        labelled, null = out.chunk(2)
+        if weaker is None:
+            doubled = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null_label)])
+            labelled, other = denoiser(*doubled).chunk(2)
+        else:
+            labelled, other = denoiser(x_t, t, y), weaker(x_t, t, y)
         prediction, variance = labelled.chunk(2, dim=1)
-        unlabelled = null.chunk(2, dim=1)[0]
-        return torch.cat([unlabelled + scales * (prediction - unlabelled), variance], dim=1)
+        worse = other.chunk(2, dim=1)[0]
+        moved = worse + scale_of * (prediction - worse)
+        if options.rescale:
+            ratio = prediction.std(dim=(1, 2, 3), keepdim=True) / moved.std(dim=(1, 2, 3), keepdim=True)
+            moved = moved * (1 + options.rescale * (ratio - 1))
+        return torch.cat([moved, variance], dim=1)
 
     return guided
 

@@ -11,11 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lamamba import __version__
-from lamamba.checkpoint import CheckpointInfo, load_checkpoint
+from lamamba.checkpoint import CheckpointInfo, load_denoiser
 from lamamba.config import SampleConfig, nearest
 from lamamba.diffusion import OBJECTIVES
+from lamamba.dit import DiT
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.latents import open_space
+from lamamba.model import LaMambaDiff
 from lamamba.pipeline import check_labels, choose_device, make_grid, sample
 
 
@@ -26,15 +28,23 @@ def generate(config: SampleConfig) -> None:
         LamambaError: the checkpoint, a label, the sampler or a path is at fault.
     """
     device = choose_device(config.device)
-    loaded = load_checkpoint(config.checkpoint)
+    loaded = load_denoiser(config.checkpoint)
     network, info = loaded.network.to(device), loaded.info
     objective = OBJECTIVES[info.objective]
-    space = open_space(config.vae or (Path(info.vae) if info.vae else None), device)
+    vae = config.vae or (Path(info.vae) if info.vae else None)
+    if vae is None and network.config.in_channels not in (1, 3):
+        raise ConfigError(
+            f"{config.checkpoint} samples latents, of {network.config.in_channels} channels: give (--vae) the folder "
+            "of the AutoencoderKL that decodes them"
+        )
+    space = open_space(vae, device)
     num_classes = int(network.config.num_classes)
     classes = parse_labels(config.labels, num_classes, info.class_names)
     labels = [label for label in classes for _ in range(config.num_per_label)]
     seeds = [config.seed + index for index in range(len(labels))]
-    guidance = config.guidance if config.guidance is not None else (2.0 if num_classes else 1.0)
+    weaker = None if config.guidance_checkpoint is None else _load_weaker(config.guidance_checkpoint, info).to(device)
+    can_guide = num_classes or weaker is not None
+    guidance = config.guidance if config.guidance is not None else (2.0 if can_guide else 1.0)
     size = None if config.size is None else (space.grid_size(config.size[0]), space.grid_size(config.size[1]))
     sampler = config.sampler or objective.default_sampler
     # Before the work: a sampler that does not fit, or a folder that cannot be written, should not cost a minute.
@@ -58,7 +68,8 @@ def generate(config: SampleConfig) -> None:
                 sampler=sampler,
                 num_steps=config.steps,
                 guidance_scale=guidance,
-                guidance_interval=config.guidance_interval,
+                guidance_options=config.guidance_options,
+                weaker=weaker,
                 size=size,
                 on_step=lambda number: progress.advance(task, number),
             )
@@ -71,7 +82,8 @@ def generate(config: SampleConfig) -> None:
         "sampler": sampler,
         "steps": config.steps,
         "guidance": guidance,
-        "guidance_interval": config.guidance_interval,
+        "guidance_checkpoint": config.guidance_checkpoint,
+        **{f"guidance_{name}": value for name, value in vars(config.guidance_options).items()},
         "lamamba": __version__,
         "torch": torch.__version__,
     }
@@ -86,6 +98,17 @@ def generate(config: SampleConfig) -> None:
     console.print(f"grid   {config.out}", highlight=False, soft_wrap=True)
     if config.images_out is not None:
         console.print(f"images {config.images_out}", highlight=False, soft_wrap=True)
+
+
+def _load_weaker(checkpoint: str, info: CheckpointInfo) -> LaMambaDiff | DiT:
+    """Load the network to guide away from, which must predict the same as that of `info`."""
+    weaker = load_denoiser(checkpoint)
+    if weaker.info.objective != info.objective:
+        raise ConfigError(
+            f"guidance_checkpoint {checkpoint} has the objective {weaker.info.objective!r}, this one "
+            f"{info.objective!r}: guide by one trained alike"
+        )
+    return weaker.network
 
 
 def parse_labels(text: str | None, num_classes: int, class_names: tuple[str, ...]) -> list[int]:

@@ -6,20 +6,22 @@ from weakref import WeakSet
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from lamamba.diffusion import Diffusion, FlowMatching, guide
+from lamamba.config import PLAIN_GUIDANCE, GuidanceOptions
+from lamamba.diffusion import STOCHASTIC_SAMPLERS, Diffusion, FlowMatching, guide
+from lamamba.dit import DiT
 from lamamba.errors import ConfigError
 from lamamba.model import LaMambaDiff
 from lamamba.ops.launch import rehearse
 
 # Networks whose kernels are compiled.
-_prepared: WeakSet[LaMambaDiff] = WeakSet()
+_prepared: WeakSet[nn.Module] = WeakSet()
 
 
 @torch.inference_mode()
 def sample(
-    network: LaMambaDiff,
+    network: LaMambaDiff | DiT,
     objective: Diffusion | FlowMatching,
     labels: Sequence[int],
     seeds: Sequence[int],
@@ -27,7 +29,8 @@ def sample(
     sampler: str | None = None,
     num_steps: int = 25,
     guidance_scale: float = 1.0,
-    guidance_interval: tuple[float, float] | None = None,
+    guidance_options: GuidanceOptions = PLAIN_GUIDANCE,
+    weaker: LaMambaDiff | DiT | None = None,
     size: tuple[int, int] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
@@ -43,7 +46,8 @@ def sample(
         sampler: one of `objective.samplers`; None is its default.
         num_steps: steps of the sampler. Heun evaluates the network twice in each but the last.
         guidance_scale: 1 is no guidance.
-        guidance_interval: noise levels to guide in, see `lamamba.diffusion.guide`.
+        guidance_options: what else guidance has, see `lamamba.diffusion.guide`.
+        weaker: a network to guide away from, with the same label; None is the network itself without a label.
         size: height and width of the grid; None is the network's `sample_size`.
         on_step: called after each scheduler step with the number of images, for progress.
 
@@ -51,35 +55,50 @@ def sample(
         (b, c, h, w) float32, about -1 to 1 for pixels.
 
     Raises:
-        ConfigError: a label or the number of steps is out of range, the sampler does not go with the objective, or
-            guidance is asked of an unconditional network.
+        ConfigError: a label or the number of steps is out of range, the sampler does not go with the objective,
+            guidance is asked of an unconditional network, or the weaker network does not go with this one.
     """
     check_labels(labels, network.config.num_classes)
-    if guidance_scale != 1 and not network.config.num_classes:
+    if weaker is not None:
+        _check_weaker(network, weaker)
+    if guidance_scale != 1 and weaker is None and not network.config.num_classes:
         raise ConfigError("guidance needs labels, and this network is unconditional: leave guidance_scale at 1")
     height, width = size or (network.config.sample_size, network.config.sample_size)
     device = network.device
-    denoiser = guide(network, guidance_scale, network.null_label, guidance_interval, objective.sigma)
-    scheduler = objective.scheduler(sampler or objective.default_sampler, num_steps, device)
+    denoiser = guide(
+        network, guidance_scale, network.null_label, guidance_options, sigma=objective.sigma, weaker=weaker
+    )
+    sampler = sampler or objective.default_sampler
+    scheduler = objective.scheduler(sampler, num_steps, device)
     # Only ancestral sampling knows what to do with the learned variance; for the others it is no part of the noise.
-    ancestral = scheduler.config.get("variance_type") == "learned_range"
+    takes_variance = scheduler.config.get("variance_type") == "learned_range"
 
     # Noise comes from the CPU's generator, so that every device draws the same.
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = (network.config.in_channels, height, width)
     x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
     y = torch.as_tensor(labels, dtype=torch.long, device=device)
-    if x.is_cuda and network not in _prepared:
+    options = {"generator": generators} if sampler in STOCHASTIC_SAMPLERS else {}
+    used: WeakSet[nn.Module] = WeakSet([network] if weaker is None else [network, weaker])
+    if x.is_cuda and not used <= _prepared:
         rehearse(denoiser, x, scheduler.timesteps[0].expand(len(x)), y)
-        _prepared.add(network)
+        _prepared.update(used)
     for t in scheduler.timesteps:
         out = denoiser(x, t.expand(len(x)), y)
-        prediction = out if ancestral else out.chunk(2, dim=1)[0]
-        options = {"generator": generators} if ancestral else {}
+        prediction = out if takes_variance else out.chunk(2, dim=1)[0]
         x = scheduler.step(prediction, t, x, **options, return_dict=False)[0]
         if on_step is not None:
             on_step(len(x))
     return x
+
+
+def _check_weaker(network: LaMambaDiff | DiT, weaker: LaMambaDiff | DiT) -> None:
+    for name in ("in_channels", "num_classes"):
+        ours, other = getattr(network.config, name), getattr(weaker.config, name)
+        if ours != other:
+            raise ConfigError(
+                f"the weaker network has {name} {other} and this one {ours}: guide by one trained on the same data"
+            )
 
 
 def choose_device(name: str) -> torch.device:

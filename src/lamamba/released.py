@@ -1,57 +1,61 @@
-"""Reads checkpoints of the authors' released LaMamba-Diff code, by name and shape, and runs nothing of theirs."""
+"""Checkpoints of the authors' released LaMamba-Diff code: read by name and shape, running nothing, and written."""
 
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lamamba.errors import CheckpointError
+from lamamba.errors import CheckpointError, ConfigError
+from lamamba.files import written_whole
 from lamamba.model import LaMambaDiff
+from lamamba.ops.window_attention.geometry import WindowGeometry
 
-# Released name -> this package's, the first rule that matches a prefix at a time, from the root inwards.
-_ROOTS = (
-    (r"pos_embed", "position_embedding"),
-    (r"t_embedder\.mlp\.0", "timestep_embedding.linear_1"),
-    (r"t_embedder\.mlp\.2", "timestep_embedding.linear_2"),
-    (r"y_embedder\.embedding_table", "label_embedding"),
-    (r"patch_embed\.proj", "patch_projection"),
-    (r"patch_embed\.norm", "patch_norm"),
-    (r"layers\.(\d+)\.downsample\.norm", r"downsamples.\1.norm"),
-    (r"layers\.(\d+)\.downsample\.reduction", r"downsamples.\1.reduction"),
-    (r"layers\.(\d+)\.downsample\.1", r"downsamples.\1.convolution"),
-    (r"layers\.(\d+)\.downsample\.3", r"downsamples.\1.norm"),
-    (r"layers\.(\d+)\.blocks\.(\d+)", r"encoder.\1.\2"),
-    (r"mid_layer\.blocks\.(\d+)", r"bottleneck.\1"),
-    (r"layers_up\.2\.upsample\.expand", "upsamples.0.expansion"),
-    (r"layers_up\.3\.upsample\.expand", "upsamples.1.expansion"),
-    (r"layers_up\.2\.upsample\.norm", "upsamples.0.norm"),
-    (r"layers_up\.3\.upsample\.norm", "upsamples.1.norm"),
-    (r"layers_up\.(\d+)\.blocks\.(\d+)", r"decoder.\1.\2"),
-    (r"final_condition_projection", "head.condition_projection"),
-    (r"final_up\.expand", "head.linear"),
-    (r"final_up\.norm", "head.norm"),
-    (r"final_adaLN_modulation\.1", "head.modulation"),
-    (r"final_linear", "head.output"),
+# Released name and this package's, for whole beginnings of names; # is a number. The first that fits counts.
+_Rules = tuple[tuple[str, str], ...]
+_ROOTS: _Rules = (
+    ("pos_embed", "position_embedding"),
+    ("t_embedder.mlp.0", "timestep_embedding.linear_1"),
+    ("t_embedder.mlp.2", "timestep_embedding.linear_2"),
+    ("y_embedder.embedding_table", "label_embedding"),
+    ("patch_embed.proj", "patch_projection"),
+    ("patch_embed.norm", "patch_norm"),
+    ("layers.#.downsample.norm", "downsamples.#.norm"),
+    ("layers.#.downsample.reduction", "downsamples.#.reduction"),
+    ("layers.#.downsample.1", "downsamples.#.convolution"),
+    ("layers.#.downsample.3", "downsamples.#.norm"),
+    ("layers.#.blocks.#", "encoder.#.#"),
+    ("mid_layer.blocks.#", "bottleneck.#"),
+    ("layers_up.2.upsample.expand", "upsamples.0.expansion"),
+    ("layers_up.3.upsample.expand", "upsamples.1.expansion"),
+    ("layers_up.2.upsample.norm", "upsamples.0.norm"),
+    ("layers_up.3.upsample.norm", "upsamples.1.norm"),
+    ("layers_up.#.blocks.#", "decoder.#.#"),
+    ("final_condition_projection", "head.condition_projection"),
+    ("final_up.expand", "head.linear"),
+    ("final_up.norm", "head.norm"),
+    ("final_adaLN_modulation.1", "head.modulation"),
+    ("final_linear", "head.output"),
 )
-_IN_BLOCK = (
-    (r"condition_projection", "condition_projection"),
-    (r"adaLN_modulation\.1", "modulation"),
-    (r"norm_swin", "attention_norm"),
-    (r"norm2", "mlp_norm"),
-    (r"norm", "ssm_norm"),
-    (r"op\.conv2d", "ssm.convolution"),
-    (r"op\.dt_projs_", "ssm.dt_"),
-    (r"op\.A_logs", "ssm.A_log"),
-    (r"op\.Ds", "ssm.D"),
-    (r"op\.", "ssm."),
-    (r"attn\.proj", "attention.out_proj"),
-    (r"attn\.relative_position_bias_table", "attention.relative_position_bias"),
-    (r"attn\.qkv", "attention.qkv"),
-    (r"mlp\.fc1", "mlp.linear_1"),
-    (r"mlp\.fc2", "mlp.linear_2"),
+_IN_BLOCK: _Rules = (
+    ("adaLN_modulation.1", "modulation"),
+    ("norm", "ssm_norm"),
+    ("norm_swin", "attention_norm"),
+    ("norm2", "mlp_norm"),
+    ("op.conv2d", "ssm.convolution"),
+    ("op.dt_projs_weight", "ssm.dt_weight"),
+    ("op.dt_projs_bias", "ssm.dt_bias"),
+    ("op.A_logs", "ssm.A_log"),
+    ("op.Ds", "ssm.D"),
+    ("op", "ssm"),
+    ("attn.proj", "attention.out_proj"),
+    ("attn.relative_position_bias_table", "attention.relative_position_bias"),
+    ("attn", "attention"),
+    ("mlp.fc1", "mlp.linear_1"),
+    ("mlp.fc2", "mlp.linear_2"),
 )
 # Derived from the geometry, which this package computes for any size.
 _DERIVED = re.compile(r"(attn\.relative_position_index|attn_mask)$")
@@ -76,8 +80,12 @@ def load_released(
     if isinstance(path_or_state_dict, Mapping):
         released, source = path_or_state_dict, "state dict"
     else:
-        released, source = _read(Path(path_or_state_dict), weights), str(path_or_state_dict)
-    network = LaMambaDiff(**config)
+        states, source = read_released(path_or_state_dict), str(path_or_state_dict)
+        if weights not in states:
+            raise CheckpointError(f"{source} holds no {weights!r} weights, only {', '.join(states)}")
+        released = states[weights]
+    with torch.device("meta"):  # nothing is drawn that would be overwritten
+        network = LaMambaDiff(**config)
     wanted = network.state_dict()
     state: dict[str, Tensor] = {}
     problems = []
@@ -95,24 +103,92 @@ def load_released(
     problems += [f"{name} is missing" for name in wanted if name not in state]
     if problems:
         listed = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise CheckpointError(f"{source} does not fit this network, give its options as keywords: {listed}")
-    network.load_state_dict(state)
+        raise CheckpointError(f"{source} does not fit this network, give its options: {listed}")
+    own = {name: value.to(wanted[name].dtype, copy=True).contiguous() for name, value in state.items()}
+    network.load_state_dict(own, assign=True)
     network.eval()
     return network
 
 
+def released_state(network: LaMambaDiff) -> dict[str, Tensor]:
+    """Give a network's parameters the released names and layouts, in float32, with the buffers that go with them.
+
+    Those are what the released code derives from the geometry and keeps: the row of the relative position table for
+    each pair of pixels, and the mask of shifted windows. `load_released` takes the result back to the same values.
+
+    Raises:
+        ConfigError: the released code has no such network, without a branch or with windows that do not fill its grids.
+    """
+    config = network.config
+    if not (config.use_ssm and config.use_attention):
+        raise ConfigError("the released code has no network without scans or attention: it cannot read this one")
+    if config.sample_size % (4 * config.window_size):
+        raise ConfigError(
+            f"windows of {config.window_size} do not fill all grids of a network of sample_size {config.sample_size}, "
+            f"as the released code needs: it cannot read a sample_size that is no multiple of {4 * config.window_size}"
+        )
+    roots = [
+        (ours, theirs) for theirs, ours in _ROOTS if config.downsample != "conv" or "downsample.norm" not in theirs
+    ]
+    in_block = [(ours, theirs) for theirs, ours in _IN_BLOCK]
+    state: dict[str, Tensor] = {}
+    for name, value in network.state_dict().items():
+        if name == "patch_projection.weight":
+            value = value[:, :, None, None]
+        elif _reshapes(name):
+            value = value.flatten(0, 1)
+        state[_rename(name, tuple(roots), tuple(in_block))] = value.float()
+    for name, shrunk in _stages(network):
+        for index, block in enumerate(network.get_submodule(name).children()):
+            side, attention = config.sample_size // shrunk, block.get_submodule("attention")
+            geometry = WindowGeometry(side, side, config.window_size, bool(attention.shifted), "cpu")
+            begin = _rename(f"{name}.{index}", tuple(roots), ())
+            state[f"{begin}.attn.relative_position_index"] = geometry.offsets
+            if geometry.mask is not None:
+                state[f"{begin}.attn_mask"] = geometry.mask
+    return state
+
+
+def _stages(network: LaMambaDiff) -> Iterator[tuple[str, int]]:
+    """Name the stacks of blocks, with how many times smaller than the network's input their grid is."""
+    for index, shrunk in enumerate((1, 2, 4, 4)):
+        yield f"encoder.{index}", shrunk
+        yield f"decoder.{3 - index}", shrunk
+    yield "bottleneck", 4
+
+
+def save_released(path: Path, model: LaMambaDiff, ema: LaMambaDiff) -> None:
+    """Write a checkpoint that the released code's loading takes: a pickle with `model` and `ema`, tensors by name.
+
+    Raises:
+        ConfigError: the released code has no such network, see `released_state`.
+        CheckpointError: it could not be written.
+    """
+    states = {"model": released_state(model)}
+    states["ema"] = states["model"] if ema is model else released_state(ema)
+    try:
+        with written_whole(path) as temporary:
+            torch.save(states, temporary)
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch.save
+        raise CheckpointError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
+
+
 def translate(released_name: str) -> str:
     """Translate a parameter's released name into this package's; a name that no rule knows comes back unchanged."""
-    for pattern, replacement in _ROOTS:
-        match = re.match(pattern + r"(?=\.|$)", released_name)
+    return _rename(released_name, _ROOTS, _IN_BLOCK)
+
+
+def _rename(name: str, rules: _Rules, in_block: _Rules) -> str:
+    """Replace the beginning of a name by the first rule that fits it and, behind a block's, what follows likewise."""
+    for old, new in rules:
+        match = re.match(re.escape(old).replace(r"\#", r"(\d+)") + r"(?=\.|$)", name)
         if match:
-            rest = released_name[match.end() :].removeprefix(".")
-            if re.match(r"encoder|decoder|bottleneck", match.expand(replacement)):
-                rest = next(
-                    (new + rest[inner.end() :] for old, new in _IN_BLOCK if (inner := re.match(old, rest))), rest
-                )
-            return ".".join(part for part in (match.expand(replacement), rest) if part)
-    return released_name
+            numbers, rest = iter(match.groups()), name[match.end() + 1 :]
+            begin = re.sub("#", lambda _: next(numbers), new)  # noqa: B023 - it is called here and now
+            if "blocks" in old + new:
+                rest = _rename(rest, in_block, ())
+            return ".".join(part for part in (begin, rest) if part)
+    return name
 
 
 def _reshapes(name: str) -> bool:
@@ -130,19 +206,43 @@ class _Inert(dict[Any, Any]):
         pass
 
 
-def _read(path: Path, weights: str) -> Mapping[str, Tensor]:
+def read_released(path: str | Path) -> dict[str, Mapping[str, Tensor]]:
+    """Read the tensors of a checkpoint file, running nothing: `model` and `ema`, both the same for a plain state dict.
+
+    Tensors stay on the disk until they are used, where the file's layout allows.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or holds something else.
+    """
+    path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file")
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(_Inert, name) for name in names]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged file can fail anywhere in the unpickler
         raise CheckpointError(f"{path} cannot be read as a PyTorch checkpoint: {error}".splitlines()[0]) from error
     if isinstance(content, Mapping) and ("model" in content or "ema" in content):
-        if weights not in content:
-            raise CheckpointError(f"{path} holds no {weights!r} weights, only {', '.join(map(str, content))}")
-        content = content[weights]
+        return {name: _state_in(content[name], path) for name in ("model", "ema") if name in content}
+    return dict.fromkeys(("model", "ema"), _state_in(content, path))
+
+
+def _state_in(content: Any, path: Path) -> Mapping[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path} holds no state dict: expected 'model' or 'ema' with tensors by name")
     return {str(name).removeprefix("module."): value for name, value in content.items()}
+
+
+def sizes_in(released: Mapping[str, Tensor]) -> dict[str, int]:
+    """Tell the options of the network that its training data decided from a state dict under the released names."""
+    found = {
+        "in_channels": ("patch_embed.proj.weight", lambda shape: shape[1]),
+        "sample_size": ("pos_embed", lambda shape: shape[1]),
+        "num_classes": ("y_embedder.embedding_table.weight", lambda shape: shape[0] - 1),
+    }
+    return {
+        option: int(size(released[name].shape))
+        for option, (name, size) in found.items()
+        if name in released and released[name].ndim >= 2
+    }

@@ -1,0 +1,157 @@
+"""DiT (Peebles & Xie 2022, arXiv 2212.09748) as diffusers saves it, to be sampled as this package's network is.
+
+The network is diffusers' own; here it is only found, loaded and called as `(x_t, t, y) -> (b, 2c, h, w)`. It was
+trained with the process of `lamamba.diffusion.Diffusion`, noise and variance, so that all its samplers and guidance
+apply.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamamba.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS
+from lamamba.errors import CheckpointError, ConfigError
+
+# The second is how diffusers called it when the official weights were published.
+_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
+_PROCESS = {
+    "num_train_timesteps": NUM_TIMESTEPS,
+    "beta_start": BETA_START,
+    "beta_end": BETA_END,
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+}
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """What sampling asks of a network."""
+
+    in_channels: int
+    sample_size: int
+    num_classes: int
+
+
+class DiT(nn.Module):
+    """A denoiser around diffusers' DiTTransformer2DModel.
+
+    Raises:
+        CheckpointError: it learned no variance.
+    """
+
+    def __init__(self, transformer: Any) -> None:
+        super().__init__()
+        channels, out_channels = transformer.config.in_channels, transformer.config.out_channels
+        if out_channels != 2 * channels:
+            raise CheckpointError(
+                f"this DiT has {out_channels} output channels for {channels} of input: only those that learned the "
+                f"variance, with {2 * channels}, can be sampled"
+            )
+        self.transformer = transformer
+        self.config = DiTConfig(channels, transformer.config.sample_size, transformer.config.num_embeds_ada_norm)
+
+    @property
+    def null_label(self) -> int:
+        """The label that means "no label": the last row of the table."""
+        return self.config.num_classes
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        device: torch.device = self.transformer.device
+        return device
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Predict noise and variance, (b, 2c, h, w), of (b, c, h, w) latents with timesteps and labels (b,).
+
+        Raises:
+            ConfigError: the latents are not square, or no multiple of the patch size.
+        """
+        height, width = x_t.shape[2:]
+        patch = self.transformer.config.patch_size
+        if height != width or height % patch:
+            raise ConfigError(
+                f"a DiT samples squares whose sides are multiples of {patch} in latents, not {height} by {width}"
+            )
+        out: Tensor = self.transformer(x_t, timestep=t, class_labels=y, return_dict=False)[0]
+        return out
+
+
+@dataclass(frozen=True)
+class DiTFolder:
+    """Where the parts of a DiT are: in a DiTPipeline's folder, or a transformer alone."""
+
+    transformer: Path
+    vae: Path | None = None
+    class_names: tuple[str, ...] = ()
+
+    @classmethod
+    def find(cls, path: Path) -> "DiTFolder | None":
+        """Recognise a folder that diffusers wrote of a DiT; None is anything else.
+
+        Raises:
+            CheckpointError: it holds another pipeline, or was trained with another process than `Diffusion`.
+        """
+        if (path / "model_index.json").is_file():
+            index = _read(path / "model_index.json")
+            if index.get("_class_name") != "DiTPipeline":
+                raise CheckpointError(f"{path} holds a {index.get('_class_name')}: of pipelines, only DiT's is sampled")
+            _check_process(path / "scheduler" / "scheduler_config.json")
+            vae = path / "vae"
+            names = _class_names(index.get("id2label") or {}, path)
+            return cls(path / "transformer", vae if vae.is_dir() else None, names)
+        if (path / "config.json").is_file() and _read(path / "config.json").get("_class_name") in _CLASSES:
+            return cls(path)
+        return None
+
+    def load(self) -> DiT:
+        """Load the network, in float32 on the CPU; raises CheckpointError."""
+        from diffusers import DiTTransformer2DModel
+
+        kind = _read(self.transformer / "config.json").get("_class_name")
+        if kind not in _CLASSES:
+            raise CheckpointError(f"{self.transformer} holds a {kind}, not a {_CLASSES[0]}")
+        try:
+            transformer = DiTTransformer2DModel.from_pretrained(
+                self.transformer, local_files_only=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
+            )
+        except Exception as error:  # diffusers raises many kinds for a damaged folder
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"{self.transformer} cannot be read as a {_CLASSES[0]}: {line}") from error
+        return DiT(transformer).eval()  # in training its label embedding would drop labels
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise TypeError(f"it holds a {type(content).__name__}")
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is no configuration of diffusers ({type(error).__name__}: {error})") from error
+    return content
+
+
+def _check_process(path: Path) -> None:
+    """A sampler of `Diffusion` reverses no other process than that."""
+    process = _read(path) if path.is_file() else {}
+    for name, wanted in _PROCESS.items():
+        if process.get(name, wanted) != wanted:
+            raise CheckpointError(f"{path} has {name} {process[name]!r}: only DiTs trained with {wanted!r} are sampled")
+
+
+def _class_names(names_of: dict[str, str], path: Path) -> tuple[str, ...]:
+    """Choose a name for each class from several, separated by commas: the first that no other class has."""
+    missing = [label for label in map(str, range(len(names_of))) if label not in names_of]
+    if missing:
+        raise CheckpointError(f"{path / 'model_index.json'} names {len(names_of)} classes, but not {missing[0]}")
+    names = [[name.strip() for name in names_of[str(label)].split(",")] for label in range(len(names_of))]
+    uses = Counter(name for several in names for name in set(several))
+    return tuple(
+        next((name for name in several if uses[name] == 1), f"{several[0]} {label}")
+        for label, several in enumerate(names)
+    )
