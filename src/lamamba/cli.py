@@ -19,6 +19,7 @@ from lamamba.config import (
     AverageConfig,
     ConvertConfig,
     EncodeConfig,
+    GenerateConfig,
     InfoConfig,
     NetworkConfig,
     Objective,
@@ -48,6 +49,7 @@ commands:
   watch    follow a run                    lamamba watch runs/first
   convert  released checkpoints, and back  lamamba convert released.pt lamamba-xl
   sample   sample images                   lamamba sample nano --labels 0,1,2 --out grid.png
+  generate any number of images, to files  lamamba generate nano --num-images 10000 --out images
   info     count parameters and multiply-adds, stage by stage      lamamba info xl-256
   plan     what a training will take on a cluster                  lamamba plan xl-512 --gpus 64
 
@@ -74,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "finetune": _finetune,
         "encode": _encode,
         "sample": _sample,
+        "generate": _generate,
         "prepare": _prepare,
         "average": _average,
         "convert": _convert,
@@ -275,6 +278,13 @@ def _watch(arguments: list[str]) -> None:
 
 def _sample(arguments: list[str]) -> None:
     config = _parse(SampleConfig, "sample", arguments)
+    from lamamba.generate import sample_grid
+
+    sample_grid(config)
+
+
+def _generate(arguments: list[str]) -> None:
+    config = _parse(GenerateConfig, "generate", arguments)
     from lamamba.generate import generate
 
     generate(config)

@@ -349,18 +349,13 @@ class GuidanceOptions:
 PLAIN_GUIDANCE = GuidanceOptions()
 
 
-@dataclass(frozen=True)
-class SampleConfig:
-    """Sample images from a run, a checkpoint, a preset whose weights are shipped (nano), or a DiT of diffusers."""
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """What is sampled from, and how."""
 
     checkpoint: tyro.conf.Positional[str]
     """A run folder (its newest checkpoint), a checkpoint folder, a preset; or a folder that diffusers saved of a
     DiTPipeline or a DiTTransformer2DModel."""
-    labels: str | None = None
-    """Classes to sample, by name or number from 0, separated by commas; where classes are named by numbers, a number
-    is a name. The default is all (the first 10)."""
-    num_per_label: int = 4
-    """Images of each class."""
     sampler: Sampler | None = None
     """ancestral, ddim, dpm++, sde-dpm++ or unipc (diffusion); euler or heun (flow). The default is dpm++ or heun."""
     steps: int = 25
@@ -376,10 +371,6 @@ class SampleConfig:
     """Of the first image; image i has seed + i."""
     size: tuple[int, int] | None = None
     """Height and width in pixels; the default is the training size."""
-    out: Path = Path("grid.png")
-    """The grid, a row for each class."""
-    images_out: Path | None = None
-    """Folder for the single images too, each with its settings in the PNG's metadata."""
     batch_size: int = 20
     """Images sampled at once."""
     vae: Path | None = None
@@ -388,9 +379,49 @@ class SampleConfig:
     """cpu, cuda, cuda:1, mps; auto takes the best there is."""
 
     def __post_init__(self) -> None:
-        for name in ("num_per_label", "steps", "batch_size"):
+        for name in ("steps", "batch_size"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         _check(self.seed >= 0, "seed", self.seed, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(SamplingConfig):
+    """Sample images from a run, a checkpoint, a preset whose weights are shipped (nano), or a DiT of diffusers."""
+
+    labels: str | None = None
+    """Classes to sample, by name or number from 0, separated by commas; where classes are named by numbers, a number
+    is a name. The default is all (the first 10)."""
+    num_per_label: int = 4
+    """Images of each class."""
+    out: Path = Path("grid.png")
+    """The grid, a row for each class."""
+    images_out: Path | None = None
+    """Folder for the single images too, each with its settings in the PNG's metadata."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.num_per_label >= 1, "num_per_label", self.num_per_label, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(SamplingConfig):
+    """Sample any number of images to files, on any number of GPUs; run again, what is missing is done."""
+
+    out: Path
+    """Folder for the images, and generation.json, which says how they were made."""
+    num_images: int = 50000
+    """Images in all."""
+    labels: str = "balanced"
+    """balanced: the classes in turn; random: each drawn at random, from the seed; or names or numbers, in turn."""
+    format: Literal["png", "webdataset", "npz"] = "png"
+    """PNG files; tars of PNG files; or one .npz with arr_0, (n, h, w, c) uint8, as ADM's evaluation suite reads it."""
+    images_per_shard: int = 500
+    """Images that a process makes at a time, and that a tar holds."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_images", "images_per_shard"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
 
 
 @dataclass(frozen=True)

@@ -1,103 +1,302 @@
-"""The command `lamamba sample`: a checkpoint, labels and seeds to PNG files."""
+"""The commands `lamamba sample` and `lamamba generate`: a checkpoint, labels and seeds to image files.
 
+`generate` works in shards, which belong to processes in turn; one that is there is whole. An image depends on its place
+in the set alone.
+"""
+
+import io
 import json
+import tarfile
+import zipfile
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lamamba import __version__
-from lamamba.checkpoint import CheckpointInfo, load_denoiser
-from lamamba.config import SampleConfig, nearest
+from lamamba.checkpoint import CheckpointInfo, load_denoiser, locked, write_json
+from lamamba.config import GenerateConfig, SampleConfig, SamplingConfig, nearest
 from lamamba.diffusion import OBJECTIVES
 from lamamba.dit import DiT
 from lamamba.errors import CheckpointError, ConfigError
+from lamamba.files import checksum, written_whole
 from lamamba.latents import open_space
 from lamamba.model import LaMambaDiff
 from lamamba.pipeline import check_labels, choose_device, make_grid, sample
+from lamamba.processes import Processes, joined
 
 
-def generate(config: SampleConfig) -> None:
+class Painter:
+    """A checkpoint on a device, and how it is sampled.
+
+    Args:
+        config: what is sampled from, and how.
+        device: to work on.
+
+    Raises:
+        LamambaError: the checkpoint or an option is at fault.
+    """
+
+    def __init__(self, config: SamplingConfig, device: torch.device) -> None:
+        loaded = load_denoiser(config.checkpoint)
+        self.config, self.info, self.path = config, loaded.info, loaded.path
+        self.network = loaded.network.to(device)
+        self.objective = OBJECTIVES[self.info.objective]
+        vae = config.vae or (Path(self.info.vae) if self.info.vae else None)
+        if vae is None and self.network.config.in_channels not in (1, 3):
+            raise ConfigError(
+                f"{config.checkpoint} samples latents, of {self.network.config.in_channels} channels: give (--vae) the "
+                "folder of the AutoencoderKL that decodes them"
+            )
+        self.space = open_space(vae, device)
+        self.num_classes = int(self.network.config.num_classes)
+        self.weaker: LaMambaDiff | DiT | None = None
+        if config.guidance_checkpoint is not None:
+            self.weaker = _load_weaker(config.guidance_checkpoint, self.info).to(device)
+        can_guide = self.num_classes or self.weaker is not None
+        self.guidance = config.guidance if config.guidance is not None else (2.0 if can_guide else 1.0)
+        sides = config.size
+        self.size = None if sides is None else (self.space.grid_size(sides[0]), self.space.grid_size(sides[1]))
+        self.sampler = config.sampler or self.objective.default_sampler
+        # Before the work: a sampler that does not fit should not cost a minute.
+        self.evaluations = len(self.objective.scheduler(self.sampler, config.steps).timesteps)
+
+    def paint(
+        self, labels: Sequence[int], seeds: Sequence[int], on_step: Callable[[int], None] | None = None
+    ) -> np.ndarray:
+        """Sample images of labels and seeds, (b, c, h, w) uint8, as many at once as configured."""
+        images = []
+        for start in range(0, len(labels), self.config.batch_size):
+            part = slice(start, start + self.config.batch_size)
+            x = sample(
+                self.network,
+                self.objective,
+                labels[part],
+                seeds[part],
+                sampler=self.sampler,
+                num_steps=self.config.steps,
+                guidance_scale=self.guidance,
+                guidance_options=self.config.guidance_options,
+                weaker=self.weaker,
+                size=self.size,
+                on_step=on_step,
+            )
+            images.append(self.space.decode(x).cpu().numpy())
+        return np.concatenate(images)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the images depend on, beside label and seed."""
+        return {
+            "checkpoint": str(self.config.checkpoint),
+            "images_seen": self.info.images,
+            "sampler": self.sampler,
+            "steps": self.config.steps,
+            "guidance": self.guidance,
+            "guidance_checkpoint": self.config.guidance_checkpoint,
+            **{f"guidance_{name}": value for name, value in vars(self.config.guidance_options).items()},
+            "lamamba": __version__,
+            "torch": torch.__version__,
+        }
+
+
+def sample_grid(config: SampleConfig) -> None:
     """Sample what the configuration asks for and write the grid, and single images where wanted.
 
     Raises:
         LamambaError: the checkpoint, a label, the sampler or a path is at fault.
     """
-    device = choose_device(config.device)
-    loaded = load_denoiser(config.checkpoint)
-    network, info = loaded.network.to(device), loaded.info
-    objective = OBJECTIVES[info.objective]
-    vae = config.vae or (Path(info.vae) if info.vae else None)
-    if vae is None and network.config.in_channels not in (1, 3):
-        raise ConfigError(
-            f"{config.checkpoint} samples latents, of {network.config.in_channels} channels: give (--vae) the folder "
-            "of the AutoencoderKL that decodes them"
-        )
-    space = open_space(vae, device)
-    num_classes = int(network.config.num_classes)
-    classes = parse_labels(config.labels, num_classes, info.class_names)
+    painter = Painter(config, choose_device(config.device))
+    classes = parse_labels(config.labels, painter.num_classes, painter.info.class_names)
     labels = [label for label in classes for _ in range(config.num_per_label)]
     seeds = [config.seed + index for index in range(len(labels))]
-    weaker = None if config.guidance_checkpoint is None else _load_weaker(config.guidance_checkpoint, info).to(device)
-    can_guide = num_classes or weaker is not None
-    guidance = config.guidance if config.guidance is not None else (2.0 if can_guide else 1.0)
-    size = None if config.size is None else (space.grid_size(config.size[0]), space.grid_size(config.size[1]))
-    sampler = config.sampler or objective.default_sampler
-    # Before the work: a sampler that does not fit, or a folder that cannot be written, should not cost a minute.
-    evaluations = len(objective.scheduler(sampler, config.steps).timesteps)
     _make_folders(config)
-
     console = Console()
-    images = []
     with Progress(
         TextColumn("[bold]sample"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeRemainingColumn(),
         console=console, disable=not console.is_terminal, transient=True,
     ) as progress:  # fmt: skip
-        task = progress.add_task("", total=evaluations * len(labels))
-        for start in range(0, len(labels), config.batch_size):
-            part = slice(start, start + config.batch_size)
-            x = sample(
-                network,
-                objective,
-                labels[part],
-                seeds[part],
-                sampler=sampler,
-                num_steps=config.steps,
-                guidance_scale=guidance,
-                guidance_options=config.guidance_options,
-                weaker=weaker,
-                size=size,
-                on_step=lambda number: progress.advance(task, number),
-            )
-            images.append(space.decode(x).cpu().numpy())
-    pixels = np.concatenate(images)
+        task = progress.add_task("", total=painter.evaluations * len(labels))
+        pixels = painter.paint(labels, seeds, lambda number: progress.advance(task, number))
 
-    settings = {
-        "checkpoint": str(config.checkpoint),
-        "images_seen": info.images,
-        "sampler": sampler,
-        "steps": config.steps,
-        "guidance": guidance,
-        "guidance_checkpoint": config.guidance_checkpoint,
-        **{f"guidance_{name}": value for name, value in vars(config.guidance_options).items()},
-        "lamamba": __version__,
-        "torch": torch.__version__,
-    }
+    settings = painter.settings
     grid = make_grid(pixels, columns=config.num_per_label, scale=max(1, 64 // pixels.shape[-1]))
     _save(grid, config.out, {**settings, "labels": classes, "num_per_label": config.num_per_label, "seed": config.seed})
     if config.images_out is not None:
         for index, (image, label, seed) in enumerate(zip(pixels, labels, seeds, strict=True)):
-            picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
-            _save(picture, config.images_out / f"{index:06d}.png", {**settings, "label": label, "seed": seed})
-    named = ", ".join(label_name(label, num_classes, info) for label in classes)
-    console.print(f"{len(labels)} images ({named}) · {sampler}, {config.steps} steps", highlight=False, soft_wrap=True)
+            path = config.images_out / f"{index:06d}.png"
+            _save(_picture(image), path, {**settings, "label": label, "seed": seed})
+    named = ", ".join(label_name(label, painter.num_classes, painter.info) for label in classes)
+    console.print(
+        f"{len(labels)} images ({named}) · {painter.sampler}, {config.steps} steps", highlight=False, soft_wrap=True
+    )
     console.print(f"grid   {config.out}", highlight=False, soft_wrap=True)
     if config.images_out is not None:
         console.print(f"images {config.images_out}", highlight=False, soft_wrap=True)
+
+
+def generate(config: GenerateConfig) -> None:
+    """Make a set of images; started by torchrun, its processes share them.
+
+    Raises:
+        LamambaError: the checkpoint or an option is at fault, or the folder holds images that were made otherwise.
+    """
+    with joined(config.device) as (processes, device_name):
+        painter = Painter(config, choose_device(device_name))
+        labels = _labels_of_set(config, painter)
+        made = {
+            **painter.settings,
+            "weights": checksum(*sorted(painter.path.rglob("diffusion_pytorch_model*.safetensors"))),
+            "seed": config.seed, "labels": config.labels, "num_images": config.num_images, "size": config.size,
+            "format": config.format, "images_per_shard": config.images_per_shard,
+        }  # fmt: skip
+        # Others wait, so that the folder is there, and is the right one.
+        with locked(config.out) if processes.is_first else nullcontext():
+            if processes.is_first:
+                _begin_set(config.out, json.loads(json.dumps(made)))
+            processes.wait()
+            _paint_shards(config, painter, labels, processes)
+            processes.wait()
+            if processes.is_first:
+                if config.format == "npz":
+                    _join(config)
+                Console().print(f"{config.num_images:,} images in {config.out}", highlight=False, soft_wrap=True)
+
+
+def _labels_of_set(config: GenerateConfig, painter: Painter) -> np.ndarray:
+    """The label of each image, int64 (n,)."""
+    number = config.num_images
+    if config.labels == "random" and painter.num_classes:
+        raw = np.random.Philox(key=np.array([config.seed, 0], dtype=np.uint64)).random_raw(number)
+        labels: np.ndarray = (raw % np.uint64(painter.num_classes)).astype(np.int64)
+        return labels
+    if config.labels in ("balanced", "random"):
+        classes = list(range(max(1, painter.num_classes)))
+    else:
+        classes = parse_labels(config.labels, painter.num_classes, painter.info.class_names)
+    return np.resize(np.array(classes, dtype=np.int64), number)
+
+
+def _begin_set(out: Path, made: dict[str, Any]) -> None:
+    path = out / "generation.json"
+    if not path.exists():
+        if any(entry for entry in out.iterdir() if not entry.name.startswith(".")):
+            raise ConfigError(f"out {out} holds other files: choose an empty or a new folder")
+        write_json(path, made)
+        return
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): choose another folder") from error
+    changed = [
+        f"{name} was {before.get(name)}, now {value}" for name, value in made.items() if before.get(name) != value
+    ]
+    if changed:
+        raise ConfigError(f"{out} holds images that were made otherwise, choose another folder: {'; '.join(changed)}")
+
+
+def _paint_shards(config: GenerateConfig, painter: Painter, labels: np.ndarray, processes: Processes) -> None:
+    if config.format == "npz" and (config.out / SAMPLES).exists():
+        return
+    shards = [
+        range(start, min(start + config.images_per_shard, config.num_images))
+        for start in range(0, config.num_images, config.images_per_shard)
+    ][processes.rank :: processes.number]
+    console = Console()
+    with Progress(
+        TextColumn("[bold]generate{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"),
+        TimeRemainingColumn(), console=console, disable=not (console.is_terminal and processes.is_first),
+    ) as progress:  # fmt: skip
+        others = f", process 1 of {processes.number}" if processes.number > 1 else ""
+        bar = progress.add_task(others, total=sum(map(len, shards)))
+        done = 0.0
+
+        def step(number: int) -> None:
+            nonlocal done
+            done += number / painter.evaluations
+            progress.update(bar, completed=round(done))
+
+        for places in shards:
+            if _is_there(config, places):
+                done += len(places)
+                progress.update(bar, completed=round(done))
+                continue
+            own = [int(label) for label in labels[places.start : places.stop]]
+            seeds = [config.seed + place for place in places]
+            images = painter.paint(own, seeds, step)
+            settings = [
+                {**painter.settings, "label": label, "seed": seed} for label, seed in zip(own, seeds, strict=True)
+            ]
+            try:
+                _WRITERS[config.format](config.out, places, images, settings)
+            except OSError as error:
+                raise CheckpointError(
+                    f"images could not be written to {config.out} ({error}): free some space, and run it again"
+                ) from error
+
+
+SAMPLES = "samples.npz"
+
+
+def _is_there(config: GenerateConfig, places: range) -> bool:
+    if config.format == "png":
+        return all((config.out / f"{place:08d}.png").exists() for place in places)
+    suffix = {"webdataset": "tar", "npz": "npz"}[config.format]
+    return (config.out / f"shard-{places.start:08d}.{suffix}").exists()
+
+
+def _write_pngs(out: Path, places: range, images: np.ndarray, settings: Sequence[dict[str, Any]]) -> None:
+    for place, image, own in zip(places, images, settings, strict=True):
+        with written_whole(out / f"{place:08d}.png") as temporary:
+            temporary.write_bytes(_png(image, own))
+
+
+def _write_tar(out: Path, places: range, images: np.ndarray, settings: Sequence[dict[str, Any]]) -> None:
+    with (
+        written_whole(out / f"shard-{places.start:08d}.tar") as temporary,
+        tarfile.open(temporary, "w") as tar,
+    ):
+        for place, image, own in zip(places, images, settings, strict=True):
+            for suffix, content in (("png", _png(image, own)), ("cls", str(own["label"]).encode())):
+                member = tarfile.TarInfo(f"{place:08d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def _write_npz(out: Path, places: range, images: np.ndarray, settings: Sequence[dict[str, Any]]) -> None:
+    labels = np.array([own["label"] for own in settings], dtype=np.int64)
+    with written_whole(out / f"shard-{places.start:08d}.npz") as temporary, temporary.open("wb") as file:
+        np.savez(file, arr_0=images.transpose(0, 2, 3, 1), arr_1=labels)
+
+
+_WRITERS: dict[str, Callable[[Path, range, np.ndarray, Sequence[dict[str, Any]]], None]] = {
+    "png": _write_pngs, "webdataset": _write_tar, "npz": _write_npz
+}  # fmt: skip
+
+
+def _join(config: GenerateConfig) -> None:
+    """Make one file of all shards, a shard at a time, and remove them."""
+    shards = sorted(config.out.glob("shard-*.npz"))
+    if not (config.out / SAMPLES).exists():
+        with written_whole(config.out / SAMPLES) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+            for name in ("arr_0", "arr_1"):
+                with np.load(shards[0]) as first:
+                    shape, dtype = first[name].shape[1:], first[name].dtype
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
+                    np.lib.format.write_array_header_2_0(file, {**header, "shape": (config.num_images, *shape)})
+                    for shard in shards:
+                        with np.load(shard) as content:
+                            file.write(np.ascontiguousarray(content[name]).tobytes())
+    for shard in shards:
+        shard.unlink()
 
 
 def _load_weaker(checkpoint: str, info: CheckpointInfo) -> LaMambaDiff | DiT:
@@ -159,13 +358,25 @@ def _make_folders(config: SampleConfig) -> None:
                 raise CheckpointError(f"folder {folder} cannot be made: {error}") from error
 
 
-def _save(picture: Image.Image, path: Path, settings: dict[str, object]) -> None:
+def _picture(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+
+
+def _png(image: np.ndarray, settings: dict[str, Any]) -> bytes:
+    content = io.BytesIO()
+    _picture(image).save(content, format="PNG", pnginfo=_metadata(settings))
+    return content.getvalue()
+
+
+def _metadata(settings: dict[str, Any]) -> PngInfo:
     metadata = PngInfo()
     metadata.add_text("lamamba", json.dumps(settings))
-    temporary = path.with_name(f".incomplete-{path.name}")
+    return metadata
+
+
+def _save(picture: Image.Image, path: Path, settings: dict[str, Any]) -> None:
     try:
-        picture.save(temporary, format="PNG", pnginfo=metadata)
-        temporary.replace(path)
+        with written_whole(path) as temporary:
+            picture.save(temporary, format="PNG", pnginfo=_metadata(settings))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path} could not be written: {error}") from error

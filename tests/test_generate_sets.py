@@ -1,0 +1,149 @@
+"""`lamamba generate`: sets of images that depend on their place alone, whoever makes them and however often."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lamamba import generate as module
+from lamamba.cli import main
+from test_generate import CLASS_NAMES, write_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("run"))
+
+
+OPTIONS = ["--steps", "2", "--device", "cpu", "--num-images", "11", "--images-per-shard", "4"]
+
+
+def generate(run: Path, out: Path, *options: str) -> None:
+    main(["generate", str(run), "--out", str(out), *OPTIONS, *options])
+
+
+def images(out: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(out.glob("*.png"))]).astype(int)
+
+
+def label_of(path: Path) -> int:
+    label: int = json.loads(Image.open(path).info["lamamba"])["label"]
+    return label
+
+
+@pytest.fixture(scope="module")
+def whole(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "images"
+    generate(run, out)
+    return out
+
+
+def refused(capsys: pytest.CaptureFixture[str], run: Path, out: Path, *options: str) -> str:
+    with pytest.raises(SystemExit, match="2"):
+        generate(run, out, *options)
+    return capsys.readouterr().err
+
+
+def test_the_set_is_complete_and_says_how_it_was_made(whole: Path) -> None:
+    paths = sorted(whole.glob("*.png"))
+    assert [path.name for path in paths] == [f"{place:08d}.png" for place in range(11)]
+    assert [label_of(path) for path in paths] == [place % 3 for place in range(11)]
+    assert len(np.unique(images(whole).reshape(11, -1), axis=0)) == 11
+    made = json.loads((whole / "generation.json").read_text())
+    assert (made["num_images"], made["labels"], made["steps"]) == (11, "balanced", 2)
+    assert len(made["weights"]) == 64
+
+
+def test_an_image_depends_on_its_place_alone(run: Path, whole: Path, tmp_path: Path) -> None:
+    generate(run, tmp_path / "a", "--images-per-shard", "3", "--batch-size", "2")
+    assert np.abs(images(tmp_path / "a") - images(whole)).max() <= 1
+    generate(run, tmp_path / "b", "--seed", "4", "--num-images", "3", "--labels", "Dog,Great owl,Cat")
+    assert np.abs(images(tmp_path / "b") - images(whole)[4:7]).max() <= 1
+
+
+def test_processes_share_the_set(run: Path, whole: Path, tmp_path: Path) -> None:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lamamba"]
+    command = [*start, "generate", str(run), "--out", str(tmp_path / "out"), *OPTIONS]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("11 images in") == 1
+    assert np.abs(images(tmp_path / "out") - images(whole)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["png", "webdataset", "npz"])
+def test_what_was_stopped_goes_on(
+    run: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    out, options, painted = tmp_path / "out", ["--format", kind], []
+    paint = module.Painter.paint
+
+    def count(painter: module.Painter, labels: list[int], *arguments: object) -> np.ndarray:
+        painted.append(len(labels))
+        if len(painted) == 3:
+            raise KeyboardInterrupt
+        return paint(painter, labels, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module.Painter, "paint", count)
+    with pytest.raises(SystemExit, match="130"):
+        generate(run, out, *options)
+    assert painted == [4, 4, 3]
+    generate(run, out, *options)
+    assert painted == [4, 4, 3, 3], "what is there is not made again"
+    generate(run, out, *options)
+    assert painted == [4, 4, 3, 3]
+    assert np.abs(read(out, kind) - images(whole)).max() <= 1
+    assert not [path for path in out.iterdir() if path.name.startswith(".incomplete")]
+
+
+def read(out: Path, kind: str) -> np.ndarray:
+    if kind == "png":
+        return images(out)
+    if kind == "npz":
+        with np.load(out / "samples.npz") as content:
+            assert content["arr_0"].dtype == np.uint8
+            assert content["arr_1"].tolist() == [place % 3 for place in range(11)]
+            assert not list(out.glob("shard-*"))
+            return content["arr_0"][..., 0].astype(int)
+    found: dict[str, bytes] = {}
+    for path in sorted(out.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                assert file is not None
+                found[member.name] = file.read()
+    assert [found[f"{place:08d}.cls"] for place in range(11)] == [str(place % 3).encode() for place in range(11)]
+    pictures = [Image.open(io.BytesIO(found[f"{place:08d}.png"])) for place in range(11)]
+    return np.stack([np.asarray(picture) for picture in pictures]).astype(int)
+
+
+def test_labels_are_drawn_at_random_from_the_seed(run: Path, tmp_path: Path) -> None:
+    drawn = {}
+    for name, options in {"a": [], "again": ["--batch-size", "3"], "b": ["--seed", "1"]}.items():
+        generate(run, tmp_path / name, "--labels", "random", "--num-images", "40", "--steps", "1", *options)
+        drawn[name] = [label_of(path) for path in sorted((tmp_path / name).glob("*.png"))]
+    assert drawn["a"] == drawn["again"] != drawn["b"]
+    assert set(drawn["a"]) == {0, 1, 2}
+    assert drawn["a"][:9] != [place % 3 for place in range(9)]
+
+
+def test_a_folder_of_something_else_is_refused(
+    run: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(capsys, run, whole, "--steps", "3", "--labels", CLASS_NAMES[0])
+    assert f"{whole} holds images that were made otherwise, choose another folder: " in line
+    assert "steps was 2, now 3; labels was balanced, now Cat" in line
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("dear")
+    assert f"out {tmp_path / 'other'} holds other files" in refused(capsys, run, tmp_path / "other")
+    other = write_run(tmp_path / "other run", seed=1)
+    assert "weights was" in refused(capsys, other, whole)
+    assert "no class is named 'Cow'" in refused(capsys, run, tmp_path / "new", "--labels", "Cow")
