@@ -334,7 +334,7 @@ class GuidanceOptions:
     """Guide only between these two noise levels, as noise over signal (arXiv 2404.07724)."""
     cosine_power: Annotated[float, tyro.conf.arg(name="guidance-cosine-power")] = 0.0
     """Let guidance grow from none at full noise to its scale at none, along a cosine of this power: the higher, the
-    later (MDT, arXiv 2303.14389); 0 is the same scale throughout."""
+    later (MDT, arXiv 2303.14389, by default 4 there); 0 is the same scale throughout."""
     rescale: Annotated[float, tyro.conf.arg(name="guidance-rescale")] = 0.0
     """Bring the deviation of guided predictions back to that of unguided ones, by this much from 0, not at all, to 1
     (arXiv 2305.08891)."""

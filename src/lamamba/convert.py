@@ -63,7 +63,8 @@ def _to_released(config: ConvertConfig) -> None:
         network = load_network(path)
         save_released(config.out, network, network)
         return
-    verify(path)
+    for part in ("ema", "network"):
+        verify(path, part)
     averaged = load_network(path / "ema")
     trained = load_network(path / "network") if (path / "network").is_dir() else averaged
     save_released(config.out, trained, averaged)
