@@ -43,7 +43,7 @@ def test_moments_in_parts_are_those_of_the_whole() -> None:
     for part in features.split([1, 40, 60]):
         moments.add(part)
     found = moments.gaussian()
-    assert found.num_images == 101
+    assert moments.num_images == 101
     torch.testing.assert_close(found.mean, features.mean(dim=0), rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(found.covariance, torch.cov(features.T), rtol=1e-12, atol=1e-12)
 

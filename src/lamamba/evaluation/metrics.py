@@ -28,11 +28,10 @@ _BLOCK_BYTES = 1 << 28  # of a block of distances
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A mean (d,) and covariance (d, d), float64, of `num_images` images where that is known."""
+    """A mean (d,) and covariance (d, d), float64."""
 
     mean: Tensor
     covariance: Tensor
-    num_images: int | None = None
 
 
 class Moments:
@@ -58,8 +57,8 @@ class Moments:
         self.num_images += num
 
     def gaussian(self) -> Gaussian:
-        """Return the mean and the unbiased covariance of all features; two are the least."""
-        return Gaussian(self.mean, self.scatter / (self.num_images - 1), self.num_images)
+        """Return the mean and the unbiased covariance of all features, on the CPU; two are the least."""
+        return Gaussian(self.mean.cpu(), (self.scatter / (self.num_images - 1)).cpu())
 
 
 def frechet_distance(generated: Gaussian, reference: Gaussian) -> float:
