@@ -29,7 +29,8 @@ def generate(config: SampleConfig) -> None:
     loaded = load_checkpoint(config.checkpoint)
     network, info = loaded.network.to(device), loaded.info
     objective = OBJECTIVES[info.objective]
-    space = open_space(config.vae or (Path(info.vae) if info.vae else None), device)
+    vae = config.vae or (Path(info.vae) if info.vae else None)
+    space = open_space(vae, device)
     num_classes = int(network.config.num_classes)
     classes = parse_labels(config.labels, num_classes, info.class_names)
     labels = [label for label in classes for _ in range(config.num_per_label)]
@@ -68,6 +69,7 @@ def generate(config: SampleConfig) -> None:
     settings = {
         "checkpoint": str(config.checkpoint),
         "images_seen": info.images,
+        "vae": None if vae is None else str(vae),
         "sampler": sampler,
         "steps": config.steps,
         "guidance": guidance,
