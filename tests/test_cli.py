@@ -214,6 +214,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("sample", "--guidance-interval"),
         ("prepare imagenet", "--devkit"),
         ("prepare dataset", "--number-classes"),
+        ("evaluate", "--nearest-images"),
         ("plan", "--shard"),
         ("info", "--size"),
     ):
@@ -233,6 +234,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         "['sample', '--help']",
         "['prepare', '--help']",
         "['prepare', 'dataset', '--help']",
+        "['evaluate', '--help']",
         "['plan', '--help']",
         "['info', '--help']",
     ],

@@ -18,6 +18,7 @@ from lamamba import __version__
 from lamamba.config import (
     AverageConfig,
     EncodeConfig,
+    EvaluateConfig,
     InfoConfig,
     NetworkConfig,
     Objective,
@@ -46,6 +47,7 @@ commands:
   average  weights averaged over any span  lamamba average runs/first --sigma-rel 0.07 --out averaged
   watch    follow a run                    lamamba watch runs/first
   sample   sample images                   lamamba sample nano --labels 0,1,2 --out grid.png
+  evaluate score images: FID and others    lamamba evaluate samples fashion-mnist --features clothes
   info     count parameters and multiply-adds, stage by stage      lamamba info xl-256
   plan     what a training will take on a cluster                  lamamba plan xl-512 --gpus 64
 
@@ -72,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "finetune": _finetune,
         "encode": _encode,
         "sample": _sample,
+        "evaluate": _evaluate,
         "prepare": _prepare,
         "average": _average,
         "watch": _watch,
@@ -264,6 +267,13 @@ def _sample(arguments: list[str]) -> None:
     from lamamba.generate import generate
 
     generate(config)
+
+
+def _evaluate(arguments: list[str]) -> None:
+    config = _parse(EvaluateConfig, "evaluate", arguments)
+    from lamamba.evaluation.evaluate import evaluate
+
+    evaluate(config)
 
 
 def _info(arguments: list[str]) -> None:
