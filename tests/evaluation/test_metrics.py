@@ -121,6 +121,11 @@ def test_torchmetrics_has_the_same_distance_and_fewer_digits() -> None:
     moved = [features + 1e6 for features in (generated, reference)]
     assert frechet_distance(*(gaussian(features) for features in moved)) == pytest.approx(ours, rel=1e-8)
     assert distance_by_torchmetrics(*moved) != pytest.approx(ours, rel=1e-4)
+    # Fewer images than features, and a set against itself in another order: the distance is 0.
+    few = draw(30, 300)
+    assert (
+        frechet_distance(gaussian(few), gaussian(few.flip(0))) < 1e-10 < abs(distance_by_torchmetrics(few, few.flip(0)))
+    )
 
 
 def kernel_distance_by_loops(x: np.ndarray, y: np.ndarray) -> float:

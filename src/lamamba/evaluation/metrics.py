@@ -1,8 +1,8 @@
 """Scores as functions of features, in float64: (n, d) generated and (m, d) reference features to numbers.
 
 torchmetrics has the kernel distance and the inception score. Its Fréchet distance is not used: it takes no published
-statistics, adds up squares, which loses digits where means are large, and finds eigenvalues of a product that is not
-symmetric, which takes ten times as long as the symmetric way.
+statistics, and it loses digits where means are large, because it adds up squares, and where covariances are singular,
+because it takes roots of eigenvalues that are 0 but for rounding.
 """
 
 import warnings
