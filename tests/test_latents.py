@@ -126,6 +126,7 @@ def test_a_run_on_latents_from_images_to_samples(
         main(["sample", str(run), *options])
     assert f"{vae} holds no autoencoder" in capsys.readouterr().err
     main(["sample", str(run), *options, "--vae", str(tmp_path / "moved")])
+    assert json.loads(Image.open(out).info["lamamba"])["vae"] == str(tmp_path / "moved")
 
 
 def test_the_built_in_grey_images_fit_an_autoencoder_of_colour(autoencoder: Path, tmp_path: Path) -> None:

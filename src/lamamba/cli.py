@@ -19,6 +19,7 @@ from lamamba.config import (
     AverageConfig,
     ConvertConfig,
     EncodeConfig,
+    EvaluateConfig,
     GenerateConfig,
     InfoConfig,
     NetworkConfig,
@@ -50,6 +51,7 @@ commands:
   convert  released checkpoints, and back  lamamba convert released.pt lamamba-xl
   sample   sample images                   lamamba sample nano --labels 0,1,2 --out grid.png
   generate any number of images, to files  lamamba generate nano --num-images 10000 --out images
+  evaluate score images: FID and others    lamamba evaluate samples fashion-mnist --features clothes
   info     count parameters and multiply-adds, stage by stage      lamamba info xl-256
   plan     what a training will take on a cluster                  lamamba plan xl-512 --gpus 64
 
@@ -77,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "encode": _encode,
         "sample": _sample,
         "generate": _generate,
+        "evaluate": _evaluate,
         "prepare": _prepare,
         "average": _average,
         "convert": _convert,
@@ -288,6 +291,13 @@ def _generate(arguments: list[str]) -> None:
     from lamamba.generate import generate
 
     generate(config)
+
+
+def _evaluate(arguments: list[str]) -> None:
+    config = _parse(EvaluateConfig, "evaluate", arguments)
+    from lamamba.evaluation.evaluate import evaluate
+
+    evaluate(config)
 
 
 def _info(arguments: list[str]) -> None:

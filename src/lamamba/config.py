@@ -443,6 +443,39 @@ class ConvertConfig:
 
 
 @dataclass(frozen=True)
+class EvaluateConfig:
+    """Score generated images against a reference: FID and its relatives; docs/evaluation.md says what is measured."""
+
+    generated: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="GENERATED")]
+    """A folder of images, as lamamba sample --images-out writes it, or a .npz of them (arr_0)."""
+    reference: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="REFERENCE")]
+    """A folder of images, a .npz of images or of published statistics (mu, sigma), or builtin, fashion-mnist."""
+    features: str = "inception"
+    """inception, the graph of 2015, fetched once; clothes, a small network for grey clothes of 28 or 32 pixels; or a
+    TorchScript file that turns images into features."""
+    pixels: Literal["uint8", "float"] = "uint8"
+    """What a TorchScript file takes: 0 to 255, or float32 from 0 to 1."""
+    image_size: int | None = None
+    """Crop a folder's images to this many pixels square, as lamamba train does."""
+    nearest_images: int = 50_000
+    """Images of each set, at most, for precision, recall, density and coverage: a choice by the seed."""
+    seed: int = 0
+    """Of the subsets for the kernel distance and the parts for the inception score."""
+    batch_size: int = 50
+    """Images in the network at once."""
+    out: Path = Path("scores.json")
+    """The scores and what they are of."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes the best there is."""
+
+    def __post_init__(self) -> None:
+        _check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        _check(self.nearest_images >= 6, "nearest_images", self.nearest_images, "6 or more")
+        _check(self.seed >= 0, "seed", self.seed, "0 or more")
+        _check(self.image_size is None or self.image_size >= 1, "image_size", self.image_size, "1 or more")
+
+
+@dataclass(frozen=True)
 class WatchConfig:
     """Follow a run: its loss, speed and last checkpoint."""
 

@@ -55,7 +55,7 @@ class Painter:
                 f"{config.checkpoint} samples latents, of {self.network.config.in_channels} channels: give (--vae) the "
                 "folder of the AutoencoderKL that decodes them"
             )
-        self.space = open_space(vae, device)
+        self.vae, self.space = vae, open_space(vae, device)
         self.num_classes = int(self.network.config.num_classes)
         self.weaker: LaMambaDiff | DiT | None = None
         if config.guidance_checkpoint is not None:
@@ -97,6 +97,7 @@ class Painter:
         return {
             "checkpoint": str(self.config.checkpoint),
             "images_seen": self.info.images,
+            "vae": None if self.vae is None else str(self.vae),
             "sampler": self.sampler,
             "steps": self.config.steps,
             "guidance": self.guidance,

@@ -176,7 +176,7 @@ def _list_folder(folder: Path) -> tuple[tuple[str, ...], list[str], list[int]]:
             f"{folder} has a single class folder, {classes[0].name}: give {classes[0]} for training without classes, "
             "or add a second class"
         )
-    listed = [_list_images_below(folder_of_class) for folder_of_class in classes]
+    listed = [list_images_below(folder_of_class) for folder_of_class in classes]
     for folder_of_class, paths in zip(classes, listed, strict=True):
         if not paths:
             raise DataError(f"the class folder {folder_of_class} has no images: add some or remove the folder")
@@ -184,7 +184,9 @@ def _list_folder(folder: Path) -> tuple[tuple[str, ...], list[str], list[int]]:
     return tuple(entry.name for entry in classes), [path for paths in listed for path in paths], labels
 
 
-def _list_images_below(folder: Path) -> list[str]:
+def list_images_below(folder: Path) -> list[str]:
+    """List the image files in a folder, at any depth, sorted, without hidden ones; DataError if it is unreadable."""
+
     def fail(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be listed ({error.strerror}): make it readable") from error
 

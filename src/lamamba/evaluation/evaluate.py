@@ -1,0 +1,318 @@
+"""The command `lamamba evaluate`: generated images and a reference -> a table of scores, and JSON of how they were got.
+
+Of every score that cannot be computed the result says why, and what makes one incomparable is a warning in it.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from lamamba import __version__
+from lamamba.config import EvaluateConfig
+from lamamba.errors import ConfigError, DataError
+from lamamba.evaluation import metrics
+from lamamba.evaluation.features import FeatureNetwork, open_features
+from lamamba.evaluation.image_sets import ImageSet, Reference, open_images, open_reference, read_settings, show_size
+from lamamba.evaluation.metrics import Gaussian, Moments
+from lamamba.files import written_whole
+from lamamba.pipeline import choose_device
+
+PUBLISHED_IMAGES = 50_000  # that published FIDs are of
+IMAGES_PER_FEATURE = 10  # below which the distance of a set to itself, drawn twice, is still far from 0
+
+# Key in the JSON, with the features of Inception and with others; in the table; and what is better.
+NAMES = {
+    "distance": ("fid", "fd", "FID", "Fréchet distance", "lower"),
+    "spatial": ("sfid", "sfd", "sFID", "spatial Fréchet distance", "lower"),
+    "classes": ("inception_score", "class_score", "Inception score", "class score", "higher"),
+    "kernel": ("kid", "kd", "KID", "kernel distance", "lower"),
+    "precision": ("precision", "precision", "precision", "precision", "higher"),
+    "recall": ("recall", "recall", "recall", "recall", "higher"),
+    "density": ("density", "density", "density", "density", "higher"),
+    "coverage": ("coverage", "coverage", "coverage", "coverage", "higher"),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A set's features (n, d) and logits (n, c), float32 on the CPU, and statistics of its features."""
+
+    features: Tensor
+    logits: Tensor | None
+    gaussian: Gaussian
+    spatial: Gaussian | None
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Score images as the configuration asks, print a table, and write and return what the JSON file holds.
+
+    Raises:
+        LamambaError: images, reference or network are missing, unfit or do not fit each other; a feature is not finite.
+    """
+    device = choose_device(config.device)
+    network = open_features(config.features, device, config.pixels)
+    generated = open_images(config.generated, config.image_size)
+    reference = open_reference(config.reference, config.image_size)
+    for images in (generated, reference.images):
+        if images is not None and images.num_images < 2:
+            raise DataError(f"{images.name} has {images.num_images} image: statistics need 2, and good ones thousands")
+    sets = [images for images in (generated, reference.images) if images is not None]
+    # Before the work: what does not fit should not cost an hour.
+    _check_sizes(sets, network)
+    _check_statistics(generated, reference, network, device)
+    if config.out.is_dir():
+        raise ConfigError(f"out {config.out} is a folder: give the name of a file in it")
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    settings, warned = read_settings(generated)
+
+    console = Console()
+    with Progress(
+        TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"),
+        TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True,
+    ) as progress:  # fmt: skip
+        measured = []
+        for images, name in zip(sets, ("generated", "reference"), strict=False):
+            task = progress.add_task(name, total=images.num_images)
+            measured.append(_measure(images, network, device, config.batch_size, partial(progress.advance, task)))
+        ours, theirs = measured[0], measured[1] if len(measured) > 1 else None
+        progress.add_task("scores", total=None)
+        scores, left_out = _score(ours, theirs, reference, network, config, device)
+    warned += _warn(ours, theirs, reference, network)
+    wrong = [name for name, value in scores.items() if not math.isfinite(value)]
+    if wrong:
+        raise DataError(f"{', '.join(wrong)} of {generated.name} and {reference.name} are not finite: check the images")
+
+    result = {
+        "scores": scores,
+        "left_out": left_out,
+        "warnings": warned,
+        "features": {
+            "name": network.name, "file": config.features, "sha256": network.sha256,
+            "dimension": ours.features.shape[1], "pixels": config.pixels,
+        },
+        "generated": _describe(generated),
+        "reference": {**_describe(reference.images, reference.name), "statistics_sha256": reference.sha256},
+        "generation": settings,
+        "definitions": {
+            "kernel_subsets": metrics.KERNEL_SUBSETS,
+            "kernel_subset_size": min(metrics.KERNEL_SUBSET_SIZE, *(images.num_images for images in sets)),
+            "images_per_split": metrics.IMAGES_PER_SPLIT,
+            "manifold_k": metrics.MANIFOLD_K, "density_k": metrics.DENSITY_K,
+            "nearest_images": config.nearest_images, "image_size": config.image_size, "seed": config.seed,
+        },
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "lamamba": __version__,
+        "torch": torch.__version__,
+        "torchmetrics": version("torchmetrics") if metrics.HAS_TORCHMETRICS else None,
+    }  # fmt: skip
+    with written_whole(config.out) as temporary:
+        temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    _print(console, result, network)
+    console.print(f"scores {config.out}", highlight=False, soft_wrap=True)
+    return result
+
+
+def _measure(
+    images: ImageSet, network: FeatureNetwork, device: torch.device, batch_size: int, on_images: Callable[[int], None]
+) -> Measured:
+    """Send a set through the network once."""
+    exact = _exact_device(device)
+    moments, spatial_moments = Moments(), Moments()
+    features, logits = [], []
+    for names, batch in images.batches(batch_size, network.channels):
+        found = network(batch.to(device))
+        bad = ~found.features.isfinite().all(dim=1)
+        if found.spatial is not None:
+            bad |= ~found.spatial.isfinite().all(dim=1)
+        if found.logits is not None:
+            bad |= ~found.logits.isfinite().all(dim=1)
+        if bad.any():
+            raise DataError(
+                f"features {network.name} of {names[int(bad.nonzero()[0])]} are not finite: look at that image, or try "
+                "device (--device) cpu"
+            )
+        moments.add(found.features.to(exact))
+        features.append(found.features.cpu())
+        if found.logits is not None:
+            logits.append(found.logits.cpu())
+        if found.spatial is not None:
+            spatial_moments.add(found.spatial.to(exact))
+        on_images(len(names))
+    return Measured(
+        torch.cat(features),
+        torch.cat(logits) if logits else None,
+        moments.gaussian(),
+        spatial_moments.gaussian() if spatial_moments.num_images else None,
+    )
+
+
+def _exact_device(device: torch.device) -> torch.device:
+    """Where float64 is: Apple's GPUs have none."""
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
+def _check_sizes(sets: list[ImageSet], network: FeatureNetwork) -> None:
+    """Look at the first image of each set; that the others are as large is checked when they are read."""
+    named = {images.name: show_size(images.first_size()) for images in sets}
+    taken = [show_size(size) for size in network.sizes]
+    for name, size in named.items():
+        if taken and size not in taken:
+            raise DataError(
+                f"{name} has images of {size}, and features {network.name} are of {' or '.join(taken)}: give others "
+                "(--features), or image_size (--image-size) to crop a folder's to"
+            )
+    if len(set(named.values())) > 1 and not taken:
+        different = " and ".join(f"{name} has images of {size}" for name, size in named.items())
+        raise DataError(
+            f"{different}, which scores would compare too: give both in one size, or image_size (--image-size) to "
+            "crop the files of folders to"
+        )
+
+
+def _check_statistics(generated: ImageSet, reference: Reference, network: FeatureNetwork, device: torch.device) -> None:
+    """Send one image through the network, to see whether statistics are of as many features."""
+    _, image = next(generated.batches(1, network.channels))
+    found = network(image.to(device))
+    for names, gaussian, features in (
+        ("mu and sigma", reference.features, found.features), ("mu_s and sigma_s", reference.spatial, found.spatial)
+    ):  # fmt: skip
+        if gaussian is not None and features is not None and len(gaussian.mean) != features.shape[1]:
+            raise DataError(
+                f"{names} of {reference.name} are of {len(gaussian.mean)} features and {network.name} has "
+                f"{features.shape[1]}: give the features they were made with (--features)"
+            )
+
+
+def _score(
+    ours: Measured,
+    theirs: Measured | None,
+    reference: Reference,
+    network: FeatureNetwork,
+    config: EvaluateConfig,
+    device: torch.device,
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Compute what can be; return the scores, and of the others why they are left out."""
+    exact = _exact_device(device)
+    scores: dict[str, float] = {}
+    left_out: dict[str, str] = {}
+
+    def key(name: str) -> str:
+        return NAMES[name][0 if network.is_standard else 1]
+
+    gaussian = reference.features or (theirs.gaussian if theirs else None)
+    assert gaussian is not None  # a reference has the one or the other
+    scores[key("distance")] = metrics.frechet_distance(ours.gaussian, gaussian)
+    # Published statistics and images are of different sets, so one does not stand in for the other.
+    spatial = reference.spatial if reference.features else theirs.spatial if theirs else None
+    if ours.spatial is None:
+        left_out[key("spatial")] = f"features {network.name} have no spatial part"
+    elif spatial is None:
+        left_out[key("spatial")] = f"{reference.name} has no mu_s and sigma_s"
+    else:
+        scores[key("spatial")] = metrics.frechet_distance(ours.spatial, spatial)
+
+    no_torchmetrics = "torchmetrics is not installed: pip install 'lamamba[evaluate]'"
+    no_images = f"{reference.name} has statistics and no images"
+    if ours.logits is None:
+        left_out[key("classes")] = f"features {network.name} have no classes"
+    elif not metrics.HAS_TORCHMETRICS:
+        left_out[key("classes")] = no_torchmetrics
+    else:
+        scores[key("classes")], deviation = metrics.inception_score(ours.logits, seed=config.seed)
+        if deviation is not None:
+            scores[f"{key('classes')}_deviation"] = deviation
+    if theirs is None or not metrics.HAS_TORCHMETRICS:
+        left_out[key("kernel")] = no_images if theirs is None else no_torchmetrics
+    else:
+        scores[key("kernel")], scores[f"{key('kernel')}_deviation"] = metrics.kernel_distance(
+            ours.features.to(exact), theirs.features.to(exact), seed=config.seed
+        )
+    neighbours = ("precision", "recall", "density", "coverage")
+    if theirs is None or min(len(ours.features), len(theirs.features)) <= metrics.DENSITY_K:
+        too_few = f"they need {metrics.DENSITY_K + 1} images of each set"
+        left_out.update(dict.fromkeys(neighbours, no_images if theirs is None else too_few))
+    else:
+        parts = (_some(part.features, config.nearest_images, config.seed).to(exact) for part in (ours, theirs))
+        compared = metrics.compare_neighbours(*parts)
+        scores.update({name: getattr(compared, name) for name in neighbours})
+    return scores, left_out
+
+
+def _some(features: Tensor, num: int, seed: int) -> Tensor:
+    """Choose at most `num` rows, at random but the same for a seed."""
+    if len(features) <= num:
+        return features
+    return features[torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:num]]
+
+
+def _warn(ours: Measured, theirs: Measured | None, reference: Reference, network: FeatureNetwork) -> list[str]:
+    """Say what makes these scores other than they look."""
+    warned = []
+    dimension = ours.features.shape[1]
+    distance = NAMES["distance"][2 if network.is_standard else 3]
+    sets = {"generated": ours}
+    if theirs is not None and reference.features is None:
+        sets["reference"] = theirs
+    for name, part in sets.items():
+        num, enough = len(part.features), IMAGES_PER_FEATURE * dimension
+        if num < enough:
+            few, higher = ("too few", "far too high") if num <= dimension else ("few", "higher than of more images")
+            warned.append(
+                f"{num:,} {name} images are {few} for {dimension:,} features: {distance} is {higher}, and comparable "
+                f"only between sets of as many; take {enough:,} or more"
+            )
+    if network.is_standard and len(ours.features) < PUBLISHED_IMAGES:
+        warned.append(f"published FIDs are of {PUBLISHED_IMAGES:,} images; {len(ours.features):,} give a higher one")
+    if reference.features is not None and not network.is_standard:
+        warned.append(
+            f"{reference.name} does not say which features its statistics are of; they should be {network.name}"
+        )
+    return warned
+
+
+def _describe(images: ImageSet | None, name: str | None = None) -> dict[str, Any]:
+    if images is None:
+        return {"name": name, "images": None}
+    height, width = images.size or (None, None)
+    return {
+        "name": images.name, "images": images.num_images, "height": height, "width": width,
+        "pixels_sha256": images.pixels_sha256,
+    }  # fmt: skip
+
+
+def _print(console: Console, result: dict[str, Any], network: FeatureNetwork) -> None:
+    generated, reference, features = result["generated"], result["reference"], result["features"]
+    statistics = "statistics" if reference["statistics_sha256"] else ""
+    images = f"{reference['images']:,} images" if reference["images"] else ""
+    against = " and ".join(part for part in (statistics, images) if part)
+    for line in (
+        f"{generated['images']:,} images of {generated['name']} against {against} of {reference['name']}",
+        f"features {features['name']}, {features['dimension']:,} numbers, sha256 {features['sha256'][:12]}",
+    ):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    table = Table()
+    table.add_column("score")
+    table.add_column("value", justify="right")
+    table.add_column("better")
+    for standard, other, label, other_label, better in NAMES.values():
+        name, shown = (standard, label) if network.is_standard else (other, other_label)
+        if name in result["scores"]:
+            deviation = result["scores"].get(f"{name}_deviation")
+            spread = "" if deviation is None else f" ± {deviation:.3g}"
+            table.add_row(shown, f"{result['scores'][name]:.5g}{spread}", better)
+    console.print(table, highlight=False)
+    for reason in dict.fromkeys(result["left_out"].values()):
+        names = ", ".join(name for name, why in result["left_out"].items() if why == reason)
+        console.print(f"left out: {names}: {reason}", highlight=False, soft_wrap=True, markup=False)
+    for warning in result["warnings"]:
+        console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,228 @@
+"""Networks that features come from; but for the shipped one, TorchScript files.
+
+inception   the graph of 2015 that FID is defined with, as NVIDIA converted it: three of its layers in one pass
+clothes     shipped: a small classifier of Fashion-MNIST, for grey images of 28 or 32 pixels
+any other   colour images -> features (b, d), or a pair of features and logits (b, c)
+"""
+
+import os
+import shutil
+import urllib.request
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lamamba.errors import ConfigError
+from lamamba.evaluation.clothes import ClothesNetwork
+from lamamba.files import checksum, written_whole
+
+INCEPTION_URL = (
+    "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"  # 91 MiB
+)
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+
+Pixels = Literal["uint8", "float"]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a network says of b images, in float32.
+
+    Attributes:
+        features: (b, d).
+        logits: (b, c), where it knows classes.
+        spatial: (b, s), where it has features that keep places.
+    """
+
+    features: Tensor
+    logits: Tensor | None = None
+    spatial: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FeatureNetwork:
+    """A network and what must be known of it to compare numbers.
+
+    Attributes:
+        name: "inception", "clothes", or the file's.
+        sha256: of its file.
+        channels: of the images it takes, 1 or 3.
+        sizes: heights and widths that it takes and treats alike; empty where any set of equal sizes will do.
+        extract: uint8 (b, channels, h, w) -> Features, without gradients.
+    """
+
+    name: str
+    sha256: str
+    channels: int
+    sizes: tuple[tuple[int, int], ...]
+    extract: Callable[[Tensor], Features]
+
+    @property
+    def is_standard(self) -> bool:
+        """Whether distances of its features have the names that papers use."""
+        return self.name == "inception"
+
+    def __call__(self, images: Tensor) -> Features:
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            # Rounding to TF32, which CUDA's convolutions do by default, moves scores.
+            stack.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False))
+            try:
+                found = self.extract(images)
+            except (RuntimeError, torch.jit.Error) as error:  # the last line says what the module cannot do
+                if "out of memory" in str(error):
+                    raise ConfigError(f"{len(images)} images at once do not fit: give a smaller batch_size") from error
+                said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+                raise ConfigError(
+                    f"features {self.name} cannot take images {tuple(images.shape)} of uint8 ({said[-1]}): give a "
+                    "module that does, or pixels (--pixels) float; docs/evaluation.md shows how to wrap a network"
+                ) from error
+        return found
+
+
+def open_features(name: str, device: torch.device, pixels: Pixels = "uint8") -> FeatureNetwork:
+    """Open a network by name or file; a file that has the checksum of the standard graph is the standard graph.
+
+    Args:
+        name: "inception", "clothes", or the path of a TorchScript file.
+        device: where it computes.
+        pixels: what a file takes: uint8 from 0 to 255, or float32 from 0 to 1.
+
+    Raises:
+        ConfigError: there is no such file, it is no TorchScript, or pixels is given for a network that is known.
+    """
+    if name == "clothes":
+        _check_pixels(name, pixels)
+        with as_file(files("lamamba") / "assets" / "clothes" / "features.safetensors") as weights:
+            network = ClothesNetwork()
+            network.load_state_dict(load_file(weights))  # float16 in the file, float32 from here on
+            extract = _caller(network.eval().to(device), name, pixels)
+            return FeatureNetwork(name, checksum(weights), 1, ((28, 28), (32, 32)), extract)
+    path = _fetched_inception() if name == "inception" else Path(name).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"features {name} is no file: give inception, clothes or a TorchScript file")
+    sha256 = checksum(path)
+    if sha256 == INCEPTION_SHA256:
+        _check_pixels(name, pixels)
+        return FeatureNetwork("inception", sha256, 3, (), _Inception(_load(path, device)))
+    return FeatureNetwork(path.name, sha256, 3, (), _caller(_load(path, device), path.name, pixels))
+
+
+def _check_pixels(name: str, pixels: Pixels) -> None:
+    if pixels != "uint8":
+        raise ConfigError(f"pixels (--pixels) {pixels} is not for features {name}, which take uint8: leave it out")
+
+
+def _load(path: Path, device: torch.device) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of the format, which these networks come in
+            return torch.jit.load(path, map_location=device).eval()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"features {path} cannot be read as TorchScript: save the network with torch.jit.trace(...).save(...)"
+        ) from error
+
+
+def _caller(module: Any, name: str, pixels: Pixels) -> Callable[[Tensor], Features]:
+    def extract(images: Tensor) -> Features:
+        found = module(images if pixels == "uint8" else images.float() / 255)
+        features, logits = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+        for tensor in (features,) if logits is None else (features, logits):
+            if not isinstance(tensor, Tensor) or tensor.ndim != 2 or len(tensor) != len(images):
+                said = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ConfigError(
+                    f"features {name} returned {said} for {len(images)} images: it must be (b, d), or a pair of that "
+                    "and logits (b, c); docs/evaluation.md shows how to wrap a network"
+                )
+        return Features(features.float(), None if logits is None else logits.float())
+
+    return extract
+
+
+class _Inception:
+    """The graph of 2015 by its layers: pooled features, logits without bias, and those of mixed_6/conv for sFID.
+
+    All three from one pass; the first images are also sent through the module as a whole, and must get the same.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.checked = False
+
+    def __call__(self, images: Tensor) -> Features:
+        found = self._extract(images)
+        if not self.checked:
+            whole = self.module(images, return_features=True)
+            classes = self.module(images, no_output_bias=True)
+            if not (_agree(found.features, whole) and _agree(found.logits.softmax(dim=1), classes)):  # type: ignore[union-attr]
+                raise ConfigError("inception by its layers is not inception as a whole on this device: try device cpu")
+            self.checked = True
+        return found
+
+    def _extract(self, images: Tensor) -> Features:
+        x = (resize_as_in_2015(images.float()) - 128) / 128
+        spatial = None
+        for name, layer in self.module.layers.named_children():
+            if name == "mixed_6":
+                # ADM's order: row, column, channel, the first 7 channels of 17 x 17. Published statistics depend on it.
+                spatial = layer.conv(x)[:, :7].permute(0, 2, 3, 1).flatten(1)
+            x = layer(x)
+        features = x.flatten(1)
+        return Features(features, F.linear(features, self.module.output.weight), spatial)
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= 1e-3 * b.abs().max())
+
+
+def resize_as_in_2015(images: Tensor, size: int = 299) -> Tensor:
+    """Scale images (b, c, h, w) to `size` square as the graph does: linear, with pixel i at i h / size, no smoothing.
+
+    So pixels are placed by their corners, not their centres, and images larger than `size` alias: FID is defined so.
+    """
+    for dim in (2, 3):
+        length = images.shape[dim]
+        places = torch.arange(size, device=images.device, dtype=torch.float64) * (length / size)
+        low = places.floor().long().clamp_max(length - 1)
+        high = (low + 1).clamp_max(length - 1)
+        share = (places - low).float().view(-1, *[1] * (3 - dim))
+        below, above = images.index_select(dim, low), images.index_select(dim, high)
+        images = below + (above - below) * share
+    return images
+
+
+def _fetched_inception() -> Path:
+    """Return the standard graph's file in the cache, fetched the first time.
+
+    Raises:
+        ConfigError: it cannot be fetched, or is not the file that it should be.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lamamba"
+    path = cache / INCEPTION_URL.rsplit("/", 1)[-1]
+    by_hand = f"fetch {INCEPTION_URL} elsewhere and give it with features (--features) FILE"
+    if not path.is_file():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with written_whole(path) as temporary:
+                with urllib.request.urlopen(INCEPTION_URL, timeout=60) as answer, temporary.open("wb") as file:
+                    shutil.copyfileobj(answer, file)
+                if checksum(temporary) != INCEPTION_SHA256:
+                    raise ConfigError(
+                        f"what {INCEPTION_URL} gave is not the file of checksum {INCEPTION_SHA256}: {by_hand}"
+                    )
+        except OSError as error:  # no network is one too
+            reason = getattr(error, "reason", error)
+            raise ConfigError(f"the Inception network could not be fetched to {path} ({reason}): {by_hand}") from error
+    elif checksum(path) != INCEPTION_SHA256:
+        raise ConfigError(f"{path} is not the file of checksum {INCEPTION_SHA256}: delete it, and it is fetched again")
+    return path

@@ -1,0 +1,274 @@
+"""What is scored and against what: a folder of images, a .npz of images, published statistics, Fashion-MNIST."""
+
+import hashlib
+import json
+import math
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lamamba.data import IMAGE_SUFFIXES, NAMED_SOURCES, crop_centre, load_builtin, load_fashion_mnist, read_image
+from lamamba.data.sources import list_images_below
+from lamamba.errors import DataError
+from lamamba.evaluation.metrics import Gaussian
+from lamamba.files import checksum
+
+_MOST_VALUES = 10  # of a setting that differs from image to image; of more, how many there are
+
+
+@dataclass
+class ImageSet:
+    """Images that are read once, in order.
+
+    Attributes:
+        name: where they are from.
+        num_images: how many there are.
+        read: yields (name of the image, uint8 (h, w, c)).
+        paths: of the files, where they are in files of their own.
+        size: height and width, once the first was read.
+        pixels_sha256: of all pixels, once the last was read; the same for a folder and a .npz of the same images.
+    """
+
+    name: str
+    num_images: int
+    read: Callable[[], Iterator[tuple[str, np.ndarray]]]
+    paths: tuple[str, ...] = ()
+    size: tuple[int, int] | None = None
+    pixels_sha256: str | None = None
+
+    def first_size(self) -> tuple[int, ...]:
+        """Return height and width of the first image; DataError if it cannot be read."""
+        return next(self.read())[1].shape[:2]
+
+    def batches(self, batch_size: int, channels: int) -> Iterator[tuple[list[str], Tensor]]:
+        """Yield names and uint8 (b, channels, h, w).
+
+        Raises:
+            DataError: an image cannot be read, has another size than the first, or is in colour where channels is 1.
+        """
+        digest = hashlib.sha256()
+        names, images, first = [], [], ""
+        for name, image in self.read():
+            if self.size is None:
+                self.size, first = image.shape[:2], name
+            if image.shape[:2] != self.size:
+                sizes = f"{name} is {show_size(image.shape)} and {first or 'the first'} {show_size(self.size)}"
+                raise DataError(
+                    f"{sizes}: give images of one size, or image_size (--image-size) to crop the files of folders to"
+                )
+            in_colour = np.broadcast_to(image, (*self.size, 3))
+            digest.update(in_colour.tobytes())
+            images.append(_as_grey(image, name) if channels == 1 else in_colour)
+            names.append(name)
+            if len(images) == batch_size:
+                yield names, _to_tensor(images)
+                names, images = [], []
+        if images:
+            yield names, _to_tensor(images)
+        self.pixels_sha256 = digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What images are held against: images, or statistics of their features, or both.
+
+    Attributes:
+        name: where it is from.
+        images: those that are there.
+        features: statistics that were published, which go before those of `images`.
+        spatial: the same of the spatial features.
+        sha256: of the file with the statistics.
+    """
+
+    name: str
+    images: ImageSet | None
+    features: Gaussian | None = None
+    spatial: Gaussian | None = None
+    sha256: str | None = None
+
+
+def open_images(name: str, image_size: int | None = None) -> ImageSet:
+    """Open a folder of images (at any depth), a .npz of them, `builtin` or `fashion-mnist`; folders can be cropped.
+
+    Raises:
+        DataError: there is no such thing, or no image in it.
+    """
+    reference = open_reference(name, image_size)
+    if reference.images is None:
+        raise DataError(f"{name} has statistics but no images (arr_0): give the generated images themselves")
+    return reference.images
+
+
+def open_reference(name: str, image_size: int | None = None) -> Reference:
+    """Open what `open_images` does, or a .npz of statistics (mu, sigma, mu_s, sigma_s), of images (arr_0), or of both.
+
+    Raises:
+        DataError: there is no such thing, nothing in it can be used, or a statistic is no statistic.
+    """
+    path = Path(name).expanduser()
+    if name in NAMED_SOURCES:
+        source = load_builtin() if name == "builtin" else load_fashion_mnist("train")
+        images = source.images.transpose(0, 2, 3, 1)
+        return Reference(name, ImageSet(name, len(images), lambda: _enumerate(name, iter(images))))
+    if path.is_dir():
+        return Reference(name, _open_folder(path, image_size))
+    if path.suffix == ".npz" and path.is_file():
+        return _open_npz(path)
+    kinds = f"a folder of images, a .npz file, {' or '.join(NAMED_SOURCES)}"
+    raise DataError(f"{name} is {'not one of them' if path.exists() else 'missing'}: give {kinds}")
+
+
+def _as_grey(image: np.ndarray, name: str) -> np.ndarray:
+    """Make (h, w, c) grey; DataError where it is in colour."""
+    if (image != image[..., :1]).any():
+        raise DataError(f"{name} is in colour and these features are of grey images: give others (--features)")
+    return image[..., :1]
+
+
+def show_size(shape: tuple[int, ...]) -> str:
+    """Write height and width as people do."""
+    return f"{shape[0]}x{shape[1]}"
+
+
+def _to_tensor(images: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)))
+
+
+def _enumerate(name: str, images: Iterator[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    return ((f"image {index} of {name}", image) for index, image in enumerate(images))
+
+
+def _open_folder(folder: Path, image_size: int | None) -> ImageSet:
+    paths = list_images_below(folder)
+    if not paths:
+        raise DataError(f"{folder} has no images: put files in it that end in {', '.join(IMAGE_SUFFIXES)}")
+
+    def load(path: str) -> np.ndarray:
+        image = read_image(path, 3)
+        return np.asarray(image if image_size is None else crop_centre(image, image_size))
+
+    def read() -> Iterator[tuple[str, np.ndarray]]:
+        with ThreadPoolExecutor() as threads:
+            for start in range(0, len(paths), 256):  # in pieces: all at once would fill the memory
+                part = paths[start : start + 256]
+                yield from zip(part, threads.map(load, part), strict=True)
+
+    return ImageSet(str(folder), len(paths), read, tuple(paths))
+
+
+def _open_npz(path: Path) -> Reference:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+        images = _images_of(path) if "arr_0" in names else None
+        with np.load(path, allow_pickle=False) as arrays:
+            features = _gaussian(path, arrays, "mu", "sigma") if "mu" in names else None
+            spatial = _gaussian(path, arrays, "mu_s", "sigma_s") if "mu_s" in names else None
+    except DataError:
+        raise
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} cannot be read as a .npz file ({error}): fetch or make it again") from error
+    if images is None and features is None:
+        raise DataError(
+            f"{path} has the arrays {', '.join(names) or 'none'}: images are in arr_0, statistics in mu and sigma"
+        )
+    return Reference(str(path), images, features, spatial, checksum(path) if features else None)
+
+
+def _images_of(path: Path) -> ImageSet:
+    with _opened_array(path) as (shape, _):
+        count = shape[0]
+    return ImageSet(str(path), count, lambda: _enumerate(str(path), _stream(path)))
+
+
+@contextmanager
+def _opened_array(path: Path) -> Iterator[tuple[tuple[int, ...], IO[bytes]]]:
+    """Give the shape of arr_0 in a .npz file and a file of its bytes, so that 10 GB of images are never in memory."""
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read_header(file)
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran_order or math.prod(shape) == 0:
+            raise DataError(f"arr_0 of {path} is {dtype} {shape}: images are uint8 (n, height, width, 3), or 1 if grey")
+        yield shape, file
+
+
+def _stream(path: Path) -> Iterator[np.ndarray]:
+    try:
+        with _opened_array(path) as ((count, *shape), file):
+            for _ in range(count):
+                yield np.frombuffer(file.read(math.prod(shape)), np.uint8).reshape(shape)
+    except DataError:
+        raise
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"the images (arr_0) of {path} are damaged ({error}): fetch or make it again") from error
+
+
+def _gaussian(path: Path, arrays: Any, mean_name: str, covariance_name: str) -> Gaussian:
+    mean, covariance = (np.asarray(arrays[name], dtype=np.float64) for name in (mean_name, covariance_name))
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        fault = f"have shapes {mean.shape} and {covariance.shape}, not (d,) and (d, d)"
+    elif not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        fault = "have numbers that are not finite"
+    elif not np.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-4 * np.abs(covariance).max()):
+        fault = "are no mean and covariance: the matrix is not symmetric"
+    else:
+        return Gaussian(torch.from_numpy(mean), torch.from_numpy((covariance + covariance.T) / 2))
+    raise DataError(f"{mean_name} and {covariance_name} of {path} {fault}: fetch or make it again")
+
+
+def read_settings(images: ImageSet) -> tuple[dict[str, Any] | None, list[str]]:
+    """Gather how images were made from the metadata that `lamamba sample` writes into PNG files.
+
+    Returns:
+        A setting that all images share has its value. Labels have their counts, seeds are first, last and how many
+        different ones. Of another that differs, the values with their counts. None where no image says anything.
+        And warnings of images that say nothing, or were made differently.
+    """
+    found = [settings for path in images.paths if (settings := _settings_of(path)) is not None]
+    if not found:
+        return None, [f"{images.name} does not say how its images were made; lamamba sample --images-out writes that"]
+    warned = []
+    if len(found) < images.num_images:
+        warned.append(f"{images.num_images - len(found):,} of {images.num_images:,} generated images do not say how")
+    gathered: dict[str, Any] = {}
+    for name in dict.fromkeys(name for settings in found for name in settings):
+        values = Counter(json.dumps(settings.get(name)) for settings in found)
+        if name == "seed":
+            seeds = [settings["seed"] for settings in found if isinstance(settings.get("seed"), int)]
+            gathered["seeds"] = (
+                {"first": min(seeds), "last": max(seeds), "different": len(set(seeds))} if seeds else None
+            )
+        elif name == "label":
+            gathered["images_of_label"] = {
+                value: values[value] for value in sorted(values, key=lambda text: (len(text), text))
+            }
+        elif len(values) == 1:
+            gathered[name] = found[0][name]
+        else:
+            common = dict(values.most_common(_MOST_VALUES))
+            gathered[name] = {"different": len(values), "images_of_value": common}
+            warned.append(
+                f"generated images differ in {name}: {', '.join(list(common)[:3])}{', ...' * (len(values) > 3)}"
+            )
+    return gathered, warned
+
+
+def _settings_of(path: str) -> dict[str, Any] | None:
+    try:
+        with Image.open(path) as image:
+            settings = json.loads(image.info["lamamba"])
+    except Exception:  # not written by lamamba, which is no fault; reading the pixels says whether the file has one
+        return None
+    return settings if isinstance(settings, dict) else None

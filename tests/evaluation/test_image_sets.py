@@ -1,0 +1,173 @@
+"""Folders, .npz files and statistics: the same images are the same, and what is wrong is named."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from lamamba.errors import DataError
+from lamamba.evaluation.image_sets import ImageSet, open_images, open_reference, read_settings
+
+
+def pixels(num: int = 5, size: tuple[int, int] = (6, 8), channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (num, *size, channels), dtype=np.uint8)
+
+
+def write_folder(folder: Path, images: np.ndarray, settings: list[dict[str, object] | None] | None = None) -> Path:
+    folder.mkdir(parents=True)
+    for index, image in enumerate(images):
+        metadata = PngInfo()
+        if settings and settings[index] is not None:
+            metadata.add_text("lamamba", json.dumps(settings[index]))
+        Image.fromarray(image.squeeze()).save(folder / f"{index:04d}.png", pnginfo=metadata)
+    return folder
+
+
+def read(images: ImageSet, channels: int = 3, batch_size: int = 2) -> np.ndarray:
+    return torch.cat([batch for _, batch in images.batches(batch_size, channels)]).numpy().transpose(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_folder_and_both_kinds_of_npz_are_the_same(tmp_path: Path, channels: int) -> None:
+    images = pixels(channels=channels)
+    write_folder(tmp_path / "folder", images)
+    np.savez(tmp_path / "plain.npz", images)
+    np.savez_compressed(tmp_path / "small.npz", arr_0=images, labels=np.arange(5))
+    found = [open_images(str(tmp_path / name)) for name in ("folder", "plain.npz", "small.npz")]
+    for one in found:
+        assert one.num_images == 5
+        np.testing.assert_array_equal(read(one), np.broadcast_to(images, (5, 6, 8, 3)))
+        assert one.size == (6, 8)
+        if channels == 1:
+            np.testing.assert_array_equal(read(one, channels=1, batch_size=5), images)
+    assert len({one.pixels_sha256 for one in found}) == 1
+    write_folder(tmp_path / "other", images[::-1])
+    other = open_images(str(tmp_path / "other"))
+    read(other)
+    assert other.pixels_sha256 != found[0].pixels_sha256
+
+
+def test_folders_at_any_depth_and_cropped(tmp_path: Path) -> None:
+    write_folder(tmp_path / "set" / "one" / "deep", pixels(2, (12, 16)))
+    write_folder(tmp_path / "set" / "two", pixels(3, (20, 10)))
+    images = open_images(str(tmp_path / "set"), image_size=6)
+    assert read(images).shape == (5, 6, 6, 3)
+
+
+def test_named_sets() -> None:
+    images = open_images("builtin")
+    assert images.num_images == 10_000
+    names, batch = next(images.batches(4, 1))
+    assert batch.shape == (4, 1, 32, 32)
+    assert names[3] == "image 3 of builtin"
+
+
+def test_statistics_with_and_without_images(tmp_path: Path) -> None:
+    mean, covariance = np.arange(4, dtype=np.float32), np.eye(4)
+    np.savez(
+        tmp_path / "both.npz", arr_0=pixels(), mu=mean, sigma=covariance, mu_s=mean[:2], sigma_s=covariance[:2, :2]
+    )
+    np.savez(tmp_path / "plain.npz", mu=mean, sigma=covariance)
+    both, plain = (open_reference(str(tmp_path / name)) for name in ("both.npz", "plain.npz"))
+    assert both.images is not None
+    assert read(both.images).shape == (5, 6, 8, 3)
+    assert both.features is not None
+    assert both.spatial is not None
+    assert both.spatial.mean.tolist() == [0, 1]
+    assert plain.features is not None
+    assert plain.features.mean.dtype == plain.features.covariance.dtype == torch.float64
+    assert (plain.images, plain.spatial) == (None, None)
+    assert both.sha256 != plain.sha256
+    with pytest.raises(DataError, match=r"plain.npz has statistics but no images \(arr_0\)"):
+        open_images(str(tmp_path / "plain.npz"))
+
+
+def test_what_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("x")
+    (tmp_path / "text.npz").write_text("x")
+    eye = np.eye(3)
+    arrays: dict[str, dict[str, np.ndarray]] = {
+        "floats": {"arr_0": pixels().astype(np.float32)},
+        "planes_first": {"arr_0": pixels().transpose(0, 3, 1, 2)},
+        "none": {"arr_0": pixels()[:0]},
+        "unknown": {"images": pixels(), "y": eye},
+        "shapes": {"mu": np.zeros(3), "sigma": np.eye(4)},
+        "nan": {"mu": np.array([0, np.nan, 0]), "sigma": eye},
+        "askew": {"mu": np.zeros(3), "sigma": eye + np.triu(np.ones((3, 3)))},
+        "half": {"mu": np.zeros(3)},
+        "objects": {"mu": np.array([None, 1]), "sigma": eye},
+    }
+    for name, content in arrays.items():
+        np.savez(tmp_path / f"{name}.npz", **content)
+    for name, message in (
+        ("empty", "empty has no images"),
+        ("gone", "gone is missing: give a folder of images, a .npz file"),
+        ("text.txt", "text.txt is not one of them: give a folder of images, a .npz file"),
+        ("text.npz", "text.npz cannot be read as a .npz file"),
+        ("floats.npz", "floats.npz is float32 (5, 6, 8, 3): images are uint8 (n, height, width, 3)"),
+        ("planes_first.npz", "planes_first.npz is uint8 (5, 3, 6, 8)"),
+        ("none.npz", "none.npz is uint8 (0, 6, 8, 3)"),
+        ("unknown.npz", "unknown.npz has the arrays images, y: images are in arr_0, statistics in mu and sigma"),
+        ("shapes.npz", "shapes.npz have shapes (3,) and (4, 4), not (d,) and (d, d)"),
+        ("nan.npz", "nan.npz have numbers that are not finite"),
+        ("askew.npz", "the matrix is not symmetric"),
+        ("half.npz", "half.npz cannot be read as a .npz file"),
+        ("objects.npz", "objects.npz cannot be read as a .npz file"),
+    ):
+        with pytest.raises(DataError, match=re.escape(message)):
+            open_reference(str(tmp_path / name))
+
+
+def test_damaged_images_are_named(tmp_path: Path) -> None:
+    write_folder(tmp_path / "folder", pixels())
+    (tmp_path / "folder" / "0003.png").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"0003\.png cannot be read"):
+        read(open_images(str(tmp_path / "folder")))
+    np.savez(tmp_path / "set.npz", pixels(size=(60, 80)))
+    content = bytearray((tmp_path / "set.npz").read_bytes())
+    content[40_000] ^= 1
+    (tmp_path / "set.npz").write_bytes(content)
+    with pytest.raises(DataError, match=r"the images \(arr_0\) of .*set\.npz are damaged"):
+        read(open_images(str(tmp_path / "set.npz")))
+
+
+def test_sizes_that_differ_and_colour_where_grey_is_asked(tmp_path: Path) -> None:
+    write_folder(tmp_path / "set" / "a", pixels(2))
+    write_folder(tmp_path / "set" / "b", pixels(2, (6, 9)))
+    with pytest.raises(DataError, match=r"b/0000.png is 6x9 and .*a/0000.png 6x8: give images of one size"):
+        read(open_images(str(tmp_path / "set")))
+    with pytest.raises(DataError, match=r"a/0000.png is in colour"):
+        read(open_images(str(tmp_path / "set" / "a")), channels=1)
+
+
+def settings(**changes: object) -> dict[str, object]:
+    return {"checkpoint": "runs/a", "steps": 25, "guidance": 2.0, "label": 0, "seed": 0, **changes}
+
+
+def test_settings_are_gathered(tmp_path: Path) -> None:
+    folder = write_folder(
+        tmp_path / "a", pixels(4), [settings(seed=seed, label=seed // 2) for seed in (10, 11, 12, 13)]
+    )
+    gathered, warned = read_settings(open_images(str(folder)))
+    assert gathered == {
+        "checkpoint": "runs/a", "steps": 25, "guidance": 2.0, "images_of_label": {"5": 2, "6": 2},
+        "seeds": {"first": 10, "last": 13, "different": 4},
+    }  # fmt: skip
+    assert warned == []
+
+
+def test_settings_that_differ_or_lack_are_warned_of(tmp_path: Path) -> None:
+    mixed: list[dict[str, object] | None] = [settings(), settings(steps=50), settings(steps=50), None]
+    gathered, warned = read_settings(open_images(str(write_folder(tmp_path / "mixed", pixels(4), mixed))))
+    assert gathered is not None
+    assert gathered["steps"] == {"different": 2, "images_of_value": {"50": 2, "25": 1}}
+    assert warned == ["1 of 4 generated images do not say how", "generated images differ in steps: 50, 25"]
+    gathered, warned = read_settings(open_images(str(write_folder(tmp_path / "none", pixels(4)))))
+    assert gathered is None
+    assert "does not say how its images were made" in warned[0]
