@@ -130,7 +130,7 @@ def test_a_wrong_training_option_is_refused_by_name(name: str, value: object) ->
 @pytest.mark.parametrize(("name", "value"), [("num_per_label", 0), ("steps", 0), ("batch_size", -1), ("seed", -1)])
 def test_a_wrong_sampling_option_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(ConfigError) as caught:
-        SampleConfig("nano", **{name: value})
+        SampleConfig(checkpoint="nano", **{name: value})
     assert str(caught.value).startswith(f"{name} is {value!r}: it must be ")
 
 
