@@ -35,8 +35,8 @@ from lamamba.data import ArraySource, LatentSource, batches
 from lamamba.data.latent_files import FORMAT, INDEX
 from lamamba.diffusion import OBJECTIVES, draw_noise
 from lamamba.latents import Pixels
-from lamamba.pipeline import choose_device
 from lamamba.processes import GradientSums, Processes, joined
+from lamamba.sampling import choose_device
 from lamamba.trainer import Trainer
 from measure import RESULTS, Results, milliseconds
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from lamamba.config import GuidanceOptions
 from lamamba.diffusion import OBJECTIVES, Diffusion, FlowMatching, guide, schedule_arrays, training_losses
 from lamamba.errors import ConfigError
-from lamamba.pipeline import sample
+from lamamba.sampling import sample
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "golden_diffusion.safetensors")
 

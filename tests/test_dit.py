@@ -16,7 +16,7 @@ from lamamba.diffusion import Diffusion
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.latents import Latents
 from lamamba.model import LaMambaDiff
-from lamamba.pipeline import sample
+from lamamba.sampling import sample
 from tiny_autoencoder import write_autoencoder
 
 LABELS, SEEDS = [3, 998, 3], [5, 6, 7]

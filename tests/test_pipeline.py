@@ -1,178 +1,325 @@
-"""Sampling: an image depends on its seed and its label alone, and what cannot work is refused by name."""
+"""The pipeline as diffusers' users know one: saved and loaded, schedulers swapped, steered, interrupted."""
 
-import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from PIL import Image
 
-from lamamba.config import GuidanceOptions
-from lamamba.diffusion import OBJECTIVES, STOCHASTIC_SAMPLERS, Diffusion
+from lamamba.diffusion import OBJECTIVES
 from lamamba.errors import ConfigError
 from lamamba.model import LaMambaDiff
-from lamamba.pipeline import choose_device, make_grid, sample
+from lamamba.pipeline import LaMambaDiffPipeline
+from lamamba.sampling import sample
+from tiny_autoencoder import write_autoencoder
 
-LABELS, SEEDS = [0, 1, 2, 0, 1, 2, 3, 1], [5, 6, 7, 8, 9, 10, 11, 12]
-
-
-def make_network(num_classes: int = 3, seed: int = 0) -> LaMambaDiff:
-    """Build a tiny network whose output depends on everything; a fresh one ignores its label."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = LaMambaDiff(
-            in_channels=1, sample_size=8, num_classes=num_classes, embed_dim=8, num_heads=2, depths=(1, 1, 1, 1),
-            bottleneck_depth=1, decoder_extra_depth=0, window_size=4,
-        )  # fmt: skip
-        for parameter in network.parameters():
-            parameter.data += 0.05 * torch.randn_like(parameter)
-    return network.eval()
+NAMES = ("T-shirt", "Coat", "Bag")
 
 
-@pytest.fixture(scope="module")
-def network() -> LaMambaDiff:
-    return make_network()
+def build(objective: str = "diffusion", vae: Any = None, **options: Any) -> LaMambaDiffPipeline:
+    torch.manual_seed(0)
+    tiny = {
+        "in_channels": 1, "sample_size": 8, "num_classes": 3, "embed_dim": 8, "num_heads": 2, "depths": (1, 1, 1, 1),
+        "bottleneck_depth": 1,
+    }  # fmt: skip
+    network = LaMambaDiff(**{**tiny, **options}).eval()
+    for parameter in network.parameters():  # or gates of zero would hide what is asked for
+        torch.nn.init.normal_(parameter, std=0.1)
+    kind = OBJECTIVES[objective]
+    names = dict(enumerate(NAMES)) if network.config.num_classes else None
+    pipe = LaMambaDiffPipeline(network, kind.scheduler(kind.default_sampler, 4), vae, names, objective)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
-def sample_in_batches(network: LaMambaDiff, batch_size: int, objective: str, sampler: str) -> Tensor:
-    parts = [slice(start, start + batch_size) for start in range(0, len(LABELS), batch_size)]
-    return torch.cat(
-        [
-            sample(
-                network, OBJECTIVES[objective], LABELS[part], SEEDS[part], sampler=sampler, num_steps=5,
-                guidance_scale=2.0, guidance_options=GuidanceOptions((0.0, 50.0), cosine_power=0.5, rescale=0.5),
-            )
-            for part in parts
-        ]
-    )  # fmt: skip
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+def latents_of(pipe: LaMambaDiffPipeline, labels: Any = None, num_steps: int = 4, **options: Any) -> torch.Tensor:
+    options = {"generator": torch.Generator().manual_seed(7), **options}
+    out: torch.Tensor = pipe(labels, num_steps, output_type="latent", **options).images
+    assert out.isfinite().all()
+    return out
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "flow"])
+def test_it_samples_what_sample_does(objective: str) -> None:
+    pipe = build(objective)
+    ours = latents_of(pipe, ["Coat", 2, None], guidance_scale=3.0, generator=seeds(5, 6, 7))
+    wanted = sample(pipe.network, OBJECTIVES[objective], [1, 2, 3], [5, 6, 7], num_steps=4, guidance_scale=3.0)
+    assert torch.equal(ours, wanted)
+
+
+def test_it_is_saved_and_loaded_with_its_names(tmp_path: Path) -> None:
+    pipe = build(vae=None)
+    pipe.save_pretrained(tmp_path)
+    again = LaMambaDiffPipeline.from_pretrained(tmp_path, local_files_only=True)
+    again.set_progress_bar_config(disable=True)
+    assert again.labels == pipe.labels == {"T-shirt": 0, "Coat": 1, "Bag": 2}
+    assert again.vae is None
+    assert torch.equal(latents_of(again, "coat"), latents_of(pipe, "Coat"))
+    half = LaMambaDiffPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16, local_files_only=True)
+    half.set_progress_bar_config(disable=True)
+    assert half.network.patch_projection.weight.dtype == torch.bfloat16
+    assert latents_of(half, "Coat").dtype == torch.float32
+
+
+def test_shipped_weights_draw_what_they_are_asked_for() -> None:
+    pipe = LaMambaDiffPipeline.from_checkpoint("nano")
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(["Trouser", "Bag"], 6, generator=torch.Generator().manual_seed(1)).images
+    assert [(image.mode, image.size) for image in images] == [("L", (32, 32))] * 2
+    trouser, bag = (np.asarray(image, dtype=float) for image in images)
+    assert trouser[4:, 15:17].mean() > 30, "trousers are in the middle"
+    assert bag[20:, 4:8].mean() > trouser[20:, 4:8].mean() + 30, "bags are wide"
+
+
+def test_output_types_agree() -> None:
+    pipe = build()
+    outs = {
+        kind: pipe(["Bag", 0], 4, generator=torch.Generator().manual_seed(7), output_type=kind).images
+        for kind in ("pil", "np", "pt", "latent")
+    }
+    assert outs["np"].shape == (2, 8, 8, 1)
+    assert outs["pt"].shape == (2, 1, 8, 8)
+    wanted = (outs["latent"] / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(outs["pt"], wanted)
+    np.testing.assert_array_equal(outs["np"], wanted.permute(0, 2, 3, 1).numpy())
+    np.testing.assert_array_equal(
+        np.stack([np.asarray(image) for image in outs["pil"]]), (wanted[:, 0] * 255).round().byte().numpy()
+    )
+    (images,) = pipe(["Bag", 0], 4, generator=torch.Generator().manual_seed(7), output_type="pt", return_dict=False)
+    assert torch.equal(images, wanted)
+
+
+def test_an_image_does_not_depend_on_its_neighbours_nor_on_how_many_are_sampled_at_once() -> None:
+    pipe = build()
+    pipe.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    labels = ["Coat", "Bag", 0, None]
+    together = latents_of(pipe, labels)
+    torch.testing.assert_close(latents_of(pipe, labels, max_batch_size=3), together, rtol=1e-3, atol=1e-3)
+    alone = latents_of(pipe, "Bag", generator=seeds(11))
+    beside = latents_of(pipe, ["Bag", "Coat"], generator=seeds(11, 12))[:1]
+    torch.testing.assert_close(beside, alone, rtol=1e-3, atol=1e-3)
+    others = latents_of(pipe, labels, generator=torch.Generator().manual_seed(8))
+    assert (others - together).flatten(1).norm(dim=1).min() > 1
+
+
+def test_where_memory_does_not_do_half_as_many_are_sampled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = build()
+    wanted = latents_of(pipe, [0, 1, 2, 0, 1])
+    forward, seen = LaMambaDiff.forward, []
+
+    def forward_in_little_memory(network: LaMambaDiff, x_t: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        if len(x_t) > 4:  # two images, each with and without its label
+            raise torch.OutOfMemoryError("no more")
+        seen.append(len(x_t))
+        return forward(network, x_t, *others)
+
+    monkeypatch.setattr(LaMambaDiff, "forward", forward_in_little_memory)
+    torch.testing.assert_close(latents_of(pipe, [0, 1, 2, 0, 1]), wanted, rtol=1e-3, atol=1e-3)
+    assert max(seen) == 4
+    monkeypatch.setattr(LaMambaDiff, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+    with pytest.raises(torch.OutOfMemoryError):
+        latents_of(pipe, 0)
+
+
+OTHERS = [
+    "DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler",
+    "KDPM2DiscreteScheduler", "DPMSolverSinglestepScheduler",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_schedulers_of_diffusers_can_be_swapped(name: str) -> None:
+    """All solve the same equation: of a network that knows the noise of a single image, all make that image."""
+    pipe = build()
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    target = torch.linspace(-0.8, 0.8, 64).reshape(1, 1, 8, 8)
+    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).float()
+
+    def forward(x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        place = t.float().clamp(0, 999)
+        below = place.long()
+        level = torch.lerp(alpha_bar[below], alpha_bar[(below + 1).clamp(max=999)], place - below)[:, None, None, None]
+        noise = (x_t - level.sqrt() * target) / (1 - level).sqrt()
+        return torch.cat([noise, torch.zeros_like(noise)], dim=1)
+
+    pipe.network.forward = forward
+    out = latents_of(pipe, ["Coat", "Bag"], 30, guidance_scale=1.0)
+    assert (out - target).abs().max() < 0.05
 
 
 @pytest.mark.parametrize(
-    ("objective", "sampler"), [(name, sampler) for name, kind in OBJECTIVES.items() for sampler in kind.samplers]
-)
-def test_an_image_does_not_depend_on_its_neighbours(network: LaMambaDiff, objective: str, sampler: str) -> None:
-    together = sample_in_batches(network, 8, objective, sampler)
-    assert together.shape == (8, 1, 8, 8)
-    assert together.dtype == torch.float32
-    for batch_size in (1, 3):
-        difference = (sample_in_batches(network, batch_size, objective, sampler) - together).abs().max()
-        assert float(difference) < 1e-4 * max(1.0, float(together.abs().max()))
+    ("objective", "make", "said"),
+    [
+        ("diffusion", lambda: diffusers.FlowMatchEulerDiscreteScheduler(), "is for flow matching, and this network"),
+        ("diffusion", lambda: diffusers.DDIMScheduler(prediction_type="v_prediction", beta_schedule="linear"),
+         "takes v_prediction, and this network predicts noise"),
+        ("diffusion", lambda: diffusers.DDIMScheduler(beta_schedule="scaled_linear"),
+         "other noise levels than the network was trained with (beta_schedule scaled_linear): make it with"),
+        ("flow", lambda: diffusers.DDIMScheduler(), "is not for flow matching, which this network was trained with"),
+    ],
+)  # fmt: skip
+def test_a_scheduler_that_cannot_work_is_refused(objective: str, make: Callable[[], Any], said: str) -> None:
+    pipe = build(objective)
+    pipe.scheduler = make()
+    with pytest.raises(ConfigError) as error:
+        pipe("Coat", 4)
+    assert said in str(error.value)
 
 
-def test_an_image_depends_on_its_seed_and_its_label(network: LaMambaDiff) -> None:
-    x = sample(network, Diffusion(), [0, 0, 1, 3], [4, 5, 4, 4], num_steps=5)
-    for first in range(4):
-        for second in range(first):
-            assert float((x[first] - x[second]).abs().max()) > 1e-3
-    assert torch.equal(x, sample(network, Diffusion(), [0, 0, 1, 3], [4, 5, 4, 4], num_steps=5))
+def test_flow_schedulers_can_be_swapped() -> None:
+    pipe = build("flow")
+    heun = latents_of(pipe, "Coat", 40, guidance_scale=1.0)
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    euler = latents_of(pipe, "Coat", 200, guidance_scale=1.0)
+    assert (euler - heun).norm() < 0.05 * heun.norm()
 
 
-@pytest.mark.parametrize("sampler", STOCHASTIC_SAMPLERS)
-def test_sampling_neither_uses_nor_disturbs_the_global_generator(network: LaMambaDiff, sampler: str) -> None:
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    first = sample(network, Diffusion(), [0], [4], sampler=sampler, num_steps=3)
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(2)
-    assert torch.equal(sample(network, Diffusion(), [0], [4], sampler=sampler, num_steps=3), first)
-
-
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
-def test_guidance_in_an_interval(network: LaMambaDiff, objective: str) -> None:
-    def draw(scale: float, interval: tuple[float, float] | None = None) -> Tensor:
-        options = GuidanceOptions(interval)
-        return sample(
-            network, OBJECTIVES[objective], LABELS, SEEDS, num_steps=6, guidance_scale=scale, guidance_options=options
-        )
-
-    everywhere, nowhere = draw(3.0), draw(1.0)
-    assert float((everywhere - nowhere).abs().max()) > 1e-2
-    assert torch.equal(draw(3.0, (0.0, float("inf"))), everywhere)
-    assert torch.equal(draw(3.0, (1e6, 1e7)), nowhere)
-    partly = draw(3.0, (0.5, 5.0))
-    assert float((partly - everywhere).abs().max()) > 1e-3
-    assert float((partly - nowhere).abs().max()) > 1e-3
-
-
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
-def test_every_option_of_guidance_changes_the_image(network: LaMambaDiff, objective: str) -> None:
-    variants: list[dict] = [
-        {},
-        {"guidance_options": GuidanceOptions(interval=(0.5, 5.0))},
-        {"guidance_options": GuidanceOptions(cosine_power=1.0)},
-        {"guidance_options": GuidanceOptions(cosine_power=4.0)},
-        {"guidance_options": GuidanceOptions(rescale=0.7)},
-        {"weaker": make_network(seed=1)},
-    ]
-    images = [
-        sample(network, OBJECTIVES[objective], [0, 1], [4, 5], num_steps=6, guidance_scale=scale, **variant)
-        for scale in (3.0, 1.0)
-        for variant in variants
-    ]
-    for first, second in itertools.combinations(images[: len(variants) + 1], 2):
-        assert float((first - second).abs().max()) > 1e-3
-    for image in images[len(variants) :]:  # at scale 1
-        assert torch.equal(image, images[-1])
-
-
-def test_autoguidance_guides_an_unconditional_network_and_needs_one_like_it() -> None:
-    network, weaker = make_network(0), make_network(0, seed=1)
-    plain, guided = (
-        sample(network, Diffusion(), [0], [1], num_steps=4, guidance_scale=2.0, weaker=other)
-        for other in (network, weaker)
-    )
-    torch.testing.assert_close(plain, sample(network, Diffusion(), [0], [1], num_steps=4))
-    assert float((plain - guided).abs().max()) > 1e-3
-    with pytest.raises(ConfigError, match="the weaker network has num_classes 3 and this one 0"):
-        sample(network, Diffusion(), [0], [1], num_steps=2, guidance_scale=2.0, weaker=make_network(3))
-
-
-def test_an_unconditional_network_samples_without_guidance_only() -> None:
-    network = make_network(num_classes=0)
-    assert bool(sample(network, Diffusion(), [0, 0], [1, 2], num_steps=2).isfinite().all())
-    with pytest.raises(ConfigError, match=r"guidance needs labels.*leave guidance_scale at 1"):
-        sample(network, Diffusion(), [0], [1], num_steps=2, guidance_scale=1.5)
-    with pytest.raises(ConfigError, match=r"label 1 is out of range.*unconditional"):
-        sample(network, Diffusion(), [1], [1], num_steps=2)
-
-
-@pytest.mark.parametrize("label", [-1, 4])
-def test_a_label_out_of_range_is_named(network: LaMambaDiff, label: int) -> None:
-    with pytest.raises(ConfigError, match=rf"label {label} is out of range: use 0 to 2, or 3 for no label"):
-        sample(network, Diffusion(), [0, label], [1, 2], num_steps=2)
-
-
-@pytest.mark.parametrize("num_steps", [0, 1001])
-def test_a_number_of_steps_out_of_range_is_named(network: LaMambaDiff, num_steps: int) -> None:
-    with pytest.raises(ConfigError, match=rf"{num_steps} steps are out of range: use 1 to 1000"):
-        sample(network, Diffusion(), [0], [1], num_steps=num_steps)
-
-
-def test_a_sampler_that_does_not_fit_is_named(network: LaMambaDiff) -> None:
-    with pytest.raises(ConfigError, match="'euler' does not go with the objective 'diffusion'"):
-        sample(network, Diffusion(), [0], [1], sampler="euler", num_steps=2)
-
-
-def test_other_sizes_and_progress(network: LaMambaDiff) -> None:
-    counts: list[int] = []
-    x = sample(network, Diffusion(), [0, 1], [1, 2], num_steps=4, size=(6, 10), on_step=counts.append)
-    assert x.shape == (2, 1, 6, 10)
-    assert counts == [2, 2, 2, 2]
-
-
-def test_a_device_that_is_not_there_is_named() -> None:
-    assert choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(ConfigError, match=r"device 'gpu' cannot be used here.*try cpu"):
-        choose_device("gpu")
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_grid_holds_the_images_in_rows(channels: int) -> None:
-    images = np.arange(5 * channels, dtype=np.uint8).reshape(5, channels, 1, 1) * np.ones((4, 6), np.uint8)
-    grid = np.asarray(make_grid(images, columns=3, padding=2, scale=2))
-    assert grid.shape[:2] == (2 * (2 * 6 + 2), 2 * (3 * 8 + 2))
-    grid = grid.reshape(*grid.shape[:2], channels)[::2, ::2]
+def test_mixtures_and_guidance_change_the_image() -> None:
+    pipe = build()
+    weaker = build(decoder_extra_depth=0).network
+    coat, bag = latents_of(pipe, "Coat"), latents_of(pipe, "Bag")
+    assert torch.allclose(latents_of(pipe, {"Coat": 2.0}), coat, atol=1e-5)
+    mixed = latents_of(pipe, {"Coat": 1.0, 2: 1.0})
+    assert torch.equal(mixed, latents_of(pipe, {"Coat": 0.5, "Bag": 0.5}))
+    ways: list[dict[str, Any]] = [
+        {}, {"guidance_scale": 1.0}, {"guidance_interval": (0.1, 1.0)}, {"guidance_cosine_power": 2.0},
+        {"guidance_rescale": 0.7}, {"weaker_network": weaker},
+    ]  # fmt: skip
+    images = [latents_of(pipe, "Coat", **options) for options in ways]
+    images += [mixed, bag, latents_of(pipe, None)]
     for index, image in enumerate(images):
-        top, left = 2 + 6 * (index // 3), 2 + 8 * (index % 3)
-        assert np.array_equal(grid[top : top + 4, left : left + 6], image.transpose(1, 2, 0))
-    assert bool((grid[8:12, 18:24] == 255).all()), "the place of the sixth image stays white"
+        for other in images[:index]:
+            assert not torch.allclose(image, other, atol=1e-4)
+    assert torch.equal(images[0], coat)
+    assert len(latents_of(pipe, ["Coat", "Bag"], num_images_per_label=3)) == 6
+
+
+def test_sizes_may_be_others_and_not_square() -> None:
+    pipe = build()
+    assert latents_of(pipe, "Coat", height=12, width=6).shape == (1, 1, 12, 6)
+    with pytest.raises(ConfigError, match="image size 7 is not an even number"):
+        pipe("Coat", 4, height=7)
+
+
+def test_noise_can_be_given() -> None:
+    pipe = build()
+    noise = torch.stack([torch.randn(1, 8, 8, generator=generator) for generator in seeds(3)])
+    assert torch.equal(latents_of(pipe, "Coat", latents=noise), latents_of(pipe, "Coat", generator=seeds(3)))
+    with pytest.raises(ConfigError, match=r"latents are \(1, 1, 4, 4\): give \(1, 1, 8, 8\)"):
+        pipe("Coat", 4, latents=torch.randn(1, 1, 4, 4))
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "flow"])
+def test_an_image_to_start_from_is_kept_the_more_the_less_it_is_noised(objective: str) -> None:
+    pipe = build(objective)
+    start = Image.fromarray(np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8))
+    pixels = torch.from_numpy(np.asarray(start)).float()[None, None] / 127.5 - 1
+    away = [
+        float((latents_of(pipe, "Coat", 50, guidance_scale=1.0, image=start, strength=strength) - pixels).norm())
+        for strength in (0.02, 0.3, 1.0)
+    ]
+    assert away[0] < away[1] < away[2]
+    assert away[0] < 0.2 * float(pixels.norm())
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "flow"])
+def test_outside_of_a_mask_the_image_stays(objective: str) -> None:
+    pipe = build(objective)
+    start = Image.fromarray(np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8))
+    mask = Image.fromarray(np.repeat(np.array([[255] * 4 + [0] * 4], dtype=np.uint8), 8, axis=0))
+    pixels = torch.from_numpy(np.asarray(start)).float()[None, None] / 127.5 - 1
+    out = latents_of(pipe, ["Coat", "Bag"], 8, image=start, mask_image=mask, strength=1.0)
+    assert torch.allclose(out[..., 4:], pixels[..., 4:].expand(2, -1, -1, -1), atol=1e-5)
+    assert not torch.allclose(out[..., :4], pixels[..., :4].expand(2, -1, -1, -1), atol=0.1)
+    assert not torch.allclose(out[0, ..., :4], out[1, ..., :4], atol=1e-3)
+
+
+def test_latents_are_decoded_and_images_encoded(tmp_path: Path) -> None:
+    vae = diffusers.AutoencoderKL.from_pretrained(write_autoencoder(tmp_path), low_cpu_mem_usage=False)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    pipe = build(vae=vae, in_channels=vae.config.latent_channels)
+    side = 8 * factor
+    images = pipe("Coat", 2, generator=torch.Generator().manual_seed(0)).images
+    assert (images[0].mode, images[0].size) == ("RGB", (side, side))
+    start = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
+    kept = pipe("Coat", 50, 1.0, image=start, strength=0.02, output_type="latent").images
+    wanted = vae.encode(torch.from_numpy(np.asarray(start)).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist.mode()
+    wanted = (wanted - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+    assert (kept - wanted).norm() < 0.4 * wanted.norm()
+    pipe.save_pretrained(tmp_path / "pipe")
+    again = LaMambaDiffPipeline.from_pretrained(tmp_path / "pipe", local_files_only=True)
+    assert again.vae.config.scaling_factor == vae.config.scaling_factor
+
+
+def test_steps_are_called_back_and_can_be_changed_or_ended() -> None:
+    pipe = build()
+    seen: list[tuple[int, float]] = []
+
+    def note(pipe: LaMambaDiffPipeline, index: int, t: torch.Tensor, values: dict[str, torch.Tensor]) -> dict[str, Any]:
+        seen.append((index, float(values["latents"].std())))
+        return {}
+
+    wanted = latents_of(pipe, "Coat")
+    assert torch.equal(latents_of(pipe, "Coat", callback_on_step_end=note), wanted)
+    assert [index for index, _ in seen] == [0, 1, 2, 3]
+
+    def empty(pipe: Any, index: int, t: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"latents": values["latents"] * 0} if index == 3 else values
+
+    assert not latents_of(pipe, "Coat", callback_on_step_end=empty).any()
+
+    def end(pipe: LaMambaDiffPipeline, index: int, t: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen.append((index, 0.0))
+        pipe._interrupt = index == 1
+        return values
+
+    seen.clear()
+    latents_of(pipe, "Coat", callback_on_step_end=end)
+    assert len(seen) == 2
+    with pytest.raises(ConfigError, match="only"):
+        pipe("Coat", 4, callback_on_step_end=note, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "said"),
+    [
+        (["Cote"], {}, "no class is named 'Cote': did you mean coat?"),
+        ([9], {}, "label 9 is out of range: use 0 to 2, or 3 for no label"),
+        ([[]], {}, "class_labels is empty"),
+        ([{"Coat": -1.0}], {}, "has no weights"),
+        (["Coat"], {"generator": []}, "0 generators for 1 images"),
+        (["Coat"], {"output_type": "jpeg"}, "output_type 'jpeg' is unknown: give pil, np, pt or latent"),
+        (["Coat"], {"mask_image": Image.new("L", (8, 8))}, "mask_image needs the image"),
+        (["Coat"], {"image": Image.new("L", (8, 8)), "strength": 0.0}, "strength 0.0 is out of range"),
+        (["Coat"], {"image": [Image.new("L", (8, 8))] * 2}, "image has 2 for 1 images: give one, or one for each"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(arguments: list[Any], options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        build()(*arguments, **options)
+    assert said in str(error.value)
+
+
+def test_an_unconditional_network_needs_no_labels() -> None:
+    pipe = build(num_classes=0)
+    assert latents_of(pipe, num_images_per_label=2).shape == (2, 1, 8, 8)
+    assert torch.equal(latents_of(pipe, guidance_scale=5.0), latents_of(pipe, guidance_scale=1.0))
+
+
+def test_it_is_compiled_and_cast_like_any_pipeline() -> None:
+    pipe = build()
+    wanted = latents_of(pipe, ["Coat", "Bag"])
+    pipe.network = torch.compile(pipe.network, backend="eager")
+    assert torch.allclose(latents_of(pipe, ["Coat", "Bag"]), wanted, atol=1e-5)
+    cast = build().to(torch.bfloat16)
+    out = latents_of(cast, ["Coat", "Bag"])
+    assert 0 < (out - wanted).norm() < 0.2 * wanted.norm()

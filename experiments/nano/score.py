@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lamamba import __version__, load_checkpoint, sample, to_uint8
 from lamamba.data import FASHION_MNIST_CLASSES, load_fashion_mnist, to_float
 from lamamba.diffusion import OBJECTIVES
-from lamamba.pipeline import choose_device
+from lamamba.sampling import choose_device
 
 SAMPLER, STEPS, PER_CLASS = "dpm++", 25, 100
 DEVICE = choose_device("auto")

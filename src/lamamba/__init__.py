@@ -13,13 +13,13 @@ _HOMES = {
     "FlowMatching": "lamamba.diffusion",
     "GuidanceOptions": "lamamba.config",
     "LaMambaDiff": "lamamba.model",
-    "LaMambaDiffPipeline": "lamamba.diffusers_pipeline",
+    "LaMambaDiffPipeline": "lamamba.pipeline",
     "LamambaError": "lamamba.errors",
     "guide": "lamamba.diffusion",
     "load_checkpoint": "lamamba.checkpoint",
     "load_denoiser": "lamamba.checkpoint",
     "load_released": "lamamba.released",
-    "sample": "lamamba.pipeline",
+    "sample": "lamamba.sampling",
     "to_uint8": "lamamba.data",
     "training_losses": "lamamba.diffusion",
 }
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from lamamba.checkpoint import load_denoiser as load_denoiser
     from lamamba.config import GuidanceOptions as GuidanceOptions
     from lamamba.data import to_uint8 as to_uint8
-    from lamamba.diffusers_pipeline import LaMambaDiffPipeline as LaMambaDiffPipeline
     from lamamba.diffusion import Diffusion as Diffusion
     from lamamba.diffusion import FlowMatching as FlowMatching
     from lamamba.diffusion import guide as guide
@@ -41,8 +40,9 @@ if TYPE_CHECKING:
     from lamamba.errors import DataError as DataError
     from lamamba.errors import LamambaError as LamambaError
     from lamamba.model import LaMambaDiff as LaMambaDiff
-    from lamamba.pipeline import sample as sample
+    from lamamba.pipeline import LaMambaDiffPipeline as LaMambaDiffPipeline
     from lamamba.released import load_released as load_released
+    from lamamba.sampling import sample as sample
 
 
 def __getattr__(name: str) -> Any:

@@ -29,8 +29,8 @@ from lamamba.data.latent_files import FORMAT, INDEX, SETTINGS, are_latents, read
 from lamamba.errors import ConfigError, DataError
 from lamamba.files import checksum, written_whole
 from lamamba.latents import Latents, identify
-from lamamba.pipeline import choose_device
 from lamamba.processes import Processes, joined
+from lamamba.sampling import choose_device
 
 
 def encode(config: EncodeConfig) -> None:

@@ -29,8 +29,8 @@ from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import checksum, written_whole
 from lamamba.latents import open_space
 from lamamba.model import LaMambaDiff
-from lamamba.pipeline import check_labels, choose_device, make_grid, sample
 from lamamba.processes import Processes, joined
+from lamamba.sampling import check_labels, choose_device, make_grid, sample
 
 
 class Painter:

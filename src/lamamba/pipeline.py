@@ -1,149 +1,401 @@
-"""From labels and seeds to images: the loop around a scheduler, and pictures to look at."""
+"""The pipeline for diffusers: a network, a scheduler, perhaps an autoencoder, and the names of the labels."""
 
-from collections.abc import Callable, Sequence
-from weakref import WeakSet
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
+from torch import Tensor
 
-from lamamba.config import PLAIN_GUIDANCE, GuidanceOptions
-from lamamba.diffusion import STOCHASTIC_SAMPLERS, Diffusion, FlowMatching, guide
-from lamamba.dit import DiT
+from lamamba.checkpoint import load_checkpoint
+from lamamba.config import GuidanceOptions, nearest
+from lamamba.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS, OBJECTIVES, guide
 from lamamba.errors import ConfigError
+from lamamba.latents import Latents, Pixels
 from lamamba.model import LaMambaDiff
 from lamamba.ops.launch import rehearse
 
-# Networks whose kernels are compiled.
-_prepared: WeakSet[nn.Module] = WeakSet()
+Label = str | int | Mapping[str | int, float]
 
 
-@torch.inference_mode()
-def sample(
-    network: LaMambaDiff | DiT,
-    objective: Diffusion | FlowMatching,
-    labels: Sequence[int],
-    seeds: Sequence[int],
-    *,
-    sampler: str | None = None,
-    num_steps: int = 25,
-    guidance_scale: float = 1.0,
-    guidance_options: GuidanceOptions = PLAIN_GUIDANCE,
-    weaker: LaMambaDiff | DiT | None = None,
-    size: tuple[int, int] | None = None,
-    on_step: Callable[[int], None] | None = None,
-) -> Tensor:
-    """Sample one batch of images or latents.
+class LaMambaDiffPipeline(DiffusionPipeline):
+    """Labels to images, and what diffusers' users expect of a pipeline.
 
-    Each image has a random generator of its own, so it depends on its seed and label, not on its neighbours.
+        pipe = LaMambaDiffPipeline.from_checkpoint("nano")
+        pipe(class_labels=["Ankle boot", 3], num_inference_steps=20, guidance_scale=2.0).images[0]
 
     Args:
-        network: on the device to work on.
-        objective: what the network was trained with.
-        labels: (b,) from 0 to num_classes - 1, or num_classes for "no label".
-        seeds: (b,) of the images.
-        sampler: one of `objective.samplers`; None is its default.
-        num_steps: steps of the sampler. Heun evaluates the network twice in each but the last.
-        guidance_scale: 1 is no guidance.
-        guidance_options: what else guidance has, see `lamamba.diffusion.guide`.
-        weaker: a network to guide away from, with the same label; None is the network itself without a label.
-        size: height and width of the grid; None is the network's `sample_size`.
-        on_step: called after each scheduler step with the number of images, for progress.
-
-    Returns:
-        (b, c, h, w) float32, about -1 to 1 for pixels.
-
-    Raises:
-        ConfigError: a label or the number of steps is out of range, the sampler does not go with the objective,
-            guidance is asked of an unconditional network, or the weaker network does not go with this one.
+        network: the denoiser.
+        scheduler: any of diffusers' for what the network predicts: noise at the levels of `Diffusion`'s schedule, or
+            the velocity of `FlowMatching`; replaced as in any pipeline,
+            `pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)`.
+        vae: decodes latents; None for a network of pixels.
+        id2label: a name for each label; none are needed.
+        objective: what the network was trained with, "diffusion" or "flow".
     """
-    check_labels(labels, network.config.num_classes)
-    if weaker is not None:
-        _check_weaker(network, weaker)
-    if guidance_scale != 1 and weaker is None and not network.config.num_classes:
-        raise ConfigError("guidance needs labels, and this network is unconditional: leave guidance_scale at 1")
-    height, width = size or (network.config.sample_size, network.config.sample_size)
-    device = network.device
-    denoiser = guide(
-        network, guidance_scale, network.null_label, guidance_options, sigma=objective.sigma, weaker=weaker
-    )
-    sampler = sampler or objective.default_sampler
-    scheduler = objective.scheduler(sampler, num_steps, device)
-    # Only ancestral sampling knows what to do with the learned variance; for the others it is no part of the noise.
-    takes_variance = scheduler.config.get("variance_type") == "learned_range"
 
-    # Noise comes from the CPU's generator, so that every device draws the same.
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    shape = (network.config.in_channels, height, width)
-    x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-    y = torch.as_tensor(labels, dtype=torch.long, device=device)
-    options = {"generator": generators} if sampler in STOCHASTIC_SAMPLERS else {}
-    used: WeakSet[nn.Module] = WeakSet([network] if weaker is None else [network, weaker])
-    if x.is_cuda and not used <= _prepared:
-        rehearse(denoiser, x, scheduler.timesteps[0].expand(len(x)), y)
-        _prepared.update(used)
-    for t in scheduler.timesteps:
-        out = denoiser(x, t.expand(len(x)), y)
-        prediction = out if takes_variance else out.chunk(2, dim=1)[0]
-        x = scheduler.step(prediction, t, x, **options, return_dict=False)[0]
-        if on_step is not None:
-            on_step(len(x))
-    return x
+    model_cpu_offload_seq = "network->vae"
+    _optional_components = ["vae"]  # noqa: RUF012 - as diffusers wants it
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
+    def __init__(
+        self,
+        network: LaMambaDiff,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | None = None,
+        id2label: Mapping[Any, str] | None = None,
+        objective: str = "diffusion",
+    ) -> None:
+        super().__init__()
+        self.register_modules(network=network, scheduler=scheduler, vae=vae)
+        named = {str(label): name for label, name in (id2label or {}).items()}  # as JSON has it
+        self.register_to_config(id2label=named, objective=objective)
+        self._interrupt = False
+        self._prepared = False
 
-def _check_weaker(network: LaMambaDiff | DiT, weaker: LaMambaDiff | DiT) -> None:
-    for name in ("in_channels", "num_classes"):
-        ours, other = getattr(network.config, name), getattr(weaker.config, name)
-        if ours != other:
+    @classmethod
+    def from_checkpoint(cls, name: str) -> Self:
+        """Build a pipeline of averaged weights, on the CPU.
+
+        Args:
+            name: a run folder (its newest checkpoint), a checkpoint folder, or a preset whose weights are shipped.
+
+        Raises:
+            CheckpointError: there is nothing to load.
+        """
+        loaded = load_checkpoint(name)
+        objective = OBJECTIVES[loaded.info.objective]
+        vae = None
+        if loaded.info.vae is not None:
+            vae = Latents.open(Path(loaded.info.vae), torch.device("cpu")).autoencoder
+        names = {str(label): name for label, name in enumerate(loaded.info.class_names)}
+        return cls(
+            loaded.network.eval(), objective.scheduler(objective.default_sampler, 25), vae, names, objective.name
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Self:
+        """Load what `save_pretrained` wrote, or `push_to_hub` sent; options as in diffusers."""
+        options.setdefault("low_cpu_mem_usage", False)  # which needs accelerate, and diffusers warns without it
+        loaded: Self = super().from_pretrained(pretrained_model_name_or_path, **options)
+        return loaded
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """The label of each name."""
+        return {name: int(label) for label, name in self.config.id2label.items()}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Label | Sequence[Label] | None = None,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 2.0,
+        *,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_cosine_power: float = 0.0,
+        guidance_rescale: float = 0.0,
+        weaker_network: LaMambaDiff | None = None,
+        num_images_per_label: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        image: Any = None,
+        strength: float = 0.6,
+        mask_image: Any = None,
+        max_batch_size: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Tensor]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Sample images.
+
+        Each image has a random generator of its own, so that it does not depend on how many are sampled at once.
+
+        Args:
+            class_labels: names, numbers, or mixtures, {"Coat": 0.5, "Shirt": 0.5}, whose embeddings are averaged; one
+                or several. None is "no label".
+            num_inference_steps: steps of the scheduler.
+            guidance_scale: 1 is no guidance; an unconditional network knows none.
+            guidance_interval, guidance_cosine_power, guidance_rescale: see `lamamba.diffusion.guide`.
+            weaker_network: to guide away from, with the same label; None is the network without a label.
+            num_images_per_label: images of each.
+            generator: one for all images, or one each; an image is the same wherever it is sampled.
+            latents: (b, c, h, w) standard normal noise to begin with, in place of what a generator would draw.
+            height, width: in pixels; the default is the training size.
+            image: to start from, noised: PIL images, arrays or tensors as diffusers takes them, one or one each.
+            strength: how far towards noise the image is taken, 0 to 1 (SDEdit, Meng et al. 2021, arXiv 2108.01073).
+            mask_image: white where the image is to be painted anew; elsewhere it is put back, at the noise level of
+                each step (Lugmayr et al. 2022, arXiv 2201.09865, eq. 8).
+            max_batch_size: images sampled at once. By default all of them, and half as many where memory does not do.
+            output_type: "pil"; "np", (b, h, w, c) from 0 to 1; "pt", (b, c, h, w) from 0 to 1; or "latent".
+            return_dict: return an `ImagePipelineOutput`, or a tuple.
+            callback_on_step_end: called after each step with the pipeline, the step's number, its timestep and a dict
+                of `latents`; what it returns replaces them. Setting `pipe._interrupt` ends sampling early.
+            callback_on_step_end_tensor_inputs: names in that dict.
+
+        Raises:
+            ConfigError: a label, a size or an option cannot be, or the scheduler is for another kind of network.
+        """
+        objective = OBJECTIVES[self.config.objective]
+        self._check_scheduler()
+        if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
             raise ConfigError(
-                f"the weaker network has {name} {other} and this one {ours}: guide by one trained on the same data"
+                f"callback_on_step_end_tensor_inputs {list(callback_on_step_end_tensor_inputs)}: only "
+                f"{self._callback_tensor_inputs} can be given"
+            )
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ConfigError(f"output_type {output_type!r} is unknown: give pil, np, pt or latent")
+        if mask_image is not None and image is None:
+            raise ConfigError("mask_image needs the image that it is a mask of: give image")
+        if image is not None and not 0 < strength <= 1:
+            raise ConfigError(f"strength {strength} is out of range: give more than 0, up to 1")
+        conditions = [condition for condition in self._conditions(class_labels) for _ in range(num_images_per_label)]
+        if not self._config_of_network("num_classes") and weaker_network is None:
+            guidance_scale = 1.0
+        size = self._grid_size(height, width)
+        shape = (self._config_of_network("in_channels"), *size)
+        if latents is not None and latents.shape != (len(conditions), *shape):
+            raise ConfigError(f"latents are {tuple(latents.shape)}: give {(len(conditions), *shape)}")
+        generators = self._generators(generator, len(conditions))
+        noise = torch.stack([
+            torch.randn(shape, generator=own, device=own.device).to("cpu") for own in generators
+        ]) if latents is None else latents  # fmt: skip
+        start = None if image is None else self._encode(image, size, len(conditions))
+        mask = None if mask_image is None else self._encode_mask(mask_image, size, len(conditions))
+
+        # "No label" comes last, and guidance asks for it by its place.
+        null = [0.0] * self._config_of_network("num_classes") + [1.0]
+        table = torch.tensor([*conditions, null], device=self._execution_device)
+        if all(max(condition) == 1 for condition in conditions):  # nothing is mixed: numbers, to be looked up
+            table = table.argmax(dim=1)
+        denoiser = guide(
+            lambda x_t, t, y: self.network(x_t, t, table[y]),
+            guidance_scale,
+            len(conditions),
+            GuidanceOptions(guidance_interval, guidance_cosine_power, guidance_rescale),
+            sigma=objective.sigma,
+            weaker=None if weaker_network is None else lambda x_t, t, y: weaker_network(x_t, t, table[y]),
+        )
+
+        self._interrupt = False
+        at_once = min(max_batch_size or len(conditions), len(conditions))
+        parts: list[Tensor] = []
+        done = 0
+        while done < len(conditions):
+            part = slice(done, done + at_once)
+            try:
+                x = self._denoise(
+                    denoiser, torch.arange(len(conditions))[part], noise[part], generators[part], num_inference_steps,
+                    None if start is None else start[part], None if mask is None else mask[part], strength,
+                    callback_on_step_end, callback_on_step_end_tensor_inputs,
+                )  # fmt: skip
+            except torch.OutOfMemoryError:
+                if at_once == 1:
+                    raise
+                at_once = -(-at_once // 2)
+                torch.cuda.empty_cache()
+                continue
+            parts.append(x if output_type == "latent" else self._decode(x))
+            done += len(x)
+        images = torch.cat(parts)
+        if output_type != "latent":
+            images = self._image_processor().postprocess(images, output_type, [False] * len(images))
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _denoise(
+        self,
+        denoiser: Callable[[Tensor, Tensor, Tensor], Tensor],
+        y: Tensor,
+        noise: Tensor,
+        generators: Sequence[torch.Generator],
+        num_steps: int,
+        start: Tensor | None,
+        mask: Tensor | None,
+        strength: float,
+        callback: Callable[..., dict[str, Tensor]] | None,
+        callback_inputs: Sequence[str],
+    ) -> Tensor:
+        """Go from noise, or a noised image, to images or latents."""
+        device, scheduler = self._execution_device, self.scheduler
+        scheduler.set_timesteps(num_steps, device=device)
+        timesteps = scheduler.timesteps
+        y, noise = y.to(device), noise.to(device, torch.float32)
+        if start is None:
+            x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+        else:
+            first = (num_steps - min(num_steps, max(1, round(num_steps * strength)))) * getattr(scheduler, "order", 1)
+            timesteps = timesteps[first:]
+            if hasattr(scheduler, "set_begin_index"):
+                scheduler.set_begin_index(first)
+            start = start.to(device)
+            x = self._noised(start, noise, timesteps[0])
+        mask = None if mask is None else mask.to(device)
+        options: dict[str, Any] = {"return_dict": False}
+        if "generator" in inspect.signature(scheduler.step).parameters:
+            options["generator"] = list(generators)
+        if x.is_cuda and not self._prepared and isinstance(self.network, LaMambaDiff):
+            rehearse(denoiser, x, timesteps[0].expand(len(x)), y)
+            self._prepared = True
+        with self.progress_bar(total=len(timesteps)) as bar:
+            for index, t in enumerate(timesteps):
+                if self._interrupt:
+                    break
+                out = denoiser(scheduler.scale_model_input(x, t) if self._scales else x, t.expand(len(x)), y)
+                prediction = out if self._learns_variance else out.chunk(2, dim=1)[0]
+                x = scheduler.step(prediction, t, x, **options)[0]
+                if start is not None and mask is not None:
+                    known = start if index + 1 == len(timesteps) else self._noised(start, noise, timesteps[index + 1])
+                    x = mask * x + (1 - mask) * known
+                if callback is not None:
+                    x = callback(self, index, t, {name: x for name in callback_inputs}).pop("latents", x)
+                bar.update()
+        return x
+
+    @property
+    def _scales(self) -> bool:
+        return hasattr(self.scheduler, "scale_model_input")
+
+    @property
+    def _learns_variance(self) -> bool:
+        """Whether the scheduler takes the variance too, the second half of what the network gives."""
+        return self.scheduler.config.get("variance_type") == "learned_range"
+
+    def _noised(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        times = t.expand(len(x_0))
+        if hasattr(self.scheduler, "scale_noise"):  # of flow matching
+            return self.scheduler.scale_noise(x_0, times, noise)
+        return self.scheduler.add_noise(x_0, noise, times)
+
+    def _check_scheduler(self) -> None:
+        """Raise ConfigError where the scheduler cannot work with what the network predicts."""
+        name, config = type(self.scheduler).__name__, self.scheduler.config
+        flows = name.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
+        if self.config.objective == "flow":
+            if not flows:
+                raise ConfigError(
+                    f"the scheduler {name} is not for flow matching, which this network was trained with: "
+                    "use FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler or one with use_flow_sigmas"
+                )
+            return
+        predicts = config.get("prediction_type")
+        if flows or predicts != "epsilon":
+            raise ConfigError(
+                f"the scheduler {name} {'is for flow matching' if flows else f'takes {predicts}'}, and this network "
+                'predicts noise: use one with prediction_type "epsilon"'
+            )
+        wanted = {
+            "beta_schedule": "linear", "beta_start": BETA_START, "beta_end": BETA_END,
+            "num_train_timesteps": NUM_TIMESTEPS,
+        }  # fmt: skip
+        other = [f"{key} {config.get(key)}" for key, value in wanted.items() if config.get(key) != value]
+        if other or config.get("rescale_betas_zero_snr"):
+            raise ConfigError(
+                f"the scheduler {name} has other noise levels than the network was trained with "
+                f"({', '.join(other) or 'rescale_betas_zero_snr'}): "
+                f"make it with {name}.from_config(pipe.scheduler.config)"
             )
 
+    def _config_of_network(self, name: str) -> int:
+        return int(self.network.config[name])
 
-def choose_device(name: str) -> torch.device:
-    """Turn a device's name into a device; "auto" is CUDA, else MPS, else the CPU.
+    def _conditions(self, labels: Label | Sequence[Label] | None) -> list[list[float]]:
+        """Weights of each label's row, the last being "no label", for each image."""
+        several = labels if isinstance(labels, Sequence) and not isinstance(labels, str) else [labels]
+        if not several:
+            raise ConfigError("class_labels is empty: give one or more, or None for no label")
+        return [self._condition(label) for label in several]
 
-    Raises:
-        ConfigError: the name is unknown or the device is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}): try cpu") from error
-    return device
+    def _condition(self, label: Label | None) -> list[float]:
+        number = self._config_of_network("num_classes")
+        weights = [0.0] * (number + 1)
+        if label is None:
+            weights[number] = 1.0
+        elif isinstance(label, Mapping):
+            total = sum(label.values())
+            if not label or min(label.values()) < 0 or total <= 0:
+                raise ConfigError(f"the mixture {dict(label)} has no weights: give each label one, 0 or more")
+            for part, weight in label.items():
+                weights[self._number(part)] += weight / total
+        else:
+            weights[self._number(label)] = 1.0
+        return weights
 
+    def _number(self, label: str | int) -> int:
+        number = self._config_of_network("num_classes")
+        if isinstance(label, str):
+            lower = {name.lower(): value for name, value in self.labels.items()}
+            found = self.labels.get(label, lower.get(label.lower()))
+            if found is None:
+                mend = nearest(label.lower(), lower) if lower else f"give numbers from 0 to {number - 1}"
+                raise ConfigError(f"no class is named {label!r}: {mend}")
+            return found
+        if not 0 <= label <= number:
+            allowed = f"use 0 to {number - 1}, or {number} for no label" if number else "this network is unconditional"
+            raise ConfigError(f"label {label} is out of range: {allowed}")
+        return int(label)
 
-def check_labels(labels: Sequence[int], num_classes: int) -> None:
-    """Raise ConfigError unless all labels are a class's or "no label"."""
-    wrong = [label for label in labels if not 0 <= label <= num_classes]
-    if wrong and num_classes:
-        raise ConfigError(
-            f"label {wrong[0]} is out of range: use 0 to {num_classes - 1}, or {num_classes} for no label"
+    def _generators(
+        self, generator: torch.Generator | Sequence[torch.Generator] | None, number: int
+    ) -> list[torch.Generator]:
+        """Make a generator for each image."""
+        if isinstance(generator, Sequence):
+            if len(generator) != number:
+                raise ConfigError(f"{len(generator)} generators for {number} images: give one, or one for each")
+            return list(generator)
+        device = "cpu" if generator is None else generator.device
+        seeds = torch.randint(2**63 - 1, (number,), generator=generator, device=device)
+        return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+
+    def _space(self) -> Pixels | Latents:
+        return Pixels() if self.vae is None else Latents(self.vae)
+
+    def _grid_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        default = self._config_of_network("sample_size")
+        space = self._space()
+        return (
+            default if height is None else space.grid_size(height),
+            default if width is None else space.grid_size(width),
         )
-    if wrong:
-        raise ConfigError(f"label {wrong[0]} is out of range: this network is unconditional, its only label is 0")
+
+    def _image_processor(self, **options: Any) -> VaeImageProcessor:
+        return VaeImageProcessor(vae_scale_factor=2 * self._factor, **options)
+
+    @property
+    def _factor(self) -> int:
+        return 1 if self.vae is None else Latents(self.vae).factor
+
+    def _encode(self, image: Any, size: tuple[int, int], number: int) -> Tensor:
+        grey = self.vae is None and self._config_of_network("in_channels") == 1
+        processor = self._image_processor(do_convert_grayscale=grey, do_convert_rgb=not grey)
+        pixels = processor.preprocess(image, size[0] * self._factor, size[1] * self._factor)
+        if self.vae is not None:
+            space = Latents(self.vae)
+            mode = self.vae.encode(pixels.to(self._execution_device, self.vae.dtype)).latent_dist.mode()
+            pixels = ((mode.float() - space.shift) * space.scale).cpu()
+        return _one_each("image", pixels, number)
+
+    def _encode_mask(self, mask: Any, size: tuple[int, int], number: int) -> Tensor:
+        processor = VaeImageProcessor(
+            vae_scale_factor=1, do_normalize=False, do_binarize=True, do_convert_grayscale=True, resample="nearest"
+        )
+        return _one_each("mask_image", processor.preprocess(mask, *size), number)
+
+    def _decode(self, x: Tensor) -> Tensor:
+        """Images from 0 to 1, on the CPU."""
+        if self.vae is not None:
+            space = Latents(self.vae)
+            x = self.vae.decode((x / space.scale + space.shift).to(self.vae.dtype)).sample
+        return (x.float() / 2 + 0.5).clamp(0, 1).cpu()
 
 
-def make_grid(images: np.ndarray, columns: int, padding: int = 2, scale: int = 1) -> Image.Image:
-    """Arrange images in rows on white.
-
-    Args:
-        images: (n, c, h, w) uint8, 1 or 3 channels.
-        columns: images in a row.
-        padding: white pixels around each.
-        scale: how many times larger each pixel is drawn.
-    """
-    number, channels, height, width = images.shape
-    rows = -(-number // columns)
-    shape = (rows * (height + padding) + padding, columns * (width + padding) + padding, channels)
-    canvas = np.full(shape, 255, dtype=np.uint8)
-    for index, image in enumerate(images):
-        places = zip(divmod(index, columns), (height, width), strict=True)
-        top, left = (padding + place * (side + padding) for place, side in places)
-        canvas[top : top + height, left : left + width] = image.transpose(1, 2, 0)
-    picture = Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+def _one_each(name: str, tensors: Tensor, number: int) -> Tensor:
+    if len(tensors) not in (1, number):
+        raise ConfigError(f"{name} has {len(tensors)} for {number} images: give one, or one for each")
+    return tensors.expand(number, *tensors.shape[1:])

@@ -24,8 +24,8 @@ from lamamba.errors import CheckpointError, ConfigError, LamambaError, SignalErr
 from lamamba.latents import Latents, Space, identify, open_space
 from lamamba.log import SilentLog, TrainingLog
 from lamamba.memory import keep_freed_memory
-from lamamba.pipeline import choose_device
 from lamamba.processes import Processes, SignalsNoted, joined
+from lamamba.sampling import choose_device
 from lamamba.trainer import Trainer, learning_rate
 
 

@@ -25,8 +25,8 @@ from lamamba.latents import Space
 from lamamba.model import LaMambaDiff
 from lamamba.ops.backend import use_backend
 from lamamba.ops.launch import rehearse
-from lamamba.pipeline import make_grid, sample
 from lamamba.processes import GradientSums, Processes
+from lamamba.sampling import make_grid, sample
 from lamamba.saving import CheckpointWriter, load_training_state, names_of_training_state
 from lamamba.sharding import gather, load, local, shard, whole
 

@@ -25,7 +25,7 @@ from lamamba.evaluation.features import FeatureNetwork, open_features
 from lamamba.evaluation.image_sets import ImageSet, Reference, open_images, open_reference, read_settings, show_size
 from lamamba.evaluation.metrics import Gaussian, Moments
 from lamamba.files import written_whole
-from lamamba.pipeline import choose_device
+from lamamba.sampling import choose_device
 
 PUBLISHED_IMAGES = 50_000  # that published FIDs are of
 IMAGES_PER_FEATURE = 10  # below which the distance of a set to itself, drawn twice, is still far from 0

@@ -1,0 +1,149 @@
+"""From labels and seeds to images: the loop around a scheduler, and pictures to look at."""
+
+from collections.abc import Callable, Sequence
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lamamba.config import PLAIN_GUIDANCE, GuidanceOptions
+from lamamba.diffusion import STOCHASTIC_SAMPLERS, Diffusion, FlowMatching, guide
+from lamamba.dit import DiT
+from lamamba.errors import ConfigError
+from lamamba.model import LaMambaDiff
+from lamamba.ops.launch import rehearse
+
+# Networks whose kernels are compiled.
+_prepared: WeakSet[nn.Module] = WeakSet()
+
+
+@torch.inference_mode()
+def sample(
+    network: LaMambaDiff | DiT,
+    objective: Diffusion | FlowMatching,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    sampler: str | None = None,
+    num_steps: int = 25,
+    guidance_scale: float = 1.0,
+    guidance_options: GuidanceOptions = PLAIN_GUIDANCE,
+    weaker: LaMambaDiff | DiT | None = None,
+    size: tuple[int, int] | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Sample one batch of images or latents.
+
+    Each image has a random generator of its own, so it depends on its seed and label, not on its neighbours.
+
+    Args:
+        network: on the device to work on.
+        objective: what the network was trained with.
+        labels: (b,) from 0 to num_classes - 1, or num_classes for "no label".
+        seeds: (b,) of the images.
+        sampler: one of `objective.samplers`; None is its default.
+        num_steps: steps of the sampler. Heun evaluates the network twice in each but the last.
+        guidance_scale: 1 is no guidance.
+        guidance_options: what else guidance has, see `lamamba.diffusion.guide`.
+        weaker: a network to guide away from, with the same label; None is the network itself without a label.
+        size: height and width of the grid; None is the network's `sample_size`.
+        on_step: called after each scheduler step with the number of images, for progress.
+
+    Returns:
+        (b, c, h, w) float32, about -1 to 1 for pixels.
+
+    Raises:
+        ConfigError: a label or the number of steps is out of range, the sampler does not go with the objective,
+            guidance is asked of an unconditional network, or the weaker network does not go with this one.
+    """
+    check_labels(labels, network.config.num_classes)
+    if weaker is not None:
+        _check_weaker(network, weaker)
+    if guidance_scale != 1 and weaker is None and not network.config.num_classes:
+        raise ConfigError("guidance needs labels, and this network is unconditional: leave guidance_scale at 1")
+    height, width = size or (network.config.sample_size, network.config.sample_size)
+    device = network.device
+    denoiser = guide(
+        network, guidance_scale, network.null_label, guidance_options, sigma=objective.sigma, weaker=weaker
+    )
+    sampler = sampler or objective.default_sampler
+    scheduler = objective.scheduler(sampler, num_steps, device)
+    # Only ancestral sampling knows what to do with the learned variance; for the others it is no part of the noise.
+    takes_variance = scheduler.config.get("variance_type") == "learned_range"
+
+    # Noise comes from the CPU's generator, so that every device draws the same.
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    shape = (network.config.in_channels, height, width)
+    x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+    y = torch.as_tensor(labels, dtype=torch.long, device=device)
+    options = {"generator": generators} if sampler in STOCHASTIC_SAMPLERS else {}
+    used: WeakSet[nn.Module] = WeakSet([network] if weaker is None else [network, weaker])
+    if x.is_cuda and not used <= _prepared:
+        rehearse(denoiser, x, scheduler.timesteps[0].expand(len(x)), y)
+        _prepared.update(used)
+    for t in scheduler.timesteps:
+        out = denoiser(x, t.expand(len(x)), y)
+        prediction = out if takes_variance else out.chunk(2, dim=1)[0]
+        x = scheduler.step(prediction, t, x, **options, return_dict=False)[0]
+        if on_step is not None:
+            on_step(len(x))
+    return x
+
+
+def _check_weaker(network: LaMambaDiff | DiT, weaker: LaMambaDiff | DiT) -> None:
+    for name in ("in_channels", "num_classes"):
+        ours, other = getattr(network.config, name), getattr(weaker.config, name)
+        if ours != other:
+            raise ConfigError(
+                f"the weaker network has {name} {other} and this one {ours}: guide by one trained on the same data"
+            )
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn a device's name into a device; "auto" is CUDA, else MPS, else the CPU.
+
+    Raises:
+        ConfigError: the name is unknown or the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}): try cpu") from error
+    return device
+
+
+def check_labels(labels: Sequence[int], num_classes: int) -> None:
+    """Raise ConfigError unless all labels are a class's or "no label"."""
+    wrong = [label for label in labels if not 0 <= label <= num_classes]
+    if wrong and num_classes:
+        raise ConfigError(
+            f"label {wrong[0]} is out of range: use 0 to {num_classes - 1}, or {num_classes} for no label"
+        )
+    if wrong:
+        raise ConfigError(f"label {wrong[0]} is out of range: this network is unconditional, its only label is 0")
+
+
+def make_grid(images: np.ndarray, columns: int, padding: int = 2, scale: int = 1) -> Image.Image:
+    """Arrange images in rows on white.
+
+    Args:
+        images: (n, c, h, w) uint8, 1 or 3 channels.
+        columns: images in a row.
+        padding: white pixels around each.
+        scale: how many times larger each pixel is drawn.
+    """
+    number, channels, height, width = images.shape
+    rows = -(-number // columns)
+    shape = (rows * (height + padding) + padding, columns * (width + padding) + padding, channels)
+    canvas = np.full(shape, 255, dtype=np.uint8)
+    for index, image in enumerate(images):
+        places = zip(divmod(index, columns), (height, width), strict=True)
+        top, left = (padding + place * (side + padding) for place, side in places)
+        canvas[top : top + height, left : left + width] = image.transpose(1, 2, 0)
+    picture = Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)

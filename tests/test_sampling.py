@@ -1,0 +1,178 @@
+"""Sampling: an image depends on its seed and its label alone, and what cannot work is refused by name."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lamamba.config import GuidanceOptions
+from lamamba.diffusion import OBJECTIVES, STOCHASTIC_SAMPLERS, Diffusion
+from lamamba.errors import ConfigError
+from lamamba.model import LaMambaDiff
+from lamamba.sampling import choose_device, make_grid, sample
+
+LABELS, SEEDS = [0, 1, 2, 0, 1, 2, 3, 1], [5, 6, 7, 8, 9, 10, 11, 12]
+
+
+def make_network(num_classes: int = 3, seed: int = 0) -> LaMambaDiff:
+    """Build a tiny network whose output depends on everything; a fresh one ignores its label."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = LaMambaDiff(
+            in_channels=1, sample_size=8, num_classes=num_classes, embed_dim=8, num_heads=2, depths=(1, 1, 1, 1),
+            bottleneck_depth=1, decoder_extra_depth=0, window_size=4,
+        )  # fmt: skip
+        for parameter in network.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def network() -> LaMambaDiff:
+    return make_network()
+
+
+def sample_in_batches(network: LaMambaDiff, batch_size: int, objective: str, sampler: str) -> Tensor:
+    parts = [slice(start, start + batch_size) for start in range(0, len(LABELS), batch_size)]
+    return torch.cat(
+        [
+            sample(
+                network, OBJECTIVES[objective], LABELS[part], SEEDS[part], sampler=sampler, num_steps=5,
+                guidance_scale=2.0, guidance_options=GuidanceOptions((0.0, 50.0), cosine_power=0.5, rescale=0.5),
+            )
+            for part in parts
+        ]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler"), [(name, sampler) for name, kind in OBJECTIVES.items() for sampler in kind.samplers]
+)
+def test_an_image_does_not_depend_on_its_neighbours(network: LaMambaDiff, objective: str, sampler: str) -> None:
+    together = sample_in_batches(network, 8, objective, sampler)
+    assert together.shape == (8, 1, 8, 8)
+    assert together.dtype == torch.float32
+    for batch_size in (1, 3):
+        difference = (sample_in_batches(network, batch_size, objective, sampler) - together).abs().max()
+        assert float(difference) < 1e-4 * max(1.0, float(together.abs().max()))
+
+
+def test_an_image_depends_on_its_seed_and_its_label(network: LaMambaDiff) -> None:
+    x = sample(network, Diffusion(), [0, 0, 1, 3], [4, 5, 4, 4], num_steps=5)
+    for first in range(4):
+        for second in range(first):
+            assert float((x[first] - x[second]).abs().max()) > 1e-3
+    assert torch.equal(x, sample(network, Diffusion(), [0, 0, 1, 3], [4, 5, 4, 4], num_steps=5))
+
+
+@pytest.mark.parametrize("sampler", STOCHASTIC_SAMPLERS)
+def test_sampling_neither_uses_nor_disturbs_the_global_generator(network: LaMambaDiff, sampler: str) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = sample(network, Diffusion(), [0], [4], sampler=sampler, num_steps=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(sample(network, Diffusion(), [0], [4], sampler=sampler, num_steps=3), first)
+
+
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_guidance_in_an_interval(network: LaMambaDiff, objective: str) -> None:
+    def draw(scale: float, interval: tuple[float, float] | None = None) -> Tensor:
+        options = GuidanceOptions(interval)
+        return sample(
+            network, OBJECTIVES[objective], LABELS, SEEDS, num_steps=6, guidance_scale=scale, guidance_options=options
+        )
+
+    everywhere, nowhere = draw(3.0), draw(1.0)
+    assert float((everywhere - nowhere).abs().max()) > 1e-2
+    assert torch.equal(draw(3.0, (0.0, float("inf"))), everywhere)
+    assert torch.equal(draw(3.0, (1e6, 1e7)), nowhere)
+    partly = draw(3.0, (0.5, 5.0))
+    assert float((partly - everywhere).abs().max()) > 1e-3
+    assert float((partly - nowhere).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_every_option_of_guidance_changes_the_image(network: LaMambaDiff, objective: str) -> None:
+    variants: list[dict] = [
+        {},
+        {"guidance_options": GuidanceOptions(interval=(0.5, 5.0))},
+        {"guidance_options": GuidanceOptions(cosine_power=1.0)},
+        {"guidance_options": GuidanceOptions(cosine_power=4.0)},
+        {"guidance_options": GuidanceOptions(rescale=0.7)},
+        {"weaker": make_network(seed=1)},
+    ]
+    images = [
+        sample(network, OBJECTIVES[objective], [0, 1], [4, 5], num_steps=6, guidance_scale=scale, **variant)
+        for scale in (3.0, 1.0)
+        for variant in variants
+    ]
+    for first, second in itertools.combinations(images[: len(variants) + 1], 2):
+        assert float((first - second).abs().max()) > 1e-3
+    for image in images[len(variants) :]:  # at scale 1
+        assert torch.equal(image, images[-1])
+
+
+def test_autoguidance_guides_an_unconditional_network_and_needs_one_like_it() -> None:
+    network, weaker = make_network(0), make_network(0, seed=1)
+    plain, guided = (
+        sample(network, Diffusion(), [0], [1], num_steps=4, guidance_scale=2.0, weaker=other)
+        for other in (network, weaker)
+    )
+    torch.testing.assert_close(plain, sample(network, Diffusion(), [0], [1], num_steps=4))
+    assert float((plain - guided).abs().max()) > 1e-3
+    with pytest.raises(ConfigError, match="the weaker network has num_classes 3 and this one 0"):
+        sample(network, Diffusion(), [0], [1], num_steps=2, guidance_scale=2.0, weaker=make_network(3))
+
+
+def test_an_unconditional_network_samples_without_guidance_only() -> None:
+    network = make_network(num_classes=0)
+    assert bool(sample(network, Diffusion(), [0, 0], [1, 2], num_steps=2).isfinite().all())
+    with pytest.raises(ConfigError, match=r"guidance needs labels.*leave guidance_scale at 1"):
+        sample(network, Diffusion(), [0], [1], num_steps=2, guidance_scale=1.5)
+    with pytest.raises(ConfigError, match=r"label 1 is out of range.*unconditional"):
+        sample(network, Diffusion(), [1], [1], num_steps=2)
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_a_label_out_of_range_is_named(network: LaMambaDiff, label: int) -> None:
+    with pytest.raises(ConfigError, match=rf"label {label} is out of range: use 0 to 2, or 3 for no label"):
+        sample(network, Diffusion(), [0, label], [1, 2], num_steps=2)
+
+
+@pytest.mark.parametrize("num_steps", [0, 1001])
+def test_a_number_of_steps_out_of_range_is_named(network: LaMambaDiff, num_steps: int) -> None:
+    with pytest.raises(ConfigError, match=rf"{num_steps} steps are out of range: use 1 to 1000"):
+        sample(network, Diffusion(), [0], [1], num_steps=num_steps)
+
+
+def test_a_sampler_that_does_not_fit_is_named(network: LaMambaDiff) -> None:
+    with pytest.raises(ConfigError, match="'euler' does not go with the objective 'diffusion'"):
+        sample(network, Diffusion(), [0], [1], sampler="euler", num_steps=2)
+
+
+def test_other_sizes_and_progress(network: LaMambaDiff) -> None:
+    counts: list[int] = []
+    x = sample(network, Diffusion(), [0, 1], [1, 2], num_steps=4, size=(6, 10), on_step=counts.append)
+    assert x.shape == (2, 1, 6, 10)
+    assert counts == [2, 2, 2, 2]
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    assert choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"device 'gpu' cannot be used here.*try cpu"):
+        choose_device("gpu")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_grid_holds_the_images_in_rows(channels: int) -> None:
+    images = np.arange(5 * channels, dtype=np.uint8).reshape(5, channels, 1, 1) * np.ones((4, 6), np.uint8)
+    grid = np.asarray(make_grid(images, columns=3, padding=2, scale=2))
+    assert grid.shape[:2] == (2 * (2 * 6 + 2), 2 * (3 * 8 + 2))
+    grid = grid.reshape(*grid.shape[:2], channels)[::2, ::2]
+    for index, image in enumerate(images):
+        top, left = 2 + 6 * (index // 3), 2 + 8 * (index % 3)
+        assert np.array_equal(grid[top : top + 4, left : left + 6], image.transpose(1, 2, 0))
+    assert bool((grid[8:12, 18:24] == 255).all()), "the place of the sixth image stays white"
