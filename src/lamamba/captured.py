@@ -1,9 +1,14 @@
-"""Functions of tensors that CUDA launches whole."""
+"""Functions of tensors that CUDA launches whole: a part of a training step, a network in sampling."""
 
+from collections import OrderedDict
 from collections.abc import Callable
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lamamba.ops.launch import rehearse
 
 
 class Captured:
@@ -43,4 +48,75 @@ class Captured:
         """Free what was recorded."""
         if self.graph is not None:
             self.graph.reset()
-            self.graph = None
+            self.graph, self.results = None, {}
+
+
+class CapturedNetwork:
+    """A network to sample with, whose forward pass CUDA launches whole; on other devices, the network as it is.
+
+    Launched one by one, the kernels of a small batch wait for Python. A pass is recorded for each shape of its inputs,
+    of which the last few are kept, and anew where the weights have moved; values that change in place are seen.
+    Gradients are not.
+
+    Args:
+        network: called as `(x_t, t, y) -> (b, 2c, h, w)`.
+        bf16: compute in bfloat16, as `torch.autocast` does; otherwise as the weights are, and the context says.
+        captures: record passes; where not, kernels are still compiled beforehand, all at once.
+    """
+
+    KEPT = 2  # guided and not, say; each keeps the memory of a pass
+
+    def __init__(self, network: Any, bf16: bool = False, captures: bool = True) -> None:
+        self.network, self.bf16, self.captures = network, bf16, captures
+        self.config, self.null_label = network.config, network.null_label
+        self._passes: OrderedDict[tuple[Any, ...], Captured | None] = OrderedDict()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.network.device
+        return device
+
+    @torch.inference_mode()
+    def __call__(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        kind = x_t.device.type
+        dtype = torch.bfloat16 if self.bf16 else torch.get_autocast_dtype(kind)
+        enabled = self.bf16 or torch.is_autocast_enabled(kind)
+
+        def forward(*inputs: Tensor) -> dict[str, Tensor]:
+            # Without its cache, whose copies of the weights would be gone when the pass is launched again.
+            with torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False):
+                return {"out": self.network(*inputs)}
+
+        if kind != "cuda":
+            self.forget()  # what it was moved away from
+            return forward(x_t, t, y)["out"]
+        inputs = (x_t, t, y)
+        weights: tuple[int, ...] = ()
+        if self.captures:
+            weights = tuple(tensor.data_ptr() for tensor in chain(self.network.parameters(), self.network.buffers()))
+        key = (*((tensor.shape, tensor.dtype) for tensor in inputs), enabled and dtype, weights)
+        if key not in self._passes:
+            rehearse(forward, *inputs)
+            if len(self._passes) >= self.KEPT:
+                self._drop_oldest()
+            self._passes[key] = Captured(forward) if self.captures else None
+        self._passes.move_to_end(key)
+        recorded = self._passes[key]
+        if recorded is None:
+            return forward(*inputs)["out"]
+        try:
+            return recorded(*inputs)["out"].clone()  # what is written to again, schedulers may keep
+        except torch.OutOfMemoryError:
+            self.forget()
+            raise
+
+    def _drop_oldest(self) -> None:
+        _, recorded = self._passes.popitem(last=False)
+        if recorded is not None:
+            recorded.forget()
+
+    def forget(self) -> None:
+        """Free what was recorded."""
+        while self._passes:
+            self._drop_oldest()

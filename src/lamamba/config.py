@@ -371,10 +371,12 @@ class SamplingConfig:
     """Of the first image; image i has seed + i."""
     size: tuple[int, int] | None = None
     """Height and width in pixels; the default is the training size."""
-    batch_size: int = 20
+    batch_size: int = 50
     """Images sampled at once."""
     vae: Path | None = None
     """AutoencoderKL folder that decodes latents; the default is the one the run was trained with."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """Of the network's and the autoencoder's arithmetic; auto is bf16 on GPUs that have it."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes the best there is."""
 

@@ -298,6 +298,8 @@ def guide(
         raise ConfigError(
             "an interval of noise levels needs sigma, the noise level of a timestep: give objective.sigma"
         )
+    if scale == 1:
+        return denoiser
 
     def scales(t: Tensor) -> Tensor:
         time_left = 1 - t.float() / NUM_TIMESTEPS
@@ -309,7 +311,7 @@ def guide(
 
     def guided(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         scale_of = scales(t).to(x_t.dtype)
-        if bool((scale_of == 1).all()):
+        if interval is not None and bool((scale_of == 1).all()):  # outside of it the network is asked once, not twice
             return denoiser(x_t, t, y)
         if weaker is None:
             doubled = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null_label)])

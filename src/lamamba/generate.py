@@ -8,7 +8,9 @@ import io
 import json
 import tarfile
 import zipfile
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lamamba import __version__
+from lamamba.captured import CapturedNetwork
 from lamamba.checkpoint import CheckpointInfo, load_denoiser, locked, write_json
 from lamamba.config import GenerateConfig, SampleConfig, SamplingConfig, nearest
 from lamamba.diffusion import OBJECTIVES
@@ -30,7 +33,7 @@ from lamamba.files import checksum, written_whole
 from lamamba.latents import open_space
 from lamamba.model import LaMambaDiff
 from lamamba.processes import Processes, joined
-from lamamba.sampling import check_labels, choose_device, make_grid, sample
+from lamamba.sampling import check_labels, choose_device, make_grid, sample, uses_bf16
 
 
 class Painter:
@@ -47,7 +50,8 @@ class Painter:
     def __init__(self, config: SamplingConfig, device: torch.device) -> None:
         loaded = load_denoiser(config.checkpoint)
         self.config, self.info, self.path = config, loaded.info, loaded.path
-        self.network = loaded.network.to(device)
+        self.uses_bf16 = uses_bf16(config.precision, device)
+        self.network = CapturedNetwork(loaded.network.to(device), self.uses_bf16)
         self.objective = OBJECTIVES[self.info.objective]
         vae = config.vae or (Path(self.info.vae) if self.info.vae else None)
         if vae is None and self.network.config.in_channels not in (1, 3):
@@ -55,11 +59,13 @@ class Painter:
                 f"{config.checkpoint} samples latents, of {self.network.config.in_channels} channels: give (--vae) the "
                 "folder of the AutoencoderKL that decodes them"
             )
-        self.vae, self.space = vae, open_space(vae, device)
+        self.vae = vae
+        self.space = open_space(vae, device, torch.bfloat16 if self.uses_bf16 else torch.float32)
         self.num_classes = int(self.network.config.num_classes)
-        self.weaker: LaMambaDiff | DiT | None = None
+        self.weaker: CapturedNetwork | None = None
         if config.guidance_checkpoint is not None:
-            self.weaker = _load_weaker(config.guidance_checkpoint, self.info).to(device)
+            weaker = _load_weaker(config.guidance_checkpoint, self.info)
+            self.weaker = CapturedNetwork(weaker.to(device), self.uses_bf16)
         can_guide = self.num_classes or self.weaker is not None
         self.guidance = config.guidance if config.guidance is not None else (2.0 if can_guide else 1.0)
         sides = config.size
@@ -98,6 +104,7 @@ class Painter:
             "checkpoint": str(self.config.checkpoint),
             "images_seen": self.info.images,
             "vae": None if self.vae is None else str(self.vae),
+            "precision": "bf16" if self.uses_bf16 else "float32",
             "sampler": self.sampler,
             "steps": self.config.steps,
             "guidance": self.guidance,
@@ -224,23 +231,34 @@ def _paint_shards(config: GenerateConfig, painter: Painter, labels: np.ndarray, 
             done += number / painter.evaluations
             progress.update(bar, completed=round(done))
 
-        for places in shards:
-            if _is_there(config, places):
-                done += len(places)
-                progress.update(bar, completed=round(done))
-                continue
-            own = [int(label) for label in labels[places.start : places.stop]]
-            seeds = [config.seed + place for place in places]
-            images = painter.paint(own, seeds, step)
-            settings = [
-                {**painter.settings, "label": label, "seed": seed} for label, seed in zip(own, seeds, strict=True)
-            ]
-            try:
-                _WRITERS[config.format](config.out, places, images, settings)
-            except OSError as error:
-                raise CheckpointError(
-                    f"images could not be written to {config.out} ({error}): free some space, and run it again"
-                ) from error
+        # While a shard is painted, the one before is written: PNG files take processors as long as images a GPU.
+        with ThreadPoolExecutor(1) as writer:
+            written: Future[None] | None = None
+            for places in shards:
+                if _is_there(config, places):
+                    done += len(places)
+                    progress.update(bar, completed=round(done))
+                    continue
+                own = [int(label) for label in labels[places.start : places.stop]]
+                seeds = [config.seed + place for place in places]
+                images = painter.paint(own, seeds, step)
+                settings = [
+                    {**painter.settings, "label": label, "seed": seed} for label, seed in zip(own, seeds, strict=True)
+                ]
+                if written:
+                    written.result()
+                written = writer.submit(_write, config, places, images, settings)
+            if written:
+                written.result()
+
+
+def _write(config: GenerateConfig, places: range, images: np.ndarray, settings: Sequence[dict[str, Any]]) -> None:
+    try:
+        _WRITERS[config.format](config.out, places, images, settings)
+    except OSError as error:
+        raise CheckpointError(
+            f"images could not be written to {config.out} ({error}): free some space, and run it again"
+        ) from error
 
 
 SAMPLES = "samples.npz"
@@ -254,18 +272,22 @@ def _is_there(config: GenerateConfig, places: range) -> bool:
 
 
 def _write_pngs(out: Path, places: range, images: np.ndarray, settings: Sequence[dict[str, Any]]) -> None:
-    for place, image, own in zip(places, images, settings, strict=True):
+    def write(place: int, image: np.ndarray, own: dict[str, Any]) -> None:
         with written_whole(out / f"{place:08d}.png") as temporary:
             temporary.write_bytes(_png(image, own))
+
+    with ThreadPoolExecutor() as threads:
+        deque(threads.map(write, places, images, settings), maxlen=0)
 
 
 def _write_tar(out: Path, places: range, images: np.ndarray, settings: Sequence[dict[str, Any]]) -> None:
     with (
         written_whole(out / f"shard-{places.start:08d}.tar") as temporary,
         tarfile.open(temporary, "w") as tar,
+        ThreadPoolExecutor() as threads,
     ):
-        for place, image, own in zip(places, images, settings, strict=True):
-            for suffix, content in (("png", _png(image, own)), ("cls", str(own["label"]).encode())):
+        for place, picture, own in zip(places, threads.map(_png, images, settings), settings, strict=True):
+            for suffix, content in (("png", picture), ("cls", str(own["label"]).encode())):
                 member = tarfile.TarInfo(f"{place:08d}.{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))

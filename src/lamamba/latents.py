@@ -13,6 +13,8 @@ from lamamba.data import to_float, to_uint8
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import checksum
 
+_PIXELS_AT_ONCE = 16 * 256**2
+
 
 class Space(Protocol):
     """Where the network works, and the way there and back."""
@@ -74,8 +76,8 @@ class Latents:
         self.shift: float = autoencoder.config.shift_factor or 0.0
 
     @classmethod
-    def open(cls, folder: Path, device: torch.device) -> Self:
-        """Read what `AutoencoderKL.save_pretrained` wrote; nothing is fetched.
+    def open(cls, folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Self:
+        """Read what `AutoencoderKL.save_pretrained` wrote, to compute in a dtype; nothing is fetched.
 
         Raises:
             CheckpointError: the folder holds no autoencoder.
@@ -90,7 +92,10 @@ class Latents:
             autoencoder: Any = AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
         except Exception as error:  # diffusers raises many kinds for a damaged folder
             raise CheckpointError(f"{folder} cannot be read as an AutoencoderKL: {_first_line(error)}") from error
-        return cls(autoencoder.to(device).eval().requires_grad_(False))
+        autoencoder = autoencoder.to(device, dtype).eval().requires_grad_(False)
+        if dtype != torch.float32:
+            autoencoder.to(memory_format=torch.channels_last)  # as tensor cores want it
+        return cls(autoencoder)
 
     def channels(self, image_channels: int) -> int:
         """Channels that the network sees; the images' must be the autoencoder's."""
@@ -133,8 +138,10 @@ class Latents:
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        """Decode latents to uint8 images."""
-        return to_uint8(self.autoencoder.decode(x / self.scale + self.shift).sample)
+        """Decode latents to uint8 images, so many at once as do not fill the memory."""
+        latents = (x / self.scale + self.shift).to(self.autoencoder.dtype)
+        at_once = max(1, _PIXELS_AT_ONCE // (x[0, 0].numel() * self.factor**2))
+        return torch.cat([to_uint8(self.autoencoder.decode(part).sample.float()) for part in latents.split(at_once)])
 
 
 def identify(folder: Path) -> str:
@@ -142,9 +149,9 @@ def identify(folder: Path) -> str:
     return checksum(*sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")))
 
 
-def open_space(vae: Path | None, device: torch.device) -> Space:
-    """Choose pixels, or the latents of an autoencoder folder."""
-    return Pixels() if vae is None else Latents.open(vae, device)
+def open_space(vae: Path | None, device: torch.device, dtype: torch.dtype = torch.float32) -> Space:
+    """Choose pixels, or the latents of an autoencoder folder, which computes in a dtype."""
+    return Pixels() if vae is None else Latents.open(vae, device, dtype)
 
 
 def _first_line(error: Exception) -> str:

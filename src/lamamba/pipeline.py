@@ -10,13 +10,13 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, Sch
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
+from lamamba.captured import CapturedNetwork
 from lamamba.checkpoint import load_checkpoint
 from lamamba.config import GuidanceOptions, nearest
 from lamamba.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS, OBJECTIVES, guide
 from lamamba.errors import ConfigError
 from lamamba.latents import Latents, Pixels
 from lamamba.model import LaMambaDiff
-from lamamba.ops.launch import rehearse
 
 Label = str | int | Mapping[str | int, float]
 
@@ -54,7 +54,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         named = {str(label): name for label, name in (id2label or {}).items()}  # as JSON has it
         self.register_to_config(id2label=named, objective=objective)
         self._interrupt = False
-        self._prepared = False
+        self._captured: list[CapturedNetwork] = []
 
     @classmethod
     def from_checkpoint(cls, name: str) -> Self:
@@ -174,13 +174,14 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         table = torch.tensor([*conditions, null], device=self._execution_device)
         if all(max(condition) == 1 for condition in conditions):  # nothing is mixed: numbers, to be looked up
             table = table.argmax(dim=1)
+        network, weaker = self._launched_whole(self.network), self._launched_whole(weaker_network)
         denoiser = guide(
-            lambda x_t, t, y: self.network(x_t, t, table[y]),
+            lambda x_t, t, y: network(x_t, t, table[y]),
             guidance_scale,
             len(conditions),
             GuidanceOptions(guidance_interval, guidance_cosine_power, guidance_rescale),
             sigma=objective.sigma,
-            weaker=None if weaker_network is None else lambda x_t, t, y: weaker_network(x_t, t, table[y]),
+            weaker=None if weaker is None else lambda x_t, t, y: weaker(x_t, t, table[y]),
         )
 
         self._interrupt = False
@@ -240,9 +241,6 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         options: dict[str, Any] = {"return_dict": False}
         if "generator" in inspect.signature(scheduler.step).parameters:
             options["generator"] = list(generators)
-        if x.is_cuda and not self._prepared and isinstance(self.network, LaMambaDiff):
-            rehearse(denoiser, x, timesteps[0].expand(len(x)), y)
-            self._prepared = True
         with self.progress_bar(total=len(timesteps)) as bar:
             for index, t in enumerate(timesteps):
                 if self._interrupt:
@@ -257,6 +255,14 @@ class LaMambaDiffPipeline(DiffusionPipeline):
                     x = callback(self, index, t, {name: x for name in callback_inputs}).pop("latents", x)
                 bar.update()
         return x
+
+    def _launched_whole(self, network: Any) -> Any:
+        """Record a network's passes on CUDA, unless it is compiled, or moves between devices."""
+        if not isinstance(network, LaMambaDiff) or hasattr(network, "_hf_hook"):
+            return network
+        captured = next((known for known in self._captured if known.network is network), CapturedNetwork(network))
+        self._captured = [captured, *(known for known in self._captured if known is not captured)][:2]
+        return captured
 
     @property
     def _scales(self) -> bool:

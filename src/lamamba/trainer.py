@@ -14,7 +14,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from lamamba.averages import PowerAverages, save_snapshot
-from lamamba.captured import Captured
+from lamamba.captured import Captured, CapturedNetwork
 from lamamba.checkpoint import CheckpointInfo, load_checkpoint, load_network, read_info, verify
 from lamamba.config import TrainConfig
 from lamamba.data import Source, batches
@@ -26,7 +26,7 @@ from lamamba.model import LaMambaDiff
 from lamamba.ops.backend import use_backend
 from lamamba.ops.launch import rehearse
 from lamamba.processes import GradientSums, Processes
-from lamamba.sampling import make_grid, sample
+from lamamba.sampling import make_grid, sample, uses_bf16
 from lamamba.saving import CheckpointWriter, load_training_state, names_of_training_state
 from lamamba.sharding import gather, load, local, shard, whole
 
@@ -82,11 +82,7 @@ class Trainer:
             self.network.enable_gradient_checkpointing(
                 partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
             )
-        self.uses_bf16 = config.precision == "bf16" or (
-            config.precision == "auto"
-            and device.type == "cuda"
-            and torch.cuda.is_bf16_supported(including_emulation=False)
-        )
+        self.uses_bf16 = uses_bf16(config.precision, device)
         self.autocast = torch.autocast(device.type, torch.bfloat16) if self.uses_bf16 else nullcontext()
         self.compiled: Any = torch.compile(self.network) if config.compile and not self.shards else self.network
         sums_up = processes.number > 1 and not self.shards
@@ -337,7 +333,7 @@ class Trainer:
         labels = [index % columns % max(num_classes, 1) for index in range(number)]
         with self.backend():
             x = sample(
-                self.average,
+                CapturedNetwork(self.average, captures=self.captures),
                 self.objective,
                 labels,
                 list(range(number)),
