@@ -206,3 +206,16 @@ def test_a_batch_too_large_is_reported_and_the_next_is_measured(
     (path,) = tmp_path.iterdir()
     trained = [record["batch"] for record in json.loads(path.read_text()) if record["case"] == "scaling_quick"]
     assert set(trained) == {4}
+
+
+def test_sets_of_images_are_timed_in_every_way(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "sampling.py"), "--quick", "--out", str(tmp_path), "--providers", "lamamba",
+         "dit-pipeline", "dit-generate"],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.json")
+    measured = {record["provider"]: record for record in json.loads(path.read_text())}
+    assert measured.keys() == {"lamamba", "dit-pipeline", "dit-generate", "autoencoder"}
+    assert all(record["value"] > 0 for record in measured.values())

@@ -10,10 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamamba.config import PRESETS, TrainConfig
+from lamamba.captured import CapturedNetwork
+from lamamba.config import PRESETS, GuidanceOptions, TrainConfig
+from lamamba.diffusion import Diffusion
+from lamamba.dit import DiT
 from lamamba.model import LaMambaDiff
 from lamamba.ops.backend import use_backend
 from lamamba.ops.launch import rehearse
+from lamamba.pipeline import LaMambaDiffPipeline
+from lamamba.sampling import sample
 from lamamba.train import resolve
 from lamamba.trainer import Trainer
 
@@ -74,6 +79,59 @@ def test_a_cuda_graph_of_inference_is_the_same() -> None:
         graph.replay()
         assert relative_error(out, wanted) < 1e-3
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_recorded_passes_sample_the_same(bf16: bool) -> None:
+    network, _ = build()
+    network.eval()
+    options = {"num_steps": 6, "guidance_scale": 3.0, "guidance_options": GuidanceOptions(interval=(0.3, 5.0))}
+
+    def drawn(captures: CapturedNetwork, labels: list[int]) -> Tensor:
+        return sample(captures, Diffusion(), labels, list(range(len(labels))), **options)
+
+    recorded, plain = CapturedNetwork(network, bf16), CapturedNetwork(network, bf16, captures=False)
+    for labels in ([1, 2, 3], [4, 5, 6], [7, 8], [1, 2, 3]):
+        assert relative_error(drawn(recorded, labels), drawn(plain, labels)) < (0.02 if bf16 else 1e-4)
+    before = drawn(recorded, [1, 2, 3])
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(1.1)
+    assert relative_error(drawn(recorded, [1, 2, 3]), before) > 0.05
+    assert relative_error(drawn(recorded, [1, 2, 3]), drawn(plain, [1, 2, 3])) < (0.02 if bf16 else 1e-4)
+    before = drawn(recorded, [1, 2, 3])
+    network.to("cpu")
+    for parameter in network.parameters():
+        parameter.data = parameter.data / 1.1
+    network.to("cuda")  # elsewhere in memory
+    assert relative_error(drawn(recorded, [1, 2, 3]), before) > 0.05
+    assert relative_error(drawn(recorded, [1, 2, 3]), drawn(plain, [1, 2, 3])) < (0.02 if bf16 else 1e-4)
+
+
+def test_a_recorded_dit_samples_the_same() -> None:
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=2, num_layers=2, sample_size=16,
+        patch_size=2, num_embeds_ada_norm=10,
+    )  # fmt: skip
+    network = DiT(transformer).cuda().eval()
+    images = [
+        sample(CapturedNetwork(network, captures=captures), Diffusion(), [1, 2], [0, 1], num_steps=6, guidance_scale=3)
+        for captures in (True, False)
+    ]
+    assert relative_error(*images) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_pipeline_samples_on_a_gpu_what_it_does_on_a_cpu(dtype: torch.dtype) -> None:
+    pipe = LaMambaDiffPipeline.from_checkpoint("nano")
+    wanted = pipe([1, {2: 0.5, 3: 0.5}], 5, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    pipe = LaMambaDiffPipeline.from_checkpoint("nano").to("cuda", dtype)
+    for _ in range(2):
+        images = pipe([1, {2: 0.5, 3: 0.5}], 5, generator=torch.Generator().manual_seed(0), output_type="pt").images
+        assert float((images - wanted).abs().mean()) < (0.05 if dtype == torch.bfloat16 else 2e-3)
 
 
 def trainer(out: Path, **options: Any) -> Trainer:

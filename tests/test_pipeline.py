@@ -1,5 +1,6 @@
 """The pipeline as diffusers' users know one: saved and loaded, schedulers swapped, steered, interrupted."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from lamamba.diffusion import OBJECTIVES
 from lamamba.errors import ConfigError
 from lamamba.model import LaMambaDiff
 from lamamba.pipeline import LaMambaDiffPipeline
-from lamamba.sampling import sample
+from lamamba.sampling import sample, slerp
 from tiny_autoencoder import write_autoencoder
 
 NAMES = ("T-shirt", "Coat", "Bag")
@@ -323,3 +324,28 @@ def test_it_is_compiled_and_cast_like_any_pipeline() -> None:
     cast = build().to(torch.bfloat16)
     out = latents_of(cast, ["Coat", "Bag"])
     assert 0 < (out - wanted).norm() < 0.2 * wanted.norm()
+
+
+def test_interpolation_begins_and_ends_with_the_images_it_goes_between() -> None:
+    pipe = build()
+    options = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "pt"}
+    images = pipe.interpolate(("Coat", {"Bag": 0.5, 0: 0.5}), (5, 6), 4, **options).images
+    noise = [torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (5, 6)]
+    ends = pipe(["Coat", {"Bag": 0.5, 0: 0.5}], latents=torch.stack(noise), **options).images
+    torch.testing.assert_close(images[[0, -1]], ends, atol=1e-5, rtol=1e-5)
+    assert len({image.numpy().tobytes() for image in images}) == 4
+    with pytest.raises(ConfigError, match="the first and the last make two"):
+        pipe.interpolate(("Coat", "Bag"), (5, 6), 1)
+
+
+def test_interpolated_noise_stays_as_long_as_noise_is() -> None:
+    torch.manual_seed(0)
+    first, last = torch.randn(2, 3, 32, 32)
+    way = slerp(first, last, [0.0, 0.25, 0.5, 1.0])
+    torch.testing.assert_close(way[0], first)
+    torch.testing.assert_close(way[-1], last)
+    assert [float(noise.std()) for noise in way] == pytest.approx([1.0] * 4, abs=0.03)
+    assert float((first + last).div(2).std()) < 0.75  # as it would be along the chord
+    torch.testing.assert_close(slerp(first, first, [0.5])[0], first)
+    angle = torch.acos((way[1].flatten() @ first.flatten()) / (way[1].norm() * first.norm()))
+    assert float(angle) == pytest.approx(math.pi / 8, abs=0.02)  # a quarter of about a right angle

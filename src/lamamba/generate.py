@@ -271,7 +271,9 @@ def _is_there(config: GenerateConfig, places: range) -> bool:
     return (config.out / f"shard-{places.start:08d}.{suffix}").exists()
 
 
-def _write_pngs(out: Path, places: range, images: np.ndarray, settings: Sequence[dict[str, Any]]) -> None:
+def write_pngs(out: Path, places: range, images: np.ndarray, settings: Sequence[dict[str, Any]]) -> None:
+    """Write a file for each image, (b, c, h, w) uint8, named by its place."""
+
     def write(place: int, image: np.ndarray, own: dict[str, Any]) -> None:
         with written_whole(out / f"{place:08d}.png") as temporary:
             temporary.write_bytes(_png(image, own))
@@ -300,7 +302,7 @@ def _write_npz(out: Path, places: range, images: np.ndarray, settings: Sequence[
 
 
 _WRITERS: dict[str, Callable[[Path, range, np.ndarray, Sequence[dict[str, Any]]], None]] = {
-    "png": _write_pngs, "webdataset": _write_tar, "npz": _write_npz
+    "png": write_pngs, "webdataset": _write_tar, "npz": _write_npz
 }  # fmt: skip
 
 

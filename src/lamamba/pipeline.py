@@ -17,8 +17,9 @@ from lamamba.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS, OBJECTIVES, g
 from lamamba.errors import ConfigError
 from lamamba.latents import Latents, Pixels
 from lamamba.model import LaMambaDiff
+from lamamba.sampling import slerp, slerp_weights
 
-Label = str | int | Mapping[str | int, float]
+Label = str | int | Mapping[str | int, float] | Tensor | None
 
 
 class LaMambaDiffPipeline(DiffusionPipeline):
@@ -91,7 +92,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Label | Sequence[Label] | None = None,
+        class_labels: Label | Sequence[Label] = None,
         num_inference_steps: int = 25,
         guidance_scale: float = 2.0,
         *,
@@ -119,7 +120,8 @@ class LaMambaDiffPipeline(DiffusionPipeline):
 
         Args:
             class_labels: names, numbers, or mixtures, {"Coat": 0.5, "Shirt": 0.5}, whose embeddings are averaged; one
-                or several. None is "no label".
+                or several. None is "no label". A tensor (num_classes + 1,) weighs the embeddings as it is, the last
+                being that of "no label".
             num_inference_steps: steps of the scheduler.
             guidance_scale: 1 is no guidance; an unconditional network knows none.
             guidance_interval, guidance_cosine_power, guidance_rescale: see `lamamba.diffusion.guide`.
@@ -172,7 +174,9 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         # "No label" comes last, and guidance asks for it by its place.
         null = [0.0] * self._config_of_network("num_classes") + [1.0]
         table = torch.tensor([*conditions, null], device=self._execution_device)
-        if all(max(condition) == 1 for condition in conditions):  # nothing is mixed: numbers, to be looked up
+        if all(
+            sorted(condition)[-2:] in ([1], [0, 1]) for condition in conditions
+        ):  # nothing is mixed: to be looked up
             table = table.argmax(dim=1)
         network, weaker = self._launched_whole(self.network), self._launched_whole(weaker_network)
         denoiser = guide(
@@ -209,6 +213,48 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             images = self._image_processor().postprocess(images, output_type, [False] * len(images))
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def interpolate(
+        self,
+        class_labels: tuple[Label, Label],
+        seeds: tuple[int, int],
+        num_images: int = 8,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        **options: Any,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Sample images on the way from one label and seed to another, both interpolated spherically.
+
+        Args:
+            class_labels: of the first image and of the last, which may be the same.
+            seeds: likewise. A sampler that adds noise does so by the first one's throughout.
+            num_images: with both ends.
+            height, width: in pixels; the default is the training size.
+            options: as for a call: `num_inference_steps`, `guidance_scale`, `output_type` and the like.
+
+        Raises:
+            ConfigError: as for a call; or there are fewer than two images.
+        """
+        if num_images < 2:
+            raise ConfigError(f"num_images is {num_images}: the first and the last make two")
+        fractions = [index / (num_images - 1) for index in range(num_images)]
+        shape = (self._config_of_network("in_channels"), *self._grid_size(height, width))
+        ends = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        first, last = torch.tensor(self._conditions(list(class_labels)))
+        if first.equal(last):
+            labels = first.expand(num_images, -1)
+        else:
+            table = self.network.label_embedding.weight.detach().float().cpu()
+            labels = slerp_weights(first @ table, last @ table, fractions).float() @ torch.stack([first, last])
+        return self(
+            list(labels),
+            generator=[torch.Generator().manual_seed(seeds[0]) for _ in fractions],
+            latents=slerp(ends[0], ends[1], fractions),
+            height=height,
+            width=width,
+            **options,
+        )
 
     def _denoise(
         self,
@@ -311,15 +357,19 @@ class LaMambaDiffPipeline(DiffusionPipeline):
     def _config_of_network(self, name: str) -> int:
         return int(self.network.config[name])
 
-    def _conditions(self, labels: Label | Sequence[Label] | None) -> list[list[float]]:
+    def _conditions(self, labels: Label | Sequence[Label]) -> list[list[float]]:
         """Weights of each label's row, the last being "no label", for each image."""
         several = labels if isinstance(labels, Sequence) and not isinstance(labels, str) else [labels]
         if not several:
             raise ConfigError("class_labels is empty: give one or more, or None for no label")
         return [self._condition(label) for label in several]
 
-    def _condition(self, label: Label | None) -> list[float]:
+    def _condition(self, label: Label) -> list[float]:
         number = self._config_of_network("num_classes")
+        if isinstance(label, Tensor):
+            if label.shape != (number + 1,):
+                raise ConfigError(f"a label's weights are {tuple(label.shape)}: give {(number + 1,)}")
+            return [float(weight) for weight in label]
         weights = [0.0] * (number + 1)
         if label is None:
             weights[number] = 1.0

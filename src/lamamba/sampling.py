@@ -134,6 +134,31 @@ def check_labels(labels: Sequence[int], num_classes: int) -> None:
         raise ConfigError(f"label {wrong[0]} is out of range: this network is unconditional, its only label is 0")
 
 
+def slerp(first: Tensor, second: Tensor, fractions: Sequence[float]) -> Tensor:
+    """Interpolate spherically: along an arc, where noise stays as long as noise is (Shoemake 1985).
+
+    Args:
+        first: any shape, (...).
+        second: of the same shape.
+        fractions: (n,) of the way to the second, 0 to 1.
+
+    Returns:
+        (n, ...), in the dtype of `first`.
+    """
+    weights = slerp_weights(first, second, fractions).view(len(fractions), 2, *(1,) * first.dim())
+    return (weights[:, 0] * first.double() + weights[:, 1] * second.double()).to(first.dtype)
+
+
+def slerp_weights(first: Tensor, second: Tensor, fractions: Sequence[float]) -> Tensor:
+    """Compute what `slerp` multiplies the two by, float64 (n, 2)."""
+    a, b = first.double().flatten(), second.double().flatten()
+    angle = torch.acos((a @ b / (a.norm() * b.norm())).clamp(-1, 1))
+    way = torch.as_tensor(fractions, dtype=torch.float64, device=first.device)
+    if angle.sin().abs() < 1e-6:  # one direction, or opposite ones, which no arc is the shortest between
+        return torch.stack([1 - way, way], dim=1)
+    return torch.stack([((1 - way) * angle).sin(), (way * angle).sin()], dim=1) / angle.sin()
+
+
 def make_grid(images: np.ndarray, columns: int, padding: int = 2, scale: int = 1) -> Image.Image:
     """Arrange images in rows on white.
 
