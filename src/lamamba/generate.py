@@ -4,6 +4,7 @@
 in the set alone.
 """
 
+import copy
 import io
 import json
 import tarfile
@@ -11,7 +12,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from lamamba import __version__
 from lamamba.checkpoint import CheckpointInfo, load_denoiser, locked, write_json
@@ -46,7 +48,7 @@ class Painter:
 
     def __init__(self, config: SamplingConfig, device: torch.device) -> None:
         loaded = load_denoiser(config.checkpoint)
-        self.config, self.info, self.path = config, loaded.info, loaded.path
+        self.info, self.path = loaded.info, loaded.path
         self.network = loaded.network.to(device)
         self.objective = OBJECTIVES[self.info.objective]
         vae = config.vae or (Path(self.info.vae) if self.info.vae else None)
@@ -57,9 +59,19 @@ class Painter:
             )
         self.vae, self.space = vae, open_space(vae, device)
         self.num_classes = int(self.network.config.num_classes)
+        self._configure(config)
+
+    def with_config(self, config: SamplingConfig) -> Self:
+        """Sample otherwise from the same checkpoint, whose weights are shared; raises LamambaError."""
+        other = copy.copy(self)
+        other._configure(config)
+        return other
+
+    def _configure(self, config: SamplingConfig) -> None:
+        self.config = config
         self.weaker: LaMambaDiff | DiT | None = None
         if config.guidance_checkpoint is not None:
-            self.weaker = _load_weaker(config.guidance_checkpoint, self.info).to(device)
+            self.weaker = _load_weaker(config.guidance_checkpoint, self.info).to(self.network.device)
         can_guide = self.num_classes or self.weaker is not None
         self.guidance = config.guidance if config.guidance is not None else (2.0 if can_guide else 1.0)
         sides = config.size
@@ -69,9 +81,16 @@ class Painter:
         self.evaluations = len(self.objective.scheduler(self.sampler, config.steps).timesteps)
 
     def paint(
-        self, labels: Sequence[int], seeds: Sequence[int], on_step: Callable[[int], None] | None = None
+        self,
+        labels: Sequence[int],
+        seeds: Sequence[int],
+        on_step: Callable[[int], None] | None = None,
+        on_preview: Callable[[Tensor], None] | None = None,
     ) -> np.ndarray:
-        """Sample images of labels and seeds, (b, c, h, w) uint8, as many at once as configured."""
+        """Sample images of labels and seeds, (b, c, h, w) uint8, as many at once as configured.
+
+        What is called is as in `lamamba.sample`.
+        """
         images = []
         for start in range(0, len(labels), self.config.batch_size):
             part = slice(start, start + self.config.batch_size)
@@ -87,6 +106,7 @@ class Painter:
                 weaker=self.weaker,
                 size=self.size,
                 on_step=on_step,
+                on_preview=on_preview,
             )
             images.append(self.space.decode(x).cpu().numpy())
         return np.concatenate(images)
@@ -256,7 +276,7 @@ def _is_there(config: GenerateConfig, places: range) -> bool:
 def _write_pngs(out: Path, places: range, images: np.ndarray, settings: Sequence[dict[str, Any]]) -> None:
     for place, image, own in zip(places, images, settings, strict=True):
         with written_whole(out / f"{place:08d}.png") as temporary:
-            temporary.write_bytes(_png(image, own))
+            temporary.write_bytes(encode_png(image, own))
 
 
 def _write_tar(out: Path, places: range, images: np.ndarray, settings: Sequence[dict[str, Any]]) -> None:
@@ -265,7 +285,7 @@ def _write_tar(out: Path, places: range, images: np.ndarray, settings: Sequence[
         tarfile.open(temporary, "w") as tar,
     ):
         for place, image, own in zip(places, images, settings, strict=True):
-            for suffix, content in (("png", _png(image, own)), ("cls", str(own["label"]).encode())):
+            for suffix, content in (("png", encode_png(image, own)), ("cls", str(own["label"]).encode())):
                 member = tarfile.TarInfo(f"{place:08d}.{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
@@ -363,7 +383,8 @@ def _picture(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
 
 
-def _png(image: np.ndarray, settings: dict[str, Any]) -> bytes:
+def encode_png(image: np.ndarray, settings: dict[str, Any]) -> bytes:
+    """Encode (c, h, w) uint8 as PNG, with its settings as JSON in the text chunk `lamamba`."""
     content = io.BytesIO()
     _picture(image).save(content, format="PNG", pnginfo=_metadata(settings))
     return content.getvalue()
