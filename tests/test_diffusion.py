@@ -358,6 +358,15 @@ def test_autoguidance_moves_away_from_the_weaker_denoiser_with_the_same_label() 
     assert guide(denoiser, 1.0, 5, weaker=weaker)(x, t, y).flatten().tolist() == [1, 10, 2, 20]
 
 
+@pytest.mark.parametrize("objective", [Diffusion(), FlowMatching()])
+def test_a_true_prediction_implies_the_clean_image(objective: Diffusion | FlowMatching) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_0, noise = torch.randn((2, 3, 1, 4, 4), generator=generator)
+    t = torch.tensor([1, 400, 900])
+    target = noise - x_0 if isinstance(objective, FlowMatching) else noise
+    assert torch.allclose(objective.predict_x_0(objective.noise_image(x_0, t, noise), t, target), x_0, atol=1e-4)
+
+
 @pytest.mark.parametrize("objective", list(OBJECTIVES.values()), ids=list(OBJECTIVES))
 def test_noise_level_is_noise_over_signal(objective: Diffusion | FlowMatching) -> None:
     t = torch.tensor([1, 500, 990])

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import chain
+from threading import Lock
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class CapturedNetwork:
 
     Launched one by one, the kernels of a small batch wait for Python. A pass is recorded for each shape of its inputs,
     of which the last few are kept, and anew where the weights have moved; values that change in place are seen.
-    Gradients are not.
+    Gradients are not. Threads may share it.
 
     Args:
         network: called as `(x_t, t, y) -> (b, 2c, h, w)`.
@@ -70,6 +71,7 @@ class CapturedNetwork:
         self.network, self.bf16, self.captures = network, bf16, captures
         self.config, self.null_label = network.config, network.null_label
         self._passes: OrderedDict[tuple[Any, ...], Captured | None] = OrderedDict()
+        self._lock = Lock()
 
     @property
     def device(self) -> torch.device:
@@ -96,20 +98,20 @@ class CapturedNetwork:
         if self.captures:
             weights = tuple(tensor.data_ptr() for tensor in chain(self.network.parameters(), self.network.buffers()))
         key = (*((tensor.shape, tensor.dtype) for tensor in inputs), enabled and dtype, weights)
-        if key not in self._passes:
-            rehearse(forward, *inputs)
-            if len(self._passes) >= self.KEPT:
-                self._drop_oldest()
-            self._passes[key] = Captured(forward) if self.captures else None
-        self._passes.move_to_end(key)
-        recorded = self._passes[key]
-        if recorded is None:
-            return forward(*inputs)["out"]
-        try:
-            return recorded(*inputs)["out"].clone()  # what is written to again, schedulers may keep
-        except torch.OutOfMemoryError:
-            self.forget()
-            raise
+        with self._lock:
+            if key not in self._passes:
+                rehearse(forward, *inputs)
+                if len(self._passes) >= self.KEPT:
+                    self._drop_oldest()
+                self._passes[key] = Captured(forward) if self.captures else None
+            self._passes.move_to_end(key)
+            recorded = self._passes[key]
+            try:
+                # What is written to again, schedulers may keep.
+                return recorded(*inputs)["out"].clone() if recorded else forward(*inputs)["out"]
+            except torch.OutOfMemoryError:
+                self.forget()
+                raise
 
     def _drop_oldest(self) -> None:
         _, recorded = self._passes.popitem(last=False)

@@ -427,6 +427,22 @@ class GenerateConfig(SamplingConfig):
 
 
 @dataclass(frozen=True)
+class DemoLimits:
+    """What a visitor of a page can ask for at once, at most."""
+
+    max_images: int = 16
+    """Images of a request."""
+    max_steps: int = 100
+    """Steps of the sampler."""
+    max_pixels: int = 1_048_576
+    """Pixels of all images of a request together: sixteen of 256 x 256."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_images", "max_steps", "max_pixels"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+
+
+@dataclass(frozen=True)
 class ConvertConfig:
     """Convert a checkpoint of the authors' released code to a folder for lamamba sample and finetune, or back."""
 

@@ -48,6 +48,18 @@ class Diffusion:
         index = t.long()
         return schedule["sqrt_one_minus_alpha_bar"][index] / schedule["sqrt_alpha_bar"][index]
 
+    def predict_x_0(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Compute the clean image x_0 that a prediction of the noise implies, for (b,) timesteps.
+
+        (x_t - sqrt(1 - alpha_bar) noise) / sqrt(alpha_bar): Ho et al. 2020, arXiv 2006.11239, eq. 15.
+        """
+        schedule = linear_schedule(x_t.device)
+        index = t.long()
+        return (
+            _at(schedule["sqrt_recip_alpha_bar"], index) * x_t
+            - _at(schedule["sqrt_recip_alpha_bar_minus_1"], index) * noise
+        )
+
     def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
         """Weigh the error of the noise so that that of x_0 has the weight min(SNR, gamma): (b,) of (b,) timesteps.
 
@@ -162,6 +174,10 @@ class FlowMatching:
     def sigma(self, t: Tensor) -> Tensor:
         """Noise level of timesteps, as noise over signal: t / (1000 - t)."""
         return t / (NUM_TIMESTEPS - t)
+
+    def predict_x_0(self, x_t: Tensor, t: Tensor, velocity: Tensor) -> Tensor:
+        """Compute the clean image that a prediction of the velocity implies: x_t - t/1000 velocity."""
+        return x_t - (t / NUM_TIMESTEPS)[:, None, None, None] * velocity
 
     def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
         """Weigh the error of the velocity so that that of x_0 has the weight min(SNR, gamma), as `Diffusion` does."""

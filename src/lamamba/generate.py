@@ -4,6 +4,7 @@
 in the set alone.
 """
 
+import copy
 import io
 import json
 import tarfile
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from lamamba import __version__
 from lamamba.captured import CapturedNetwork
@@ -49,7 +51,7 @@ class Painter:
 
     def __init__(self, config: SamplingConfig, device: torch.device) -> None:
         loaded = load_denoiser(config.checkpoint)
-        self.config, self.info, self.path = config, loaded.info, loaded.path
+        self.info, self.path = loaded.info, loaded.path
         self.uses_bf16 = uses_bf16(config.precision, device)
         self.network = CapturedNetwork(loaded.network.to(device), self.uses_bf16)
         self.objective = OBJECTIVES[self.info.objective]
@@ -62,10 +64,20 @@ class Painter:
         self.vae = vae
         self.space = open_space(vae, device, torch.bfloat16 if self.uses_bf16 else torch.float32)
         self.num_classes = int(self.network.config.num_classes)
+        self._configure(config)
+
+    def with_config(self, config: SamplingConfig) -> Self:
+        """Sample otherwise from the same checkpoint, whose weights are shared; raises LamambaError."""
+        other = copy.copy(self)
+        other._configure(config)
+        return other
+
+    def _configure(self, config: SamplingConfig) -> None:
+        self.config = config
         self.weaker: CapturedNetwork | None = None
         if config.guidance_checkpoint is not None:
             weaker = _load_weaker(config.guidance_checkpoint, self.info)
-            self.weaker = CapturedNetwork(weaker.to(device), self.uses_bf16)
+            self.weaker = CapturedNetwork(weaker.to(self.network.device), self.uses_bf16)
         can_guide = self.num_classes or self.weaker is not None
         self.guidance = config.guidance if config.guidance is not None else (2.0 if can_guide else 1.0)
         sides = config.size
@@ -75,9 +87,16 @@ class Painter:
         self.evaluations = len(self.objective.scheduler(self.sampler, config.steps).timesteps)
 
     def paint(
-        self, labels: Sequence[int], seeds: Sequence[int], on_step: Callable[[int], None] | None = None
+        self,
+        labels: Sequence[int],
+        seeds: Sequence[int],
+        on_step: Callable[[int], None] | None = None,
+        on_preview: Callable[[Tensor], None] | None = None,
     ) -> np.ndarray:
-        """Sample images of labels and seeds, (b, c, h, w) uint8, as many at once as configured."""
+        """Sample images of labels and seeds, (b, c, h, w) uint8, as many at once as configured.
+
+        What is called is as in `lamamba.sample`.
+        """
         images = []
         for start in range(0, len(labels), self.config.batch_size):
             part = slice(start, start + self.config.batch_size)
@@ -93,6 +112,7 @@ class Painter:
                 weaker=self.weaker,
                 size=self.size,
                 on_step=on_step,
+                on_preview=on_preview,
             )
             images.append(self.space.decode(x).cpu().numpy())
         return np.concatenate(images)
@@ -276,7 +296,7 @@ def write_pngs(out: Path, places: range, images: np.ndarray, settings: Sequence[
 
     def write(place: int, image: np.ndarray, own: dict[str, Any]) -> None:
         with written_whole(out / f"{place:08d}.png") as temporary:
-            temporary.write_bytes(_png(image, own))
+            temporary.write_bytes(encode_png(image, own))
 
     with ThreadPoolExecutor() as threads:
         deque(threads.map(write, places, images, settings), maxlen=0)
@@ -288,7 +308,7 @@ def _write_tar(out: Path, places: range, images: np.ndarray, settings: Sequence[
         tarfile.open(temporary, "w") as tar,
         ThreadPoolExecutor() as threads,
     ):
-        for place, picture, own in zip(places, threads.map(_png, images, settings), settings, strict=True):
+        for place, picture, own in zip(places, threads.map(encode_png, images, settings), settings, strict=True):
             for suffix, content in (("png", picture), ("cls", str(own["label"]).encode())):
                 member = tarfile.TarInfo(f"{place:08d}.{suffix}")
                 member.size = len(content)
@@ -387,7 +407,8 @@ def _picture(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
 
 
-def _png(image: np.ndarray, settings: dict[str, Any]) -> bytes:
+def encode_png(image: np.ndarray, settings: dict[str, Any]) -> bytes:
+    """Encode (c, h, w) uint8 as PNG, with its settings as JSON in the text chunk `lamamba`."""
     content = io.BytesIO()
     _picture(image).save(content, format="PNG", pnginfo=_metadata(settings))
     return content.getvalue()

@@ -28,6 +28,9 @@ class Space(Protocol):
     draws: bool
     """Whether `encode` draws from a distribution."""
 
+    factor: int
+    """Pixels of a side for each row of the grid."""
+
     def encode(self, images: Tensor, noise: Tensor | None) -> Tensor:
         """What a source holds to what the network is trained on, float32; `noise` of its shape draws latents."""
 
@@ -39,6 +42,7 @@ class Pixels:
     """The network sees pixels, scaled to -1 to 1."""
 
     draws = False
+    factor = 1
 
     def channels(self, image_channels: int) -> int:
         """Channels that the network sees."""

@@ -32,6 +32,7 @@ def sample(
     weaker: Network | None = None,
     size: tuple[int, int] | None = None,
     on_step: Callable[[int], None] | None = None,
+    on_preview: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Sample one batch of images or latents.
 
@@ -49,6 +50,8 @@ def sample(
         weaker: a network to guide away from, with the same label; None is the network itself without a label.
         size: height and width of the grid; None is the network's `sample_size`.
         on_step: called after each scheduler step with the number of images, for progress.
+        on_preview: called before each scheduler step with the clean images that the guided prediction implies,
+            (b, c, h, w); what it raises ends the sampling.
 
     Returns:
         (b, c, h, w) float32, about -1 to 1 for pixels.
@@ -81,6 +84,8 @@ def sample(
     options = {"generator": generators} if sampler in STOCHASTIC_SAMPLERS else {}
     for t in scheduler.timesteps:
         out = denoiser(x, t.expand(len(x)), y)
+        if on_preview is not None:
+            on_preview(objective.predict_x_0(x, t.expand(len(x)), out.chunk(2, dim=1)[0]))
         prediction = out if takes_variance else out.chunk(2, dim=1)[0]
         x = scheduler.step(prediction, t, x, **options, return_dict=False)[0]
         if on_step is not None:

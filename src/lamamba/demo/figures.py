@@ -1,0 +1,145 @@
+"""Drawings of how the network reads an image, as SVG that needs no script and fetches nothing."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from lamamba.config import nearest
+from lamamba.demo.settings import read_whole
+from lamamba.errors import ConfigError
+from lamamba.ops.grid import Scan, path_order
+from lamamba.ops.window_attention.geometry import Windows, window_geometry
+
+MAX_SIDE = 24  # cells of a drawn grid: beyond, they are too small to follow
+# In the order of `path_order`, which is another for each scan.
+PATH_NAMES: Mapping[Scan, tuple[str, ...]] = {
+    "continuous": ("along rows", "along rows, reversed", "along columns", "along columns, reversed"),
+    "raster": ("along rows", "along columns", "along rows, reversed", "along columns, reversed"),
+}
+_COLOURS = ("#2563eb", "#db2777", "#059669", "#d97706")
+_CELL = 14
+_GAP = 28
+
+
+def draw_paths(height: int, width: int, scan: Scan, seconds: float = 6.0) -> str:
+    """Draw the four paths of the scan over a grid; on each a point goes from its first pixel to its last.
+
+    Args:
+        height: rows of the grid, 2 to 24.
+        width: columns, 2 to 24.
+        scan: "continuous" or "raster", see `lamamba.ops.grid.path_order`.
+        seconds: of a walk, which begins again and again.
+
+    Returns:
+        An `<svg>` element; each path is a `<polyline>` through the centres of all cells, in its order, with a ring at
+        its first pixel.
+
+    Raises:
+        ConfigError: a side is out of range, or there is no such scan.
+    """
+    if scan not in PATH_NAMES:
+        raise ConfigError(f"scan {scan!r} is unknown: {nearest(str(scan), PATH_NAMES)}")
+    height, width = (read_whole(name, side, 2, MAX_SIDE) for name, side in (("height", height), ("width", width)))
+    panels = []
+    for number, order in enumerate(path_order(height, width, scan)):
+        rows, columns = np.divmod(order, width)
+        points = [(_centre(column), _centre(row)) for row, column in zip(rows, columns, strict=True)]
+        line = " ".join(f"{x:g},{y:g}" for x, y in points)
+        steps = "M" + " L".join(f"{x:g} {y:g}" for x, y in points)
+        colour = _COLOURS[number]
+        # A walk has a step for each pixel, however far the next one is: a raster jumps back at the end of a row.
+        times = ";".join(f"{index / (len(points) - 1):.5f}" for index in range(len(points)))
+        panels.append(
+            f"{_grid_lines(height, width)}"
+            f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-opacity="0.45" stroke-width="2"/>'
+            f'<circle cx="{points[0][0]:g}" cy="{points[0][1]:g}" r="3" fill="none" stroke="{colour}"/>'
+            f'<circle r="4.5" fill="{colour}"><animateMotion path="{steps}" dur="{seconds:g}s" calcMode="linear" '
+            f'keyTimes="{times}" keyPoints="{_distances(points)}" repeatCount="indefinite"/></circle>'
+        )
+    return _in_row(panels, PATH_NAMES[scan], height, width)
+
+
+def draw_windows(height: int, width: int, window_size: int) -> str:
+    """Draw which pixels attend to one another, by colour: in windows, and in those of the next block, shifted by half.
+
+    Args:
+        height: rows of the grid, 2 to 24.
+        width: columns, 2 to 24.
+        window_size: side of a window.
+
+    Returns:
+        An `<svg>` element of two grids; pixels of a group have the same `data-group`.
+
+    Raises:
+        ConfigError: a side is out of range.
+    """
+    height, width = (read_whole(name, side, 2, MAX_SIDE) for name, side in (("height", height), ("width", width)))
+    window_size = read_whole("window_size", window_size, 2, MAX_SIDE)
+    panels = []
+    for shifted in (False, True):
+        groups = attention_groups(height, width, window_size, shifted)
+        bands_y, bands_x = _bands(groups[:, 0]), _bands(groups[0])
+        cells = "".join(
+            f'<rect x="{column * _CELL}" y="{row * _CELL}" width="{_CELL}" height="{_CELL}" data-group="{group}" '
+            f'fill="{_COLOURS[2 * (bands_y[row] % 2) + bands_x[column] % 2]}" fill-opacity="0.55"/>'
+            for (row, column), group in np.ndenumerate(groups)
+        )
+        panels.append(cells + _grid_lines(height, width))
+    return _in_row(panels, ("windows", f"shifted by {window_size // 2}"), height, width)
+
+
+def attention_groups(height: int, width: int, window_size: int, shifted: bool) -> np.ndarray:
+    """Number the groups of pixels that attend to one another: (height, width) int64, counted row by row.
+
+    From the geometry that attention itself uses, with its mask.
+    """
+    side_y, side_x, shift_y, shift_x, _ = Windows.of(height, width, window_size, shifted)
+    mask = window_geometry(height, width, window_size, shifted, torch.device("cpu")).mask
+    padded_height, padded_width = height + -height % side_y, width + -width % side_x
+    windows_y, windows_x = padded_height // side_y, padded_width // side_x
+    first = np.empty((windows_y * windows_x, side_y * side_x), dtype=np.int64)
+    for window in range(len(first)):
+        # A group is known by the first place in its window that sees it.
+        allowed = np.ones((first.shape[1],) * 2, dtype=bool) if mask is None else (mask[window] == 0).numpy()
+        first[window] = window * first.shape[1] + allowed.argmax(axis=1)
+    grid = first.reshape(windows_y, windows_x, side_y, side_x).transpose(0, 2, 1, 3)
+    grid = np.roll(grid.reshape(padded_height, padded_width), (shift_y, shift_x), axis=(0, 1))[:height, :width]
+    _, place, group = np.unique(grid, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(place))[group].reshape(height, width)
+
+
+def _bands(groups: np.ndarray) -> np.ndarray:
+    """Number the runs of equal groups along one side of the grid."""
+    return np.concatenate([[0], np.cumsum(groups[1:] != groups[:-1])])
+
+
+def _centre(place: int) -> float:
+    return (int(place) + 0.5) * _CELL
+
+
+def _distances(points: Sequence[tuple[float, float]]) -> str:
+    """Say where along the line each point lies, from 0 to 1."""
+    steps = np.hypot(*np.diff(np.array(points), axis=0).T)
+    travelled = np.concatenate([[0], np.cumsum(steps)])
+    return ";".join(f"{fraction:.5f}" for fraction in travelled / travelled[-1])
+
+
+def _grid_lines(height: int, width: int) -> str:
+    lines = [f"M0 {row * _CELL}H{width * _CELL}" for row in range(height + 1)]
+    lines += [f"M{column * _CELL} 0V{height * _CELL}" for column in range(width + 1)]
+    return f'<path d="{"".join(lines)}" stroke="currentColor" stroke-opacity="0.18" fill="none"/>'
+
+
+def _in_row(panels: Sequence[str], titles: Sequence[str], height: int, width: int) -> str:
+    step = max(width * _CELL, 170) + _GAP
+    shown = "".join(
+        f'<g transform="translate({index * step + 1} 24)"><text x="0" y="-8" font-size="13" fill="currentColor">'
+        f"{title}</text>{panel}</g>"
+        for index, (title, panel) in enumerate(zip(titles, panels, strict=True))
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" font-family="sans-serif" '
+        f'viewBox="0 0 {len(panels) * step - _GAP + 2} {height * _CELL + 26}" '
+        f'style="max-width:{len(panels) * step}px;width:100%">{shown}</svg>'
+    )

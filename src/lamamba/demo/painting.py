@@ -1,0 +1,288 @@
+"""What a page shows of sampling: images as they are denoised, guidance compared, interpolation, inpainting.
+
+All of these are generators: a `Preview` for every step, then the `Pictures`. Whoever stops reading ends the sampling at
+its next step. Weights are shared and nothing else is, so that several can be read at once.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lamamba.config import DemoLimits, SamplingConfig, nearest
+from lamamba.demo.settings import MAX_GUIDANCE, MAX_SEED, Request, check_pixels, read_number, read_whole
+from lamamba.errors import ConfigError
+from lamamba.generate import Painter
+from lamamba.model import LaMambaDiff
+from lamamba.pipeline import LaMambaDiffPipeline
+from lamamba.sampling import choose_device
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Images that are not finished."""
+
+    images: np.ndarray
+    """(b, c, h, w) uint8: the clean images that the network predicts at this step; for interpolation and inpainting,
+    the noised ones."""
+    done: float
+    """Fraction of the steps, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Finished images, and for each what it was made by."""
+
+    images: np.ndarray
+    """(b, c, h, w) uint8."""
+    settings: list[dict[str, Any]]
+    """What `lamamba sample` writes to a PNG's metadata, and what else it takes to make the image again."""
+
+
+class Models:
+    """The checkpoints that the operator allowed, each loaded when it is first asked for.
+
+    Args:
+        checkpoints: as `lamamba sample` takes them; the page knows each by the last part of its path.
+        device: to work on, see `lamamba.sampling.choose_device`.
+
+    Raises:
+        ConfigError: two have the same name, there are none, or the device is not there.
+    """
+
+    def __init__(self, checkpoints: Sequence[str], device: str = "auto") -> None:
+        self._checkpoints = {Path(checkpoint).resolve().name: checkpoint for checkpoint in checkpoints}
+        if len(self._checkpoints) != len(checkpoints) or not checkpoints:
+            raise ConfigError(f"the checkpoints {', '.join(checkpoints) or '(none)'} must be one or more, named apart")
+        self._device = choose_device(device)
+        self._painters: dict[str, Painter] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def names(self) -> list[str]:
+        """What a visitor can choose from."""
+        return list(self._checkpoints)
+
+    def __getitem__(self, name: Any) -> Painter:
+        """Load the checkpoint of a name; raises ConfigError for any other name, whatever files there are."""
+        if not isinstance(name, str) or name not in self._checkpoints:
+            raise ConfigError(f"no model is named {name!r} here: {nearest(str(name), self._checkpoints)}")
+        with self._lock:
+            if name not in self._painters:
+                self._painters[name] = Painter(SamplingConfig(checkpoint=self._checkpoints[name]), self._device)
+            return self._painters[name]
+
+
+def paint(painter: Painter, request: Request) -> Iterator[Preview | Pictures]:
+    """Sample what is asked for: the images of `lamamba sample` with the same settings.
+
+    Raises:
+        LamambaError: an option is at fault.
+    """
+    own = painter.with_config(request.config)
+    settings = [
+        {**own.settings, "label": label, "seed": seed, "size": request.config.size}
+        for label, seed in zip(request.labels, request.seeds, strict=True)
+    ]
+
+    def work(show: _Show) -> np.ndarray:
+        steps = iter(range(1, own.evaluations + 1))
+        return own.paint(
+            request.labels, request.seeds,
+            on_preview=lambda x_0: show(own.space.decode(x_0), next(steps) / own.evaluations),
+        )  # fmt: skip
+
+    yield from _in_steps(work, settings)
+
+
+def compare_guidance(
+    painter: Painter, request: Request, scales: Sequence[Any], limits: DemoLimits
+) -> Iterator[Preview | Pictures]:
+    """Sample the first image of a request at several scales of guidance, one after another.
+
+    Raises:
+        ConfigError: a scale is out of range, there are more than images are allowed, or the model has no labels.
+    """
+    if not painter.num_classes:
+        raise ConfigError("guidance needs labels, and this model is unconditional: choose another model")
+    number = read_whole("number of scales", len(scales), 1, limits.max_images)
+    height, width = request.config.size or (0, 0)
+    check_pixels(number, height, width, limits)
+    wanted = [read_number("guidance", scale, 0, MAX_GUIDANCE) for scale in scales]
+    finished: list[Pictures] = []
+    for place, scale in enumerate(wanted):
+        config = replace(request.config, guidance=scale, batch_size=1)
+        for shown in paint(painter, Request(config, request.labels[:1])):
+            if isinstance(shown, Pictures):
+                finished.append(shown)
+            else:
+                before = [part.images for part in finished]
+                yield Preview(np.concatenate([*before, shown.images]), (place + shown.done) / number)
+    yield Pictures(
+        np.concatenate([part.images for part in finished]), [own for part in finished for own in part.settings]
+    )
+
+
+def interpolate(
+    painter: Painter, request: Request, end_seed: int, end_label: int, num_images: int, limits: DemoLimits
+) -> Iterator[Preview | Pictures]:
+    """Go from a request's first image to that of another seed and label, as `LaMambaDiffPipeline.interpolate` does.
+
+    The scheduler is the default one of the objective.
+
+    Args:
+        painter: the model.
+        request: seed and label of the first image, and what else there is to set.
+        end_seed: of the last image.
+        end_label: of the last image.
+        num_images: images in all, 2 or more.
+        limits: of images and of pixels.
+
+    Raises:
+        ConfigError: there are more images or pixels than are allowed, or the model is no LaMamba-Diff.
+    """
+    config, start_label = request.config, request.labels[0]
+    number = read_whole("num_images", num_images, 2, limits.max_images)
+    end_seed = read_whole("end_seed", end_seed, 0, MAX_SEED)
+    height, width = config.size or (0, 0)
+    check_pixels(number, height, width, limits)
+    fractions = torch.linspace(0, 1, number).tolist()
+    settings = [
+        {
+            **painter.with_config(replace(config, sampler=None)).settings, "label": start_label, "seed": config.seed,
+            "size": config.size, "end_label": end_label, "end_seed": end_seed, "fraction": fraction,
+        }
+        for fraction in fractions
+    ]  # fmt: skip
+    options = {
+        "class_labels": (start_label, end_label), "seeds": (config.seed, end_seed), "num_images": number
+    }  # fmt: skip
+    yield from _in_steps(lambda show: _run(_pipeline(painter).interpolate, painter, config, show, **options), settings)
+
+
+def inpaint(
+    painter: Painter, request: Request, image: Image.Image, mask: Image.Image, strength: float
+) -> Iterator[Preview | Pictures]:
+    """Paint the white part of a mask anew, with the label of a request; the rest of the image stays.
+
+    Args:
+        painter: the model.
+        request: its first label and seed.
+        image: of any size; it is scaled to the request's.
+        mask: of the image's size, white where it is to be painted.
+        strength: how far towards noise the part is taken, more than 0 up to 1.
+
+    Raises:
+        ConfigError: nothing is masked, the sizes differ, or the model is no LaMamba-Diff.
+    """
+    if image.size != mask.size:
+        raise ConfigError(f"the mask is {mask.size} and the image {image.size}: draw the mask on the image")
+    if not np.asarray(mask.convert("L")).any():
+        raise ConfigError("nothing is masked: draw over what is to be painted anew")
+    config = request.config
+    read_number("strength", strength, 0, 1)
+    height, width = config.size or (0, 0)
+    # Here, since shrinking an image later would take a pixel of it for each of the mask's.
+    image = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    mask = mask.convert("L").resize((width, height), Image.Resampling.BOX).point(lambda level: 255 * (level >= 64))
+    settings = {
+        **painter.with_config(replace(config, sampler=None)).settings, "label": request.labels[0], "seed": config.seed,
+        "size": config.size, "strength": strength, "inpainted": True,
+    }  # fmt: skip
+    options = {
+        "class_labels": request.labels[0], "image": image, "mask_image": mask, "strength": strength,
+        "latents": torch.randn(
+            (1, int(painter.network.config.in_channels), *_grid(painter, config)),
+            generator=torch.Generator().manual_seed(config.seed),
+        ),
+    }  # fmt: skip
+    yield from _in_steps(lambda show: _run(_pipeline(painter), painter, config, show, **options), [settings])
+
+
+class _Show(Protocol):
+    def __call__(self, images: Tensor, done: float) -> None:
+        """Hand over (b, c, h, w) uint8 images, this fraction of the steps being done."""
+
+
+class _Stopped(Exception):  # noqa: N818 - nothing went wrong
+    """Nobody reads on."""
+
+
+def _grid(painter: Painter, config: SamplingConfig) -> tuple[int, int]:
+    height, width = config.size or (0, 0)
+    return painter.space.grid_size(height), painter.space.grid_size(width)
+
+
+def _pipeline(painter: Painter) -> LaMambaDiffPipeline:
+    """Make a pipeline of a request's own, since a scheduler keeps what it has seen."""
+    if not isinstance(painter.network.network, LaMambaDiff):
+        raise ConfigError(f"{painter.config.checkpoint} is a DiT, which only generates: choose another model")
+    objective = painter.objective
+    vae = getattr(painter.space, "autoencoder", None)
+    scheduler = objective.scheduler(objective.default_sampler, 25)
+    pipe = LaMambaDiffPipeline(painter.network.network, scheduler, vae, objective=objective.name)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _run(
+    sample: Callable[..., Any], painter: Painter, config: SamplingConfig, show: _Show, **options: Any
+) -> np.ndarray:
+    num_steps = [0]
+
+    def shown(pipe: Any, step: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        num_steps[0] += 1
+        show(painter.space.decode(tensors["latents"]), min(1.0, num_steps[0] / len(pipe.scheduler.timesteps)))
+        return tensors
+
+    height, width = config.size or (None, None)
+    x = sample(
+        num_inference_steps=config.steps, guidance_scale=1.0 if config.guidance is None else config.guidance,
+        output_type="latent", height=height, width=width, guidance_interval=config.guidance_options.interval,
+        guidance_rescale=config.guidance_options.rescale, callback_on_step_end=shown, return_dict=False, **options,
+    )[0]  # fmt: skip
+    return painter.space.decode(x).cpu().numpy()
+
+
+def _in_steps(work: Callable[[_Show], np.ndarray], settings: list[dict[str, Any]]) -> Iterator[Preview | Pictures]:
+    """Turn work that calls back at every step into a generator; closing that makes the next call raise."""
+    shown: queue.Queue[Preview | Pictures | Exception] = queue.Queue(maxsize=1)  # a slow reader has no backlog
+    stopped = threading.Event()
+
+    def hand_over(latest: Preview | Pictures | Exception) -> None:
+        while not stopped.is_set():
+            try:
+                shown.put(latest, timeout=0.1)
+            except queue.Full:
+                continue
+            return
+        raise _Stopped
+
+    def run() -> None:
+        with suppress(_Stopped):
+            try:
+                hand_over(Pictures(work(lambda images, done: hand_over(Preview(images.cpu().numpy(), done))), settings))
+            except Exception as error:
+                hand_over(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while True:
+            latest = shown.get()
+            if isinstance(latest, Exception):
+                raise latest
+            yield latest
+            if isinstance(latest, Pictures):
+                return
+    finally:
+        stopped.set()
+        thread.join()

@@ -1,0 +1,93 @@
+"""What a pixel of the output depends on: the effective receptive field (Luo et al. 2016, arXiv 1701.04128)."""
+
+import copy
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from lamamba.config import DemoLimits, nearest
+from lamamba.demo.settings import check_pixels, read_whole
+from lamamba.errors import ConfigError
+from lamamba.model import Block, LaMambaDiff
+
+Branches = Literal["scan", "attention", "both"]
+TIMESTEP = 500
+NUM_DRAWS = 4
+
+
+def receptive_field(
+    network: LaMambaDiff, height: int, width: int, pixel: tuple[int, int], branches: Branches, limits: DemoLimits
+) -> np.ndarray:
+    """Measure how much each pixel of x_t moves the prediction at one pixel.
+
+        |d prediction[:, row, column] / d x_t|, summed over the channels, averaged over draws of x_t
+
+    x_t is normal noise at timestep 500, without a label. The branch that is left out adds nothing in any block; the
+    MLPs, the U-Net's downsampling and its skips stay. The network itself is left as it is.
+
+    Args:
+        network: on any device.
+        height: of the grid, even, at least 4.
+        width: the same.
+        pixel: row and column of the prediction.
+        branches: "scan" or "attention" alone, or "both".
+        limits: of the pixels of all draws together.
+
+    Returns:
+        (height, width) float32, 0 where nothing can come from.
+
+    Raises:
+        ConfigError: the pixel is outside, there are no such branches, or the grid cannot be or is larger than allowed.
+    """
+    if branches not in get_args(Branches):
+        raise ConfigError(f"branches {branches!r} are unknown: {nearest(str(branches), get_args(Branches))}")
+    for name, side in (("height", height), ("width", width)):
+        if read_whole(name, side, 4, limits.max_pixels) % 2:
+            raise ConfigError(f"{name} is {side}: it must be even, as {side + 1}")
+    check_pixels(NUM_DRAWS, height, width, limits)
+    row = read_whole("row", pixel[0], 0, height - 1)
+    column = read_whole("column", pixel[1], 0, width - 1)
+    own = copy.deepcopy(network)  # others use it at the same time
+    for block in own.modules():
+        if isinstance(block, Block):
+            left_out = {"scan": block.attention, "attention": block.ssm, "both": None}[branches]
+            if left_out is not None:
+                left_out.register_forward_hook(_add_nothing)
+    channels = int(own.config.in_channels)
+    generator = torch.Generator().manual_seed(0)
+    x_t = torch.randn((NUM_DRAWS, channels, height, width), generator=generator).to(own.device).requires_grad_()
+    t = torch.full((NUM_DRAWS,), TIMESTEP, device=own.device)
+    with torch.enable_grad():
+        prediction = own(x_t, t, torch.full_like(t, own.null_label))[:, :channels, row, column]
+        gradient = torch.autograd.grad(prediction.sum(), x_t)[0]
+    return gradient.abs().sum(dim=1).mean(dim=0).float().cpu().numpy()
+
+
+def draw_receptive_field(field: np.ndarray, pixel: tuple[int, int], side: int = 320) -> Image.Image:
+    """Draw a field on a logarithmic scale of four decades, 0 white, and frame the pixel in red.
+
+    Args:
+        field: (h, w), what `receptive_field` measured.
+        pixel: row and column that it is of.
+        side: pixels of the longer side, at least; each of the field is a square of whole pixels.
+    """
+    from matplotlib import colormaps
+
+    decades = np.log10(np.maximum(field / max(float(field.max()), 1e-30), 1e-4)) / 4 + 1
+    colours = np.asarray(colormaps["viridis"](decades))[:, :, :3]
+    colours[field == 0] = 1.0
+    scale = max(1, -(-side // max(field.shape)))
+    pixels = (255 * colours).round().astype(np.uint8).repeat(scale, axis=0).repeat(scale, axis=1)
+    top, left = pixel[0] * scale, pixel[1] * scale
+    frame = np.zeros(pixels.shape[:2], dtype=bool)
+    frame[top : top + scale, left : left + scale] = True
+    frame[top + 2 : top + scale - 2, left + 2 : left + scale - 2] = False
+    pixels[frame] = (220, 38, 38)
+    return Image.fromarray(pixels)
+
+
+def _add_nothing(branch: nn.Module, inputs: Any, output: tuple[torch.Tensor, torch.Tensor | None]) -> Any:
+    return torch.zeros_like(output[0]), None

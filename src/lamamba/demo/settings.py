@@ -1,0 +1,151 @@
+"""What a visitor asks for, checked here whatever a page's own fields allow."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from lamamba.config import DemoLimits, GuidanceOptions, Sampler, SamplingConfig, nearest
+from lamamba.errors import ConfigError
+from lamamba.generate import Painter, label_name
+
+NO_LABEL = "no label"
+MAX_SEED = 2**32 - 1
+MAX_GUIDANCE = 20.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be sampled; made by `read_request`, which holds it to the limits."""
+
+    config: SamplingConfig
+    labels: tuple[int, ...]
+    """One for each image."""
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of the images, counted up from the first."""
+        return [self.config.seed + index for index in range(len(self.labels))]
+
+
+def label_names(painter: Painter) -> list[str]:
+    """Name every class, in order, and last "no label", as `read_request` takes them."""
+    return [label_name(label, painter.num_classes, painter.info) for label in range(painter.num_classes)] + [NO_LABEL]
+
+
+def read_request(values: Mapping[str, Any], painter: Painter, limits: DemoLimits) -> Request:
+    """Check what a page sent and make a request of it.
+
+    Args:
+        values: `labels`, names that images take in turn; `sampler`; `steps`; `guidance`; `interval_low` and
+            `interval_high`, noise over signal, both None for everywhere; `rescale`; `seed`; `num_images`; `height` and
+            `width` in pixels, None for the training size. What is left out has the default of `lamamba sample`, and
+            one image is made.
+        painter: the model.
+        limits: what a visitor can ask for.
+
+    Raises:
+        ConfigError: a value is no number, is out of range or beyond a limit, or there is no such label or sampler.
+    """
+    known = {
+        "labels", "sampler", "steps", "guidance", "interval_low", "interval_high", "rescale", "seed", "num_images",
+        "height", "width",
+    }  # fmt: skip
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ConfigError(f"nothing is named {unknown[0]!r} here: {nearest(unknown[0], sorted(known))}")
+    number = read_whole("num_images", values.get("num_images", 1), 1, limits.max_images)
+    steps = read_whole("steps", values.get("steps", 25), 1, limits.max_steps)
+    height = read_side("height", values.get("height"), painter)
+    width = read_side("width", values.get("width"), painter)
+    check_pixels(number, height, width, limits)
+    sampler = values.get("sampler") or painter.objective.default_sampler
+    if sampler not in painter.objective.samplers:
+        hint = nearest(str(sampler), painter.objective.samplers)
+        raise ConfigError(f"no sampler of this model is named {sampler!r}: {hint}")
+    config = SamplingConfig(
+        checkpoint=painter.config.checkpoint,
+        sampler=cast(Sampler, sampler),
+        steps=steps,
+        guidance=read_guidance(values.get("guidance"), painter),
+        guidance_options=GuidanceOptions(
+            interval=_read_interval(values.get("interval_low"), values.get("interval_high")),
+            rescale=read_number("rescale", values.get("rescale", 0.0), 0, 1),
+        ),
+        seed=read_whole("seed", values.get("seed", 0), 0, MAX_SEED),
+        size=(height, width),
+        batch_size=number,  # all at once, so that all have a preview
+        vae=painter.config.vae,
+        device=painter.config.device,
+    )
+    labels = [read_label(name, painter) for name in _read_names(values.get("labels"))]
+    return Request(config, tuple(labels[index % len(labels)] for index in range(number)))
+
+
+def read_guidance(value: Any, painter: Painter) -> float:
+    """Check a scale of guidance, None being the model's default; an unconditional model has none, which is 1."""
+    if not painter.num_classes:
+        return 1.0
+    return 2.0 if value is None else read_number("guidance", value, 0, MAX_GUIDANCE)
+
+
+def read_label(name: Any, painter: Painter) -> int:
+    """Look up a label by its name, whatever its case; raises ConfigError where there is none."""
+    if not painter.num_classes:
+        return 0
+    names = {known.lower(): label for label, known in enumerate(label_names(painter))}
+    if not isinstance(name, str) or name.strip().lower() not in names:
+        raise ConfigError(f"no class is named {name!r}: {nearest(str(name), names)}")
+    return names[name.strip().lower()]
+
+
+def read_side(name: str, value: Any, painter: Painter) -> int:
+    """Check a height or width in pixels, None being the training size; the model's own conditions count too."""
+    default = int(painter.network.config.sample_size) * painter.space.factor
+    pixels = default if value is None else read_whole(name, value, 4, 1 << 16)
+    painter.space.grid_size(pixels)
+    return pixels
+
+
+def check_pixels(number: int, height: int, width: int, limits: DemoLimits) -> None:
+    """Raise ConfigError where images of a request have more pixels together than the limit."""
+    if number * height * width > limits.max_pixels:
+        side = math.isqrt(limits.max_pixels // number)
+        raise ConfigError(
+            f"{number} images of {height} x {width} have {number * height * width:,} pixels together, and this page "
+            f"makes at most {limits.max_pixels:,}: ask for fewer, or for at most {side} x {side}"
+        )
+
+
+def read_whole(name: str, value: Any, least: int, most: int) -> int:
+    """Check a whole number, which a page may send as a float; raises ConfigError."""
+    number = read_number(name, value, least, most)
+    if number != int(number):
+        raise ConfigError(f"{name} is {value!r}: give a whole number")
+    return int(number)
+
+
+def read_number(name: str, value: Any, least: float, most: float) -> float:
+    """Check a finite number from `least` to `most`; raises ConfigError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        raise ConfigError(f"{name} is {value!r}: give a number")
+    if not least <= value <= most:  # before anything is made of it: a float holds no integer of 400 digits
+        shown = f"{value:g}" if abs(value) < 1e15 else "far out of range"
+        raise ConfigError(f"{name} is {shown}: give {least:,.0f} to {most:,.0f}")
+    return float(value)
+
+
+def _read_interval(low: Any, high: Any) -> tuple[float, float] | None:
+    if low is None and high is None:
+        return None
+    if low is None or high is None:
+        raise ConfigError("the guidance interval has one end: give both noise levels, or neither")
+    return read_number("interval_low", low, 0, 1e4), read_number("interval_high", high, 0, 1e4)
+
+
+def _read_names(names: Any) -> Sequence[Any]:
+    if names is None:
+        return [NO_LABEL]
+    if not isinstance(names, list | tuple) or not names:
+        raise ConfigError("no label is chosen: choose one or more")
+    return names
