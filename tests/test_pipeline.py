@@ -222,7 +222,7 @@ def test_noise_can_be_given() -> None:
 def test_an_image_to_start_from_is_kept_the_more_the_less_it_is_noised(objective: str) -> None:
     pipe = build(objective)
     start = Image.fromarray(np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8))
-    pixels = torch.from_numpy(np.asarray(start)).float()[None, None] / 127.5 - 1
+    pixels = torch.from_numpy(np.array(start)).float()[None, None] / 127.5 - 1
     away = [
         float((latents_of(pipe, "Coat", 50, guidance_scale=1.0, image=start, strength=strength) - pixels).norm())
         for strength in (0.02, 0.3, 1.0)
@@ -236,7 +236,7 @@ def test_outside_of_a_mask_the_image_stays(objective: str) -> None:
     pipe = build(objective)
     start = Image.fromarray(np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8))
     mask = Image.fromarray(np.repeat(np.array([[255] * 4 + [0] * 4], dtype=np.uint8), 8, axis=0))
-    pixels = torch.from_numpy(np.asarray(start)).float()[None, None] / 127.5 - 1
+    pixels = torch.from_numpy(np.array(start)).float()[None, None] / 127.5 - 1
     out = latents_of(pipe, ["Coat", "Bag"], 8, image=start, mask_image=mask, strength=1.0)
     assert torch.allclose(out[..., 4:], pixels[..., 4:].expand(2, -1, -1, -1), atol=1e-5)
     assert not torch.allclose(out[..., :4], pixels[..., :4].expand(2, -1, -1, -1), atol=0.1)
@@ -252,7 +252,7 @@ def test_latents_are_decoded_and_images_encoded(tmp_path: Path) -> None:
     assert (images[0].mode, images[0].size) == ("RGB", (side, side))
     start = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
     kept = pipe("Coat", 50, 1.0, image=start, strength=0.02, output_type="latent").images
-    wanted = vae.encode(torch.from_numpy(np.asarray(start)).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist.mode()
+    wanted = vae.encode(torch.from_numpy(np.array(start)).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist.mode()
     wanted = (wanted - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
     assert (kept - wanted).norm() < 0.4 * wanted.norm()
     pipe.save_pretrained(tmp_path / "pipe")
