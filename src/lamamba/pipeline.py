@@ -38,6 +38,8 @@ class LaMambaDiffPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "network->vae"
+    # Its operations read the weights of several modules at once, so it is on a device whole or not at all.
+    _exclude_from_cpu_offload = ["network"]  # noqa: RUF012
     _optional_components = ["vae"]  # noqa: RUF012 - as diffusers wants it
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
@@ -82,6 +84,12 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         options.setdefault("low_cpu_mem_usage", False)  # which needs accelerate, and diffusers warns without it
         loaded: Self = super().from_pretrained(pretrained_model_name_or_path, **options)
         return loaded
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """Where the network computes, which may not be where its weights are (`enable_model_cpu_offload`)."""
+        device = getattr(getattr(self.network, "_hf_hook", None), "execution_device", None)
+        return super()._execution_device if device is None else torch.device(device)
 
     @property
     def labels(self) -> dict[str, int]:
