@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from lamamba.diffusion import OBJECTIVES
-from lamamba.errors import ConfigError
+from lamamba.errors import CheckpointError, ConfigError
 from lamamba.model import LaMambaDiff
 from lamamba.pipeline import LaMambaDiffPipeline
 from lamamba.sampling import sample
@@ -398,3 +398,21 @@ def test_groups_are_offloaded_but_for_the_network(decoded: LaMambaDiffPipeline, 
         decoded.network.enable_group_offload(**options)
     decoded.enable_group_offload(exclude_modules=["network"], **options)
     assert torch.equal(images_of(decoded), wanted)
+
+
+def test_a_pipeline_of_a_checkpoint_takes_another_autoencoder_and_keeps_a_scheduler(
+    decoded: LaMambaDiffPipeline, tmp_path: Path
+) -> None:
+    decoded.scheduler = diffusers.EulerDiscreteScheduler.from_config(decoded.scheduler.config)
+    decoded.save_pretrained(tmp_path / "pipe")
+    wanted = images_of(decoded)
+    again = LaMambaDiffPipeline.from_checkpoint(tmp_path / "pipe")
+    again.set_progress_bar_config(disable=True)
+    assert type(again.scheduler) is diffusers.EulerDiscreteScheduler
+    assert again.labels == decoded.labels
+    assert torch.equal(images_of(again), wanted)
+    other = write_autoencoder(tmp_path / "vae", scaling_factor=0.1)
+    assert LaMambaDiffPipeline.from_checkpoint(tmp_path / "pipe", other).vae.config.scaling_factor == 0.1
+    (tmp_path / "pipe" / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(CheckpointError, match="cannot be read as a scheduler of diffusers"):
+        LaMambaDiffPipeline.from_checkpoint(tmp_path / "pipe")

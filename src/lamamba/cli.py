@@ -162,17 +162,17 @@ def _finetune(arguments: list[str]) -> None:
 
 
 def _finetune_defaults(name: str) -> TrainConfig:
-    from lamamba.checkpoint import find_checkpoint, read_info, read_network_config
+    from lamamba.checkpoint import find_checkpoint, locate, read_network_config
 
-    path = find_checkpoint(name)
-    whole = (path / "checkpoint.json").is_file()
-    network = read_network_config(path / "ema" if whole else path)
-    defaults = TrainConfig(out=tyro.MISSING, start_from=name, preset=f"of {name}", network=network)
-    if not whole:
-        return defaults
-    info = read_info(path)
-    objective = cast(Objective, info.objective)
-    return replace(defaults, objective=objective, vae=Path(info.vae) if info.vae else None)
+    folder, info = locate(find_checkpoint(name))
+    return TrainConfig(
+        out=tyro.MISSING,
+        start_from=name,
+        preset=f"of {name}",
+        network=read_network_config(folder),
+        objective=cast(Objective, info.objective),
+        vae=Path(info.vae) if info.vae else None,
+    )
 
 
 def _train_defaults(arguments: list[str]) -> Any:

@@ -354,8 +354,9 @@ class SamplingConfig:
     """What is sampled from, and how."""
 
     checkpoint: tyro.conf.Positional[str]
-    """A run folder (its newest checkpoint), a checkpoint folder, a preset; or a folder that diffusers saved of a
-    DiTPipeline or a DiTTransformer2DModel."""
+    """A run folder (its newest checkpoint), a checkpoint folder, a preset; a folder that diffusers saved of a
+    LaMambaDiffPipeline, a DiTPipeline or a DiTTransformer2DModel; or user/name, such a folder on the Hugging Face
+    hub."""
     sampler: Sampler | None = None
     """ancestral, ddim, dpm++, sde-dpm++ or unipc (diffusion); euler or heun (flow). The default is dpm++ or heun."""
     steps: int = 25
