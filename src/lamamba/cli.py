@@ -27,6 +27,7 @@ from lamamba.config import (
     PlanConfig,
     PrepareDatasetConfig,
     PrepareImagenetConfig,
+    PushConfig,
     SampleConfig,
     TrainConfig,
     WatchConfig,
@@ -52,6 +53,7 @@ commands:
   sample   sample images                   lamamba sample nano --labels 0,1,2 --out grid.png
   generate any number of images, to files  lamamba generate nano --num-images 10000 --out images
   evaluate score images: FID and others    lamamba evaluate samples fashion-mnist --features clothes
+  push     a pipeline to Hugging Face      lamamba push runs/first user/first
   info     count parameters and multiply-adds, stage by stage      lamamba info xl-256
   plan     what a training will take on a cluster                  lamamba plan xl-512 --gpus 64
 
@@ -80,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "sample": _sample,
         "generate": _generate,
         "evaluate": _evaluate,
+        "push": _push,
         "prepare": _prepare,
         "average": _average,
         "convert": _convert,
@@ -298,6 +301,13 @@ def _evaluate(arguments: list[str]) -> None:
     from lamamba.evaluation.evaluate import evaluate
 
     evaluate(config)
+
+
+def _push(arguments: list[str]) -> None:
+    config = _parse(PushConfig, "push", arguments)
+    from lamamba.publish import push
+
+    push(config)
 
 
 def _info(arguments: list[str]) -> None:

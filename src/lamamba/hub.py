@@ -1,4 +1,4 @@
-"""The Hugging Face hub: fetches a model's files. Token, endpoint and cache are huggingface_hub's."""
+"""The Hugging Face hub: fetches a model's files, sends a folder. Token, endpoint and cache are huggingface_hub's."""
 
 import re
 from collections.abc import Iterator
@@ -29,6 +29,46 @@ def fetch(name: str, *patterns: str, **options: Any) -> Path:
 
     with _explained(f"{name}, which is no path here,", "give a folder, or what was fetched before"):
         return Path(snapshot_download(name, allow_patterns=list(patterns), **options))
+
+
+def make_repository(name: str, *, private: bool, branch: str | None) -> None:
+    """Make a model's repository and a branch in it, where they are not there already.
+
+    Raises:
+        ConfigError: the name cannot be one, or the repository is there and public, and a private one is wanted.
+        CheckpointError: there is no token, it may not write there, or the hub cannot be asked.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    if name.count("/") != 1:
+        raise ConfigError(f"repository {name!r} is no USER/NAME: give the owner's name on the hub and the model's")
+    if get_token() is None:
+        raise CheckpointError(
+            "the Hugging Face hub takes nothing without a token: log in (`hf auth login`), or set HF_TOKEN"
+        )
+    hub = HfApi()
+    with _explained(name, "write the folder with --out, and send it later"):
+        hub.create_repo(name, private=private or None, exist_ok=True)  # None is what the owner's settings say
+        if private and not hub.model_info(name).private:
+            raise ConfigError(
+                f"repository {name} is there already and public: make it private in its settings, or give another name"
+            )
+        if branch is not None:
+            hub.create_branch(name, branch=branch, exist_ok=True)
+
+
+def send(folder: Path, name: str, *, branch: str | None, message: str) -> str:
+    """Send all files of a folder, with huggingface_hub's progress, and return the address of the model's page.
+
+    Raises:
+        CheckpointError: the hub refuses them, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    with _explained(name, "run it again, what was sent is not sent twice"):
+        hub.upload_folder(repo_id=name, folder_path=folder, revision=branch, commit_message=message)
+    return f"{hub.endpoint}/{name}" + (f"/tree/{branch}" if branch else "")
 
 
 @contextmanager
