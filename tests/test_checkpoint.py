@@ -8,9 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from lamamba.checkpoint import CheckpointInfo, checkpoints_in, export, load_checkpoint, load_network
+from lamamba.checkpoint import (
+    CheckpointInfo,
+    checkpoints_in,
+    export,
+    load_checkpoint,
+    load_denoiser,
+    load_network,
+)
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.model import LaMambaDiff
+from lamamba.pipeline import LaMambaDiffPipeline
 from lamamba.saving import save_checkpoint
 
 TINY = {"embed_dim": 8, "num_heads": 2, "in_channels": 1, "sample_size": 8, "num_classes": 2, "depths": (1, 1, 1, 1)}
@@ -49,6 +57,7 @@ from pathlib import Path
 from lamamba.checkpoint import CheckpointInfo, CheckpointError
 from lamamba.saving import save_checkpoint
 from lamamba.model import LaMambaDiff
+from lamamba.pipeline import LaMambaDiffPipeline
 network = LaMambaDiff(**{TINY!r})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))
@@ -190,3 +199,40 @@ def test_what_is_written_does_not_say_where_it_was_loaded_from(run: Path, tmp_pa
         text = (folder / "ema" / "config.json").read_text()
         assert json.loads(text) == plain
         assert str(run) not in text
+
+
+@pytest.fixture
+def pipeline(run: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "pipeline"
+    LaMambaDiffPipeline.from_checkpoint(run).save_pretrained(folder)
+    edit_index(folder, id2label={"0": "cat", "1": "dog"})
+    return folder
+
+
+def edit_index(pipeline: Path, **values: object) -> None:
+    path = pipeline / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_a_saved_pipeline_is_a_checkpoint_too(run: Path, pipeline: Path) -> None:
+    for load in (load_checkpoint, load_denoiser):
+        loaded = load(pipeline)
+        assert (loaded.info, loaded.path) == (CheckpointInfo(24, class_names=("cat", "dog")), pipeline)
+        for name, value in load_checkpoint(run).network.state_dict().items():
+            assert torch.equal(loaded.network.state_dict()[name], value)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"_class_name": "StableDiffusionPipeline"}, "holds a StableDiffusionPipeline"),
+        ({"objective": "score"}, "has the objective 'score', this version knows no such"),
+        ({"id2label": {"0": "cat", "2": "dog"}}, "lacks '1' among what it says of its network and labels"),
+        ({"id2label": ["cat"]}, r"model_index.json cannot be read \(TypeError"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_read_is_named(pipeline: Path, values: dict[str, object], said: str) -> None:
+    edit_index(pipeline, **values)
+    for load in (load_checkpoint, load_denoiser):
+        with pytest.raises(CheckpointError, match=said):
+            load(pipeline)

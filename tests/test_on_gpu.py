@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from lamamba.captured import CapturedNetwork
@@ -31,12 +32,12 @@ def relative_error(value: Tensor, wanted: Tensor) -> float:
     return float((value - wanted).norm() / wanted.norm())
 
 
-def build() -> tuple[LaMambaDiff, tuple[Tensor, Tensor, Tensor]]:
+def build(in_channels: int = 1) -> tuple[LaMambaDiff, tuple[Tensor, Tensor, Tensor]]:
     torch.manual_seed(0)
-    network = LaMambaDiff(**vars(TINY)).cuda()
+    network = LaMambaDiff(**{**vars(TINY), "in_channels": in_channels}).cuda()
     for parameter in network.parameters():  # or gates of zero would hide every branch
         torch.nn.init.normal_(parameter, std=0.05)
-    return network, (torch.randn(4, 1, 16, 24).cuda(), torch.rand(4).cuda() * 1000, torch.arange(4).cuda())
+    return network, (torch.randn(4, in_channels, 16, 24).cuda(), torch.rand(4).cuda() * 1000, torch.arange(4).cuda())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -175,3 +176,26 @@ def test_kernels_train_like_plain_pytorch(tmp_path: Path, precision: str, steps_
     torch.testing.assert_close(ours[:steps_alike], plain[:steps_alike], rtol=tolerance, atol=0)
     assert float(ours[-50:].mean()) == pytest.approx(float(plain[-50:].mean()), rel=0.2)
     assert float(plain[-50:].mean()) < 0.15  # of 1.3 at first: both have learned, by as much as on a CPU
+
+
+@pytest.mark.parametrize("space", ["pixels", "latents"])
+def test_a_pipeline_is_offloaded_to_the_cpu(space: str, autoencoder: Path) -> None:
+    latents = space == "latents"
+    vae = AutoencoderKL.from_pretrained(autoencoder, low_cpu_mem_usage=False) if latents else None
+    network, _ = build(in_channels=2 if latents else 1)
+    pipe = LaMambaDiffPipeline(network, Diffusion().scheduler("dpm++", 4), vae)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw() -> Tensor:
+        images: Tensor = pipe([1, 2], 4, generator=torch.Generator().manual_seed(0), output_type="pt").images
+        return images
+
+    pipe.to("cuda")
+    wanted = draw()
+    pipe.enable_model_cpu_offload()
+    for _ in range(2):
+        torch.testing.assert_close(draw(), wanted, rtol=1e-3, atol=1e-3)
+    assert pipe.network.device.type == "cpu"
+    pipe.enable_sequential_cpu_offload()
+    torch.testing.assert_close(draw(), wanted, rtol=1e-3, atol=1e-3)
+    assert pipe.network.device.type == "cuda"

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import diffusers
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from lamamba.diffusion import OBJECTIVES
-from lamamba.errors import ConfigError
+from lamamba.errors import CheckpointError, ConfigError
 from lamamba.model import LaMambaDiff
 from lamamba.pipeline import LaMambaDiffPipeline
 from lamamba.sampling import sample, slerp
@@ -223,7 +224,7 @@ def test_noise_can_be_given() -> None:
 def test_an_image_to_start_from_is_kept_the_more_the_less_it_is_noised(objective: str) -> None:
     pipe = build(objective)
     start = Image.fromarray(np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8))
-    pixels = torch.from_numpy(np.asarray(start)).float()[None, None] / 127.5 - 1
+    pixels = torch.from_numpy(np.array(start)).float()[None, None] / 127.5 - 1
     away = [
         float((latents_of(pipe, "Coat", 50, guidance_scale=1.0, image=start, strength=strength) - pixels).norm())
         for strength in (0.02, 0.3, 1.0)
@@ -237,7 +238,7 @@ def test_outside_of_a_mask_the_image_stays(objective: str) -> None:
     pipe = build(objective)
     start = Image.fromarray(np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8))
     mask = Image.fromarray(np.repeat(np.array([[255] * 4 + [0] * 4], dtype=np.uint8), 8, axis=0))
-    pixels = torch.from_numpy(np.asarray(start)).float()[None, None] / 127.5 - 1
+    pixels = torch.from_numpy(np.array(start)).float()[None, None] / 127.5 - 1
     out = latents_of(pipe, ["Coat", "Bag"], 8, image=start, mask_image=mask, strength=1.0)
     assert torch.allclose(out[..., 4:], pixels[..., 4:].expand(2, -1, -1, -1), atol=1e-5)
     assert not torch.allclose(out[..., :4], pixels[..., :4].expand(2, -1, -1, -1), atol=0.1)
@@ -253,7 +254,7 @@ def test_latents_are_decoded_and_images_encoded(tmp_path: Path) -> None:
     assert (images[0].mode, images[0].size) == ("RGB", (side, side))
     start = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
     kept = pipe("Coat", 50, 1.0, image=start, strength=0.02, output_type="latent").images
-    wanted = vae.encode(torch.from_numpy(np.asarray(start)).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist.mode()
+    wanted = vae.encode(torch.from_numpy(np.array(start)).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist.mode()
     wanted = (wanted - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
     assert (kept - wanted).norm() < 0.4 * wanted.norm()
     pipe.save_pretrained(tmp_path / "pipe")
@@ -316,14 +317,106 @@ def test_an_unconditional_network_needs_no_labels() -> None:
     assert torch.equal(latents_of(pipe, guidance_scale=5.0), latents_of(pipe, guidance_scale=1.0))
 
 
-def test_it_is_compiled_and_cast_like_any_pipeline() -> None:
-    pipe = build()
-    wanted = latents_of(pipe, ["Coat", "Bag"])
-    pipe.network = torch.compile(pipe.network, backend="eager")
-    assert torch.allclose(latents_of(pipe, ["Coat", "Bag"]), wanted, atol=1e-5)
-    cast = build().to(torch.bfloat16)
-    out = latents_of(cast, ["Coat", "Bag"])
-    assert 0 < (out - wanted).norm() < 0.2 * wanted.norm()
+@pytest.fixture
+def decoded(autoencoder: Path) -> LaMambaDiffPipeline:
+    """A pipeline that decodes latents."""
+    vae = diffusers.AutoencoderKL.from_pretrained(autoencoder, low_cpu_mem_usage=False)
+    return build(vae=vae, in_channels=2)
+
+
+def images_of(pipe: LaMambaDiffPipeline) -> torch.Tensor:
+    images: torch.Tensor = pipe(
+        ["Coat", "Bag"], 4, generator=torch.Generator().manual_seed(7), output_type="pt"
+    ).images  # fmt: skip
+    return images
+
+
+def test_it_is_compiled_like_any_pipeline(decoded: LaMambaDiffPipeline) -> None:
+    wanted = images_of(decoded)
+    decoded.network = torch.compile(decoded.network, backend="eager")
+    assert torch.allclose(images_of(decoded), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("space", ["pixels", "latents"])
+def test_it_is_cast_like_any_pipeline(space: str, decoded: LaMambaDiffPipeline) -> None:
+    pipe = build() if space == "pixels" else decoded
+    wanted = images_of(pipe)
+    assert torch.equal(images_of(pipe.to("cpu")), wanted)
+    for dtype, tolerance in ((torch.float16, 0.02), (torch.bfloat16, 0.1)):
+        out = images_of(pipe.to(dtype))
+        assert pipe.network.dtype == dtype
+        assert out.dtype == torch.float32
+        assert 0 < (out - wanted).norm() < tolerance * wanted.norm()
+        pipe.to(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_it_is_loaded_in_half_precision(dtype: torch.dtype, decoded: LaMambaDiffPipeline, tmp_path: Path) -> None:
+    decoded.save_pretrained(tmp_path)
+    wanted = images_of(decoded)
+    half = LaMambaDiffPipeline.from_pretrained(tmp_path, torch_dtype=dtype, local_files_only=True)
+    half.set_progress_bar_config(disable=True)
+    assert {half.network.dtype, half.vae.dtype} == {dtype}
+    assert 0 < (images_of(half) - wanted).norm() < 0.1 * wanted.norm()
+
+
+@pytest.mark.parametrize("space", ["pixels", "latents"])
+def test_models_are_offloaded_one_by_one(space: str, decoded: LaMambaDiffPipeline) -> None:
+    """Hooks move models to the device of the name "cpu:0", which is another name than that of what is not moved."""
+    pipe = build() if space == "pixels" else decoded
+    wanted = images_of(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):  # after an image all hooks are new
+        assert pipe._execution_device == torch.device("cpu:0")
+        assert torch.equal(images_of(pipe), wanted)
+    pipe.remove_all_hooks()
+    assert pipe._execution_device == torch.device("cpu")
+    assert torch.equal(images_of(pipe), wanted)
+
+
+@pytest.mark.parametrize("space", ["pixels", "latents"])
+def test_modules_are_offloaded_one_by_one_but_the_network_is_kept_whole(
+    space: str, decoded: LaMambaDiffPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = build() if space == "pixels" else decoded
+    wanted = images_of(pipe)
+    offload = accelerate.cpu_offload
+    # accelerate takes a weight on "cpu" and one on "cpu:0" for two, and cannot move it from the one to the other.
+    monkeypatch.setattr(accelerate, "cpu_offload", lambda model, _, **options: offload(model, "cpu", **options))
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    assert torch.equal(images_of(pipe), wanted)
+    assert pipe.network.device == torch.device("cpu")
+    if pipe.vae is not None:
+        assert {parameter.device.type for parameter in pipe.vae.parameters()} == {"meta"}
+
+
+def test_groups_are_offloaded_but_for_the_network(decoded: LaMambaDiffPipeline, tmp_path: Path) -> None:
+    wanted = images_of(decoded)
+    options = {
+        "onload_device": torch.device("cpu"), "offload_type": "leaf_level", "offload_to_disk_path": str(tmp_path)
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="LaMambaDiff does not support group offloading"):
+        decoded.network.enable_group_offload(**options)
+    decoded.enable_group_offload(exclude_modules=["network"], **options)
+    assert torch.equal(images_of(decoded), wanted)
+
+
+def test_a_pipeline_of_a_checkpoint_takes_another_autoencoder_and_keeps_a_scheduler(
+    decoded: LaMambaDiffPipeline, tmp_path: Path
+) -> None:
+    decoded.scheduler = diffusers.EulerDiscreteScheduler.from_config(decoded.scheduler.config)
+    decoded.save_pretrained(tmp_path / "pipe")
+    wanted = images_of(decoded)
+    again = LaMambaDiffPipeline.from_checkpoint(tmp_path / "pipe")
+    again.set_progress_bar_config(disable=True)
+    assert type(again.scheduler) is diffusers.EulerDiscreteScheduler
+    assert again.labels == decoded.labels
+    assert torch.equal(images_of(again), wanted)
+    other = write_autoencoder(tmp_path / "vae", scaling_factor=0.1)
+    assert LaMambaDiffPipeline.from_checkpoint(tmp_path / "pipe", other).vae.config.scaling_factor == 0.1
+    (tmp_path / "pipe" / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(CheckpointError, match="cannot be read as a scheduler of diffusers"):
+        LaMambaDiffPipeline.from_checkpoint(tmp_path / "pipe")
 
 
 def test_interpolation_begins_and_ends_with_the_images_it_goes_between() -> None:

@@ -9,7 +9,8 @@ A run folder holds `config.json` and `checkpoints/`, one folder each, named by t
 
 A checkpoint is written under a temporary name, flushed to disk and renamed, so that what has its final name is whole;
 what a disk does to it later shows in the checksums. Nothing is pickled. The weights shipped with the package are such a
-folder too, with `ema/` only.
+folder too, with `ema/` only. Read, and not written here, are the folders of a `LaMambaDiffPipeline`, on disk or on the
+Hugging Face hub.
 """
 
 import json
@@ -26,13 +27,16 @@ from safetensors.torch import load_file
 
 from lamamba import __version__
 from lamamba.config import PRESETS, NetworkConfig, Objective, nearest
-from lamamba.dit import DiT, DiTFolder
+from lamamba.dit import DIT_CLASSES, DiT, DiTFolder, class_of
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import checksum, written_whole
+from lamamba.hub import fetch, is_repository
 from lamamba.model import LaMambaDiff
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "assets"
+PIPELINE_INDEX = "model_index.json"  # of a folder that diffusers saved of a pipeline
+_LOADABLE = ("LaMambaDiffPipeline", "LaMambaDiff", "DiTPipeline", *DIT_CLASSES)
 _WRITE_ERRORS = (OSError, SafetensorError)
 
 
@@ -173,6 +177,42 @@ def _read_record(checkpoint: Path) -> dict[str, Any]:
     return record
 
 
+def locate(path: Path, weights: str = "ema") -> tuple[Path, CheckpointInfo]:
+    """Tell where in a folder that `find_checkpoint` found the network is, and what the folder says of it.
+
+    Args:
+        path: a checkpoint folder, a saved `LaMambaDiffPipeline`, or a network folder, which says nothing.
+        weights: "ema" or "network", of a checkpoint.
+
+    Raises:
+        CheckpointError: it is damaged, of a later format than this version knows, or another pipeline.
+    """
+    if (path / "checkpoint.json").is_file():
+        return path / weights, read_info(path)
+    if (path / PIPELINE_INDEX).is_file():
+        return path / "network", _read_pipeline_info(path)
+    return path, CheckpointInfo()
+
+
+def _read_pipeline_info(folder: Path) -> CheckpointInfo:
+    path = folder / PIPELINE_INDEX
+    if class_of(folder) != "LaMambaDiffPipeline":
+        raise CheckpointError(f"{folder} holds a {class_of(folder)}, not a LaMambaDiffPipeline")
+    try:
+        index = json.loads(path.read_text())
+        names = index.get("id2label") or {}
+        class_names = tuple(str(names[str(label)]) for label in range(len(names)))
+        vae = str(folder / "vae") if index.get("vae", [None])[0] else None
+        info = CheckpointInfo(index.get("images_seen", 0), 0, index["objective"], class_names, vae)
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error} among what it says of its network and labels") from error
+    except (OSError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+    if info.objective not in get_args(Objective):
+        raise CheckpointError(f"{path} has the objective {info.objective!r}, this version knows no such")
+    return info
+
+
 def read_network_config(folder: Path) -> NetworkConfig:
     """Read what options a network folder's network was built with; raises CheckpointError."""
     try:
@@ -217,10 +257,10 @@ def load_network(folder: Path) -> LaMambaDiff:
 
 
 def load_checkpoint(name: str | Path, weights: str = "ema") -> LoadedCheckpoint:
-    """Load the network of a run folder (its newest checkpoint), a checkpoint folder, a network folder, or a preset.
+    """Load the network of a run (its newest checkpoint), a checkpoint, a pipeline, a network folder, or a preset.
 
     Args:
-        name: a path, or a preset whose weights are shipped.
+        name: a path, a preset whose weights are shipped, or "user/name" on the Hugging Face hub, see `find_checkpoint`.
         weights: "ema" or "network".
 
     Raises:
@@ -230,8 +270,8 @@ def load_checkpoint(name: str | Path, weights: str = "ema") -> LoadedCheckpoint:
     path = find_checkpoint(name)
     if (path / "checkpoint.json").is_file():
         verify(path, weights)
-        return LoadedCheckpoint(load_network(path / weights).eval(), read_info(path), path)
-    return LoadedCheckpoint(load_network(path).eval(), CheckpointInfo(), path)
+    folder, info = locate(path, weights)
+    return LoadedCheckpoint(load_network(folder).eval(), info, path)
 
 
 def load_denoiser(name: str | Path) -> LoadedDenoiser:
@@ -241,15 +281,25 @@ def load_denoiser(name: str | Path) -> LoadedDenoiser:
         CheckpointError: nothing loadable is there; the message says what was looked for.
         ConfigError: neither a path nor a preset.
     """
-    folder = DiTFolder.find(Path(name))
+    path = find_checkpoint(name)
+    folder = DiTFolder.find(path)
     if folder is None:
-        return load_checkpoint(name)
+        return load_checkpoint(path)
     info = CheckpointInfo(class_names=folder.class_names, vae=str(folder.vae) if folder.vae else None)
-    return LoadedDenoiser(folder.load(), info, Path(name))
+    return LoadedDenoiser(folder.load(), info, path)
 
 
 def find_checkpoint(name: str | Path) -> Path:
-    """Find the folder that `load_checkpoint` reads."""
+    """Find the folder that `load_checkpoint` reads.
+
+    A name that is no path here, of the form "user/name" with no folder "user" here, is a model on the Hugging Face hub:
+    it is fetched to huggingface_hub's cache, and found there without a network the next time. A mistyped path in a
+    folder that exists never asks the hub.
+
+    Raises:
+        CheckpointError: there is none, or the hub cannot be asked.
+        ConfigError: neither a path nor a preset.
+    """
     path = Path(name)
     if not path.exists():
         if str(name) in PRESETS:
@@ -260,8 +310,10 @@ def find_checkpoint(name: str | Path) -> Path:
             )
         if len(path.parts) == 1:
             raise ConfigError(f"{name!r} is neither a folder nor a preset: {nearest(str(name), PRESETS)}")
-        raise CheckpointError(f"{path} does not exist")
-    if (path / "checkpoint.json").is_file() or (
+        if not is_repository(str(name)):
+            raise CheckpointError(f"{path} does not exist")
+        path = _fetch(str(name))
+    if any((path / record).is_file() for record in ("checkpoint.json", PIPELINE_INDEX)) or (
         (path / "config.json").is_file() and not (path / "checkpoints").is_dir()
     ):
         return path
@@ -269,6 +321,16 @@ def find_checkpoint(name: str | Path) -> Path:
     if not whole:
         raise CheckpointError(f"{path} holds no checkpoint: give a run folder, one of its checkpoints, or a preset")
     return whole[-1]
+
+
+def _fetch(name: str) -> Path:
+    """Fetch a model from the hub, once its records, which are small, say that it is one to be loaded here."""
+    folder = fetch(name, "*.json")
+    if not (folder / "checkpoint.json").is_file() and class_of(folder) not in _LOADABLE:
+        raise CheckpointError(
+            f"{name} on the Hugging Face hub holds a {class_of(folder)}: only {', '.join(_LOADABLE)} can be loaded"
+        )
+    return fetch(name, "*.json", "*.safetensors", "*.bin")  # the official DiT's weights are .bin
 
 
 def shipped_presets() -> list[str]:

@@ -27,6 +27,7 @@ from lamamba.config import (
     PlanConfig,
     PrepareDatasetConfig,
     PrepareImagenetConfig,
+    PushConfig,
     SampleConfig,
     TrainConfig,
     WatchConfig,
@@ -52,6 +53,7 @@ commands:
   sample   sample images                   lamamba sample nano --labels 0,1,2 --out grid.png
   generate any number of images, to files  lamamba generate nano --num-images 10000 --out images
   evaluate score images: FID and others    lamamba evaluate samples fashion-mnist --features clothes
+  push     a pipeline to Hugging Face      lamamba push runs/first user/first
   info     count parameters and multiply-adds, stage by stage      lamamba info xl-256
   plan     what a training will take on a cluster                  lamamba plan xl-512 --gpus 64
 
@@ -80,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "sample": _sample,
         "generate": _generate,
         "evaluate": _evaluate,
+        "push": _push,
         "prepare": _prepare,
         "average": _average,
         "convert": _convert,
@@ -162,17 +165,17 @@ def _finetune(arguments: list[str]) -> None:
 
 
 def _finetune_defaults(name: str) -> TrainConfig:
-    from lamamba.checkpoint import find_checkpoint, read_info, read_network_config
+    from lamamba.checkpoint import find_checkpoint, locate, read_network_config
 
-    path = find_checkpoint(name)
-    whole = (path / "checkpoint.json").is_file()
-    network = read_network_config(path / "ema" if whole else path)
-    defaults = TrainConfig(out=tyro.MISSING, start_from=name, preset=f"of {name}", network=network)
-    if not whole:
-        return defaults
-    info = read_info(path)
-    objective = cast(Objective, info.objective)
-    return replace(defaults, objective=objective, vae=Path(info.vae) if info.vae else None)
+    folder, info = locate(find_checkpoint(name))
+    return TrainConfig(
+        out=tyro.MISSING,
+        start_from=name,
+        preset=f"of {name}",
+        network=read_network_config(folder),
+        objective=cast(Objective, info.objective),
+        vae=Path(info.vae) if info.vae else None,
+    )
 
 
 def _train_defaults(arguments: list[str]) -> Any:
@@ -298,6 +301,13 @@ def _evaluate(arguments: list[str]) -> None:
     from lamamba.evaluation.evaluate import evaluate
 
     evaluate(config)
+
+
+def _push(arguments: list[str]) -> None:
+    config = _parse(PushConfig, "push", arguments)
+    from lamamba.publish import push
+
+    push(config)
 
 
 def _info(arguments: list[str]) -> None:

@@ -354,8 +354,9 @@ class SamplingConfig:
     """What is sampled from, and how."""
 
     checkpoint: tyro.conf.Positional[str]
-    """A run folder (its newest checkpoint), a checkpoint folder, a preset; or a folder that diffusers saved of a
-    DiTPipeline or a DiTTransformer2DModel."""
+    """A run folder (its newest checkpoint), a checkpoint folder, a preset; a folder that diffusers saved of a
+    LaMambaDiffPipeline, a DiTPipeline or a DiTTransformer2DModel; or user/name, such a folder on the Hugging Face
+    hub."""
     sampler: Sampler | None = None
     """ancestral, ddim, dpm++, sde-dpm++ or unipc (diffusion); euler or heun (flow). The default is dpm++ or heun."""
     steps: int = 25
@@ -558,6 +559,44 @@ class PrepareDatasetConfig:
     """Begin the names of class folders with the dataset's numbers, as 007_cat, which keeps their order."""
     skip_bad_images: bool = False
     """Leave out images that cannot be read, instead of failing once all others are written."""
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """Send a pipeline of diffusers, with a model card, to the Hugging Face hub; or write it to a folder."""
+
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
+    """A run folder (its newest checkpoint), a checkpoint folder, a preset; or a pipeline's folder, which is sent as it
+    is where it has a model card."""
+    repository: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[USER/NAME]")] = None
+    """The model on the hub, made if there is none. Without it nothing is sent, and --out is needed."""
+    out: Path | None = None
+    """Folder to write, to look at or keep; the default is a temporary one."""
+    private: bool = False
+    """Make it a private repository."""
+    branch: str | None = None
+    """Branch to send to, made if there is none; the default is main."""
+    license: str | None = None
+    """For the card, as the hub knows it: mit, apache-2.0, cc-by-nc-4.0; the default says nothing of a license."""
+    dataset: str | None = None
+    """For the card, the hub's name of the dataset trained on; the default is what a run on built-in images says."""
+    scores: Path | None = None
+    """For the card, what lamamba evaluate wrote of this checkpoint; the default says nothing of its quality."""
+    vae: Path | None = None
+    """AutoencoderKL folder to put in; the default is the one the run was trained with."""
+    half: bool = False
+    """Write weights in float16, half as large. By default they are float32, and images are exactly the checkpoint's."""
+    num_per_label: int = 4
+    """Samples of each class (the first 10) in the card's picture, which takes time; 0 is no picture."""
+    device: str = "auto"
+    """For the picture: cpu, cuda, cuda:1, mps; auto takes the best there is."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self.out is not None or self.repository is not None, "repository", self.repository,
+            "USER/NAME on the hub; or give --out FOLDER to write the pipeline there",
+        )  # fmt: skip
+        _check(self.num_per_label >= 0, "num_per_label", self.num_per_label, "0 or more")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from lamamba.checkpoint import CheckpointInfo, find_checkpoint, load_network, verify, write_weights
+from lamamba.checkpoint import CheckpointInfo, find_checkpoint, load_network, locate, verify, write_weights
 from lamamba.config import ConvertConfig
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import TEMPORARY
@@ -60,7 +60,7 @@ def _to_released(config: ConvertConfig) -> None:
         raise ConfigError(f"out {config.out} is not a .pt file, which released checkpoints are")
     path = find_checkpoint(config.checkpoint)
     if not (path / "checkpoint.json").is_file():
-        network = load_network(path)
+        network = load_network(locate(path)[0])
         save_released(config.out, network, network)
         return
     for part in ("ema", "network"):

@@ -18,7 +18,7 @@ from lamamba.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS
 from lamamba.errors import CheckpointError, ConfigError
 
 # The second is how diffusers called it when the official weights were published.
-_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
+DIT_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 _PROCESS = {
     "num_train_timesteps": NUM_TIMESTEPS,
     "beta_start": BETA_START,
@@ -95,35 +95,47 @@ class DiTFolder:
         """Recognise a folder that diffusers wrote of a DiT; None is anything else.
 
         Raises:
-            CheckpointError: it holds another pipeline, or was trained with another process than `Diffusion`.
+            CheckpointError: it holds another pipeline than the two that are sampled here, or was trained with another
+                process than `Diffusion`.
         """
         if (path / "model_index.json").is_file():
             index = _read(path / "model_index.json")
-            if index.get("_class_name") != "DiTPipeline":
-                raise CheckpointError(f"{path} holds a {index.get('_class_name')}: of pipelines, only DiT's is sampled")
+            kind = index.get("_class_name")
+            if kind == "LaMambaDiffPipeline":
+                return None
+            if kind != "DiTPipeline":
+                raise CheckpointError(
+                    f"{path} holds a {kind}: of pipelines, only LaMambaDiffPipeline and DiTPipeline are sampled"
+                )
             _check_process(path / "scheduler" / "scheduler_config.json")
             vae = path / "vae"
             names = _class_names(index.get("id2label") or {}, path)
             return cls(path / "transformer", vae if vae.is_dir() else None, names)
-        if (path / "config.json").is_file() and _read(path / "config.json").get("_class_name") in _CLASSES:
-            return cls(path)
-        return None
+        return cls(path) if class_of(path) in DIT_CLASSES else None
 
     def load(self) -> DiT:
         """Load the network, in float32 on the CPU; raises CheckpointError."""
         from diffusers import DiTTransformer2DModel
 
         kind = _read(self.transformer / "config.json").get("_class_name")
-        if kind not in _CLASSES:
-            raise CheckpointError(f"{self.transformer} holds a {kind}, not a {_CLASSES[0]}")
+        if kind not in DIT_CLASSES:
+            raise CheckpointError(f"{self.transformer} holds a {kind}, not a {DIT_CLASSES[0]}")
         try:
             transformer = DiTTransformer2DModel.from_pretrained(
                 self.transformer, local_files_only=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
             )
         except Exception as error:  # diffusers raises many kinds for a damaged folder
             line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"{self.transformer} cannot be read as a {_CLASSES[0]}: {line}") from error
+            raise CheckpointError(f"{self.transformer} cannot be read as a {DIT_CLASSES[0]}: {line}") from error
         return DiT(transformer).eval()  # in training its label embedding would drop labels
+
+
+def class_of(folder: Path) -> str | None:
+    """Read which class diffusers saved to a folder, a pipeline's or a model's; raises CheckpointError."""
+    for record in ("model_index.json", "config.json"):
+        if (folder / record).is_file():
+            return _read(folder / record).get("_class_name")
+    return None
 
 
 def _read(path: Path) -> dict[str, Any]:

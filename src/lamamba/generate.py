@@ -147,12 +147,7 @@ def sample_grid(config: SampleConfig) -> None:
     seeds = [config.seed + index for index in range(len(labels))]
     _make_folders(config)
     console = Console()
-    with Progress(
-        TextColumn("[bold]sample"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeRemainingColumn(),
-        console=console, disable=not console.is_terminal, transient=True,
-    ) as progress:  # fmt: skip
-        task = progress.add_task("", total=painter.evaluations * len(labels))
-        pixels = painter.paint(labels, seeds, lambda number: progress.advance(task, number))
+    pixels = paint_with_bar(painter, labels, seeds, console)
 
     settings = painter.settings
     grid = make_grid(pixels, columns=config.num_per_label, scale=max(1, 64 // pixels.shape[-1]))
@@ -168,6 +163,16 @@ def sample_grid(config: SampleConfig) -> None:
     console.print(f"grid   {config.out}", highlight=False, soft_wrap=True)
     if config.images_out is not None:
         console.print(f"images {config.images_out}", highlight=False, soft_wrap=True)
+
+
+def paint_with_bar(painter: Painter, labels: Sequence[int], seeds: Sequence[int], console: Console) -> np.ndarray:
+    """Do what `Painter.paint` does, and show how far it is."""
+    with Progress(
+        TextColumn("[bold]sample"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeRemainingColumn(),
+        console=console, disable=not console.is_terminal, transient=True,
+    ) as progress:  # fmt: skip
+        task = progress.add_task("", total=painter.evaluations * len(labels))
+        return painter.paint(labels, seeds, lambda number: progress.advance(task, number))
 
 
 def generate(config: GenerateConfig) -> None:

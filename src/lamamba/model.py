@@ -48,6 +48,7 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    _supports_group_offloading = False  # its operations read the weights of several modules at once
     _no_split_modules = ("Block",)
 
     @register_to_config

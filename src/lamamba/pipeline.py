@@ -1,20 +1,23 @@
 """The pipeline for diffusers: a network, a scheduler, perhaps an autoencoder, and the names of the labels."""
 
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from lamamba.captured import CapturedNetwork
-from lamamba.checkpoint import load_checkpoint
+from lamamba.checkpoint import PIPELINE_INDEX, load_checkpoint
 from lamamba.config import GuidanceOptions, nearest
 from lamamba.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS, OBJECTIVES, guide
-from lamamba.errors import ConfigError
+from lamamba.errors import CheckpointError, ConfigError
+from lamamba.hub import fetch
 from lamamba.latents import Latents, Pixels
 from lamamba.model import LaMambaDiff
 from lamamba.sampling import slerp, slerp_weights
@@ -36,9 +39,12 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         vae: decodes latents; None for a network of pixels.
         id2label: a name for each label; none are needed.
         objective: what the network was trained with, "diffusion" or "flow".
+        images_seen: in training; 0 where that is not known.
     """
 
     model_cpu_offload_seq = "network->vae"
+    # Its operations read the weights of several modules at once, so it is on a device whole or not at all.
+    _exclude_from_cpu_offload = ["network"]  # noqa: RUF012
     _optional_components = ["vae"]  # noqa: RUF012 - as diffusers wants it
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
@@ -49,33 +55,39 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         vae: AutoencoderKL | None = None,
         id2label: Mapping[Any, str] | None = None,
         objective: str = "diffusion",
+        images_seen: int = 0,
     ) -> None:
         super().__init__()
         self.register_modules(network=network, scheduler=scheduler, vae=vae)
         named = {str(label): name for label, name in (id2label or {}).items()}  # as JSON has it
-        self.register_to_config(id2label=named, objective=objective)
+        self.register_to_config(id2label=named, objective=objective, images_seen=images_seen)
         self._interrupt = False
         self._captured: list[CapturedNetwork] = []
 
     @classmethod
-    def from_checkpoint(cls, name: str) -> Self:
-        """Build a pipeline of averaged weights, on the CPU.
+    def from_checkpoint(cls, name: str | Path, vae: str | Path | None = None) -> Self:
+        """Build a pipeline of averaged weights, on the CPU in float32.
 
         Args:
-            name: a run folder (its newest checkpoint), a checkpoint folder, or a preset whose weights are shipped.
+            name: a run folder (its newest checkpoint), a checkpoint folder, a preset whose weights are shipped; or a
+                saved pipeline, here or on the Hugging Face hub, whose scheduler is kept.
+            vae: AutoencoderKL folder; the default is the one that the network was trained with.
 
         Raises:
             CheckpointError: there is nothing to load.
         """
         loaded = load_checkpoint(name)
+        folder = vae or loaded.info.vae
+        autoencoder = None
+        if folder is not None:
+            autoencoder = Latents.open(Path(folder), torch.device("cpu")).autoencoder
+            autoencoder.requires_grad_(True)  # as `from_pretrained` leaves it: convolutions round otherwise without
         objective = OBJECTIVES[loaded.info.objective]
-        vae = None
-        if loaded.info.vae is not None:
-            vae = Latents.open(Path(loaded.info.vae), torch.device("cpu")).autoencoder
-        names = {str(label): name for label, name in enumerate(loaded.info.class_names)}
-        return cls(
-            loaded.network.eval(), objective.scheduler(objective.default_sampler, 25), vae, names, objective.name
-        )
+        scheduler = objective.scheduler(objective.default_sampler, 25)
+        if (loaded.path / PIPELINE_INDEX).is_file():
+            scheduler = _open_scheduler(loaded.path)
+        names = dict(enumerate(loaded.info.class_names))
+        return cls(loaded.network, scheduler, autoencoder, names, objective.name, loaded.info.images)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Self:
@@ -83,6 +95,26 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         options.setdefault("low_cpu_mem_usage", False)  # which needs accelerate, and diffusers warns without it
         loaded: Self = super().from_pretrained(pretrained_model_name_or_path, **options)
         return loaded
+
+    @classmethod
+    def download(cls, pretrained_model_name: Any, **options: Any) -> str:
+        """Fetch a pipeline from the Hugging Face hub for `from_pretrained`, and return its folder in the cache.
+
+        diffusers' own would look for the code of the network, whose class is not diffusers', in the repository. Options
+        are revision, token, cache_dir, force_download and local_files_only; others change nothing of what is fetched.
+
+        Raises:
+            CheckpointError: there is no such pipeline, or the hub cannot be asked.
+        """
+        passed = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+        given = {name: options[name] for name in passed if options.get(name) is not None}
+        return str(fetch(pretrained_model_name, "*.json", "*.safetensors", **given))
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """Where the network computes, which may not be where its weights are (`enable_model_cpu_offload`)."""
+        device = getattr(getattr(self.network, "_hf_hook", None), "execution_device", None)
+        return super()._execution_device if device is None else torch.device(device)
 
     @property
     def labels(self) -> dict[str, int]:
@@ -449,6 +481,16 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             space = Latents(self.vae)
             x = self.vae.decode((x / space.scale + space.shift).to(self.vae.dtype)).sample
         return (x.float() / 2 + 0.5).clamp(0, 1).cpu()
+
+
+def _open_scheduler(pipeline: Path) -> SchedulerMixin:
+    """Load the scheduler of a saved pipeline; raises CheckpointError."""
+    try:
+        name = json.loads((pipeline / PIPELINE_INDEX).read_text())["scheduler"][1]
+        return getattr(diffusers, name).from_pretrained(pipeline / "scheduler", local_files_only=True)
+    except Exception as error:  # diffusers raises many kinds for a damaged folder
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{pipeline / 'scheduler'} cannot be read as a scheduler of diffusers: {line}") from error
 
 
 def _one_each(name: str, tensors: Tensor, number: int) -> Tensor:

@@ -1,0 +1,261 @@
+"""The command `lamamba push`: a checkpoint to a pipeline of diffusers with a model card, in a folder or on the hub.
+
+Weights are float32, so that images of the pipeline are those of the checkpoint to the bit and training goes on from it
+as from that; float16 is an option, because of large networks it saves gigabytes and costs the last grey levels.
+"""
+
+import json
+import re
+import shlex
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCardData
+from rich.console import Console
+
+from lamamba import __version__
+from lamamba.checkpoint import PIPELINE_INDEX, SHIPPED, find_checkpoint
+from lamamba.config import PushConfig, SamplingConfig
+from lamamba.data.fashion_mnist import HUB_REPOSITORY
+from lamamba.dit import class_of
+from lamamba.errors import CheckpointError, ConfigError, DataError
+from lamamba.files import TEMPORARY
+from lamamba.generate import Painter, paint_with_bar, parse_labels
+from lamamba.hub import make_repository, send
+from lamamba.latents import Latents
+from lamamba.pipeline import LaMambaDiffPipeline
+from lamamba.sampling import choose_device, make_grid
+
+CARD, PICTURE = "README.md", "samples.png"
+_MOST_NAMES = 20  # of classes, in the card
+_OBJECTIVES = {
+    "diffusion": "noise prediction with learned variance, 1000 linear steps",
+    "flow": "flow matching: velocity on the straight path from data to noise",
+}
+_OF_WRITING = ("license", "dataset", "scores", "vae", "half", "num_per_label")
+
+
+def push(config: PushConfig) -> None:
+    """Write the pipeline that the configuration asks for, and send it where a repository is named.
+
+    Raises:
+        LamambaError: the checkpoint, an option or a file is at fault, or the hub refuses it or cannot be reached.
+    """
+    source = Path(config.checkpoint)
+    if config.out is None and (source / PIPELINE_INDEX).is_file() and (source / CARD).is_file():
+        _check_is_written(config)
+        _make_repository(config)
+        _send(config, source)
+        return
+    if config.out is not None and config.out.exists():
+        raise ConfigError(f"out {config.out} is there already: give another, or move it away")
+    path = find_checkpoint(config.checkpoint)
+    pipe = LaMambaDiffPipeline.from_checkpoint(path, config.vae)
+    if pipe.vae is None and pipe.network.config.in_channels not in (1, 3):
+        raise ConfigError(
+            f"{config.checkpoint} samples latents, of {pipe.network.config.in_channels} channels: give (--vae) the "
+            "folder of the AutoencoderKL that decodes them"
+        )
+    scores = None if config.scores is None else _read_scores(config.scores, pipe.config.images_seen)
+    _make_repository(config)  # before the work: a name that is refused should not cost an hour
+    parent = None if config.out is None else config.out.absolute().parent
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=parent) as temporary:
+        folder = Path(temporary) / "pipeline"
+        _write_pipeline(pipe, folder, half=config.half)
+        rows = _draw(folder, config)
+        dataset = config.dataset or _dataset_of(path)
+        (folder / CARD).write_text(_card(pipe, config, rows, dataset, scores), encoding="utf-8")
+        if config.out is not None:
+            folder = folder.replace(config.out)
+            print(f"{folder}: lamamba sample {folder}")
+        _send(config, folder)
+
+
+def _check_is_written(config: PushConfig) -> None:
+    """Refuse options of writing where there is nothing to write."""
+    defaults = PushConfig(config.checkpoint, config.repository)
+    for name in _OF_WRITING:
+        if getattr(config, name) != getattr(defaults, name):
+            raise ConfigError(
+                f"{name} is of what is yet to be written, and {config.checkpoint} has a card and is sent as it is: "
+                f"leave it out and edit {CARD}, or write another folder with --out"
+            )
+
+
+def _make_repository(config: PushConfig) -> None:
+    if config.repository is not None:
+        make_repository(config.repository, private=config.private, branch=config.branch)
+
+
+def _send(config: PushConfig, folder: Path) -> None:
+    if config.repository is not None:
+        message = f"Upload {class_of(folder)} with lamamba {__version__}"
+        print(send(folder, config.repository, branch=config.branch, message=message))
+
+
+def _write_pipeline(pipe: LaMambaDiffPipeline, folder: Path, *, half: bool) -> None:
+    if half:
+        for name, module in pipe.components.items():
+            if isinstance(module, torch.nn.Module) and not all(
+                bool(weight.isfinite().all()) for weight in module.half().state_dict().values()
+            ):
+                raise CheckpointError(f"weights of the {name} are beyond the range of float16: leave half out")
+    pipe.save_pretrained(folder)
+    for path in folder.rglob("*.json"):
+        record = json.loads(path.read_text())
+        if record.pop("_name_or_path", None) is not None:  # where it was on this machine, which is nobody's business
+            path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def _draw(folder: Path, config: PushConfig) -> list[int]:
+    """Sample the picture from what was written, as `lamamba sample` does, and return the labels of its rows."""
+    if not config.num_per_label:
+        return []
+    painter = Painter(SamplingConfig(checkpoint=str(folder)), choose_device(config.device))
+    rows = parse_labels(None, painter.num_classes, ())
+    labels = [label for label in rows for _ in range(config.num_per_label)]
+    pixels = paint_with_bar(painter, labels, range(len(labels)), Console())
+    make_grid(pixels, config.num_per_label, scale=max(1, 64 // pixels.shape[-1])).save(folder / PICTURE)
+    return rows
+
+
+def _dataset_of(path: Path) -> str | None:
+    """Tell the hub's name of the dataset that a checkpoint was trained on, where its run says so."""
+    if path.parent == SHIPPED:
+        return HUB_REPOSITORY
+    try:
+        data = json.loads((path.parent.parent / "config.json").read_text())["data"]
+    except (OSError, ValueError, KeyError, TypeError):  # no run, or weights alone
+        return None
+    return HUB_REPOSITORY if data in ("builtin", "fashion-mnist") else None
+
+
+def _read_scores(path: Path, images_seen: int) -> dict[str, Any]:
+    """Read what `lamamba evaluate` wrote, which must be of the same weights as far as it can be told."""
+    try:
+        scores: dict[str, Any] = json.loads(path.read_text())
+        generation = scores["generation"] or {}
+        for part in ("scores", "features", "generated", "reference"):
+            scores[part].items()
+        theirs = generation.get("images_seen", images_seen)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"scores {path} are none that lamamba evaluate wrote ({type(error).__name__}: {error})"
+        ) from error
+    if theirs != images_seen:
+        raise ConfigError(
+            f"scores {path} are of weights that had seen {theirs} images, these have seen {images_seen}: score these"
+        )
+    return scores
+
+
+def _card(
+    pipe: LaMambaDiffPipeline,
+    config: PushConfig,
+    rows: list[int],
+    dataset: str | None,
+    scores: dict[str, Any] | None,
+) -> str:
+    """Write the model card: what is known of the network, how to sample it, and what was measured."""
+    name = config.repository or Path(config.out or "").name
+    header = ModelCardData(
+        license=config.license,
+        library_name="lamamba",
+        pipeline_tag="unconditional-image-generation",
+        tags=["diffusers", "diffusion", "mamba", *(["class-conditional"] if pipe.network.config.num_classes else [])],
+        datasets=None if dataset is None else [dataset],
+    )
+    return "\n".join([
+        "---", header.to_yaml().strip(), "---", "", f"# {name.split('/')[-1]}", "",
+        *_picture_lines(name, pipe, rows, config.num_per_label),
+        *_table_lines(pipe, dataset, half=config.half),
+        *_sampling_lines(pipe, name),
+        *([] if scores is None else _score_lines(scores)),
+    ])  # fmt: skip
+
+
+def _picture_lines(name: str, pipe: LaMambaDiffPipeline, rows: list[int], num_per_label: int) -> list[str]:
+    if not rows:
+        return []
+    shown = ", ".join(_names(pipe)[row] for row in rows) if pipe.network.config.num_classes else "without labels"
+    command = f"lamamba sample {name} --num-per-label {num_per_label} --out {PICTURE}"
+    return [f"![samples]({PICTURE})", "", f"*Rows: {shown}. `{command}`*", ""]
+
+
+def _table_lines(pipe: LaMambaDiffPipeline, dataset: str | None, *, half: bool) -> list[str]:
+    network, vae = pipe.network, pipe.vae
+    number = sum(parameter.numel() for parameter in network.parameters())
+    factor, channels = (1, network.config.in_channels) if vae is None else (Latents(vae).factor, vae.config.in_channels)
+    side = factor * network.config.sample_size
+    kind = {1: "grey", 3: "colour"}.get(channels, f"of {channels} channels")
+    images = f"{side}x{side}, {kind}"
+    if vae is not None:
+        images += f"; the network works on latents of the AutoencoderKL in vae/, {factor} times smaller"
+    names = _names(pipe)
+    classes = ", ".join(names[:_MOST_NAMES]) if names else "none: the network is unconditional"
+    if len(names) > _MOST_NAMES:
+        classes += f" and {len(names) - _MOST_NAMES:,} more, all in {PIPELINE_INDEX}"
+    rows = {
+        "network": f"LaMamba-Diff ([arXiv 2408.02615](https://arxiv.org/abs/2408.02615)), {number:,} parameters",
+        "weights": "float16" if half else "float32",
+        "images": images,
+        "objective": _OBJECTIVES[pipe.config.objective],
+        "training": f"{pipe.config.images_seen:,} images seen" if pipe.config.images_seen else None,
+        "data": None if dataset is None else f"[{dataset}](https://huggingface.co/datasets/{dataset})",
+        "classes": classes,
+    }
+    return ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items() if value), ""]
+
+
+def _sampling_lines(pipe: LaMambaDiffPipeline, name: str) -> list[str]:
+    names = list(pipe.labels)
+    label: str | int | None = (
+        names[0] if names and "," not in names[0] else 0 if pipe.network.config.num_classes else None
+    )
+    option = "" if label is None else f"--labels {shlex.quote(str(label))} "
+    return [
+        "## Sample", "", "With the package `lamamba`, in Python, where it is a pipeline of diffusers:", "",
+        "```python", "from lamamba import LaMambaDiffPipeline", "",
+        f'pipe = LaMambaDiffPipeline.from_pretrained("{name}")',
+        f"images = pipe({'' if label is None else f'class_labels=[{json.dumps(label, ensure_ascii=False)}], '}"
+        "num_inference_steps=25).images",
+        "```", "", "and from the shell, any number of images or a grid:", "",
+        f"    lamamba generate {name} --num-images 1000 --out images",
+        f"    lamamba sample {name} {option}--out grid.png", "",
+    ]  # fmt: skip
+
+
+def _score_lines(scores: dict[str, Any]) -> list[str]:
+    """What `lamamba evaluate` measured, and what tells it from other numbers; names of files without their folders."""
+    generated, reference, features = scores["generated"], scores["reference"], scores["features"]
+    against = f"{reference['images']:,} images" if reference.get("images") else "published statistics"
+    how = {
+        key: value for key, value in (scores["generation"] or {}).items()
+        if key in ("sampler", "steps", "guidance") or (key.startswith("guidance_") and value)
+    }  # fmt: skip
+    if "guidance_checkpoint" in how:
+        how["guidance_checkpoint"] = Path(how["guidance_checkpoint"]).name
+    made = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in how.items())
+    return [
+        "## Scores", "",
+        f"By `lamamba evaluate`, of {generated['images']:,} generated images ({made or 'made in ways not recorded'}) "
+        f"against {against} of {_escaped(Path(reference['name']).name)}, with the features {features['name']} "
+        f"(sha256 {features['sha256'][:12]}), lamamba {scores.get('lamamba')}.", "",
+        "| score | value |", "| --- | --- |",
+        *(f"| {key} | {value:.5g} |" for key, value in scores["scores"].items()), "",
+        *(f"* {_escaped(warning)}" for warning in scores.get("warnings", [])),
+    ]  # fmt: skip
+
+
+def _names(pipe: LaMambaDiffPipeline) -> list[str]:
+    """Name each class, by its number where it has no name, as a table of Markdown can hold it."""
+    names = {label: name for name, label in pipe.labels.items()}
+    return [_escaped(names.get(label, str(label))) for label in range(pipe.network.config.num_classes)]
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\|*_`<>\[\]])", r"\\\1", text)

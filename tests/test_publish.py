@@ -1,0 +1,365 @@
+"""`lamamba push`: what is in the folder and its card, what arrives on a hub, and what comes back from there."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import diffusers
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from hub_server import TOKEN, Hub, Repository, running_hub
+from lamamba.checkpoint import CheckpointInfo, load_checkpoint, write_json, write_weights
+from lamamba.cli import main
+from lamamba.model import LaMambaDiff
+from lamamba.pipeline import LaMambaDiffPipeline
+
+CLASSES = ("bird, large", "fish|flat", "newt")
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    with running_hub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, autoencoder: Path) -> Path:
+    """A run on latents, of built-in images as far as its configuration says, with a single checkpoint."""
+    run = tmp_path_factory.mktemp("run of somebody")
+    network = tiny_network(in_channels=2)
+    info = CheckpointInfo(12345, 100, "flow", CLASSES, str(autoencoder))
+    write_weights(run / "checkpoints" / "12345", network, info)
+    write_json(run / "config.json", {"data": "fashion-mnist"})
+    return run
+
+
+def tiny_network(**options: int) -> LaMambaDiff:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tiny = {
+            "in_channels": 1, "sample_size": 8, "num_classes": 3, "embed_dim": 8, "num_heads": 2,
+            "depths": (1, 1, 1, 1), "bottleneck_depth": 1,
+        }  # fmt: skip
+        network = LaMambaDiff(**{**tiny, **options}).eval()
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return network
+
+
+def images_of(pipe: LaMambaDiffPipeline) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    images: torch.Tensor = pipe([0, 2], 3, generator=generator, output_type="pt").images
+    return images
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(["push", *arguments])
+    assert end.value.code == 2
+    said = capsys.readouterr().err.removeprefix("lamamba: error: ")
+    assert said.count("\n") == 1
+    return said
+
+
+def card_of(folder: Path) -> tuple[dict[str, object], str]:
+    _, header, text = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(header), text
+
+
+@pytest.fixture(scope="module")
+def written(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("written") / "below" / "tiny"
+    main(["push", str(run), "--out", str(out), "--num-per-label", "2", "--license", "mit", "--device", "cpu"])
+    return out
+
+
+def test_what_is_written_gives_the_images_of_the_checkpoint(run: Path, written: Path) -> None:
+    names = {path.relative_to(written).as_posix() for path in written.rglob("*") if path.is_file()}
+    weights = "diffusion_pytorch_model.safetensors"
+    assert names == {
+        "README.md", "samples.png", "model_index.json", "scheduler/scheduler_config.json",
+        "network/config.json", f"network/{weights}", "vae/config.json", f"vae/{weights}",
+    }  # fmt: skip
+    again = LaMambaDiffPipeline.from_pretrained(written, local_files_only=True)
+    assert torch.equal(images_of(again), images_of(LaMambaDiffPipeline.from_checkpoint(run)))
+    assert images_of(again).std() > 0.01
+    assert again.config.images_seen == 12345
+    assert not list(written.parent.glob(".*"))
+    for path in written.rglob("*.json"):
+        assert "/" not in path.read_text(), "no path of this machine is told"
+
+
+def test_the_card_says_what_is_known_and_its_commands_work(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header, text = card_of(written)
+    assert header == {
+        "license": "mit", "library_name": "lamamba", "pipeline_tag": "unconditional-image-generation",
+        "tags": ["diffusers", "diffusion", "mamba", "class-conditional"],
+        "datasets": ["zalando-datasets/fashion_mnist"],
+    }  # fmt: skip
+    number = sum(parameter.numel() for parameter in tiny_network(in_channels=2).parameters())
+    for said in (
+        f"{number:,} parameters", "| weights | float32 |", "16x16, colour; the network works on latents",
+        "2 times smaller",
+        "flow matching", "12,345 images seen", "| classes | bird, large, fish\\|flat, newt |",
+    ):  # fmt: skip
+        assert said in text
+    assert "Scores" not in text, "nothing was measured"
+    monkeypatch.chdir(written.parent)
+    code = text.split("```python\n")[1].split("```")[0]
+    found: dict[str, object] = {}
+    exec(code, found)
+    assert len(found["images"]) == 1  # type: ignore[arg-type]
+    command = next(line for line in text.splitlines() if line.startswith("*Rows")).split("`")[1]
+    main([*command.split()[1:-1], str(tmp_path / "again.png"), "--device", "cpu"])
+    assert np.array_equal(Image.open(tmp_path / "again.png"), Image.open(written / "samples.png"))
+
+
+def test_half_precision_is_half_as_large_and_hardly_another_image(run: Path, written: Path, tmp_path: Path) -> None:
+    main(["push", str(run), "--out", str(tmp_path / "half"), "--half", "--num-per-label", "0"])
+    for part in ("network", "vae"):
+        state = load_file(tmp_path / "half" / part / "diffusion_pytorch_model.safetensors")
+        assert {value.dtype for value in state.values()} == {torch.float16}
+    _, text = card_of(tmp_path / "half")
+    assert "| weights | float16 |" in text
+    assert "samples.png" not in text
+    half = LaMambaDiffPipeline.from_pretrained(tmp_path / "half", local_files_only=True)
+    assert half.network.dtype == torch.float32
+    wanted = images_of(LaMambaDiffPipeline.from_pretrained(written, local_files_only=True))
+    assert 0 < (images_of(half) - wanted).norm() < 0.01 * wanted.norm()
+
+
+def test_weights_beyond_float16_are_not_halved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = tiny_network()
+    network.patch_norm.weight.data[0] = 1e5
+    write_weights(tmp_path / "large", network, CheckpointInfo())
+    said = fails(capsys, str(tmp_path / "large"), "--out", str(tmp_path / "out"), "--half")
+    assert "weights of the network are beyond the range of float16: leave half out" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_scores_are_told_with_what_makes_them_comparable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_weights(tmp_path / "pixels", tiny_network(), CheckpointInfo(images=500))
+    result = {
+        "scores": {"fd": 12.3456789, "precision": 0.75}, "warnings": ["only 100 images"], "lamamba": "0.1.0",
+        "features": {"name": "clothes", "sha256": "0123456789abcdef"},
+        "generated": {"images": 100}, "reference": {"name": "/home/somebody/birds", "images": 2000},
+        "generation": {"sampler": "ddim", "steps": 20, "guidance": 3.0, "guidance_rescale": 0.0, "images_seen": 500},
+    }  # fmt: skip
+    scores = tmp_path / "scores.json"
+    scores.write_text(json.dumps(result))
+    arguments = [str(tmp_path / "pixels"), "--scores", str(scores), "--dataset", "somebody/birds"]
+    main(["push", *arguments, "--num-per-label", "0", "--out", str(tmp_path / "out")])
+    header, text = card_of(tmp_path / "out")
+    assert header["datasets"] == ["somebody/birds"]
+    for said in (
+        "of 100 generated images (sampler ddim, steps 20, guidance 3.0) against 2,000 images of birds, with the "
+        "features clothes (sha256 0123456789ab)", "| fd | 12.346 |", "| precision | 0.75 |", "* only 100 images",
+        "8x8, grey", "| classes | 0, 1, 2 |",
+    ):  # fmt: skip
+        assert said in text
+    assert "/home" not in text
+    scores.write_text(json.dumps({**result, "generation": {"images_seen": 400}}))
+    said = fails(capsys, *arguments, "--out", str(tmp_path / "other"))
+    assert "of weights that had seen 400 images, these have seen 500" in said
+    scores.write_text("{}")
+    assert "none that lamamba evaluate wrote" in fails(capsys, *arguments, "--out", str(tmp_path / "other"))
+
+
+def test_an_unconditional_network_has_a_card_too(tmp_path: Path) -> None:
+    write_weights(tmp_path / "plain", tiny_network(num_classes=0), CheckpointInfo())
+    main(["push", str(tmp_path / "plain"), "--out", str(tmp_path / "out"), "--num-per-label", "1", "--device", "cpu"])
+    header, text = card_of(tmp_path / "out")
+    assert header["tags"] == ["diffusers", "diffusion", "mamba"]
+    assert "license" not in header
+    assert "datasets" not in header
+    assert "pipe(num_inference_steps=25)" in text
+    assert "images seen" not in text
+
+
+def run_client(hub: Hub, folder: Path, script: str) -> str:
+    """Run Python with the hub's settings in the environment, where users have them, and return what it printed."""
+    settings = {
+        "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_CACHE": str(folder / "cache"),
+        "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **settings}, capture_output=True, text=True,
+        cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_pipeline_comes_back_from_the_hub(
+    hub: Hub, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All by a real client over HTTP: send, load, sample, finetune, and again from the cache without the hub."""
+    hub.repositories["tester/foreign"] = Repository(False, {"main": {
+        "model_index.json": b'{"_class_name": "StableDiffusionPipeline"}', "unet/model.safetensors": b"large",
+    }})  # fmt: skip
+    sample = ["sample", "tester/tiny", "--labels", "newt", "--num-per-label", "1", "--steps", "2"]
+    said = run_client(hub, tmp_path, f"""
+import torch, lamamba
+from lamamba.cli import main
+options = [{str(run)!r}, "tester/tiny", "--num-per-label", "0"]
+main(["push", *options, "--private", "--branch", "early", "--license", "mit"])
+main(["push", *options, "--half"])
+pipe = lamamba.LaMambaDiffPipeline.from_pretrained("tester/tiny", revision="early")
+images = pipe([0, 2], 3, generator=torch.Generator().manual_seed(3), output_type="pt").images
+torch.save(images, "images.pt")
+main({sample})
+main(["finetune", "tester/tiny", "--data", "builtin", "--out", "unused", "--channels", "3", "--dry-run"])
+for name in ("tester/foreign", "tester/none"):
+    try:
+        main(["sample", name])
+    except SystemExit:
+        pass
+""")  # fmt: skip
+    assert f"{hub.endpoint}/tester/tiny/tree/early\n" in said
+    assert f"{hub.endpoint}/tester/tiny\n" in said
+    assert "'objective': 'flow'" in said.replace('"', "'"), "what is finetuned is the pipeline's"
+    assert "tester/foreign on the Hugging Face hub holds a StableDiffusionPipeline: only LaMambaDiffPipeline, " in said
+    assert "tester/none, which is no path here, is not on http://127.0.0.1" in said
+    assert not [request for request in hub.requests if "unet" in request]
+    repository = hub.repositories["tester/tiny"]
+    assert repository.private
+    weights = "diffusion_pytorch_model.safetensors"
+    early, newest = repository.branches["early"], repository.branches["main"]
+    assert set(early) == set(newest) == {
+        "README.md", "model_index.json", "scheduler/scheduler_config.json", "network/config.json", f"network/{weights}",
+        "vae/config.json", f"vae/{weights}",
+    }  # fmt: skip
+    assert len(newest[f"network/{weights}"]) < 0.7 * len(early[f"network/{weights}"])
+    assert b"license: mit" in early["README.md"]
+    assert b'from_pretrained("tester/tiny")' in newest["README.md"]
+    assert torch.equal(torch.load(tmp_path / "images.pt"), images_of(LaMambaDiffPipeline.from_checkpoint(run)))
+
+    grid = (tmp_path / "grid.png").read_bytes()
+    (tmp_path / "grid.png").unlink()
+    num_asked = len(hub.requests)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    main(sample)
+    assert (tmp_path / "grid.png").read_bytes() == grid
+    assert len(hub.requests) == num_asked
+    assert not [request for request in hub.unanswered if "agent-harnesses" not in request]  # which the client tries
+
+
+@pytest.fixture
+def client(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """The hub's client in this process, as far as it sends: addresses to fetch from are fixed when it is imported."""
+    settings = {"ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": True}
+    for name, value in settings.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return monkeypatch
+
+
+def test_a_folder_with_a_card_is_sent_as_it_is(
+    hub: Hub, client: pytest.MonkeyPatch, written: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "half is of what is yet to be written" in fails(capsys, str(written), "tester/asis", "--half")
+    main(["push", str(written), "tester/asis"])
+    repository = hub.repositories["tester/asis"]
+    assert not repository.private
+    assert repository.branches["main"] == {
+        path.relative_to(written).as_posix(): path.read_bytes() for path in written.rglob("*") if path.is_file()
+    }
+    capsys.readouterr()
+    assert "tester/asis is there already and public" in fails(capsys, str(written), "tester/asis", "--private")
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "said"),
+    [
+        ("tester/x", None, "takes nothing without a token: log in (`hf auth login`), or set HF_TOKEN"),
+        ("tester/x", "hf_old", "your token is not accepted for tester/x"),
+        ("somebody/x", TOKEN, "your token is not accepted for somebody/x: give a name of your own"),
+        ("tester/x--y", TOKEN, "'tester/x--y' cannot be a name on the Hugging Face hub"),
+        ("x", TOKEN, "repository 'x' is no USER/NAME"),
+    ],
+)
+def test_refusals_are_one_line_before_any_work(
+    client: pytest.MonkeyPatch, run: Path, capsys: pytest.CaptureFixture[str], name: str, token: str | None, said: str
+) -> None:
+    if token is None:
+        client.delenv("HF_TOKEN")
+    else:
+        client.setenv("HF_TOKEN", token)
+    client.setattr("lamamba.publish._write_pipeline", lambda *_, **__: pytest.fail("it was written"))
+    assert said in fails(capsys, str(run), name)
+
+
+def test_a_hub_that_cannot_be_reached_is_named(
+    client: pytest.MonkeyPatch, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    said = fails(capsys, str(run), "tester/x")
+    assert "tester/x cannot be asked of http://127.0.0.1:9 (" in said
+    assert "write the folder with --out, and send it later" in said
+    client.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit):
+        main(["sample", "tester/unheard-of"])
+    assert "tester/unheard-of, which is no path here, is not at hand, and HF_HUB_OFFLINE" in capsys.readouterr().err
+
+
+def test_a_card_that_the_hub_refuses_is_said(
+    client: pytest.MonkeyPatch, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = fails(capsys, str(run), "tester/y", "--license", "unheard-of", "--num-per-label", "0")
+    assert 'refuses tester/y: Invalid metadata in README.md. - "license" must be one of [mit, other]' in said
+
+
+def test_a_path_below_a_folder_never_asks_the_hub(
+    client: pytest.MonkeyPatch, tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs").mkdir()
+    client.chdir(tmp_path)
+    hub.requests.clear()
+    for name in ("runs/mistyped", "/tester/tiny", "tester/tiny/checkpoints"):
+        with pytest.raises(SystemExit):
+            main(["sample", name])
+        assert f"{name} does not exist" in capsys.readouterr().err
+    assert not hub.requests
+
+
+def test_what_cannot_be_pushed_is_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "repository is None: it must be USER/NAME on the hub; or give --out" in fails(capsys, str(run))
+    assert f"out {tmp_path} is there already" in fails(capsys, str(run), "--out", str(tmp_path))
+    write_weights(tmp_path / "latents", tiny_network(in_channels=2), CheckpointInfo())
+    said = fails(capsys, str(tmp_path / "latents"), "--out", str(tmp_path / "out"))
+    assert "samples latents, of 2 channels: give (--vae) the folder" in said
+
+
+def test_commands_take_a_pipeline_whose_scheduler_is_another(run: Path, written: Path, tmp_path: Path) -> None:
+    """What `lamamba sample` draws depends on its own options; the scheduler in the folder stays where it is."""
+    pipe = LaMambaDiffPipeline.from_pretrained(written, local_files_only=True)
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path / "euler")
+    for name, source in (("checkpoint", run), ("pipeline", tmp_path / "euler")):
+        main([
+            "sample", str(source), "--labels", "newt,fish|flat", "--steps", "3", "--num-per-label", "1", "--device",
+            "cpu", "--out", str(tmp_path / f"{name}.png"),
+        ])  # fmt: skip
+    drawn = [Image.open(tmp_path / f"{name}.png") for name in ("checkpoint", "pipeline")]
+    assert np.array_equal(*drawn)
+    settings = [json.loads(image.info["lamamba"]) for image in drawn]
+    assert settings[0]["images_seen"] == settings[1]["images_seen"] == 12345
+    main(["push", str(tmp_path / "euler"), "--out", str(tmp_path / "again"), "--num-per-label", "0"])
+    again = LaMambaDiffPipeline.from_pretrained(tmp_path / "again", local_files_only=True)
+    assert type(again.scheduler) is diffusers.FlowMatchEulerDiscreteScheduler
+    assert load_checkpoint(tmp_path / "again").info.class_names == CLASSES
