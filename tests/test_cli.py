@@ -105,7 +105,7 @@ def test_a_preset_sets_the_network_and_options_refine_it(tmp_path: Path, capsys:
         (["sample", "OUT/none"], "OUT/none does not exist"),
         (["info", "xl-265"], "'xl-265' is neither a folder nor a preset: did you mean xl-256?"),
         (["info", "OUT/none"], "OUT/none does not exist"),
-        (["prepare"], "give what to prepare first, imagenet or dataset"),
+        (["prepare"], "give what to prepare first, imagenet or dataset or emoji"),
         (["prepare", "imagnet"], "nothing to prepare is named 'imagnet': did you mean imagenet?"),
         (["prepare", "imagenet"], "--out"),
         (["prepare", "imagenet", "--out", "OUT"], "no ImageNet file is given"),

@@ -26,6 +26,7 @@ from lamamba.config import (
     Objective,
     PlanConfig,
     PrepareDatasetConfig,
+    PrepareEmojiConfig,
     PrepareImagenetConfig,
     PushConfig,
     SampleConfig,
@@ -47,6 +48,7 @@ commands:
   encode   images to latents, to train on  lamamba encode --data photos --vae vae --image-size 256 --out latents
   prepare  ImageNet's files to folders     lamamba prepare imagenet --train ILSVRC2012_img_train.tar --out imagenet
            or a Hugging Face dataset       lamamba prepare dataset ylecun/mnist --split train --out mnist
+           or the Noto emoji               lamamba prepare emoji --out emoji
   average  weights averaged over any span  lamamba average runs/first --sigma-rel 0.07 --out averaged
   watch    follow a run                    lamamba watch runs/first
   convert  released checkpoints, and back  lamamba convert released.pt lamamba-xl
@@ -61,14 +63,15 @@ lamamba COMMAND --help explains a command's options.
 """
 
 _PREPARE_HELP = """\
-usage: lamamba prepare imagenet|dataset [OPTIONS]
+usage: lamamba prepare imagenet|dataset|emoji [OPTIONS]
 
 Write images to folders that can be trained on; run again, it goes on. A folder of images needs no preparing.
 
   imagenet  the official files             lamamba prepare imagenet --train ILSVRC2012_img_train.tar --out imagenet
   dataset   of Hugging Face's hub or disk  lamamba prepare dataset ylecun/mnist --split train --out mnist
+  emoji     3,786 of Noto, 64 x 64 pixels  lamamba prepare emoji --out emoji
 
-lamamba prepare imagenet --help and lamamba prepare dataset --help explain their options.
+lamamba prepare imagenet --help and the like explain their options.
 """
 
 
@@ -221,7 +224,11 @@ def _encode(arguments: list[str]) -> None:
 
 
 def _prepare(arguments: list[str]) -> None:
-    kinds: dict[str, Callable[[list[str]], None]] = {"imagenet": _prepare_imagenet, "dataset": _prepare_dataset}
+    kinds: dict[str, Callable[[list[str]], None]] = {
+        "imagenet": _prepare_imagenet,
+        "dataset": _prepare_dataset,
+        "emoji": _prepare_emoji,
+    }
     if not arguments:
         raise LamambaError(f"give what to prepare first, {' or '.join(kinds)} (see lamamba prepare --help)")
     if arguments[0] in ("-h", "--help"):
@@ -255,6 +262,16 @@ def _prepare_dataset(arguments: list[str]) -> None:
     print(f"{folder}: {classes}, {counts.num_extracted:,} images extracted{present}{left_out}")
     if counts.renumbered:
         print(f"training numbers classes in the order of their folders, unlike the dataset: {folder / RECORD} has both")
+
+
+def _prepare_emoji(arguments: list[str]) -> None:
+    config = _parse(PrepareEmojiConfig, "prepare emoji", arguments)
+    from lamamba.data.emoji import prepare_emoji
+
+    counts = prepare_emoji(config.out, source=config.source)
+    present = f", {counts.num_present:,} were there" if counts.num_present else ""
+    print(f"{config.out}: {counts.num_classes} classes, {counts.num_extracted:,} images extracted{present}")
+    print(", ".join(f"{name} {number:,}" for name, number in counts.images_of_class.items()))
 
 
 def _average(arguments: list[str]) -> None:

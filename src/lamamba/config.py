@@ -600,6 +600,17 @@ class PushConfig:
 
 
 @dataclass(frozen=True)
+class PrepareEmojiConfig:
+    """Write the Noto emoji, 64 x 64 pixels on white, to folders that can be trained on; run again, it goes on."""
+
+    out: Path
+    """Folder for the categories, a folder each."""
+    source: Path | None = None
+    """The tarball of the npm package emoji-datasource-google, or the folder it unpacks to; the default is to fetch it,
+    74 MB."""
+
+
+@dataclass(frozen=True)
 class InfoConfig:
     """Count parameters and multiply-adds, stage by stage."""
 

@@ -58,8 +58,8 @@ class Trainer:
         # Forked, so that a run neither sees nor disturbs the global generator of the program around it.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.network = LaMambaDiff(**vars(config.network)).to(device)
-            self.average = LaMambaDiff(**vars(config.network)).to(device).eval().requires_grad_(False)
+            self.network, self.average = self.build().to(device), self.build().to(device)
+        self.average.eval().requires_grad_(False)
         self.average.load_state_dict(self.network.state_dict())
         self.shards = config.shard and processes.number > 1
         if self.shards:
@@ -92,6 +92,10 @@ class Trainer:
         self.find_gradients = Captured(self._find_gradients) if self.captures else self._find_gradients
         self.compiles_kernels = device.type == "cuda"  # at the first step
         self.adds_up = False  # over the processes, in the backward pass that comes next
+
+    def build(self) -> LaMambaDiff:
+        """Build the network with fresh parameters; override this, `save` and `restore` to train another one alike."""
+        return LaMambaDiff(**vars(self.config.network))
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Read on from the first image not yet seen."""

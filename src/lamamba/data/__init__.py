@@ -11,7 +11,8 @@ A source is the built-in set, Fashion-MNIST, or a folder of images: one subfolde
     latent_files.py   latents that were encoded before
     imagenet.py       the official ImageNet files -> folders
     hugging_face.py   a Hugging Face dataset -> folders
-    preparing.py      what these two share
+    emoji.py          the Noto emoji -> folders
+    preparing.py      what these three share
     decoding.py       a file -> pixels of one size; uint8 <-> float
     order.py          which image is read when; batches
 """

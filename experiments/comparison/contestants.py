@@ -1,0 +1,135 @@
+"""The networks that are compared, all called as (x_t, t, y) -> (b, 2c, h, w).
+
+s, b            LaMamba-S and -B of the paper's geometry, on pixels
+dit-s-2, ...    DiT-S/2 and DiT-B/2 in their authors' layout, of diffusers' modules
+s-...           LaMamba-S with one thing changed
+nano            the shipped network's geometry, whose weights are small enough to ship
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel
+from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lamamba.config import NetworkConfig, preset
+from lamamba.cost import count
+from lamamba.dit import DiT as SampledDiT
+from lamamba.model import LaMambaDiff
+
+
+@dataclass(frozen=True)
+class DiTGeometry:
+    """Depth, width and heads of a DiT (Peebles & Xie 2022, arXiv 2212.09748, table 1), all with patches of 2."""
+
+    depth: int
+    width: int
+    heads: int
+
+
+LAMAMBA: Mapping[str, NetworkConfig] = {
+    "s": preset("s-256"),
+    "b": preset("b-256"),
+    "s-scan-only": replace(preset("s-256"), use_attention=False),
+    "s-attention-only": replace(preset("s-256"), use_ssm=False),
+    "s-raster": replace(preset("s-256"), scan="raster"),
+    "s-state-16": replace(preset("s-256"), ssm_state_size=16),
+    "s-window-4": replace(preset("s-256"), window_size=4),
+    "nano": preset("nano"),
+}
+DIT: Mapping[str, DiTGeometry] = {"dit-s-2": DiTGeometry(12, 384, 6), "dit-b-2": DiTGeometry(12, 768, 12)}
+NAMES = (*LAMAMBA, *DIT)
+
+_QUICK_LAMAMBA = {"embed_dim": 8, "num_heads": 2, "depths": (1, 1, 1, 1), "bottleneck_depth": 1}
+_QUICK_DIT = DiTGeometry(2, 16, 2)
+
+
+class _Given(nn.Module):
+    """Stands in for the embedding of a DiT block, and returns the one made for all blocks."""
+
+    def forward(self, timestep: Tensor, class_labels: Tensor, hidden_dtype: torch.dtype | None = None) -> Tensor:
+        return timestep
+
+
+class DiT(SampledDiT):
+    """DiT in its authors' layout and initialisation, of diffusers' modules; attention by SDPA.
+
+    diffusers gives every block an embedding of timestep and label of its own; the authors' layout has one for all, as
+    the paper's numbers of parameters say. And diffusers leaves PyTorch's initialisation, with which a DiT trains badly:
+    here blocks begin as the identity (adaLN-Zero), as in the paper. Labels are dropped by whoever trains.
+    """
+
+    def __init__(self, geometry: DiTGeometry, in_channels: int, sample_size: int, num_classes: int) -> None:
+        super().__init__(
+            DiTTransformer2DModel(
+                num_attention_heads=geometry.heads, attention_head_dim=geometry.width // geometry.heads,
+                in_channels=in_channels, out_channels=2 * in_channels, num_layers=geometry.depth,
+                sample_size=sample_size, patch_size=2, num_embeds_ada_norm=num_classes,
+            )
+        )  # fmt: skip
+        self.embedding = CombinedTimestepLabelEmbeddings(num_classes, geometry.width)
+        # Else it would drop labels a second time, in training; the table keeps its row for "no label".
+        self.embedding.class_embedder.dropout_prob = 0.0
+        for block in self.transformer.transformer_blocks:
+            block.norm1.emb = _Given()
+        # They come transposed out of the convolution, and a block would be compiled once more for the first of them.
+        self.transformer.pos_embed.register_forward_hook(lambda module, inputs, tokens: tokens.contiguous())
+        self.reset_parameters()
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        condition = self.embedding(t, y, hidden_dtype=torch.float32)
+        return super().forward(x_t, condition, y)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Linear layers and patches Xavier uniform, tables normal(0, 0.02), modulation and output 0, every bias 0."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.zeros_(module.bias)
+        timestep = self.embedding.timestep_embedder
+        for table in (timestep.linear_1, timestep.linear_2, self.embedding.class_embedder.embedding_table):
+            nn.init.normal_(table.weight, std=0.02)
+        modulations = [block.norm1.linear for block in self.transformer.transformer_blocks]
+        for layer in (*modulations, self.transformer.proj_out_1, self.transformer.proj_out_2):
+            nn.init.zeros_(layer.weight)
+
+    def compile_blocks(self) -> None:
+        """Compile a block, which serves for all as they are alike: the speed of the whole network compiled, sooner."""
+        # What inductor would do to a CPU is not of interest: there, tracing shows that a block compiles.
+        backend = "inductor" if self.device.type == "cuda" else "eager"
+        for block in self.transformer.transformer_blocks:
+            block.compile(fullgraph=True, dynamic=False, backend=backend)
+
+
+def network_config(name: str, channels: int, size: int, num_classes: int, quick: bool = False) -> NetworkConfig:
+    """Return the options of a network of this package; of a DiT, those that a trainer and a sampler ask for."""
+    config = LAMAMBA.get(name, NetworkConfig())
+    small = _QUICK_LAMAMBA if quick else {}
+    return replace(config, in_channels=channels, sample_size=size, num_classes=num_classes, **small)
+
+
+def build(name: str, config: NetworkConfig, quick: bool = False) -> Any:
+    """Build a network with fresh parameters, by its name and `network_config`."""
+    if name in LAMAMBA:
+        return LaMambaDiff(**vars(config))
+    return DiT(_QUICK_DIT if quick else DIT[name], config.in_channels, config.sample_size, config.num_classes)
+
+
+def cost(name: str, config: NetworkConfig, quick: bool = False) -> dict[str, int]:
+    """Count parameters, and multiply-adds of a forward pass of one image."""
+    with torch.device("meta"):
+        network = build(name, config, quick)
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        side = config.sample_size
+        if name in LAMAMBA:
+            return {"parameters": parameters, "multiply_adds": count(network, side, side)["all"][1]}
+        inputs = torch.empty(1, config.in_channels, side, side), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            network(*inputs)
+    return {"parameters": parameters, "multiply_adds": counter.get_total_flops() // 2}

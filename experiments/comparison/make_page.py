@@ -1,0 +1,330 @@
+"""Make docs/results.md, its plots and pictures, from the records in results/. No number on the page is typed by hand.
+
+    python experiments/comparison/make_page.py
+
+Without records nothing is written; what has no record yet is named on the page. What the numbers mean is said in
+notes.md, which the page takes in where it is there.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from pieces import LISTS, Memorisation, Speed, Steps, Training
+from setting import HERE, RESULTS
+
+PAGE = HERE.parents[1] / "docs" / "results.md"
+NOTES = HERE / "notes.md"
+
+Content = dict[str, Any]
+Records = Mapping[str, Content]
+Draw = Callable[[Figure], None]
+_LAST_ROWS = 12  # of the curve, whose mean is the loss that is reported
+_INTRODUCTION = """\
+Made by `experiments/comparison/make_page.py` from the records in `experiments/comparison/results/`; the README there
+says how these came about. The distance is the Fréchet distance of the shipped clothes features to the 10,000 test
+images, not to be compared with an FID; precision and recall are of the same features
+([evaluation.md](evaluation.md)). Loss is the mean of the last tenth of training. Of several seeds: the mean (least to
+largest)."""
+
+
+def read_records(folder: Path, quick: bool = False) -> dict[str, Content]:
+    """Read the finished records by their pieces' names: those of experiments, or those of a quick look."""
+    contents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return {
+        content["piece"]: content
+        for content in contents
+        if content["finished"] and content["settings"]["scale"]["quick"] == quick
+    }
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lay out a Markdown table: the first column to the left, the others to the right."""
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] + ["---:"] * (len(header) - 1), *rows)] + [""]
+
+
+def number(value: float) -> str:
+    """Write a number with three digits that count."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Write a mean and, of several, the least and the largest."""
+    if len(values) == 1:
+        return number(values[0])
+    return f"{number(statistics.mean(values))} ({number(min(values))} to {number(max(values))})"
+
+
+def trainings(names: Sequence[str]) -> list[Training]:
+    """Choose the trainings of lists."""
+    return [piece for name in names for piece in LISTS[name] if isinstance(piece, Training)]
+
+
+def found(records: Records, names: Sequence[str], network: str | None = None) -> list[Content]:
+    """Choose the records of lists' trainings, or of one network's of them."""
+    pieces = [piece for piece in trainings(names) if network in (None, piece.network)]
+    return [records[piece.name] for piece in pieces if piece.name in records]
+
+
+def final_loss(record: Content) -> float:
+    """Take the mean of the last lines of the curve."""
+    return statistics.mean(row["loss"] for row in record["curve"][-_LAST_ROWS:])
+
+
+def speed(record: Content) -> float:
+    """Take the median of the images in a second of training, over the curve."""
+    return statistics.median(row["images_per_s"] for row in record["curve"] if "images_per_s" in row)
+
+
+def at_seconds(record: Content, seconds: float) -> float | None:
+    """Interpolate the distance between the scores around a time of training; None before the first."""
+    rows = record["evaluations"]
+    if not rows or seconds < rows[0]["seconds"]:
+        return None
+    for before, after in pairwise(rows):
+        if seconds <= after["seconds"]:
+            share = (seconds - before["seconds"]) / max(after["seconds"] - before["seconds"], 1e-9)
+            return float(before["distance"] + share * (after["distance"] - before["distance"]))
+    return float(rows[-1]["distance"])
+
+
+_TRAINED = ["", "seeds", "M parameters", "G multiply-adds", "images/s", "GiB", "loss", "distance", "precision",
+            "recall", "best distance", "at guidance"]  # fmt: skip
+
+
+def trained_row(name: str, several: Sequence[Content]) -> list[str]:
+    """Write a line for trainings that differ in their seeds alone."""
+    network, best = several[0]["network"], [record["best"] for record in several if "best" in record]
+    last = [record["evaluations"][-1] for record in several if record["evaluations"]]
+    return [
+        name, str(len(several)), number(network["parameters"] / 1e6), number(network["multiply_adds"] / 1e9),
+        spread([speed(record) for record in several]), number(network.get("peak_gib", 0)) if "peak_gib" in network
+        else "", spread([final_loss(record) for record in several]),
+        *(spread([row[key] for row in last]) if last else "" for key in ("distance", "precision", "recall")),
+        spread([row["distance"] for row in best]) if best else "",
+        ", ".join(sorted({f"{row['guidance']:g}" for row in best})),
+    ]  # fmt: skip
+
+
+def comparison(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
+    """Hold LaMamba against DiT, at equal images and at equal seconds of training."""
+    lines = []
+    for names in (("seed-0", "more-seeds"), ("b",)):
+        networks = list(dict.fromkeys(piece.network for piece in trainings(names)))
+        groups = {network: found(records, names, network) for network in networks}
+        groups = {network: several for network, several in groups.items() if several}
+        if not groups:
+            continue
+        images = next(iter(groups.values()))[0]["settings"]["train"]["num_images"]
+        lines += [f"At equal images, {images:,} of each:", ""]
+        lines += table(_TRAINED, [trained_row(network, several) for network, several in groups.items()])
+        if len(groups) == len(networks):
+            lines += equal_seconds(groups)
+        floor = [record["training_images"]["distance"] for several in groups.values() for record in several]
+        lines += [f"As many training images have the distance {number(floor[0])} to the test images.", ""]
+        name = f"{networks[0]}-against-{networks[1]}.png"
+        lines += [draw(name, lambda figure, groups=groups: draw_curves(figure, groups)), ""]
+    return lines
+
+
+def equal_seconds(groups: Mapping[str, Sequence[Content]]) -> list[str]:
+    """Read each network's curve where the fastest of all was done; scores are interpolated between quarters."""
+    seconds = min(record["curve"][-1]["seconds"] for several in groups.values() for record in several)
+    rows = []
+    for network, several in groups.items():
+        values = [value for record in several if (value := at_seconds(record, seconds)) is not None]
+        rows.append([network, spread(values) if values else "not scored so early"])
+    return [f"At equal time, {seconds:,.0f} s of training:", "", *table(["", "distance"], rows)]
+
+
+def draw_curves(figure: Figure, groups: Mapping[str, Sequence[Content]]) -> None:
+    """Plot loss and distance against images and against seconds of training, a colour a network, a line a seed."""
+    axes = figure.subplots(2, 2, sharey="row")
+    for column, (key, scale, label) in enumerate(
+        (("images", 1e6, "million images seen"), ("seconds", 1.0, "seconds of training"))
+    ):
+        for colour, (network, several) in enumerate(groups.items()):
+            for index, record in enumerate(several):
+                name = network if index == 0 else None
+                for row, curve, value in ((0, "curve", "loss"), (1, "evaluations", "distance")):
+                    axes[row][column].plot(
+                        [point[key] / scale for point in record[curve]], [point[value] for point in record[curve]],
+                        color=f"C{colour}", label=name, marker="o" if row else None, linewidth=1, alpha=0.8,
+                    )  # fmt: skip
+        for row in (0, 1):
+            axes[row][column].set(xlabel=label, yscale="log")
+            axes[row][column].grid(alpha=0.3)
+    axes[0][0].set_ylabel("loss")
+    axes[1][0].set_ylabel("Fréchet distance, no guidance")
+    axes[0][0].legend()
+
+
+def ablations(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
+    """Hold S with one thing changed against S."""
+    changed = found(records, ["ablations"])
+    if not changed:
+        return []
+    whole = found(records, ["seed-0"], "s")
+    rows = [trained_row("S: scan and attention, continuous paths, 1 state, windows of 8", whole)] if whole else []
+    rows += [trained_row(record["piece"], [record]) for record in changed]
+    return [*table(_TRAINED, rows), "The loss of flow matching is of another quantity than the others.", ""]
+
+
+def steps(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
+    """Tabulate and plot the distance over steps, a sampler a line."""
+    lines = []
+    for name in ("steps-s", "steps-s-flow"):
+        if name not in records:
+            continue
+        points = records[name]["points"]
+        samplers = list(dict.fromkeys(point["sampler"] for point in points))
+        counts = sorted({point["steps"] for point in points})
+        value = {(point["sampler"], point["steps"]): point["distance"] for point in points}
+        lines += [f"{name}, {points[0]['num_samples']:,} samples of each; Heun evaluates twice a step:", ""]
+        header = ["distance at", *(f"{count} steps" for count in counts)]
+        lines += table(header, [[s, *(number(value[s, count]) for count in counts)] for s in samplers])
+        lines += [draw(f"{name}.png", lambda figure, points=points: draw_steps(figure, points)), ""]
+    return lines
+
+
+def draw_steps(figure: Figure, points: Sequence[Content]) -> None:
+    """Plot the distance over the evaluations of the network."""
+    axes = figure.subplots()
+    for sampler in dict.fromkeys(point["sampler"] for point in points):
+        own = [point for point in points if point["sampler"] == sampler]
+        axes.plot([p["evaluations"] for p in own], [p["distance"] for p in own], marker="o", label=sampler, linewidth=1)
+    axes.set(xlabel="evaluations of the network", ylabel="Fréchet distance", xscale="log", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def memorisation(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
+    """Tabulate distances to the nearest training image."""
+    lines = []
+    for name, record in records.items():
+        if record["kind"] != "memorisation":
+            continue
+        lines += [f"Of {record['settings']['of']['name']}, distances to the nearest training image:", ""]
+        for space, rows in record["distances"].items():
+            percentiles = [key for key in next(iter(rows.values())) if key.startswith("percentile")]
+            header = [space, "images", "least", *(key.replace("_", " ") for key in percentiles), "below percentile 1"]
+            cells = [
+                [of, f"{row['number']:,}", number(row["least"]), *(number(row[key]) for key in percentiles),
+                 f"{row['share_nearer_than_percentile_1']:.1%}" if "share_nearer_than_percentile_1" in row else ""]
+                for of, row in rows.items()
+            ]  # fmt: skip
+            lines += table(header, cells)
+        shown = " and ".join(f"by {space}" for space in record["distances"])
+        lines += [f"The samples nearest to a training image, and below them its neighbours {shown}:", ""]
+        lines += [f"![nearest](results/{name}-nearest.png)", "", "The first samples, likewise:", ""]
+        lines += [f"![first](results/{name}-first.png)", ""]
+    return lines
+
+
+def speeds(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
+    """Tabulate how fast a training step is, by how it is launched."""
+    if "speed" not in records:
+        return []
+    rows = [
+        [case["network"], "yes" if case["compile"] else "no", "yes" if case["cuda_graph"] else "no",
+         *([number(case["images_per_s"]), number(case["slowest"]), number(case["fastest"]),
+            "" if case["peak_gib"] is None else number(case["peak_gib"])]
+           if "images_per_s" in case else ["failed", "", "", ""])]
+        for case in records["speed"]["cases"]
+    ]  # fmt: skip
+    return table(["", "compiled", "CUDA graph", "images/s", "slowest", "fastest", "GiB"], rows)
+
+
+def rates(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
+    """Tabulate short trainings at several learning rates."""
+    rows = [
+        [record["settings"]["network"], f"{record['settings']['learning_rate']:g}", number(final_loss(record)),
+         number(record["evaluations"][-1]["distance"])]
+        for record in found(records, ["rates"])
+    ]  # fmt: skip
+    return table(["", "learning rate", "loss", "distance"], rows) if rows else []
+
+
+def emoji(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
+    """Tabulate trainings on emoji, for which there is no distance, and of what is shipped, and show their grids."""
+    several = found(records, ["emoji", "release"])
+    if not several:
+        return []
+    lines = table(_TRAINED, [trained_row(record["piece"], [record]) for record in several])
+    return lines + [f"![{record['piece']}](results/{record['piece']}-grid.png)\n" for record in several]
+
+
+SECTIONS = {
+    "Speed of a training step": (speeds, ("speed",)),
+    "Learning rates": (rates, ("rates",)),
+    "LaMamba against DiT on Fashion-MNIST": (comparison, ("seed-0", "more-seeds", "b")),
+    "What each part buys": (ablations, ("ablations",)),
+    "Samples against steps": (steps, ("seed-0", "ablations")),
+    "Nearest training images": (memorisation, ("seed-0",)),
+    "Emoji, 64x64, and what is small enough to ship": (emoji, ("emoji", "release")),
+}
+_KINDS = {steps: (Steps,), memorisation: (Memorisation,), speeds: (Speed,)}  # of pieces; of others Training
+
+
+def environments(records: Records) -> list[str]:
+    """Say on what it was all measured."""
+    parts = [part for record in records.values() for part in record["parts"]]
+    rows = sorted({tuple(str(part[key]) for key in ("device", "torch", "triton", "diffusers", "commit"))
+                   for part in parts})  # fmt: skip
+    return table(["device", "PyTorch", "Triton", "diffusers", "commit"], rows)
+
+
+def write_page(records: Records, results: Path, page: Path) -> None:
+    """Write the page, its plots and the pictures it shows, into the folder `results` beside it."""
+    pictures = page.parent / "results"
+    pictures.mkdir(parents=True, exist_ok=True)
+
+    def draw(name: str, draw_on: Draw) -> str:
+        figure = Figure(figsize=(9, 6), layout="constrained")
+        draw_on(figure)
+        figure.savefig(pictures / name, dpi=120, metadata={"Software": None})
+        return f"![{name.removesuffix('.png')}](results/{name})"
+
+    lines = ["# Results", "", _INTRODUCTION, ""]
+    if any(record["settings"]["scale"]["quick"] for record in records.values()):
+        lines += ["**Records of a quick look, whose numbers mean nothing.**", ""]
+    lines += environments(records)
+    if NOTES.is_file():
+        lines += [NOTES.read_text().strip(), ""]
+    for title, (section, names) in SECTIONS.items():
+        kinds = _KINDS.get(section, (Training,))
+        pieces = [piece for name in names for piece in LISTS[name] if isinstance(piece, kinds)]
+        missing = [piece.name for piece in pieces if piece.name not in records]
+        lines += [f"## {title}", "", *section(records, draw)]
+        if missing:
+            lines += [f"Not measured yet: {', '.join(missing)}.", ""]
+    for name in records:
+        for picture in sorted(results.glob(f"{name}-*.png")):
+            if f"results/{picture.name}" in "\n".join(lines):
+                shutil.copy(picture, pictures / picture.name)
+    page.write_text("\n".join(lines).rstrip() + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--quick", action="store_true", help="of records of a quick look, to see that it works")
+    arguments = parser.parse_args()
+    records = read_records(arguments.results, arguments.quick)
+    if not records:
+        sys.exit(f"{arguments.results} has no finished records: nothing is measured yet, and nothing was written")
+    write_page(records, arguments.results, arguments.page)
+    print(f"{len(records)} records: written {arguments.page}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Run pieces on a machine with a GPU, PyTorch and no network, within ten minutes; README.md has what it must be given.
+#
+#   OUT=kept COMMIT=1a2b3c4 bash experiments/comparison/on_gpu.sh seed-0
+#
+# Afterwards $OUT/results.tar has all records and pictures so far. Exit code 3: the time was over, the same goes on.
+set -uo pipefail
+: "${OUT:?give a folder for what comes back, OUT=kept}"
+cd "$(dirname "$0")/../.."
+export PYTHONPATH=src:.site PYTHONUNBUFFERED=1
+
+if [ ! -d .site ]; then
+    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target .site .whl/*.whl || exit
+fi
+data=/tmp/fashion-mnist
+if [ ! -d $data ] && [ -d .data ]; then
+    mkdir $data
+    python3 -c "import lzma, pathlib, sys
+for path in pathlib.Path('.data').glob('*.xz'):
+    pathlib.Path(sys.argv[1], path.stem).write_bytes(lzma.decompress(path.read_bytes()))" $data || exit
+fi
+options=(--seconds $((555 - SECONDS)) --commit "${COMMIT:-unknown}")
+[ -d $data ] && options+=(--data-folder $data)
+[ -d .emoji ] && options+=(--emoji .emoji)
+python3 experiments/comparison/run.py "$@" "${options[@]}"
+code=$?
+mkdir -p experiments/comparison/results
+tar -cf "$OUT/results.tar" -C experiments/comparison results
+exit $code

@@ -1,0 +1,93 @@
+"""Run the comparison of LaMamba with DiT, piece by piece; what is finished is skipped, what was stopped goes on.
+
+    python experiments/comparison/run.py                            list what there is, and what is done
+    python experiments/comparison/run.py seed-0 --seconds 540    a list, or pieces by name, as far as time goes
+    python experiments/comparison/run.py seed-0 --quick --out demo/comparison --results demo/comparison
+
+README.md beside this file has the commands for a GPU that is there for ten minutes at a time.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from lamamba.config import nearest
+from lamamba.errors import LamambaError
+from lamamba.sampling import choose_device
+from pieces import FULL, LISTS, PIECES, QUICK, Memorisation, Piece, Speed, Steps, Training
+from setting import RESULTS, Clock, OutOfTimeError, Setting, is_finished, of_learning_rate
+from studies import look_for_copies, score_steps, time_steps
+from training import forget, train
+
+FUNCTIONS = {Training: train, Steps: score_steps, Memorisation: look_for_copies, Speed: time_steps}
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"lists ({', '.join(LISTS)}) or pieces, in the order to run them")
+    parser.add_argument("--out", type=Path, default=Path("runs/comparison"), help="checkpoints and unfinished records")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="records, to keep")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many, all being saved")
+    parser.add_argument("--data-folder", type=Path, help="the four files of Fashion-MNIST, without Debian's package")
+    parser.add_argument("--emoji", type=Path, help="the folder that `lamamba prepare emoji` made")
+    parser.add_argument("--learning-rate", type=float, help="in place of the pieces' own")
+    parser.add_argument("--commit", help="of the code, where there is a copy without history")
+    parser.add_argument("--device", default="auto", help="cpu, cuda; auto takes the best there is")
+    parser.add_argument("--quick", action="store_true", help="tiny networks and numbers; the records say so")
+    return parser.parse_args()
+
+
+def chosen(names: list[str]) -> list[Piece]:
+    """Look pieces up by their names and lists; raises SystemExit with what there is."""
+    pieces: list[Piece] = []
+    for name in names:
+        if name not in LISTS and name not in PIECES:
+            sys.exit(f"nothing is named {name!r}: {nearest(name, [*LISTS, *PIECES])}")
+        pieces += LISTS.get(name) or [PIECES[name]]
+    return pieces
+
+
+def show(setting: Setting) -> None:
+    for name, pieces in LISTS.items():
+        print(name)
+        for piece in pieces:
+            begun = (setting.out / piece.name / "record.json").is_file()
+            print(f"    {piece.name:24}{'done' if is_finished(setting, piece) else 'begun' if begun else ''}")
+
+
+def main() -> int:
+    """Run what is asked for: 0 all is done, 1 a piece failed, 3 the time was over before all was done."""
+    clock_start = time.monotonic()
+    arguments = read_arguments()
+    pieces = chosen(arguments.names)
+    setting = Setting(
+        arguments.out, arguments.results, QUICK if arguments.quick else FULL, choose_device(arguments.device),
+        Clock(arguments.seconds, clock_start), arguments.data_folder, arguments.emoji, arguments.commit,
+    )  # fmt: skip
+    if not pieces:
+        show(setting)
+        return 0
+    failed = False
+    for piece in pieces:
+        if is_finished(setting, piece):
+            print(f"{piece.name}: done before", flush=True)
+            continue
+        try:
+            setting.clock.check_to_begin()
+            FUNCTIONS[type(piece)](setting, of_learning_rate(piece, arguments.learning_rate))
+        except OutOfTimeError:
+            print(f"{piece.name}: the time is over, the same command goes on from here", flush=True)
+            return 3
+        except (LamambaError, OSError) as error:
+            print(f"{piece.name}: error: {error}", file=sys.stderr, flush=True)
+            failed = True
+            continue
+        finally:
+            forget(setting.device)
+        print(f"{piece.name}: done", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

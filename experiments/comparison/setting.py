@@ -1,0 +1,198 @@
+"""Where pieces run and what they share: folders, the device, the time left, data, and records that say all of it."""
+
+import json
+import math
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lamamba import __version__
+from lamamba.checkpoint import write_json
+from lamamba.data import ArraySource, FolderSource, load_fashion_mnist
+from lamamba.errors import ConfigError
+from pieces import Piece, Scale
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+_LEAST_S = 90.0
+
+
+class OutOfTimeError(Exception):
+    """The time that was given is over; all but the work since the last checkpoint is kept."""
+
+
+@dataclass
+class Clock:
+    """The time that may be taken, from when it is made."""
+
+    seconds: float = math.inf
+    start: float = field(default_factory=time.monotonic)
+
+    def check(self, *_: object) -> None:
+        """Raise OutOfTimeError when it is over."""
+        self._check(0.0)
+
+    def check_to_begin(self) -> None:
+        """Raise OutOfTimeError when too little is left to begin with a network: compiling it cannot be stopped."""
+        self._check(_LEAST_S)
+
+    def _check(self, needed: float) -> None:
+        if self.seconds - (time.monotonic() - self.start) < needed:
+            raise OutOfTimeError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where pieces run.
+
+    Attributes:
+        out: folder for checkpoints and unfinished records, a folder a piece.
+        results: folder for records, small files to keep.
+        scale: how much of everything.
+        device: to work on.
+        clock: the time left.
+        data_folder: the idx files of Fashion-MNIST; None is Debian's place.
+        emoji: the folder that `lamamba prepare emoji` made.
+        commit: stands in for the checkout's, where there is a copy without history.
+    """
+
+    out: Path
+    results: Path
+    scale: Scale
+    device: torch.device
+    clock: Clock = field(default_factory=Clock)
+    data_folder: Path | None = None
+    emoji: Path | None = None
+    commit: str | None = None
+
+    def open_training_images(self, data: str) -> ArraySource:
+        """Hold the images in memory, those of a folder too: decoded once, no process has to read them again."""
+        if data == "fashion-mnist":
+            return _first(load_fashion_mnist("train", folder=self.data_folder), self.scale.num_training_images)
+        if self.emoji is None:
+            raise ConfigError("emoji is not given: make the folder with 'lamamba prepare emoji' and give --emoji")
+        key = str(self.emoji)
+        if key not in _decoded:
+            folder = FolderSource(self.emoji, image_size=64)
+            images, labels = folder.gather(torch.arange(len(folder)).numpy(), torch.zeros(len(folder)).bool().numpy())
+            _decoded[key] = ArraySource("emoji", images, labels, folder.class_names)
+        return _decoded[key]
+
+    @cached_property
+    def test_images(self) -> ArraySource:
+        return _first(load_fashion_mnist("test", folder=self.data_folder), self.scale.num_test_images)
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """What one process is, for the record."""
+        on_cuda = self.device.type == "cuda"
+        return {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"), "commit": self.commit or _commit(),
+            "lamamba": __version__,
+            "device": torch.cuda.get_device_name(self.device) if on_cuda else platform.processor() or "cpu",
+            "torch": torch.__version__, "cuda": torch.version.cuda, "diffusers": version("diffusers"),
+            "triton": _version("triton"), "python": platform.python_version(),
+        }  # fmt: skip
+
+
+_decoded: dict[str, ArraySource] = {}
+
+
+def _first(source: ArraySource, number: int | None) -> ArraySource:
+    return ArraySource(source.name, source.images[:number], source.labels[:number], source.class_names)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    run = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=HERE, capture_output=True, text=True)
+    return run.stdout.strip() or "unknown"
+
+
+class Record:
+    """What a piece leaves, a JSON file: written whole at every step, beside the checkpoint and, finished, to results.
+
+    Raises:
+        ConfigError: there is an unfinished one that was begun with other settings.
+    """
+
+    def __init__(self, setting: Setting, piece: Piece, settings: Mapping[str, Any]) -> None:
+        self.folder = setting.out / piece.name
+        self.path = self.folder / "record.json"
+        self.result = setting.results / f"{piece.name}.json"
+        told = json.loads(json.dumps({**asdict(piece), "scale": asdict(setting.scale), **settings}))
+        begun = {"piece": piece.name, "kind": type(piece).__name__.lower(), "finished": False, "settings": told}
+        self.content = json.loads(self.path.read_text()) if self.path.is_file() else {**begun, "parts": []}
+        now, before = begun["settings"], self.content["settings"]
+        changed = [f"{name} was {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]
+        if changed:
+            raise ConfigError(f"{self.path} was begun with other settings ({'; '.join(changed)}): delete {self.folder}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.content["parts"].append(dict(setting.environment))
+
+    def __getitem__(self, name: str) -> Any:
+        return self.content[name]
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """Return the list of this name, which can be added to; empty at first."""
+        rows: list[dict[str, Any]] = self.content.setdefault(name, [])
+        return rows
+
+    def write(self, **changed: Any) -> None:
+        """Keep what has been found out so far."""
+        self.content.update(changed)
+        write_json(self.path, self.content)
+
+    def finish(self) -> None:
+        """Say that this is all, and keep it among the results."""
+        self.write(finished=True)
+        keep(self.folder, self.result)
+
+
+def keep(folder: Path, result: Path) -> None:
+    """Copy a piece's record and pictures to the results."""
+    result.parent.mkdir(parents=True, exist_ok=True)
+    for picture in sorted(folder.glob("*.png")):
+        shutil.copy(picture, result.with_name(f"{result.stem}-{picture.name}"))
+    write_json(result, json.loads((folder / "record.json").read_text()))
+
+
+def is_finished(setting: Setting, piece: Piece) -> bool:
+    """Say whether a piece need not be run; what a lost results folder lacks is put there again."""
+    result, own = setting.results / f"{piece.name}.json", setting.out / piece.name / "record.json"
+    for path in (result, own):
+        content = json.loads(path.read_text()) if path.is_file() else {}
+        if content.get("finished") and content["settings"]["scale"]["quick"] == setting.scale.quick:
+            if not result.is_file():
+                keep(own.parent, result)
+            return True
+    return False
+
+
+def rounded(value: float, digits: int = 6) -> float:
+    """Keep so many digits that count, for records to stay small."""
+    return float(f"{value:.{digits}g}")
+
+
+def of_learning_rate(piece: Piece, learning_rate: float | None) -> Piece:
+    """Replace the learning rate of a piece's training, where one is given."""
+    if learning_rate is None:
+        return piece
+    if hasattr(piece, "learning_rate"):
+        return replace(piece, learning_rate=learning_rate)
+    return replace(piece, of=replace(piece.of, learning_rate=learning_rate)) if hasattr(piece, "of") else piece

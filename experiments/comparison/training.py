@@ -1,0 +1,295 @@
+"""Train a network, LaMamba or DiT, with one and the same loop: the package's own trainer."""
+
+import gc
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from contestants import build, cost, network_config
+from lamamba.config import NetworkConfig, TrainConfig
+from lamamba.data import ArraySource
+from lamamba.errors import CheckpointError, LamambaError
+from lamamba.files import written_whole
+from lamamba.latents import Pixels
+from lamamba.sampling import make_grid
+from lamamba.trainer import Trainer
+from pieces import Scale, Training
+from scoring import Denoiser, InAutocast, score
+from setting import OutOfTimeError, Record, Setting, rounded
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+class ComparisonTrainer(Trainer):
+    """The package's trainer for any network of `contestants.py`; a checkpoint is one file.
+
+    Args:
+        setting: device and scale.
+        piece: what is trained, on what.
+        source: its images.
+        cuda_graph: launch a step as one, on CUDA.
+    """
+
+    def __init__(self, setting: Setting, piece: Training, source: ArraySource, cuda_graph: bool = True) -> None:
+        self.name, self.quick = piece.network, setting.scale.quick
+        self.path = setting.out / piece.name / CHECKPOINT
+        config = train_config(setting.scale, piece, source)
+        super().__init__(replace(config, out=self.path.parent, cuda_graph=cuda_graph), source, Pixels(), setting.device)
+        if piece.compile:
+            self.network.compile_blocks()
+        self.denoiser = Denoiser(InAutocast(self.average, self.autocast), config.objective)
+
+    def build(self) -> Any:
+        return build(self.name, self.config.network, self.quick)
+
+    def save(self) -> None:
+        """Write a checkpoint whole or not at all."""
+        state = self._state()
+        for name, parameter in self.network.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                state[f"optimizer.{key}.{name}"] = value
+        with written_whole(self.path) as temporary:
+            save_file(state, temporary, {"images": str(self.images), "step": str(self.step)})
+
+    def restore(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint; raises CheckpointError."""
+        with safe_open(checkpoint, "pt", device=str(self.device)) as file:
+            saved, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        if "random_state" not in saved:
+            raise CheckpointError(f"{checkpoint} holds averaged weights alone: delete it, and training begins anew")
+        for name, tensor in self._state().items():
+            if name != "random_state":
+                tensor.copy_(saved[name])
+        self.generator.set_state(saved["random_state"].cpu())
+        named = list(self.network.named_parameters())
+        moments = {
+            index: {key: saved[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            for index, (name, _) in enumerate(named)
+            if f"optimizer.step.{name}" in saved
+        }
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.images, self.step = int(metadata["images"]), int(metadata["step"])
+
+    def _state(self) -> dict[str, Tensor]:
+        """Name what is saved beside the optimizer's state: weights, averaged weights, the generator's state."""
+        parts = {"network": self.network, "ema": self.average}
+        weights = {f"{part}.{name}": value for part, own in parts.items() for name, value in own.state_dict().items()}
+        return {**weights, "random_state": self.generator.get_state()}
+
+
+def train_config(scale: Scale, piece: Training, source: ArraySource) -> TrainConfig:
+    """Make the configuration of the package's trainer, the same for all networks."""
+    network = network_config(piece.network, source.channels, source.image_size, source.num_classes, scale.quick)
+    return TrainConfig(
+        out=Path(), data=piece.data, objective=piece.objective, num_images=scale.num_images or piece.num_images,
+        batch_size=scale.batch_size, learning_rate=piece.learning_rate, seed=piece.seed, network=network,
+    )  # fmt: skip
+
+
+def load_trained(setting: Setting, piece: Training) -> tuple[Denoiser, ArraySource]:
+    """Load the averaged weights of a piece that was trained, or brought back by `weights.py`, and open its images.
+
+    Raises:
+        CheckpointError: they are not there.
+    """
+    path = setting.out / piece.name / CHECKPOINT
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: run {piece.name} first, or bring its weights back with weights.py")
+    source = setting.open_training_images(piece.data)
+    # Without training: a trainer knows how to build it all, and what of it is in bf16.
+    trainer = ComparisonTrainer(setting, replace(piece, compile=False), source)
+    weights = read_average(path)
+    trainer.average.load_state_dict({name: value.float() for name, value in weights.items()})
+    trainer.close()
+    return trainer.denoiser, source
+
+
+def read_average(path: Path) -> dict[str, Tensor]:
+    """Read the averaged weights of a checkpoint, by their names in the network."""
+    with safe_open(path, "pt") as file:
+        return {name[4:]: file.get_tensor(name) for name in file.keys() if name.startswith("ema.")}  # noqa: SIM118
+
+
+def train(setting: Setting, piece: Training) -> None:
+    """Run a piece from where it stands to its end.
+
+    Raises:
+        OutOfTimeError: there was no time for the rest; what there is was saved.
+    """
+    source = setting.open_training_images(piece.data)
+    config = train_config(setting.scale, piece, source)
+    record = Record(setting, piece, {"train": settings_of(config)})
+    trainer = ComparisonTrainer(setting, piece, source)
+    try:
+        if trainer.path.is_file():
+            trainer.restore(trainer.path)
+        _forget_what_was_lost(record, trainer.images)
+        record["parts"][-1]["first_image"] = trainer.images
+        record.write(**_introduction(setting, trainer, config.network, piece, source))
+        _train(setting, trainer, record, piece.num_scores)
+        _conclude(setting, trainer, record, piece, source)
+    finally:
+        trainer.close()
+    record.finish()
+
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """Choose of a configuration what decides the numbers."""
+    names = ("objective", "num_images", "batch_size", "learning_rate", "weight_decay", "max_grad_norm", "ema_decay",
+             "warmup_images", "precision", "horizontal_flip", "seed", "network")  # fmt: skip
+    content: dict[str, Any] = json.loads(json.dumps({name: getattr(config, name) for name in names}, default=vars))
+    return content
+
+
+def _introduction(
+    setting: Setting, trainer: ComparisonTrainer, network: NetworkConfig, piece: Training, source: ArraySource
+) -> dict[str, Any]:
+    launched = "one CUDA graph" if trainer.captures else "kernel by kernel"
+    how = {
+        "precision": "bf16 autocast, float32 weights" if trainer.uses_bf16 else "float32",
+        "step": f"{'compiled' if piece.compile else 'not compiled'}, {launched}",
+        "num_training_images": len(source),
+    }
+    return {"network": {**cost(piece.network, network, setting.scale.quick), **how}}
+
+
+def _forget_what_was_lost(record: Record, images: int) -> None:
+    """Leave in the record what was there at the checkpoint; the rest is about to be done again."""
+    for name in ("curve", "evaluations"):
+        rows = record.rows(name)
+        rows[:] = [row for row in rows if row["images"] <= images]
+
+
+def _train(setting: Setting, trainer: ComparisonTrainer, record: Record, num_scores: int) -> None:
+    """Train to the end, a line of the curve each interval and scores on the way; the clock is read at their ends."""
+    total, every = trainer.config.num_images, setting.scale.log_every
+    curve, evaluations = record.rows("curve"), record.rows("evaluations")
+    meter = _Meter(trainer, curve[-1]["seconds"] if curve else 0.0)
+    saved_at, saved_images = time.monotonic(), trainer.images
+    reader = trainer.batches()
+
+    def save() -> None:
+        nonlocal saved_at, saved_images
+        if saved_images < trainer.images:
+            record.write()  # before the checkpoint, than which it may be newer but not older
+            trainer.save()
+        saved_at, saved_images = time.monotonic(), trainer.images
+
+    if trainer.images == 0 and not evaluations:
+        record.write(training_images=_score_training_images(setting, trainer))
+    while True:
+        scored = evaluations[-1]["images"] if evaluations else 0
+        due = trainer.images * num_scores // total > scored * num_scores // total
+        if due and trainer.config.data == "fashion-mnist":
+            save()  # a score takes its time, and may be the last that there is time for
+            seconds = curve[-1]["seconds"]
+            scores = trainer.denoiser.score(setting, setting.scale.num_samples, guidance=1.0)
+            evaluations.append({"images": trainer.images, "seconds": seconds, **scores})
+            print(json.dumps(evaluations[-1]), flush=True)
+            record.write()
+        if trainer.images >= total:
+            save()
+            return
+        end = min(total, (trainer.images // every + 1) * every)
+        row = meter.train_to(end, reader)
+        curve.append(row)
+        print(json.dumps(row), flush=True)
+        if row.get("compile_s") and trainer.device.type == "cuda":  # before any score
+            peak_gib = torch.cuda.max_memory_allocated(trainer.device) / 2**30
+            record["network"]["peak_gib"] = rounded(peak_gib, 4)
+        try:
+            setting.clock.check()
+        except OutOfTimeError:
+            save()
+            raise
+        if time.monotonic() - saved_at >= setting.scale.checkpoint_every_s:
+            save()
+
+
+class _Meter:
+    """Takes steps, and measures loss and speed: seconds of training alone, without the first step, which compiles."""
+
+    def __init__(self, trainer: ComparisonTrainer, seconds: float) -> None:
+        self.trainer, self.seconds = trainer, seconds
+        self.compiles = True
+
+    def train_to(self, end: int, reader: Any) -> dict[str, Any]:
+        """Train to so many images seen; returns the line of the curve."""
+        trainer = self.trainer
+        sums: dict[str, Tensor] = {}
+        steps = timed = 0
+        synchronize(trainer.device)
+        start = time.perf_counter()
+        compile_s = 0.0
+        while trainer.images < end:
+            terms = trainer.take_step(*next(reader))
+            for name in ("loss", "mse", "grad_norm", "skipped"):
+                sums[name] = sums.get(name, 0) + terms[name]
+            steps += 1
+            timed += trainer.config.batch_size
+            if self.compiles:
+                synchronize(trainer.device)
+                compile_s, start, timed, self.compiles = time.perf_counter() - start, time.perf_counter(), 0, False
+        means = {name: rounded(float(value) / steps) for name, value in sums.items()}  # waits for the device
+        passed = time.perf_counter() - start
+        if means["skipped"] or not means["loss"] < float("inf"):
+            raise LamambaError(f"a gradient was not finite before image {trainer.images}: lower learning_rate")
+        self.seconds += passed
+        row = {"images": trainer.images, "seconds": rounded(self.seconds), **means}
+        row.pop("skipped")
+        if timed:
+            row["images_per_s"] = rounded(timed / passed, 4)
+        return {**row, "compile_s": rounded(compile_s, 3)} if compile_s else row
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def forget(device: torch.device) -> None:
+    """Give memory and compiled code back: a trainer and the graph of its step refer to each other."""
+    gc.collect()
+    torch.compiler.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _score_training_images(setting: Setting, trainer: ComparisonTrainer) -> dict[str, float] | None:
+    """Score as many training images as there are samples: what a network that is perfect would get."""
+    if trainer.config.data != "fashion-mnist":
+        return None
+    return score(setting, torch.from_numpy(trainer.source.images[: setting.scale.num_samples]))
+
+
+def _conclude(
+    setting: Setting, trainer: ComparisonTrainer, record: Record, piece: Training, source: ArraySource
+) -> None:
+    """Sweep guidance and draw a grid; each is done once."""
+    scored = piece.data == "fashion-mnist"
+    if piece.sweep and scored:
+        sweep = record.rows("sweep")
+        for guidance in setting.scale.sweep[len(sweep) :]:
+            sweep.append(trainer.denoiser.score(setting, setting.scale.num_sweep_samples, guidance=guidance))
+            record.write()
+        if "best" not in record.content:
+            best = min(sweep, key=lambda row: row["distance"])
+            scores = trainer.denoiser.score(setting, setting.scale.num_samples, guidance=best["guidance"])
+            record.write(best={"images": trainer.images, **scores})
+    grid = record.folder / "grid.png"
+    if not grid.is_file():
+        columns, classes = setting.scale.num_grid, source.num_classes
+        images = trainer.denoiser.draw(setting, columns * classes, guidance=2.0)
+        by_class = images.view(columns, classes, *images.shape[1:]).transpose(0, 1).flatten(0, 1)  # a class a row
+        with written_whole(grid) as temporary:
+            make_grid(by_class.cpu().numpy(), columns).save(temporary, "PNG")
