@@ -77,6 +77,9 @@ lamamba prepare imagenet --help and the like explain their options.
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; any LamambaError is one line on standard error and exit code 2, or 128 + the signal it was."""
+    # Threads of OpenMP that wait would otherwise keep their cores; where other programs want them too, that makes all
+    # wait for each other, at every one of a step's thousand operations. It is read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": _train,
