@@ -1,6 +1,6 @@
 """Draw the pictures of docs/sampling.md with the shipped weights.
 
-    python experiments/nano/pictures.py
+python experiments/nano/pictures.py
 """
 
 from pathlib import Path
@@ -40,11 +40,12 @@ def main() -> None:
 
     save("guidance", [draw(guidance_scale=scale) for scale in (1.0, 2.0, 4.0, 8.0)])
 
+    numbers = [pipe.labels[name.capitalize()] for name in LABELS]
     rows = []
     for sampler in ("ddim", "dpm++", "ancestral"):
         for num_steps in (5, 10, 25, 100):
             x = sample(
-                pipe.network, Diffusion(), [pipe.labels[name.capitalize()] for name in LABELS], list(range(len(LABELS))),
+                pipe.network, Diffusion(), numbers, range(len(numbers)),
                 sampler=sampler, num_steps=num_steps, guidance_scale=2.0,
             )  # fmt: skip
             rows.append((x.numpy().transpose(0, 2, 3, 1) / 2 + 0.5).clip(0, 1))
@@ -67,7 +68,7 @@ def main() -> None:
     painted = pipe(
         ["ankle boot"] * 7, image=start, mask_image=mask, strength=1.0, generator=seeds(7), output_type="np"
     ).images
-    without = shown * (1 - (np.asarray(mask) / 255)[None, :, :, None]) + 0.5 * (np.asarray(mask) / 255)[None, :, :, None]
+    without = np.where(np.asarray(mask)[None, :, :, None], 0.5, shown)
     save("inpainting", [np.concatenate([without, painted])])
 
 

@@ -1,0 +1,29 @@
+"""Every option of lamamba in one place: the network's, its presets, and the commands'.
+
+Imports neither torch nor diffusers, so that `lamamba --help` answers at once.
+"""
+
+from lamamba.config.checks import nearest as nearest
+from lamamba.config.data import EncodeConfig as EncodeConfig
+from lamamba.config.data import PrepareDatasetConfig as PrepareDatasetConfig
+from lamamba.config.data import PrepareEmojiConfig as PrepareEmojiConfig
+from lamamba.config.data import PrepareImagenetConfig as PrepareImagenetConfig
+from lamamba.config.network import PRESETS as PRESETS
+from lamamba.config.network import NetworkConfig as NetworkConfig
+from lamamba.config.network import preset as preset
+from lamamba.config.planning import InfoConfig as InfoConfig
+from lamamba.config.planning import PlanConfig as PlanConfig
+from lamamba.config.publishing import ConvertConfig as ConvertConfig
+from lamamba.config.publishing import PushConfig as PushConfig
+from lamamba.config.sampling import PLAIN_GUIDANCE as PLAIN_GUIDANCE
+from lamamba.config.sampling import DemoLimits as DemoLimits
+from lamamba.config.sampling import EvaluateConfig as EvaluateConfig
+from lamamba.config.sampling import GenerateConfig as GenerateConfig
+from lamamba.config.sampling import GuidanceOptions as GuidanceOptions
+from lamamba.config.sampling import SampleConfig as SampleConfig
+from lamamba.config.sampling import Sampler as Sampler
+from lamamba.config.sampling import SamplingConfig as SamplingConfig
+from lamamba.config.training import AverageConfig as AverageConfig
+from lamamba.config.training import Objective as Objective
+from lamamba.config.training import TrainConfig as TrainConfig
+from lamamba.config.training import WatchConfig as WatchConfig

@@ -1,0 +1,141 @@
+"""The geometry of a network, and the table of presets."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from lamamba.config.checks import check, is_number, is_whole, nearest
+from lamamba.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Geometry of the network; the defaults are the released XL at 256 px (LaMamba-Diff, arXiv 2408.02615)."""
+
+    # What a training run takes from its data is not an option of the command line.
+    in_channels: Annotated[int, tyro.conf.Suppress] = 4
+    """Channels of an image or latent."""
+    sample_size: Annotated[int, tyro.conf.Suppress] = 32
+    """Height and width of the grid at training, in pixels of the image or latent."""
+    num_classes: Annotated[int, tyro.conf.Suppress] = 1000
+    """Classes; 0 is an unconditional network."""
+    embed_dim: int = 320
+    """Width of the first stage; the stages are 1, 2, 4 and 4 times as wide."""
+    depths: tuple[int, int, int, int] = (2, 2, 2, 2)
+    """Blocks of each encoder stage."""
+    bottleneck_depth: int = 2
+    """Blocks between encoder and decoder."""
+    decoder_extra_depth: int = 1
+    """Blocks that each decoder stage has more than its encoder mirror."""
+    num_heads: int = 16
+    """Attention heads, the same in every stage."""
+    window_size: int = 8
+    """Side of an attention window."""
+    ssm_ratio: float = 2.0
+    """Inner channels of the scan over the width of its block."""
+    ssm_state_size: int = 1
+    """States of each channel of the scan; 16 is what the paper's GFLOPs correspond to."""
+    ssm_dt_rank: int | None = None
+    """Rank of the scan's step size; None is a 16th of the block's width, rounded up."""
+    ssm_conv_bias: bool = False
+    """Bias of the scan branch's 3x3 convolution."""
+    scan: Literal["continuous", "raster"] = "continuous"
+    """Paths of the scan: serpentine, or row and column order."""
+    mlp_ratio: float = 4.0
+    """Hidden channels of the MLP over the width of its block."""
+    downsample: Literal["merge", "conv"] = "merge"
+    """Merge 2x2 neighbours by norm and linear layer, or by a strided convolution."""
+    label_dropout: float = 0.1
+    """Probability that training replaces a label by "no label", which guidance needs."""
+    use_ssm: bool = True
+    """The scan branch of every block; off for ablations."""
+    use_attention: bool = True
+    """The window attention branch of every block; off for ablations."""
+
+    def __post_init__(self) -> None:
+        at_least = {
+            "in_channels": 1, "sample_size": 4, "num_classes": 0, "embed_dim": 4, "bottleneck_depth": 0,
+            "decoder_extra_depth": 0, "num_heads": 1, "window_size": 2, "ssm_state_size": 1,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            check(is_whole(getattr(self, name)), name, getattr(self, name), "a whole number")
+            check(getattr(self, name) >= least, name, getattr(self, name), f"{least} or more")
+        for name in ("ssm_ratio", "mlp_ratio", "label_dropout"):
+            check(is_number(getattr(self, name)), name, getattr(self, name), "a number")
+        for name in ("ssm_conv_bias", "use_ssm", "use_attention"):
+            check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        check(self.sample_size % 2 == 0, "sample_size", self.sample_size, f"even: {self.sample_size + 1}")
+        check(self.embed_dim % 4 == 0, "embed_dim", self.embed_dim, "a multiple of 4, for the positional embedding")
+        check(
+            self.embed_dim % self.num_heads == 0,
+            "num_heads",
+            self.num_heads,
+            f"a divisor of embed_dim {self.embed_dim}",
+        )
+        check(self.window_size % 2 == 0, "window_size", self.window_size, "even: windows shift by half")
+        check(
+            # A list is what a configuration read from JSON has.
+            isinstance(self.depths, (tuple, list)) and len(self.depths) == 4
+            and all(is_whole(depth) and depth >= 1 for depth in self.depths),
+            "depths", self.depths, "four whole numbers, each 1 or more",
+        )  # fmt: skip
+        check(
+            self.ssm_dt_rank is None or (is_whole(self.ssm_dt_rank) and self.ssm_dt_rank >= 1),
+            "ssm_dt_rank", self.ssm_dt_rank, "a whole number, 1 or more, or None",
+        )  # fmt: skip
+        for name in ("ssm_ratio", "mlp_ratio"):
+            channels = getattr(self, name) * self.embed_dim
+            check(
+                channels >= 1 and channels % 1 == 0, name, getattr(self, name),
+                f"a positive number that gives whole channels with embed_dim {self.embed_dim}",
+            )  # fmt: skip
+        check(self.scan in ("continuous", "raster"), "scan", self.scan, '"continuous" or "raster"')
+        check(self.downsample in ("merge", "conv"), "downsample", self.downsample, '"merge" or "conv"')
+        check(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "from 0 to less than 1")
+        check(
+            self.use_ssm or self.use_attention, "use_attention", self.use_attention,
+            "True where use_ssm is False: with neither branch no pixel sees another",
+        )  # fmt: skip
+
+
+_SIZES: dict[str, dict[str, Any]] = {
+    "s": {"embed_dim": 64, "num_heads": 4},
+    "b": {"embed_dim": 128, "num_heads": 8},
+    "l": {"embed_dim": 256, "num_heads": 16},
+    "xl": {"embed_dim": 320, "num_heads": 16},
+}
+
+
+# S, B and L were never released: the paper gives widths, the rest follows the released XL. 256 px and 512 px images are
+# grids of 32 and 64 behind an autoencoder that divides by 8. `nano` works on pixels, is the built-in demo, and is
+# shaped for a CPU: few blocks where the grid is large, and a scan no wider than its block.
+PRESETS: Mapping[str, NetworkConfig] = {
+    "nano": NetworkConfig(
+        in_channels=1,
+        num_classes=10,
+        embed_dim=40,
+        depths=(1, 2, 1, 1),
+        bottleneck_depth=1,
+        decoder_extra_depth=0,
+        num_heads=4,
+        ssm_ratio=1.0,
+    ),
+    **{
+        f"{size}-{pixels}": NetworkConfig(sample_size=pixels // 8, **options)
+        for pixels in (256, 512)
+        for size, options in _SIZES.items()
+    },
+}
+
+
+def preset(name: str) -> NetworkConfig:
+    """Look up a preset.
+
+    Raises:
+        ConfigError: there is none of that name; the message says the nearest.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"no preset is named {name!r}: {nearest(name, PRESETS)}")
+    return PRESETS[name]

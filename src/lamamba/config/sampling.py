@@ -1,0 +1,162 @@
+"""What samples, scores and shows: `lamamba sample`, `generate`, `evaluate`, the page."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from lamamba.config.checks import check
+
+Sampler = Literal["ancestral", "ddim", "dpm++", "sde-dpm++", "unipc", "euler", "heun"]
+
+
+@dataclass(frozen=True)
+class GuidanceOptions:
+    """What guidance has beside its scale; the equations are at `lamamba.diffusion.guide`."""
+
+    interval: Annotated[tuple[float, float] | None, tyro.conf.arg(name="guidance-interval")] = None
+    """Guide only between these two noise levels, as noise over signal (arXiv 2404.07724)."""
+    cosine_power: Annotated[float, tyro.conf.arg(name="guidance-cosine-power")] = 0.0
+    """Let guidance grow from none at full noise to its scale at none, along a cosine of this power: the higher, the
+    later (MDT, arXiv 2303.14389, by default 4 there); 0 is the same scale throughout."""
+    rescale: Annotated[float, tyro.conf.arg(name="guidance-rescale")] = 0.0
+    """Bring the deviation of guided predictions back to that of unguided ones, by this much from 0, not at all, to 1
+    (arXiv 2305.08891)."""
+
+    def __post_init__(self) -> None:
+        low, high = self.interval or (0.0, 0.0)
+        check(low <= high, "guidance_interval", self.interval, "two noise levels, the lower first")
+        check(0 <= self.cosine_power < math.inf, "guidance_cosine_power", self.cosine_power, "0 or more")
+        check(0 <= self.rescale <= 1, "guidance_rescale", self.rescale, "from 0 to 1")
+
+
+PLAIN_GUIDANCE = GuidanceOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """What is sampled from, and how."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """A run folder (its newest checkpoint), a checkpoint folder, a preset; a folder that diffusers saved of a
+    LaMambaDiffPipeline, a DiTPipeline or a DiTTransformer2DModel; or user/name, such a folder on the Hugging Face
+    hub."""
+    sampler: Sampler | None = None
+    """ancestral, ddim, dpm++, sde-dpm++ or unipc (diffusion); euler or heun (flow). The default is dpm++ or heun."""
+    steps: int = 25
+    """Steps of the sampler."""
+    guidance: float | None = None
+    """Scale of classifier-free guidance, 1 is none; the default is 2, or 1 for an unconditional network."""
+    guidance_checkpoint: str | None = None
+    """Guide away from this weaker checkpoint, smaller or trained for less long, instead of away from the same network
+    without a label (autoguidance, arXiv 2406.02507)."""
+    guidance_options: tyro.conf.OmitArgPrefixes[GuidanceOptions] = PLAIN_GUIDANCE
+    """What guidance has beside its scale."""
+    seed: int = 0
+    """Of the first image; image i has seed + i."""
+    size: tuple[int, int] | None = None
+    """Height and width in pixels; the default is the training size."""
+    batch_size: int = 50
+    """Images sampled at once."""
+    vae: Path | None = None
+    """AutoencoderKL folder that decodes latents; the default is the one the run was trained with."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """Of the network's and the autoencoder's arithmetic; auto is bf16 on GPUs that have it."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes the best there is."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        check(self.seed >= 0, "seed", self.seed, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(SamplingConfig):
+    """Sample images from a run, a checkpoint, a preset whose weights are shipped (nano), or a DiT of diffusers."""
+
+    labels: str | None = None
+    """Classes to sample, by name or number from 0, separated by commas; where classes are named by numbers, a number
+    is a name. The default is all (the first 10)."""
+    num_per_label: int = 4
+    """Images of each class."""
+    out: Path = Path("grid.png")
+    """The grid, a row for each class."""
+    images_out: Path | None = None
+    """Folder for the single images too, each with its settings in the PNG's metadata."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.num_per_label >= 1, "num_per_label", self.num_per_label, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(SamplingConfig):
+    """Sample any number of images to files, on any number of GPUs; run again, what is missing is done."""
+
+    out: Path
+    """Folder for the images, and generation.json, which says how they were made."""
+    num_images: int = 50000
+    """Images in all."""
+    labels: str = "balanced"
+    """balanced: the classes in turn; random: each drawn at random, from the seed; or names or numbers, in turn."""
+    format: Literal["png", "webdataset", "npz"] = "png"
+    """PNG files; tars of PNG files; or one .npz with arr_0, (n, h, w, c) uint8, as ADM's evaluation suite reads it."""
+    images_per_shard: int = 500
+    """Images that a process makes at a time, and that a tar holds."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_images", "images_per_shard"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Score generated images against a reference: FID and its relatives; docs/evaluation.md says what is measured."""
+
+    generated: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="GENERATED")]
+    """A folder of images, as lamamba sample --images-out writes it, or a .npz of them (arr_0)."""
+    reference: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="REFERENCE")]
+    """A folder of images, a .npz of images or of published statistics (mu, sigma), or builtin, fashion-mnist."""
+    features: str = "inception"
+    """inception, the graph of 2015, fetched once; clothes, a small network for grey clothes of 28 or 32 pixels; or a
+    TorchScript file that turns images into features."""
+    pixels: Literal["uint8", "float"] = "uint8"
+    """What a TorchScript file takes: 0 to 255, or float32 from 0 to 1."""
+    image_size: int | None = None
+    """Crop a folder's images to this many pixels square, as lamamba train does."""
+    nearest_images: int = 50_000
+    """Images of each set, at most, for precision, recall, density and coverage: a choice by the seed."""
+    seed: int = 0
+    """Of the subsets for the kernel distance and the parts for the inception score."""
+    batch_size: int = 50
+    """Images in the network at once."""
+    out: Path = Path("scores.json")
+    """The scores and what they are of."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes the best there is."""
+
+    def __post_init__(self) -> None:
+        check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        check(self.nearest_images >= 6, "nearest_images", self.nearest_images, "6 or more")
+        check(self.seed >= 0, "seed", self.seed, "0 or more")
+        check(self.image_size is None or self.image_size >= 1, "image_size", self.image_size, "1 or more")
+
+
+@dataclass(frozen=True)
+class DemoLimits:
+    """What a visitor of a page can ask for at once, at most."""
+
+    max_images: int = 16
+    """Images of a request."""
+    max_steps: int = 100
+    """Steps of the sampler."""
+    max_pixels: int = 1_048_576
+    """Pixels of all images of a request together: sixteen of 256 x 256."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_images", "max_steps", "max_pixels"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
