@@ -3,13 +3,12 @@
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import chain
-from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lamamba.ops.launch import rehearse
+from lamamba.ops.launch import LOCK, rehearse
 
 
 class Captured:
@@ -71,7 +70,6 @@ class CapturedNetwork:
         self.network, self.bf16, self.captures = network, bf16, captures
         self.config, self.null_label = network.config, network.null_label
         self._passes: OrderedDict[tuple[Any, ...], Captured | None] = OrderedDict()
-        self._lock = Lock()
 
     @property
     def device(self) -> torch.device:
@@ -98,7 +96,7 @@ class CapturedNetwork:
         if self.captures:
             weights = tuple(tensor.data_ptr() for tensor in chain(self.network.parameters(), self.network.buffers()))
         key = (*((tensor.shape, tensor.dtype) for tensor in inputs), enabled and dtype, weights)
-        with self._lock:
+        with LOCK:
             if key not in self._passes:
                 rehearse(forward, *inputs)
                 if len(self._passes) >= self.KEPT:

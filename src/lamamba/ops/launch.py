@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ class _Launch(NamedTuple):
 
 
 _rehearsed: dict[_Launch, None] | None = None
+# Held while there is a rehearsal, which is the whole process's: where threads share a GPU, each holds it at work.
+LOCK = RLock()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | float | None, **constants: object) -> None:
@@ -43,13 +46,14 @@ def rehearse(function: Callable[..., object], *arguments: object) -> None:
     What the function computes is undefined: it must not change anything that is still needed.
     """
     global _rehearsed
-    # Of the module, not of the context, since autograd runs backward passes in a thread of its own.
-    _rehearsed = {}
-    try:
-        function(*arguments)
-        launches = list(_rehearsed)
-    finally:
-        _rehearsed = None
+    with LOCK:
+        # Of the module, not of the context, since autograd runs backward passes in a thread of its own.
+        _rehearsed = {}
+        try:
+            function(*arguments)
+            launches = list(_rehearsed)
+        finally:
+            _rehearsed = None
     with _compile_in_parallel():
         for kernel, kinds, constants in launches:
             kernel.warmup(*kinds, grid=(1,), **dict(constants))
