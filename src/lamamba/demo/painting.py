@@ -286,8 +286,7 @@ def _in_steps(work: Callable[[_Show], np.ndarray], settings: list[dict[str, Any]
             except Exception as error:
                 hand_over(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    threading.Thread(target=run, daemon=True).start()
     try:
         while True:
             latest = shown.get()
@@ -297,5 +296,4 @@ def _in_steps(work: Callable[[_Show], np.ndarray], settings: list[dict[str, Any]
             if isinstance(latest, Pictures):
                 return
     finally:
-        stopped.set()
-        thread.join()
+        stopped.set()  # and does not wait: a server closes generators where it should answer others
