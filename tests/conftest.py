@@ -18,6 +18,10 @@ if not torch.cuda.is_available():
 from tiny_autoencoder import write_autoencoder
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--screenshots", metavar="FOLDER", help="write the pictures of docs/demo.md there")
+
+
 @pytest.fixture(scope="session")
 def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_autoencoder(tmp_path_factory.mktemp("autoencoder"))

@@ -18,6 +18,7 @@ from lamamba import __version__
 from lamamba.config import (
     AverageConfig,
     ConvertConfig,
+    DemoConfig,
     EncodeConfig,
     EvaluateConfig,
     GenerateConfig,
@@ -54,6 +55,7 @@ commands:
   convert  released checkpoints, and back  lamamba convert released.pt lamamba-xl
   sample   sample images                   lamamba sample nano --labels 0,1,2 --out grid.png
   generate any number of images, to files  lamamba generate nano --num-images 10000 --out images
+  demo     a page to sample in             lamamba demo nano runs/photos
   evaluate score images: FID and others    lamamba evaluate samples fashion-mnist --features clothes
   push     a pipeline to Hugging Face      lamamba push runs/first user/first
   info     count parameters and multiply-adds, stage by stage      lamamba info xl-256
@@ -87,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "encode": _encode,
         "sample": _sample,
         "generate": _generate,
+        "demo": _demo,
         "evaluate": _evaluate,
         "push": _push,
         "prepare": _prepare,
@@ -314,6 +317,13 @@ def _generate(arguments: list[str]) -> None:
     from lamamba.generate import generate
 
     generate(config)
+
+
+def _demo(arguments: list[str]) -> None:
+    config = _parse(DemoConfig, "demo", arguments)
+    from lamamba.demo.serving import serve
+
+    serve(config)
 
 
 def _evaluate(arguments: list[str]) -> None:

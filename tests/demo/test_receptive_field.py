@@ -95,10 +95,10 @@ def test_a_grid_is_held_to_the_limit(network: LaMambaDiff, height: int, width: i
 def test_a_field_is_drawn_in_whole_pixels_with_its_pixel_framed() -> None:
     field = np.zeros((4, 4), dtype=np.float32)
     field[1, 2], field[3, 3] = 1.0, 0.1
-    picture = np.asarray(draw_receptive_field(field, (1, 2), side=40))
-    assert picture.shape == (40, 40, 3)
-    assert (picture[0, 0] == 255).all()  # nothing comes from there
-    assert picture[10, 20].tolist() == [220, 38, 38]
-    inner = picture[31:39, 31:39].reshape(-1, 3)
+    picture = np.asarray(draw_receptive_field(field, (1, 2)))
+    assert picture.shape == (320, 320, 3)
+    assert (picture[0, 0] == 230).all()  # nothing comes from there
+    assert picture[80, 160].tolist() == [220, 38, 38]
+    inner = picture[240:, 240:].reshape(-1, 3)
     assert (inner == inner[0]).all()
-    assert not (inner[0] == 255).all()
+    assert not (inner[0] == 230).all()

@@ -6,7 +6,7 @@ import pytest
 
 from lamamba.config import DemoLimits, SamplingConfig
 from lamamba.demo.painting import Models
-from lamamba.demo.settings import label_names, read_request
+from lamamba.demo.settings import label_names, read_numbers, read_request
 from lamamba.errors import ConfigError
 from lamamba.generate import Painter
 from lamamba.sampling import choose_device
@@ -80,6 +80,13 @@ def test_what_cannot_be_is_refused(painter: Painter, values: dict[str, Any], sai
     with pytest.raises(ConfigError) as error:
         read_request({"steps": 5, **values}, painter, LIMITS)
     assert said in str(error.value)
+
+
+def test_numbers_are_separated_by_commas() -> None:
+    assert read_numbers("scales", " 1, 2.5,4") == [1.0, 2.5, 4.0]
+    for text in ("", "1,", "1 2", "a", None):
+        with pytest.raises(ConfigError, match=r"scales are .*give numbers separated by commas"):
+            read_numbers("scales", text)
 
 
 @pytest.mark.parametrize("name", ["/etc", "../nano", "assets/nano", "", None, 3, ["nano"]])

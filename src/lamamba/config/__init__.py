@@ -16,6 +16,7 @@ from lamamba.config.planning import PlanConfig as PlanConfig
 from lamamba.config.publishing import ConvertConfig as ConvertConfig
 from lamamba.config.publishing import PushConfig as PushConfig
 from lamamba.config.sampling import PLAIN_GUIDANCE as PLAIN_GUIDANCE
+from lamamba.config.sampling import DemoConfig as DemoConfig
 from lamamba.config.sampling import DemoLimits as DemoLimits
 from lamamba.config.sampling import EvaluateConfig as EvaluateConfig
 from lamamba.config.sampling import GenerateConfig as GenerateConfig

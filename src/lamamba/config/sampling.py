@@ -160,3 +160,25 @@ class DemoLimits:
     def __post_init__(self) -> None:
         for name in ("max_images", "max_steps", "max_pixels"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Serve a page that samples in the browser and shows what the network sees, until Ctrl-C."""
+
+    checkpoints: tyro.conf.Positional[tuple[str, ...]] = ("nano",)
+    """What visitors can choose from, as lamamba sample takes them: runs, checkpoints, nano, DiTs of diffusers."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 lets other machines in, and nobody is asked for a password."""
+    port: int = 7860
+    """Port to listen at; 0 takes one that is free."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes the best there is."""
+    at_once: int = 2
+    """Requests that run at the same time; others wait their turn."""
+    limits: tyro.conf.OmitArgPrefixes[DemoLimits] = DemoLimits()
+    """What a visitor can ask for at once."""
+
+    def __post_init__(self) -> None:
+        check(self.at_once >= 1, "at_once", self.at_once, "1 or more")
+        check(0 <= self.port < 1 << 16, "port", self.port, "0 to 65535")

@@ -1,5 +1,6 @@
-"""What a page that shows the network computes and draws: nothing here knows a browser.
+"""The command `lamamba demo`: a page that samples, and shows what the network sees.
 
-`settings.py` checks what a visitor asks for, `painting.py` makes the images and their previews, `figures.py` draws the
-paths and windows, `receptive_field.py` measures what a pixel sees.
+`serving.py` serves `page.py`, and they alone know Gradio. `settings.py` checks what a visitor asks for, `painting.py`
+makes the images and their previews, `gallery.py` shows them, `figures.py` draws the paths and windows,
+`receptive_field.py` measures what a pixel sees.
 """

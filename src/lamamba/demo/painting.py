@@ -4,11 +4,13 @@ All of these are generators: a `Preview` for every step, then the `Pictures`. Wh
 its next step. Weights are shared and nothing else is, so that several can be read at once.
 """
 
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,8 +33,7 @@ class Preview:
     """Images that are not finished."""
 
     images: np.ndarray
-    """(b, c, h, w) uint8: the clean images that the network predicts at this step; for interpolation and inpainting,
-    the noised ones."""
+    """(b, c, h, w) uint8: the clean images that the network predicts at this step."""
     done: float
     """Fraction of the steps, 0 to 1."""
 
@@ -44,41 +45,40 @@ class Pictures:
     images: np.ndarray
     """(b, c, h, w) uint8."""
     settings: list[dict[str, Any]]
-    """What `lamamba sample` writes to a PNG's metadata, and what else it takes to make the image again."""
+    """What `lamamba sample` writes to a PNG's metadata, and what else it takes to make the image again; of folders,
+    which are the operator's, the last part alone."""
 
 
 class Models:
-    """The checkpoints that the operator allowed, each loaded when it is first asked for.
+    """The checkpoints that the operator allowed, loaded; nothing else is opened, whatever a visitor names.
 
     Args:
         checkpoints: as `lamamba sample` takes them; the page knows each by the last part of its path.
         device: to work on, see `lamamba.sampling.choose_device`.
 
     Raises:
-        ConfigError: two have the same name, there are none, or the device is not there.
+        LamambaError: two have the same name, there are none, one cannot be loaded, or the device is not there.
     """
 
     def __init__(self, checkpoints: Sequence[str], device: str = "auto") -> None:
-        self._checkpoints = {Path(checkpoint).resolve().name: checkpoint for checkpoint in checkpoints}
-        if len(self._checkpoints) != len(checkpoints) or not checkpoints:
+        named = {Path(checkpoint).resolve().name: checkpoint for checkpoint in checkpoints}
+        if len(named) != len(checkpoints) or not checkpoints:
             raise ConfigError(f"the checkpoints {', '.join(checkpoints) or '(none)'} must be one or more, named apart")
-        self._device = choose_device(device)
-        self._painters: dict[str, Painter] = {}
-        self._lock = threading.Lock()
+        chosen = choose_device(device)
+        self._painters = {
+            name: Painter(SamplingConfig(checkpoint=checkpoint), chosen) for name, checkpoint in named.items()
+        }
 
     @property
     def names(self) -> list[str]:
         """What a visitor can choose from."""
-        return list(self._checkpoints)
+        return list(self._painters)
 
     def __getitem__(self, name: Any) -> Painter:
-        """Load the checkpoint of a name; raises ConfigError for any other name, whatever files there are."""
-        if not isinstance(name, str) or name not in self._checkpoints:
-            raise ConfigError(f"no model is named {name!r} here: {nearest(str(name), self._checkpoints)}")
-        with self._lock:
-            if name not in self._painters:
-                self._painters[name] = Painter(SamplingConfig(checkpoint=self._checkpoints[name]), self._device)
-            return self._painters[name]
+        """Find a checkpoint by its name; raises ConfigError for any other name, whatever files there are."""
+        if not isinstance(name, str) or name not in self._painters:
+            raise ConfigError(f"no model is named {name!r} here: {nearest(str(name), self._painters)}")
+        return self._painters[name]
 
 
 def paint(painter: Painter, request: Request) -> Iterator[Preview | Pictures]:
@@ -89,8 +89,7 @@ def paint(painter: Painter, request: Request) -> Iterator[Preview | Pictures]:
     """
     own = painter.with_config(request.config)
     settings = [
-        {**own.settings, "label": label, "seed": seed, "size": request.config.size}
-        for label, seed in zip(request.labels, request.seeds, strict=True)
+        _settings(own, label=label, seed=seed) for label, seed in zip(request.labels, request.seeds, strict=True)
     ]
 
     def work(show: _Show) -> np.ndarray:
@@ -155,23 +154,26 @@ def interpolate(
     height, width = config.size or (0, 0)
     check_pixels(number, height, width, limits)
     fractions = torch.linspace(0, 1, number).tolist()
+    own = painter.with_config(replace(config, sampler=None))
     settings = [
-        {
-            **painter.with_config(replace(config, sampler=None)).settings, "label": start_label, "seed": config.seed,
-            "size": config.size, "end_label": end_label, "end_seed": end_seed, "fraction": fraction,
-        }
+        _settings(
+            own, label=start_label, seed=config.seed, end_label=end_label, end_seed=end_seed, fraction=fraction
+        )
         for fraction in fractions
     ]  # fmt: skip
     options = {
         "class_labels": (start_label, end_label), "seeds": (config.seed, end_seed), "num_images": number
     }  # fmt: skip
-    yield from _in_steps(lambda show: _run(_pipeline(painter).interpolate, painter, config, show, **options), settings)
+    pipe = _pipeline(own)
+    yield from _in_steps(lambda show: _run(pipe.interpolate, pipe, own, show, **options), settings)
 
 
 def inpaint(
     painter: Painter, request: Request, image: Image.Image, mask: Image.Image, strength: float
 ) -> Iterator[Preview | Pictures]:
     """Paint the white part of a mask anew, with the label of a request; the rest of the image stays.
+
+    The scheduler is the default one of the objective.
 
     Args:
         painter: the model.
@@ -193,10 +195,8 @@ def inpaint(
     # Here, since shrinking an image later would take a pixel of it for each of the mask's.
     image = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
     mask = mask.convert("L").resize((width, height), Image.Resampling.BOX).point(lambda level: 255 * (level >= 64))
-    settings = {
-        **painter.with_config(replace(config, sampler=None)).settings, "label": request.labels[0], "seed": config.seed,
-        "size": config.size, "strength": strength, "inpainted": True,
-    }  # fmt: skip
+    own = painter.with_config(replace(config, sampler=None))
+    settings = _settings(own, label=request.labels[0], seed=config.seed, strength=strength, inpainted=True)
     options = {
         "class_labels": request.labels[0], "image": image, "mask_image": mask, "strength": strength,
         "latents": torch.randn(
@@ -204,7 +204,15 @@ def inpaint(
             generator=torch.Generator().manual_seed(config.seed),
         ),
     }  # fmt: skip
-    yield from _in_steps(lambda show: _run(_pipeline(painter), painter, config, show, **options), [settings])
+    pipe = _pipeline(own)
+    yield from _in_steps(lambda show: _run(pipe, pipe, own, show, **options), [settings])
+
+
+def _settings(painter: Painter, **more: Any) -> dict[str, Any]:
+    """What an image was made by, without what a visitor has no business to know: where the operator keeps files."""
+    settings = {**painter.settings, "size": painter.config.size, **more}
+    folders = {name: Path(settings[name]).resolve().name for name in ("checkpoint", "vae") if settings[name]}
+    return {**settings, **folders}
 
 
 class _Show(Protocol):
@@ -224,30 +232,35 @@ def _grid(painter: Painter, config: SamplingConfig) -> tuple[int, int]:
 def _pipeline(painter: Painter) -> LaMambaDiffPipeline:
     """Make a pipeline of a request's own, since a scheduler keeps what it has seen."""
     if not isinstance(painter.network.network, LaMambaDiff):
-        raise ConfigError(f"{painter.config.checkpoint} is a DiT, which only generates: choose another model")
+        raise ConfigError("this model is a DiT, which is sampled alone: choose another model")
     objective = painter.objective
     vae = getattr(painter.space, "autoencoder", None)
-    scheduler = objective.scheduler(objective.default_sampler, 25)
+    scheduler = objective.scheduler(painter.sampler, painter.config.steps)
     pipe = LaMambaDiffPipeline(painter.network.network, scheduler, vae, objective=objective.name)
     pipe.set_progress_bar_config(disable=True)
+    pipe._captured = [painter.network]  # recorded passes, in the painter's precision
     return pipe
 
 
 def _run(
-    sample: Callable[..., Any], painter: Painter, config: SamplingConfig, show: _Show, **options: Any
+    sample: Callable[..., Any], pipe: LaMambaDiffPipeline, painter: Painter, show: _Show, **options: Any
 ) -> np.ndarray:
-    num_steps = [0]
+    step, num_steps = pipe.scheduler.step, itertools.count(1)
+    total = max(1, round(painter.evaluations * options.get("strength", 1.0)))
 
-    def shown(pipe: Any, step: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        num_steps[0] += 1
-        show(painter.space.decode(tensors["latents"]), min(1.0, num_steps[0] / len(pipe.scheduler.timesteps)))
-        return tensors
+    @wraps(step)  # whose signature tells the pipeline what the scheduler takes
+    def shown(prediction: Tensor, t: Tensor, x_t: Tensor, **others: Any) -> Any:
+        x_0 = painter.objective.predict_x_0(x_t, t.expand(len(x_t)), prediction)
+        show(painter.space.decode(x_0), min(1.0, next(num_steps) / total))
+        return step(prediction, t, x_t, **others)
 
+    pipe.scheduler.step = shown
+    config = painter.config
     height, width = config.size or (None, None)
     x = sample(
-        num_inference_steps=config.steps, guidance_scale=1.0 if config.guidance is None else config.guidance,
-        output_type="latent", height=height, width=width, guidance_interval=config.guidance_options.interval,
-        guidance_rescale=config.guidance_options.rescale, callback_on_step_end=shown, return_dict=False, **options,
+        num_inference_steps=config.steps, guidance_scale=painter.guidance, output_type="latent", height=height,
+        width=width, guidance_interval=config.guidance_options.interval,
+        guidance_rescale=config.guidance_options.rescale, return_dict=False, **options,
     )[0]  # fmt: skip
     return painter.space.decode(x).cpu().numpy()
 
@@ -273,8 +286,7 @@ def _in_steps(work: Callable[[_Show], np.ndarray], settings: list[dict[str, Any]
             except Exception as error:
                 hand_over(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    threading.Thread(target=run, daemon=True).start()
     try:
         while True:
             latest = shown.get()
@@ -284,5 +296,4 @@ def _in_steps(work: Callable[[_Show], np.ndarray], settings: list[dict[str, Any]
             if isinstance(latest, Pictures):
                 return
     finally:
-        stopped.set()
-        thread.join()
+        stopped.set()  # and does not wait: a server closes generators where it should answer others

@@ -12,6 +12,7 @@ from lamamba.config import DemoLimits, nearest
 from lamamba.demo.settings import check_pixels, read_whole
 from lamamba.errors import ConfigError
 from lamamba.model import Block, LaMambaDiff
+from lamamba.ops.launch import LOCK
 
 Branches = Literal["scan", "attention", "both"]
 TIMESTEP = 500
@@ -58,28 +59,36 @@ def receptive_field(
                 left_out.register_forward_hook(_add_nothing)
     channels = int(own.config.in_channels)
     generator = torch.Generator().manual_seed(0)
-    x_t = torch.randn((NUM_DRAWS, channels, height, width), generator=generator).to(own.device).requires_grad_()
-    t = torch.full((NUM_DRAWS,), TIMESTEP, device=own.device)
-    with torch.enable_grad():
-        prediction = own(x_t, t, torch.full_like(t, own.null_label))[:, :channels, row, column]
-        gradient = torch.autograd.grad(prediction.sum(), x_t)[0]
-    return gradient.abs().sum(dim=1).mean(dim=0).float().cpu().numpy()
+    draws = torch.randn((NUM_DRAWS, channels, height, width), generator=generator).to(own.device)
+    t = torch.full((1,), TIMESTEP, device=own.device)
+    field = torch.zeros((height, width), device=own.device)
+    for draw in draws.split(1):  # one by one: a gradient needs what every layer computed
+        x_t = draw.requires_grad_()
+        with LOCK, torch.enable_grad():
+            prediction = own(x_t, t, torch.full_like(t, own.null_label))[:, :channels, row, column]
+            gradient = torch.autograd.grad(prediction.sum(), x_t)[0]
+        field += gradient.abs().sum(dim=(0, 1)).float() / NUM_DRAWS
+    return field.cpu().numpy()
 
 
-def draw_receptive_field(field: np.ndarray, pixel: tuple[int, int], side: int = 320) -> Image.Image:
-    """Draw a field on a logarithmic scale of four decades, 0 white, and frame the pixel in red.
+def drawn_cell(side: int) -> int:
+    """Pixels of a cell's side in the drawing of a field whose longer side has so many cells: 320 in all, or more."""
+    return max(1, -(-320 // max(1, int(side))))
+
+
+def draw_receptive_field(field: np.ndarray, pixel: tuple[int, int]) -> Image.Image:
+    """Draw a field on a logarithmic scale of four decades, 0 light grey, and frame the pixel in red.
 
     Args:
         field: (h, w), what `receptive_field` measured.
         pixel: row and column that it is of.
-        side: pixels of the longer side, at least; each of the field is a square of whole pixels.
     """
     from matplotlib import colormaps
 
     decades = np.log10(np.maximum(field / max(float(field.max()), 1e-30), 1e-4)) / 4 + 1
     colours = np.asarray(colormaps["viridis"](decades))[:, :, :3]
-    colours[field == 0] = 1.0
-    scale = max(1, -(-side // max(field.shape)))
+    colours[field == 0] = 0.9
+    scale = drawn_cell(max(field.shape))
     pixels = (255 * colours).round().astype(np.uint8).repeat(scale, axis=0).repeat(scale, axis=1)
     top, left = pixel[0] * scale, pixel[1] * scale
     frame = np.zeros(pixels.shape[:2], dtype=bool)

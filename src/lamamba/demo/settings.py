@@ -125,6 +125,14 @@ def read_whole(name: str, value: Any, least: int, most: int) -> int:
     return int(number)
 
 
+def read_numbers(name: str, text: Any) -> list[float]:
+    """Read numbers separated by commas; raises ConfigError."""
+    try:
+        return [float(part) for part in str(text).split(",")]
+    except ValueError:
+        raise ConfigError(f"{name} are {text!r}: give numbers separated by commas, as 1, 2, 4") from None
+
+
 def read_number(name: str, value: Any, least: float, most: float) -> float:
     """Check a finite number from `least` to `most`; raises ConfigError."""
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:

@@ -1,0 +1,445 @@
+"""The page: its fields, its tabs, and what its buttons call; computed and drawn is what they show elsewhere."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from html import escape
+from typing import Any, get_args
+
+import gradio as gr
+import numpy as np
+import torch
+from gradio_client.utils import is_http_url_like
+from PIL import Image
+
+from lamamba.config import DemoLimits
+from lamamba.demo.figures import MAX_SIDE, PATH_NAMES, draw_paths, draw_windows
+from lamamba.demo.gallery import SAVE_LINKS, STYLE, draw_images
+from lamamba.demo.painting import Models, Pictures, Preview, compare_guidance, inpaint, interpolate, paint
+from lamamba.demo.receptive_field import Branches, draw_receptive_field, drawn_cell, receptive_field
+from lamamba.demo.settings import MAX_GUIDANCE, label_names, read_label, read_numbers, read_request, read_whole
+from lamamba.errors import ConfigError, LamambaError
+from lamamba.generate import Painter, label_name
+from lamamba.model import LaMambaDiff
+
+_TITLE = """
+# LaMamba-Diff
+Images from noise, by a network whose blocks join a scan, which sees the whole image at linear cost, with attention in
+windows, which sees detail ([arXiv 2408.02615](https://arxiv.org/abs/2408.02615)).
+"""
+_PATHS = """
+### The scan
+It reads the pixels one after another along four paths, from the ring on. Each carries a state from its first pixel to
+its last, so that together every pixel hears from every other.
+"""
+_WINDOWS = """
+### Attention in windows
+Each pixel is compared with those of its own patch of colour; in every other block, of patches shifted by half.
+"""
+_FIELD = """
+### What a pixel sees
+How much each pixel of the noised image moves the prediction at the pixel framed in red: the magnitude of the gradient,
+on a logarithmic scale of four decades, light grey where nothing comes from. A click on a picture chooses another pixel.
+"""
+_STYLE = (
+    STYLE
+    + """
+.gradio-container { max-width: 1320px !important; }
+.status { font-size: 14px; }
+.bar { display: inline-block; width: 240px; height: 8px; margin-right: 10px; border-radius: 4px; background: #8884; }
+.bar div { height: 8px; border-radius: 4px; background: #3b82f6; }
+.status span.error, .images span.error { display: none; } /* the message says it */
+.field img { image-rendering: pixelated; }
+"""
+)
+_EDITOR_SIDE = 384
+_GRID = 16
+_NEW_SEED = "() => Math.floor(Math.random() * 4294967296)"
+Shown = Iterator[Preview | Pictures]
+
+
+def make_app(models: Models, limits: DemoLimits, at_once: int) -> Any:
+    """Make the ASGI application of the page.
+
+    Args:
+        models: what visitors can choose from.
+        limits: what a visitor can ask for at once.
+        at_once: requests that run at the same time.
+    """
+    from fastapi import FastAPI
+
+    page = Page(models, limits).blocks.queue(default_concurrency_limit=at_once, max_size=64)
+    _open_uploads_alone(page)
+    theme = gr.themes.Default(
+        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    ).set(block_info_text_color="*neutral_500")
+    return gr.mount_gradio_app(
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None), page, path="/", footer_links=[], run_history=False,
+        show_error=False, max_file_size="20mb", ssr_mode=False, pwa=False, mcp_server=False, theme=theme, css=_STYLE,
+    )  # fmt: skip
+
+
+def _open_uploads_alone(page: gr.Blocks) -> None:
+    """Make Gradio refuse files that were not uploaded, and addresses to fetch, in whatever field they are sent."""
+    page.has_launched = True  # without it, as in a mounted application, Gradio opens any path
+    for block in page.blocks.values():
+
+        async def move(path: Any, own: Callable[[Any], Any] = block.async_move_resource_to_block_cache) -> Any:
+            if is_http_url_like(str(path)):
+                raise gr.Error("nothing is fetched from elsewhere: upload the image", print_exception=False)
+            return await own(path)
+
+        block.async_move_resource_to_block_cache = move
+
+
+def _refuse_other_files(editor: gr.ImageEditor) -> None:
+    """Make an editor say what is wrong with a file that is no image."""
+    read = editor.preprocess  # not overridden, since Gradio writes a file beside the source of classes like its own
+
+    def preprocess(payload: Any) -> Any:
+        try:
+            return read(payload)
+        except (OSError, Image.DecompressionBombError) as error:
+            said = "the file is no image, or too large a one: upload another"
+            raise gr.Error(said, print_exception=False) from error
+
+    editor.preprocess = preprocess
+
+
+class Page:
+    """Lays out the page; visitors share nothing but weights.
+
+    Args:
+        models: what visitors can choose from.
+        limits: what a visitor can ask for at once.
+    """
+
+    def __init__(self, models: Models, limits: DemoLimits) -> None:
+        self.models, self.limits = models, limits
+        painter = models[models.names[0]]
+        self.values = _of_model(painter, limits)
+        with gr.Blocks(title="LaMamba-Diff", analytics_enabled=False, delete_cache=(3600, 3600)) as self.blocks:
+            with gr.Row(equal_height=True):
+                with gr.Column(scale=3):
+                    gr.Markdown(_TITLE)
+                with gr.Column(scale=2, min_width=300):
+                    self.model = gr.Dropdown(models.names, label="Model", elem_id="model", **self.values["model"])
+            self.last = gr.State(None, time_to_live=3600)  # image, for inpainting
+            with gr.Tab("Images"), gr.Row():
+                with gr.Column(scale=1, min_width=300), gr.Group():
+                    self.settings = self._settings()
+                with gr.Column(scale=3):
+                    more = {**self._generate(), **self._compare_guidance(), **self._interpolate(), **self._inpaint()}
+            with gr.Tab("The network"):
+                more |= {**self._geometry(), **self._receptive_field()}
+            fields = {"model": self.model, **self.settings, **more}
+            changing = [name for name in self.values if name in fields]
+            self.model.change(
+                lambda name: self._on_model(name, changing), self.model, [fields[name] for name in changing],
+                queue=False, show_progress="hidden", api_visibility="private",
+            )  # fmt: skip
+
+    def _on_model(self, name: Any, changing: Sequence[str]) -> list[dict[str, Any]]:
+        with _as_messages():
+            values = _of_model(self.models[name], self.limits)
+        return [gr.update(**values[field]) for field in changing]
+
+    def _settings(self) -> dict[str, Any]:
+        values, most = self.values, max(2, self.limits.max_steps)  # a slider has two ends at least
+        labels = gr.Dropdown(
+            multiselect=True, label="Labels", elem_id="labels",
+            info="Several images take them in turn; the other tabs take the first.", **values["labels"],
+        )  # fmt: skip
+        sampler = gr.Dropdown(label="Sampler", elem_id="sampler", **values["sampler"])
+        steps = gr.Slider(1, most, min(25, self.limits.max_steps), step=1, label="Steps", elem_id="steps")
+        guidance = gr.Slider(
+            0, MAX_GUIDANCE, step=0.1, label="Guidance", elem_id="guidance", info="1 is none.", **values["guidance"]
+        )
+        seed = gr.Number(0, label="Seed", elem_id="seed")
+        gr.Button("New seed", size="sm").click(None, None, seed, js=_NEW_SEED)
+        with gr.Accordion("Size and more of guidance", open=False, elem_id="more"):
+            with gr.Row():
+                height = gr.Number(label="Height", elem_id="height", min_width=100, **values["height"])
+                width = gr.Number(label="Width", elem_id="width", min_width=100, **values["width"])
+            rescale = gr.Slider(0, 1, 0, step=0.05, label="Rescale", info="Against too much contrast.")
+            with gr.Row():
+                low = gr.Number(None, label="Guide from", min_width=100, info="Noise over signal.")
+                high = gr.Number(None, label="Guide up to", min_width=100, info="Empty: everywhere.")
+        return {
+            "labels": labels, "sampler": sampler, "steps": steps, "guidance": guidance, "seed": seed,
+            "height": height, "width": width, "rescale": rescale, "interval_low": low, "interval_high": high,
+        }  # fmt: skip
+
+    def _generate(self) -> dict[str, Any]:
+        with gr.Tab("Generate"):
+            number = gr.Slider(
+                1, max(2, self.limits.max_images), step=1, label="Images", elem_id="images", **self.values["num_images"]
+            )
+
+            def start(painter: Painter, asked: dict[str, Any]) -> Shown:
+                return paint(painter, read_request(asked, painter, self.limits))
+
+            self._button("Generate", {"num_images": number}, start, _label_and_seed)
+        return {"num_images": number}
+
+    def _compare_guidance(self) -> dict[str, Any]:
+        with gr.Tab("Compare guidance"):
+            scales = gr.Textbox(
+                "1, 2, 4, 7", label="Scales", elem_id="scales", info="The same label and seed at each of these."
+            )
+
+            def start(painter: Painter, asked: dict[str, Any]) -> Shown:
+                wanted = read_numbers("scales", asked.pop("scales"))
+                return compare_guidance(painter, read_request(asked, painter, self.limits), wanted, self.limits)
+
+            def caption(painter: Painter, made: dict[str, Any]) -> str:
+                return f"guidance {made['guidance']:g}"
+
+            self._button("Compare", {"scales": scales}, start, caption)
+        return {}
+
+    def _interpolate(self) -> dict[str, Any]:
+        with gr.Tab("Interpolate"):
+            gr.Markdown("From the first label and the seed on the left to these, on an arc through the noise.")
+            with gr.Row():
+                label = gr.Dropdown(label="Last label", **self.values["end_label"])
+                seed = gr.Number(1, label="Last seed")
+                number = gr.Slider(
+                    2,
+                    max(3, self.limits.max_images),
+                    step=1,
+                    label="Images in all",
+                    elem_id="between",
+                    **self.values["num_between"],
+                )
+            fields = {"end_label": label, "end_seed": seed, "num_between": number}
+
+            def start(painter: Painter, asked: dict[str, Any]) -> Shown:
+                label, seed, number = (asked.pop(name) for name in fields)
+                request = read_request(asked, painter, self.limits)
+                return interpolate(painter, request, seed, read_label(label, painter), number, self.limits)
+
+            def caption(painter: Painter, made: dict[str, Any]) -> str:
+                return f"{made['fraction']:.0%}"
+
+            self._button("Interpolate", fields, start, caption)
+        return {"end_label": label, "num_between": number}
+
+    def _inpaint(self) -> dict[str, Any]:
+        def start(painter: Painter, asked: dict[str, Any]) -> Shown:
+            drawn, strength = asked.pop("image"), asked.pop("strength")
+            request = read_request(asked, painter, self.limits)
+            return inpaint(painter, request, *split_drawing(drawn), strength)
+
+        with gr.Tab("Inpaint"):
+            gr.Markdown("Draw over what is to be painted anew, with the first label on the left; the rest stays.")
+            with gr.Row():
+                with gr.Column():
+                    image = gr.ImageEditor(
+                        type="pil", sources=("upload", "clipboard"), transforms=(), layers=False, buttons=[],
+                        brush=gr.Brush(default_size=36, colors=["#db2777"], color_mode="fixed"), elem_id="editor",
+                        canvas_size=(_EDITOR_SIDE, _EDITOR_SIDE), height=_EDITOR_SIDE + 60, label="Image and mask",
+                    )  # fmt: skip
+                    _refuse_other_files(image)
+                    gr.Button("Take the last image made", elem_id="take").click(
+                        _to_editor, self.last, image, queue=False, api_visibility="private"
+                    )
+                with gr.Column():
+                    strength = gr.Slider(
+                        0.05, 1, 1, step=0.05, label="Strength", info="Below 1 something of what was there remains."
+                    )
+                    self._button("Inpaint", {"image": image, "strength": strength}, start, _label_and_seed)
+        return {}
+
+    def _geometry(self) -> dict[str, Any]:
+        with gr.Row():
+            rows = gr.Slider(2, MAX_SIDE, _GRID, step=1, label="Rows", elem_id="rows")
+            columns = gr.Slider(2, MAX_SIDE, _GRID, step=1, label="Columns", elem_id="columns")
+            window_size = gr.Slider(2, 16, step=2, label="Side of a window", **self.values["window_size"])
+            scan = gr.Radio(list(PATH_NAMES), label="Scan", **self.values["scan"])
+
+        def draw(height: Any, width: Any, window: Any, kind: Any) -> tuple[str, str]:
+            with _as_messages():
+                return draw_paths(height, width, kind), draw_windows(height, width, window)
+
+        drawn = draw(_GRID, _GRID, window_size.value, scan.value)
+        with gr.Row():
+            with gr.Column(scale=2, min_width=480):
+                gr.Markdown(_PATHS)
+                paths = gr.HTML(drawn[0], elem_id="paths")
+            with gr.Column(scale=1, min_width=240):
+                gr.Markdown(_WINDOWS)
+                windows = gr.HTML(drawn[1], elem_id="windows")
+        inputs = [rows, columns, window_size, scan]
+        gr.on(
+            [field.change for field in inputs], draw, inputs, [paths, windows], queue=False, show_progress="hidden",
+            trigger_mode="always_last", api_visibility="private",
+        )  # fmt: skip
+        return {"scan": scan, "window_size": window_size}
+
+    def _receptive_field(self) -> dict[str, Any]:
+        gr.Markdown(_FIELD)
+        with gr.Row():
+            side = gr.Number(label="Side of the grid", elem_id="side", **self.values["side"])
+            row = gr.Number(label="Row", elem_id="row", **self.values["row"])
+            column = gr.Number(label="Column", elem_id="column", **self.values["column"])
+            measure = gr.Button("Measure", variant="primary", elem_id="measure")
+        pictures = []
+        with gr.Row():
+            for name, title in zip(get_args(Branches), ("Scan only", "Attention only", "Both"), strict=True):
+                with gr.Column(min_width=220):
+                    gr.Markdown(f"**{title}**")
+                    pictures.append(
+                        gr.Image(
+                            format="png",
+                            interactive=False,
+                            buttons=[],
+                            show_label=False,
+                            elem_classes="field",
+                            elem_id=name,
+                            alt_text=f"What the pixel sees: {title}",
+                        )
+                    )
+
+        def see(name: Any, side: Any, row: Any, column: Any) -> Iterator[list[Any]]:
+            with _as_messages():
+                network = self.models[name].network.network
+                if not isinstance(network, LaMambaDiff):
+                    raise ConfigError("this model is a DiT, which has neither branch: choose another model")
+                # Gradients need what every layer computed, many times the memory of sampling.
+                limits = replace(self.limits, max_pixels=max(1, self.limits.max_pixels // 16))
+                drawn: list[Any] = [gr.skip()] * len(pictures)
+                for place, branches in enumerate(get_args(Branches)):
+                    field = receptive_field(network, side, side, (row, column), branches, limits)
+                    drawn[place] = draw_receptive_field(field, (int(row), int(column)))
+                    yield drawn
+
+        def point(event: gr.SelectData, side: Any) -> tuple[int, int]:
+            with _as_messages():
+                cell = drawn_cell(read_whole("side of the grid", side, 1, self.limits.max_pixels))
+            return event.index[1] // cell, event.index[0] // cell
+
+        inputs = [self.model, side, row, column]
+        measured = {"concurrency_id": "network", "show_progress": "minimal", "api_visibility": "private"}
+        measure.click(see, inputs, pictures, **measured)
+        for picture in pictures:
+            picture.select(
+                point, side, [row, column], queue=False, show_progress="hidden", api_visibility="private"
+            ).then(see, inputs, pictures, **measured)
+        return {"side": side, "row": row, "column": column}
+
+    def _button(
+        self,
+        name: str,
+        more: Mapping[str, Any],
+        start: Callable[[Painter, dict[str, Any]], Shown],
+        caption: Callable[[Painter, dict[str, Any]], str],
+    ) -> None:
+        """Add a button, one that cancels what it started, and where the images appear."""
+        with gr.Row():
+            run = gr.Button(name, variant="primary", elem_classes="run", scale=4)
+            cancel = gr.Button("Cancel", elem_classes="cancel", min_width=100)
+        status = gr.HTML(elem_classes="status")
+        images = gr.HTML(js_on_load=SAVE_LINKS, elem_classes="images")
+        fields = {**self.settings, **more}
+
+        def show(values: dict[Any, Any]) -> Iterator[tuple[Any, Any, Any]]:
+            began = time.monotonic()
+            asked = {name: values[field] for name, field in fields.items()}
+            yield "", gr.skip(), gr.skip()  # what was said of the request before
+            with _as_messages():
+                painter = self.models[values[self.model]]
+                for shown in start(painter, asked):
+                    if isinstance(shown, Preview):
+                        bar = f'<div class="bar"><div style="width:{shown.done:.0%}"></div></div>{shown.done:.0%}'
+                        yield bar, draw_images(shown.images), gr.skip()
+                    else:
+                        captions = [caption(painter, made) for made in shown.settings]
+                        drawn = draw_images(shown.images, captions, shown.settings)
+                        yield f"Done in {time.monotonic() - began:.1f} s.", drawn, shown.images[0]
+
+        started = run.click(
+            show, {self.model, *fields.values()}, [status, images, self.last], concurrency_id="network",
+            show_progress="minimal", api_visibility="private",
+        )  # fmt: skip
+        cancel.click(
+            lambda: "Cancelled.", None, status, cancels=[started], queue=False, show_progress="hidden",
+            api_visibility="private",
+        )  # fmt: skip
+
+
+def split_drawing(drawn: Mapping[str, Any] | None) -> tuple[Image.Image, Image.Image]:
+    """Take apart what an editor holds: the image, and the mask, white where something is drawn over it.
+
+    Raises:
+        ConfigError: there is no image.
+    """
+    background = (drawn or {}).get("background")
+    if background is None:
+        raise ConfigError("there is no image: upload one, or take the last one made")
+    mask = Image.new("L", background.size)
+    for layer in (drawn or {}).get("layers", ()):
+        mask.paste(255, mask=layer.getchannel("A").resize(background.size).point(lambda alpha: 255 * (alpha > 0)))
+    return background, mask
+
+
+@contextmanager
+def _as_messages() -> Iterator[None]:
+    """Turn what can go wrong into a message on the page."""
+    try:
+        yield
+    except LamambaError as error:
+        raise gr.Error(escape(str(error), quote=False), print_exception=False) from error  # it is shown as HTML
+    except torch.OutOfMemoryError as error:
+        raise gr.Error("memory is full: ask for fewer or smaller images", print_exception=False) from error
+
+
+def _of_model(painter: Painter, limits: DemoLimits) -> dict[str, dict[str, Any]]:
+    """What the fields that depend on the model begin with, by their names."""
+    config = painter.network.config
+    names, side = label_names(painter), int(config.sample_size)
+    labels = names[:-1][:4] or names
+    default, pixels = painter.objective.default_sampler, side * painter.space.factor
+    samplers = [default, *(other for other in painter.objective.samplers if other != default)]
+    number = max(1, min(8, limits.max_images, limits.max_pixels // pixels**2))
+    return {
+        "model": {"info": _describe(painter)},
+        "labels": {"choices": names, "value": labels},
+        "sampler": {
+            "choices": samplers, "value": default, "info": f"Interpolation and inpainting always use {default}."
+        },
+        "guidance": {"value": 2.0 if painter.num_classes else 1.0, "interactive": bool(painter.num_classes)},
+        "height": {"value": pixels},
+        "width": {"value": pixels},
+        "num_images": {"value": number},
+        "end_label": {"choices": names, "value": labels[-1]},
+        "num_between": {"value": max(2, number)},
+        "scan": {"value": config.get("scan", "continuous")},
+        "window_size": {"value": min(16, int(config.get("window_size", 8)))},
+        # Twice the training size, where windows leave something out: before, they cover the smallest grid.
+        "side": {"value": 2 * side},
+        "row": {"value": side + side // 4},
+        "column": {"value": side // 2},
+    }  # fmt: skip
+
+
+def _describe(painter: Painter) -> str:
+    size = int(painter.network.config.sample_size) * painter.space.factor
+    parameters = sum(parameter.numel() for parameter in painter.network.network.parameters())
+    classes = f"{painter.num_classes} classes" if painter.num_classes else "no labels"
+    return f"{parameters / 1e6:,.1f} million parameters, trained at {size} x {size}, {classes}"
+
+
+def _label_and_seed(painter: Painter, made: dict[str, Any]) -> str:
+    return f"{label_name(made['label'], painter.num_classes, painter.info)} · seed {made['seed']}"
+
+
+def _to_editor(image: np.ndarray | None) -> Image.Image:
+    """Make a (c, h, w) image large enough to be drawn on."""
+    with _as_messages():
+        if image is None:
+            raise ConfigError("no image was made yet: generate some, or upload one")
+    pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+    scale = max(1, _EDITOR_SIDE // max(pixels.shape[:2]))
+    return Image.fromarray(pixels.repeat(scale, axis=0).repeat(scale, axis=1))
