@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import lamamba
 from lamamba.checkpoint import CheckpointInfo, write_weights
 from lamamba.config import SampleConfig
 from lamamba.generate import sample_grid
@@ -28,6 +29,7 @@ pytest.importorskip("gradio", reason="needs Gradio: pip install 'lamamba[demo]'"
 pytest.importorskip("selenium", reason="needs Selenium: pip install 'lamamba[dev]'")
 
 from selenium import webdriver
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -148,7 +150,9 @@ def serving(*checkpoints: str) -> Iterator[tuple[str, int]]:
         process.send_signal(2)
         assert process.wait(20) == 130
         said = process.stdout.read()
-        assert said == "lamamba: interrupted\n", said[-4000:]  # and no traceback before
+        assert said.endswith("lamamba: interrupted\n"), said[-4000:]
+        # Gradio may complain of visitors that leave; what passes through this package is an error of ours.
+        assert str(Path(lamamba.__file__).parent) not in said, said[-4000:]
     finally:
         process.kill()
         process.wait()
@@ -178,7 +182,10 @@ def test_a_visit(tiny: Path, tmp_path: Path, request: pytest.FixtureRequest) -> 
     shots = Path(request.config.getoption("--screenshots") or tmp_path)
     downloads = tmp_path / "downloads"
     with serving("nano", str(tiny)) as (url, pid):
-        visitor = Visitor(url, downloads)
+        try:
+            visitor = Visitor(url, downloads)
+        except WebDriverException as error:
+            pytest.skip(f"Chromium does not start here: {error.msg}")
         try:
             visit(visitor, pid, shots, downloads)
             assert all(address.startswith(url) for address in visitor.addresses())
