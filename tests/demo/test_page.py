@@ -29,7 +29,7 @@ pytest.importorskip("gradio", reason="needs Gradio: pip install 'lamamba[demo]'"
 pytest.importorskip("selenium", reason="needs Selenium: pip install 'lamamba[dev]'")
 
 from selenium import webdriver
-from selenium.common.exceptions import WebDriverException
+from selenium.common.exceptions import SessionNotCreatedException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -184,7 +184,7 @@ def test_a_visit(tiny: Path, tmp_path: Path, request: pytest.FixtureRequest) -> 
     with serving("nano", str(tiny)) as (url, pid):
         try:
             visitor = Visitor(url, downloads)
-        except WebDriverException as error:
+        except SessionNotCreatedException as error:
             pytest.skip(f"Chromium does not start here: {error.msg}")
         try:
             visit(visitor, pid, shots, downloads)
