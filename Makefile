@@ -4,19 +4,21 @@
 # make bench     measure against the naive ways on a CPU, against DiT-XL/2 on a GPU
 # make performance  write docs/performance.md from what was measured
 # make scaling  collect what benchmarks/scaling.py measured, for `lamamba plan` and docs/scaling.md
+# make docs      build the site to site/, and check its links
+# make figures   draw the figures and write the tables of docs/network.md and docs/imagenet.md
 # make clean     remove what these made
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu bench performance scaling lint clean
+.PHONY: demo test test-gpu bench performance scaling docs figures lint clean
 
 # torch goes first and alone: a range would let pip choose a build with gigabytes of CUDA.
 $(BIN)/lamamba: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs]'
 	@touch $@
 
 demo: $(BIN)/lamamba
@@ -50,5 +52,11 @@ performance: $(BIN)/lamamba
 scaling: $(BIN)/lamamba
 	$(BIN)/python benchmarks/scaling_report.py
 
+docs: $(BIN)/lamamba
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+figures: $(BIN)/lamamba
+	$(BIN)/python docs/make/draw.py
+
 clean:
-	rm -rf $(VENV) demo dist
+	rm -rf $(VENV) demo dist site

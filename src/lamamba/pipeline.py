@@ -156,12 +156,15 @@ class LaMambaDiffPipeline(DiffusionPipeline):
                 being that of "no label".
             num_inference_steps: steps of the scheduler.
             guidance_scale: 1 is no guidance; an unconditional network knows none.
-            guidance_interval, guidance_cosine_power, guidance_rescale: see `lamamba.diffusion.guide`.
+            guidance_interval: two noise levels, see `lamamba.diffusion.guide`.
+            guidance_cosine_power: see there.
+            guidance_rescale: see there.
             weaker_network: to guide away from, with the same label; None is the network without a label.
             num_images_per_label: images of each.
             generator: one for all images, or one each; an image is the same wherever it is sampled.
             latents: (b, c, h, w) standard normal noise to begin with, in place of what a generator would draw.
-            height, width: in pixels; the default is the training size.
+            height: in pixels; the default is the training size.
+            width: in pixels; the default is the training size.
             image: to start from, noised: PIL images, arrays or tensors as diffusers takes them, one or one each.
             strength: how far towards noise the image is taken, 0 to 1 (SDEdit, Meng et al. 2021, arXiv 2108.01073).
             mask_image: white where the image is to be painted anew; elsewhere it is put back, at the noise level of
@@ -262,7 +265,8 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             class_labels: of the first image and of the last, which may be the same.
             seeds: likewise. A sampler that adds noise does so by the first one's throughout.
             num_images: with both ends.
-            height, width: in pixels; the default is the training size.
+            height: in pixels; the default is the training size.
+            width: in pixels; the default is the training size.
             options: as for a call: `num_inference_steps`, `guidance_scale`, `output_type` and the like.
 
         Raises:

@@ -1,0 +1,110 @@
+"""What mkdocs reads beside docs/: pages that are elsewhere in the repository, and the files that pages link to.
+
+Documents link to one another, and to code, by relative paths, as GitHub shows them. The site keeps these links: what is
+not a page of it is copied to source/. `external_links.txt`, in the built site, lists the links that leave it.
+"""
+
+import json
+import posixpath
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[2]
+ELSEWHERE = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changes.md",
+    **{
+        path.relative_to(ROOT).as_posix(): f"kernels/{path.parent.name}.md"
+        for path in sorted(ROOT.glob("src/lamamba/ops/*/README.md"))
+    },
+    **{
+        path.relative_to(ROOT).as_posix(): f"notebooks/{path.stem}.md"
+        for path in sorted(ROOT.glob("examples/notebooks/*.ipynb"))
+    },
+}
+_LINK = re.compile(r"\]\((?![a-z]+:|#)([^)\s#]+)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are elsewhere, and let every page link as the site is laid out."""
+    pages = {f"docs/{file.src_uri}": file.src_uri for file in files.documentation_pages()} | ELSEWHERE
+    for path, uri in pages.items():
+        text = (ROOT / path).read_text()
+        if path.endswith(".ipynb"):
+            text = as_markdown(text, posixpath.relpath(path, posixpath.dirname(path)))
+        text, copied = follow_links(text, path, pages)
+        if uri in files.src_uris:
+            files.remove(files.src_uris[uri])
+        files.append(File.generated(config, uri, content=text))
+        for target in sorted(copied):
+            if f"source/{target}" not in files.src_uris:
+                files.append(File.generated(config, f"source/{target}", abs_src_path=str(ROOT / target)))
+    return files
+
+
+def follow_links(text: str, path: str, pages: dict[str, str]) -> tuple[str, set[str]]:
+    """Turn links between files of the repository into links between those of the site.
+
+    Args:
+        text: Markdown.
+        path: of the file that it is from, from the repository's root.
+        pages: files of the repository that are pages of the site, and where they are there.
+
+    Returns:
+        The Markdown, and the other files that it links to.
+    """
+    copied = set()
+
+    def replace(link: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(path), link[1]))
+        if target not in pages and not (ROOT / target).is_file():
+            return link[0]  # mkdocs says what is wrong with it
+        if target in pages:
+            uri = pages[target]
+        elif target.startswith("docs/") and not target.startswith("docs/make/"):
+            uri = target.removeprefix("docs/")
+        else:
+            copied.add(target)
+            uri = f"source/{target}"
+        return f"]({posixpath.relpath(uri, posixpath.dirname(pages[path]) or '.')}"
+
+    return _LINK.sub(replace, text), copied
+
+
+def as_markdown(notebook: str, link: str) -> str:
+    """Turn a notebook into a page: text as it is, code in fences, and a link to the notebook after the title."""
+    cells = json.loads(notebook)["cells"]
+    parts = ["".join(cell["source"]) for cell in cells]
+    shown = [
+        f"```python\n{part}\n```" if cell["cell_type"] == "code" else part
+        for cell, part in zip(cells, parts, strict=True)
+    ]
+    title, _, rest = shown[0].partition("\n")
+    return "\n\n".join([title, f"*This page is [a notebook]({link}).*", rest.strip(), *shown[1:]]) + "\n"
+
+
+class _Links(HTMLParser):
+    """Collects where a page's links go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.targets: set[str] = set()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        target = dict(attributes).get("href") or ""
+        if tag == "a" and target.startswith(("http:", "https:")):
+            self.targets.add(target)
+
+
+def on_post_build(config: MkDocsConfig, **_: Any) -> None:
+    """List the links that leave the site."""
+    links = _Links()
+    for page in sorted(Path(config.site_dir).rglob("*.html")):
+        links.feed(page.read_text())
+    lines = "".join(f"{target}\n" for target in sorted(links.targets))
+    (Path(config.site_dir) / "external_links.txt").write_text(lines)
