@@ -218,6 +218,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("plan", "--shard"),
         ("convert", "--preset"),
         ("info", "--size"),
+        ("doctor", "--json"),
     ):
         with pytest.raises(SystemExit, match="0"):
             main([*command.split(), "--help"])
@@ -239,6 +240,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         "['plan', '--help']",
         "['convert', '--help']",
         "['info', '--help']",
+        "['doctor', '--help']",
     ],
 )
 def test_help_loads_nothing_heavy(arguments: str) -> None:

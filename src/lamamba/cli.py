@@ -18,6 +18,7 @@ from lamamba import __version__
 from lamamba.config import (
     AverageConfig,
     ConvertConfig,
+    DoctorConfig,
     EncodeConfig,
     EvaluateConfig,
     GenerateConfig,
@@ -58,6 +59,7 @@ commands:
   push     a pipeline to Hugging Face      lamamba push runs/first user/first
   info     count parameters and multiply-adds, stage by stage      lamamba info xl-256
   plan     what a training will take on a cluster                  lamamba plan xl-512 --gpus 64
+  doctor   what works on this machine      lamamba doctor
 
 lamamba COMMAND --help explains a command's options.
 """
@@ -81,21 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # wait for each other, at every one of a step's thousand operations. It is read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands: dict[str, Callable[[list[str]], None]] = {
-        "train": _train,
-        "finetune": _finetune,
-        "encode": _encode,
-        "sample": _sample,
-        "generate": _generate,
-        "evaluate": _evaluate,
-        "push": _push,
-        "prepare": _prepare,
-        "average": _average,
-        "convert": _convert,
-        "watch": _watch,
-        "info": _info,
-        "plan": _plan,
-    }
+    commands = _commands()
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(_HELP, end="")
@@ -117,6 +105,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("lamamba: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _commands() -> dict[str, Callable[[list[str]], None]]:
+    return {
+        "train": _train,
+        "finetune": _finetune,
+        "encode": _encode,
+        "sample": _sample,
+        "generate": _generate,
+        "evaluate": _evaluate,
+        "push": _push,
+        "prepare": _prepare,
+        "average": _average,
+        "convert": _convert,
+        "watch": _watch,
+        "info": _info,
+        "plan": _plan,
+        "doctor": _doctor,
+    }
 
 
 def _parse(kind: type[Any], command: str, arguments: list[str], default: Any = None) -> Any:
@@ -226,12 +233,12 @@ def _encode(arguments: list[str]) -> None:
     encode(config)
 
 
+def _preparations() -> dict[str, Callable[[list[str]], None]]:
+    return {"imagenet": _prepare_imagenet, "dataset": _prepare_dataset, "emoji": _prepare_emoji}
+
+
 def _prepare(arguments: list[str]) -> None:
-    kinds: dict[str, Callable[[list[str]], None]] = {
-        "imagenet": _prepare_imagenet,
-        "dataset": _prepare_dataset,
-        "emoji": _prepare_emoji,
-    }
+    kinds = _preparations()
     if not arguments:
         raise LamambaError(f"give what to prepare first, {' or '.join(kinds)} (see lamamba prepare --help)")
     if arguments[0] in ("-h", "--help"):
@@ -342,3 +349,11 @@ def _plan(arguments: list[str]) -> None:
     from lamamba.plan import print_plan
 
     print_plan(config)
+
+
+def _doctor(arguments: list[str]) -> None:
+    config = _parse(DoctorConfig, "doctor", arguments)
+    from lamamba.doctor import doctor
+
+    if not doctor(config):
+        sys.exit(1)

@@ -23,6 +23,7 @@ from lamamba.config.sampling import GuidanceOptions as GuidanceOptions
 from lamamba.config.sampling import SampleConfig as SampleConfig
 from lamamba.config.sampling import Sampler as Sampler
 from lamamba.config.sampling import SamplingConfig as SamplingConfig
+from lamamba.config.tools import DoctorConfig as DoctorConfig
 from lamamba.config.training import AverageConfig as AverageConfig
 from lamamba.config.training import Objective as Objective
 from lamamba.config.training import TrainConfig as TrainConfig
