@@ -218,6 +218,8 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("plan", "--shard"),
         ("convert", "--preset"),
         ("info", "--size"),
+        ("plot", "--frames"),
+        ("grid", "--captions"),
         ("doctor", "--json"),
     ):
         with pytest.raises(SystemExit, match="0"):
@@ -240,6 +242,8 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         "['plan', '--help']",
         "['convert', '--help']",
         "['info', '--help']",
+        "['plot', '--help']",
+        "['grid', '--help']",
         "['doctor', '--help']",
     ],
 )

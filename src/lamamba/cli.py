@@ -22,10 +22,12 @@ from lamamba.config import (
     EncodeConfig,
     EvaluateConfig,
     GenerateConfig,
+    GridConfig,
     InfoConfig,
     NetworkConfig,
     Objective,
     PlanConfig,
+    PlotConfig,
     PrepareDatasetConfig,
     PrepareEmojiConfig,
     PrepareImagenetConfig,
@@ -59,6 +61,8 @@ commands:
   push     a pipeline to Hugging Face      lamamba push runs/first user/first
   info     count parameters and multiply-adds, stage by stage      lamamba info xl-256
   plan     what a training will take on a cluster                  lamamba plan xl-512 --gpus 64
+  plot     curves and samples of runs      lamamba plot runs/first runs/second
+  grid     images in a grid                lamamba grid samples --rows 4 --columns 8
   doctor   what works on this machine      lamamba doctor
 
 lamamba COMMAND --help explains a command's options.
@@ -122,6 +126,8 @@ def _commands() -> dict[str, Callable[[list[str]], None]]:
         "watch": _watch,
         "info": _info,
         "plan": _plan,
+        "plot": _plot,
+        "grid": _grid,
         "doctor": _doctor,
     }
 
@@ -349,6 +355,20 @@ def _plan(arguments: list[str]) -> None:
     from lamamba.plan import print_plan
 
     print_plan(config)
+
+
+def _plot(arguments: list[str]) -> None:
+    config = _parse(PlotConfig, "plot", arguments)
+    from lamamba.plot import plot
+
+    plot(config)
+
+
+def _grid(arguments: list[str]) -> None:
+    config = _parse(GridConfig, "grid", arguments)
+    from lamamba.plot import grid
+
+    grid(config)
 
 
 def _doctor(arguments: list[str]) -> None:
