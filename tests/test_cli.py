@@ -245,6 +245,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         "['plot', '--help']",
         "['grid', '--help']",
         "['doctor', '--help']",
+        "['completion', 'bash']",
     ],
 )
 def test_help_loads_nothing_heavy(arguments: str) -> None:

@@ -64,6 +64,7 @@ commands:
   plot     curves and samples of runs      lamamba plot runs/first runs/second
   grid     images in a grid                lamamba grid samples --rows 4 --columns 8
   doctor   what works on this machine      lamamba doctor
+  completion of the shell's Tab key        eval "$(lamamba completion bash)"
 
 lamamba COMMAND --help explains a command's options.
 """
@@ -78,6 +79,14 @@ Write images to folders that can be trained on; run again, it goes on. A folder 
   emoji     3,786 of Noto, 64 x 64 pixels  lamamba prepare emoji --out emoji
 
 lamamba prepare imagenet --help and the like explain their options.
+"""
+
+_COMPLETION_HELP = """\
+usage: lamamba completion bash|zsh
+
+Print what makes a shell complete commands, options and their values; say, in ~/.bashrc or ~/.zshrc:
+
+  eval "$(lamamba completion bash)"
 """
 
 
@@ -129,6 +138,7 @@ def _commands() -> dict[str, Callable[[list[str]], None]]:
         "plot": _plot,
         "grid": _grid,
         "doctor": _doctor,
+        "completion": _completion,
     }
 
 
@@ -377,3 +387,13 @@ def _doctor(arguments: list[str]) -> None:
 
     if not doctor(config):
         sys.exit(1)
+
+
+def _completion(arguments: list[str]) -> None:
+    from lamamba.completion import write_completion
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_COMPLETION_HELP, end="")
+    else:
+        os.environ["COLUMNS"] = "100"  # wide enough for the help, which is read, to break no option's values
+        print(write_completion(arguments[0], _commands(), _preparations()), end="")
