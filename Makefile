@@ -4,13 +4,14 @@
 # make bench     measure against the naive ways on a CPU, against DiT-XL/2 on a GPU
 # make performance  write docs/performance.md from what was measured
 # make scaling  collect what benchmarks/scaling.py measured, for `lamamba plan` and docs/scaling.md
+# make package  build wheel and sdist into dist/, and try the wheel in an empty environment; TESTS=1 runs all tests there
 # make clean     remove what these made
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu bench performance scaling lint clean
+.PHONY: demo test test-gpu bench performance scaling package lint clean
 
 # torch goes first and alone: a range would let pip choose a build with gigabytes of CUDA.
 $(BIN)/lamamba: pyproject.toml constraints.txt
@@ -49,6 +50,9 @@ performance: $(BIN)/lamamba
 
 scaling: $(BIN)/lamamba
 	$(BIN)/python benchmarks/scaling_report.py
+
+package: $(BIN)/lamamba
+	PYTHON=$(BIN)/python .ci/package $(if $(TESTS),--tests)
 
 clean:
 	rm -rf $(VENV) demo dist
