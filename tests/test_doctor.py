@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,14 @@ def test_a_part_that_ends_its_process_is_a_finding_and_the_rest_is_looked_at(
     assert found[3].says == "did not answer for 10 s"
 
 
+def test_where_there_can_be_no_other_process_this_one_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(process: object) -> None:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(multiprocessing.get_context("spawn").Process, "start", fail)
+    assert [one.name for one in examine(["Python", "packages"])] == ["lamamba", "Python", "packages"]
+
+
 def test_without_torch_every_part_still_has_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "torch.py").write_text('raise ImportError("libtorch.so: cannot open shared object file\\nand more")')
     monkeypatch.syspath_prepend(tmp_path)
@@ -88,7 +97,7 @@ def test_what_is_missing_or_too_old_is_said(monkeypatch: pytest.MonkeyPatch) -> 
         return found if isinstance(found, str) else real(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    says = "torch 2.8.0 is known not to work: lamamba needs >=2.9"
+    says = "torch is 2.8.0, and lamamba needs >=2.9"
     assert the_only("packages") == Finding("packages", "fault", says, "pip install 'torch>=2.9'")
     extras = {one.name: one for one in look("extras")}
     assert extras["extra evaluate"] == Finding(

@@ -74,7 +74,11 @@ def examine(parts: Sequence[str], limit_s: float = LIMIT_S) -> Iterator[Finding]
     while left:
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_report, args=(left, sender), daemon=True)
-        process.start()
+        try:
+            process.start()
+        except OSError:  # there can be no other process
+            yield from look(left.pop(0))
+            continue
         sender.close()  # so that the end of the process is the end of what it says
         fault = ""
         while left and not fault:
@@ -156,7 +160,7 @@ def _check_version(name: str, wanted: str) -> Iterator[tuple[str, str]]:
         yield f"{name} is not installed", mend
         return
     if not SpecifierSet(wanted).contains(version, prereleases=True):
-        yield f"{name} {version} is known not to work: lamamba needs {wanted}", mend
+        yield f"{name} is {version}, and lamamba needs {wanted}", mend
 
 
 def _look_at_import(name: str) -> Iterator[Finding]:
