@@ -6,13 +6,14 @@
 # make scaling  collect what benchmarks/scaling.py measured, for `lamamba plan` and docs/scaling.md
 # make docs      build the site to site/, and check its links
 # make figures   draw the figures and write the tables of docs/network.md and docs/imagenet.md
+# make package  build wheel and sdist into dist/, and try the wheel in an empty environment; TESTS=1 runs all tests there
 # make clean     remove what these made
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu bench performance scaling docs figures lint clean
+.PHONY: demo test test-gpu bench performance scaling docs figures package lint clean
 
 # torch goes first and alone: a range would let pip choose a build with gigabytes of CUDA.
 $(BIN)/lamamba: pyproject.toml constraints.txt
@@ -57,6 +58,9 @@ docs: $(BIN)/lamamba
 
 figures: $(BIN)/lamamba
 	$(BIN)/python docs/make/draw.py
+
+package: $(BIN)/lamamba
+	PYTHON=$(BIN)/python .ci/package $(if $(TESTS),--tests)
 
 clean:
 	rm -rf $(VENV) demo dist site

@@ -222,6 +222,9 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("demo", "--max-pixels"),
         ("convert", "--preset"),
         ("info", "--size"),
+        ("plot", "--frames"),
+        ("grid", "--captions"),
+        ("doctor", "--json"),
     ):
         with pytest.raises(SystemExit, match="0"):
             main([*command.split(), "--help"])
@@ -244,6 +247,10 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         "['demo', '--help']",
         "['convert', '--help']",
         "['info', '--help']",
+        "['plot', '--help']",
+        "['grid', '--help']",
+        "['doctor', '--help']",
+        "['completion', 'bash']",
     ],
 )
 def test_help_loads_nothing_heavy(arguments: str) -> None:

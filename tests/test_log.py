@@ -44,6 +44,29 @@ def test_the_log_says_how_much_is_computed(run: Path) -> None:
         assert "mfu" not in record  # of a processor whose peak nobody knows
 
 
+def test_a_run_that_is_killed_as_it_goes_on_keeps_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "killed"
+    main(["train", "--out", str(out), "--num-images", "4", *TINY])
+    before = (out / "log.jsonl").read_text()
+
+    write_text = Path.write_text
+
+    def begin_to_write(path: Path, text: str) -> int:
+        if not path.name.endswith("log.jsonl"):
+            return write_text(path, text)
+        path.open("w").close()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", begin_to_write)
+        with pytest.raises(SystemExit, match="130"):
+            main(["train", "--out", str(out), "--num-images", "6", "--resume"])
+    assert (out / "log.jsonl").read_text() == before
+    main(["train", "--out", str(out), "--num-images", "6", "--resume"])
+    lines = (out / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["images"] for line in lines] == [2, 4, 6]
+
+
 @pytest.mark.parametrize(
     ("name", "peak"),
     [

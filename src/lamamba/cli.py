@@ -19,13 +19,16 @@ from lamamba.config import (
     AverageConfig,
     ConvertConfig,
     DemoConfig,
+    DoctorConfig,
     EncodeConfig,
     EvaluateConfig,
     GenerateConfig,
+    GridConfig,
     InfoConfig,
     NetworkConfig,
     Objective,
     PlanConfig,
+    PlotConfig,
     PrepareDatasetConfig,
     PrepareEmojiConfig,
     PrepareImagenetConfig,
@@ -60,6 +63,10 @@ commands:
   push     a pipeline to Hugging Face      lamamba push runs/first user/first
   info     count parameters and multiply-adds, stage by stage      lamamba info xl-256
   plan     what a training will take on a cluster                  lamamba plan xl-512 --gpus 64
+  plot     curves and samples of runs      lamamba plot runs/first runs/second
+  grid     images in a grid                lamamba grid samples --rows 4 --columns 8
+  doctor   what works on this machine      lamamba doctor
+  completion of the shell's Tab key        eval "$(lamamba completion bash)"
 
 lamamba COMMAND --help explains a command's options.
 """
@@ -76,6 +83,14 @@ Write images to folders that can be trained on; run again, it goes on. A folder 
 lamamba prepare imagenet --help and the like explain their options.
 """
 
+_COMPLETION_HELP = """\
+usage: lamamba completion bash|zsh
+
+Print what makes a shell complete commands, options and their values; say, in ~/.bashrc or ~/.zshrc:
+
+  eval "$(lamamba completion bash)"
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; any LamambaError is one line on standard error and exit code 2, or 128 + the signal it was."""
@@ -83,22 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # wait for each other, at every one of a step's thousand operations. It is read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands: dict[str, Callable[[list[str]], None]] = {
-        "train": _train,
-        "finetune": _finetune,
-        "encode": _encode,
-        "sample": _sample,
-        "generate": _generate,
-        "demo": _demo,
-        "evaluate": _evaluate,
-        "push": _push,
-        "prepare": _prepare,
-        "average": _average,
-        "convert": _convert,
-        "watch": _watch,
-        "info": _info,
-        "plan": _plan,
-    }
+    commands = _commands()
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(_HELP, end="")
@@ -120,6 +120,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("lamamba: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _commands() -> dict[str, Callable[[list[str]], None]]:
+    return {
+        "train": _train,
+        "finetune": _finetune,
+        "encode": _encode,
+        "sample": _sample,
+        "generate": _generate,
+        "demo": _demo,
+        "evaluate": _evaluate,
+        "push": _push,
+        "prepare": _prepare,
+        "average": _average,
+        "convert": _convert,
+        "watch": _watch,
+        "info": _info,
+        "plan": _plan,
+        "plot": _plot,
+        "grid": _grid,
+        "doctor": _doctor,
+        "completion": _completion,
+    }
 
 
 def _parse(kind: type[Any], command: str, arguments: list[str], default: Any = None) -> Any:
@@ -229,12 +252,12 @@ def _encode(arguments: list[str]) -> None:
     encode(config)
 
 
+def _preparations() -> dict[str, Callable[[list[str]], None]]:
+    return {"imagenet": _prepare_imagenet, "dataset": _prepare_dataset, "emoji": _prepare_emoji}
+
+
 def _prepare(arguments: list[str]) -> None:
-    kinds: dict[str, Callable[[list[str]], None]] = {
-        "imagenet": _prepare_imagenet,
-        "dataset": _prepare_dataset,
-        "emoji": _prepare_emoji,
-    }
+    kinds = _preparations()
     if not arguments:
         raise LamambaError(f"give what to prepare first, {' or '.join(kinds)} (see lamamba prepare --help)")
     if arguments[0] in ("-h", "--help"):
@@ -352,3 +375,35 @@ def _plan(arguments: list[str]) -> None:
     from lamamba.plan import print_plan
 
     print_plan(config)
+
+
+def _plot(arguments: list[str]) -> None:
+    config = _parse(PlotConfig, "plot", arguments)
+    from lamamba.plot import plot
+
+    plot(config)
+
+
+def _grid(arguments: list[str]) -> None:
+    config = _parse(GridConfig, "grid", arguments)
+    from lamamba.plot import grid
+
+    grid(config)
+
+
+def _doctor(arguments: list[str]) -> None:
+    config = _parse(DoctorConfig, "doctor", arguments)
+    from lamamba.doctor import doctor
+
+    if not doctor(config):
+        sys.exit(1)
+
+
+def _completion(arguments: list[str]) -> None:
+    from lamamba.completion import write_completion
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_COMPLETION_HELP, end="")
+    else:
+        os.environ["COLUMNS"] = "100"  # wide enough for the help, which is read, to break no option's values
+        print(write_completion(arguments[0], _commands(), _preparations()), end="")

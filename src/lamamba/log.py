@@ -4,7 +4,7 @@ import json
 import secrets
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from importlib import import_module
@@ -19,7 +19,8 @@ from torch import Tensor
 from lamamba.config import TrainConfig
 from lamamba.cost import peak_tflops, training_flops
 from lamamba.data import Source
-from lamamba.errors import ConfigError
+from lamamba.errors import CheckpointError, ConfigError
+from lamamba.files import written_whole
 from lamamba.model import LaMambaDiff
 
 
@@ -75,14 +76,9 @@ class TrainingLog:
         """Keep what was logged up to the checkpoint that is resumed from; the rest is about to be done again."""
         if not self.path.is_file():
             return []
-        records = []
-        for line in self.path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                continue  # the last line of a run that was killed
-        records = [record for record in records if record["images"] <= images]
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        records = [record for record in _read_records(self.path) if record["images"] <= images]
+        with written_whole(self.path) as temporary:  # killed here, the run still has all of it
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
         return records
 
     def introduce(self, source: Source, network: LaMambaDiff, num_processes: int = 1, uses_bf16: bool = False) -> None:
@@ -224,14 +220,44 @@ class TrainingLog:
             return
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.add_subplot()
-        images = [record["images"] for record in self.records]
-        for name, opacity in (("loss", 1.0), ("mse", 0.6), ("vb", 0.6)):
-            if name in self.records[-1]:
-                axes.plot(images, [record[name] for record in self.records], label=name, alpha=opacity)
+        opacity = {"loss": 1.0, "mse": 0.6, "vb": 0.6}
+        draw_lines(axes, self.records, {name: {"label": name, "alpha": value} for name, value in opacity.items()})
         axes.set(xlabel="images seen", ylabel="loss", yscale="log", title=f"{self.config.preset} on {self.config.data}")
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(self.config.out / "loss.png", dpi=120)
+
+
+def draw_lines(axes: Any, records: Sequence[Mapping[str, Any]], styles: Mapping[str, Mapping[str, Any]]) -> None:
+    """Draw values of a log over the images seen: names to keywords of matplotlib; without records that lack one."""
+    for name, style in styles.items():
+        points = [(record["images"], record[name]) for record in records if name in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), **style)
+
+
+def read_log(run: Path) -> tuple[list[dict[str, Any]], int]:
+    """Read what a run has logged, and how many images it is to see in all.
+
+    Raises:
+        CheckpointError: the folder holds no run.
+    """
+    try:
+        total = int(json.loads((run / "config.json").read_text())["num_images"])
+        records = _read_records(run / "log.jsonl") if (run / "log.jsonl").is_file() else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{run} holds no run of lamamba ({type(error).__name__}: {error})") from error
+    return records, total
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue  # the last line of a run that was killed, or that is being written
+    return records
 
 
 def _start_tracker(config: TrainConfig) -> Any:

@@ -1,9 +1,7 @@
 """The command `lamamba watch`: follow a run from its folder, on this machine or wherever that is mounted."""
 
-import json
 import time
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -12,7 +10,7 @@ from rich.text import Text
 
 from lamamba.checkpoint import checkpoints_in
 from lamamba.config import WatchConfig
-from lamamba.errors import CheckpointError
+from lamamba.log import read_log
 
 BARS = "▁▂▃▄▅▆▇█"
 # What is shown, if the log has it: name, unit, and how.
@@ -47,7 +45,7 @@ def watch(config: WatchConfig) -> None:
 
 def _picture(run: Path, width: int) -> tuple[Group, bool]:
     """Draw the run as it stands; also say whether it is at its end."""
-    records, total = _read(run)
+    records, total = read_log(run)
     if not records:
         return Group(Text(f"{run}: nothing logged yet")), False
     last = records[-1]
@@ -67,21 +65,6 @@ def _picture(run: Path, width: int) -> tuple[Group, bool]:
         table,
         Text(checkpoint, style="dim"),
     ), ended
-
-
-def _read(run: Path) -> tuple[list[dict[str, Any]], int]:
-    try:
-        total = int(json.loads((run / "config.json").read_text())["num_images"])
-        lines = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").is_file() else []
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{run} holds no run of lamamba ({type(error).__name__}: {error})") from error
-    records = []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue  # a line that is being written
-    return records, total
 
 
 def _line(values: list[float], width: int) -> str:

@@ -24,6 +24,9 @@ from lamamba.config.sampling import GuidanceOptions as GuidanceOptions
 from lamamba.config.sampling import SampleConfig as SampleConfig
 from lamamba.config.sampling import Sampler as Sampler
 from lamamba.config.sampling import SamplingConfig as SamplingConfig
+from lamamba.config.tools import DoctorConfig as DoctorConfig
+from lamamba.config.tools import GridConfig as GridConfig
+from lamamba.config.tools import PlotConfig as PlotConfig
 from lamamba.config.training import AverageConfig as AverageConfig
 from lamamba.config.training import Objective as Objective
 from lamamba.config.training import TrainConfig as TrainConfig

@@ -1,0 +1,203 @@
+"""The commands `lamamba plot` and `lamamba grid`: runs and images -> pictures."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from lamamba.config import GridConfig, PlotConfig
+from lamamba.data import read_image
+from lamamba.data.sources import list_images_below
+from lamamba.errors import CheckpointError, ConfigError, DataError
+from lamamba.files import written_whole
+from lamamba.log import draw_lines, read_log
+from lamamba.sampling import make_grid
+
+# What the log has of each quarter of the timesteps: what it is, and how its line is drawn.
+QUARTERS = {
+    "loss_q1": ("timesteps 0 to 250", "-"), "loss_q2": ("250 to 500", "--"),
+    "loss_q3": ("500 to 750", "-."), "loss_q4": ("750 to 1000", ":"),
+}  # fmt: skip
+MAX_FRAME_WIDTH = 1280  # pixels of a sample grid, which is made smaller beyond
+MAX_GIF_FRAMES = 100
+MAX_GRID_PIXELS = 1 << 28
+_FRAME_MS, _LAST_FRAME_MS = 250, 2000
+_CAPTION_HEIGHT = 14
+
+
+def plot(config: PlotConfig) -> None:
+    """Draw runs' curves over each other, and of each run its samples over time; say what was written.
+
+    Raises:
+        CheckpointError: a folder holds no run or an empty log, or nothing can be written.
+    """
+    names = name_runs(config.runs)
+    records = {name: read_log(run)[0] for name, run in names.items()}
+    for name, run in names.items():
+        if not records[name]:
+            raise CheckpointError(f"{run} has nothing in its log yet: wait for the first line of log.jsonl")
+    written = [config.out / "curves.png"]
+    figure = draw_curves(records)
+    _write(written[0], lambda path: figure.savefig(path, format="png", dpi=120))
+    for name, run in names.items():
+        frames = read_frames(run)
+        if not frames:
+            continue
+        stem = "samples-" + re.sub(r"[^\w.-]+", "-", name).strip("-")
+        chosen = choose_evenly(frames, config.frames)
+        strip = make_grid(np.stack([np.asarray(frame).transpose(2, 0, 1) for frame in chosen]), columns=1)
+        written += [config.out / f"{stem}.png", config.out / f"{stem}.gif"]
+        _write(written[-2], _saving(strip, "PNG"))
+        _write(written[-1], _saving_animation(choose_evenly(frames, MAX_GIF_FRAMES)))
+    for path in written:
+        print(path)
+
+
+def name_runs(runs: Iterable[Path]) -> dict[str, Path]:
+    """Name runs by their folders, and by their whole paths where two of these have the same name."""
+    runs = list(dict.fromkeys(runs))
+    short = [run.resolve().name for run in runs]
+    return {name if short.count(name) == 1 else str(run.resolve()): run for name, run in zip(short, runs, strict=True)}
+
+
+def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
+    """Draw the logs of runs over each other: loss, loss by quarters of the timesteps, images/s, gradient norm.
+
+    Args:
+        runs: the records of log.jsonl, by the run's name; what one of them does not have is left out.
+
+    Returns:
+        A `matplotlib.figure.Figure` of four panels.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    panels = figure.subplots(2, 2).flat
+    losses, quarters, speed, gradient = panels
+    for index, (run, records) in enumerate(runs.items()):
+        style = {"color": f"C{index}"}
+        for axes, name in ((losses, "loss"), (speed, "images_per_s"), (gradient, "grad_norm")):
+            draw_lines(axes, records, {name: {"label": run, **style}})
+        for number, (name, (timesteps, line)) in enumerate(QUARTERS.items()):
+            alone = len(runs) == 1
+            own = {"color": f"C{number}"} if alone else {"linestyle": line, **style}
+            label = timesteps if alone else f"{timesteps}, {run}"
+            draw_lines(quarters, records, {name: {"label": label, **own}})
+    for axes, title in zip(
+        (losses, quarters, speed, gradient), ("loss", "loss by timestep", "images/s", "norm of the gradient"),
+        strict=True,
+    ):  # fmt: skip
+        axes.set(xlabel="images seen", title=title)
+        if axes.lines:
+            axes.legend(fontsize="small")
+        else:
+            axes.text(0.5, 0.5, "not in the log", ha="center", transform=axes.transAxes)
+        if axes is not speed:
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+    speed.set_ylim(bottom=0)
+    return figure
+
+
+def read_frames(run: Path) -> list[Image.Image]:
+    """Read a run's sample grids, oldest first, with the images seen below each; what cannot be read is left out."""
+    frames = []
+    for path in sorted((run / "samples").glob("*.png")):
+        if not path.stem.isdigit():
+            continue
+        try:
+            grid = read_image(path, 3)
+        except DataError:
+            continue  # it is being written
+        if grid.width > MAX_FRAME_WIDTH:
+            size = MAX_FRAME_WIDTH, round(grid.height * MAX_FRAME_WIDTH / grid.width)
+            grid = grid.resize(size, Image.Resampling.LANCZOS)
+        frames.append(add_caption(grid, f"{int(path.stem):,} images"))
+    return frames
+
+
+def choose_evenly(items: Sequence[Any], number: int) -> list[Any]:
+    """Choose at most so many, 2 or more, at even distances: the first, the last, and some between."""
+    if len(items) <= number:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / (number - 1))] for index in range(number)]
+
+
+def add_caption(image: Image.Image, text: str) -> Image.Image:
+    """Put a line of text, cut off where it is too long, on white below an image."""
+    font = ImageFont.load_default()
+    while text and font.getlength(text) > image.width:
+        text = text[:-1]
+    captioned = Image.new("RGB", (image.width, image.height + _CAPTION_HEIGHT), "white")
+    captioned.paste(image)
+    ImageDraw.Draw(captioned).text((0, image.height + 1), text, fill="black", font=font)
+    return captioned
+
+
+def grid(config: GridConfig) -> None:
+    """Arrange images in a grid, and say what was written.
+
+    Raises:
+        DataError: an image or folder is missing or cannot be read, or images have several sizes.
+        ConfigError: the grid would be very large.
+        CheckpointError: it cannot be written.
+    """
+    paths = _list_images(config.images)
+    columns = config.columns or (math.ceil(len(paths) / config.rows) if config.rows else math.isqrt(len(paths) - 1) + 1)
+    shown = paths[: columns * config.rows] if config.rows else paths
+    first = read_image(shown[0], 3)
+    if len(shown) * first.width * first.height * config.scale**2 > MAX_GRID_PIXELS:
+        raise ConfigError(
+            f"a grid of {len(shown):,} images of {first.width}x{first.height} would be too large: "
+            "give fewer rows (--rows) and columns (--columns)"
+        )
+    tiles = []
+    for path in shown:
+        tile = read_image(path, 3)
+        if tile.size != first.size:
+            raise DataError(
+                f"{path} is {tile.width}x{tile.height} and {shown[0]} is {first.width}x{first.height}: "
+                "give images of one size"
+            )
+        tile = tile.resize((tile.width * config.scale, tile.height * config.scale), Image.Resampling.NEAREST)
+        tiles.append(np.asarray(add_caption(tile, Path(path).stem) if config.captions else tile).transpose(2, 0, 1))
+    picture = make_grid(np.stack(tiles), columns)
+    _write(config.out, _saving(picture, "PNG"))
+    left_out = f", {len(paths) - len(shown):,} left out" if len(shown) < len(paths) else ""
+    print(f"{config.out}: {len(shown):,} images{left_out}")
+
+
+def _list_images(paths: Iterable[Path]) -> list[str]:
+    listed: list[str] = []
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"{path} is missing: give images, or folders of them")
+        below = list_images_below(path) if path.is_dir() else [str(path)]
+        if not below:
+            raise DataError(f"{path} has no images: give another folder")
+        listed += below
+    return listed
+
+
+def _saving(picture: Image.Image, kind: str) -> Callable[[Path], None]:
+    return lambda path: picture.save(path, format=kind)
+
+
+def _saving_animation(frames: Sequence[Image.Image]) -> Callable[[Path], None]:
+    durations = [_FRAME_MS] * (len(frames) - 1) + [_LAST_FRAME_MS]
+    return lambda path: frames[0].save(
+        path, format="GIF", save_all=True, append_images=list(frames[1:]), duration=durations, loop=0
+    )
+
+
+def _write(path: Path, save: Callable[[Path], None]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as temporary:
+            save(temporary)
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be written: {error}") from error

@@ -1,0 +1,152 @@
+"""Whether each operation, as it runs on this machine, agrees with its meaning: on a tiny input, in moments."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lamamba.ops.backend import choose_kernels, choose_loops, choose_loops_outside_graphs
+from lamamba.ops.depthwise_convolution import depthwise_convolution
+from lamamba.ops.depthwise_convolution.reference import depthwise_convolution_reference
+from lamamba.ops.gated_norm import gated_norm
+from lamamba.ops.gated_norm.reference import gated_norm_reference
+from lamamba.ops.grid import NUM_PATHS, path_order
+from lamamba.ops.launch import rehearse
+from lamamba.ops.linear_gelu import linear_gelu
+from lamamba.ops.linear_gelu.reference import linear_gelu_reference
+from lamamba.ops.residual_norm import Residual, residual_norm
+from lamamba.ops.residual_norm.reference import add_gated_reference, layer_norm_reference
+from lamamba.ops.selective_scan import scan_grid
+from lamamba.ops.selective_scan.reference import selective_scan_reference
+from lamamba.ops.window_attention import window_attention
+from lamamba.ops.window_attention.reference import window_attention_reference
+
+_BATCH, _SIDE, _CHANNELS, _RANK, _HEADS, _WINDOW, _EPS = 2, 6, 16, 3, 2, 4, 1e-5
+# A wrong result is off by a tenth and more; rounding, by some units of the last place.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+class Operation(NamedTuple):
+    """An operation as it is called, what it means, and the shapes of what both take."""
+
+    run: Callable[..., Tensor]
+    meaning: Callable[..., Tensor]
+    shapes: tuple[tuple[int, ...], ...]
+    takes_loops: Callable[[Tensor], bool] = lambda x: False
+    """Whether loops that numba compiles run for such an input, where there are any."""
+
+
+class Agreement(NamedTuple):
+    """How an operation ran and how far that is from what it means."""
+
+    version: str
+    """Triton kernels, compiled loops or PyTorch."""
+    error: float
+    """The largest relative error, of the result and of each gradient: the norm of the difference over the norm."""
+    holds: bool
+    """Whether that is within rounding."""
+
+
+def check_operation(name: str, device: torch.device, dtype: torch.dtype) -> Agreement:
+    """Run an operation forwards and backwards as "auto" chooses on a device, and its meaning in float64 on the CPU.
+
+    Args:
+        name: of `OPERATIONS`.
+        device: to run on.
+        dtype: of its inputs, one of `TOLERANCES`.
+
+    Returns:
+        Which version ran, and how well the two agree.
+    """
+    operation = OPERATIONS[name]
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in operation.shapes]
+    ours = [tensor.to(device) for tensor in inputs]
+    if choose_kernels(name, ours[0], "auto"):
+        version = "Triton kernels"
+        rehearse(_differentiate, operation.run, ours)
+    else:
+        version = "compiled loops" if operation.takes_loops(ours[0]) else "PyTorch"
+    wanted = _differentiate(operation.meaning, [tensor.double() for tensor in inputs])
+    found = _differentiate(operation.run, ours)
+    error = max(_relative_error(value, exact) for value, exact in zip(found, wanted, strict=True))
+    return Agreement(version, error, error <= TOLERANCES[dtype])
+
+
+def _differentiate(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    out = function(*leaves)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return [out.detach(), *torch.autograd.grad(out, leaves, weights)]
+
+
+def _relative_error(value: Tensor, exact: Tensor) -> float:
+    difference = float((value.cpu().double() - exact).norm() / exact.norm())
+    return difference if difference == difference else float("inf")
+
+
+def _scan_meaning(x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
+    """Read a grid along its paths, scan step by step, and put what comes out back to where it was read."""
+    num_states = A_log.shape[2]
+    order = torch.from_numpy(path_order(x.shape[1], x.shape[2], "continuous"))
+    path = torch.arange(NUM_PATHS)[:, None]
+    u = x.flatten(1, 2)[:, order]
+    low = low.flatten(1, 2).unflatten(2, (NUM_PATHS, -1))[:, order, path]
+    delta_low, B, C = low.split([_RANK, num_states, num_states], dim=-1)
+    delta = F.softplus(delta_low @ dt_weight.mT + dt_bias[:, None])
+    y = selective_scan_reference(u, delta, -torch.exp(A_log), B, C, D)
+    back = order.argsort(dim=1)
+    return y[:, path, back].sum(dim=1).unflatten(1, x.shape[1:3])
+
+
+def _residual_norm(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.cat(residual_norm(x, Residual(branch, gate, bias), modulation=(shift, scale), eps=_EPS))
+
+
+def _residual_norm_meaning(
+    x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor, shift: Tensor, scale: Tensor
+) -> Tensor:
+    x = add_gated_reference(x, branch, gate, bias)
+    return torch.cat((x, layer_norm_reference(x, None, None, (shift, scale), _EPS, x.dtype)))
+
+
+def _takes_norm_loops(x: Tensor) -> bool:
+    return choose_loops_outside_graphs((x,), "auto")
+
+
+_GRID = (_BATCH, _SIDE, _SIDE, _CHANNELS)
+_PER_IMAGE = (_BATCH, _CHANNELS)
+OPERATIONS: Mapping[str, Operation] = {
+    "scan_grid": Operation(
+        lambda *inputs: scan_grid(*inputs).sum(dim=0),
+        _scan_meaning,
+        (
+            _GRID, (_BATCH, _SIDE, _SIDE, NUM_PATHS * (_RANK + 2)), (NUM_PATHS, _CHANNELS, _RANK),
+            (NUM_PATHS, _CHANNELS), (NUM_PATHS, _CHANNELS, 1), (NUM_PATHS, _CHANNELS),
+        ),
+        lambda x: choose_loops(x, "auto"),
+    ),
+    "window_attention": Operation(
+        lambda qkv, bias: window_attention(qkv, bias, _HEADS, _WINDOW, shifted=True),
+        lambda qkv, bias: window_attention_reference(qkv, bias, _HEADS, _WINDOW, True),
+        ((*_GRID[:3], 3 * _CHANNELS), ((2 * _WINDOW - 1) ** 2, _HEADS)),
+    ),
+    "depthwise_convolution": Operation(
+        depthwise_convolution, depthwise_convolution_reference, (_GRID, (_CHANNELS, 1, 3, 3), (_CHANNELS,))
+    ),
+    "gated_norm": Operation(
+        lambda planes, z, weight, bias: gated_norm(planes, z, weight, bias, _EPS),
+        lambda planes, z, weight, bias: gated_norm_reference(planes, z, weight, bias, _EPS),
+        ((1, *_GRID), _GRID, (_CHANNELS,), (_CHANNELS,)),
+        _takes_norm_loops,
+    ),
+    "residual_norm": Operation(
+        _residual_norm,
+        _residual_norm_meaning,
+        (_GRID, _GRID, _PER_IMAGE, (_CHANNELS,), _PER_IMAGE, _PER_IMAGE),
+        _takes_norm_loops,
+    ),
+    "linear_gelu": Operation(linear_gelu, linear_gelu_reference, (_GRID, (32, _CHANNELS), (32,))),
+}  # fmt: skip
