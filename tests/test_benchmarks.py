@@ -219,14 +219,3 @@ def test_sets_of_images_are_timed_in_every_way(tmp_path: Path) -> None:
     measured = {record["provider"]: record for record in json.loads(path.read_text())}
     assert measured.keys() == {"lamamba", "dit-pipeline", "dit-generate", "autoencoder"}
     assert all(record["value"] > 0 for record in measured.values())
-
-
-def test_what_feeds_a_training_is_timed(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "feeding.py"), "--quick", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.glob("*.json")
-    measured = {(record["case"], record["metric"]): record["value"] for record in json.loads(path.read_text())}
-    assert 0 <= measured["train_from_latents", "data_wait"] < 1
-    assert measured["encode_both_ways_round", "images_per_s"] > 0
-    assert measured["checkpoint", "kept_ms"] < 1e3 * measured["checkpoint", "written_s"]

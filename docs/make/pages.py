@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 ELSEWHERE = {
     "README.md": "index.md",
     "CHANGELOG.md": "changes.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
     **{
         path.relative_to(ROOT).as_posix(): f"kernels/{path.parent.name}.md"
         for path in sorted(ROOT.glob("src/lamamba/ops/*/README.md"))

@@ -138,7 +138,9 @@ class Visitor:
 @contextmanager
 def serving(*checkpoints: str) -> Iterator[tuple[str, int]]:
     """Run the command; yield its address and process id."""
-    command = [sys.executable, "-c", "from lamamba.cli import main; main()", "demo", *checkpoints]
+    # Who starts tests in the background has Ctrl-C ignored, by what they start too.
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{program}; from lamamba.cli import main; main()", "demo", *checkpoints]
     process = subprocess.Popen(
         [*command, "--port", "0", "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
