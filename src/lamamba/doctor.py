@@ -391,7 +391,7 @@ def _look_at_threads() -> Iterator[Finding]:
     with suppress(OSError, ValueError):  # of a container
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, max(1, round(int(quota) / int(period))))
-    names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "MKL_NUM_THREADS", "KMP_AFFINITY")
+    names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_PROC_BIND", "MKL_NUM_THREADS", "KMP_AFFINITY")
     settings = "".join(f", {name}={os.environ[name]}" for name in names if name in os.environ)
     says = f"{torch.get_num_threads()} of torch on {cores} core{'s' * (cores > 1)}{settings}"
     if torch.get_num_threads() > cores:
