@@ -442,3 +442,13 @@ def test_interpolated_noise_stays_as_long_as_noise_is() -> None:
     torch.testing.assert_close(slerp(first, first, [0.5])[0], first)
     angle = torch.acos((way[1].flatten() @ first.flatten()) / (way[1].norm() * first.norm()))
     assert float(angle) == pytest.approx(math.pi / 8, abs=0.02)  # a quarter of about a right angle
+
+
+def test_weights_of_labels_are_taken_as_they_are() -> None:
+    pipe = build()
+    plain = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    torch.testing.assert_close(latents_of(pipe, [plain]), latents_of(pipe, "Coat"), atol=1e-5, rtol=1e-5)
+    beyond = torch.tensor([-5.0, 1.0, 0.0, 0.0])  # away from another label: no label to be looked up
+    assert (latents_of(pipe, [beyond]) - latents_of(pipe, "Coat")).norm() > 1e-3 * latents_of(pipe, "Coat").norm()
+    with pytest.raises(ConfigError, match=r"weights are \(3,\): give \(4,\)"):
+        latents_of(pipe, [torch.ones(3)])

@@ -1,12 +1,10 @@
 """The pipeline for diffusers: a network, a scheduler, perhaps an autoencoder, and the names of the labels."""
 
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
@@ -15,12 +13,13 @@ from torch import Tensor
 from lamamba.captured import CapturedNetwork
 from lamamba.checkpoint import PIPELINE_INDEX, load_checkpoint
 from lamamba.config import GuidanceOptions, nearest
-from lamamba.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS, OBJECTIVES, guide
-from lamamba.errors import CheckpointError, ConfigError
+from lamamba.diffusion import OBJECTIVES, guide
+from lamamba.errors import ConfigError
 from lamamba.hub import fetch
 from lamamba.latents import Latents, Pixels
 from lamamba.model import LaMambaDiff
 from lamamba.sampling import slerp, slerp_weights
+from lamamba.schedulers import check_scheduler, open_scheduler
 
 Label = str | int | Mapping[str | int, float] | Tensor | None
 
@@ -85,7 +84,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         objective = OBJECTIVES[loaded.info.objective]
         scheduler = objective.scheduler(objective.default_sampler, 25)
         if (loaded.path / PIPELINE_INDEX).is_file():
-            scheduler = _open_scheduler(loaded.path)
+            scheduler = open_scheduler(loaded.path)
         names = dict(enumerate(loaded.info.class_names))
         return cls(loaded.network, scheduler, autoencoder, names, objective.name, loaded.info.images)
 
@@ -180,7 +179,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             ConfigError: a label, a size or an option cannot be, or the scheduler is for another kind of network.
         """
         objective = OBJECTIVES[self.config.objective]
-        self._check_scheduler()
+        check_scheduler(self.scheduler, objective.name)
         if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
             raise ConfigError(
                 f"callback_on_step_end_tensor_inputs {list(callback_on_step_end_tensor_inputs)}: only "
@@ -209,9 +208,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         # "No label" comes last, and guidance asks for it by its place.
         null = [0.0] * self._config_of_network("num_classes") + [1.0]
         table = torch.tensor([*conditions, null], device=self._execution_device)
-        if all(
-            sorted(condition)[-2:] in ([1], [0, 1]) for condition in conditions
-        ):  # nothing is mixed: to be looked up
+        if all(max(row) == 1 and row.count(0) == len(row) - 1 for row in conditions):  # none is mixed: look them up
             table = table.argmax(dim=1)
         network, weaker = self._launched_whole(self.network), self._launched_whole(weaker_network)
         denoiser = guide(
@@ -361,35 +358,6 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             return self.scheduler.scale_noise(x_0, times, noise)
         return self.scheduler.add_noise(x_0, noise, times)
 
-    def _check_scheduler(self) -> None:
-        """Raise ConfigError where the scheduler cannot work with what the network predicts."""
-        name, config = type(self.scheduler).__name__, self.scheduler.config
-        flows = name.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
-        if self.config.objective == "flow":
-            if not flows:
-                raise ConfigError(
-                    f"the scheduler {name} is not for flow matching, which this network was trained with: "
-                    "use FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler or one with use_flow_sigmas"
-                )
-            return
-        predicts = config.get("prediction_type")
-        if flows or predicts != "epsilon":
-            raise ConfigError(
-                f"the scheduler {name} {'is for flow matching' if flows else f'takes {predicts}'}, and this network "
-                'predicts noise: use one with prediction_type "epsilon"'
-            )
-        wanted = {
-            "beta_schedule": "linear", "beta_start": BETA_START, "beta_end": BETA_END,
-            "num_train_timesteps": NUM_TIMESTEPS,
-        }  # fmt: skip
-        other = [f"{key} {config.get(key)}" for key, value in wanted.items() if config.get(key) != value]
-        if other or config.get("rescale_betas_zero_snr"):
-            raise ConfigError(
-                f"the scheduler {name} has other noise levels than the network was trained with "
-                f"({', '.join(other) or 'rescale_betas_zero_snr'}): "
-                f"make it with {name}.from_config(pipe.scheduler.config)"
-            )
-
     def _config_of_network(self, name: str) -> int:
         return int(self.network.config[name])
 
@@ -485,16 +453,6 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             space = Latents(self.vae)
             x = self.vae.decode((x / space.scale + space.shift).to(self.vae.dtype)).sample
         return (x.float() / 2 + 0.5).clamp(0, 1).cpu()
-
-
-def _open_scheduler(pipeline: Path) -> SchedulerMixin:
-    """Load the scheduler of a saved pipeline; raises CheckpointError."""
-    try:
-        name = json.loads((pipeline / PIPELINE_INDEX).read_text())["scheduler"][1]
-        return getattr(diffusers, name).from_pretrained(pipeline / "scheduler", local_files_only=True)
-    except Exception as error:  # diffusers raises many kinds for a damaged folder
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{pipeline / 'scheduler'} cannot be read as a scheduler of diffusers: {line}") from error
 
 
 def _one_each(name: str, tensors: Tensor, number: int) -> Tensor:

@@ -1,0 +1,52 @@
+"""Schedulers of diffusers that others choose: whether one fits a network, and the one of a saved pipeline."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import SchedulerMixin
+
+from lamamba.checkpoint import PIPELINE_INDEX
+from lamamba.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS
+from lamamba.errors import CheckpointError, ConfigError
+
+
+def check_scheduler(scheduler: Any, objective: str) -> None:
+    """Raise ConfigError where a scheduler cannot work with what a network of an objective predicts."""
+    name, config = type(scheduler).__name__, scheduler.config
+    flows = name.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
+    if objective == "flow":
+        if not flows:
+            raise ConfigError(
+                f"the scheduler {name} is not for flow matching, which this network was trained with: "
+                "use FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler or one with use_flow_sigmas"
+            )
+        return
+    predicts = config.get("prediction_type")
+    if flows or predicts != "epsilon":
+        raise ConfigError(
+            f"the scheduler {name} {'is for flow matching' if flows else f'takes {predicts}'}, and this network "
+            'predicts noise: use one with prediction_type "epsilon"'
+        )
+    wanted = {
+        "beta_schedule": "linear", "beta_start": BETA_START, "beta_end": BETA_END,
+        "num_train_timesteps": NUM_TIMESTEPS,
+    }  # fmt: skip
+    other = [f"{key} {config.get(key)}" for key, value in wanted.items() if config.get(key) != value]
+    if other or config.get("rescale_betas_zero_snr"):
+        raise ConfigError(
+            f"the scheduler {name} has other noise levels than the network was trained with "
+            f"({', '.join(other) or 'rescale_betas_zero_snr'}): "
+            f"make it with {name}.from_config(pipe.scheduler.config)"
+        )
+
+
+def open_scheduler(pipeline: Path) -> SchedulerMixin:
+    """Load the scheduler of a saved pipeline; raises CheckpointError."""
+    try:
+        name = json.loads((pipeline / PIPELINE_INDEX).read_text())["scheduler"][1]
+        return getattr(diffusers, name).from_pretrained(pipeline / "scheduler", local_files_only=True)
+    except Exception as error:  # diffusers raises many kinds for a damaged folder
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{pipeline / 'scheduler'} cannot be read as a scheduler of diffusers: {line}") from error
