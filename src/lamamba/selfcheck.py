@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lamamba.ops.backend import choose_kernels, choose_loops, choose_loops_outside_graphs
@@ -12,14 +11,13 @@ from lamamba.ops.depthwise_convolution import depthwise_convolution
 from lamamba.ops.depthwise_convolution.reference import depthwise_convolution_reference
 from lamamba.ops.gated_norm import gated_norm
 from lamamba.ops.gated_norm.reference import gated_norm_reference
-from lamamba.ops.grid import NUM_PATHS, path_order
+from lamamba.ops.grid import NUM_PATHS
 from lamamba.ops.launch import rehearse
 from lamamba.ops.linear_gelu import linear_gelu
 from lamamba.ops.linear_gelu.reference import linear_gelu_reference
 from lamamba.ops.residual_norm import Residual, residual_norm
 from lamamba.ops.residual_norm.reference import add_gated_reference, layer_norm_reference
 from lamamba.ops.selective_scan import scan_grid
-from lamamba.ops.selective_scan.reference import selective_scan_reference
 from lamamba.ops.window_attention import window_attention
 from lamamba.ops.window_attention.reference import window_attention_reference
 
@@ -87,20 +85,6 @@ def _relative_error(value: Tensor, exact: Tensor) -> float:
     return difference if difference == difference else float("inf")
 
 
-def _scan_meaning(x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
-    """Read a grid along its paths, scan step by step, and put what comes out back to where it was read."""
-    num_states = A_log.shape[2]
-    order = torch.from_numpy(path_order(x.shape[1], x.shape[2], "continuous"))
-    path = torch.arange(NUM_PATHS)[:, None]
-    u = x.flatten(1, 2)[:, order]
-    low = low.flatten(1, 2).unflatten(2, (NUM_PATHS, -1))[:, order, path]
-    delta_low, B, C = low.split([_RANK, num_states, num_states], dim=-1)
-    delta = F.softplus(delta_low @ dt_weight.mT + dt_bias[:, None])
-    y = selective_scan_reference(u, delta, -torch.exp(A_log), B, C, D)
-    back = order.argsort(dim=1)
-    return y[:, path, back].sum(dim=1).unflatten(1, x.shape[1:3])
-
-
 def _residual_norm(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.cat(residual_norm(x, Residual(branch, gate, bias), modulation=(shift, scale), eps=_EPS))
 
@@ -121,7 +105,7 @@ _PER_IMAGE = (_BATCH, _CHANNELS)
 OPERATIONS: Mapping[str, Operation] = {
     "scan_grid": Operation(
         lambda *inputs: scan_grid(*inputs).sum(dim=0),
-        _scan_meaning,
+        lambda x, low, weight, bias, A_log, D: scan_grid(x, low, weight, bias, A_log, D, backend="pytorch").sum(dim=0),
         (
             _GRID, (_BATCH, _SIDE, _SIDE, NUM_PATHS * (_RANK + 2)), (NUM_PATHS, _CHANNELS, _RANK),
             (NUM_PATHS, _CHANNELS), (NUM_PATHS, _CHANNELS, 1), (NUM_PATHS, _CHANNELS),
