@@ -337,7 +337,7 @@ class Trainer:
         labels = [index % columns % max(num_classes, 1) for index in range(number)]
         with self.backend():
             x = sample(
-                CapturedNetwork(self.average, captures=self.captures),
+                CapturedNetwork(self.average, captures=False),
                 self.objective,
                 labels,
                 list(range(number)),
