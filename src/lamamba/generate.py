@@ -186,7 +186,7 @@ def generate(config: GenerateConfig) -> None:
         labels = _labels_of_set(config, painter)
         made = {
             **painter.settings,
-            "weights": checksum(*sorted(painter.path.rglob("diffusion_pytorch_model*.safetensors"))),
+            "weights": checksum(*sorted(painter.path.rglob("diffusion_pytorch_model*"))),
             "seed": config.seed, "labels": config.labels, "num_images": config.num_images, "size": config.size,
             "format": config.format, "images_per_shard": config.images_per_shard,
         }  # fmt: skip
