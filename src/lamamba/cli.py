@@ -95,8 +95,8 @@ Print what makes a shell complete commands, options and their values; say, in ~/
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; any LamambaError is one line on standard error and exit code 2, or 128 + the signal it was."""
     # GNU's OpenMP lets threads that wait spin for milliseconds; where other programs want the cores too, that makes all
-    # wait for each other, at every one of a step's thousand operations. Some microseconds serve an idle machine as
-    # well, no spinning would cost it a fifth. It is read when torch is imported.
+    # wait for each other, at every one of a step's thousand operations. A short while serves an idle machine as well;
+    # none would cost it a fifth (benchmarks/results/2026-11-27_development.txt). It is read when torch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     arguments = list(sys.argv[1:] if arguments is None else arguments)

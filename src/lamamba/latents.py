@@ -96,9 +96,8 @@ class Latents:
             autoencoder: Any = AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
         except Exception as error:  # diffusers raises many kinds for a damaged folder
             raise CheckpointError(f"{folder} cannot be read as an AutoencoderKL: {_first_line(error)}") from error
-        torch.nn.Module.to(
-            autoencoder, device, dtype
-        )  # diffusers' own warns of layers to be left alone, and names none
+        # Not by diffusers' own `to`, which warns of layers to be left alone, and names none.
+        torch.nn.Module.to(autoencoder, device, dtype)
         autoencoder.eval().requires_grad_(False)
         if dtype != torch.float32:
             autoencoder.to(memory_format=torch.channels_last)  # as tensor cores want it
