@@ -70,6 +70,23 @@ def test_sizes_and_channels_that_do_not_fit_are_named(autoencoder: Path) -> None
         space.channels(1)
 
 
+@pytest.mark.parametrize("number", [1, 2, 5, 6, 7])
+def test_a_compiled_decoder_is_called_with_as_few_shapes_as_can_be(
+    autoencoder: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr("lamamba.latents._PIXELS_AT_ONCE", 3 * 16**2)
+    latents = torch.randn(number, 2, 8, 8)
+    space = Latents.open(autoencoder, CPU)
+    wanted = space.decode(latents)
+    shapes = []
+    space.autoencoder.decoder.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
+    with torch.compiler.set_stance("force_eager"):  # that PyTorch compiles it right, tests/test_on_gpu.py sees
+        space.compile()
+        assert torch.equal(space.decode(latents), wanted)
+    assert len(set(shapes)) == 1
+    assert len(shapes) == -(-number // 3)
+
+
 def test_pixels_go_there_and_back() -> None:
     space = open_space(None, CPU)
     assert isinstance(space, Pixels)

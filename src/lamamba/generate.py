@@ -32,10 +32,12 @@ from lamamba.diffusion import OBJECTIVES
 from lamamba.dit import DiT
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import checksum, written_whole
-from lamamba.latents import open_space
+from lamamba.latents import Latents, open_space
 from lamamba.model import LaMambaDiff
 from lamamba.processes import Processes, joined
 from lamamba.sampling import check_labels, choose_device, make_grid, sample, uses_bf16
+
+COMPILE_FROM = 10_000 * 256**2  # decoded pixels; benchmarks/sampling.py has what a start takes
 
 
 class Painter:
@@ -85,6 +87,13 @@ class Painter:
         self.sampler = config.sampler or self.objective.default_sampler
         # Before the work: a sampler that does not fit should not cost a minute.
         self.evaluations = len(self.objective.scheduler(self.sampler, config.steps).timesteps)
+
+    def prepare(self, number: int) -> None:
+        """Get ready for a number of images: for many, on a GPU, it pays to compile the autoencoder's decoder."""
+        sides = self.size or (self.network.config.sample_size,) * 2
+        pixels = number * sides[0] * sides[1] * self.space.factor**2
+        if isinstance(self.space, Latents) and self.network.device.type == "cuda" and pixels >= COMPILE_FROM:
+            self.space.compile()
 
     def paint(
         self,
@@ -248,8 +257,12 @@ def _paint_shards(config: GenerateConfig, painter: Painter, labels: np.ndarray, 
         TimeRemainingColumn(), console=console, disable=not (console.is_terminal and processes.is_first),
     ) as progress:  # fmt: skip
         others = f", process 1 of {processes.number}" if processes.number > 1 else ""
-        bar = progress.add_task(others, total=sum(map(len, shards)))
-        done = 0.0
+        total = sum(map(len, shards))
+        shards = [places for places in shards if not _is_there(config, places)]
+        missing = sum(map(len, shards))
+        done = float(total - missing)
+        bar = progress.add_task(others, total=total, completed=round(done))
+        painter.prepare(missing)
 
         def step(number: int) -> None:
             nonlocal done
@@ -260,10 +273,6 @@ def _paint_shards(config: GenerateConfig, painter: Painter, labels: np.ndarray, 
         with ThreadPoolExecutor(1) as writer:
             written: Future[None] | None = None
             for places in shards:
-                if _is_there(config, places):
-                    done += len(places)
-                    progress.update(bar, completed=round(done))
-                    continue
                 own = [int(label) for label in labels[places.start : places.stop]]
                 seeds = [config.seed + place for place in places]
                 images = painter.paint(own, seeds, step)

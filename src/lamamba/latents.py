@@ -3,6 +3,7 @@
 The only file that knows the autoencoder.
 """
 
+import math
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -78,6 +79,7 @@ class Latents:
         self.factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
         self.scale: float = autoencoder.config.scaling_factor
         self.shift: float = autoencoder.config.shift_factor or 0.0
+        self._is_compiled = False
 
     @classmethod
     def open(cls, folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Self:
@@ -142,12 +144,21 @@ class Latents:
         distribution = self.autoencoder.encode(to_float(images)).latent_dist
         return distribution.mean, distribution.std
 
+    def compile(self) -> None:
+        """Have the decoder compiled at its next call: half a minute, for a speed 2.5 times as high on a GPU."""
+        self.autoencoder.decoder.compile(dynamic=False)
+        self._is_compiled = True
+
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
         """Decode latents to uint8 images, so many at once as do not fill the memory."""
         latents = (x / self.scale + self.shift).to(self.autoencoder.dtype)
         at_once = max(1, _PIXELS_AT_ONCE // (x[0, 0].numel() * self.factor**2))
-        return torch.cat([to_uint8(self.autoencoder.decode(part).sample.float()) for part in latents.split(at_once)])
+        if self._is_compiled:  # for one shape: in parts as even as can be, the last one filled up
+            at_once = math.ceil(len(x) / math.ceil(len(x) / at_once))
+            latents = torch.cat([latents, latents[:1].expand(-len(x) % at_once, -1, -1, -1)])
+        images = [to_uint8(self.autoencoder.decode(part).sample.float()) for part in latents.split(at_once)]
+        return torch.cat(images)[: len(x)]
 
 
 def identify(folder: Path) -> str:
