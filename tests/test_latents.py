@@ -75,14 +75,15 @@ def test_a_compiled_decoder_is_called_with_as_few_shapes_as_can_be(
     autoencoder: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     monkeypatch.setattr("lamamba.latents._PIXELS_AT_ONCE", 3 * 16**2)
-    latents = torch.randn(number, 2, 8, 8)
+    latents = torch.randn(number, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     space = Latents.open(autoencoder, CPU)
     wanted = space.decode(latents)
     shapes = []
     space.autoencoder.decoder.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
     with torch.compiler.set_stance("force_eager"):  # that PyTorch compiles it right, tests/test_on_gpu.py sees
         space.compile()
-        assert torch.equal(space.decode(latents), wanted)
+        difference = space.decode(latents).int() - wanted.int()
+    assert int(difference.abs().max()) <= 1  # rounding: the memory's layout is another
     assert len(set(shapes)) == 1
     assert len(shapes) == -(-number // 3)
 
