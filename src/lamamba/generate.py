@@ -37,6 +37,7 @@ from lamamba.model import LaMambaDiff
 from lamamba.processes import Processes, joined
 from lamamba.sampling import check_labels, choose_device, make_grid, sample, uses_bf16
 
+SAMPLES, GENERATION = "samples.npz", "generation.json"
 COMPILE_FROM = 10_000 * 256**2  # decoded pixels; benchmarks/sampling.py has what a start takes
 
 
@@ -227,8 +228,17 @@ def _labels_of_set(config: GenerateConfig, painter: Painter) -> np.ndarray:
     return np.resize(np.array(classes, dtype=np.int64), number)
 
 
+def read_generation(samples: Path) -> dict[str, Any] | None:
+    """Read how the images of a .npz were made; None where it is not what `generate` wrote."""
+    try:
+        made = json.loads((samples.parent / GENERATION).read_text())
+    except (OSError, ValueError):
+        return None
+    return made if samples.name == SAMPLES and isinstance(made, dict) and made.get("format") == "npz" else None
+
+
 def _begin_set(out: Path, made: dict[str, Any]) -> None:
-    path = out / "generation.json"
+    path = out / GENERATION
     if not path.exists():
         if any(entry for entry in out.iterdir() if not entry.name.startswith(".")):
             raise ConfigError(f"out {out} holds other files: choose an empty or a new folder")
@@ -294,9 +304,6 @@ def _write(config: GenerateConfig, places: range, images: np.ndarray, settings: 
         raise CheckpointError(
             f"images could not be written to {config.out} ({error}): free some space, and run it again"
         ) from error
-
-
-SAMPLES = "samples.npz"
 
 
 def _is_there(config: GenerateConfig, places: range) -> bool:

@@ -171,3 +171,15 @@ def test_settings_that_differ_or_lack_are_warned_of(tmp_path: Path) -> None:
     gathered, warned = read_settings(open_images(str(write_folder(tmp_path / "none", pixels(4)))))
     assert gathered is None
     assert "does not say how its images were made" in warned[0]
+
+
+def test_a_set_in_one_file_has_its_settings_beside_it(tmp_path: Path) -> None:
+    np.savez(tmp_path / "samples.npz", arr_0=np.zeros((2, 4, 4, 1), np.uint8))
+    assert read_settings(open_images(str(tmp_path)))[0] is None
+    (tmp_path / "generation.json").write_text(json.dumps({"format": "png", "steps": 25}))
+    assert read_settings(open_images(str(tmp_path)))[0] is None  # of other images
+    (tmp_path / "generation.json").write_text(json.dumps({"format": "npz", "steps": 25}))
+    for name in (tmp_path, tmp_path / "samples.npz"):
+        assert read_settings(open_images(str(name))) == ({"format": "npz", "steps": 25}, [])
+    np.savez(tmp_path / "others.npz", arr_0=np.zeros((2, 4, 4, 1), np.uint8))
+    assert read_settings(open_images(str(tmp_path / "others.npz")))[0] is None

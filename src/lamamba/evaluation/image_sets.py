@@ -23,6 +23,7 @@ from lamamba.data.sources import list_images_below
 from lamamba.errors import DataError
 from lamamba.evaluation.metrics import Gaussian
 from lamamba.files import checksum
+from lamamba.generate import SAMPLES, read_generation
 
 _MOST_VALUES = 10  # of a setting that differs from image to image; of more, how many there are
 
@@ -36,6 +37,7 @@ class ImageSet:
         num_images: how many there are.
         read: yields (name of the image, uint8 (h, w, c)).
         paths: of the files, where they are in files of their own.
+        file: that all are in, where they are in one.
         size: height and width, once the first was read.
         pixels_sha256: of all pixels, once the last was read; the same for a folder and a .npz of the same images.
     """
@@ -44,6 +46,7 @@ class ImageSet:
     num_images: int
     read: Callable[[], Iterator[tuple[str, np.ndarray]]]
     paths: tuple[str, ...] = ()
+    file: Path | None = None
     size: tuple[int, int] | None = None
     pixels_sha256: str | None = None
 
@@ -117,6 +120,8 @@ def open_reference(name: str, image_size: int | None = None) -> Reference:
         DataError: there is no such thing, nothing in it can be used, or a statistic is no statistic.
     """
     path = Path(name).expanduser()
+    if (path / SAMPLES).is_file():  # as `lamamba generate --format npz` leaves it
+        path = path / SAMPLES
     if name in NAMED_SOURCES:
         source = load_builtin() if name == "builtin" else load_fashion_mnist("train")
         images = source.images.transpose(0, 2, 3, 1)
@@ -189,7 +194,7 @@ def _open_npz(path: Path) -> Reference:
 def _images_of(path: Path) -> ImageSet:
     with _opened_array(path) as (shape, _):
         count = shape[0]
-    return ImageSet(str(path), count, lambda: _enumerate(str(path), _stream(path)))
+    return ImageSet(str(path), count, lambda: _enumerate(str(path), _stream(path)), file=path)
 
 
 @contextmanager
@@ -229,16 +234,18 @@ def _gaussian(path: Path, arrays: Any, mean_name: str, covariance_name: str) -> 
 
 
 def read_settings(images: ImageSet) -> tuple[dict[str, Any] | None, list[str]]:
-    """Gather how images were made from the metadata that `lamamba sample` writes into PNG files.
+    """Gather how images were made from the metadata that lamamba writes into PNG files, or beside a .npz.
 
     Returns:
         A setting that all images share has its value. Labels have their counts, seeds are first, last and how many
         different ones. Of another that differs, the values with their counts. None where no image says anything.
         And warnings of images that say nothing, or were made differently.
     """
+    if images.file and (generation := read_generation(images.file)):
+        return generation, []
     found = [settings for path in images.paths if (settings := _settings_of(path)) is not None]
     if not found:
-        return None, [f"{images.name} does not say how its images were made; lamamba sample --images-out writes that"]
+        return None, [f"{images.name} does not say how its images were made, as those of lamamba generate do"]
     warned = []
     if len(found) < images.num_images:
         warned.append(f"{images.num_images - len(found):,} of {images.num_images:,} generated images do not say how")
