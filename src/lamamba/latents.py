@@ -142,7 +142,7 @@ class Latents:
         return distribution.mean, distribution.std
 
     def compile(self) -> None:
-        """Have the decoder compiled at its next call: half a minute, for a speed 2.5 times as high on a GPU."""
+        """Have the decoder compiled at its next call: half a minute, for twice the speed on a GPU."""
         # Tensor cores want channels last; norms that are not compiled do not.
         self.autoencoder.to(memory_format=torch.channels_last)
         self.autoencoder.decoder.compile(dynamic=False)
