@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 COMPARISON = Path(__file__).parent.parent / "experiments" / "comparison"
@@ -414,6 +415,35 @@ def test_the_command_skips_what_is_done_and_stops_in_time(
     assert "s-seed-0                done" in said
     with pytest.raises(SystemExit, match="nothing is named 's-seed': did you mean s-seed-0 or s-seed-1 or s-seed-2"):
         call("s-seed")
+
+
+def test_processes_share_the_pieces(
+    tmp_path: Path, run: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another process trains s-seed-0: what needs it waits for it, what does not is done meanwhile."""
+    setting = place(tmp_path)
+    trained, memorisation, nano = (pieces.PIECES[name] for name in ("s-seed-0", "memorisation-s", "nano"))
+    other = FileLock(setting.out / ".s-seed-0.lock")
+    setting.out.mkdir()
+    other.acquire()
+    begun = []
+
+    def finish(piece: pieces.Piece) -> None:
+        settings.Record(setting, piece, {}).finish()
+
+    def work(setting: settings.Setting, piece: pieces.Piece) -> None:
+        begun.append(piece.name)
+        finish(piece)
+        if piece is nano:  # and in the end the other is done, too
+            finish(trained)
+            other.release()
+
+    monkeypatch.setattr(run, "FUNCTIONS", dict.fromkeys((pieces.Training, pieces.Memorisation), work))
+    assert run.run(setting, [trained, memorisation, nano]) == 0
+    assert begun == ["nano", "memorisation-s"]
+    with FileLock(setting.out / ".b.lock"):
+        assert run.run(replace(setting, clock=settings.Clock(0.5)), [pieces.PIECES["b"]]) == 3, "it would wait for ever"
+    assert begun == ["nano", "memorisation-s"]
 
 
 def test_a_real_list_has_names_of_its_own_and_even_quarters() -> None:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Run pieces on a machine with a GPU, PyTorch and no network, within ten minutes; README.md has what it must be given.
+# Run pieces on a machine with PyTorch and no network, a process on each of its GPUs, within ten minutes; README.md has
+# what it must be given.
 #
 #   OUT=kept COMMIT=1a2b3c4 bash experiments/comparison/on_gpu.sh seed-0
 #
@@ -22,8 +23,17 @@ fi
 options=(--seconds $((555 - SECONDS)) --commit "${COMMIT:-unknown}")
 [ -d $data ] && options+=(--data-folder $data)
 [ -d .emoji ] && options+=(--emoji .emoji)
-python3 experiments/comparison/run.py "$@" "${options[@]}"
-code=$?
+gpus=$(nvidia-smi -L | wc -l)
+export OMP_NUM_THREADS=$(($(nproc) / gpus))
+running=()
+for ((gpu = 0; gpu < gpus; gpu++)); do
+    CUDA_VISIBLE_DEVICES=$gpu python3 experiments/comparison/run.py "$@" "${options[@]}" > >(sed -u "s/^/$gpu: /") 2>&1 &
+    running+=($!)
+done
+code=0
+for process in "${running[@]}"; do
+    wait "$process" || code=$?
+done
 mkdir -p experiments/comparison/results
 tar -cf "$OUT/results.tar" -C experiments/comparison results
 exit $code

@@ -4,13 +4,18 @@
     python experiments/comparison/run.py seed-0 --seconds 540    a list, or pieces by name, as far as time goes
     python experiments/comparison/run.py seed-0 --quick --out demo/comparison --results demo/comparison
 
+Several processes with the same folders share the pieces: one on each GPU, by CUDA_VISIBLE_DEVICES.
+
 README.md beside this file has the commands for a GPU that is there for ten minutes at a time.
 """
 
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from lamamba.config import nearest
 from lamamba.errors import LamambaError
@@ -68,25 +73,47 @@ def main() -> int:
     if not pieces:
         show(setting)
         return 0
-    failed = False
+    return run(setting, pieces, arguments.learning_rate)
+
+
+def run(setting: Setting, pieces: Sequence[Piece], learning_rate: float | None = None) -> int:
+    """Run all that no other process runs, and wait for what others do."""
     for piece in pieces:
         if is_finished(setting, piece):
             print(f"{piece.name}: done before", flush=True)
-            continue
-        try:
-            setting.clock.check_to_begin()
-            FUNCTIONS[type(piece)](setting, of_learning_rate(piece, arguments.learning_rate))
-        except OutOfTimeError:
-            print(f"{piece.name}: the time is over, the same command goes on from here", flush=True)
-            return 3
-        except (LamambaError, OSError) as error:
-            print(f"{piece.name}: error: {error}", file=sys.stderr, flush=True)
-            failed = True
-            continue
-        finally:
-            forget(setting.device)
-        print(f"{piece.name}: done", flush=True)
-    return int(failed)
+    failed: set[str] = set()
+    while left := [piece for piece in pieces if piece.name not in failed and not is_finished(setting, piece)]:
+        names = {piece.name for piece in left}
+        for piece in left:
+            if isinstance(piece, Steps | Memorisation) and piece.of.name in names:
+                continue  # what it is asked of is not trained yet
+            setting.out.mkdir(parents=True, exist_ok=True)
+            try:
+                with FileLock(setting.out / f".{piece.name}.lock", timeout=0):
+                    if is_finished(setting, piece):
+                        continue  # just now, by another process
+                    setting.clock.check_to_begin()
+                    FUNCTIONS[type(piece)](setting, of_learning_rate(piece, learning_rate))
+            except Timeout:
+                continue  # another process runs it
+            except OutOfTimeError:
+                print(f"{piece.name}: the time is over, the same command goes on from here", flush=True)
+                return 3
+            except (LamambaError, OSError) as error:
+                print(f"{piece.name}: error: {error}", file=sys.stderr, flush=True)
+                failed.add(piece.name)
+            else:
+                print(f"{piece.name}: done", flush=True)
+            finally:
+                forget(setting.device)
+            break
+        else:
+            try:
+                setting.clock.check()
+            except OutOfTimeError:
+                return 3
+            time.sleep(0.2)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
