@@ -3,6 +3,7 @@
     python benchmarks/feeding.py                   XL at 256 px, on a GPU
     python benchmarks/feeding.py --processes 2     on two, started by torchrun
     python benchmarks/feeding.py --quick           tiny, on a CPU too: the numbers mean nothing
+    python benchmarks/feeding.py --parts checkpoints
 
 Images are JPEG files drawn at random, encoded by an autoencoder of Stable Diffusion's shape with random weights. The
 speed of encoding is that of the images that a larger folder has more than a smaller one, so that what a start takes
@@ -35,6 +36,7 @@ from lamamba.sampling import choose_device
 from lamamba.trainer import Trainer
 from measure import RESULTS, Results
 
+PARTS = ["encoding", "training", "checkpoints"]
 TINY = ("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1")
 
 
@@ -119,14 +121,17 @@ class Feeding:
             for _ in range(3):
                 step()
             before = [step() for _ in range(10)]
+            print(f"a step takes {statistics.median(before):.0f} ms", flush=True)
             kept, writing, meanwhile = [], [], []
             for _ in range(2):
                 begun = time.perf_counter()
                 trainer.save()
                 kept.append(1e3 * (time.perf_counter() - begun))
+                print(f"save returned after {kept[-1]:.0f} ms", flush=True)
                 while trainer.writer.finish(wait=False) is None:
                     meanwhile.append(step())
                 writing.append(time.perf_counter() - begun)
+                print(f"and had written after {writing[-1]:.0f} s", flush=True)
         dtype = "bf16" if trainer.uses_bf16 else "float32"
         results.add("checkpoint", "trainer", "kept_ms", kept, self.each, dtype)
         results.add("checkpoint", "trainer", "written_s", writing, self.each, dtype)
@@ -151,6 +156,7 @@ def main() -> None:
     """Measure, in one run, and write results/feeding/."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="training needs encoding")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=128, help="images of a process in a step")
     parser.add_argument("--steps", type=int, default=90, help="of training from latents")
@@ -163,9 +169,11 @@ def main() -> None:
         results.path = results.path.with_stem(f"{results.path.stem}_feeding_processes-{options.processes}")
     with tempfile.TemporaryDirectory() as folder:
         feeding = Feeding(options, Path(folder))
-        results.attempt("encoding", feeding.encoding, few, many)
-        results.attempt("training from latents", feeding.training, Path(folder) / f"latents-{many}", steps)
-        if options.processes == 1:
+        if "encoding" in options.parts:
+            results.attempt("encoding", feeding.encoding, few, many)
+        if "training" in options.parts:
+            results.attempt("training", feeding.training, Path(folder) / f"latents-{many}", steps)
+        if "checkpoints" in options.parts and options.processes == 1:
             results.attempt("checkpoints", feeding.checkpointing)
     raise SystemExit(1 if results.failures else 0)
 
