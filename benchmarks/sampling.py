@@ -47,6 +47,7 @@ class Sets:
     def __init__(self, folder: Path, quick: bool, batch: int, number: int) -> None:
         self.folder, self.quick, self.batch, self.number = folder, quick, batch, number
         self.case = "generate_quick" if quick else "generate_xl-256"
+        self.steps = 2 if quick else STEPS
         torch.manual_seed(0)
         channels = [8, 8, 8, 8] if quick else [128, 256, 512, 512]  # the second is Stable Diffusion's
         AutoencoderKL(
@@ -65,7 +66,7 @@ class Sets:
                 num_attention_heads=heads, attention_head_dim=head_dim, in_channels=4, out_channels=8,
                 num_layers=2 if quick else 28, sample_size=size, patch_size=2,
             )  # fmt: skip
-        scheduler = DPMSolverMultistepScheduler.from_config(Diffusion().scheduler("dpm++", STEPS).config)
+        scheduler = DPMSolverMultistepScheduler.from_config(Diffusion().scheduler("dpm++", self.steps).config)
         vae = AutoencoderKL.from_pretrained(folder / "vae")
         DiTPipeline(
             transformer.to("cpu"), vae, scheduler, {label: str(label) for label in range(1000)}
@@ -80,7 +81,7 @@ class Sets:
                 generate(
                     GenerateConfig(
                         checkpoint=str(checkpoint), out=Path(out), num_images=number, batch_size=self.batch,
-                        steps=STEPS, guidance=GUIDANCE, sampler="dpm++", images_per_shard=SHARD * self.batch,
+                        steps=self.steps, guidance=GUIDANCE, sampler="dpm++", images_per_shard=SHARD * self.batch,
                     )
                 )  # fmt: skip
 
@@ -101,7 +102,7 @@ class Sets:
                 for start in range(0, number, self.batch):
                     places = range(start, min(start + self.batch, number))
                     images = pipe(
-                        [place % 1000 for place in places], guidance_scale=GUIDANCE, num_inference_steps=STEPS,
+                        [place % 1000 for place in places], guidance_scale=GUIDANCE, num_inference_steps=self.steps,
                         generator=[torch.Generator(DEVICE).manual_seed(place) for place in places], output_type="np",
                     ).images  # fmt: skip
                     pixels = (255 * images).round().astype(np.uint8).transpose(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Compile the kernels of an operation for a GPU that need not be there: `compile_kernels.py OPERATION CAPABILITY`."""
+"""Compile the kernels for a GPU that need not be there: `compile_kernels.py CAPABILITY`."""
 
 import re
 import sys
@@ -136,8 +136,8 @@ def compile_linear_gelu(capability: int) -> None:
 
 
 if __name__ == "__main__":
-    operations = {
-        "convolution": compile_convolution, "gated_norm": compile_gated_norm, "linear_gelu": compile_linear_gelu,
-        "residual_norm": compile_residual_norm, "scan": compile_scan, "window": compile_window,
-    }  # fmt: skip
-    operations[sys.argv[1]](int(sys.argv[2]))
+    for compile_all in (
+        compile_convolution, compile_gated_norm, compile_linear_gelu, compile_residual_norm, compile_scan,
+        compile_window,
+    ):  # fmt: skip
+        compile_all(int(sys.argv[1]))

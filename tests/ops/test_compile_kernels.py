@@ -9,24 +9,14 @@ import pytest
 
 pytest.importorskip("triton")
 
-NUM_COMPILED = {
-    "convolution": 4,
-    "gated_norm": 2,
-    "linear_gelu": 2,
-    "residual_norm": 7,
-    "scan": 6,
-    "window": 3,
-}
+NUM_COMPILED = 24
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("operation", NUM_COMPILED)
-def test_kernels_compile_without_a_gpu(operation: str, capability: int) -> None:
+def test_kernels_compile_without_a_gpu(capability: int) -> None:
     """To a cubin, at the shapes of XL's first stage; in a process of its own, since here they are interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compile_kernels.py")
-    done = subprocess.run(
-        [sys.executable, script, operation, str(capability)], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, script, str(capability)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("compiled") == NUM_COMPILED[operation]
+    assert done.stdout.count("compiled") == NUM_COMPILED
