@@ -7,13 +7,17 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lamamba import generate as module
 from lamamba.cli import main
+from lamamba.latents import Latents
 from test_generate import CLASS_NAMES, write_run
 
 
@@ -147,3 +151,20 @@ def test_a_folder_of_something_else_is_refused(
     other = write_run(tmp_path / "other run", seed=1)
     assert "weights was" in refused(capsys, other, whole)
     assert "no class is named 'Cow'" in refused(capsys, run, tmp_path / "new", "--labels", "Cow")
+
+
+def test_a_decoder_is_compiled_where_images_are_many(autoencoder: Path) -> None:
+    """On a GPU alone, and counted in decoded pixels."""
+
+    def compiled(device: str, grid: int, number: int) -> bool:
+        space = Latents.open(autoencoder, torch.device("cpu"))  # of factor 2
+        network = SimpleNamespace(device=torch.device(device), config=SimpleNamespace(sample_size=grid))
+        painter: Any = SimpleNamespace(space=space, network=network, size=None)
+        module.Painter.prepare(painter, number)
+        return space._is_compiled
+
+    pytest.importorskip("triton")
+    assert compiled("cuda", 128, 10_000)
+    assert not compiled("cuda", 128, 9_999)
+    assert compiled("cuda", 256, 2_500)
+    assert not compiled("cpu", 128, 10_000)

@@ -5,6 +5,7 @@ in the set alone.
 """
 
 import copy
+import importlib.util
 import io
 import json
 import tarfile
@@ -93,7 +94,8 @@ class Painter:
         """Get ready for a number of images: for many, on a GPU, it pays to compile the autoencoder's decoder."""
         sides = self.size or (self.network.config.sample_size,) * 2
         pixels = number * sides[0] * sides[1] * self.space.factor**2
-        if isinstance(self.space, Latents) and self.network.device.type == "cuda" and pixels >= COMPILE_FROM:
+        can_compile = self.network.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+        if isinstance(self.space, Latents) and can_compile and pixels >= COMPILE_FROM:
             self.space.compile()
 
     def paint(
