@@ -126,9 +126,8 @@ class Painter:
                 on_step=on_step,
                 on_preview=on_preview,
             )
-            images.append(self.space.decode(x))  # stays there: fetched now, a GPU would wait for the next batch
-        result: np.ndarray = torch.cat(images).cpu().numpy()
-        return result
+            images.append(self.space.decode(x).cpu().numpy())
+        return np.concatenate(images)
 
     @property
     def settings(self) -> dict[str, Any]:
