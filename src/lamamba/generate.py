@@ -271,10 +271,9 @@ def _paint_shards(config: GenerateConfig, painter: Painter, labels: np.ndarray, 
         others = f", process 1 of {processes.number}" if processes.number > 1 else ""
         total = sum(map(len, shards))
         shards = [places for places in shards if not _is_there(config, places)]
-        missing = sum(map(len, shards))
-        done = float(total - missing)
+        done = float(total - sum(map(len, shards)))
         bar = progress.add_task(others, total=total, completed=round(done))
-        painter.prepare(missing)
+        painter.prepare(config.num_images)  # of the whole set, so that any number of processes decodes alike
 
         def step(number: int) -> None:
             nonlocal done
