@@ -153,6 +153,16 @@ def test_a_folder_of_something_else_is_refused(
     assert "no class is named 'Cow'" in refused(capsys, run, tmp_path / "new", "--labels", "Cow")
 
 
+def test_a_set_of_files_grows(run: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "images"
+    generate(run, out, "--num-images", "6")
+    generate(run, out)
+    assert np.abs(images(out) - images(whole)).max() <= 1
+    assert (out / "generation.json").read_text() == (whole / "generation.json").read_text()
+    assert "num_images was 11, now 6" in refused(capsys, run, out, "--num-images", "6")
+    assert "steps was 2, now 3; num_images was 11" in refused(capsys, run, out, "--num-images", "20", "--steps", "3")
+
+
 def test_a_decoder_is_compiled_where_images_are_many(autoencoder: Path) -> None:
     """On a GPU alone, and counted in decoded pixels."""
 

@@ -300,6 +300,8 @@ def test_steps_are_called_back_and_can_be_changed_or_ended() -> None:
         ([{"Coat": -1.0}], {}, "has no weights"),
         (["Coat"], {"generator": []}, "0 generators for 1 images"),
         (["Coat"], {"output_type": "jpeg"}, "output_type 'jpeg' is unknown: give pil, np, pt or latent"),
+        (["Coat"], {"num_inference_steps": 0}, "num_inference_steps is 0: it must be 1 or more"),
+        (["Coat"], {"guidance_scale": float("nan")}, "guidance_scale is nan: give a number"),
         (["Coat"], {"mask_image": Image.new("L", (8, 8))}, "mask_image needs the image"),
         (["Coat"], {"image": Image.new("L", (8, 8)), "strength": 0.0}, "strength 0.0 is out of range"),
         (["Coat"], {"image": [Image.new("L", (8, 8))] * 2}, "image has 2 for 1 images: give one, or one for each"),

@@ -342,7 +342,8 @@ def average(config: AverageConfig) -> None:
     network = LaMambaDiff(**vars(read_network_config(checkpoint / "ema")))
     network.load_state_dict(weights)
     write_weights(config.out, network, replace(read_info(checkpoint), images=images))
-    print(f"average of length {config.sigma_rel} after {images:,} images: lamamba sample {config.out}")
+    print(f"average of length {config.sigma_rel} after {images:,} images")
+    print(f"wrote {config.out}, to be sampled with: lamamba sample {config.out}")
 
 
 @dataclass(frozen=True)

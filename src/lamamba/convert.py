@@ -21,10 +21,10 @@ def convert(config: ConvertConfig) -> None:
     source = Path(config.checkpoint)
     if source.is_file():
         _from_released(source, config)
-        print(f"{config.out}: lamamba sample {config.out}")
+        print(f"wrote {config.out}, to be sampled with: lamamba sample {config.out}")
     else:
         _to_released(config)
-        print(f"{config.out}: weights under the names of the released code")
+        print(f"wrote {config.out}: weights under the names of the released code")
 
 
 def _from_released(source: Path, config: ConvertConfig) -> None:

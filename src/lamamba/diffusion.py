@@ -307,8 +307,10 @@ def guide(
         weaker: None is the denoiser without a label.
 
     Raises:
-        ConfigError: there is an interval and no sigma.
+        ConfigError: the scale is not finite, or there is an interval and no sigma.
     """
+    if not math.isfinite(scale):
+        raise ConfigError(f"guidance_scale is {scale}: give a number, 1 for no guidance")
     interval = options.interval
     if interval is not None and sigma is None:
         raise ConfigError(

@@ -169,9 +169,8 @@ def sample_grid(config: SampleConfig) -> None:
             path = config.images_out / f"{index:06d}.png"
             _save(_picture(image), path, {**settings, "label": label, "seed": seed})
     named = ", ".join(label_name(label, painter.num_classes, painter.info) for label in classes)
-    console.print(
-        f"{len(labels)} images ({named}) · {painter.sampler}, {config.steps} steps", highlight=False, soft_wrap=True
-    )
+    drawn = f"{len(labels)} image{'s' * (len(labels) != 1)} ({named})"
+    console.print(f"{drawn} · {painter.sampler}, {config.steps} steps", highlight=False, soft_wrap=True)
     console.print(f"grid   {config.out}", highlight=False, soft_wrap=True)
     if config.images_out is not None:
         console.print(f"images {config.images_out}", highlight=False, soft_wrap=True)
@@ -249,6 +248,11 @@ def _begin_set(out: Path, made: dict[str, Any]) -> None:
         before = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): choose another folder") from error
+    if made["format"] == "png" and before.get("num_images", 0) < made["num_images"]:
+        grown = {**before, "num_images": made["num_images"]}  # an image is the same in a larger set
+        if grown == made:
+            write_json(path, made)
+            return
     changed = [
         f"{name} was {before.get(name)}, now {value}" for name, value in made.items() if before.get(name) != value
     ]
@@ -388,6 +392,8 @@ def parse_labels(text: str | None, num_classes: int, class_names: tuple[str, ...
     """
     if text is None:
         return list(range(min(num_classes, 10))) if num_classes else [0]
+    if not text.strip():
+        raise ConfigError("labels is empty: give names or numbers, separated by commas")
     exact = {name: index for index, name in enumerate(class_names)}
     lower = {name.lower(): index for name, index in exact.items()}
     numbers_are_names = any(name.isdecimal() for name in class_names)

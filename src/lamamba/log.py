@@ -242,6 +242,8 @@ def read_log(run: Path) -> tuple[list[dict[str, Any]], int]:
     Raises:
         CheckpointError: the folder holds no run.
     """
+    if not run.is_dir():
+        raise CheckpointError(f"{run} does not exist: give the folder of a run")
     try:
         total = int(json.loads((run / "config.json").read_text())["num_images"])
         records = _read_records(run / "log.jsonl") if (run / "log.jsonl").is_file() else []

@@ -187,6 +187,8 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ConfigError(f"output_type {output_type!r} is unknown: give pil, np, pt or latent")
+        if num_inference_steps < 1:
+            raise ConfigError(f"num_inference_steps is {num_inference_steps}: it must be 1 or more")
         if mask_image is not None and image is None:
             raise ConfigError("mask_image needs the image that it is a mask of: give image")
         if image is not None and not 0 < strength <= 1:

@@ -71,7 +71,7 @@ def push(config: PushConfig) -> None:
         (folder / CARD).write_text(_card(pipe, config, rows, dataset, scores), encoding="utf-8")
         if config.out is not None:
             folder = folder.replace(config.out)
-            print(f"{folder}: lamamba sample {folder}")
+            print(f"wrote {folder}, to be sampled with: lamamba sample {folder}")
         _send(config, folder)
 
 

@@ -153,6 +153,8 @@ def _train(config: TrainConfig, source: Source, space: Space, device: torch.devi
             return
         try:
             with locked(config.out):
+                if config.resume and not saved:
+                    print(f"{config.out} holds no checkpoint: the run begins", flush=True)
                 write_json(config.out / "config.json", plain(config))
                 with TrainingLog(config, trainer.images, device) as log:
                     log.introduce(source, trainer.network, processes.number, trainer.uses_bf16)

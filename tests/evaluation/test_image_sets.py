@@ -89,6 +89,8 @@ def test_statistics_with_and_without_images(tmp_path: Path) -> None:
 
 def test_what_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "shard-00000000.tar").write_text("x")
     (tmp_path / "text.txt").write_text("x")
     (tmp_path / "text.npz").write_text("x")
     eye = np.eye(3)
@@ -107,8 +109,9 @@ def test_what_cannot_be_used(tmp_path: Path) -> None:
         np.savez(tmp_path / f"{name}.npz", **content)
     for name, message in (
         ("empty", "empty has no images"),
+        ("tars", "tars holds tars: unpack them, or generate the images with --format png or npz"),
         ("gone", "gone is missing: give a folder of images, a .npz file"),
-        ("text.txt", "text.txt is not one of them: give a folder of images, a .npz file"),
+        ("text.txt", "text.txt is none of what can be scored: give a folder of images, a .npz file"),
         ("text.npz", "text.npz cannot be read as a .npz file"),
         ("floats.npz", "floats.npz is float32 (5, 6, 8, 3): images are uint8 (n, height, width, 3)"),
         ("planes_first.npz", "planes_first.npz is uint8 (5, 3, 6, 8)"),

@@ -50,9 +50,9 @@ class NetworkConfig:
     label_dropout: float = 0.1
     """Probability that training replaces a label by "no label", which guidance needs."""
     use_ssm: bool = True
-    """The scan branch of every block; off for ablations."""
+    """The scan branch of every block; --no-use-ssm leaves it out, for ablations."""
     use_attention: bool = True
-    """The window attention branch of every block; off for ablations."""
+    """The window attention branch of every block; --no-use-attention leaves it out, for ablations."""
 
     def __post_init__(self) -> None:
         at_least = {

@@ -71,6 +71,8 @@ class SamplingConfig:
         for name in ("steps", "batch_size"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         check(self.seed >= 0, "seed", self.seed, "0 or more")
+        is_scale = self.guidance is None or math.isfinite(self.guidance)
+        check(is_scale, "guidance", self.guidance, "a number, 1 for no guidance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +120,7 @@ class EvaluateConfig:
     """Score generated images against a reference: FID and its relatives; docs/evaluation.md says what is measured."""
 
     generated: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="GENERATED")]
-    """A folder of images, as lamamba sample --images-out writes it, or a .npz of them (arr_0)."""
+    """A folder of images or a .npz of them (arr_0), as lamamba generate writes."""
     reference: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="REFERENCE")]
     """A folder of images, a .npz of images or of published statistics (mu, sigma), or builtin, fashion-mnist."""
     features: str = "inception"

@@ -39,7 +39,7 @@ class GridConfig:
 
     images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FOLDER|IMAGE ...")]
     """Images, and folders with any number of them at any depth, in the order of their names."""
-    out: Path = Path("grid.png")
+    out: Path = Path("images.png")
     """The grid, a PNG file."""
     columns: int | None = None
     """Images in a row; the default is about as many as there are rows."""

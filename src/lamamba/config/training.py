@@ -1,5 +1,6 @@
 """`lamamba train` and what goes with a run: `finetune`, `average`, `watch`."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -72,7 +73,8 @@ class TrainConfig:
     """Leave each process a part of the weights, their gradients, moments and averages (FSDP2), for networks that do not
     fit one GPU otherwise; slower, and without CUDA graphs."""
     cuda_graph: bool = True
-    """On CUDA, launch a step's kernels all at once, so that the GPU never waits for Python."""
+    """On CUDA, launch a step's kernels all at once, so that the GPU never waits for Python; --no-cuda-graph launches
+    them one by one."""
     compile: bool = False
     """torch.compile the network too; the first step then takes minutes."""
     gradient_checkpointing: bool = False
@@ -109,6 +111,7 @@ class TrainConfig:
     """The preset's options, each of which can be given."""
 
     def __post_init__(self) -> None:
+        check(math.isfinite(self.sample_guidance), "sample_guidance", self.sample_guidance, "a number")
         for name in ("num_images", "batch_size", "accumulate", "max_skipped_steps", "sample_steps"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("log_every", "sample_every", "checkpoint_every", "snapshot_every"):

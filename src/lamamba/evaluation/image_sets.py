@@ -131,7 +131,7 @@ def open_reference(name: str, image_size: int | None = None) -> Reference:
     if path.suffix == ".npz" and path.is_file():
         return _open_npz(path)
     kinds = f"a folder of images, a .npz file, {' or '.join(NAMED_SOURCES)}"
-    raise DataError(f"{name} is {'not one of them' if path.exists() else 'missing'}: give {kinds}")
+    raise DataError(f"{name} is {'none of what can be scored' if path.exists() else 'missing'}: give {kinds}")
 
 
 def _as_grey(image: np.ndarray, name: str) -> np.ndarray:
@@ -156,6 +156,8 @@ def _enumerate(name: str, images: Iterator[np.ndarray]) -> Iterator[tuple[str, n
 
 def _open_folder(folder: Path, image_size: int | None) -> ImageSet:
     paths = list_images_below(folder)
+    if not paths and any(folder.glob("*.tar")):
+        raise DataError(f"{folder} holds tars: unpack them, or generate the images with --format png or npz")
     if not paths:
         raise DataError(f"{folder} has no images: put files in it that end in {', '.join(IMAGE_SUFFIXES)}")
 
