@@ -110,7 +110,7 @@ def test_a_preset_sets_the_network_and_options_refine_it(tmp_path: Path, capsys:
         (["prepare", "imagenet"], "--out"),
         (["prepare", "imagenet", "--out", "OUT"], "no ImageNet file is given"),
         (["prepare", "dataset", "OUT/none", "--out", "OUT"], "OUT/none is missing: give an existing folder"),
-        (["prepare", "dataset", "x", "--out", "OUT", "--splt", "a"], "--splt, a (see lamamba prepare dataset --help)"),
+        (["prepare", "dataset", "x", "--out", "OUT", "--splt", "a"], "no option is named --splt: did you mean --split"),
         (["demo", "--port", "65536"], "port is 65536: it must be 0 to 65535"),
         (["demo", "--max-steps", "0"], "max_steps is 0: it must be 1 or more"),
         (["demo", "nano", "nano", "--port", "0"], "must be one or more, named apart"),
@@ -133,7 +133,7 @@ def test_however_the_parser_draws_it_is_one_line(frame: str) -> None:
     variables = {**os.environ, **({frame: "ascii" if "ENCODING" in frame else "1"} if frame else {})}
     command = [sys.executable, "-c", "from lamamba.cli import main; main()", "train", "--out", "x", "--num-image", "5"]
     result = subprocess.run(command, capture_output=True, text=True, env=variables)
-    message = "lamamba: error: Unrecognized options: --num-image, 5 (see lamamba train --help)\n"
+    message = "lamamba: error: no option is named --num-image: did you mean --num-images? (see lamamba train --help)\n"
     assert (result.returncode, result.stdout, result.stderr) == (2, "", message)
 
 

@@ -1,5 +1,6 @@
 """The command line: read a configuration, call one function. Heavy modules load with the command that needs them."""
 
+import difflib
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any, cast
 import tyro
 
 from lamamba import __version__
+from lamamba.completion import read_help, write_completion
 from lamamba.config import (
     AverageConfig,
     ConvertConfig,
@@ -158,7 +160,12 @@ def _parse(kind: type[Any], command: str, arguments: list[str], default: Any = N
     except SystemExit as end:
         if not end.code:
             raise
-        raise LamambaError(f"{_unframe(said.getvalue())} (see lamamba {command} --help)") from None
+        fault = _unframe(said.getvalue())
+        if unknown := re.match(r"Unrecognized options?: (--[^ ,=]+)", fault):
+            known = read_help(lambda rest: _parse(kind, command, rest, default)).options
+            if close := difflib.get_close_matches(unknown[1], known, n=1):
+                fault = f"no option is named {unknown[1]}: did you mean {close[0]}?"
+        raise LamambaError(f"{fault} (see lamamba {command} --help)") from None
 
 
 def _unframe(box: str) -> str:
@@ -402,8 +409,6 @@ def _doctor(arguments: list[str]) -> None:
 
 
 def _completion(arguments: list[str]) -> None:
-    from lamamba.completion import write_completion
-
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_COMPLETION_HELP, end="")
     else:
