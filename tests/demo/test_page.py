@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ pytest.importorskip("gradio", reason="needs Gradio: pip install 'lamamba[demo]'"
 pytest.importorskip("selenium", reason="needs Selenium: pip install 'lamamba[dev]'")
 
 from selenium import webdriver
-from selenium.common.exceptions import SessionNotCreatedException
+from selenium.common.exceptions import SessionNotCreatedException, StaleElementReferenceException, TimeoutException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -62,7 +62,9 @@ class Visitor:
         self.wait(lambda: self.seen("button.run"))
 
     def wait(self, condition: Callable[[], Any], seconds: float = 60) -> Any:
-        return WebDriverWait(self.browser, seconds, poll_frequency=0.1).until(lambda _: condition())
+        # Gradio draws anew what it shows: what was found a moment ago may be gone.
+        waiting = WebDriverWait(self.browser, seconds, 0.1, ignored_exceptions=[StaleElementReferenceException])
+        return waiting.until(lambda _: condition())
 
     def seen(self, selector: str) -> list[Any]:
         return [found for found in self.browser.find_elements(By.CSS_SELECTOR, selector) if found.is_displayed()]
@@ -91,7 +93,7 @@ class Visitor:
         self.wait(lambda: [shown for shown in self.seen("[role=option]") if shown.text.endswith(option)])[0].click()
 
     def run(self) -> None:
-        self.seen("button.run")[0].click()
+        self.press("button.run")
 
     def finish(self) -> list[str]:
         """Run what the open tab does; return the addresses of its images."""
@@ -99,6 +101,22 @@ class Visitor:
         self.wait(lambda: "Done in" not in self.status())
         self.wait(lambda: "Done in" in self.status())
         return self.pictures()
+
+    def press(self, selector: str) -> None:
+        def pressed() -> bool:
+            self.seen(selector)[0].click()
+            return True
+
+        self.wait(pressed)
+
+    def cancel(self) -> None:
+        """Press the button, and once more as a person would: on a busy machine a click was seen to have no effect."""
+        self.press("button.cancel")
+        with suppress(TimeoutException):
+            self.wait(lambda: self.status() == "Cancelled.", 10)
+            return
+        self.press("button.cancel")
+        self.wait(lambda: self.status() == "Cancelled.", 10)
 
     def pictures(self) -> list[str]:
         script = (
@@ -255,8 +273,7 @@ def visit(visitor: Visitor, pid: int, shots: Path, downloads: Path) -> None:
     visitor.browser.switch_to.window(first)
     assert "%" in visitor.status()
     assert not rests(pid)
-    visitor.seen("button.cancel")[0].click()
-    visitor.wait(lambda: visitor.status() == "Cancelled.")
+    visitor.cancel()
     visitor.wait(lambda: rests(pid), 20)
     assert visitor.status() == "Cancelled."
 
