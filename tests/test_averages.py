@@ -443,21 +443,22 @@ def test_a_run_keeps_snapshots_and_makes_any_average(tmp_path: Path, capsys: pyt
     network = ["--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"]
     options = ["--data", "builtin", "--batch-size", "2", "--device", "cpu", "--sample-steps", "1", *network]
     often = ["--power-averages", "0.05", "0.1", "--snapshot-every", "4", "--checkpoint-every", "6"]
-    main(["train", "--out", str(tmp_path / "whole"), "--num-images", "12", *options, *often])
-    main(["train", "--out", str(tmp_path / "parts"), "--num-images", "6", *options, *often])
-    main(["train", "--out", str(tmp_path / "parts"), "--num-images", "12", "--resume"])
+    often += ["--sample-every", "100000"]
+    main(["train", "--out", str(tmp_path / "whole"), "--num-images", "20", *options, *often])
+    main(["train", "--out", str(tmp_path / "parts"), "--num-images", "10", *options, *often])
+    main(["train", "--out", str(tmp_path / "parts"), "--num-images", "20", "--resume"])
     whole, parts = (snapshots_in(tmp_path / name) for name in ("whole", "parts"))
-    assert [int(path.stem) for path in whole] == [4, 8, 12]
+    assert [int(path.stem) for path in whole] == [4, 8, 12, 16, 20]
     for path in whole:  # of the shorter run the last one is another
         ours, other = load_file(path), load_file(tmp_path / "parts" / "averages" / path.name)
         assert ours.keys() == other.keys()
         assert all(torch.equal(value, other[name]) for name, value in ours.items())
-    assert len(parts) == 4
+    assert len(parts) == 6
     capsys.readouterr()
     main(["average", str(tmp_path / "whole"), "--sigma-rel", "0.07", "--out", str(tmp_path / "averaged")])
-    assert "average of length 0.07 after 12 images" in capsys.readouterr().out
+    assert "average of length 0.07 after 20 images" in capsys.readouterr().out
     loaded = load_checkpoint(tmp_path / "averaged")
-    assert loaded.info.images == 12
+    assert loaded.info.images == 20
     wanted = reconstruct(tmp_path / "whole", 0.07)
     assert all(torch.equal(value, wanted[name]) for name, value in loaded.network.state_dict().items())
     main(["sample", str(tmp_path / "averaged"), "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "grid.png")])

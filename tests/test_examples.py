@@ -18,6 +18,7 @@ SLURM = Path(__file__).parent.parent / "examples" / "slurm" / "train.sbatch"
 TINY = [
     *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
     *("--data", "builtin", "--batch-size", "8", "--device", "cpu", "--sample-steps", "1", "--log-every", "8"),
+    *("--sample-every", "100000"),
 ]
 
 

@@ -26,7 +26,7 @@ from lamamba.processes import Processes, SignalsNoted, joined
 TINY = [
     *("--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
     *("--data", "builtin", "--batch-size", "8", "--precision", "float32", "--sample-steps", "1", "--horizontal-flip"),
-    *("--learning-rate", "0.003", "--log-every", "8", "--checkpoint-every", "40"),
+    *("--learning-rate", "0.003", "--log-every", "8", "--checkpoint-every", "40", "--sample-every", "100000"),
 ]
 # On GPUs as wide as the kernels want it.
 DEVICES = {"cpu": [*TINY, "--device", "cpu", "--embed-dim", "8"], "cuda": [*TINY, "--embed-dim", "32"]}
@@ -97,8 +97,12 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("number", "options"), [(2, []), (4, []), (2, ["--shard", "--accumulate", "2", "--gradient-checkpointing"])]
-)
+    ("number", "options"),
+    [
+        (2, []), (4, []), (2, ["--accumulate", "2"]),
+        (2, ["--shard"]), (2, ["--shard", "--accumulate", "2", "--gradient-checkpointing"]),
+    ],
+)  # fmt: skip
 def test_the_loss_curve_is_that_of_one_process(
     tmp_path: Path, tiny: list[str], alone: Path, number: int, options: list[str]
 ) -> None:
@@ -164,7 +168,8 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, tiny: li
     assert [name.split("-model")[0] for name in shards] == ["shard-00001", "shard-00002"]
     main(["train", "--out", out, "--resume", "--no-shard", "--num-images", "48"])
     more = 4 if "--device" in tiny else min(4, torch.cuda.device_count())
-    assert train_together(more, "--out", out, "--resume", "--shard", "--num-images", "80").returncode == 0
+    assert train_together(more, "--out", out, "--resume", "--shard", "--num-images", "64").returncode == 0
+    assert train_together(2, "--out", out, "--resume", "--no-shard", "--num-images", "80").returncode == 0
     assert checkpoints_in(Path(out))[-1].name == f"{80:012d}"
     for ours, wanted in zip(curve(Path(out)), curve(alone), strict=True):
         assert ours == pytest.approx(wanted, rel=1e-4)
@@ -241,7 +246,7 @@ def test_where_one_dies_the_others_end_and_a_restart_goes_on(tmp_path: Path, tin
         assert ours == pytest.approx(wanted, rel=1e-4)
 
 
-@pytest.mark.parametrize(("rank", "shard"), [(0, []), (1, ["--shard"])])
+@pytest.mark.parametrize(("rank", "shard"), [(0, []), (1, []), (1, ["--shard"])])
 def test_an_error_in_one_ends_all(tmp_path: Path, tiny: list[str], rank: int, shard: list[str]) -> None:
     fault = f"""
     if rank == {rank} and trainer.step == 3:

@@ -24,10 +24,10 @@ from lamamba.trainer import Trainer
 
 TINY = [
     *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
-    *("--data", "builtin", "--batch-size", "4", "--device", "cpu", "--sample-steps", "1"),
+    *("--data", "builtin", "--batch-size", "4", "--device", "cpu", "--sample-steps", "1", "--sample-every", "100000"),
 ]
 TRAINING = "training/shard-00001-model-00001-of-00001.safetensors"
-OFTEN = ["--log-every", "4", "--checkpoint-every", "4", "--sample-every", "100000"]
+OFTEN = ["--log-every", "4", "--checkpoint-every", "4"]
 
 
 def train(out: Path, *options: str) -> None:

@@ -67,7 +67,7 @@ def test_kernels_agree_with_float64(case: str, scan: str) -> None:
     check(make_inputs(*TINY[case]), torch.float32, scan)
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 6, 8, 3, 2), (3, 6, 8, 8, 3, 1)])
+@pytest.mark.parametrize("shape", [(1, 6, 10, 8, 3, 1), (1, 8, 6, 8, 3, 2), (3, 6, 8, 8, 3, 1)])
 def test_paths_cut_into_segments_give_the_same(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = [tensor.float() for tensor in make_inputs(*shape)]
     whole = output_and_gradients(inputs, "triton")
