@@ -1,6 +1,5 @@
 """The command line: read a configuration, call one function. Heavy modules load with the command that needs them."""
 
-import difflib
 import io
 import json
 import os
@@ -38,6 +37,7 @@ from lamamba.config import (
     SampleConfig,
     TrainConfig,
     WatchConfig,
+    closest,
     nearest,
     preset,
 )
@@ -163,8 +163,8 @@ def _parse(kind: type[Any], command: str, arguments: list[str], default: Any = N
         fault = _unframe(said.getvalue())
         if unknown := re.match(r"Unrecognized options?: (--[^ ,=]+)", fault):
             known = read_help(lambda rest: _parse(kind, command, rest, default)).options
-            if close := difflib.get_close_matches(unknown[1], known, n=1):
-                fault = f"no option is named {unknown[1]}: did you mean {close[0]}?"
+            if closest(unknown[1], known):
+                fault = f"no option is named {unknown[1]}: {nearest(unknown[1], known)}"
         raise LamambaError(f"{fault} (see lamamba {command} --help)") from None
 
 

@@ -3,6 +3,7 @@
 Imports neither torch nor diffusers, so that `lamamba --help` answers at once.
 """
 
+from lamamba.config.checks import closest as closest
 from lamamba.config.checks import nearest as nearest
 from lamamba.config.data import EncodeConfig as EncodeConfig
 from lamamba.config.data import PrepareDatasetConfig as PrepareDatasetConfig

@@ -24,7 +24,13 @@ def check(holds: bool, name: str, value: object, wanted: str) -> None:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """Phrase a hint for a name that does not exist: three that begin so, or the likeliest, or all there are."""
+    names = list(names)
+    close = closest(name, names)
+    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"
+
+
+def closest(name: str, names: Iterable[str]) -> list[str]:
+    """Find three names that begin as one that does not exist, or the likeliest, or none."""
     names, name = list(names), name.lower()
     begun = [longer for longer in names if name and longer.startswith(name)][:3]
-    close = begun or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"
+    return begun or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
