@@ -156,13 +156,15 @@ def main() -> None:
     """Measure, in one run, and write results/feeding/."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="training needs encoding")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=128, help="images of a process in a step")
     parser.add_argument("--steps", type=int, default=90, help="of training from latents")
     parser.add_argument("--out", type=Path, default=RESULTS / "feeding", help="folder for the records")
     parser.add_argument("--commit", default="", help="its name, for a copy without history")
     options = parser.parse_args()
+    if "training" in options.parts and "encoding" not in options.parts:
+        parser.error("training needs what encoding leaves: give both parts")
     few, many, steps = (8, 16, 6) if options.quick else (256, 1280, options.steps)
     results = Results(options.out, options.commit)
     if results.path:

@@ -417,9 +417,7 @@ def test_the_command_skips_what_is_done_and_stops_in_time(
         call("s-seed")
 
 
-def test_processes_share_the_pieces(
-    tmp_path: Path, run: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_processes_share_the_pieces(tmp_path: Path, run: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process trains s-seed-0: what needs it waits for it, what does not is done meanwhile."""
     setting = place(tmp_path)
     trained, memorisation, nano = (pieces.PIECES[name] for name in ("s-seed-0", "memorisation-s", "nano"))

@@ -24,6 +24,7 @@ options=(--seconds $((555 - SECONDS)) --commit "${COMMIT:-unknown}")
 [ -d $data ] && options+=(--data-folder $data)
 [ -d .emoji ] && options+=(--emoji .emoji)
 gpus=$(nvidia-smi -L | wc -l)
+((gpus > 0)) || exit
 export OMP_NUM_THREADS=$(($(nproc) / gpus))
 running=()
 for ((gpu = 0; gpu < gpus; gpu++)); do

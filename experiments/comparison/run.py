@@ -82,29 +82,30 @@ def run(setting: Setting, pieces: Sequence[Piece], learning_rate: float | None =
         if is_finished(setting, piece):
             print(f"{piece.name}: done before", flush=True)
     failed: set[str] = set()
+    setting.out.mkdir(parents=True, exist_ok=True)
     while left := [piece for piece in pieces if piece.name not in failed and not is_finished(setting, piece)]:
         names = {piece.name for piece in left}
         for piece in left:
             if isinstance(piece, Steps | Memorisation) and piece.of.name in names:
                 continue  # what it is asked of is not trained yet
-            setting.out.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(setting.out / f".{piece.name}.lock")
             try:
-                with FileLock(setting.out / f".{piece.name}.lock", timeout=0):
-                    if is_finished(setting, piece):
-                        continue  # just now, by another process
-                    setting.clock.check_to_begin()
-                    FUNCTIONS[type(piece)](setting, of_learning_rate(piece, learning_rate))
+                lock.acquire(timeout=0)
             except Timeout:
                 continue  # another process runs it
+            try:
+                if not is_finished(setting, piece):  # just now, by another process
+                    setting.clock.check_to_begin()
+                    FUNCTIONS[type(piece)](setting, of_learning_rate(piece, learning_rate))
+                    print(f"{piece.name}: done", flush=True)
             except OutOfTimeError:
                 print(f"{piece.name}: the time is over, the same command goes on from here", flush=True)
                 return 3
             except (LamambaError, OSError) as error:
                 print(f"{piece.name}: error: {error}", file=sys.stderr, flush=True)
                 failed.add(piece.name)
-            else:
-                print(f"{piece.name}: done", flush=True)
             finally:
+                lock.release()
                 forget(setting.device)
             break
         else:
