@@ -1,7 +1,9 @@
 """Functions of tensors that CUDA launches whole: a part of a training step, a network in sampling."""
 
+import gc
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -40,7 +42,7 @@ class Captured:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as NCCL's that watches over what it runs, may do as they like meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with _garbage_left_alone(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.results = self.function(*self.inputs)
         self.graph = graph
 
@@ -49,6 +51,18 @@ class Captured:
         if self.graph is not None:
             self.graph.reset()
             self.graph, self.results = None, {}
+
+
+@contextmanager
+def _garbage_left_alone() -> Iterator[None]:
+    """Keep Python from freeing what refers to itself: a graph among it ends the recording of another one."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class CapturedNetwork:
@@ -82,11 +96,12 @@ class CapturedNetwork:
         kind = x_t.device.type
         dtype = torch.bfloat16 if self.bf16 else torch.get_autocast_dtype(kind)
         enabled = self.bf16 or torch.is_autocast_enabled(kind)
+        network = self.network  # what is recorded must not refer to this object, or nobody frees the two of them
 
         def forward(*inputs: Tensor) -> dict[str, Tensor]:
             # Without its cache, whose copies of the weights would be gone when the pass is launched again.
             with torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False):
-                return {"out": self.network(*inputs)}
+                return {"out": network(*inputs)}
 
         if kind != "cuda":
             self.forget()  # what it was moved away from
