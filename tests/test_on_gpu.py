@@ -1,7 +1,8 @@
 """What only a GPU can show of the network: compiled, as a CUDA graph, trained with and without the kernels."""
 
+import gc
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from lamamba.captured import CapturedNetwork
+from lamamba.captured import Captured, CapturedNetwork
+from lamamba.checkpoint import load_network
 from lamamba.config import PRESETS, GuidanceOptions, TrainConfig
 from lamamba.diffusion import Diffusion
 from lamamba.dit import DiT
@@ -21,6 +23,7 @@ from lamamba.ops.backend import use_backend
 from lamamba.ops.launch import rehearse
 from lamamba.pipeline import LaMambaDiffPipeline
 from lamamba.sampling import sample
+from lamamba.saving import load_training_state
 from lamamba.train import resolve
 from lamamba.trainer import Trainer
 
@@ -108,6 +111,60 @@ def test_recorded_passes_sample_the_same(bf16: bool) -> None:
     network.to("cuda")  # elsewhere in memory
     assert relative_error(drawn(recorded, [1, 2, 3]), before) > 0.05
     assert relative_error(drawn(recorded, [1, 2, 3]), drawn(plain, [1, 2, 3])) < (0.02 if bf16 else 1e-4)
+
+
+def test_garbage_does_not_end_a_recording() -> None:
+    """Graphs that only Python's collector can free, and a function that makes it run."""
+
+    def double(x: Tensor) -> dict[str, Tensor]:
+        many: list[list[object]] = [[] for _ in range(1000)]
+        return {"y": 2 * x + len(many)}
+
+    x = torch.ones(3, device="cuda")
+    thresholds = gc.get_threshold()
+    try:
+        for _ in range(3):
+            captured, itself = Captured(double), []
+            assert captured(x)["y"].tolist() == [1002] * 3
+            itself += [captured, itself]
+            del captured, itself
+            gc.set_threshold(10, 1, 1)
+    finally:
+        gc.set_threshold(*thresholds)
+    assert gc.isenabled()
+
+
+def test_sampling_leaves_no_graph_behind() -> None:
+    network, _ = build()
+    network.eval()
+    gc.collect()
+    gc.disable()
+    try:
+        sample(network, Diffusion(), [1, 2], [0, 1], num_steps=2)
+        assert not any(isinstance(thing, Captured) for thing in gc.get_objects())
+    finally:
+        gc.enable()
+
+
+def test_a_checkpoint_is_kept_in_the_memory_of_the_one_before(tmp_path: Path) -> None:
+    with closing(trainer(tmp_path)) as ours:
+        reader = ours.batches()
+        found = []
+        for _ in range(2):
+            ours.take_step(*next(reader))
+            ours.save()
+            path = ours.writer.finish()
+            assert path is not None
+            found.append(load_network(path / "network").state_dict())
+            for name, value in ours.network.state_dict().items():
+                assert torch.equal(found[-1][name], value.cpu()), name
+            state = {f"optimizer.exp_avg.{name}": torch.zeros_like(value) for name, value in found[-1].items()}
+            load_training_state(path, state)
+            for name, parameter in ours.network.named_parameters():
+                moment = ours.optimizer.state[parameter]["exp_avg"]
+                assert torch.equal(state[f"optimizer.exp_avg.{name}"], moment.cpu()), name
+        assert all(tensor.is_pinned() for tensors in ours._saved.values() for tensor in tensors.values())
+    assert any(not torch.equal(*(state[name] for state in found)) for name in found[0])
 
 
 def test_a_recorded_dit_samples_the_same() -> None:

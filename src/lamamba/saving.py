@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
@@ -113,6 +114,7 @@ class CheckpointWriter:
         self.group = group
         self._run, self._keep = run, keep
         self._stager = BlockingAsyncStager()  # copies to the CPU, parts of tensors too
+        self._staged: dict[str, torch.Size] = {}
         self._executor = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: Future[Path] | None = None
 
@@ -125,10 +127,19 @@ class CheckpointWriter:
             CheckpointError: the one before could not be written.
         """
         self.finish()
-        state = self._stager.stage(dict(training_state))
+        state = self._stage(dict(training_state))
         self._under_way = self._executor.submit(
             save_checkpoint, self._run, info, networks, state, self._keep, self.group
         )
+
+    def _stage(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copy to the CPU; what comes from CUDA to pinned memory, which is kept for the next checkpoint."""
+        shapes = {name: tensor.shape for name, tensor in state.items()}
+        if shapes != self._staged:  # the stager's memory is of one set of tensors
+            keeps = any(tensor.device.type == "cuda" for tensor in state.values())
+            self._stager, self._staged = BlockingAsyncStager(cache_staged_state_dict=keeps), shapes
+        staged: dict[str, Tensor] = self._stager.stage(state)
+        return staged
 
     def finish(self, wait: bool = True) -> Path | None:
         """Say where the checkpoint is that was begun and not asked for yet, or None; raises CheckpointError."""

@@ -69,6 +69,7 @@ class Trainer:
         self.backend = partial(use_backend, "pytorch") if self.shards and device.type == "cpu" else nullcontext
         group = torch.distributed.new_group(backend="gloo") if self.shards else None
         self.writer = CheckpointWriter(config.out, config.keep_checkpoints, group)
+        self._saved: dict[str, dict[str, Tensor]] = {name: {} for name in self._networks()}  # of the last checkpoint
         self.power_averages = PowerAverages(self.network, config.power_averages) if config.power_averages else None
         self.generator = torch.Generator(device).manual_seed(config.seed)
         self.optimizer = torch.optim.AdamW(
@@ -240,13 +241,17 @@ class Trainer:
 
     def save(self) -> None:
         """Begin to write a checkpoint; `writer` says when it is there. Raises CheckpointError."""
+        self.writer.finish()  # it reads the memory that the weights are about to be copied to
         state = {"random_state": self.generator.get_state()}
         for name, parameter in self.network.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
         if self.power_averages:
             state |= {f"power.{name}": value for name, value in self.power_averages.state_dict().items()}
-        weights = {name: self._gather(network.state_dict()) for name, network in self._networks().items()}
+        weights = {
+            name: gather(network.state_dict(), self.processes.is_first, self._saved[name])
+            for name, network in self._networks().items()
+        }
         if self.processes.is_first or self.shards:
             networks = {name: self._rebuild(value) for name, value in weights.items() if value}
             self.writer.begin(self.info(), networks, state)
@@ -254,16 +259,12 @@ class Trainer:
     def save_snapshot(self) -> None:
         """Write a snapshot of the power function averages; raises CheckpointError."""
         assert self.power_averages is not None
-        averages = self._gather(self.power_averages.state_dict())
+        averages = gather(self.power_averages.state_dict(), self.processes.is_first)
         if averages:
             save_snapshot(self.config.out, averages, self.step, self.images)
 
     def _networks(self) -> dict[str, LaMambaDiff]:
         return {"network": self.network, "ema": self.average}
-
-    def _gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy whole tensors to the first process's memory; empty in the others."""
-        return gather(tensors, keep=self.processes.is_first)
 
     def _rebuild(self, weights: Mapping[str, Tensor]) -> LaMambaDiff:
         network = deepcopy(self._empty_network)
