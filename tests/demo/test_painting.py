@@ -186,6 +186,11 @@ def test_latents_are_shown_as_images(autoencoder: Path, tmp_path: Path) -> None:
         assert pictures.settings[0]["vae"] == autoencoder.name
         assert pictures.settings[0]["checkpoint"] == "latent"
         assert str(tmp_path) not in json.dumps(pictures.settings)
+    decode = painter.space.decode
+    painter.space.decode = lambda x: time.sleep(0.2) or decode(x)  # type: ignore[func-returns-value, method-assign]
+    previews, _ = finish(paint(painter, read_request({"labels": ["dog"], "steps": 8}, painter, LIMITS)))
+    assert 2 <= len(previews) < 8, "steps do not wait for an autoencoder that takes longer"
+    assert previews[-1].done == 1
 
 
 def test_inpainting_needs_a_mask_of_the_image(painter: Painter) -> None:

@@ -1,12 +1,14 @@
 """What a page shows of sampling: images as they are denoised, guidance compared, interpolation, inpainting.
 
-All of these are generators: a `Preview` for every step, then the `Pictures`. Whoever stops reading ends the sampling at
+All of these are generators: a `Preview` for every step, or as often as decoding latents leaves time, then the
+`Pictures`. Whoever stops reading ends the sampling at
 its next step. Weights are shared and nothing else is, so that several can be read at once.
 """
 
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,6 +25,7 @@ from lamamba.config import DemoLimits, SamplingConfig, nearest
 from lamamba.demo.settings import MAX_GUIDANCE, MAX_SEED, Request, check_pixels, read_number, read_whole
 from lamamba.errors import ConfigError
 from lamamba.generate import Painter
+from lamamba.latents import Latents, Pixels
 from lamamba.model import LaMambaDiff
 from lamamba.pipeline import LaMambaDiffPipeline
 from lamamba.sampling import choose_device
@@ -96,7 +99,7 @@ def paint(painter: Painter, request: Request) -> Iterator[Preview | Pictures]:
         steps = iter(range(1, own.evaluations + 1))
         return own.paint(
             request.labels, request.seeds,
-            on_preview=lambda x_0: show(own.space.decode(x_0), next(steps) / own.evaluations),
+            on_preview=lambda x_0: show(own.space, x_0, next(steps) / own.evaluations),
         )  # fmt: skip
 
     yield from _in_steps(work, settings)
@@ -216,8 +219,8 @@ def _settings(painter: Painter, **more: Any) -> dict[str, Any]:
 
 
 class _Show(Protocol):
-    def __call__(self, images: Tensor, done: float) -> None:
-        """Hand over (b, c, h, w) uint8 images, this fraction of the steps being done."""
+    def __call__(self, space: Latents | Pixels, x_0: Tensor, done: float) -> None:
+        """Hand over what the network predicts, (b, c, h, w) in its space, this fraction of the steps being done."""
 
 
 class _Stopped(Exception):  # noqa: N818 - nothing went wrong
@@ -251,7 +254,7 @@ def _run(
     @wraps(step)  # whose signature tells the pipeline what the scheduler takes
     def shown(prediction: Tensor, t: Tensor, x_t: Tensor, **others: Any) -> Any:
         x_0 = painter.objective.predict_x_0(x_t, t.expand(len(x_t)), prediction)
-        show(painter.space.decode(x_0), min(1.0, next(num_steps) / total))
+        show(painter.space, x_0, min(1.0, next(num_steps) / total))
         return step(prediction, t, x_t, **others)
 
     pipe.scheduler.step = shown
@@ -269,6 +272,7 @@ def _in_steps(work: Callable[[_Show], np.ndarray], settings: list[dict[str, Any]
     """Turn work that calls back at every step into a generator; closing that makes the next call raise."""
     shown: queue.Queue[Preview | Pictures | Exception] = queue.Queue(maxsize=1)  # a slow reader has no backlog
     stopped = threading.Event()
+    due = 0.0
 
     def hand_over(latest: Preview | Pictures | Exception) -> None:
         while not stopped.is_set():
@@ -279,10 +283,22 @@ def _in_steps(work: Callable[[_Show], np.ndarray], settings: list[dict[str, Any]
             return
         raise _Stopped
 
+    def show(space: Latents | Pixels, x_0: Tensor, done: float) -> None:
+        nonlocal due
+        if stopped.is_set():
+            raise _Stopped
+        begun = time.monotonic()
+        if begun < due and done < 1:
+            return
+        images = space.decode(x_0).cpu().numpy()
+        if isinstance(space, Latents):  # an autoencoder takes longer than a step: a quarter of the time is for what is looked at
+            due = time.monotonic() + 3 * (time.monotonic() - begun)
+        hand_over(Preview(images, done))
+
     def run() -> None:
         with suppress(_Stopped):
             try:
-                hand_over(Pictures(work(lambda images, done: hand_over(Preview(images.cpu().numpy(), done))), settings))
+                hand_over(Pictures(work(show), settings))
             except Exception as error:
                 hand_over(error)
 
