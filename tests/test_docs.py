@@ -9,7 +9,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -103,3 +105,15 @@ def test_tables_are_those_that_the_code_counts() -> None:
     draw = load("draw")
     for name, lay_out in draw.TABLES.items():
         assert (DOCS / f"{name}.md").read_text() == draw.filled(name, lay_out), f"{name}.md: run make figures"
+
+
+def test_fields_are_those_of_the_shipped_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = load("draw")
+    monkeypatch.setattr(draw, "DOCS", tmp_path)
+    (tmp_path / draw.FIELD).parent.mkdir()
+    draw.draw_fields()
+    drawn, shown = (
+        np.asarray(Image.open(folder / draw.FIELD).convert("RGB"), dtype=float) for folder in (tmp_path, DOCS)
+    )
+    assert drawn.shape == shown.shape
+    assert np.abs(drawn - shown).mean() < 1, "run make figures"  # of levels; processors differ in rounding

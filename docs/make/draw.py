@@ -157,7 +157,7 @@ def draw_fields() -> None:
     """Measure on the shipped weights what a pixel in the middle sees by the scan, by attention and by both."""
     network = load_checkpoint("nano").network
     pictures = [
-        draw_receptive_field(receptive_field(network, 32, 32, (14, 14), branches, DemoLimits()), (14, 14), 192)
+        draw_receptive_field(receptive_field(network, 32, 32, (14, 14), branches, DemoLimits()), (14, 14))
         for branches in ("scan", "attention", "both")
     ]
     pixels = np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in pictures])
