@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout, suppress
 from typing import NamedTuple
 
-from lamamba.config import nearest
 from lamamba.errors import ConfigError
 
 Command = Callable[[list[str]], None]
@@ -60,7 +59,7 @@ def write_completion(shell: str, commands: Mapping[str, Command], preparations: 
         ConfigError: there is none for that shell.
     """
     if shell not in _HEADS:
-        raise ConfigError(f"there is no completion for the shell {shell!r}: {nearest(shell, _HEADS)}")
+        raise ConfigError(f"there is no completion for the shell {shell!r}: it is there for {' and '.join(_HEADS)}")
     everything = {**commands, **{f"prepare {kind}": run for kind, run in preparations.items()}}
     helps = {name: read_help(run) for name, run in everything.items() if name not in ("prepare", "completion")}
     first = [("1 *", list(commands)), ("2 prepare", list(preparations)), ("2 completion", list(_HEADS))]
