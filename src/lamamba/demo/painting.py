@@ -25,7 +25,7 @@ from lamamba.config import DemoLimits, SamplingConfig, nearest
 from lamamba.demo.settings import MAX_GUIDANCE, MAX_SEED, Request, check_pixels, read_number, read_whole
 from lamamba.errors import ConfigError
 from lamamba.generate import Painter
-from lamamba.latents import Latents, Pixels
+from lamamba.latents import Latents, Space
 from lamamba.model import LaMambaDiff
 from lamamba.pipeline import LaMambaDiffPipeline
 from lamamba.sampling import choose_device
@@ -219,7 +219,7 @@ def _settings(painter: Painter, **more: Any) -> dict[str, Any]:
 
 
 class _Show(Protocol):
-    def __call__(self, space: Latents | Pixels, x_0: Tensor, done: float) -> None:
+    def __call__(self, space: Space, x_0: Tensor, done: float) -> None:
         """Hand over what the network predicts, (b, c, h, w) in its space, this fraction of the steps being done."""
 
 
@@ -283,7 +283,7 @@ def _in_steps(work: Callable[[_Show], np.ndarray], settings: list[dict[str, Any]
             return
         raise _Stopped
 
-    def show(space: Latents | Pixels, x_0: Tensor, done: float) -> None:
+    def show(space: Space, x_0: Tensor, done: float) -> None:
         nonlocal due
         if stopped.is_set():
             raise _Stopped
@@ -291,7 +291,7 @@ def _in_steps(work: Callable[[_Show], np.ndarray], settings: list[dict[str, Any]
         if begun < due and done < 1:
             return
         images = space.decode(x_0).cpu().numpy()
-        if isinstance(space, Latents):  # an autoencoder takes longer than a step: a quarter of the time is for what is looked at
+        if isinstance(space, Latents):  # decoding takes longer than a step: a quarter of the time is for it
             due = time.monotonic() + 3 * (time.monotonic() - begun)
         hand_over(Preview(images, done))
 
