@@ -139,7 +139,7 @@ def test_what_is_killed_goes_on_from_its_checkpoint(
 
 def test_a_record_says_all_that_decides_its_numbers(whole: settings.Setting) -> None:
     record = read(whole, "dit-s-2-seed-0")
-    assert record["settings"]["train"]["learning_rate"] == 1e-4
+    assert record["settings"]["train"]["learning_rate"] == 5e-4
     assert record["settings"]["scale"]["quick"] is True
     assert (record["settings"]["sweep"], record["settings"]["scale"]["sweep"]) == (True, [1.5, 3.0])
     assert record["network"]["step"] == "compiled, kernel by kernel"
@@ -154,7 +154,7 @@ def test_a_record_says_all_that_decides_its_numbers(whole: settings.Setting) -> 
 
 def test_other_settings_are_refused_where_a_piece_was_begun(whole: settings.Setting) -> None:
     other = replace(pieces.PIECES["s-seed-0"], learning_rate=1e-3)
-    with pytest.raises(ConfigError, match=r"begun with other settings .*learning_rate was 0\.0001, now 0\.001"):
+    with pytest.raises(ConfigError, match=r"begun with other settings .*learning_rate was 0\.0005, now 0\.001"):
         training.train(whole, other)
     assert settings.of_learning_rate(pieces.PIECES["s-seed-0"], 1e-3) == other
     assert settings.of_learning_rate(pieces.PIECES["steps-s"], 1e-3).of.learning_rate == 1e-3

@@ -102,8 +102,12 @@ _TRAINED = ["", "seeds", "M parameters", "G multiply-adds", "images/s", "GiB", "
 
 def trained_row(name: str, several: Sequence[Content]) -> list[str]:
     """Write a line for trainings that differ in their seeds alone."""
-    network, best = several[0]["network"], [record["best"] for record in several if "best" in record]
-    last = [record["evaluations"][-1] for record in several if record["evaluations"]]
+    network, last = several[0]["network"], [record["evaluations"][-1] for record in several if record["evaluations"]]
+    best = [
+        min(record["best"], record["evaluations"][-1], key=lambda row: row["distance"])
+        for record in several
+        if "best" in record
+    ]
     return [
         name, str(len(several)), number(network["parameters"] / 1e6), number(network["multiply_adds"] / 1e9),
         spread([speed(record) for record in several]), number(network.get("peak_gib", 0)) if "peak_gib" in network

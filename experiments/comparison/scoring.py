@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lamamba.captured import CapturedNetwork
 from lamamba.data import to_uint8
 from lamamba.diffusion import OBJECTIVES
 from lamamba.evaluation.features import open_features
@@ -51,12 +52,12 @@ class Denoiser:
         """
         sampler = sampler or SAMPLERS[self.objective]
         steps = steps or (max(1, setting.scale.steps // 2) if sampler == "heun" else setting.scale.steps)
-        images = []
+        images, network = [], CapturedNetwork(self.network)  # recorded once for all batches
         for start in range(0, number, setting.scale.sample_batch_size):
             seeds = range(start, min(number, start + setting.scale.sample_batch_size))
             labels = [seed % self.network.config.num_classes for seed in seeds]
             x = sample(
-                self.network, OBJECTIVES[self.objective], labels, list(seeds), sampler=sampler, num_steps=steps,
+                network, OBJECTIVES[self.objective], labels, list(seeds), sampler=sampler, num_steps=steps,
                 guidance_scale=guidance, on_step=setting.clock.check,
             )  # fmt: skip
             images.append(to_uint8(x))
