@@ -160,7 +160,7 @@ def _parse(kind: type[Any], command: str, arguments: list[str], default: Any = N
     except SystemExit as end:
         if not end.code:
             raise
-        fault = _unframe(said.getvalue())
+        fault = _plainly(_unframe(said.getvalue()))
         if unknown := re.match(r"Unrecognized options?: (--[^ ,=]+)", fault):
             known = read_help(lambda rest: _parse(kind, command, rest, default)).options
             if closest(unknown[1], known):
@@ -174,6 +174,17 @@ def _unframe(box: str) -> str:
     lines = [line.strip("│| ") for line in plain.splitlines()[1:]]
     body = dropwhile(_is_rule, lines)  # the title is underlined where a terminal knows no frames
     return " ".join(" ".join(takewhile(lambda line: not _is_rule(line), body)).split()).rstrip(".")
+
+
+def _plainly(fault: str) -> str:
+    """Say what an option takes in place of how the parser failed."""
+    for said, meant in (
+        (r"Error parsing (\S+): no type matching \S+\|{?(.+?)}? could be .* from (.*)", r"\1 takes \2, not \3"),
+        (r"Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)", r"\1 takes a whole number, not \2"),
+        (r"Error parsing (\S+): could not convert string to float: (.*)", r"\1 takes a number, not \2"),
+    ):
+        fault = re.sub(f"^{said}$", meant, fault)
+    return fault
 
 
 def _is_rule(line: str) -> bool:
