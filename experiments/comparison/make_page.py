@@ -254,7 +254,32 @@ def rates(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
          number(record["evaluations"][-1]["distance"])]
         for record in found(records, ["rates"])
     ]  # fmt: skip
-    return table(["", "learning rate", "loss", "distance"], rows) if rows else []
+    lines = []
+    if rows:
+        images = found(records, ["rates"])[0]["settings"]["train"]["num_images"]
+        lines += [f"{images:,} images of each:", "", *table(["", "learning rate", "loss", "distance"], rows)]
+    whole = found(records, ["high-rate"])
+    if whole:
+        lines += [
+            draw("high-rate.png", lambda figure: draw_losses(figure, whole)),
+            "",
+            "The loss at 0.001 to the end.",
+            "",
+        ]
+    return lines
+
+
+def draw_losses(figure: Figure, several: Sequence[Content]) -> None:
+    """Plot loss against images."""
+    axes = figure.subplots()
+    for record in several:
+        curve = record["curve"]
+        axes.plot(
+            [row["images"] / 1e6 for row in curve], [row["loss"] for row in curve], label=record["piece"], linewidth=1
+        )
+    axes.set(xlabel="million images seen", ylabel="loss", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
 
 
 def emoji(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
@@ -268,7 +293,7 @@ def emoji(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
 
 SECTIONS = {
     "Speed of a training step": (speeds, ("speed",)),
-    "Learning rates": (rates, ("rates",)),
+    "Learning rates": (rates, ("rates", "high-rate")),
     "LaMamba against DiT on Fashion-MNIST": (comparison, ("seed-0", "more-seeds", "b")),
     "What each part buys": (ablations, ("ablations",)),
     "Samples against steps": (steps, ("seed-0", "ablations")),

@@ -104,13 +104,14 @@ _FLOW = _train("s-flow", "s", objective="flow")
 
 LISTS: Mapping[str, tuple[Piece, ...]] = {
     "speed": (Speed(),),
-    # Which learning rate is each network's best? 1e-3 gains most so far, but over the whole length DiT-S had a spike at
-    # it, which it did not recover from; all others take 5e-4.
+    # Which learning rate is each network's best? 1e-3 gains most so far, but over the whole length (`high-rate`) DiT-S
+    # had a spike at it, from which it had not recovered at the end; all others take 5e-4.
     "rates": tuple(
         _train(f"rate-{network}-{rate:g}", network, learning_rate=rate, num_images=307_200, num_scores=1)
         for rate in (1e-4, 3e-4, 1e-3)
         for network in ("s", "dit-s-2")
     ),
+    "high-rate": tuple(_train(f"{network}-at-0.001", network, learning_rate=1e-3) for network in ("s", "dit-s-2")),
     # What is asked of their weights comes right after them, while these are there.
     "seed-0": (
         _S, _DIT_S, Memorisation("memorisation-s", _S), Memorisation("memorisation-dit-s-2", _DIT_S),
