@@ -193,7 +193,7 @@ def test_mixtures_and_guidance_change_the_image() -> None:
     mixed = latents_of(pipe, {"Coat": 1.0, 2: 1.0})
     assert torch.equal(mixed, latents_of(pipe, {"Coat": 0.5, "Bag": 0.5}))
     ways: list[dict[str, Any]] = [
-        {}, {"guidance_scale": 1.0}, {"guidance_interval": (0.1, 1.0)}, {"guidance_cosine_power": 2.0},
+        {}, {"guidance_scale": 1.0}, {"guidance_interval": (0.1, 10.0)}, {"guidance_cosine_power": 2.0},
         {"guidance_rescale": 0.7}, {"weaker_network": weaker},
     ]  # fmt: skip
     images = [latents_of(pipe, "Coat", **options) for options in ways]

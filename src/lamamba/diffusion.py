@@ -113,8 +113,11 @@ class Diffusion:
         2010.02502, `dpm++` and `sde-dpm++` are the multistep solvers of second order for the ordinary and for the
         stochastic equation (DPM-Solver++, arXiv 2211.01095, 2M and SDE-2M), `unipc` is arXiv 2302.04867.
 
-        All start at 999, but for `ddim`: from 20 steps on it has its published stride, 0, 1000/n, 2000/n, ..., which
+        All go from 999 to 0, but for `ddim`: from 20 steps on it has its published stride, 0, 1000/n, 2000/n, ..., which
         starts at 1000 - 1000/n. Fewer steps of that stride would start where the image is not yet drowned in noise.
+        The steps of `ancestral` and `ddim` are even in time; those of the solvers of second order are even in the seventh
+        root of noise over signal (arXiv 2206.00364, eq. 5), with the timestep nearest to each level, so that from 79 steps
+        on a timestep can be there twice.
 
         Args:
             sampler: its `step` takes the noise prediction, and the variance as well where its configuration's
@@ -144,14 +147,14 @@ class Diffusion:
             first = NUM_TIMESTEPS - NUM_TIMESTEPS / num_steps if num_steps >= 20 else NUM_TIMESTEPS - 1
             scheduler.set_timesteps(timesteps=_descend(first, num_steps), device=device)
         else:
-            # "linspace" leaves out 0 here, so that of 1000 steps one would be there twice, which divides by 0.
-            linear["timestep_spacing"] = "trailing" if num_steps == NUM_TIMESTEPS else "linspace"
+            linear["use_karras_sigmas"] = True
             if sampler == "unipc":
                 scheduler = diffusers.UniPCMultistepScheduler(**linear, solver_order=2)
             else:
                 algorithm = {"dpm++": "dpmsolver++", "sde-dpm++": "sde-dpmsolver++"}[sampler]
                 scheduler = diffusers.DPMSolverMultistepScheduler(**linear, algorithm_type=algorithm, solver_order=2)
             scheduler.set_timesteps(num_steps, device=device)
+            scheduler.set_begin_index(0)  # or it looks for the first timestep, which of many steps is there twice
         return scheduler
 
 

@@ -307,15 +307,16 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         """Go from noise, or a noised image, to images or latents."""
         device, scheduler = self._execution_device, self.scheduler
         scheduler.set_timesteps(num_steps, device=device)
-        timesteps = scheduler.timesteps
         y, noise = y.to(device), noise.to(device, torch.float32)
+        first = 0
+        if start is not None:
+            first = (num_steps - min(num_steps, max(1, round(num_steps * strength)))) * getattr(scheduler, "order", 1)
+        timesteps = scheduler.timesteps[first:]
+        if hasattr(scheduler, "set_begin_index"):  # or it looks for the first timestep, which can be there twice
+            scheduler.set_begin_index(first)
         if start is None:
             x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
         else:
-            first = (num_steps - min(num_steps, max(1, round(num_steps * strength)))) * getattr(scheduler, "order", 1)
-            timesteps = timesteps[first:]
-            if hasattr(scheduler, "set_begin_index"):
-                scheduler.set_begin_index(first)
             start = start.to(device)
             x = self._noised(start, noise, timesteps[0])
         mask = None if mask is None else mask.to(device)
