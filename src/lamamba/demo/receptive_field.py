@@ -1,6 +1,7 @@
 """What a pixel of the output depends on: the effective receptive field (Luo et al. 2016, arXiv 1701.04128)."""
 
 import copy
+from itertools import chain
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -51,7 +52,8 @@ def receptive_field(
     check_pixels(NUM_DRAWS, height, width, limits)
     row = read_whole("row", pixel[0], 0, height - 1)
     column = read_whole("column", pixel[1], 0, width - 1)
-    own = copy.deepcopy(network)  # others use it at the same time
+    tensors = chain(network.parameters(), network.buffers())
+    own = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})  # others use it at the same time
     for block in own.modules():
         if isinstance(block, Block):
             left_out = {"scan": block.attention, "attention": block.ssm, "both": None}[branches]
