@@ -179,7 +179,10 @@ def _unframe(box: str) -> str:
 def _plainly(fault: str) -> str:
     """Say what an option takes in place of how the parser failed."""
     for said, meant in (
-        (r"Error parsing (\S+): no type matching \S+\|{?(.+?)}? could be .* from (.*)", r"\1 takes \2, not \3"),
+        (
+            r"Error parsing (\S+): no type matching \S+\|{?(.+?)}? could be instantiated from (.*)",
+            r"\1 takes \2, not \3",
+        ),
         (r"Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)", r"\1 takes a whole number, not \2"),
         (r"Error parsing (\S+): could not convert string to float: (.*)", r"\1 takes a number, not \2"),
     ):

@@ -138,7 +138,11 @@ class CheckpointWriter:
         if shapes != self._staged:  # the stager's memory is of one set of tensors
             keeps = any(tensor.device.type == "cuda" for tensor in state.values())
             self._stager, self._staged = BlockingAsyncStager(cache_staged_state_dict=keeps), shapes
-        staged: dict[str, Tensor] = self._stager.stage(state)
+        try:
+            staged: dict[str, Tensor] = self._stager.stage(state)
+        except RuntimeError:  # there is no more memory to be pinned
+            self._stager = BlockingAsyncStager()
+            staged = self._stager.stage(state)
         return staged
 
     def finish(self, wait: bool = True) -> Path | None:
@@ -146,8 +150,11 @@ class CheckpointWriter:
         under_way = self._under_way
         if under_way is None or not (wait or under_way.done()):
             return None
-        self._under_way = None
-        return under_way.result()
+        try:
+            return under_way.result()
+        finally:
+            if under_way.done():  # and not only the waiting has ended, by Ctrl-C
+                self._under_way = None
 
     def close(self) -> None:
         """End with the checkpoint that is being written."""

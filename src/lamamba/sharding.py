@@ -72,11 +72,19 @@ def gather(
             copies[name] = full.to("cpu", copy=True)
             continue
         if name not in memory:
-            memory[name] = torch.empty(full.shape, dtype=full.dtype, pin_memory=full.is_cuda)
+            memory[name] = _pinned_like(full) if full.is_cuda else torch.empty_like(full)
         copies[name] = memory[name].copy_(full, non_blocking=full.is_cuda)
     if memory and full.is_cuda:
         torch.cuda.current_stream(full.device).synchronize()
     return copies
+
+
+def _pinned_like(tensor: Tensor) -> Tensor:
+    """Take memory on the CPU, pinned where there is enough that can be."""
+    try:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    except RuntimeError:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
 @torch.no_grad()

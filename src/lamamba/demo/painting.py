@@ -287,6 +287,8 @@ def _in_steps(work: Callable[[_Show], np.ndarray], settings: list[dict[str, Any]
         nonlocal due
         if stopped.is_set():
             raise _Stopped
+        if x_0.is_cuda:  # or steps that nobody looks at would be queued far ahead, out of reach of who stops them
+            torch.cuda.current_stream(x_0.device).synchronize()
         begun = time.monotonic()
         if begun < due and done < 1:
             return
