@@ -1,16 +1,21 @@
 """Checkpoints are written beside training as it was when they began, and what cannot be written or read is said."""
 
 import threading
+from contextlib import closing
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from lamamba import saving
 from lamamba.checkpoint import CheckpointInfo, checkpoints_in, load_network
+from lamamba.config import NetworkConfig, TrainConfig
 from lamamba.errors import CheckpointError
 from lamamba.model import LaMambaDiff
 from lamamba.saving import CheckpointWriter, load_training_state, names_of_training_state, save_checkpoint
+from lamamba.train import resolve
+from lamamba.trainer import Trainer
 
 TINY = {"embed_dim": 8, "num_heads": 2, "in_channels": 1, "sample_size": 8, "num_classes": 2, "depths": (1, 1, 1, 1)}
 
@@ -60,6 +65,34 @@ def test_the_next_waits_for_the_one_before_and_closing_for_the_last(tmp_path: Pa
     assert [int(path.name) for path in checkpoints_in(tmp_path)][:1] in ([8], [16])
     writer.close()
     assert [int(path.name) for path in checkpoints_in(tmp_path)] == [16]
+
+
+def test_what_waited_and_was_interrupted_waits_again(tmp_path: Path, gate: threading.Event) -> None:
+    writer = CheckpointWriter(tmp_path)
+    writer.begin(CheckpointInfo(8), {}, {"x": torch.zeros(2)})
+    assert writer._under_way is not None
+    with patch.object(writer._under_way, "result", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        writer.finish()
+    assert writer.finish(wait=False) is None, "it is not written yet"
+    gate.set()
+    assert writer.finish() == checkpoints_in(tmp_path)[0]
+    writer.close()
+
+
+def test_weights_are_copied_once_those_before_are_written(tmp_path: Path, gate: threading.Event) -> None:
+    network = {**TINY, "sample_size": 32, "num_classes": 10, "depths": (1, 1, 1, 1)}
+    config = TrainConfig(out=tmp_path, batch_size=2, network=NetworkConfig(**network), device="cpu")  # type: ignore[arg-type]
+    with closing(Trainer(*resolve(config))) as trainer:
+        reader, wanted = trainer.batches(), []
+        for _ in range(2):
+            trainer.take_step(*next(reader))
+            wanted.append({name: value.clone() for name, value in trainer.network.state_dict().items()})
+            threading.Timer(0.3, gate.set).start()
+            trainer.save()
+        trainer.writer.finish()
+    for path, weights in zip(checkpoints_in(tmp_path), wanted, strict=True):
+        for name, value in load_network(path / "network").state_dict().items():
+            assert torch.equal(value, weights[name]), name
 
 
 def test_a_checkpoint_that_could_not_be_written_is_said_when_asked_for(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ What belongs to the parameters is cut as they are: gradients, the optimizer's mo
 """
 
 from collections.abc import Iterable, Mapping, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -72,19 +73,19 @@ def gather(
             copies[name] = full.to("cpu", copy=True)
             continue
         if name not in memory:
-            memory[name] = _pinned_like(full) if full.is_cuda else torch.empty_like(full)
+            memory[name] = _memory_for(full)
         copies[name] = memory[name].copy_(full, non_blocking=full.is_cuda)
     if memory and full.is_cuda:
         torch.cuda.current_stream(full.device).synchronize()
     return copies
 
 
-def _pinned_like(tensor: Tensor) -> Tensor:
-    """Take memory on the CPU, pinned where there is enough that can be."""
-    try:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    except RuntimeError:
-        return torch.empty(tensor.shape, dtype=tensor.dtype)
+def _memory_for(tensor: Tensor) -> Tensor:
+    """Take memory on the CPU; for what is on CUDA pinned, where there is enough that can be."""
+    if tensor.is_cuda:
+        with suppress(RuntimeError):
+            return torch.empty_like(tensor, device="cpu", pin_memory=True)
+    return torch.empty_like(tensor, device="cpu")
 
 
 @torch.no_grad()
