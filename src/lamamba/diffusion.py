@@ -115,7 +115,7 @@ class Diffusion:
 
         All go from 999 to 0, but for `ddim`: from 20 steps on it has its published stride, 0, 1000/n, 2000/n, ...,
         which starts at 1000 - 1000/n. Fewer steps of that stride would start where the image is not yet drowned in
-        noise. The steps of `ancestral` and `ddim` are even in time; those of the solvers of second order are even in
+        noise. The steps of `ancestral` and `ddim` are even in time; those of the multistep solvers are even in
         the seventh root of noise over signal (arXiv 2206.00364, eq. 5), with the timestep nearest to each level, so
         that from 79 steps on a timestep can be there twice.
 
