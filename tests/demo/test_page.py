@@ -97,8 +97,20 @@ class Visitor:
 
     def finish(self) -> list[str]:
         """Run what the open tab does; return the addresses of its images."""
+        # A small model is done between two looks at the page: so the page itself notes that it began.
+        self.browser.execute_script(
+            """
+            window.began = false;
+            new MutationObserver((_, observer) => {
+                const shown = [...document.querySelectorAll(".status")].filter(e => e.checkVisibility());
+                if (shown.some(e => e.innerText.includes("Done in"))) return;
+                window.began = true;
+                observer.disconnect();
+            }).observe(document.body, {childList: true, subtree: true, characterData: true});
+            """
+        )
         self.run()
-        self.wait(lambda: "Done in" not in self.status())
+        self.wait(lambda: self.browser.execute_script("return window.began"))
         self.wait(lambda: "Done in" in self.status())
         return self.pictures()
 
