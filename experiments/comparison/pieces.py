@@ -26,7 +26,7 @@ class Training:
     sweep: bool = False
     """Score other scales of guidance at the end."""
     compile: bool = False
-    """A DiT's blocks, by torch.compile; this package's network has kernels of its own."""
+    """A DiT's blocks, for steps and scores, by torch.compile; this package's network has kernels of its own."""
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class ComparisonTrainer(Trainer):
         super().__init__(replace(config, out=self.path.parent, cuda_graph=cuda_graph), source, Pixels(), setting.device)
         if piece.compile:
             self.network.compile_blocks()
+            self.average.compile_blocks()
         self.denoiser = Denoiser(InAutocast(self.average, self.autocast), config.objective)
 
     def build(self) -> Any:
