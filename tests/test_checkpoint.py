@@ -140,6 +140,10 @@ def test_damaged_and_foreign_checkpoints_are_named(run: Path, damage: object) ->
     assert "\n" not in str(error.value)
 
 
+def test_what_is_shipped_goes_by_the_name_of_its_data_too() -> None:
+    assert load_checkpoint("fashion-mnist").path == load_checkpoint("nano").path
+
+
 def test_names_that_are_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean nano"):
         load_checkpoint("nanno")

@@ -78,14 +78,17 @@ def read(setting: settings.Setting, name: str) -> dict[str, Any]:
     return json.loads((setting.results / f"{name}.json").read_text())
 
 
+STEPS_S = replace(pieces.PIECES["steps-s"], of=pieces.PIECES["s-seed-0"])  # of seed 1, which is not trained here
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> settings.Setting:
     """What pieces leave that were never stopped."""
     setting = place(tmp_path_factory.mktemp("whole"))
     for name in ("s-seed-0", "dit-s-2-seed-0", "s-flow"):
         training.train(setting, pieces.PIECES[name])
-    for name in ("steps-s", "steps-s-flow"):
-        studies.score_steps(setting, pieces.PIECES[name])
+    for piece in (STEPS_S, pieces.PIECES["steps-s-flow"]):
+        studies.score_steps(setting, piece)
     studies.look_for_copies(setting, pieces.PIECES["memorisation-s"])
     return setting
 
@@ -333,7 +336,7 @@ def test_weights_travel_in_parts(tmp_path: Path, whole: settings.Setting) -> Non
     before, after = (training.read_average(folder / training.CHECKPOINT) for folder in (run, setting.out / "s-seed-0"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name].half(), after[name]) for name in before)
-    studies.score_steps(setting, pieces.PIECES["steps-s"])
+    studies.score_steps(setting, STEPS_S)
     pairs = zip(read(setting, "steps-s")["points"], read(whole, "steps-s")["points"], strict=True)
     assert all(ours["distance"] == pytest.approx(theirs["distance"], rel=1e-2) for ours, theirs in pairs)
     (setting.out / "s-seed-0" / "record.json").unlink()
@@ -348,7 +351,7 @@ def test_weights_travel_in_parts(tmp_path: Path, whole: settings.Setting) -> Non
 
 def test_studies_say_what_they_miss(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"checkpoint.safetensors is missing: run s-seed-0 first"):
-        studies.score_steps(place(tmp_path), pieces.PIECES["steps-s"])
+        studies.score_steps(place(tmp_path), STEPS_S)
 
 
 def test_the_page_is_made_of_records_and_names_what_is_missing(tmp_path: Path, whole: settings.Setting) -> None:

@@ -4,6 +4,7 @@ s, b            LaMamba-S and -B of the paper's geometry, on pixels
 dit-s-2, ...    DiT-S/2 and DiT-B/2 in their authors' layout, of diffusers' modules
 s-...           LaMamba-S with one thing changed
 nano            the shipped network's geometry, whose weights are small enough to ship
+emoji-64        likewise, for 64x64: narrower, and deeper where pixels are few
 """
 
 from collections.abc import Mapping
@@ -41,6 +42,7 @@ LAMAMBA: Mapping[str, NetworkConfig] = {
     "s-state-16": replace(preset("s-256"), ssm_state_size=16),
     "s-window-4": replace(preset("s-256"), window_size=4),
     "nano": preset("nano"),
+    "emoji-64": replace(preset("nano"), embed_dim=32, num_heads=2, depths=(2, 2, 4, 2)),
 }
 DIT: Mapping[str, DiTGeometry] = {"dit-s-2": DiTGeometry(12, 384, 6), "dit-b-2": DiTGeometry(12, 768, 12)}
 NAMES = (*LAMAMBA, *DIT)

@@ -16,13 +16,41 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
+from lamamba.config import PlanConfig
+from lamamba.plan import predict
 from pieces import LISTS, Memorisation, Speed, Steps, Training
 from setting import HERE, RESULTS
 
 PAGE = HERE.parents[1] / "docs" / "results.md"
 NOTES = HERE / "notes.md"
+
+_IMAGENET = """\
+No network of this package has been trained on ImageNet; whether what is above holds there is not known. From the
+official files to a score ([imagenet.md](imagenet.md) has the whole recipe), for 256 px and 512 px:
+
+    lamamba prepare imagenet --out imagenet --train ILSVRC2012_img_train.tar \\
+        --validation ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz
+    torchrun --nproc-per-node 8 -m lamamba encode --data imagenet/train --vae sd-vae-ft-ema \\
+        --image-size 256 --out latents-256
+    torchrun --nproc-per-node 8 -m lamamba train --preset xl-256 --data latents-256 --horizontal-flip \\
+        --batch-size 256 --num-images 400000000 --out runs/xl-256 --resume
+    torchrun --nproc-per-node 8 -m lamamba generate runs/xl-256 --sampler ancestral --steps 250 \\
+        --guidance 1.5 --out samples-256
+    lamamba evaluate samples-256 VIRTUAL_imagenet256_labeled.npz --out scores-256.json
+
+    torchrun --nproc-per-node 8 -m lamamba encode --data imagenet/train --vae sd-vae-ft-ema \\
+        --image-size 512 --out latents-512
+    torchrun --nproc-per-node 8 -m lamamba train --preset xl-512 --data latents-512 --horizontal-flip \\
+        --batch-size 256 --num-images 400000000 --out runs/xl-512 --resume
+    torchrun --nproc-per-node 8 -m lamamba generate runs/xl-512 --sampler ancestral --steps 250 \\
+        --guidance 1.5 --out samples-512
+    lamamba evaluate samples-512 VIRTUAL_imagenet512.npz --out scores-512.json
+
+What training takes, by `lamamba plan` ([scaling.md](scaling.md)):"""
 
 Content = dict[str, Any]
 Records = Mapping[str, Content]
@@ -33,7 +61,8 @@ Made by `experiments/comparison/make_page.py` from the records in `experiments/c
 says how these came about. The distance is the Fréchet distance of the shipped clothes features to the 10,000 test
 images, not to be compared with an FID; precision and recall are of the same features
 ([evaluation.md](evaluation.md)). Loss is the mean of the last tenth of training. Of several seeds: the mean (least to
-largest)."""
+largest). The best distance is that of a sweep of guidance at 1, 1.25, 1.5, 2 and 3; "s for 10,000" are seconds of
+sampling as many images at 50 steps, or 25 of Heun, without guidance."""
 
 
 def read_records(folder: Path, quick: bool = False) -> dict[str, Content]:
@@ -97,7 +126,8 @@ def at_seconds(record: Content, seconds: float) -> float | None:
 
 
 _TRAINED = ["", "seeds", "M parameters", "G multiply-adds", "images/s", "GiB", "loss", "distance", "precision",
-            "recall", "best distance", "at guidance"]  # fmt: skip
+            "recall", "best distance", "at guidance", "s for 10,000"]  # fmt: skip
+_NAMES = {"s": "LaMamba-S", "b": "LaMamba-B", "dit-s-2": "DiT-S/2", "dit-b-2": "DiT-B/2"}
 
 
 def trained_row(name: str, several: Sequence[Content]) -> list[str]:
@@ -115,6 +145,7 @@ def trained_row(name: str, several: Sequence[Content]) -> list[str]:
         *(spread([row[key] for row in last]) if last else "" for key in ("distance", "precision", "recall")),
         spread([row["distance"] for row in best]) if best else "",
         ", ".join(sorted({f"{row['guidance']:g}" for row in best})),
+        spread([row["sampling_s"] for row in last]) if last else "",
     ]  # fmt: skip
 
 
@@ -129,7 +160,7 @@ def comparison(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
             continue
         images = next(iter(groups.values()))[0]["settings"]["train"]["num_images"]
         lines += [f"At equal images, {images:,} of each:", ""]
-        lines += table(_TRAINED, [trained_row(network, several) for network, several in groups.items()])
+        lines += table(_TRAINED, [trained_row(_NAMES[network], several) for network, several in groups.items()])
         if len(groups) == len(networks):
             lines += equal_seconds(groups)
         floor = [record["training_images"]["distance"] for several in groups.values() for record in several]
@@ -145,8 +176,16 @@ def equal_seconds(groups: Mapping[str, Sequence[Content]]) -> list[str]:
     rows = []
     for network, several in groups.items():
         values = [value for record in several if (value := at_seconds(record, seconds)) is not None]
-        rows.append([network, spread(values) if values else "not scored so early"])
+        rows.append([_NAMES[network], spread(values) if values else "not scored so early"])
     return [f"At equal time, {seconds:,.0f} s of training:", "", *table(["", "distance"], rows)]
+
+
+def number_by_decades(*several: Axis) -> None:
+    """Number a logarithmic axis plainly, at 1, 2 and 5 of each decade."""
+    for axis in several:
+        axis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
 
 
 def draw_curves(figure: Figure, groups: Mapping[str, Sequence[Content]]) -> None:
@@ -157,7 +196,7 @@ def draw_curves(figure: Figure, groups: Mapping[str, Sequence[Content]]) -> None
     ):
         for colour, (network, several) in enumerate(groups.items()):
             for index, record in enumerate(several):
-                name = network if index == 0 else None
+                name = _NAMES[network] if index == 0 else None
                 for row, curve, value in ((0, "curve", "loss"), (1, "evaluations", "distance")):
                     axes[row][column].plot(
                         [point[key] / scale for point in record[curve]], [point[value] for point in record[curve]],
@@ -165,6 +204,7 @@ def draw_curves(figure: Figure, groups: Mapping[str, Sequence[Content]]) -> None
                     )  # fmt: skip
         for row in (0, 1):
             axes[row][column].set(xlabel=label, yscale="log")
+            number_by_decades(axes[row][column].yaxis)
             axes[row][column].grid(alpha=0.3)
     axes[0][0].set_ylabel("loss")
     axes[1][0].set_ylabel("Fréchet distance, no guidance")
@@ -206,6 +246,7 @@ def draw_steps(figure: Figure, points: Sequence[Content]) -> None:
         own = [point for point in points if point["sampler"] == sampler]
         axes.plot([p["evaluations"] for p in own], [p["distance"] for p in own], marker="o", label=sampler, linewidth=1)
     axes.set(xlabel="evaluations of the network", ylabel="Fréchet distance", xscale="log", yscale="log")
+    number_by_decades(axes.xaxis, axes.yaxis)
     axes.grid(alpha=0.3)
     axes.legend()
 
@@ -216,7 +257,7 @@ def memorisation(records: Records, draw: Callable[[str, Draw], str]) -> list[str
     for name, record in records.items():
         if record["kind"] != "memorisation":
             continue
-        lines += [f"Of {record['settings']['of']['name']}, distances to the nearest training image:", ""]
+        lines += [f"### {record['settings']['of']['name']}", "", "Distances to the nearest training image:", ""]
         for space, rows in record["distances"].items():
             percentiles = [key for key in next(iter(rows.values())) if key.startswith("percentile")]
             header = [space, "images", "least", *(key.replace("_", " ") for key in percentiles), "below percentile 1"]
@@ -238,7 +279,7 @@ def speeds(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
     if "speed" not in records:
         return []
     rows = [
-        [case["network"], "yes" if case["compile"] else "no", "yes" if case["cuda_graph"] else "no",
+        [_NAMES[case["network"]], "yes" if case["compile"] else "no", "yes" if case["cuda_graph"] else "no",
          *([number(case["images_per_s"]), number(case["slowest"]), number(case["fastest"]),
             "" if case["peak_gib"] is None else number(case["peak_gib"])]
            if "images_per_s" in case else ["failed", "", "", ""])]
@@ -250,14 +291,16 @@ def speeds(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
 def rates(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
     """Tabulate short trainings at several learning rates."""
     rows = [
-        [record["settings"]["network"], f"{record['settings']['learning_rate']:g}", number(final_loss(record)),
+        [_NAMES[record["settings"]["network"]], f"{record['settings']['learning_rate']:g}", number(final_loss(record)),
          number(record["evaluations"][-1]["distance"])]
         for record in found(records, ["rates"])
     ]  # fmt: skip
     lines = []
     if rows:
         images = found(records, ["rates"])[0]["settings"]["train"]["num_images"]
-        lines += [f"{images:,} images of each:", "", *table(["", "learning rate", "loss", "distance"], rows)]
+        lines += [f"{images:,} images of each, scored with steps of DPM-Solver++ even in time, before the default's",
+                  "were as Karras' are: distances to be compared with one another alone.", ""]  # fmt: skip
+        lines += table(["", "learning rate", "loss", "distance"], rows)
     whole = found(records, ["high-rate"])
     if whole:
         lines += [
@@ -278,6 +321,7 @@ def draw_losses(figure: Figure, several: Sequence[Content]) -> None:
             [row["images"] / 1e6 for row in curve], [row["loss"] for row in curve], label=record["piece"], linewidth=1
         )
     axes.set(xlabel="million images seen", ylabel="loss", yscale="log")
+    number_by_decades(axes.yaxis)
     axes.grid(alpha=0.3)
     axes.legend()
 
@@ -291,14 +335,25 @@ def emoji(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
     return lines + [f"![{record['piece']}](results/{record['piece']}-grid.png)\n" for record in several]
 
 
+def imagenet(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
+    """Say how to do what is not shown, and what it will take by the cost model."""
+    rows = []
+    for name, gpus, batch in (("s-256", 8, 256), ("xl-256", 8, 256), ("xl-512", 8, 256)):
+        config = PlanConfig(name, gpus=gpus, batch_size=batch)
+        hours = config.num_images / predict(config).images_per_s(gpus) / 3600
+        rows.append([name, str(gpus), str(batch), f"{config.num_images:,}", f"{hours * gpus:,.0f}", f"{hours:,.0f}"])
+    return [_IMAGENET, "", *table(["", "H100", "batch", "images", "GPU-hours, predicted", "hours"], rows)]
+
+
 SECTIONS = {
-    "Speed of a training step": (speeds, ("speed",)),
-    "Learning rates": (rates, ("rates", "high-rate")),
     "LaMamba against DiT on Fashion-MNIST": (comparison, ("seed-0", "more-seeds", "b")),
     "What each part buys": (ablations, ("ablations",)),
-    "Samples against steps": (steps, ("seed-0", "ablations")),
-    "Nearest training images": (memorisation, ("seed-0",)),
+    "Samples against steps": (steps, ("more-seeds", "ablations")),
+    "Nearest training images": (memorisation, ("seed-0", "release")),
     "Emoji, 64x64, and what is small enough to ship": (emoji, ("emoji", "release")),
+    "Speed of a training step": (speeds, ("speed",)),
+    "Learning rates": (rates, ("rates", "high-rate")),
+    "What is not shown: ImageNet": (imagenet, ()),
 }
 _KINDS = {steps: (Steps,), memorisation: (Memorisation,), speeds: (Speed,)}  # of pieces; of others Training
 

@@ -2,7 +2,7 @@
 
 python experiments/comparison/weights.py pack runs/comparison/s-seed-0 $OUT/s-seed-0       where it was trained
 python experiments/comparison/weights.py unpack s-seed-0 runs/comparison/s-seed-0          for run.py's studies
-python experiments/comparison/weights.py release runs/comparison/emoji-nano emoji-64       for lamamba sample
+python experiments/comparison/weights.py release runs/comparison/emoji-64 emoji-64       for lamamba sample
 """
 
 import argparse

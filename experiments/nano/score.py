@@ -1,7 +1,6 @@
 """How many of 1,000 samples of `nano` show the class that was asked for, as a small classifier sees it.
 
-    python experiments/nano/score.py runs/nano                                         score.json
-    python experiments/nano/score.py --guidance 2 --out experiments/nano/score_float16.json
+    python experiments/nano/score.py --guidance 1 2        of the shipped weights, to score.json
 
 Trains a convolutional classifier on the 60,000 Fashion-MNIST training images, tests it on the 10,000 test images, and
 samples 100 images of each class at several scales of guidance. About a minute on an H100.

@@ -257,15 +257,15 @@ def load_network(folder: Path) -> LaMambaDiff:
 
 
 def load_checkpoint(name: str | Path, weights: str = "ema") -> LoadedCheckpoint:
-    """Load the network of a run (its newest checkpoint), a checkpoint, a pipeline, a network folder, or a preset.
+    """Load the network of a run (its newest checkpoint), a checkpoint, a pipeline, a network folder, or what is shipped.
 
     Args:
-        name: a path, a preset whose weights are shipped, or "user/name" on the Hugging Face hub, see `find_checkpoint`.
+        name: a path, shipped weights by their name, or "user/name" on the Hugging Face hub, see `find_checkpoint`.
         weights: "ema" or "network".
 
     Raises:
         CheckpointError: nothing loadable is there; the message says what was looked for.
-        ConfigError: neither a path nor a preset.
+        ConfigError: neither a path nor a name that is known.
     """
     path = find_checkpoint(name)
     if (path / "checkpoint.json").is_file():
@@ -279,7 +279,7 @@ def load_denoiser(name: str | Path) -> LoadedDenoiser:
 
     Raises:
         CheckpointError: nothing loadable is there; the message says what was looked for.
-        ConfigError: neither a path nor a preset.
+        ConfigError: neither a path nor a name that is known.
     """
     path = find_checkpoint(name)
     folder = DiTFolder.find(path)
@@ -298,18 +298,19 @@ def find_checkpoint(name: str | Path) -> Path:
 
     Raises:
         CheckpointError: there is none, or the hub cannot be asked.
-        ConfigError: neither a path nor a preset.
+        ConfigError: neither a path nor a name that is known.
     """
     path = Path(name)
     if not path.exists():
+        shipped = shipped_weights()
+        if str(name) in shipped:
+            return shipped[str(name)]
         if str(name) in PRESETS:
-            if (SHIPPED / str(name) / "checkpoint.json").is_file():
-                return SHIPPED / str(name)
-            raise CheckpointError(
-                f"no weights are shipped for {name}, only for {', '.join(shipped_presets())}: train it"
-            )
+            raise CheckpointError(f"no weights are shipped for {name}, only {', '.join(shipped)}: train it")
         if len(path.parts) == 1:
-            raise ConfigError(f"{name!r} is neither a folder nor a preset: {nearest(str(name), PRESETS)}")
+            raise ConfigError(
+                f"{name!r} is neither a folder nor a preset: {nearest(str(name), {**shipped, **PRESETS})}"
+            )
         if not is_repository(str(name)):
             raise CheckpointError(f"{path} does not exist")
         path = _fetch(str(name))
@@ -319,7 +320,9 @@ def find_checkpoint(name: str | Path) -> Path:
         return path
     whole = checkpoints_in(path)
     if not whole:
-        raise CheckpointError(f"{path} holds no checkpoint: give a run folder, one of its checkpoints, or a preset")
+        raise CheckpointError(
+            f"{path} holds no checkpoint: give a run folder, one of its checkpoints, or shipped weights"
+        )
     return whole[-1]
 
 
@@ -333,9 +336,9 @@ def _fetch(name: str) -> Path:
     return fetch(name, "*.json", "*.safetensors", "*.bin")  # the official DiT's weights are .bin
 
 
-def shipped_presets() -> list[str]:
-    """Presets whose weights come with the package."""
-    return [name for name in PRESETS if (SHIPPED / name / "checkpoint.json").is_file()]
+def shipped_weights() -> dict[str, Path]:
+    """Find the weights that come with the package, by their names: of a preset, and of what it was trained on."""
+    return {"nano": SHIPPED / "nano", "fashion-mnist": SHIPPED / "nano"}
 
 
 def export(checkpoint: Path, folder: Path) -> None:

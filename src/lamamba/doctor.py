@@ -341,11 +341,11 @@ def _look_at_operation(name: str) -> Iterator[Finding]:
 
 
 def _look_at_weights() -> Iterator[Finding]:
-    from lamamba.checkpoint import SHIPPED, shipped_presets, verify
+    from lamamba.checkpoint import shipped_weights, verify
 
-    for preset in shipped_presets():
-        verify(SHIPPED / preset)
-    yield Finding("shipped weights", "ok", f"of {', '.join(shipped_presets())}, as they were published")
+    for folder in set(shipped_weights().values()):
+        verify(folder)
+    yield Finding("shipped weights", "ok", f"of {', '.join(shipped_weights())}, as they were published")
 
 
 def _look_at_extras() -> Iterator[Finding]:

@@ -68,7 +68,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         """Build a pipeline of averaged weights, on the CPU in float32.
 
         Args:
-            name: a run folder (its newest checkpoint), a checkpoint folder, a preset whose weights are shipped; or a
+            name: a run folder (its newest checkpoint), a checkpoint folder, shipped weights by their name; or a
                 saved pipeline, here or on the Hugging Face hub, whose scheduler is kept.
             vae: AutoencoderKL folder; the default is the one that the network was trained with.
 

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCardData
 from rich.console import Console
 
 from lamamba import __version__
-from lamamba.checkpoint import PIPELINE_INDEX, SHIPPED, find_checkpoint
+from lamamba.checkpoint import PIPELINE_INDEX, find_checkpoint, shipped_weights
 from lamamba.config import PushConfig, SamplingConfig
 from lamamba.data.fashion_mnist import HUB_REPOSITORY
 from lamamba.dit import class_of
@@ -125,7 +125,7 @@ def _draw(folder: Path, config: PushConfig) -> list[int]:
 
 def _dataset_of(path: Path) -> str | None:
     """Tell the hub's name of the dataset that a checkpoint was trained on, where its run says so."""
-    if path.parent == SHIPPED:
+    if path == shipped_weights()["fashion-mnist"]:
         return HUB_REPOSITORY
     try:
         data = json.loads((path.parent.parent / "config.json").read_text())["data"]

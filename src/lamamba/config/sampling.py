@@ -40,8 +40,8 @@ class SamplingConfig:
     """What is sampled from, and how."""
 
     checkpoint: tyro.conf.Positional[str]
-    """A run folder (its newest checkpoint), a checkpoint folder, a preset; a folder that diffusers saved of a
-    LaMambaDiffPipeline, a DiTPipeline or a DiTTransformer2DModel; or user/name, such a folder on the Hugging Face
+    """A run folder (its newest checkpoint), a checkpoint folder, shipped weights (nano); a folder that diffusers saved
+    of a LaMambaDiffPipeline, a DiTPipeline or a DiTTransformer2DModel; or user/name, such a folder on the Hugging Face
     hub."""
     sampler: Sampler | None = None
     """ancestral, ddim, dpm++, sde-dpm++ or unipc (diffusion); euler or heun (flow). The default is dpm++ or heun."""
@@ -77,7 +77,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(SamplingConfig):
-    """Sample images from a run, a checkpoint, a preset whose weights are shipped (nano), or a DiT of diffusers."""
+    """Sample images from a run, a checkpoint, shipped weights (nano), or a DiT of diffusers."""
 
     labels: str | None = None
     """Classes to sample, by name or number from 0, separated by commas; where classes are named by numbers, a number
