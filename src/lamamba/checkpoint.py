@@ -257,7 +257,7 @@ def load_network(folder: Path) -> LaMambaDiff:
 
 
 def load_checkpoint(name: str | Path, weights: str = "ema") -> LoadedCheckpoint:
-    """Load the network of a run (its newest checkpoint), a checkpoint, a pipeline, a network folder, or what is shipped.
+    """Load the network of a run (its newest checkpoint), a checkpoint, a pipeline, a network folder, or shipped ones.
 
     Args:
         name: a path, shipped weights by their name, or "user/name" on the Hugging Face hub, see `find_checkpoint`.
