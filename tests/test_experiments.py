@@ -364,7 +364,7 @@ def test_the_page_is_made_of_records_and_names_what_is_missing(tmp_path: Path, w
     record = records["dit-s-2-seed-0"]
     assert f"| {make_page.number(record['evaluations'][-1]['distance'])} |" in text
     assert "Not measured yet: s-seed-1, dit-s-2-seed-1, s-seed-2, dit-s-2-seed-2, b, dit-b-2." in text
-    assert "Not measured yet: memorisation-dit-s-2." in text
+    assert "Not measured yet: memorisation-dit-s-2, memorisation-nano, memorisation-emoji-64." in text
     assert "Not measured yet: speed." in text
     shown = {part.split(")")[0] for part in text.split("](results/")[1:]}
     assert {"s-against-dit-s-2.png", "steps-s.png", "memorisation-s-nearest.png"} < shown
