@@ -4,7 +4,8 @@
 #
 #   OUT=kept COMMIT=1a2b3c4 bash experiments/comparison/on_gpu.sh seed-0
 #
-# Afterwards $OUT/results.tar has all records and pictures so far. Exit code 3: the time was over, the same goes on.
+# $OUT/results.tar has all records and pictures so far, anew every half minute: a call that is cut off leaves it too.
+# Exit code 3: the time was over, the same goes on. Where less than ten minutes are left, SECONDS_LEFT says how many.
 set -uo pipefail
 : "${OUT:?give a folder for what comes back, OUT=kept}"
 cd "$(dirname "$0")/../.."
@@ -20,12 +21,17 @@ if [ ! -d $data ] && [ -d .data ]; then
 for path in pathlib.Path('.data').glob('*.xz'):
     pathlib.Path(sys.argv[1], path.stem).write_bytes(lzma.decompress(path.read_bytes()))" $data || exit
 fi
-options=(--seconds $((555 - SECONDS)) --commit "${COMMIT:-unknown}")
+options=(--seconds $((${SECONDS_LEFT:-600} - 45 - SECONDS)) --commit "${COMMIT:-unknown}")
 [ -d $data ] && options+=(--data-folder $data)
 [ -d .emoji ] && options+=(--emoji .emoji)
 gpus=$(nvidia-smi -L | wc -l)
 ((gpus > 0)) || exit
 export OMP_NUM_THREADS=$(($(nproc) / gpus))
+mkdir -p experiments/comparison/results
+keep() { tar -cf "$OUT/.results.tar" -C experiments/comparison results && mv "$OUT/.results.tar" "$OUT/results.tar"; }
+while sleep 30; do keep; done > /dev/null 2>&1 &
+keeper=$!
+trap 'kill $keeper' EXIT
 running=()
 for ((gpu = 0; gpu < gpus; gpu++)); do
     CUDA_VISIBLE_DEVICES=$gpu python3 experiments/comparison/run.py "$@" "${options[@]}" > >(sed -u "s/^/$gpu: /") 2>&1 &
@@ -35,6 +41,5 @@ code=0
 for process in "${running[@]}"; do
     wait "$process" || code=$?
 done
-mkdir -p experiments/comparison/results
-tar -cf "$OUT/results.tar" -C experiments/comparison results
+keep
 exit $code
