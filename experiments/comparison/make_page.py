@@ -125,27 +125,40 @@ def at_seconds(record: Content, seconds: float) -> float | None:
     return float(rows[-1]["distance"])
 
 
-_TRAINED = ["", "seeds", "M parameters", "G multiply-adds", "images/s", "GiB", "loss", "distance", "precision",
-            "recall", "best distance", "at guidance", "s for 10,000"]  # fmt: skip
+_SCORES = ["", "seeds", "images/s", "loss", "distance", "precision", "recall"]
+_BEST = ["best distance", "at guidance"]
+_COSTS = ["", "M parameters", "G multiply-adds", "GiB", "s for 10,000"]
 _NAMES = {"s": "LaMamba-S", "b": "LaMamba-B", "dit-s-2": "DiT-S/2", "dit-b-2": "DiT-B/2"}
 
 
-def trained_row(name: str, several: Sequence[Content]) -> list[str]:
+def scores_row(name: str, several: Sequence[Content]) -> list[str]:
     """Write a line for trainings that differ in their seeds alone."""
-    network, last = several[0]["network"], [record["evaluations"][-1] for record in several if record["evaluations"]]
+    last = [record["evaluations"][-1] for record in several if record["evaluations"]]
+    return [
+        name, str(len(several)), spread([speed(record) for record in several]),
+        spread([final_loss(record) for record in several]),
+        *(spread([row[key] for row in last]) if last else "" for key in ("distance", "precision", "recall")),
+    ]  # fmt: skip
+
+
+def best_cells(several: Sequence[Content]) -> list[str]:
+    """Write the least distance of those that had a sweep of guidance."""
     best = [
         min(record["best"], record["evaluations"][-1], key=lambda row: row["distance"])
         for record in several
         if "best" in record
     ]
+    guidance = ", ".join(sorted({f"{row['guidance']:g}" for row in best}))
+    return [spread([row["distance"] for row in best]) if best else "", guidance]
+
+
+def costs_row(name: str, several: Sequence[Content]) -> list[str]:
+    """Write what a network costs."""
+    network = several[0]["network"]
+    seconds = [record["evaluations"][-1]["sampling_s"] for record in several if record["evaluations"]]
     return [
-        name, str(len(several)), number(network["parameters"] / 1e6), number(network["multiply_adds"] / 1e9),
-        spread([speed(record) for record in several]), number(network.get("peak_gib", 0)) if "peak_gib" in network
-        else "", spread([final_loss(record) for record in several]),
-        *(spread([row[key] for row in last]) if last else "" for key in ("distance", "precision", "recall")),
-        spread([row["distance"] for row in best]) if best else "",
-        ", ".join(sorted({f"{row['guidance']:g}" for row in best})),
-        spread([row["sampling_s"] for row in last]) if last else "",
+        name, number(network["parameters"] / 1e6), number(network["multiply_adds"] / 1e9),
+        number(network["peak_gib"]) if "peak_gib" in network else "", spread(seconds) if seconds else "",
     ]  # fmt: skip
 
 
@@ -160,7 +173,10 @@ def comparison(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
             continue
         images = next(iter(groups.values()))[0]["settings"]["train"]["num_images"]
         lines += [f"At equal images, {images:,} of each:", ""]
-        lines += table(_TRAINED, [trained_row(_NAMES[network], several) for network, several in groups.items()])
+        named = {_NAMES[network]: several for network, several in groups.items()}
+        rows = [[*scores_row(name, several), *best_cells(several)] for name, several in named.items()]
+        lines += table(_SCORES + _BEST, rows)
+        lines += table(_COSTS, [costs_row(name, several) for name, several in named.items()])
         if len(groups) == len(networks):
             lines += equal_seconds(groups)
         floor = [record["training_images"]["distance"] for several in groups.values() for record in several]
@@ -217,9 +233,15 @@ def ablations(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
     if not changed:
         return []
     whole = found(records, ["seed-0"], "s")
-    rows = [trained_row("S: scan and attention, continuous paths, 1 state, windows of 8", whole)] if whole else []
-    rows += [trained_row(record["piece"], [record]) for record in changed]
-    return [*table(_TRAINED, rows), "The loss of flow matching is of another quantity than the others.", ""]
+    rows = [scores_row("S: scan and attention, continuous paths, 1 state, windows of 8", whole)] if whole else []
+    rows += [scores_row(record["piece"], [record]) for record in changed]
+    costs = [costs_row(record["piece"], [record]) for record in [*whole, *changed]]
+    return [
+        *table(_SCORES, rows),
+        *table(_COSTS, costs),
+        "The loss of flow matching is of another quantity than the others.",
+        "",
+    ]
 
 
 def steps(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
@@ -331,7 +353,8 @@ def emoji(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
     several = found(records, ["emoji", "release"])
     if not several:
         return []
-    lines = table(_TRAINED, [trained_row(record["piece"], [record]) for record in several])
+    lines = table(_SCORES, [scores_row(record["piece"], [record]) for record in several])
+    lines += table(_COSTS, [costs_row(record["piece"], [record]) for record in several])
     return lines + [f"![{record['piece']}](results/{record['piece']}-grid.png)\n" for record in several]
 
 
