@@ -126,7 +126,8 @@ def at_seconds(record: Content, seconds: float) -> float | None:
 
 
 _SCORES = ["", "seeds", "images/s", "loss", "distance", "precision", "recall"]
-_BEST = ["best distance", "at guidance"]
+_BEST = "at its best guidance"
+_PERCENTILES = ("percentile_1", "percentile_5", "percentile_50")  # of more that the records have
 _COSTS = ["", "M parameters", "G multiply-adds", "GiB", "s for 10,000"]
 _NAMES = {"s": "LaMamba-S", "b": "LaMamba-B", "dit-s-2": "DiT-S/2", "dit-b-2": "DiT-B/2"}
 
@@ -141,15 +142,15 @@ def scores_row(name: str, several: Sequence[Content]) -> list[str]:
     ]  # fmt: skip
 
 
-def best_cells(several: Sequence[Content]) -> list[str]:
-    """Write the least distance of those that had a sweep of guidance."""
+def best_cell(several: Sequence[Content]) -> str:
+    """Write the least distance of those that had a sweep of guidance, and where it was."""
     best = [
         min(record["best"], record["evaluations"][-1], key=lambda row: row["distance"])
         for record in several
         if "best" in record
     ]
     guidance = ", ".join(sorted({f"{row['guidance']:g}" for row in best}))
-    return [spread([row["distance"] for row in best]) if best else "", guidance]
+    return f"{spread([row['distance'] for row in best])} at {guidance}" if best else ""
 
 
 def costs_row(name: str, several: Sequence[Content]) -> list[str]:
@@ -174,8 +175,8 @@ def comparison(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
         images = next(iter(groups.values()))[0]["settings"]["train"]["num_images"]
         lines += [f"At equal images, {images:,} of each:", ""]
         named = {_NAMES[network]: several for network, several in groups.items()}
-        rows = [[*scores_row(name, several), *best_cells(several)] for name, several in named.items()]
-        lines += table(_SCORES + _BEST, rows)
+        rows = [[*scores_row(name, several), best_cell(several)] for name, several in named.items()]
+        lines += table([*_SCORES, _BEST], rows)
         lines += table(_COSTS, [costs_row(name, several) for name, several in named.items()])
         if len(groups) == len(networks):
             lines += equal_seconds(groups)
@@ -275,16 +276,20 @@ def draw_steps(figure: Figure, points: Sequence[Content]) -> None:
 
 def memorisation(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
     """Tabulate distances to the nearest training image."""
-    lines = []
-    for name, record in records.items():
-        if record["kind"] != "memorisation":
-            continue
-        lines += [f"### {record['settings']['of']['name']}", "", "Distances to the nearest training image:", ""]
+    pieces = [piece.name for several in LISTS.values() for piece in several if isinstance(piece, Memorisation)]
+    of_each = {name: records[name] for name in pieces if name in records}
+    if not of_each:
+        return []
+    lines = ["Distances to the nearest training image: root mean squares of the differences of pixels, in levels of 0 to",
+             "255, and of features. Nearer: the share that is nearer than one in a hundred of the images that were not",
+             "trained on, so that 1 % is to be expected of a network that copies nothing.", ""]  # fmt: skip
+    for name, record in of_each.items():
+        of = record["settings"]["of"]
+        lines += [f"### {_NAMES.get(of['network'], of['network'])}", ""]
         for space, rows in record["distances"].items():
-            percentiles = [key for key in next(iter(rows.values())) if key.startswith("percentile")]
-            header = [space, "images", "least", *(key.replace("_", " ") for key in percentiles), "below percentile 1"]
+            header = [space, "images", "least", *(key.replace("_", " ") for key in _PERCENTILES), "nearer"]
             cells = [
-                [of, f"{row['number']:,}", number(row["least"]), *(number(row[key]) for key in percentiles),
+                [of, f"{row['number']:,}", number(row["least"]), *(number(row[key]) for key in _PERCENTILES),
                  f"{row['share_nearer_than_percentile_1']:.1%}" if "share_nearer_than_percentile_1" in row else ""]
                 for of, row in rows.items()
             ]  # fmt: skip
