@@ -28,6 +28,10 @@ from setting import HERE, RESULTS
 PAGE = HERE.parents[1] / "docs" / "results.md"
 NOTES = HERE / "notes.md"
 
+_NEAREST = """\
+Distances to the nearest training image: root mean squares of the differences of pixels, in levels of 0 to 255, and of
+features. Nearer: the share that is nearer than one in a hundred of the images that were not trained on, so that 1 % is to
+be expected of a network that copies nothing."""
 _IMAGENET = """\
 No network of this package has been trained on ImageNet; whether what is above holds there is not known. From the
 official files to a score ([imagenet.md](imagenet.md) has the whole recipe), for 256 px and 512 px:
@@ -280,9 +284,7 @@ def memorisation(records: Records, draw: Callable[[str, Draw], str]) -> list[str
     of_each = {name: records[name] for name in pieces if name in records}
     if not of_each:
         return []
-    lines = ["Distances to the nearest training image: root mean squares of the differences of pixels, in levels of 0 to",
-             "255, and of features. Nearer: the share that is nearer than one in a hundred of the images that were not",
-             "trained on, so that 1 % is to be expected of a network that copies nothing.", ""]  # fmt: skip
+    lines = [_NEAREST, ""]
     for name, record in of_each.items():
         of = record["settings"]["of"]
         lines += [f"### {_NAMES.get(of['network'], of['network'])}", ""]
