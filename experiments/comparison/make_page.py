@@ -30,8 +30,8 @@ NOTES = HERE / "notes.md"
 
 _NEAREST = """\
 Distances to the nearest training image: root mean squares of the differences of pixels, in levels of 0 to 255, and of
-features. Nearer: the share that is nearer than one in a hundred of the images that were not trained on, so that 1 % is to
-be expected of a network that copies nothing."""
+features. Nearer: the share that is nearer than one in a hundred of the images that were not trained on: 1 % is to be
+expected of a network that copies nothing."""
 _IMAGENET = """\
 No network of this package has been trained on ImageNet; whether what is above holds there is not known. From the
 official files to a score ([imagenet.md](imagenet.md) has the whole recipe), for 256 px and 512 px:
