@@ -20,8 +20,6 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from lamamba.config import PlanConfig
-from lamamba.plan import predict
 from pieces import LISTS, Memorisation, Speed, Steps, Training
 from setting import HERE, RESULTS
 
@@ -38,23 +36,17 @@ official files to a score ([imagenet.md](imagenet.md) has the whole recipe), for
 
     lamamba prepare imagenet --out imagenet --train ILSVRC2012_img_train.tar \\
         --validation ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz
+"""
+_AT_SIZE = """\
     torchrun --nproc-per-node 8 -m lamamba encode --data imagenet/train --vae sd-vae-ft-ema \\
-        --image-size 256 --out latents-256
-    torchrun --nproc-per-node 8 -m lamamba train --preset xl-256 --data latents-256 --horizontal-flip \\
-        --batch-size 256 --num-images 400000000 --out runs/xl-256 --resume
-    torchrun --nproc-per-node 8 -m lamamba generate runs/xl-256 --sampler ancestral --steps 250 \\
-        --guidance 1.5 --out samples-256
-    lamamba evaluate samples-256 VIRTUAL_imagenet256_labeled.npz --out scores-256.json
-
-    torchrun --nproc-per-node 8 -m lamamba encode --data imagenet/train --vae sd-vae-ft-ema \\
-        --image-size 512 --out latents-512
-    torchrun --nproc-per-node 8 -m lamamba train --preset xl-512 --data latents-512 --horizontal-flip \\
-        --batch-size 256 --num-images 400000000 --out runs/xl-512 --resume
-    torchrun --nproc-per-node 8 -m lamamba generate runs/xl-512 --sampler ancestral --steps 250 \\
-        --guidance 1.5 --out samples-512
-    lamamba evaluate samples-512 VIRTUAL_imagenet512.npz --out scores-512.json
-
-What training takes, by `lamamba plan` ([scaling.md](scaling.md)):"""
+        --image-size {size} --out latents-{size}
+    torchrun --nproc-per-node 8 -m lamamba train --preset xl-{size} --data latents-{size} --horizontal-flip \\
+        --batch-size 256 --num-images 400000000 --out runs/xl-{size} --resume
+    torchrun --nproc-per-node 8 -m lamamba generate runs/xl-{size} --sampler ancestral --steps 250 \\
+        --guidance 1.5 --out samples-{size}
+    lamamba evaluate samples-{size} {reference} --out scores-{size}.json
+"""
+_REFERENCES = {256: "VIRTUAL_imagenet256_labeled.npz", 512: "VIRTUAL_imagenet512.npz"}
 
 Content = dict[str, Any]
 Records = Mapping[str, Content]
@@ -65,8 +57,8 @@ Made by `experiments/comparison/make_page.py` from the records in `experiments/c
 says how these came about. The distance is the Fréchet distance of the shipped clothes features to the 10,000 test
 images, not to be compared with an FID; precision and recall are of the same features
 ([evaluation.md](evaluation.md)). Loss is the mean of the last tenth of training. Of several seeds: the mean (least to
-largest). The best distance is that of a sweep of guidance at 1, 1.25, 1.5, 2 and 3; "s for 10,000" are seconds of
-sampling as many images at 50 steps, or 25 of Heun, without guidance."""
+largest). Guidance is swept at 1, 1.25, 1.5, 2 and 3; "s for 10,000" are seconds of sampling as many images at 50 steps,
+or 25 of Heun, without guidance."""
 
 
 def read_records(folder: Path, quick: bool = False) -> dict[str, Content]:
@@ -366,13 +358,10 @@ def emoji(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
 
 
 def imagenet(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
-    """Say how to do what is not shown, and what it will take by the cost model."""
-    rows = []
-    for name, gpus, batch in (("s-256", 8, 256), ("xl-256", 8, 256), ("xl-512", 8, 256)):
-        config = PlanConfig(name, gpus=gpus, batch_size=batch)
-        hours = config.num_images / predict(config).images_per_s(gpus) / 3600
-        rows.append([name, str(gpus), str(batch), f"{config.num_images:,}", f"{hours * gpus:,.0f}", f"{hours:,.0f}"])
-    return [_IMAGENET, "", *table(["", "H100", "batch", "images", "GPU-hours, predicted", "hours"], rows)]
+    """Say how to do what is not shown, and what it will take by the cost model, from the page that has it."""
+    plans = (PAGE.parent / "imagenet.md").read_text().split("<!-- plans -->")[1].split("<!-- end plans -->")[0].strip()
+    at_sizes = [_AT_SIZE.format(size=size, reference=reference) for size, reference in _REFERENCES.items()]
+    return [_IMAGENET, *at_sizes, "What training takes, by `lamamba plan` ([scaling.md](scaling.md)):", "", plans, ""]
 
 
 SECTIONS = {

@@ -133,12 +133,12 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
         ),
     ),
     "b": (_train("b", "b"), _train("dit-b-2", "dit-b-2")),
-    "emoji": tuple(
-        _train(f"emoji-{network}", network, data="emoji", num_images=307_200) for network in ("s", "dit-s-2")
+    "emoji": (
+        *(_train(f"emoji-{network}", network, data="emoji", num_images=307_200) for network in ("s", "dit-s-2")),
+        _train("emoji-nano", "nano", data="emoji", num_images=819_200, learning_rate=6e-4),
     ),
     "release": (
-        _NANO, Memorisation("memorisation-nano", _NANO), _EMOJI, Memorisation("memorisation-emoji-64", _EMOJI),
-        _train("emoji-nano", "nano", data="emoji", num_images=819_200, learning_rate=6e-4),
+        _NANO, Memorisation("memorisation-nano", _NANO), _EMOJI, Memorisation("memorisation-emoji-64", _EMOJI)
     ),
 }  # fmt: skip
 
