@@ -177,6 +177,19 @@ def test_a_scheduler_that_cannot_work_is_refused(objective: str, make: Callable[
     assert said in str(error.value)
 
 
+def test_a_scheduler_that_clips_is_for_pixels() -> None:
+    pipe = build()
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)  # which clips by default
+    assert latents_of(pipe, "Coat").abs().max() <= 1 + 1e-5
+    latent = build(in_channels=4)
+    assert latents_of(latent, "Coat").abs().max() > 1
+    latent.scheduler = pipe.scheduler
+    with pytest.raises(ConfigError, match=r"clips to -1 to 1.*from_config\(.*clip_sample=False"):
+        latent("Coat", 4, output_type="latent")
+    latent.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)
+    assert latents_of(latent, "Coat").abs().max() > 1
+
+
 def test_flow_schedulers_can_be_swapped() -> None:
     pipe = build("flow")
     heun = latents_of(pipe, "Coat", 40, guidance_scale=1.0)

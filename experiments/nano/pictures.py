@@ -46,7 +46,7 @@ def main() -> None:
         for num_steps in (5, 25):
             x = sample(
                 pipe.network, Diffusion(), numbers, range(len(numbers)),
-                sampler=sampler, num_steps=num_steps, guidance_scale=2.0,
+                sampler=sampler, num_steps=num_steps, guidance_scale=2.0, clip_sample=True,
             )  # fmt: skip
             rows.append((x.numpy().transpose(0, 2, 3, 1) / 2 + 0.5).clip(0, 1))
     save("samplers", rows)

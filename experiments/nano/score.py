@@ -91,6 +91,7 @@ def main() -> None:
                 sampler=SAMPLER,
                 num_steps=STEPS,
                 guidance_scale=guidance,
+                clip_sample=True,
             )
             samples.append(to_float(to_uint8(x)))
         agrees = classify(model, torch.cat(samples)).cpu() == torch.tensor(wanted)

@@ -106,7 +106,9 @@ class Diffusion:
         likelihood = -_discretised_gaussian_log_likelihood(x_0, mean, 0.5 * log_variance)
         return torch.where(t == 0, _mean(likelihood), _mean(divergence)) / math.log(2)
 
-    def scheduler(self, sampler: str, num_steps: int, device: torch.device | None = None) -> Any:
+    def scheduler(
+        self, sampler: str, num_steps: int, device: torch.device | None = None, clip_sample: bool = False
+    ) -> Any:
         """Build the diffusers scheduler of one of `samplers`, with its timesteps set.
 
         `ancestral` is that of the training process with the learned variance (arXiv 2102.09672), `ddim` is arXiv
@@ -124,6 +126,8 @@ class Diffusion:
                 `variance_type` is "learned_range".
             num_steps: 1 to 1000.
             device: of the timesteps; None is the CPU.
+            clip_sample: hold the clean image that each prediction implies between -1 and 1: for pixels. Without, a
+                pixel whose noise is further out than the network knows can end as a speck far outside.
 
         Raises:
             ConfigError: there is no such sampler, or the number of steps is out of range.
@@ -136,6 +140,7 @@ class Diffusion:
             "beta_start": BETA_START,
             "beta_end": BETA_END,
             "beta_schedule": "linear",
+            "thresholding": clip_sample,  # whose greatest value is 1 by default: clipping
         }
         if sampler == "ancestral" and num_steps > 1:
             scheduler = diffusers.DDPMScheduler(**linear, variance_type="learned_range", clip_sample=False)
@@ -198,10 +203,13 @@ class FlowMatching:
         mse = _mean(torch.square(noise - x_0 - velocity))
         return {"loss": mse, "mse": mse}
 
-    def scheduler(self, sampler: str, num_steps: int, device: torch.device | None = None) -> Any:
+    def scheduler(
+        self, sampler: str, num_steps: int, device: torch.device | None = None, clip_sample: bool = False
+    ) -> Any:
         """Build the diffusers scheduler of one of `samplers`, with its timesteps set; `step` takes the velocity.
 
-        Arguments and errors are those of `Diffusion.scheduler`. Heun has two timesteps for each step but the last.
+        Arguments and errors are those of `Diffusion.scheduler`, but nothing is clipped: no prediction is divided by
+        the little signal that is left in noise. Heun has two timesteps for each step but the last.
         """
         import diffusers
 

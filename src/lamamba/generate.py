@@ -123,6 +123,7 @@ class Painter:
                 guidance_options=self.config.guidance_options,
                 weaker=self.weaker,
                 size=self.size,
+                clip_sample=self.space.bounded,
                 on_step=on_step,
                 on_preview=on_preview,
             )

@@ -29,6 +29,9 @@ class Space(Protocol):
     draws: bool
     """Whether `encode` draws from a distribution."""
 
+    bounded: bool
+    """Whether all that the network sees without noise lies between -1 and 1, so that samples are clipped to that."""
+
     factor: int
     """Pixels of a side for each row of the grid."""
 
@@ -42,7 +45,7 @@ class Space(Protocol):
 class Pixels:
     """The network sees pixels, scaled to -1 to 1."""
 
-    draws = False
+    draws, bounded = False, True
     factor = 1
 
     def channels(self, image_channels: int) -> int:
@@ -71,7 +74,7 @@ class Latents:
         autoencoder: on the device to work on.
     """
 
-    draws = True
+    draws, bounded = True, False
 
     def __init__(self, autoencoder: Any) -> None:
         self.autoencoder = autoencoder

@@ -82,7 +82,8 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             autoencoder = Latents.open(Path(folder), torch.device("cpu")).autoencoder
             autoencoder.requires_grad_(True)  # as `from_pretrained` leaves it: convolutions round otherwise without
         objective = OBJECTIVES[loaded.info.objective]
-        scheduler = objective.scheduler(objective.default_sampler, 25)
+        pixels = autoencoder is None and loaded.network.config.in_channels in (1, 3)
+        scheduler = objective.scheduler(objective.default_sampler, 25, clip_sample=pixels)
         if (loaded.path / PIPELINE_INDEX).is_file():
             scheduler = open_scheduler(loaded.path)
         names = dict(enumerate(loaded.info.class_names))
@@ -179,7 +180,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             ConfigError: a label, a size or an option cannot be, or the scheduler is for another kind of network.
         """
         objective = OBJECTIVES[self.config.objective]
-        check_scheduler(self.scheduler, objective.name)
+        check_scheduler(self.scheduler, objective.name, self._samples_pixels)
         if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
             raise ConfigError(
                 f"callback_on_step_end_tensor_inputs {list(callback_on_step_end_tensor_inputs)}: only "
@@ -426,6 +427,10 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             default if height is None else space.grid_size(height),
             default if width is None else space.grid_size(width),
         )
+
+    @property
+    def _samples_pixels(self) -> bool:
+        return self.vae is None and self._config_of_network("in_channels") in (1, 3)
 
     def _image_processor(self, **options: Any) -> VaeImageProcessor:
         return VaeImageProcessor(vae_scale_factor=2 * self._factor, **options)

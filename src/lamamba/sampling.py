@@ -31,6 +31,7 @@ def sample(
     guidance_options: GuidanceOptions = PLAIN_GUIDANCE,
     weaker: Network | None = None,
     size: tuple[int, int] | None = None,
+    clip_sample: bool = False,
     on_step: Callable[[int], None] | None = None,
     on_preview: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
@@ -49,12 +50,14 @@ def sample(
         guidance_options: what else guidance has, see `lamamba.diffusion.guide`.
         weaker: a network to guide away from, with the same label; None is the network itself without a label.
         size: height and width of the grid; None is the network's `sample_size`.
+        clip_sample: hold the clean image that each prediction of noise implies between -1 and 1: for pixels, which
+            have specks otherwise, not for latents.
         on_step: called after each scheduler step with the number of images, for progress.
         on_preview: called before each scheduler step with the clean images that the guided prediction implies,
             (b, c, h, w); what it raises ends the sampling.
 
     Returns:
-        (b, c, h, w) float32, about -1 to 1 for pixels.
+        (b, c, h, w) float32, -1 to 1 for pixels, if clipped.
 
     Raises:
         ConfigError: a label or the number of steps is out of range, the sampler does not go with the objective,
@@ -72,7 +75,7 @@ def sample(
         weaker=None if weaker is None else _captured(weaker),
     )  # fmt: skip
     sampler = sampler or objective.default_sampler
-    scheduler = objective.scheduler(sampler, num_steps, device)
+    scheduler = objective.scheduler(sampler, num_steps, device, clip_sample)
     # Only ancestral sampling knows what to do with the learned variance; for the others it is no part of the noise.
     takes_variance = scheduler.config.get("variance_type") == "learned_range"
 

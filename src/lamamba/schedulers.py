@@ -12,7 +12,7 @@ from lamamba.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS
 from lamamba.errors import CheckpointError, ConfigError
 
 
-def check_scheduler(scheduler: Any, objective: str) -> None:
+def check_scheduler(scheduler: Any, objective: str, samples_pixels: bool) -> None:
     """Raise ConfigError where a scheduler cannot work with what a network of an objective predicts."""
     name, config = type(scheduler).__name__, scheduler.config
     flows = name.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
@@ -39,6 +39,11 @@ def check_scheduler(scheduler: Any, objective: str) -> None:
             f"the scheduler {name} has other noise levels than the network was trained with "
             f"({', '.join(other) or 'rescale_betas_zero_snr'}): "
             f"make it with {name}.from_config(pipe.scheduler.config)"
+        )
+    if not samples_pixels and (config.get("clip_sample") or config.get("thresholding")):  # some do by default
+        raise ConfigError(
+            f"the scheduler {name} clips to -1 to 1, and latents go further: make it with "
+            f"{name}.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)"
         )
 
 

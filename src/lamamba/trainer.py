@@ -344,6 +344,7 @@ class Trainer:
                 list(range(number)),
                 num_steps=self.config.sample_steps,
                 guidance_scale=self.config.sample_guidance if num_classes else 1.0,
+                clip_sample=self.space.bounded,
             )
         images = self.space.decode(x).cpu().numpy()
         return make_grid(images, columns, scale=max(1, 64 // images.shape[-1]))

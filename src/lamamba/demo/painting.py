@@ -238,7 +238,7 @@ def _pipeline(painter: Painter) -> LaMambaDiffPipeline:
         raise ConfigError("this model is a DiT, which is sampled alone: choose another model")
     objective = painter.objective
     vae = getattr(painter.space, "autoencoder", None)
-    scheduler = objective.scheduler(painter.sampler, painter.config.steps)
+    scheduler = objective.scheduler(painter.sampler, painter.config.steps, clip_sample=painter.space.bounded)
     pipe = LaMambaDiffPipeline(painter.network.network, scheduler, vae, objective=objective.name)
     pipe.set_progress_bar_config(disable=True)
     pipe._captured = [painter.network]  # recorded passes, in the painter's precision
