@@ -15,6 +15,7 @@ from lamamba.checkpoint import (
     load_checkpoint,
     load_denoiser,
     load_network,
+    shipped_weights,
 )
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.model import LaMambaDiff
@@ -155,9 +156,12 @@ def test_names_that_are_nothing(tmp_path: Path) -> None:
         load_checkpoint(tmp_path)
 
 
-def test_the_shipped_weights_are_small_and_whole() -> None:
-    loaded = load_checkpoint("nano")
-    assert sum(path.stat().st_size for path in loaded.path.rglob("*") if path.is_file()) <= 12e6
+@pytest.mark.parametrize("name", ["nano", "emoji-64"])
+def test_the_shipped_weights_are_small_and_whole(name: str) -> None:
+    loaded = load_checkpoint(name)
+    assert loaded.path == shipped_weights()[name]
+    assert len(loaded.info.class_names) == 10
+    assert sum(path.stat().st_size for path in loaded.path.rglob("*") if path.is_file()) <= 16e6
     assert all(value.isfinite().all() for value in loaded.network.state_dict().values())
     assert loaded.network.dtype == torch.float32
 

@@ -20,7 +20,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from pieces import LISTS, Memorisation, Speed, Steps, Training
+from pieces import LISTS, Clipping, Memorisation, Speed, Steps, Training
 from setting import HERE, RESULTS
 
 PAGE = HERE.parents[1] / "docs" / "results.md"
@@ -58,7 +58,8 @@ says how these came about. The distance is the Fréchet distance of the shipped 
 images, not to be compared with an FID; precision and recall are of the same features
 ([evaluation.md](evaluation.md)). Loss is the mean of the last tenth of training. Of several seeds: the mean (least to
 largest). Guidance is swept at 1, 1.25, 1.5, 2 and 3; "s for 10,000" are seconds of sampling as many images at 50 steps,
-or 25 of Heun, without guidance."""
+or 25 of Heun, without guidance; of ablations, which were scored once alone, they include compiling kernels. Scores are
+of samples that were not clipped on the way; those of `lamamba sample` are."""
 
 
 def read_records(folder: Path, quick: bool = False) -> dict[str, Content]:
@@ -229,10 +230,11 @@ def ablations(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
     changed = found(records, ["ablations"])
     if not changed:
         return []
-    whole = found(records, ["seed-0"], "s")
+    whole = found(records, ["seed-0", "more-seeds"], "s")
     rows = [scores_row("S: scan and attention, continuous paths, 1 state, windows of 8", whole)] if whole else []
     rows += [scores_row(record["piece"], [record]) for record in changed]
-    costs = [costs_row(record["piece"], [record]) for record in [*whole, *changed]]
+    costs = [costs_row("S", whole)] if whole else []
+    costs += [costs_row(record["piece"], [record]) for record in changed]
     return [
         *table(_SCORES, rows),
         *table(_COSTS, costs),
@@ -256,6 +258,19 @@ def steps(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
         lines += table(header, [[s, *(number(value[s, count]) for count in counts)] for s in samplers])
         lines += [draw(f"{name}.png", lambda figure, points=points: draw_steps(figure, points)), ""]
     return lines
+
+
+def clipping(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
+    """Tabulate what clipping changes."""
+    keys = ("distance", "precision", "recall")
+    pieces = [piece for several in LISTS.values() for piece in several if isinstance(piece, Clipping)]
+    rows = [
+        [_NAMES.get(piece.of.network, piece.of.network),
+         *(number(point[key]) for key in keys for point in records[piece.name]["points"])]
+        for piece in pieces if piece.name in records
+    ]  # fmt: skip
+    header = [f"{key}{clipped}" for key in keys for clipped in ("", ", clipped")]
+    return table(["", *header], rows) if rows else []
 
 
 def draw_steps(figure: Figure, points: Sequence[Content]) -> None:
@@ -368,13 +383,19 @@ SECTIONS = {
     "LaMamba against DiT on Fashion-MNIST": (comparison, ("seed-0", "more-seeds", "b")),
     "What each part buys": (ablations, ("ablations",)),
     "Samples against steps": (steps, ("more-seeds", "ablations")),
+    "Clipping": (clipping, ("b", "release")),
     "Nearest training images": (memorisation, ("seed-0", "release")),
     "Emoji, 64x64, and what is small enough to ship": (emoji, ("emoji", "release")),
     "Speed of a training step": (speeds, ("speed",)),
     "Learning rates": (rates, ("rates", "high-rate")),
     "What is not shown: ImageNet": (imagenet, ()),
 }
-_KINDS = {steps: (Steps,), memorisation: (Memorisation,), speeds: (Speed,)}  # of pieces; of others Training
+_KINDS = {
+    steps: (Steps,),
+    clipping: (Clipping,),
+    memorisation: (Memorisation,),
+    speeds: (Speed,),
+}  # of pieces; of others Training
 
 
 def environments(records: Records) -> list[str]:

@@ -38,6 +38,14 @@ class Steps:
 
 
 @dataclass(frozen=True)
+class Clipping:
+    """Score one that was trained with and without clipping of what it predicts; all other scores are without."""
+
+    name: str
+    of: Training
+
+
+@dataclass(frozen=True)
 class Memorisation:
     """Look for the training images nearest to samples of one that was trained."""
 
@@ -53,7 +61,8 @@ class Speed:
     networks: tuple[str, ...] = ("s", "dit-s-2", "b", "dit-b-2")
 
 
-Piece = Training | Steps | Memorisation | Speed
+Study = Steps | Clipping | Memorisation
+Piece = Training | Study | Speed
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,7 @@ def _train(name: str, network: str, **options: object) -> Training:
 
 _S, _DIT_S = _train("s-seed-0", "s", sweep=True), _train("dit-s-2-seed-0", "dit-s-2", sweep=True)
 _S_1 = _train("s-seed-1", "s", seed=1)
+_B, _DIT_B = _train("b", "b"), _train("dit-b-2", "dit-b-2")
 # Ablations are compared at the end alone.
 _FLOW = _train("s-flow", "s", objective="flow", num_scores=1)
 # Small enough to ship; at the learning rate of the weights that were shipped before.
@@ -133,13 +143,14 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
             for network in ("s-scan-only", "s-attention-only", "s-raster", "s-state-16", "s-window-4")
         ),
     ),
-    "b": (_train("b", "b"), _train("dit-b-2", "dit-b-2")),
+    "b": (_B, _DIT_B, Clipping("clipping-b", _B), Clipping("clipping-dit-b-2", _DIT_B)),
     "emoji": (
         *(_train(f"emoji-{network}", network, data="emoji", num_images=307_200) for network in ("s", "dit-s-2")),
         _train("emoji-nano", "nano", data="emoji", num_images=819_200, learning_rate=6e-4),
     ),
     "release": (
-        _NANO, Memorisation("memorisation-nano", _NANO), _EMOJI, Memorisation("memorisation-emoji-64", _EMOJI)
+        _NANO, Memorisation("memorisation-nano", _NANO), Clipping("clipping-nano", _NANO),
+        _EMOJI, Memorisation("memorisation-emoji-64", _EMOJI),
     ),
 }  # fmt: skip
 

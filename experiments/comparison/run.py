@@ -20,12 +20,14 @@ from filelock import FileLock, Timeout
 from lamamba.config import nearest
 from lamamba.errors import LamambaError
 from lamamba.sampling import choose_device
-from pieces import FULL, LISTS, PIECES, QUICK, Memorisation, Piece, Speed, Steps, Training
+from pieces import FULL, LISTS, PIECES, QUICK, Clipping, Memorisation, Piece, Speed, Steps, Study, Training
 from setting import RESULTS, Clock, OutOfTimeError, Setting, is_finished, of_learning_rate
-from studies import look_for_copies, score_steps, time_steps
+from studies import look_for_copies, score_clipping, score_steps, time_steps
 from training import forget, train
 
-FUNCTIONS = {Training: train, Steps: score_steps, Memorisation: look_for_copies, Speed: time_steps}
+FUNCTIONS = {
+    Training: train, Steps: score_steps, Clipping: score_clipping, Memorisation: look_for_copies, Speed: time_steps,
+}  # fmt: skip
 
 
 def read_arguments() -> argparse.Namespace:
@@ -86,7 +88,7 @@ def run(setting: Setting, pieces: Sequence[Piece], learning_rate: float | None =
     while left := [piece for piece in pieces if piece.name not in failed and not is_finished(setting, piece)]:
         names = {piece.name for piece in left}
         for piece in left:
-            if isinstance(piece, Steps | Memorisation) and piece.of.name in names:
+            if isinstance(piece, Study) and piece.of.name in names:
                 continue  # what it is asked of is not trained yet
             lock = FileLock(setting.out / f".{piece.name}.lock")
             try:

@@ -43,7 +43,13 @@ class Denoiser:
     objective: str
 
     def draw(
-        self, setting: Setting, number: int, guidance: float = 1.0, sampler: str | None = None, steps: int | None = None
+        self,
+        setting: Setting,
+        number: int,
+        guidance: float = 1.0,
+        sampler: str | None = None,
+        steps: int | None = None,
+        clip_sample: bool = False,
     ) -> Tensor:
         """Sample (n, c, h, w) uint8 images on the device, the classes in turn; image i has seed i.
 
@@ -58,7 +64,7 @@ class Denoiser:
             labels = [seed % self.network.config.num_classes for seed in seeds]
             x = sample(
                 network, OBJECTIVES[self.objective], labels, list(seeds), sampler=sampler, num_steps=steps,
-                guidance_scale=guidance, on_step=setting.clock.check,
+                guidance_scale=guidance, clip_sample=clip_sample, on_step=setting.clock.check,
             )  # fmt: skip
             images.append(to_uint8(x))
         return torch.cat(images)

@@ -16,7 +16,7 @@ from lamamba.data import ArraySource
 from lamamba.diffusion import OBJECTIVES
 from lamamba.files import written_whole
 from lamamba.sampling import make_grid
-from pieces import Memorisation, Speed, Steps, Training
+from pieces import Clipping, Memorisation, Speed, Steps, Training
 from scoring import extract
 from setting import Record, Setting, rounded
 from training import ComparisonTrainer, forget, load_trained, synchronize
@@ -40,6 +40,18 @@ def score_steps(setting: Setting, piece: Steps) -> None:
                 points.append({**scores, "evaluations": evaluations})
                 print(json.dumps(points[-1]), flush=True)
                 record.write()
+    record.finish()
+
+
+def score_clipping(setting: Setting, piece: Clipping) -> None:
+    """Score the same seeds with and without holding each predicted image between -1 and 1."""
+    denoiser, _ = load_trained(setting, piece.of)
+    record = Record(setting, piece, {})
+    points = record.rows("points")
+    for clip_sample in (False, True)[len(points) :]:
+        points.append(denoiser.score(setting, setting.scale.num_samples, clip_sample=clip_sample))
+        print(json.dumps(points[-1]), flush=True)
+        record.write()
     record.finish()
 
 

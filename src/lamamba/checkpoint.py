@@ -337,8 +337,8 @@ def _fetch(name: str) -> Path:
 
 
 def shipped_weights() -> dict[str, Path]:
-    """Find the weights that come with the package, by their names: of a preset, and of what it was trained on."""
-    return {"nano": SHIPPED / "nano", "fashion-mnist": SHIPPED / "nano"}
+    """Find the weights that come with the package, by their names: of a preset, or of what they were trained on."""
+    return {"nano": SHIPPED / "nano", "fashion-mnist": SHIPPED / "nano", "emoji-64": SHIPPED / "emoji-64"}
 
 
 def export(checkpoint: Path, folder: Path) -> None:

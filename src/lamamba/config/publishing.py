@@ -16,7 +16,7 @@ class ConvertConfig:
 
     checkpoint: tyro.conf.Positional[str]
     """A released checkpoint, of whose pickle only tensors are read; or what to make one of: a run folder (its newest
-    checkpoint), a checkpoint folder, or shipped weights (nano)."""
+    checkpoint), a checkpoint folder, or shipped weights (nano, emoji-64)."""
     out: tyro.conf.Positional[Path]
     """The folder to write; or, of what is this package's, the .pt file."""
     preset: str = "xl-256"
@@ -33,8 +33,8 @@ class PushConfig:
     """Send a pipeline of diffusers, with a model card, to the Hugging Face hub; or write it to a folder."""
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
-    """A run folder (its newest checkpoint), a checkpoint folder, shipped weights (nano); or a pipeline's folder,
-    which is sent as it is where it has a model card."""
+    """A run folder (its newest checkpoint), a checkpoint folder, shipped weights (nano, emoji-64); or a pipeline's
+    folder, which is sent as it is where it has a model card."""
     repository: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[USER/NAME]")] = None
     """The model on the hub, made if there is none. Without it nothing is sent, and --out is needed."""
     out: Path | None = None

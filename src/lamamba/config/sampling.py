@@ -40,9 +40,9 @@ class SamplingConfig:
     """What is sampled from, and how."""
 
     checkpoint: tyro.conf.Positional[str]
-    """A run folder (its newest checkpoint), a checkpoint folder, shipped weights (nano); a folder that diffusers saved
-    of a LaMambaDiffPipeline, a DiTPipeline or a DiTTransformer2DModel; or user/name, such a folder on the Hugging Face
-    hub."""
+    """A run folder (its newest checkpoint), a checkpoint folder, shipped weights (nano, emoji-64); a folder that
+    diffusers saved of a LaMambaDiffPipeline, a DiTPipeline or a DiTTransformer2DModel; or user/name, such a folder on
+    the Hugging Face hub."""
     sampler: Sampler | None = None
     """ancestral, ddim, dpm++, sde-dpm++ or unipc (diffusion); euler or heun (flow). The default is dpm++ or heun."""
     steps: int = 25
@@ -77,7 +77,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(SamplingConfig):
-    """Sample images from a run, a checkpoint, shipped weights (nano), or a DiT of diffusers."""
+    """Sample images from a run, a checkpoint, shipped weights (nano, emoji-64), or a DiT of diffusers."""
 
     labels: str | None = None
     """Classes to sample, by name or number from 0, separated by commas; where classes are named by numbers, a number
@@ -169,7 +169,7 @@ class DemoConfig:
     """Serve a page that samples in the browser and shows what the network sees, until Ctrl-C."""
 
     checkpoints: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[CHECKPOINT ...]")] = ("nano",)
-    """What visitors can choose from, as lamamba sample takes them: runs, checkpoints, nano, DiTs of diffusers."""
+    """What visitors can choose from, as lamamba sample takes them: runs, checkpoints, nano, emoji-64, a DiT."""
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 lets other machines in, and nobody is asked for a password."""
     port: int = 7860

@@ -22,7 +22,8 @@ class TrainConfig:
     preset: str = "nano"
     """Size of the network: nano, or s, b, l or xl at -256 or -512."""
     start_from: str | None = None
-    """A run, a checkpoint or shipped weights (nano) to begin with, as far as they fit; see lamamba finetune."""
+    """A run, a checkpoint or shipped weights (nano, emoji-64) to begin with, as far as they fit: see lamamba
+    finetune."""
     data: str = "builtin"
     """builtin (10,000 Fashion-MNIST images), fashion-mnist (60,000), or a folder: of images, one subfolder a class or
     flat, or of latents, by lamamba encode."""
