@@ -9,11 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from lamamba.checkpoint import CheckpointInfo
+from lamamba.checkpoint import CheckpointInfo, load_checkpoint
 from lamamba.cli import main
+from lamamba.diffusion import Diffusion
 from lamamba.errors import ConfigError
 from lamamba.generate import parse_labels
+from lamamba.latents import Pixels
 from lamamba.model import LaMambaDiff
+from lamamba.pipeline import LaMambaDiffPipeline
+from lamamba.sampling import sample as draw
 from lamamba.saving import save_checkpoint
 
 CLASS_NAMES = ("Cat", "Dog", "Great owl")
@@ -65,6 +69,28 @@ def test_the_batch_size_changes_no_image(run: Path, tmp_path: Path, sampler: str
     assert len({image.tobytes() for image in together}) == 8
     for batch_size in (1, 3):
         assert np.abs(read_images(tmp_path / str(batch_size) / "images") - together).max() <= 1
+
+
+def test_pixels_are_clipped_on_the_way(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what samples, draws samples of a training, and makes a pipeline: each step's image is, not the last alone."""
+    assert LaMambaDiffPipeline.from_checkpoint(run).scheduler.config["thresholding"]
+    seen: list[float] = []
+    plain = Pixels.decode
+
+    def decode(self: Pixels, x: torch.Tensor) -> torch.Tensor:
+        seen.append(float(x.abs().max()))
+        return plain(self, x)
+
+    monkeypatch.setattr(Pixels, "decode", decode)
+    sample(run, tmp_path)
+    tiny = ["--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"]
+    length = ["--num-images", "8", "--batch-size", "8", "--sample-every", "8", "--sample-steps", "3"]
+    main(["train", "--device", "cpu", "--out", str(tmp_path / "new"), *tiny, *length])
+    assert len(seen) >= 2
+    assert max(seen) <= 1 + 1e-4
+    loaded = load_checkpoint(run)
+    unclipped = draw(loaded.network, Diffusion(), [0, 1], [0, 1], num_steps=3)
+    assert unclipped.abs().max() > 1.1, "or this would show nothing"
 
 
 def test_image_i_has_seed_plus_i(run: Path, tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_a_scheduler_that_cannot_work_is_refused(objective: str, make: Callable[
     assert said in str(error.value)
 
 
-def test_a_scheduler_that_clips_is_for_pixels() -> None:
+def test_a_scheduler_that_clips_is_for_pixels(tmp_path: Path) -> None:
     pipe = build()
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)  # which clips by default
     assert latents_of(pipe, "Coat").abs().max() <= 1 + 1e-5
@@ -188,6 +188,11 @@ def test_a_scheduler_that_clips_is_for_pixels() -> None:
         latent("Coat", 4, output_type="latent")
     latent.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)
     assert latents_of(latent, "Coat").abs().max() > 1
+    for name in ("UniPCMultistepScheduler", "EulerDiscreteScheduler"):  # keep what they do not know, and do not clip
+        diffusers.DDIMScheduler.from_config(latent.scheduler.config, clip_sample=True).save_pretrained(tmp_path)
+        latent.scheduler = getattr(diffusers, name).from_pretrained(tmp_path)
+        assert latent.scheduler.config["clip_sample"]
+        assert latents_of(latent, "Coat").abs().max() > 1
 
 
 def test_flow_schedulers_can_be_swapped() -> None:

@@ -29,7 +29,8 @@ NOTES = HERE / "notes.md"
 _NEAREST = """\
 Distances to the nearest training image: root mean squares of the differences of pixels, in levels of 0 to 255, and of
 features. Nearer: the share that is nearer than one in a hundred of the images that were not trained on: 1 % is to be
-expected of a network that copies nothing."""
+expected of a network that copies nothing. Emoji have no test images: there it is the share that is nearer than one in a
+hundred of the training images is to another."""
 _IMAGENET = """\
 No network of this package has been trained on ImageNet; whether what is above holds there is not known. From the
 official files to a score ([imagenet.md](imagenet.md) has the whole recipe), for 256 px and 512 px:
@@ -123,7 +124,7 @@ def at_seconds(record: Content, seconds: float) -> float | None:
 
 
 _SCORES = ["", "seeds", "images/s", "loss", "distance", "precision", "recall"]
-_BEST = "at its best guidance"
+_BEST = "seed 0 at its best guidance"
 _PERCENTILES = ("percentile_1", "percentile_5", "percentile_50")  # of more that the records have
 _COSTS = ["", "M parameters", "G multiply-adds", "GiB", "s for 10,000"]
 _NAMES = {"s": "LaMamba-S", "b": "LaMamba-B", "dit-s-2": "DiT-S/2", "dit-b-2": "DiT-B/2"}
@@ -238,8 +239,7 @@ def ablations(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
     return [
         *table(_SCORES, rows),
         *table(_COSTS, costs),
-        "The loss of flow matching is of another quantity than the others.",
-        "",
+        *(["The loss of flow matching is of another quantity than the others.", ""] if "s-flow" in records else []),
     ]
 
 
@@ -253,7 +253,9 @@ def steps(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
         samplers = list(dict.fromkeys(point["sampler"] for point in points))
         counts = sorted({point["steps"] for point in points})
         value = {(point["sampler"], point["steps"]): point["distance"] for point in points}
-        lines += [f"{name}, {points[0]['num_samples']:,} samples of each; Heun evaluates twice a step:", ""]
+        of = records[name]["settings"]["of"]
+        twice = "; Heun evaluates twice a step" if "heun" in samplers else ""
+        lines += [f"Of {of['name']}, without guidance, {points[0]['num_samples']:,} samples of each{twice}:", ""]
         header = ["distance at", *(f"{count} steps" for count in counts)]
         lines += table(header, [[s, *(number(value[s, count]) for count in counts)] for s in samplers])
         lines += [draw(f"{name}.png", lambda figure, points=points: draw_steps(figure, points)), ""]

@@ -205,8 +205,13 @@ def _finetune(arguments: list[str]) -> None:
     """Train from a checkpoint, which comes first and decides the network's options."""
     if not arguments or arguments[0].startswith("-"):
         if arguments[:1] not in (["-h"], ["--help"]):
-            raise LamambaError("give a checkpoint first: lamamba finetune nano --data photos --out runs/photos")
-        print("Train on from CHECKPOINT, a run, a checkpoint or a preset; the options are those of lamamba train.\n")
+            raise LamambaError(
+                "give a checkpoint first: lamamba finetune nano --data photos --image-size 32 --out runs/photos"
+            )
+        print(
+            "Train on from CHECKPOINT: a run, a checkpoint, shipped weights (nano, emoji-64), a pipeline's folder, or "
+            "user/name\non the hub; the options are those of lamamba train.\n"
+        )
         _parse(TrainConfig, "finetune CHECKPOINT", arguments)
     name, *others = arguments
     out = _peek(others, "--out")

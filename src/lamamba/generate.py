@@ -142,6 +142,7 @@ class Painter:
             "steps": self.config.steps,
             "guidance": self.guidance,
             "guidance_checkpoint": self.config.guidance_checkpoint,
+            **({"clip_sample": True} if self.space.bounded and self.objective.name == "diffusion" else {}),
             **{f"guidance_{name}": value for name, value in vars(self.config.guidance_options).items()},
             "lamamba": __version__,
             "torch": torch.__version__,

@@ -30,7 +30,7 @@ class Space(Protocol):
     """Whether `encode` draws from a distribution."""
 
     bounded: bool
-    """Whether all that the network sees without noise lies between -1 and 1, so that samples are clipped to that."""
+    """Whether all that the network sees without noise lies between -1 and 1, and predictions can be clipped to that."""
 
     factor: int
     """Pixels of a side for each row of the grid."""

@@ -57,7 +57,7 @@ def sample(
             (b, c, h, w); what it raises ends the sampling.
 
     Returns:
-        (b, c, h, w) float32, -1 to 1 for pixels, if clipped.
+        (b, c, h, w) float32, for pixels about -1 to 1, and never further where predictions of noise are clipped.
 
     Raises:
         ConfigError: a label or the number of steps is out of range, the sampler does not go with the objective,
@@ -75,7 +75,7 @@ def sample(
         weaker=None if weaker is None else _captured(weaker),
     )  # fmt: skip
     sampler = sampler or objective.default_sampler
-    scheduler = objective.scheduler(sampler, num_steps, device, clip_sample)
+    scheduler = objective.scheduler(sampler, num_steps, device, clip_sample=clip_sample)
     # Only ancestral sampling knows what to do with the learned variance; for the others it is no part of the noise.
     takes_variance = scheduler.config.get("variance_type") == "learned_range"
 

@@ -1,5 +1,6 @@
 """Schedulers of diffusers that others choose: whether one fits a network, and the one of a saved pipeline."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ from lamamba.errors import CheckpointError, ConfigError
 def check_scheduler(scheduler: Any, objective: str, samples_pixels: bool) -> None:
     """Raise ConfigError where a scheduler cannot work with what a network of an objective predicts."""
     name, config = type(scheduler).__name__, scheduler.config
+    taken = inspect.signature(type(scheduler).__init__).parameters  # a configuration keeps what a class does not know
+    if not samples_pixels and any(key in taken and config.get(key) for key in ("clip_sample", "thresholding")):
+        raise ConfigError(
+            f"the scheduler {name} clips to -1 to 1, as some do by default, and latents go further: make it with "
+            f"{name}.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)"
+        )
     flows = name.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
     if objective == "flow":
         if not flows:
@@ -39,11 +46,6 @@ def check_scheduler(scheduler: Any, objective: str, samples_pixels: bool) -> Non
             f"the scheduler {name} has other noise levels than the network was trained with "
             f"({', '.join(other) or 'rescale_betas_zero_snr'}): "
             f"make it with {name}.from_config(pipe.scheduler.config)"
-        )
-    if not samples_pixels and (config.get("clip_sample") or config.get("thresholding")):  # some do by default
-        raise ConfigError(
-            f"the scheduler {name} clips to -1 to 1, and latents go further: make it with "
-            f"{name}.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)"
         )
 
 

@@ -312,7 +312,7 @@ class Trainer:
         return state, optimizer_state
 
     def begin_with(self, name: str) -> list[str]:
-        """Take over the averaged weights of a run, a checkpoint or a preset, as far as they fit.
+        """Take over the averaged weights of a run, a checkpoint or shipped ones, as far as they fit.
 
         Returns:
             A line for everything that is not simply copied.

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from lamamba.data import load_fashion_mnist
 from lamamba.errors import DataError
 from lamamba.evaluation.image_sets import ImageSet, open_images, open_reference, read_settings
 
@@ -65,6 +66,12 @@ def test_named_sets() -> None:
     names, batch = next(images.batches(4, 1))
     assert batch.shape == (4, 1, 32, 32)
     assert names[3] == "image 3 of builtin"
+    _, first_of_all = next(open_images("fashion-mnist").batches(4, 1))
+    assert torch.equal(torch.as_tensor(first_of_all), torch.as_tensor(batch))
+    test = open_images("fashion-mnist-test")
+    assert (open_images("fashion-mnist").num_images, test.num_images) == (60_000, 10_000)
+    _, others = next(test.batches(4, 1))
+    np.testing.assert_array_equal(others, load_fashion_mnist("test").images[:4])
 
 
 def test_statistics_with_and_without_images(tmp_path: Path) -> None:

@@ -71,7 +71,8 @@ class EncodeConfig:
     image_size: int | None = None
     """Crop a folder's images to this many pixels square."""
     mirrored: bool = True
-    """Encode every image mirrored too, for --horizontal-flip in training; twice as many files and as much time."""
+    """Encode every image mirrored too, for --horizontal-flip in training, in twice as many files and as much time;
+    --no-mirrored leaves that out."""
     skip_bad_images: bool = False
     """Leave images out that cannot be read, instead of stopping at the first."""
     images_per_shard: int = 2048

@@ -12,7 +12,8 @@ class InfoConfig:
     """Count parameters and multiply-adds, stage by stage."""
 
     network: tyro.conf.Positional[str]
-    """A preset, a run folder or a checkpoint folder."""
+    """A preset; or a run, a checkpoint, shipped weights (nano, emoji-64), a pipeline's folder, or user/name on the
+    hub."""
     size: tuple[int, int] | None = None
     """Height and width of the grid the network sees, in latents or pixels; the default is the training size."""
     ssm_state_size: int | None = None

@@ -122,7 +122,8 @@ class EvaluateConfig:
     generated: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="GENERATED")]
     """A folder of images or a .npz of them (arr_0), as lamamba generate writes."""
     reference: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="REFERENCE")]
-    """A folder of images, a .npz of images or of published statistics (mu, sigma), or builtin, fashion-mnist."""
+    """A folder of images, a .npz of images or of published statistics (mu, sigma), or builtin (10,000 training images),
+    fashion-mnist (60,000), fashion-mnist-test (the 10,000 others)."""
     features: str = "inception"
     """inception, the graph of 2015, fetched once; clothes, a small network for grey clothes of 28 or 32 pixels; or a
     TorchScript file that turns images into features."""

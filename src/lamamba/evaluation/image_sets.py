@@ -6,25 +6,29 @@ import math
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from lamamba.data import IMAGE_SUFFIXES, NAMED_SOURCES, crop_centre, load_builtin, load_fashion_mnist, read_image
+from lamamba.data import IMAGE_SUFFIXES, crop_centre, load_builtin, load_fashion_mnist, read_image
 from lamamba.data.sources import list_images_below
 from lamamba.errors import DataError
 from lamamba.evaluation.metrics import Gaussian
 from lamamba.files import checksum
 from lamamba.generate import SAMPLES, read_generation
 
+# Sets by name, and the split of Fashion-MNIST that they are or, of `builtin`, are the first of.
+_NAMED: Mapping[str, Literal["train", "test"]] = {
+    "builtin": "train", "fashion-mnist": "train", "fashion-mnist-test": "test",
+}  # fmt: skip
 _MOST_VALUES = 10  # of a setting that differs from image to image; of more, how many there are
 
 
@@ -102,7 +106,7 @@ class Reference:
 
 
 def open_images(name: str, image_size: int | None = None) -> ImageSet:
-    """Open a folder of images (at any depth), a .npz of them, `builtin` or `fashion-mnist`; folders can be cropped.
+    """Open a folder of images (at any depth), a .npz of them, or what goes by a name; folders can be cropped.
 
     Raises:
         DataError: there is no such thing, or no image in it.
@@ -122,15 +126,15 @@ def open_reference(name: str, image_size: int | None = None) -> Reference:
     path = Path(name).expanduser()
     if (path / SAMPLES).is_file():  # as `lamamba generate --format npz` leaves it
         path = path / SAMPLES
-    if name in NAMED_SOURCES:
-        source = load_builtin() if name == "builtin" else load_fashion_mnist("train")
+    if name in _NAMED:
+        source = load_builtin() if name == "builtin" else load_fashion_mnist(_NAMED[name])
         images = source.images.transpose(0, 2, 3, 1)
         return Reference(name, ImageSet(name, len(images), lambda: _enumerate(name, iter(images))))
     if path.is_dir():
         return Reference(name, _open_folder(path, image_size))
     if path.suffix == ".npz" and path.is_file():
         return _open_npz(path)
-    kinds = f"a folder of images, a .npz file, {' or '.join(NAMED_SOURCES)}"
+    kinds = f"a folder of images, a .npz file, {', '.join(_NAMED)}"
     raise DataError(f"{name} is {'none of what can be scored' if path.exists() else 'missing'}: give {kinds}")
 
 
