@@ -169,7 +169,10 @@ class DemoLimits:
 class DemoConfig:
     """Serve a page that samples in the browser and shows what the network sees, until Ctrl-C."""
 
-    checkpoints: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[CHECKPOINT ...]")] = ("nano",)
+    checkpoints: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[CHECKPOINT ...]")] = (
+        "nano",
+        "emoji-64",
+    )
     """What visitors can choose from, as lamamba sample takes them: runs, checkpoints, nano, emoji-64, a DiT."""
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 lets other machines in, and nobody is asked for a password."""
