@@ -33,7 +33,7 @@ from lamamba.diffusion import OBJECTIVES
 from lamamba.dit import DiT
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import checksum, written_whole
-from lamamba.latents import Latents, open_space
+from lamamba.latents import IMAGE_CHANNELS, Latents, open_space
 from lamamba.model import LaMambaDiff
 from lamamba.processes import Processes, joined
 from lamamba.sampling import check_labels, choose_device, make_grid, sample, uses_bf16
@@ -60,7 +60,7 @@ class Painter:
         self.network = CapturedNetwork(loaded.network.to(device), self.uses_bf16)
         self.objective = OBJECTIVES[self.info.objective]
         vae = config.vae or (Path(self.info.vae) if self.info.vae else None)
-        if vae is None and self.network.config.in_channels not in (1, 3):
+        if vae is None and self.network.config.in_channels not in IMAGE_CHANNELS:
             raise ConfigError(
                 f"{config.checkpoint} samples latents, of {self.network.config.in_channels} channels: give (--vae) the "
                 "folder of the AutoencoderKL that decodes them"
@@ -88,7 +88,8 @@ class Painter:
         self.size = None if sides is None else (self.space.grid_size(sides[0]), self.space.grid_size(sides[1]))
         self.sampler = config.sampler or self.objective.default_sampler
         # Before the work: a sampler that does not fit should not cost a minute.
-        self.evaluations = len(self.objective.scheduler(self.sampler, config.steps).timesteps)
+        scheduler = self.objective.scheduler(self.sampler, config.steps, clip_sample=self.space.bounded)
+        self.evaluations, self.clips = len(scheduler.timesteps), bool(scheduler.config.get("thresholding"))
 
     def prepare(self, number: int) -> None:
         """Get ready for a number of images: for many, on a GPU, it pays to compile the autoencoder's decoder."""
@@ -142,7 +143,7 @@ class Painter:
             "steps": self.config.steps,
             "guidance": self.guidance,
             "guidance_checkpoint": self.config.guidance_checkpoint,
-            **({"clip_sample": True} if self.space.bounded and self.objective.name == "diffusion" else {}),
+            "clip_sample": self.clips,
             **{f"guidance_{name}": value for name, value in vars(self.config.guidance_options).items()},
             "lamamba": __version__,
             "torch": torch.__version__,

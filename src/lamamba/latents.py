@@ -14,6 +14,7 @@ from lamamba.data import to_float, to_uint8
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import checksum
 
+IMAGE_CHANNELS = (1, 3)  # grey; red, green and blue: without an autoencoder, a network of others samples latents
 _PIXELS_AT_ONCE = 16 * 256**2
 
 

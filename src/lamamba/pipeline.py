@@ -16,7 +16,7 @@ from lamamba.config import GuidanceOptions, nearest
 from lamamba.diffusion import OBJECTIVES, guide
 from lamamba.errors import ConfigError
 from lamamba.hub import fetch
-from lamamba.latents import Latents, Pixels
+from lamamba.latents import IMAGE_CHANNELS, Latents, Pixels
 from lamamba.model import LaMambaDiff
 from lamamba.sampling import slerp, slerp_weights
 from lamamba.schedulers import check_scheduler, open_scheduler
@@ -82,7 +82,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             autoencoder = Latents.open(Path(folder), torch.device("cpu")).autoencoder
             autoencoder.requires_grad_(True)  # as `from_pretrained` leaves it: convolutions round otherwise without
         objective = OBJECTIVES[loaded.info.objective]
-        pixels = autoencoder is None and loaded.network.config.in_channels in (1, 3)
+        pixels = autoencoder is None and loaded.network.config.in_channels in IMAGE_CHANNELS
         scheduler = objective.scheduler(objective.default_sampler, 25, clip_sample=pixels)
         if (loaded.path / PIPELINE_INDEX).is_file():
             scheduler = open_scheduler(loaded.path)
@@ -180,7 +180,8 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             ConfigError: a label, a size or an option cannot be, or the scheduler is for another kind of network.
         """
         objective = OBJECTIVES[self.config.objective]
-        check_scheduler(self.scheduler, objective.name, self._samples_pixels)
+        pixels = self.vae is None and self._config_of_network("in_channels") in IMAGE_CHANNELS
+        check_scheduler(self.scheduler, objective.name, pixels)
         if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
             raise ConfigError(
                 f"callback_on_step_end_tensor_inputs {list(callback_on_step_end_tensor_inputs)}: only "
@@ -427,10 +428,6 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             default if height is None else space.grid_size(height),
             default if width is None else space.grid_size(width),
         )
-
-    @property
-    def _samples_pixels(self) -> bool:
-        return self.vae is None and self._config_of_network("in_channels") in (1, 3)
 
     def _image_processor(self, **options: Any) -> VaeImageProcessor:
         return VaeImageProcessor(vae_scale_factor=2 * self._factor, **options)

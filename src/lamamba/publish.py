@@ -24,7 +24,7 @@ from lamamba.errors import CheckpointError, ConfigError, DataError
 from lamamba.files import TEMPORARY
 from lamamba.generate import Painter, paint_with_bar, parse_labels
 from lamamba.hub import make_repository, send
-from lamamba.latents import Latents
+from lamamba.latents import IMAGE_CHANNELS, Latents
 from lamamba.pipeline import LaMambaDiffPipeline
 from lamamba.sampling import choose_device, make_grid
 
@@ -53,7 +53,7 @@ def push(config: PushConfig) -> None:
         raise ConfigError(f"out {config.out} is there already: give another, or move it away")
     path = find_checkpoint(config.checkpoint)
     pipe = LaMambaDiffPipeline.from_checkpoint(path, config.vae)
-    if pipe.vae is None and pipe.network.config.in_channels not in (1, 3):
+    if pipe.vae is None and pipe.network.config.in_channels not in IMAGE_CHANNELS:
         raise ConfigError(
             f"{config.checkpoint} samples latents, of {pipe.network.config.in_channels} channels: give (--vae) the "
             "folder of the AutoencoderKL that decodes them"

@@ -13,11 +13,11 @@ from lamamba.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS
 from lamamba.errors import CheckpointError, ConfigError
 
 
-def check_scheduler(scheduler: Any, objective: str, samples_pixels: bool) -> None:
+def check_scheduler(scheduler: Any, objective: str, pixels: bool) -> None:
     """Raise ConfigError where a scheduler cannot work with what a network of an objective predicts."""
     name, config = type(scheduler).__name__, scheduler.config
     taken = inspect.signature(type(scheduler).__init__).parameters  # a configuration keeps what a class does not know
-    if not samples_pixels and any(key in taken and config.get(key) for key in ("clip_sample", "thresholding")):
+    if not pixels and any(key in taken and config.get(key) for key in ("clip_sample", "thresholding")):
         raise ConfigError(
             f"the scheduler {name} clips to -1 to 1, as some do by default, and latents go further: make it with "
             f"{name}.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)"

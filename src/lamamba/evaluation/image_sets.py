@@ -10,25 +10,27 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from lamamba.data import IMAGE_SUFFIXES, crop_centre, load_builtin, load_fashion_mnist, read_image
+from lamamba.data import IMAGE_SUFFIXES, ArraySource, crop_centre, load_builtin, load_fashion_mnist, read_image
 from lamamba.data.sources import list_images_below
 from lamamba.errors import DataError
 from lamamba.evaluation.metrics import Gaussian
 from lamamba.files import checksum
 from lamamba.generate import SAMPLES, read_generation
 
-# Sets by name, and the split of Fashion-MNIST that they are or, of `builtin`, are the first of.
-_NAMED: Mapping[str, Literal["train", "test"]] = {
-    "builtin": "train", "fashion-mnist": "train", "fashion-mnist-test": "test",
-}  # fmt: skip
+_NAMED: Mapping[str, Callable[[], ArraySource]] = {
+    "builtin": load_builtin,
+    "fashion-mnist": load_fashion_mnist,
+    "fashion-mnist-test": partial(load_fashion_mnist, "test"),
+}
 _MOST_VALUES = 10  # of a setting that differs from image to image; of more, how many there are
 
 
@@ -127,8 +129,7 @@ def open_reference(name: str, image_size: int | None = None) -> Reference:
     if (path / SAMPLES).is_file():  # as `lamamba generate --format npz` leaves it
         path = path / SAMPLES
     if name in _NAMED:
-        source = load_builtin() if name == "builtin" else load_fashion_mnist(_NAMED[name])
-        images = source.images.transpose(0, 2, 3, 1)
+        images = _NAMED[name]().images.transpose(0, 2, 3, 1)
         return Reference(name, ImageSet(name, len(images), lambda: _enumerate(name, iter(images))))
     if path.is_dir():
         return Reference(name, _open_folder(path, image_size))
