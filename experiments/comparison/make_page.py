@@ -164,7 +164,7 @@ def costs_row(name: str, several: Sequence[Content]) -> list[str]:
 def comparison(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
     """Hold LaMamba against DiT, at equal images and at equal seconds of training."""
     lines = []
-    for names in (("seed-0", "more-seeds"), ("b",)):
+    for names in (("seed-0", "more-seeds"), ("longer",), ("b",)):
         networks = list(dict.fromkeys(piece.network for piece in trainings(names)))
         groups = {network: found(records, names, network) for network in networks}
         groups = {network: several for network, several in groups.items() if several}
@@ -180,7 +180,8 @@ def comparison(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
             lines += equal_seconds(groups)
         floor = [record["training_images"]["distance"] for several in groups.values() for record in several]
         lines += [f"As many training images have the distance {number(floor[0])} to the test images.", ""]
-        name = f"{networks[0]}-against-{networks[1]}.png"
+        longer = "-longer" if names == ("longer",) else ""
+        name = f"{networks[0]}-against-{networks[1]}{longer}.png"
         lines += [draw(name, lambda figure, groups=groups: draw_curves(figure, groups)), ""]
     return lines
 
@@ -228,14 +229,16 @@ def draw_curves(figure: Figure, groups: Mapping[str, Sequence[Content]]) -> None
 
 def ablations(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
     """Hold S with one thing changed against S."""
-    changed = found(records, ["ablations"])
+    changed: dict[str, list[Content]] = {}
+    for record in found(records, ["ablations", "more-ablations"]):
+        changed.setdefault(record["piece"].split("-seed-")[0], []).append(record)
     if not changed:
         return []
     whole = found(records, ["seed-0", "more-seeds"], "s")
     rows = [scores_row("S: scan and attention, continuous paths, 1 state, windows of 8", whole)] if whole else []
-    rows += [scores_row(record["piece"], [record]) for record in changed]
+    rows += [scores_row(name, several) for name, several in changed.items()]
     costs = [costs_row("S", whole)] if whole else []
-    costs += [costs_row(record["piece"], [record]) for record in changed]
+    costs += [costs_row(name, several) for name, several in changed.items()]
     return [
         *table(_SCORES, rows),
         *table(_COSTS, costs),
@@ -382,8 +385,8 @@ def imagenet(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
 
 
 SECTIONS = {
-    "LaMamba against DiT on Fashion-MNIST": (comparison, ("seed-0", "more-seeds", "b")),
-    "What each part buys": (ablations, ("ablations",)),
+    "LaMamba against DiT on Fashion-MNIST": (comparison, ("seed-0", "more-seeds", "longer", "b")),
+    "What each part buys": (ablations, ("ablations", "more-ablations")),
     "Samples against steps": (steps, ("more-seeds", "ablations")),
     "Clipping": (clipping, ("b", "release")),
     "Nearest training images": (memorisation, ("seed-0", "release")),

@@ -110,7 +110,7 @@ def _train(name: str, network: str, **options: object) -> Training:
 
 _S, _DIT_S = _train("s-seed-0", "s", sweep=True), _train("dit-s-2-seed-0", "dit-s-2", sweep=True)
 _S_1 = _train("s-seed-1", "s", seed=1)
-_B, _DIT_B = _train("b", "b"), _train("dit-b-2", "dit-b-2")
+_B, _DIT_B = _train("b", "b", sweep=True), _train("dit-b-2", "dit-b-2", sweep=True)
 # Ablations are compared at the end alone.
 _FLOW = _train("s-flow", "s", objective="flow", num_scores=1)
 # Small enough to ship; at the learning rate of the weights that were shipped before.
@@ -143,6 +143,17 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
             for network in ("s-scan-only", "s-attention-only", "s-raster", "s-state-16", "s-window-4")
         ),
     ),
+    # Whether small differences are more than seeds', and what twice as fast a network makes of the same time.
+    "more-ablations": (
+        _train("s-attention-only-longer", "s-attention-only", num_images=2 * NUM_IMAGES, num_scores=1),
+        *(
+            _train(f"{network}-seed-{seed}", network, seed=seed, num_scores=1)
+            for seed in (1, 2)
+            for network in ("s-raster", "s-window-4", "s-state-16")
+        ),
+    ),
+    # Does it last? DiT-S/2 was still getting better.
+    "longer": tuple(_train(f"{network}-longer", network, num_images=3 * NUM_IMAGES) for network in ("s", "dit-s-2")),
     "b": (_B, _DIT_B, Clipping("clipping-b", _B), Clipping("clipping-dit-b-2", _DIT_B)),
     "emoji": (
         *(_train(f"emoji-{network}", network, data="emoji", num_images=307_200) for network in ("s", "dit-s-2")),
