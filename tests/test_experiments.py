@@ -85,7 +85,7 @@ STEPS_S = replace(pieces.PIECES["steps-s"], of=pieces.PIECES["s-seed-0"])  # of 
 def whole(tmp_path_factory: pytest.TempPathFactory) -> settings.Setting:
     """What pieces leave that were never stopped."""
     setting = place(tmp_path_factory.mktemp("whole"))
-    for name in ("s-seed-0", "dit-s-2-seed-0", "s-flow"):
+    for name in ("s-seed-0", "dit-s-2-seed-0", "s-longer-seed-1", "s-flow"):
         training.train(setting, pieces.PIECES[name])
     for piece in (STEPS_S, pieces.PIECES["steps-s-flow"]):
         studies.score_steps(setting, piece)
@@ -93,7 +93,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> settings.Setting:
     return setting
 
 
-@pytest.mark.parametrize("name", ["s-seed-0", "dit-s-2-seed-0"])
+@pytest.mark.parametrize("name", ["s-seed-0", "dit-s-2-seed-0", "s-longer-seed-1"])
 def test_what_is_stopped_again_and_again_leaves_the_same_record(
     tmp_path: Path, whole: settings.Setting, name: str
 ) -> None:
@@ -153,6 +153,21 @@ def test_a_record_says_all_that_decides_its_numbers(whole: settings.Setting) -> 
     assert record["best"]["num_samples"] == 16
     with Image.open(whole.results / "dit-s-2-seed-0-grid.png") as grid:
         assert grid.height > 10 * 32, "a class a row"
+
+
+def test_averages_of_other_lengths_are_scored_and_the_usual_one_is_kept(whole: settings.Setting) -> None:
+    piece = pieces.PIECES["s-longer-seed-1"]
+    rows = read(whole, piece.name)["averages"]
+    assert [row["sigma_rel"] for row in rows] == list(pieces.LENGTHS)
+    assert len({row["distance"] for row in rows}) == len(rows)
+    trainer = training.ComparisonTrainer(whole, piece, whole.open_training_images(piece.data))
+    trainer.restore(trainer.path)
+    own = {name: value.clone() for name, value in trainer.average.state_dict().items()}
+    with trainer.with_average(0.1):
+        name = next(name for name, value in trainer.average.named_parameters() if not value.equal(own[name]))
+        assert trainer.average.state_dict()[name].equal(trainer.power_averages.state_dict()[f"0.100.{name}"])
+    assert all(value.equal(own[name]) for name, value in trainer.average.state_dict().items())
+    trainer.close()
 
 
 def test_other_settings_are_refused_where_a_piece_was_begun(whole: settings.Setting) -> None:
@@ -363,8 +378,9 @@ def test_the_page_is_made_of_records_and_names_what_is_missing(tmp_path: Path, w
     assert "**Records of a quick look, whose numbers mean nothing.**" in text
     record = records["dit-s-2-seed-0"]
     assert f"| {make_page.number(record['evaluations'][-1]['distance'])} |" in text
-    several = "s-seed-1, dit-s-2-seed-1, s-seed-2, dit-s-2-seed-2, s-longer, dit-s-2-longer, b, dit-b-2"
-    assert f"Not measured yet: {several}." in text
+    several = "dit-s-2-seed-1, s-seed-2, dit-s-2-seed-2, s-longer, dit-s-2-longer, dit-s-2-longer-seed-1, b, dit-b-2"
+    assert f"Not measured yet: s-seed-1, {several}." in text
+    assert "| distance at | 0.02 | 0.05 | 0.1 | 0.2 |" in text
     assert "Not measured yet: memorisation-dit-s-2, memorisation-nano, memorisation-emoji-64." in text
     assert "Not measured yet: speed." in text
     shown = {part.split(")")[0] for part in text.split("](results/")[1:]}

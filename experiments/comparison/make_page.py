@@ -56,7 +56,7 @@ _LAST_ROWS = 12  # of the curve, whose mean is the loss that is reported
 _INTRODUCTION = """\
 Made by `experiments/comparison/make_page.py` from the records in `experiments/comparison/results/`; the README there
 says how these came about. The distance is the Fréchet distance of the shipped clothes features to the 10,000 test
-images, not to be compared with an FID; precision and recall are of the same features
+images, not to be compared with an FID; precision, recall, density and coverage are of the same features
 ([evaluation.md](evaluation.md)). Loss is the mean of the last tenth of training. Of several seeds: the mean (least to
 largest). Guidance is swept at 1, 1.25, 1.5, 2 and 3; "s for 10,000" are seconds of sampling as many images at 50 steps,
 or 25 of Heun, without guidance; of ablations, which were scored once alone, they include compiling kernels. Scores are
@@ -123,7 +123,8 @@ def at_seconds(record: Content, seconds: float) -> float | None:
     return float(rows[-1]["distance"])
 
 
-_SCORES = ["", "seeds", "images/s", "loss", "distance", "precision", "recall"]
+_SCORED = ("distance", "precision", "recall", "density", "coverage")
+_SCORES = ["", "seeds", "images/s", "loss", *_SCORED]
 _BEST = "seed 0 at its best guidance"
 _PERCENTILES = ("percentile_1", "percentile_5", "percentile_50")  # of more that the records have
 _COSTS = ["", "M parameters", "G multiply-adds", "GiB", "s for 10,000"]
@@ -136,7 +137,7 @@ def scores_row(name: str, several: Sequence[Content]) -> list[str]:
     return [
         name, str(len(several)), spread([speed(record) for record in several]),
         spread([final_loss(record) for record in several]),
-        *(spread([row[key] for row in last]) if last else "" for key in ("distance", "precision", "recall")),
+        *(spread([row[key] for row in last]) if last else "" for key in _SCORED),
     ]  # fmt: skip
 
 
@@ -173,16 +174,20 @@ def comparison(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
         images = next(iter(groups.values()))[0]["settings"]["train"]["num_images"]
         lines += [f"At equal images, {images:,} of each:", ""]
         named = {_NAMES[network]: several for network, several in groups.items()}
-        rows = [[*scores_row(name, several), best_cell(several)] for name, several in named.items()]
-        lines += table([*_SCORES, _BEST], rows)
+        best = {name: [cell] for name, several in named.items() if (cell := best_cell(several))}
+        rows = [[*scores_row(name, several), *best.get(name, [""] * bool(best))] for name, several in named.items()]
+        lines += table([*_SCORES, *([_BEST] if best else [])], rows)
         lines += table(_COSTS, [costs_row(name, several) for name, several in named.items()])
         if len(groups) == len(networks):
             lines += equal_seconds(groups)
-        floor = [record["training_images"]["distance"] for several in groups.values() for record in several]
-        lines += [f"As many training images have the distance {number(floor[0])} to the test images.", ""]
         longer = "-longer" if names == ("longer",) else ""
         name = f"{networks[0]}-against-{networks[1]}{longer}.png"
         lines += [draw(name, lambda figure, groups=groups: draw_curves(figure, groups)), ""]
+        lines += averages(groups)
+    real = next((record["training_images"] for record in records.values() if record.get("training_images")), None)
+    if lines and real:
+        scores = ", ".join(f"{key} {number(real[key])}" for key in _SCORED)
+        lines += [f"As many training images, in place of samples, have {scores}.", ""]
     return lines
 
 
@@ -194,6 +199,18 @@ def equal_seconds(groups: Mapping[str, Sequence[Content]]) -> list[str]:
         values = [value for record in several if (value := at_seconds(record, seconds)) is not None]
         rows.append([_NAMES[network], spread(values) if values else "not scored so early"])
     return [f"At equal time, {seconds:,.0f} s of training:", "", *table(["", "distance"], rows)]
+
+
+def averages(groups: Mapping[str, Sequence[Content]]) -> list[str]:
+    """Tabulate the distances of averages of several lengths."""
+    scored = {_NAMES[network]: record["averages"] for network, several in groups.items() for record in several
+              if "averages" in record}  # fmt: skip
+    if not scored:
+        return []
+    lengths = [f"{row['sigma_rel']:g}" for row in next(iter(scored.values()))]
+    rows = [[name, *(number(row["distance"]) for row in rows)] for name, rows in scored.items()]
+    told = "Averages of the weights, by the standard deviation of the steps they are of, as a share of all:"
+    return [told, "", *table(["distance at", *lengths], rows)]
 
 
 def number_by_decades(*several: Axis) -> None:

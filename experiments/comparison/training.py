@@ -3,6 +3,8 @@
 import gc
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +85,22 @@ class ComparisonTrainer(Trainer):
         """Name what is saved beside the optimizer's state: weights, averaged weights, the generator's state."""
         parts = {"network": self.network, "ema": self.average}
         weights = {f"{part}.{name}": value for part, own in parts.items() for name, value in own.state_dict().items()}
-        return {**weights, "random_state": self.generator.get_state()}
+        power = self.power_averages.state_dict() if self.power_averages else {}
+        return {**weights, **{f"power.{name}": value for name, value in power.items()},
+                "random_state": self.generator.get_state()}  # fmt: skip
+
+    @contextmanager
+    def with_average(self, sigma_rel: float) -> Iterator[None]:
+        """Put another average in the place of the one that is sampled from."""
+        assert self.power_averages is not None
+        prefix, own = f"{sigma_rel:.3f}.", {name: value.clone() for name, value in self.average.state_dict().items()}
+        other = {name.removeprefix(prefix): value for name, value in self.power_averages.state_dict().items()
+                 if name.startswith(prefix)}  # fmt: skip
+        self.average.load_state_dict({**own, **other})
+        try:
+            yield
+        finally:
+            self.average.load_state_dict(own)
 
 
 def train_config(scale: Scale, piece: Training, source: ArraySource) -> TrainConfig:
@@ -92,6 +109,7 @@ def train_config(scale: Scale, piece: Training, source: ArraySource) -> TrainCon
     return TrainConfig(
         out=Path(), data=piece.data, objective=piece.objective, num_images=scale.num_images or piece.num_images,
         batch_size=scale.batch_size, learning_rate=piece.learning_rate, seed=piece.seed, network=network,
+        power_averages=piece.averages,
     )  # fmt: skip
 
 
@@ -215,6 +233,11 @@ def _train(setting: Setting, trainer: ComparisonTrainer, record: Record, num_sco
             save()
 
 
+_QUARTERS = (1, 2, 3, 4)  # of the timesteps
+# The trainer has the losses of each quarter as their share of the batch's, and that share.
+_SUMS = tuple(f"{name}_q{quarter}" for quarter in _QUARTERS for name in ("loss", "share"))
+
+
 class _Meter:
     """Takes steps, and measures loss and speed: seconds of training alone, without the first step, which compiles."""
 
@@ -232,18 +255,20 @@ class _Meter:
         compile_s = 0.0
         while trainer.images < end:
             terms = trainer.take_step(*next(reader))
-            for name in ("loss", "mse", "grad_norm", "skipped"):
+            for name in ("loss", "mse", "grad_norm", "skipped", *_SUMS):
                 sums[name] = sums.get(name, 0) + terms[name]
             steps += 1
             timed += trainer.config.batch_size
             if self.compiles:
                 synchronize(trainer.device)
                 compile_s, start, timed, self.compiles = time.perf_counter() - start, time.perf_counter(), 0, False
-        means = {name: rounded(float(value) / steps) for name, value in sums.items()}  # waits for the device
+        means: dict[str, Any] = {name: rounded(float(value) / steps) for name, value in sums.items()}  # waits for it
         passed = time.perf_counter() - start
         if means["skipped"] or not means["loss"] < float("inf"):
             raise LamambaError(f"a gradient was not finite before image {trainer.images}: lower learning_rate")
         self.seconds += passed
+        quarters = [(means.pop(f"loss_q{quarter}"), means.pop(f"share_q{quarter}")) for quarter in _QUARTERS]
+        means["loss_by_quarter"] = [rounded(loss / share) if share else None for loss, share in quarters]
         row = {"images": trainer.images, "seconds": rounded(self.seconds), **means}
         row.pop("skipped")
         if timed:
@@ -276,7 +301,7 @@ def _score_training_images(setting: Setting, trainer: ComparisonTrainer) -> dict
 def _conclude(
     setting: Setting, trainer: ComparisonTrainer, record: Record, piece: Training, source: ArraySource
 ) -> None:
-    """Sweep guidance and draw a grid; each is done once."""
+    """Sweep guidance, score other averages and draw a grid; each is done once."""
     scored = piece.data == "fashion-mnist"
     if piece.sweep and scored:
         sweep = record.rows("sweep")
@@ -287,6 +312,13 @@ def _conclude(
             best = min(sweep, key=lambda row: row["distance"])
             scores = trainer.denoiser.score(setting, setting.scale.num_samples, guidance=best["guidance"])
             record.write(best={"images": trainer.images, **scores})
+    if piece.averages and scored:
+        averages = record.rows("averages")
+        for sigma_rel in piece.averages[len(averages) :]:
+            with trainer.with_average(sigma_rel):
+                scores = trainer.denoiser.score(setting, setting.scale.num_samples)
+            averages.append({"sigma_rel": sigma_rel, **scores})
+            record.write()
     grid = record.folder / "grid.png"
     if not grid.is_file():
         columns, classes = setting.scale.num_grid, source.num_classes
