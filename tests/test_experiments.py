@@ -302,7 +302,7 @@ def test_points_of_steps_are_not_computed_twice(
 ) -> None:
     expected = read(whole, "steps-s-flow")
     assert [(p["sampler"], p["steps"], p["evaluations"]) for p in expected["points"]] == [
-        ("euler", 2, 2), ("heun", 2, 3), ("euler", 4, 4), ("heun", 4, 7)
+        ("unipc", 2, 2), ("euler", 2, 2), ("heun", 2, 3), ("unipc", 4, 4), ("euler", 4, 4), ("heun", 4, 7)
     ]  # fmt: skip
     setting = place(tmp_path, looks=6)  # of which an Euler step takes one and a Heun step two
     (setting.out / "s-flow").mkdir(parents=True)
@@ -312,7 +312,7 @@ def test_points_of_steps_are_not_computed_twice(
     setting = place(tmp_path)
     studies.score_steps(setting, pieces.PIECES["steps-s-flow"])
     assert without_times(read(setting, "steps-s-flow")) == without_times(expected)
-    assert 0 < 1_000_000 - setting.clock.looks < 16, "not all of it again"
+    assert 0 < 1_000_000 - setting.clock.looks < 22, "not all of it again"
 
 
 def test_ways_to_launch_a_step_are_timed_and_failures_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

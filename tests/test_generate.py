@@ -173,12 +173,12 @@ def test_the_options_of_guidance_change_the_images_and_are_kept_with_them(
 
 def test_flow_matching_is_sampled_with_its_own_samplers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", objective="flow")
-    for sampler in ("euler", "heun"):
+    for sampler in ("unipc", "euler", "heun"):
         sample(run, tmp_path / sampler, "--labels", "0", "--sampler", sampler)
         assert settings(tmp_path / sampler / "grid.png")["sampler"] == sampler
     sample(run, tmp_path, "--labels", "0")
-    assert settings(tmp_path / "grid.png")["sampler"] == "heun"
-    refused(capsys, run, tmp_path, "--sampler", "ddim", message="use euler or heun")
+    assert settings(tmp_path / "grid.png")["sampler"] == "unipc"
+    refused(capsys, run, tmp_path, "--sampler", "ddim", message="use unipc or euler or heun")
 
 
 def test_an_unconditional_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,9 +58,9 @@ Made by `experiments/comparison/make_page.py` from the records in `experiments/c
 says how these came about. The distance is the Fréchet distance of the shipped clothes features to the 10,000 test
 images, not to be compared with an FID; precision, recall, density and coverage are of the same features
 ([evaluation.md](evaluation.md)). Loss is the mean of the last tenth of training. Of several seeds: the mean (least to
-largest). Guidance is swept at 1, 1.25, 1.5, 2 and 3; "s for 10,000" are seconds of sampling as many images at 50 steps,
-or 25 of Heun, without guidance; of ablations, which were scored once alone, they include compiling kernels. Scores are
-of samples that were not clipped on the way; those of `lamamba sample` are."""
+largest). Guidance is swept at 1, 1.25, 1.5, 2 and 3; "s for 10,000" are seconds of sampling as many images at 50
+steps, of flow matching 25 of Heun, without guidance; of ablations, which were scored once alone, they include compiling
+kernels. Scores are of samples that were not clipped on the way; those of `lamamba sample` are."""
 
 
 def read_records(folder: Path, quick: bool = False) -> dict[str, Content]:

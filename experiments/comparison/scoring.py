@@ -18,7 +18,7 @@ from lamamba.sampling import sample
 from setting import Setting, rounded
 
 # Of second order, so that what is left of the error of the steps is far below the differences of networks.
-SAMPLERS = {"diffusion": "dpm++", "flow": "heun"}
+SAMPLERS = {"diffusion": "dpm++", "flow": "unipc"}
 
 
 class InAutocast(nn.Module):

@@ -158,8 +158,7 @@ class Diffusion:
             else:
                 algorithm = {"dpm++": "dpmsolver++", "sde-dpm++": "sde-dpmsolver++"}[sampler]
                 scheduler = diffusers.DPMSolverMultistepScheduler(**linear, algorithm_type=algorithm, solver_order=2)
-            scheduler.set_timesteps(num_steps, device=device)
-            scheduler.set_begin_index(0)  # or it looks for the first timestep, which of many steps is there twice
+            set_timesteps(scheduler, num_steps, device)
         return scheduler
 
 
@@ -167,8 +166,8 @@ class FlowMatching:
     """The straight path between data and noise; predicts its velocity, noise - x_0, on the first c channels."""
 
     name = "flow"
-    samplers = ("euler", "heun")
-    default_sampler = "heun"
+    samplers = ("unipc", "euler", "heun")
+    default_sampler = "unipc"
 
     def draw_timesteps(self, batch: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
         """Draw (b,) float timesteps, uniform over 0 to 1000."""
@@ -208,21 +207,54 @@ class FlowMatching:
     ) -> Any:
         """Build the diffusers scheduler of one of `samplers`, with its timesteps set; `step` takes the velocity.
 
-        Arguments and errors are those of `Diffusion.scheduler`, but nothing is clipped: no prediction is divided by
-        the little signal that is left in noise. Heun has two timesteps for each step but the last.
+        `unipc` is arXiv 2302.04867, `euler` and `heun` are the classical methods; all in steps even in time. Heun has
+        two timesteps for each step but the last.
+
+        Arguments and errors are those of `Diffusion.scheduler`, but `euler` and `heun` do not clip: no prediction is
+        divided by the little signal that is left in noise.
         """
         import diffusers
 
         _check_scheduler(self, sampler, num_steps)
         if sampler == "euler":
             scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS)
-        else:
+        elif sampler == "heun":
             scheduler = diffusers.FlowMatchHeunDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS)
-        scheduler.set_timesteps(num_steps, device=device)
+        else:
+            scheduler = diffusers.UniPCMultistepScheduler(
+                num_train_timesteps=NUM_TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True,
+                solver_order=2, thresholding=clip_sample,
+            )  # fmt: skip
+        set_timesteps(scheduler, num_steps, device)
         return scheduler
 
 
 OBJECTIVES: Mapping[str, Diffusion | FlowMatching] = {kind.name: kind for kind in (Diffusion(), FlowMatching())}
+
+
+def set_timesteps(scheduler: Any, num_steps: int, device: torch.device | None = None) -> None:
+    """Set a scheduler's steps for sampling; those of a flow end where they should.
+
+    By themselves those of diffusers end with a step from timestep 1, where too little noise is left to be told from the
+    image: Heun's method, which asks there, leaves noise of half the step before. And its multistep solvers cut a flow's
+    timesteps to whole ones.
+
+    Args:
+        scheduler: of diffusers.
+        num_steps: 1 or more.
+        device: of the timesteps; None is the CPU.
+    """
+    name = type(scheduler).__name__
+    if name == "FlowMatchHeunDiscreteScheduler":
+        scheduler.sigma_min = 1 / num_steps
+    if name == "FlowMatchEulerDiscreteScheduler":
+        scheduler.set_timesteps(sigmas=[1 - step / num_steps for step in range(num_steps)], device=device)
+    else:
+        scheduler.set_timesteps(num_steps, device=device)
+    if scheduler.config.get("use_flow_sigmas"):
+        scheduler.timesteps = scheduler.sigmas[:num_steps].to(device=device) * NUM_TIMESTEPS
+    if hasattr(scheduler, "set_begin_index"):  # or it looks for the first timestep, which can be there twice
+        scheduler.set_begin_index(0)
 
 
 def _check_scheduler(objective: Diffusion | FlowMatching, sampler: str, num_steps: int) -> None:

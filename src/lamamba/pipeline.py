@@ -13,7 +13,7 @@ from torch import Tensor
 from lamamba.captured import CapturedNetwork
 from lamamba.checkpoint import PIPELINE_INDEX, load_checkpoint
 from lamamba.config import GuidanceOptions, nearest
-from lamamba.diffusion import OBJECTIVES, guide
+from lamamba.diffusion import OBJECTIVES, guide, set_timesteps
 from lamamba.errors import ConfigError
 from lamamba.hub import fetch
 from lamamba.latents import IMAGE_CHANNELS, Latents, Pixels
@@ -308,7 +308,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
     ) -> Tensor:
         """Go from noise, or a noised image, to images or latents."""
         device, scheduler = self._execution_device, self.scheduler
-        scheduler.set_timesteps(num_steps, device=device)
+        set_timesteps(scheduler, num_steps, device)
         y, noise = y.to(device), noise.to(device, torch.float32)
         first = 0
         if start is not None:

@@ -22,7 +22,7 @@ def check_scheduler(scheduler: Any, objective: str, pixels: bool) -> None:
             f"the scheduler {name} clips to -1 to 1, as some do by default, and latents go further: make it with "
             f"{name}.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)"
         )
-    flows = name.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
+    flows = name.startswith("FlowMatch") or bool("use_flow_sigmas" in taken and config.get("use_flow_sigmas"))
     if objective == "flow":
         if not flows:
             raise ConfigError(

@@ -44,7 +44,8 @@ class SamplingConfig:
     diffusers saved of a LaMambaDiffPipeline, a DiTPipeline or a DiTTransformer2DModel; or user/name, such a folder on
     the Hugging Face hub."""
     sampler: Sampler | None = None
-    """ancestral, ddim, dpm++, sde-dpm++ or unipc (diffusion); euler or heun (flow). The default is dpm++ or heun."""
+    """ancestral, ddim, dpm++, sde-dpm++ or unipc (diffusion); unipc, euler or heun (flow). The default is dpm++ or, of
+    flow, unipc."""
     steps: int = 25
     """Steps of the sampler."""
     guidance: float | None = None

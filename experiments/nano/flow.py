@@ -1,0 +1,95 @@
+"""Which sampler for flow matching? Images of a known velocity, and how far they are from those of many steps.
+
+python experiments/nano/flow.py --number 30 --steps 5 10 20 40
+
+No flow-matching network is shipped, but a network that predicts noise says a velocity too: the straight path is its own
+process with another scale, x / (1 - s) = x_t / alpha where s / (1 - s) = sigma / alpha.
+"""
+
+import argparse
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from torch import Tensor
+
+from lamamba import FlowMatching, load_checkpoint
+from lamamba.diffusion import NUM_TIMESTEPS, Diffusion
+
+LEVELS = Diffusion().sigma(torch.arange(NUM_TIMESTEPS)).double().log().numpy()  # log of noise over signal
+
+
+class Velocity:
+    """The velocity that a network's prediction of noise implies; counts what it is asked."""
+
+    def __init__(self, network: Any) -> None:
+        self.network, self.evaluations = network, 0
+
+    def __call__(self, x: Tensor, s: float, y: Tensor) -> Tensor:
+        self.evaluations += 1
+        share = min(max(s, 1e-6), 1 - 1e-6)
+        level = float(np.clip(np.log(share / (1 - share)), LEVELS[0], LEVELS[-1]))  # beyond, as at the end
+        t = torch.full((len(x),), float(np.interp(level, LEVELS, np.arange(NUM_TIMESTEPS))))
+        ratio = float(np.exp(level))
+        alpha = (1 + ratio**2) ** -0.5
+        x_t = x * (alpha * (1 + ratio))
+        noise: Tensor = self.network(x_t, t, y).chunk(2, dim=1)[0]
+        return noise - (x_t / alpha - ratio * noise)
+
+
+def schedulers(num_steps: int) -> dict[str, Any]:
+    """Build the package's own, those of diffusers as they come, and one more; Heun of half the steps costs the same."""
+    half, plain = (num_steps + 1) // 2, {}
+    for name, kind, steps in (
+        ("euler, diffusers'", FlowMatchEulerDiscreteScheduler, num_steps),
+        ("heun, diffusers'", FlowMatchHeunDiscreteScheduler, half),
+    ):
+        plain[name] = kind()
+        plain[name].set_timesteps(steps)
+    multistep = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    multistep.set_timesteps(num_steps)
+    own = {
+        name: FlowMatching().scheduler(name, half if name == "heun" else num_steps) for name in FlowMatching.samplers
+    }
+    return {**plain, "dpm++, diffusers'": multistep, **own}
+
+
+@torch.inference_mode()
+def draw(velocity: Velocity, scheduler: Any, number: int) -> Tensor:
+    """Sample (n, c, h, w), the classes in turn, of the same noise for all schedulers."""
+    config = velocity.network.config
+    shape = (number, config.in_channels, config.sample_size, config.sample_size)
+    x, y = torch.randn(shape, generator=torch.Generator().manual_seed(0)), torch.arange(number) % config.num_classes
+    velocity.evaluations = 0
+    for t in scheduler.timesteps:
+        x = scheduler.step(velocity(x, float(t) / NUM_TIMESTEPS, y), t, x, return_dict=False)[0]
+    return x
+
+
+def roughness(x: Tensor) -> float:
+    """Mean squared difference of neighbours in a column, in levels of 0 to 255."""
+    return float((x[:, :, 1:] - x[:, :, :-1]).square().mean()) * 127.5**2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", default="nano")
+    parser.add_argument("--number", type=int, default=30, help="samples")
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 40])
+    arguments = parser.parse_args()
+    velocity = Velocity(load_checkpoint(arguments.checkpoint).network.eval())
+    exact = draw(velocity, FlowMatching().scheduler("unipc", 150), arguments.number)
+    print(f"unipc of 150 steps: roughness {roughness(exact):.0f}", flush=True)
+    for num_steps in arguments.steps:
+        for name, scheduler in schedulers(num_steps).items():
+            x = draw(velocity, scheduler, arguments.number)
+            error = float((x - exact).square().mean().sqrt()) * 127.5
+            print(
+                f"{velocity.evaluations:3} evaluations, {name:18} error {error:5.2f} roughness {roughness(x):5.0f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
