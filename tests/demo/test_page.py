@@ -333,7 +333,7 @@ def visit(visitor: Visitor, pid: int, shots: Path, downloads: Path) -> None:
     visitor.tab("Generate")
     visitor.choose("#model", "tiny")
     visitor.wait(
-        lambda: "heun" in visitor.browser.find_element(By.CSS_SELECTOR, "#sampler input").get_property("value")
+        lambda: "unipc" in visitor.browser.find_element(By.CSS_SELECTOR, "#sampler input").get_property("value")
     )
     visitor.fill("#images input[type=number]", "2")
     visitor.fill("#steps input[type=number]", "2")
