@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lamamba.config import GuidanceOptions
-from lamamba.diffusion import OBJECTIVES, Diffusion, FlowMatching, guide, schedule_arrays, training_losses
+from lamamba.diffusion import (
+    OBJECTIVES,
+    Diffusion,
+    FlowMatching,
+    guide,
+    schedule_arrays,
+    set_timesteps,
+    training_losses,
+)  # fmt: skip
 from lamamba.errors import ConfigError
 from lamamba.sampling import sample
 
@@ -274,6 +283,30 @@ class ShortSighted(KnownDenoiser):
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return super().__call__(x, t, y).clamp(-2, 2)
+
+
+@pytest.mark.parametrize("num_steps", [1, 6])
+@pytest.mark.parametrize(
+    "name", ["UniPCMultistep", "DPMSolverMultistep", "FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete"]
+)
+def test_a_scheduler_made_of_a_flows_own_goes_all_the_way(name: str, num_steps: int) -> None:
+    kind = getattr(diffusers, f"{name}Scheduler")
+    scheduler = kind.from_config(FlowMatching().scheduler("unipc", 25).config)
+    set_timesteps(scheduler, num_steps)
+    assert len(scheduler.timesteps) == (2 * num_steps - 1 if "Heun" in name else num_steps)
+    assert float(scheduler.timesteps[0]) == pytest.approx(1000, abs=1.5)
+    target, x = (torch.linspace(*ends, 7).view(1, 1, 7) for ends in ((-1, 1), (3, -2)))
+    for t in scheduler.timesteps:
+        x = scheduler.step((x - target) / (t / 1000), t, x, return_dict=False)[0]
+    torch.testing.assert_close(x, target, atol=2e-3, rtol=0)
+
+
+def test_a_scheduler_that_leaves_noise_in_a_flow_is_refused() -> None:
+    own = FlowMatching().scheduler("unipc", 25).config
+    for name, options in (("DEISMultistep", {}), ("UniPCMultistep", {"final_sigmas_type": "sigma_min"})):
+        scheduler = getattr(diffusers, f"{name}Scheduler").from_config(own, **options)
+        with pytest.raises(ConfigError, match="leaves noise in the images of a flow"):
+            set_timesteps(scheduler, 10)
 
 
 class Forgetful(KnownDenoiser):

@@ -166,6 +166,7 @@ def test_schedulers_of_diffusers_can_be_swapped(name: str) -> None:
          "takes v_prediction, and this network predicts noise"),
         ("diffusion", lambda: diffusers.DDIMScheduler(beta_schedule="scaled_linear"),
          "other noise levels than the network was trained with (beta_schedule scaled_linear): make it with"),
+        ("flow", lambda: diffusers.UniPCMultistepScheduler(use_flow_sigmas=True), "takes epsilon, and this network"),
         ("flow", lambda: diffusers.DDIMScheduler(), "is not for flow matching, which this network was trained with"),
     ],
 )  # fmt: skip

@@ -8,6 +8,7 @@ A denoiser is any callable `(x_t, t, y) -> (b, 2c, h, w)`; nothing here knows th
   direction: x_t = (1 - t/1000) x_0 + t/1000 noise.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -232,27 +233,46 @@ class FlowMatching:
 OBJECTIVES: Mapping[str, Diffusion | FlowMatching] = {kind.name: kind for kind in (Diffusion(), FlowMatching())}
 
 
+def has_flow_sigmas(scheduler: Any) -> bool:
+    """Say whether a scheduler of diffusers is a general one that is set to a flow's levels of noise."""
+    # A configuration keeps what a class does not know.
+    known = "use_flow_sigmas" in inspect.signature(type(scheduler).__init__).parameters
+    return known and bool(scheduler.config.get("use_flow_sigmas"))
+
+
 def set_timesteps(scheduler: Any, num_steps: int, device: torch.device | None = None) -> None:
     """Set a scheduler's steps for sampling; those of a flow end where they should.
 
-    By themselves those of diffusers end with a step from timestep 1, where too little noise is left to be told from the
-    image: Heun's method, which asks there, leaves noise of half the step before. And its multistep solvers cut a flow's
-    timesteps to whole ones.
+    By themselves diffusers' Euler's and Heun's methods for flows come down to timestep 1 before the last step. There
+    too little noise is left to be told from the image, and Heun's method, which asks there, leaves noise of half the
+    step before. And its general solvers cut a flow's timesteps to whole ones.
 
     Args:
         scheduler: of diffusers.
         num_steps: 1 or more.
         device: of the timesteps; None is the CPU.
+
+    Raises:
+        ConfigError: a flow's steps would end before the noise does.
     """
-    name = type(scheduler).__name__
-    if name == "FlowMatchHeunDiscreteScheduler":
-        scheduler.sigma_min = 1 / num_steps
-    if name == "FlowMatchEulerDiscreteScheduler":
+    import diffusers
+
+    spaced = any(scheduler.config.get(f"use_{kind}_sigmas") for kind in ("karras", "exponential", "beta"))
+    if isinstance(scheduler, diffusers.FlowMatchHeunDiscreteScheduler):
+        least, scheduler.sigma_min = scheduler.sigma_min, 1 / num_steps
+        scheduler.set_timesteps(num_steps, device=device)
+        scheduler.sigma_min = least
+    elif isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler) and not spaced:
         scheduler.set_timesteps(sigmas=[1 - step / num_steps for step in range(num_steps)], device=device)
     else:
         scheduler.set_timesteps(num_steps, device=device)
-    if scheduler.config.get("use_flow_sigmas"):
-        scheduler.timesteps = scheduler.sigmas[:num_steps].to(device=device) * NUM_TIMESTEPS
+        if has_flow_sigmas(scheduler):
+            if scheduler.sigmas[-1]:
+                raise ConfigError(
+                    f"the scheduler {type(scheduler).__name__} leaves noise in the images of a flow: use "
+                    'UniPCMultistepScheduler or DPMSolverMultistepScheduler, with final_sigmas_type "zero"'
+                )
+            scheduler.timesteps = scheduler.sigmas[:num_steps].to(device=device) * NUM_TIMESTEPS
     if hasattr(scheduler, "set_begin_index"):  # or it looks for the first timestep, which can be there twice
         scheduler.set_begin_index(0)
 

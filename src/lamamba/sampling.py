@@ -50,14 +50,14 @@ def sample(
         guidance_options: what else guidance has, see `lamamba.diffusion.guide`.
         weaker: a network to guide away from, with the same label; None is the network itself without a label.
         size: height and width of the grid; None is the network's `sample_size`.
-        clip_sample: hold the clean image that each prediction of noise implies between -1 and 1: for pixels, which
-            have specks otherwise, not for latents.
+        clip_sample: hold the clean image that each prediction implies between -1 and 1: for pixels, which have specks
+            otherwise, not for latents. Euler's and Heun's methods do not.
         on_step: called after each scheduler step with the number of images, for progress.
         on_preview: called before each scheduler step with the clean images that the guided prediction implies,
             (b, c, h, w); what it raises ends the sampling.
 
     Returns:
-        (b, c, h, w) float32, for pixels about -1 to 1, and never further where predictions of noise are clipped.
+        (b, c, h, w) float32, for pixels about -1 to 1, and never further where predictions are clipped.
 
     Raises:
         ConfigError: a label or the number of steps is out of range, the sampler does not go with the objective,

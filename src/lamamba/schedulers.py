@@ -9,7 +9,7 @@ import diffusers
 from diffusers import SchedulerMixin
 
 from lamamba.checkpoint import PIPELINE_INDEX
-from lamamba.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS
+from lamamba.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS, has_flow_sigmas
 from lamamba.errors import CheckpointError, ConfigError
 
 
@@ -22,15 +22,20 @@ def check_scheduler(scheduler: Any, objective: str, pixels: bool) -> None:
             f"the scheduler {name} clips to -1 to 1, as some do by default, and latents go further: make it with "
             f"{name}.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)"
         )
-    flows = name.startswith("FlowMatch") or bool("use_flow_sigmas" in taken and config.get("use_flow_sigmas"))
+    flows = name.startswith("FlowMatch") or has_flow_sigmas(scheduler)
+    predicts = config.get("prediction_type")
     if objective == "flow":
         if not flows:
             raise ConfigError(
                 f"the scheduler {name} is not for flow matching, which this network was trained with: "
                 "use FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler or one with use_flow_sigmas"
             )
+        if "prediction_type" in taken and predicts != "flow_prediction":
+            raise ConfigError(
+                f"the scheduler {name} takes {predicts}, and this network predicts the velocity of a flow: make it "
+                'with prediction_type="flow_prediction"'
+            )
         return
-    predicts = config.get("prediction_type")
     if flows or predicts != "epsilon":
         raise ConfigError(
             f"the scheduler {name} {'is for flow matching' if flows else f'takes {predicts}'}, and this network "
