@@ -89,7 +89,7 @@ class Scale:
     num_test_images: int | None = None
     num_timed_steps: int = 100
     steps: int = 50
-    """Of the sampler, for scores; of Heun, which evaluates the network twice a step, half as many."""
+    """Of the sampler, for scores."""
     sweep: tuple[float, ...] = (1.25, 1.5, 2.0, 3.0)
     step_counts: tuple[int, ...] = (5, 10, 20, 50, 250)
     sample_batch_size: int = 1000

@@ -57,7 +57,7 @@ class Denoiser:
             OutOfTimeError: there is no time for all of them.
         """
         sampler = sampler or SAMPLERS[self.objective]
-        steps = steps or (max(1, setting.scale.steps // 2) if sampler == "heun" else setting.scale.steps)
+        steps = steps or setting.scale.steps
         images, network = [], CapturedNetwork(self.network)  # recorded once for all batches
         for start in range(0, number, setting.scale.sample_batch_size):
             seeds = range(start, min(number, start + setting.scale.sample_batch_size))
@@ -75,6 +75,7 @@ class Denoiser:
         Returns:
             The distance, precision, recall, density and coverage, and the seconds that sampling took.
         """
+        options = {"sampler": SAMPLERS[self.objective], "steps": setting.scale.steps, **options}
         start = time.perf_counter()
         images = self.draw(setting, number, **options)
         seconds = time.perf_counter() - start
