@@ -22,7 +22,7 @@ from lamamba.diffusion import (
     schedule_arrays,
     set_timesteps,
     training_losses,
-)  # fmt: skip
+)
 from lamamba.errors import ConfigError
 from lamamba.sampling import sample
 
