@@ -4,7 +4,10 @@
     python experiments/comparison/run.py seed-0 --seconds 540    a list, or pieces by name, as far as time goes
     python experiments/comparison/run.py seed-0 --quick --out demo/comparison --results demo/comparison
 
-Several processes with the same folders share the pieces: one on each GPU, by CUDA_VISIBLE_DEVICES.
+Several processes with the same folders share the pieces: one on each GPU, by CUDA_VISIBLE_DEVICES. Started by torchrun,
+they share each training instead, to the same numbers:
+
+    torchrun --nproc-per-node 2 experiments/comparison/run.py s-state-16
 
 README.md beside this file has the commands for a GPU that is there for ten minutes at a time.
 """
@@ -13,12 +16,14 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from lamamba.config import nearest
 from lamamba.errors import LamambaError
+from lamamba.processes import joined
 from lamamba.sampling import choose_device
 from pieces import FULL, LISTS, PIECES, QUICK, Clipping, Memorisation, Piece, Speed, Steps, Study, Training
 from setting import RESULTS, Clock, OutOfTimeError, Setting, is_finished, of_learning_rate
@@ -65,17 +70,22 @@ def show(setting: Setting) -> None:
 
 def main() -> int:
     """Run what is asked for: 0 all is done, 1 a piece failed, 3 the time was over before all was done."""
-    clock_start = time.monotonic()
+    clock = Clock(start=time.monotonic())
     arguments = read_arguments()
+    clock.seconds = arguments.seconds
     pieces = chosen(arguments.names)
-    setting = Setting(
-        arguments.out, arguments.results, QUICK if arguments.quick else FULL, choose_device(arguments.device),
-        Clock(arguments.seconds, clock_start), arguments.data_folder, arguments.emoji, arguments.commit,
-    )  # fmt: skip
-    if not pieces:
-        show(setting)
-        return 0
-    return run(setting, pieces, arguments.learning_rate)
+    try:
+        with joined(arguments.device) as (processes, device):
+            setting = Setting(
+                arguments.out, arguments.results, QUICK if arguments.quick else FULL, choose_device(device), clock,
+                arguments.data_folder, arguments.emoji, arguments.commit, processes,
+            )  # fmt: skip
+            if not pieces:
+                show(setting)
+                return 0
+            return (run if processes.number == 1 else run_together)(setting, pieces, arguments.learning_rate)
+    except OutOfTimeError:
+        return 3
 
 
 def run(setting: Setting, pieces: Sequence[Piece], learning_rate: float | None = None) -> int:
@@ -117,6 +127,33 @@ def run(setting: Setting, pieces: Sequence[Piece], learning_rate: float | None =
                 return 3
             time.sleep(0.2)
     return int(bool(failed))
+
+
+def run_together(setting: Setting, pieces: Sequence[Piece], learning_rate: float | None = None) -> int:
+    """Run trainings, each by all processes that torchrun started.
+
+    Raises:
+        OutOfTimeError: there was no time for the rest.
+        SystemExit: something else is asked for, or another process runs it.
+    """
+    others = [piece.name for piece in pieces if not isinstance(piece, Training)]
+    if others:
+        sys.exit(f"{', '.join(others)}: several processes share trainings alone: run this without torchrun")
+    setting.out.mkdir(parents=True, exist_ok=True)
+    left = [piece for piece in pieces if not is_finished(setting, piece)]
+    setting.processes.wait()  # until all have looked
+    for piece in left:
+        setting.check_time()
+        lock = FileLock(setting.out / f".{piece.name}.lock")
+        try:
+            with lock.acquire(timeout=0) if setting.processes.is_first else nullcontext():
+                train(setting, of_learning_rate(piece, learning_rate))
+        except Timeout:
+            sys.exit(f"{piece.name}: another process runs it")
+        if setting.processes.is_first:
+            print(f"{piece.name}: done", flush=True)
+        forget(setting.device)
+    return 0
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from lamamba import __version__
 from lamamba.checkpoint import write_json
 from lamamba.data import ArraySource, FolderSource, load_fashion_mnist
 from lamamba.errors import ConfigError
+from lamamba.processes import Processes
 from pieces import Piece, Scale
 
 HERE = Path(__file__).resolve().parent
@@ -64,6 +65,7 @@ class Setting:
         data_folder: the idx files of Fashion-MNIST; None is Debian's place.
         emoji: the folder that `lamamba prepare emoji` made.
         commit: stands in for the checkout's, where there is a copy without history.
+        processes: that train together.
     """
 
     out: Path
@@ -74,6 +76,17 @@ class Setting:
     data_folder: Path | None = None
     emoji: Path | None = None
     commit: str | None = None
+    processes: Processes = field(default_factory=Processes)
+
+    def check_time(self) -> None:
+        """Raise OutOfTimeError, in all processes that train together, when the time is over for one of them."""
+        try:
+            self.clock.check()
+            over = False
+        except OutOfTimeError:
+            over = True
+        if self.processes.largest(over):
+            raise OutOfTimeError
 
     def open_training_images(self, data: str) -> ArraySource:
         """Hold the images in memory, those of a folder too: decoded once, no process has to read them again."""
@@ -101,7 +114,7 @@ class Setting:
             "lamamba": __version__,
             "device": torch.cuda.get_device_name(self.device) if on_cuda else platform.processor() or "cpu",
             "torch": torch.__version__, "cuda": torch.version.cuda, "diffusers": version("diffusers"),
-            "triton": _version("triton"), "python": platform.python_version(),
+            "triton": _version("triton"), "python": platform.python_version(), "processes": self.processes.number,
         }  # fmt: skip
 
 

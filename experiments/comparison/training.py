@@ -43,7 +43,8 @@ class ComparisonTrainer(Trainer):
         self.name, self.quick = piece.network, setting.scale.quick
         self.path = setting.out / piece.name / CHECKPOINT
         config = train_config(setting.scale, piece, source)
-        super().__init__(replace(config, out=self.path.parent, cuda_graph=cuda_graph), source, Pixels(), setting.device)
+        config = replace(config, out=self.path.parent, cuda_graph=cuda_graph)
+        super().__init__(config, source, Pixels(), setting.device, setting.processes)
         if piece.compile:
             self.network.compile_blocks()
             self.average.compile_blocks()
@@ -145,6 +146,9 @@ def train(setting: Setting, piece: Training) -> None:
     """
     source = setting.open_training_images(piece.data)
     config = train_config(setting.scale, piece, source)
+    if not setting.processes.is_first:
+        _follow(setting, piece, source)
+        return
     record = Record(setting, piece, {"train": settings_of(config)})
     trainer = ComparisonTrainer(setting, piece, source)
     try:
@@ -158,6 +162,28 @@ def train(setting: Setting, piece: Training) -> None:
     finally:
         trainer.close()
     record.finish()
+
+
+def _follow(setting: Setting, piece: Training, source: ArraySource) -> None:
+    """Take this process's share of every step; the first process scores, and writes all there is to write."""
+    trainer = ComparisonTrainer(setting, piece, source)
+    try:
+        if trainer.path.is_file():
+            trainer.restore(trainer.path)
+        reader = trainer.batches()
+        while trainer.images < trainer.config.num_images:
+            end = _next_line(setting, trainer)
+            while trainer.images < end:
+                trainer.take_step(*next(reader))
+            setting.check_time()
+    finally:
+        trainer.close()
+
+
+def _next_line(setting: Setting, trainer: ComparisonTrainer) -> int:
+    """Say after how many images the next line of the curve is due."""
+    every = setting.scale.log_every
+    return min(trainer.config.num_images, (trainer.images // every + 1) * every)
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
@@ -189,7 +215,7 @@ def _forget_what_was_lost(record: Record, images: int) -> None:
 
 def _train(setting: Setting, trainer: ComparisonTrainer, record: Record, num_scores: int) -> None:
     """Train to the end, a line of the curve each interval and scores on the way; the clock is read at their ends."""
-    total, every = trainer.config.num_images, setting.scale.log_every
+    total = trainer.config.num_images
     curve, evaluations = record.rows("curve"), record.rows("evaluations")
     meter = _Meter(trainer, curve[-1]["seconds"] if curve else 0.0)
     saved_at, saved_images = time.monotonic(), trainer.images
@@ -217,15 +243,14 @@ def _train(setting: Setting, trainer: ComparisonTrainer, record: Record, num_sco
         if trainer.images >= total:
             save()
             return
-        end = min(total, (trainer.images // every + 1) * every)
-        row = meter.train_to(end, reader)
+        row = meter.train_to(_next_line(setting, trainer), reader)
         curve.append(row)
         print(json.dumps(row), flush=True)
         if row.get("compile_s") and trainer.device.type == "cuda":  # before any score
             peak_gib = torch.cuda.max_memory_allocated(trainer.device) / 2**30
             record["network"]["peak_gib"] = rounded(peak_gib, 4)
         try:
-            setting.clock.check()
+            setting.check_time()
         except OutOfTimeError:
             save()
             raise
