@@ -58,9 +58,9 @@ Made by `experiments/comparison/make_page.py` from the records in `experiments/c
 says how these came about. The distance is the Fréchet distance of the shipped clothes features to the 10,000 test
 images, not to be compared with an FID; precision, recall, density and coverage are of the same features
 ([evaluation.md](evaluation.md)). Loss is the mean of the last tenth of training. Of several seeds: the mean (least to
-largest). Guidance is swept at 1, 1.25, 1.5, 2 and 3; "s for 10,000" are seconds of sampling as many images at 50
-steps, of flow matching 25 of Heun, without guidance; of ablations, which were scored once alone, they include compiling
-kernels. Scores are of samples that were not clipped on the way; those of `lamamba sample` are."""
+largest). Images/s are a GPU's, where several trained together its share of theirs, and so is the memory. Guidance is
+swept at 1, 1.25, 1.5, 2 and 3; "s for 10,000" are seconds of sampling as many images at 50 steps without guidance; of
+ablations, which were scored once alone, they include compiling kernels. Scores are of samples that were not clipped on the way; those of `lamamba sample` are."""
 
 
 def read_records(folder: Path, quick: bool = False) -> dict[str, Content]:
@@ -106,9 +106,15 @@ def final_loss(record: Content) -> float:
     return statistics.mean(row["loss"] for row in record["curve"][-_LAST_ROWS:])
 
 
+def num_gpus(record: Content) -> int:
+    """Say how many trained together; records from before there could be several do not."""
+    return int(record["parts"][-1].get("processes", 1))
+
+
 def speed(record: Content) -> float:
-    """Take the median of the images in a second of training, over the curve."""
-    return statistics.median(row["images_per_s"] for row in record["curve"] if "images_per_s" in row)
+    """Take the median of the images in a second of training, over the curve, for each GPU."""
+    together = statistics.median(row["images_per_s"] for row in record["curve"] if "images_per_s" in row)
+    return together / num_gpus(record)
 
 
 def at_seconds(record: Content, seconds: float) -> float | None:
@@ -248,7 +254,8 @@ def ablations(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
     """Hold S with one thing changed against S."""
     changed: dict[str, list[Content]] = {}
     for record in found(records, ["ablations", "more-ablations"]):
-        changed.setdefault(record["piece"].split("-seed-")[0], []).append(record)
+        gpus = f", by {num_gpus(record)} GPUs" if num_gpus(record) > 1 else ""
+        changed.setdefault(record["piece"].split("-seed-")[0] + gpus, []).append(record)
     if not changed:
         return []
     whole = found(records, ["seed-0", "more-seeds"], "s")
