@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import json
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +146,18 @@ def test_more_threads_than_cores_are_a_fault(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
     assert the_only("threads").state == "fault"
     assert the_only("threads").mend.startswith("OMP_NUM_THREADS=")
+
+
+def test_many_threads_are_a_note_where_the_cpu_is_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
+    monkeypatch.setattr(Path, "read_text", lambda path: "max 100000")  # no quota
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert the_only("threads").state == "note"
+    assert "64 of torch on 64 cores" in the_only("threads").says
+    assert the_only("threads").mend.startswith("OMP_NUM_THREADS=8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert the_only("threads").state == "ok"
 
 
 @pytest.mark.parametrize("backend", ["auto", "pytorch"])

@@ -35,6 +35,7 @@ _OTHER_TORCH = (
     "pip install --force-reinstall torch --index-url URL, with the URL that pytorch.org/get-started/locally names"
 )
 _FOR_DEVELOPERS = ("dev", "bench")
+_MANY_THREADS = 16  # more made small networks slow beside other programs: benchmarks/results/2026-11-27_many_cores.txt
 
 
 @dataclass(frozen=True)
@@ -396,6 +397,10 @@ def _look_at_threads() -> Iterator[Finding]:
     says = f"{torch.get_num_threads()} of torch on {cores} core{'s' * (cores > 1)}{settings}"
     if torch.get_num_threads() > cores:
         yield Finding("threads", "fault", f"{says}: they wait for each other", f"OMP_NUM_THREADS={cores}")
+    elif torch.get_num_threads() > _MANY_THREADS and not torch.cuda.is_available():
+        yield Finding(
+            "threads", "note", f"{says}: slow where others use them too", "OMP_NUM_THREADS=8, for small networks"
+        )
     else:
         yield Finding("threads", "ok", says)
 

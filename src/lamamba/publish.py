@@ -220,7 +220,7 @@ def _sampling_lines(pipe: LaMambaDiffPipeline, name: str) -> list[str]:
     return [
         "## Sample", "", "With the package `lamamba`, in Python, where it is a pipeline of diffusers:", "",
         "```python", "from lamamba import LaMambaDiffPipeline", "",
-        f'pipe = LaMambaDiffPipeline.from_pretrained("{name}")',
+        f'pipe = LaMambaDiffPipeline.from_pretrained("{name}")  # .to("cuda") for a GPU',
         f"images = pipe({'' if label is None else f'class_labels=[{json.dumps(label, ensure_ascii=False)}], '}"
         "num_inference_steps=25).images",
         "```", "", "and from the shell, any number of images or a grid:", "",
