@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,6 +31,7 @@ import weights  # noqa: E402
 from lamamba.cli import main as lamamba  # noqa: E402
 from lamamba.data import load_fashion_mnist  # noqa: E402
 from lamamba.errors import CheckpointError, ConfigError  # noqa: E402
+from lamamba.processes import Processes  # noqa: E402
 
 TIMES = {"seconds", "images_per_s", "compile_s", "sampling_s"}
 
@@ -462,6 +464,52 @@ def test_processes_share_the_pieces(tmp_path: Path, run: ModuleType, monkeypatch
     with FileLock(setting.out / ".b.lock"):
         assert run.run(replace(setting, clock=settings.Clock(0.5)), [pieces.PIECES["b"]]) == 3, "it would wait for ever"
     assert begun == ["nano", "memorisation-s"]
+
+
+def test_processes_of_torchrun_share_a_training_that_one_began(tmp_path: Path, whole: settings.Setting) -> None:
+    with pytest.raises(settings.OutOfTimeError):
+        training.train(place(tmp_path, looks=0), pieces.PIECES["s-flow"])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    folders = ["--out", "out", "--results", "results", "--data-folder", str(whole.data_folder)]
+    subprocess.run(
+        [*command, str(COMPARISON / "run.py"), "s-flow", "--quick", "--device", "cpu", *folders],
+        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True,
+    )  # fmt: skip
+    shared, expected = read(place(tmp_path), "s-flow"), read(whole, "s-flow")
+    assert [(part["processes"], part["first_image"]) for part in shared["parts"]] == [(1, 0), (2, 16)]
+    for rows in ("curve", "evaluations"):
+        assert [row["images"] for row in shared[rows]] == [row["images"] for row in expected[rows]]
+    for ours, theirs in zip(shared["curve"], expected["curve"], strict=True):
+        assert [ours[name] for name in ("loss", "grad_norm")] == pytest.approx(
+            [theirs[name] for name in ("loss", "grad_norm")], rel=1e-4
+        )
+    assert shared["evaluations"][-1]["distance"] == pytest.approx(expected["evaluations"][-1]["distance"], rel=1e-3)
+
+
+def test_processes_that_share_trainings_do_nothing_else(tmp_path: Path, run: ModuleType) -> None:
+    with pytest.raises(SystemExit, match="memorisation-s: several processes share trainings alone"):
+        run.run_together(place(tmp_path), [pieces.PIECES["s-seed-0"], pieces.PIECES["memorisation-s"]])
+    setting = place(tmp_path)
+    setting.out.mkdir()
+    with FileLock(setting.out / ".b.lock"), pytest.raises(SystemExit, match="b: another process runs it"):
+        run.run_together(setting, [pieces.PIECES["b"]])
+
+
+def test_the_time_is_over_for_all_when_it_is_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = place(tmp_path)
+    setting.check_time()
+    monkeypatch.setattr(Processes, "largest", lambda processes, number: 1)  # another's
+    with pytest.raises(settings.OutOfTimeError):
+        setting.check_time()
+
+
+def test_speed_is_that_of_a_gpu(whole: settings.Setting) -> None:
+    record = read(whole, "s-flow")
+    alone = make_page.speed(record)
+    several = {**record, "parts": [{**record["parts"][-1], "processes": 4}]}
+    assert make_page.speed(several) == alone / 4
+    lines = make_page.ablations({"s-flow": several}, lambda name, draw: "")
+    assert any(line.startswith(f"| s-flow, by 4 GPUs | 1 | {make_page.number(alone / 4)} |") for line in lines)
 
 
 def test_a_real_list_has_names_of_its_own_and_even_quarters() -> None:

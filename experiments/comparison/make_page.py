@@ -60,7 +60,8 @@ images, not to be compared with an FID; precision, recall, density and coverage 
 ([evaluation.md](evaluation.md)). Loss is the mean of the last tenth of training. Of several seeds: the mean (least to
 largest). Images/s are a GPU's, where several trained together its share of theirs, and so is the memory. Guidance is
 swept at 1, 1.25, 1.5, 2 and 3; "s for 10,000" are seconds of sampling as many images at 50 steps without guidance; of
-ablations, which were scored once alone, they include compiling kernels. Scores are of samples that were not clipped on the way; those of `lamamba sample` are."""
+ablations, which were scored once alone, they include compiling kernels. Scores are of samples that were not clipped on
+the way; those of `lamamba sample` are."""
 
 
 def read_records(folder: Path, quick: bool = False) -> dict[str, Content]:
