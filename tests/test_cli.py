@@ -1,5 +1,6 @@
 """The command line: what it understands, how it says no, and that it answers at once."""
 
+import io
 import json
 import os
 import re
@@ -207,6 +208,20 @@ main(["train", "--out", {str(run)!r}, "--resume", "--num-images", "12"])
     assert "could not be written" in errors[0]
     assert "Traceback" not in result.stderr
     assert [int(path.name) for path in checkpoints_in(run)] == [4, 8]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_terminal_is_told_of_loading(monkeypatch: pytest.MonkeyPatch, rank: str) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("RANK", rank)  # of torchrun
+    main(["info", "nano"])
+    assert terminal.getvalue() == ("" if rank == "1" else "loading PyTorch ...\r\x1b[K")
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:

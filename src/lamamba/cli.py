@@ -5,8 +5,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import fields, replace
 from itertools import dropwhile, takewhile
 from pathlib import Path
@@ -194,9 +194,23 @@ def _is_rule(line: str) -> bool:
     return not line.strip("─- ")
 
 
+@contextmanager
+def _loading() -> Iterator[None]:
+    """Say on a terminal what takes seconds, from a slow disk a quarter of a minute; what is said is gone after it."""
+    shows = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    if shows:
+        print("loading PyTorch ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shows:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
 def _train(arguments: list[str]) -> None:
     config = _parse(TrainConfig, "train", arguments, _train_defaults(arguments))
-    from lamamba.train import train
+    with _loading():
+        from lamamba.train import train
 
     train(config)
 
@@ -219,7 +233,8 @@ def _finetune(arguments: list[str]) -> None:
         _train(others)  # which says what there is, or resumes it
         return
     config = _parse(TrainConfig, "finetune CHECKPOINT", others, _finetune_defaults(name))
-    from lamamba.train import train
+    with _loading():
+        from lamamba.train import train
 
     train(config)
 
@@ -275,7 +290,8 @@ def read_train_config(path: Path) -> TrainConfig:
 
 def _encode(arguments: list[str]) -> None:
     config = _parse(EncodeConfig, "encode", arguments)
-    from lamamba.encode import encode
+    with _loading():
+        from lamamba.encode import encode
 
     encode(config)
 
@@ -299,7 +315,8 @@ def _prepare(arguments: list[str]) -> None:
 
 def _prepare_imagenet(arguments: list[str]) -> None:
     config = _parse(PrepareImagenetConfig, "prepare imagenet", arguments)
-    from lamamba.data.imagenet import prepare_imagenet
+    with _loading():
+        from lamamba.data.imagenet import prepare_imagenet
 
     counts = prepare_imagenet(config.out, train=config.train, validation=config.validation, devkit=config.devkit)
     for split, count in counts.items():
@@ -309,7 +326,8 @@ def _prepare_imagenet(arguments: list[str]) -> None:
 
 def _prepare_dataset(arguments: list[str]) -> None:
     config = _parse(PrepareDatasetConfig, "prepare dataset", arguments)
-    from lamamba.data.hugging_face import RECORD, prepare_dataset
+    with _loading():
+        from lamamba.data.hugging_face import RECORD, prepare_dataset
 
     counts = prepare_dataset(**vars(config))
     folder = config.out / config.split
@@ -323,7 +341,8 @@ def _prepare_dataset(arguments: list[str]) -> None:
 
 def _prepare_emoji(arguments: list[str]) -> None:
     config = _parse(PrepareEmojiConfig, "prepare emoji", arguments)
-    from lamamba.data.emoji import prepare_emoji
+    with _loading():
+        from lamamba.data.emoji import prepare_emoji
 
     counts = prepare_emoji(config.out, source=config.source)
     present = f", {counts.num_present:,} were there" if counts.num_present else ""
@@ -333,7 +352,8 @@ def _prepare_emoji(arguments: list[str]) -> None:
 
 def _average(arguments: list[str]) -> None:
     config = _parse(AverageConfig, "average", arguments)
-    from lamamba.averages import average
+    with _loading():
+        from lamamba.averages import average
 
     average(config)
 
@@ -344,77 +364,88 @@ def _convert(arguments: list[str]) -> None:
     if name is not None:
         default = ConvertConfig(tyro.MISSING, tyro.MISSING, preset=name, network=preset(name))
     config = _parse(ConvertConfig, "convert", arguments, default)
-    from lamamba.convert import convert
+    with _loading():
+        from lamamba.convert import convert
 
     convert(config)
 
 
 def _watch(arguments: list[str]) -> None:
     config = _parse(WatchConfig, "watch", arguments)
-    from lamamba.watch import watch
+    with _loading():
+        from lamamba.watch import watch
 
     watch(config)
 
 
 def _sample(arguments: list[str]) -> None:
     config = _parse(SampleConfig, "sample", arguments)
-    from lamamba.generate import sample_grid
+    with _loading():
+        from lamamba.generate import sample_grid
 
     sample_grid(config)
 
 
 def _generate(arguments: list[str]) -> None:
     config = _parse(GenerateConfig, "generate", arguments)
-    from lamamba.generate import generate
+    with _loading():
+        from lamamba.generate import generate
 
     generate(config)
 
 
 def _demo(arguments: list[str]) -> None:
     config = _parse(DemoConfig, "demo", arguments)
-    from lamamba.demo.serving import serve
+    with _loading():
+        from lamamba.demo.serving import serve
 
     serve(config)
 
 
 def _evaluate(arguments: list[str]) -> None:
     config = _parse(EvaluateConfig, "evaluate", arguments)
-    from lamamba.evaluation.evaluate import evaluate
+    with _loading():
+        from lamamba.evaluation.evaluate import evaluate
 
     evaluate(config)
 
 
 def _push(arguments: list[str]) -> None:
     config = _parse(PushConfig, "push", arguments)
-    from lamamba.publish import push
+    with _loading():
+        from lamamba.publish import push
 
     push(config)
 
 
 def _info(arguments: list[str]) -> None:
     config = _parse(InfoConfig, "info", arguments)
-    from lamamba.cost import print_info
+    with _loading():
+        from lamamba.cost import print_info
 
     print_info(config)
 
 
 def _plan(arguments: list[str]) -> None:
     config = _parse(PlanConfig, "plan", arguments)
-    from lamamba.plan import print_plan
+    with _loading():
+        from lamamba.plan import print_plan
 
     print_plan(config)
 
 
 def _plot(arguments: list[str]) -> None:
     config = _parse(PlotConfig, "plot", arguments)
-    from lamamba.plot import plot
+    with _loading():
+        from lamamba.plot import plot
 
     plot(config)
 
 
 def _grid(arguments: list[str]) -> None:
     config = _parse(GridConfig, "grid", arguments)
-    from lamamba.plot import grid
+    with _loading():
+        from lamamba.plot import grid
 
     grid(config)
 
