@@ -469,14 +469,33 @@ def test_processes_share_the_pieces(tmp_path: Path, run: ModuleType, monkeypatch
 def test_processes_of_torchrun_share_a_training_that_one_began(tmp_path: Path, whole: settings.Setting) -> None:
     with pytest.raises(settings.OutOfTimeError):
         training.train(place(tmp_path, looks=0), pieces.PIECES["s-flow"])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    program = tmp_path / "program.py"  # in which there is time for one line of the curve, and then for all
+    program.write_text(
+        f"""
+import sys
+sys.path.append({str(COMPARISON)!r})
+import run, setting
+looks = 0 if sys.argv.pop() == "one" else 1000
+def check(clock, *_):
+    global looks
+    looks -= 1
+    if looks < 0:
+        raise setting.OutOfTimeError
+setting.Clock.check = check
+sys.exit(run.main())
+"""
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
     folders = ["--out", "out", "--results", "results", "--data-folder", str(whole.data_folder)]
-    subprocess.run(
-        [*command, str(COMPARISON / "run.py"), "s-flow", "--quick", "--device", "cpu", *folders],
-        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True,
-    )  # fmt: skip
+    for looks, code in (("one", 1), ("all", 0)):
+        done = subprocess.run(
+            [*command, "s-flow", "--quick", "--device", "cpu", *folders, looks],
+            cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        assert ("the time is over, the same command goes on from here" in done.stdout) == bool(code)
     shared, expected = read(place(tmp_path), "s-flow"), read(whole, "s-flow")
-    assert [(part["processes"], part["first_image"]) for part in shared["parts"]] == [(1, 0), (2, 16)]
+    assert [(part["processes"], part["first_image"]) for part in shared["parts"]] == [(1, 0), (2, 16), (2, 32)]
     for rows in ("curve", "evaluations"):
         assert [row["images"] for row in shared[rows]] == [row["images"] for row in expected[rows]]
     for ours, theirs in zip(shared["curve"], expected["curve"], strict=True):
@@ -490,9 +509,12 @@ def test_processes_that_share_trainings_do_nothing_else(tmp_path: Path, run: Mod
     with pytest.raises(SystemExit, match="memorisation-s: several processes share trainings alone"):
         run.run_together(place(tmp_path), [pieces.PIECES["s-seed-0"], pieces.PIECES["memorisation-s"]])
     setting = place(tmp_path)
-    setting.out.mkdir()
-    with FileLock(setting.out / ".b.lock"), pytest.raises(SystemExit, match="b: another process runs it"):
+    with FileLock(setting.out / ".b.lock"), pytest.raises(SystemExit, match="b: error: another process runs it"):
         run.run_together(setting, [pieces.PIECES["b"]])
+    with pytest.raises(SystemExit, match="emoji-s: error: emoji is not given"):
+        run.run_together(setting, [pieces.PIECES["emoji-s"]])
+    with pytest.raises(settings.OutOfTimeError):  # enough to go on, not to begin
+        run.run_together(replace(setting, clock=settings.Clock(80.0)), [pieces.PIECES["b"]])
 
 
 def test_the_time_is_over_for_all_when_it_is_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -505,11 +527,14 @@ def test_the_time_is_over_for_all_when_it_is_for_one(tmp_path: Path, monkeypatch
 
 def test_speed_is_that_of_a_gpu(whole: settings.Setting) -> None:
     record = read(whole, "s-flow")
-    alone = make_page.speed(record)
-    several = {**record, "parts": [{**record["parts"][-1], "processes": 4}]}
-    assert make_page.speed(several) == alone / 4
-    lines = make_page.ablations({"s-flow": several}, lambda name, draw: "")
-    assert any(line.startswith(f"| s-flow, by 4 GPUs | 1 | {make_page.number(alone / 4)} |") for line in lines)
+    curve = [{"images": images, "images_per_s": speed, "loss": 0.1} for images, speed in ((16, 10.0), (32, 40.0))]
+    parts = [{"first_image": 0}, {"first_image": 16, "processes": 4}, {"first_image": 32, "processes": 1}]
+    shared = {**record, "curve": curve, "parts": parts}
+    assert make_page.speed(shared) == 10.0
+    lines = make_page.ablations({"s-flow": shared}, lambda name, draw: "")
+    assert any(line.startswith("| s-flow, by 1 and 4 GPUs | 1 | 10 |") for line in lines)
+    with pytest.raises(SystemExit, match="trained by several GPUs, and not to be compared by time"):
+        make_page.comparison({"s-seed-0": shared}, lambda name, draw: "")
 
 
 def test_a_real_list_has_names_of_its_own_and_even_quarters() -> None:

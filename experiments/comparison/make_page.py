@@ -58,10 +58,10 @@ Made by `experiments/comparison/make_page.py` from the records in `experiments/c
 says how these came about. The distance is the Fréchet distance of the shipped clothes features to the 10,000 test
 images, not to be compared with an FID; precision, recall, density and coverage are of the same features
 ([evaluation.md](evaluation.md)). Loss is the mean of the last tenth of training. Of several seeds: the mean (least to
-largest). Images/s are a GPU's, where several trained together its share of theirs, and so is the memory. Guidance is
-swept at 1, 1.25, 1.5, 2 and 3; "s for 10,000" are seconds of sampling as many images at 50 steps without guidance; of
-ablations, which were scored once alone, they include compiling kernels. Scores are of samples that were not clipped on
-the way; those of `lamamba sample` are."""
+largest). Images/s and GiB are of one GPU, also where several trained together, each with its part of a batch. Guidance
+is swept at 1, 1.25, 1.5, 2 and 3; "s for 10,000" are one GPU's seconds of sampling as many images at 50 steps without
+guidance; of ablations, which were scored only once, they include compiling kernels. Scores are of samples that were not
+clipped on the way; those of `lamamba sample` are."""
 
 
 def read_records(folder: Path, quick: bool = False) -> dict[str, Content]:
@@ -107,15 +107,21 @@ def final_loss(record: Content) -> float:
     return statistics.mean(row["loss"] for row in record["curve"][-_LAST_ROWS:])
 
 
-def num_gpus(record: Content) -> int:
-    """Say how many trained together; records from before there could be several do not."""
-    return int(record["parts"][-1].get("processes", 1))
+def num_gpus(record: Content, images: int) -> int:
+    """Say how many trained together until so many images were seen; records from before there were several do not."""
+    begun = [part for part in record["parts"] if part.get("first_image", 0) < images]
+    return int(begun[-1].get("processes", 1))
 
 
 def speed(record: Content) -> float:
     """Take the median of the images in a second of training, over the curve, for each GPU."""
-    together = statistics.median(row["images_per_s"] for row in record["curve"] if "images_per_s" in row)
-    return together / num_gpus(record)
+    rows = [row for row in record["curve"] if "images_per_s" in row]
+    return statistics.median(row["images_per_s"] / num_gpus(record, row["images"]) for row in rows)
+
+
+def gpus(record: Content) -> list[int]:
+    """Say by how many it was trained, in any of its parts."""
+    return sorted({num_gpus(record, row["images"]) for row in record["curve"]})
 
 
 def at_seconds(record: Content, seconds: float) -> float | None:
@@ -176,6 +182,8 @@ def comparison(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
         networks = list(dict.fromkeys(piece.network for piece in trainings(names)))
         groups = {network: found(records, names, network) for network in networks}
         groups = {network: several for network, several in groups.items() if several}
+        if any(gpus(record) != [1] for several in groups.values() for record in several):
+            sys.exit(f"{', '.join(names)}: trained by several GPUs, and not to be compared by time: train on one")
         if not groups:
             continue
         images = next(iter(groups.values()))[0]["settings"]["train"]["num_images"]
@@ -255,8 +263,8 @@ def ablations(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
     """Hold S with one thing changed against S."""
     changed: dict[str, list[Content]] = {}
     for record in found(records, ["ablations", "more-ablations"]):
-        gpus = f", by {num_gpus(record)} GPUs" if num_gpus(record) > 1 else ""
-        changed.setdefault(record["piece"].split("-seed-")[0] + gpus, []).append(record)
+        several = f", by {' and '.join(map(str, gpus(record)))} GPUs" if gpus(record) != [1] else ""
+        changed.setdefault(record["piece"].split("-seed-")[0] + several, []).append(record)
     if not changed:
         return []
     whole = found(records, ["seed-0", "more-seeds"], "s")

@@ -5,7 +5,7 @@
     python experiments/comparison/run.py seed-0 --quick --out demo/comparison --results demo/comparison
 
 Several processes with the same folders share the pieces: one on each GPU, by CUDA_VISIBLE_DEVICES. Started by torchrun,
-they share each training instead, to the same numbers:
+they share each training instead, to the same numbers but for rounding, which grows:
 
     torchrun --nproc-per-node 2 experiments/comparison/run.py s-state-16
 
@@ -69,7 +69,10 @@ def show(setting: Setting) -> None:
 
 
 def main() -> int:
-    """Run what is asked for: 0 all is done, 1 a piece failed, 3 the time was over before all was done."""
+    """Run what is asked for: 0 all is done, 1 a piece failed, 3 the time was over before all was done.
+
+    torchrun makes 1 of both.
+    """
     clock = Clock(start=time.monotonic())
     arguments = read_arguments()
     clock.seconds = arguments.seconds
@@ -130,27 +133,35 @@ def run(setting: Setting, pieces: Sequence[Piece], learning_rate: float | None =
 
 
 def run_together(setting: Setting, pieces: Sequence[Piece], learning_rate: float | None = None) -> int:
-    """Run trainings, each by all processes that torchrun started.
+    """Run trainings, each by all processes that torchrun started; the first of them decides, writes and prints.
 
     Raises:
         OutOfTimeError: there was no time for the rest.
-        SystemExit: something else is asked for, or another process runs it.
+        SystemExit: something else is asked for, or a training failed.
     """
+    is_first = setting.processes.is_first
     others = [piece.name for piece in pieces if not isinstance(piece, Training)]
     if others:
-        sys.exit(f"{', '.join(others)}: several processes share trainings alone: run this without torchrun")
+        told = f"{', '.join(others)}: several processes share trainings alone: run this without torchrun"
+        sys.exit(told if is_first else 1)
     setting.out.mkdir(parents=True, exist_ok=True)
-    left = [piece for piece in pieces if not is_finished(setting, piece)]
-    setting.processes.wait()  # until all have looked
-    for piece in left:
-        setting.check_time()
+    for piece in pieces:
+        if not setting.processes.largest(is_first and not is_finished(setting, piece)):
+            continue
         lock = FileLock(setting.out / f".{piece.name}.lock")
         try:
-            with lock.acquire(timeout=0) if setting.processes.is_first else nullcontext():
+            with lock.acquire(timeout=0) if is_first else nullcontext():
+                setting.check_time(to_begin=True)
                 train(setting, of_learning_rate(piece, learning_rate))
+        except OutOfTimeError:
+            if is_first:
+                print(f"{piece.name}: the time is over, the same command goes on from here", flush=True)
+            raise
         except Timeout:
-            sys.exit(f"{piece.name}: another process runs it")
-        if setting.processes.is_first:
+            sys.exit(f"{piece.name}: error: another process runs it")
+        except (LamambaError, OSError) as error:
+            sys.exit(f"{piece.name}: error: {error}")
+        if is_first:
             print(f"{piece.name}: done", flush=True)
         forget(setting.device)
     return 0

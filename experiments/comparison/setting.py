@@ -65,7 +65,7 @@ class Setting:
         data_folder: the idx files of Fashion-MNIST; None is Debian's place.
         emoji: the folder that `lamamba prepare emoji` made.
         commit: stands in for the checkout's, where there is a copy without history.
-        processes: that train together.
+        processes: those of torchrun, which train together; one without it.
     """
 
     out: Path
@@ -78,10 +78,13 @@ class Setting:
     commit: str | None = None
     processes: Processes = field(default_factory=Processes)
 
-    def check_time(self) -> None:
-        """Raise OutOfTimeError, in all processes that train together, when the time is over for one of them."""
+    def check_time(self, to_begin: bool = False) -> None:
+        """Raise OutOfTimeError in all processes when the time is over for one, or too short to begin with a network."""
         try:
-            self.clock.check()
+            if to_begin:
+                self.clock.check_to_begin()
+            else:
+                self.clock.check()
             over = False
         except OutOfTimeError:
             over = True

@@ -175,7 +175,11 @@ def _follow(setting: Setting, piece: Training, source: ArraySource) -> None:
             end = _next_line(setting, trainer)
             while trainer.images < end:
                 trainer.take_step(*next(reader))
-            setting.check_time()
+            try:
+                setting.check_time()
+            except OutOfTimeError:
+                setting.processes.wait()  # while the first saves: torchrun ends all as soon as one has ended so
+                raise
     finally:
         trainer.close()
 
@@ -253,6 +257,7 @@ def _train(setting: Setting, trainer: ComparisonTrainer, record: Record, num_sco
             setting.check_time()
         except OutOfTimeError:
             save()
+            setting.processes.wait()
             raise
         if time.monotonic() - saved_at >= setting.scale.checkpoint_every_s:
             save()

@@ -1,6 +1,7 @@
 """Which sampler for flow matching? Images of a known velocity, and how far they are from those of many steps.
 
 python experiments/nano/flow.py --number 30 --steps 5 10 20 40
+python experiments/nano/flow.py --distances --number 500 --steps 5 10 20 50
 
 No flow-matching network is shipped, but a network that predicts noise says a velocity too: the straight path is its own
 process with another scale, x / (1 - s) = x_t / alpha where s / (1 - s) = sigma / alpha.
@@ -14,8 +15,11 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from torch import Tensor
 
-from lamamba import FlowMatching, load_checkpoint
+from lamamba import FlowMatching, load_checkpoint, to_uint8
+from lamamba.data import load_fashion_mnist
 from lamamba.diffusion import NUM_TIMESTEPS, Diffusion
+from lamamba.evaluation.features import open_features
+from lamamba.evaluation.metrics import Gaussian, Moments, frechet_distance
 
 LEVELS = Diffusion().sigma(torch.arange(NUM_TIMESTEPS)).double().log().numpy()  # log of noise over signal
 
@@ -56,11 +60,11 @@ def schedulers(num_steps: int) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def draw(velocity: Velocity, scheduler: Any, number: int) -> Tensor:
+def draw(velocity: Velocity, scheduler: Any, number: int, seed: int = 0) -> Tensor:
     """Sample (n, c, h, w), the classes in turn, of the same noise for all schedulers."""
     config = velocity.network.config
     shape = (number, config.in_channels, config.sample_size, config.sample_size)
-    x, y = torch.randn(shape, generator=torch.Generator().manual_seed(0)), torch.arange(number) % config.num_classes
+    x, y = torch.randn(shape, generator=torch.Generator().manual_seed(seed)), torch.arange(number) % config.num_classes
     velocity.evaluations = 0
     for t in scheduler.timesteps:
         x = scheduler.step(velocity(x, float(t) / NUM_TIMESTEPS, y), t, x, return_dict=False)[0]
@@ -72,13 +76,41 @@ def roughness(x: Tensor) -> float:
     return float((x[:, :, 1:] - x[:, :, :-1]).square().mean()) * 127.5**2
 
 
+def gaussian(images: Tensor) -> Gaussian:
+    """Take the statistics of uint8 images' clothes features."""
+    features, moments = open_features("clothes", torch.device("cpu")), Moments()
+    for part in images.split(500):
+        moments.add(features(part).features.double())
+    return moments.gaussian()
+
+
+def print_distances(velocity: Velocity, number: int, steps: list[int]) -> None:
+    """Score the package's own samplers by the distance that experiments/comparison takes."""
+    reference = gaussian(torch.from_numpy(load_fashion_mnist("test").images))
+    for num_steps in steps:
+        for name in FlowMatching.samplers:
+            parts = []
+            for seed in range(number // 100):  # a scheduler keeps its place: a new one for each hundred
+                scheduler = FlowMatching().scheduler(name, num_steps)
+                parts.append(to_uint8(draw(velocity, scheduler, 100, seed)))
+            distance = frechet_distance(gaussian(torch.cat(parts)), reference)
+            line = f"{num_steps:3} steps, {velocity.evaluations:3} evaluations, {name:6} distance {distance:6.2f}"
+            print(line, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", default="nano")
     parser.add_argument("--number", type=int, default=30, help="samples")
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 40])
+    parser.add_argument("--distances", action="store_true", help="to the test images, in place of errors")
     arguments = parser.parse_args()
+    if arguments.distances and (arguments.number < 100 or arguments.number % 100):
+        parser.error(f"--distances draws hundreds of samples: --number {arguments.number} is none")
     velocity = Velocity(load_checkpoint(arguments.checkpoint).network.eval())
+    if arguments.distances:
+        print_distances(velocity, arguments.number, arguments.steps)
+        return
     exact = draw(velocity, FlowMatching().scheduler("unipc", 150), arguments.number)
     print(f"unipc of 150 steps: roughness {roughness(exact):.0f}", flush=True)
     for num_steps in arguments.steps:

@@ -240,7 +240,8 @@ def _finetune(arguments: list[str]) -> None:
 
 
 def _finetune_defaults(name: str) -> TrainConfig:
-    from lamamba.checkpoint import find_checkpoint, locate, read_network_config
+    with _loading():
+        from lamamba.checkpoint import find_checkpoint, locate, read_network_config
 
     folder, info = locate(find_checkpoint(name))
     return TrainConfig(

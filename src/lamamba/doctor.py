@@ -395,12 +395,12 @@ def _look_at_threads() -> Iterator[Finding]:
     names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_PROC_BIND", "MKL_NUM_THREADS", "KMP_AFFINITY")
     settings = "".join(f", {name}={os.environ[name]}" for name in names if name in os.environ)
     says = f"{torch.get_num_threads()} of torch on {cores} core{'s' * (cores > 1)}{settings}"
+    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     if torch.get_num_threads() > cores:
         yield Finding("threads", "fault", f"{says}: they wait for each other", f"OMP_NUM_THREADS={cores}")
-    elif torch.get_num_threads() > _MANY_THREADS and not torch.cuda.is_available():
-        yield Finding(
-            "threads", "note", f"{says}: slow where others use them too", "OMP_NUM_THREADS=8, for small networks"
-        )
+    elif torch.get_num_threads() > _MANY_THREADS and not has_gpu:
+        slow = f"{says}: slow where other programs use the cores too"
+        yield Finding("threads", "note", slow, "OMP_NUM_THREADS=8, for small networks")
     else:
         yield Finding("threads", "ok", says)
 
