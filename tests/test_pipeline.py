@@ -49,11 +49,23 @@ def latents_of(pipe: LaMambaDiffPipeline, labels: Any = None, num_steps: int = 4
     return out
 
 
-@pytest.mark.parametrize("objective", ["diffusion", "flow"])
-def test_it_samples_what_sample_does(objective: str) -> None:
+@pytest.mark.parametrize(
+    ("objective", "sampler", "scheduler"),
+    [
+        ("diffusion", None, None),
+        ("flow", None, None),
+        ("flow", "euler", diffusers.FlowMatchEulerDiscreteScheduler),
+        ("flow", "heun", diffusers.FlowMatchHeunDiscreteScheduler),
+    ],
+)
+def test_it_samples_what_sample_does(objective: str, sampler: str | None, scheduler: Any) -> None:
     pipe = build(objective)
+    if scheduler:
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     ours = latents_of(pipe, ["Coat", 2, None], guidance_scale=3.0, generator=seeds(5, 6, 7))
-    wanted = sample(pipe.network, OBJECTIVES[objective], [1, 2, 3], [5, 6, 7], num_steps=4, guidance_scale=3.0)
+    wanted = sample(
+        pipe.network, OBJECTIVES[objective], [1, 2, 3], [5, 6, 7], sampler=sampler, num_steps=4, guidance_scale=3.0
+    )
     assert torch.equal(ours, wanted)
 
 

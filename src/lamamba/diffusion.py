@@ -240,7 +240,7 @@ def has_flow_sigmas(scheduler: Any) -> bool:
     return known and bool(scheduler.config.get("use_flow_sigmas"))
 
 
-def set_timesteps(scheduler: Any, num_steps: int, device: torch.device | None = None) -> None:
+def set_timesteps(scheduler: Any, num_steps: int, device: torch.device | None = None, first: int = 0) -> None:
     """Set a scheduler's steps for sampling; those of a flow end where they should.
 
     By themselves diffusers' Euler's and Heun's methods for flows come down to timestep 1 before the last step. There
@@ -251,6 +251,7 @@ def set_timesteps(scheduler: Any, num_steps: int, device: torch.device | None = 
         scheduler: of diffusers.
         num_steps: 1 or more.
         device: of the timesteps; None is the CPU.
+        first: of the timesteps, at which sampling begins.
 
     Raises:
         ConfigError: a flow's steps would end before the noise does.
@@ -274,7 +275,7 @@ def set_timesteps(scheduler: Any, num_steps: int, device: torch.device | None = 
                 )
             scheduler.timesteps = scheduler.sigmas[:num_steps].to(device=device) * NUM_TIMESTEPS
     if hasattr(scheduler, "set_begin_index"):  # or it looks for the first timestep, which can be there twice
-        scheduler.set_begin_index(0)
+        scheduler.set_begin_index(first)
 
 
 def _check_scheduler(objective: Diffusion | FlowMatching, sampler: str, num_steps: int) -> None:

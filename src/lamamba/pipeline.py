@@ -308,14 +308,12 @@ class LaMambaDiffPipeline(DiffusionPipeline):
     ) -> Tensor:
         """Go from noise, or a noised image, to images or latents."""
         device, scheduler = self._execution_device, self.scheduler
-        set_timesteps(scheduler, num_steps, device)
-        y, noise = y.to(device), noise.to(device, torch.float32)
         first = 0
         if start is not None:
             first = (num_steps - min(num_steps, max(1, round(num_steps * strength)))) * getattr(scheduler, "order", 1)
+        set_timesteps(scheduler, num_steps, device, first)
         timesteps = scheduler.timesteps[first:]
-        if hasattr(scheduler, "set_begin_index"):  # or it looks for the first timestep, which can be there twice
-            scheduler.set_begin_index(first)
+        y, noise = y.to(device), noise.to(device, torch.float32)
         if start is None:
             x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
         else:
