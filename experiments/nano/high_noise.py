@@ -1,0 +1,76 @@
+"""How much of samples' distance comes from what the network predicts at high noise?
+
+python experiments/nano/high_noise.py --number 1000 inf 20 5 1.5
+
+What is best to predict is known: the mean of the class's training images, each weighted by how well it explains the
+noisy one. At high noise, where that is no single image, it takes the network's place, above a level of noise to signal.
+"""
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from flow import gaussian
+from lamamba import Diffusion, load_checkpoint, to_uint8
+from lamamba.data import load_fashion_mnist, to_float
+from lamamba.evaluation.metrics import frechet_distance
+from lamamba.model import LaMambaDiff
+
+BATCH = 100
+
+
+class Best:
+    """The prediction of the least squared error, for images like those trained on."""
+
+    def __init__(self) -> None:
+        source = load_fashion_mnist("train")
+        images, labels = to_float(torch.from_numpy(source.images)).flatten(1), torch.from_numpy(source.labels)
+        self.of_class = [images[labels == label] for label in range(source.num_classes)]
+
+    def __call__(self, noisy: Tensor, sigma: float, y: Tensor) -> Tensor:
+        """Return the clean images, (b, c, h, w), of those with noise of this deviation."""
+        clean = torch.empty_like(noisy)
+        for label, images in enumerate(self.of_class):
+            own = y == label
+            nearness = noisy[own].flatten(1) @ images.T - images.square().sum(1) / 2
+            clean[own] = ((nearness / sigma**2).softmax(1) @ images).view_as(clean[own])
+        return clean
+
+
+@torch.inference_mode()
+def draw(network: LaMambaDiff, best: Best, threshold: float, seed: int) -> tuple[Tensor, int]:
+    """Sample uint8 images by DPM-Solver++'s 25 steps; returns them, and of how many steps the network was asked."""
+    objective, y, asked = Diffusion(), torch.arange(BATCH) % network.config.num_classes, 0
+    scheduler = objective.scheduler("dpm++", 25)
+    x = torch.randn((BATCH, 1, 32, 32), generator=torch.Generator().manual_seed(seed))
+    for step in scheduler.timesteps:
+        t = torch.full((BATCH,), float(step))
+        sigma = float(objective.sigma(t[:1]))
+        noisy = x * (1 + sigma**2) ** 0.5
+        if sigma > threshold:
+            noise = (noisy - best(noisy, sigma, y)) / sigma
+        else:
+            noise = network(x, t, y)[:, :1]
+            asked += 1
+        x = scheduler.step(noise, step, x, return_dict=False)[0]
+    return to_uint8(x), asked
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("thresholds", type=float, nargs="+", help="noise over signal, up to which the network predicts")
+    parser.add_argument("--number", type=int, default=1000, help="samples, in hundreds")
+    arguments = parser.parse_args()
+    network, best = load_checkpoint("nano").network, Best()
+    reference = gaussian(torch.from_numpy(load_fashion_mnist("test").images))
+    real = torch.from_numpy(load_fashion_mnist("train").images[: arguments.number])
+    print(f"as many training images   distance {frechet_distance(gaussian(real), reference):.2f}", flush=True)
+    for threshold in arguments.thresholds:
+        parts = [draw(network, best, threshold, seed) for seed in range(arguments.number // BATCH)]
+        distance = frechet_distance(gaussian(torch.cat([images for images, _ in parts])), reference)
+        print(f"network up to {threshold:4g}, in {parts[0][1]:2} steps   distance {distance:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
