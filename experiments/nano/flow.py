@@ -19,7 +19,7 @@ from lamamba import FlowMatching, load_checkpoint, to_uint8
 from lamamba.data import load_fashion_mnist
 from lamamba.diffusion import NUM_TIMESTEPS, Diffusion
 from lamamba.evaluation.features import open_features
-from lamamba.evaluation.metrics import Gaussian, Moments, frechet_distance
+from lamamba.evaluation.metrics import Gaussian, frechet_distance
 
 LEVELS = Diffusion().sigma(torch.arange(NUM_TIMESTEPS)).double().log().numpy()  # log of noise over signal
 
@@ -78,10 +78,9 @@ def roughness(x: Tensor) -> float:
 
 def gaussian(images: Tensor) -> Gaussian:
     """Take the statistics of uint8 images' clothes features."""
-    features, moments = open_features("clothes", torch.device("cpu")), Moments()
-    for part in images.split(500):
-        moments.add(features(part).features.double())
-    return moments.gaussian()
+    network = open_features("clothes", torch.device("cpu"))
+    features = torch.cat([network(part).features for part in images.split(500)]).double()
+    return Gaussian(features.mean(dim=0), features.T.cov())
 
 
 def print_distances(velocity: Velocity, number: int, steps: list[int]) -> None:
