@@ -380,8 +380,9 @@ def test_the_page_is_made_of_records_and_names_what_is_missing(tmp_path: Path, w
     assert "**Records of a quick look, whose numbers mean nothing.**" in text
     record = records["dit-s-2-seed-0"]
     assert f"| {make_page.number(record['evaluations'][-1]['distance'])} |" in text
-    several = "dit-s-2-seed-1, s-seed-2, dit-s-2-seed-2, s-longer, dit-s-2-longer, dit-s-2-longer-seed-1, b, dit-b-2"
-    assert f"Not measured yet: s-seed-1, {several}." in text
+    several = "dit-s-2-seed-1, s-seed-2, dit-s-2-seed-2, s-longer, dit-s-2-longer, dit-s-2-longer-seed-1, dit-s-2-flow"
+    assert f"Not measured yet: s-seed-1, {several}, " in text
+    assert "At equal images, 64 of each, by flow matching:" in text
     assert "| distance at | 0.02 | 0.05 | 0.1 | 0.2 |" in text
     assert "Not measured yet: memorisation-dit-s-2, memorisation-nano, memorisation-emoji-64." in text
     assert "Not measured yet: speed." in text

@@ -12,7 +12,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ def costs_row(name: str, several: Sequence[Content]) -> list[str]:
 def comparison(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
     """Hold LaMamba against DiT, at equal images and at equal seconds of training."""
     lines = []
-    for names in (("seed-0", "more-seeds"), ("longer",), ("b",)):
+    for names in _AGAINST:
         networks = list(dict.fromkeys(piece.network for piece in trainings(names)))
         groups = {network: found(records, names, network) for network in networks}
         groups = {network: several for network, several in groups.items() if several}
@@ -187,7 +187,8 @@ def comparison(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
         if not groups:
             continue
         images = next(iter(groups.values()))[0]["settings"]["train"]["num_images"]
-        lines += [f"At equal images, {images:,} of each:", ""]
+        objective = ", by flow matching" if trainings(names)[0].objective == "flow" else ""
+        lines += [f"At equal images, {images:,} of each{objective}:", ""]
         named = {_NAMES[network]: several for network, several in groups.items()}
         best = {name: [cell] for name, several in named.items() if (cell := best_cell(several))}
         rows = [[*scores_row(name, several), *best.get(name, [""] * bool(best))] for name, several in named.items()]
@@ -195,8 +196,8 @@ def comparison(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
         lines += table(_COSTS, [costs_row(name, several) for name, several in named.items()])
         if len(groups) == len(networks):
             lines += equal_seconds(groups)
-        longer = "-longer" if names == ("longer",) else ""
-        name = f"{networks[0]}-against-{networks[1]}{longer}.png"
+        way = f"-{names[0]}" if names[0] in ("longer", "flow", "flow-longer") else ""
+        name = f"{networks[0]}-against-{networks[1]}{way}.png"
         lines += [draw(name, lambda figure, groups=groups: draw_curves(figure, groups)), ""]
         lines += averages(groups)
     real = next((record["training_images"] for record in records.values() if record.get("training_images")), None)
@@ -262,7 +263,7 @@ def draw_curves(figure: Figure, groups: Mapping[str, Sequence[Content]]) -> None
 def ablations(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
     """Hold S with one thing changed against S."""
     changed: dict[str, list[Content]] = {}
-    for record in found(records, ["ablations", "more-ablations"]):
+    for record in [*found(records, ["flow"], "s"), *found(records, ["ablations", "more-ablations"])]:
         several = f", by {' and '.join(map(str, gpus(record)))} GPUs" if gpus(record) != [1] else ""
         changed.setdefault(record["piece"].split("-seed-")[0] + several, []).append(record)
     if not changed:
@@ -417,10 +418,11 @@ def imagenet(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
     return [_IMAGENET, *at_sizes, "What training takes, by `lamamba plan` ([scaling.md](scaling.md)):", "", plans, ""]
 
 
+_AGAINST = (("seed-0", "more-seeds"), ("longer",), ("flow",), ("flow-longer",), ("b",))
 SECTIONS = {
-    "LaMamba against DiT on Fashion-MNIST": (comparison, ("seed-0", "more-seeds", "longer", "b")),
+    "LaMamba against DiT on Fashion-MNIST": (comparison, tuple(chain.from_iterable(_AGAINST))),
     "What each part buys": (ablations, ("ablations", "more-ablations")),
-    "Samples against steps": (steps, ("more-seeds", "ablations")),
+    "Samples against steps": (steps, ("more-seeds", "flow")),
     "Clipping": (clipping, ("b", "release")),
     "Nearest training images": (memorisation, ("seed-0", "release")),
     "Emoji, 64x64, and what is small enough to ship": (emoji, ("emoji", "release")),

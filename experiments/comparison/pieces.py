@@ -114,8 +114,7 @@ def _train(name: str, network: str, **options: object) -> Training:
 _S, _DIT_S = _train("s-seed-0", "s", sweep=True), _train("dit-s-2-seed-0", "dit-s-2", sweep=True)
 _S_1 = _train("s-seed-1", "s", seed=1)
 _B, _DIT_B = _train("b", "b", sweep=True), _train("dit-b-2", "dit-b-2", sweep=True)
-# Ablations are compared at the end alone.
-_FLOW = _train("s-flow", "s", objective="flow", num_scores=1)
+_FLOW = _train("s-flow", "s", objective="flow", sweep=True)
 # Small enough to ship; at the learning rate of the weights that were shipped before.
 _NANO = _train("nano", "nano", num_images=4_915_200, learning_rate=6e-4, sweep=True)
 _EMOJI = _train("emoji-64", "emoji-64", data="emoji", num_images=2_457_600, learning_rate=6e-4)
@@ -139,12 +138,23 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
         _S_1, Steps("steps-s", _S_1), _train("dit-s-2-seed-1", "dit-s-2", seed=1),
         *(_train(f"{network}-seed-2", network, seed=2) for network in ("s", "dit-s-2")),
     ),
-    "ablations": (
-        _FLOW, Steps("steps-s-flow", _FLOW),
+    # Both networks by the other objective, which is an ablation too.
+    "flow": (
+        _FLOW, Steps("steps-s-flow", _FLOW), _train("dit-s-2-flow", "dit-s-2", objective="flow", sweep=True),
         *(
-            _train(network, network, num_scores=1)
-            for network in ("s-scan-only", "s-attention-only", "s-raster", "s-state-16", "s-window-4")
+            _train(f"{network}-flow-seed-{seed}", network, objective="flow", seed=seed)
+            for seed in (1, 2)
+            for network in ("s", "dit-s-2")
         ),
+    ),
+    "flow-longer": tuple(
+        _train(f"{network}-flow-longer", network, objective="flow", num_images=3 * NUM_IMAGES)
+        for network in ("s", "dit-s-2")
+    ),
+    # Compared at the end alone.
+    "ablations": tuple(
+        _train(network, network, num_scores=1)
+        for network in ("s-scan-only", "s-attention-only", "s-raster", "s-state-16", "s-window-4")
     ),
     # Whether small differences are more than seeds', and what twice as fast a network makes of the same time.
     "more-ablations": (
