@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,6 +97,35 @@ def test_a_signal_saves_and_says_so(tmp_path: Path, name: str) -> None:
     assert 400 <= images < 40000
     train(tmp_path / "run", "--resume", "--num-images", str(images + 4))
     assert int(checkpoints_in(tmp_path / "run")[-1].name) == images + 4
+
+
+def test_ctrl_c_that_ends_the_compilers_of_a_first_step_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A terminal sends it to all that run in it, and what fails then is whoever waits for a compiler."""
+    take_step = Trainer.take_step
+
+    def interrupted(trainer: Trainer, *batch: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        raise subprocess.CalledProcessError(-signal.SIGINT, ["gcc"])
+
+    monkeypatch.setattr(Trainer, "take_step", interrupted)
+    command = ["train", "--out", str(tmp_path / "run"), *TINY, "--num-images", "8"]
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert stopped.value.code == 128 + signal.SIGINT
+    told = "stopped by SIGINT at image 0, in preparing the first step: --resume goes on from here"
+    assert capsys.readouterr().err == f"lamamba: {told}\n"
+
+    def fail(trainer: Trainer, *batch: Any) -> Any:
+        raise subprocess.CalledProcessError(1, ["gcc"])
+
+    monkeypatch.setattr(Trainer, "take_step", fail)
+    with pytest.raises(subprocess.CalledProcessError):  # nobody has pressed anything: a fault, to be seen whole
+        main(command)
+    monkeypatch.setattr(Trainer, "take_step", take_step)
+    train(tmp_path / "run", "--resume", "--num-images", "8")
+    assert int(checkpoints_in(tmp_path / "run")[-1].name) == 8
 
 
 def test_resuming_before_there_is_a_checkpoint_begins(tmp_path: Path) -> None:

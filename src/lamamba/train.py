@@ -182,13 +182,20 @@ def _run(trainer: Trainer, log: TrainingLog | SilentLog, signals: SignalsNoted) 
     if trainer.device.type == "cpu":
         keep_freed_memory()
     reader = trainer.batches() if trainer.images < config.num_images else iter(())
-    before = trainer.images
+    before = started = trainer.images
     prepares = trainer.device.type == "cuda" or config.compile
     first_step: AbstractContextManager[None] = log.first_step(config.compile) if prepares else nullcontext()
     is_first = trainer.processes.is_first
     for images, labels in log.waiting_for(reader):
-        with first_step:
-            terms = trainer.take_step(images, labels)
+        try:
+            with first_step:
+                terms = trainer.take_step(images, labels)
+        except Exception as error:
+            # Ctrl-C ends the compilers of a first step too, which then fails in one of many ways.
+            if signals.number and trainer.images == started:
+                where = f"image {started}, in preparing the first step: --resume goes on from here"
+                raise SignalError(signals.number, where) from error
+            raise
         first_step = nullcontext()
         log.step(config.batch_size, terms)
         last = trainer.images >= config.num_images
