@@ -200,6 +200,9 @@ def comparison(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
         name = f"{networks[0]}-against-{networks[1]}{way}.png"
         lines += [draw(name, lambda figure, groups=groups: draw_curves(figure, groups)), ""]
         lines += averages(groups)
+        told = " and of ".join(f"`{several[0]['piece']}`" for several in groups.values())
+        grids = " ".join(f"![{name}](results/{several[0]['piece']}-grid.png)" for name, several in named.items())
+        lines += [f"Samples of {told} at guidance 2, a class a row:", "", grids, ""]
     real = next((record["training_images"] for record in records.values() if record.get("training_images")), None)
     if lines and real:
         scores = ", ".join(f"{key} {number(real[key])}" for key in _SCORED)
