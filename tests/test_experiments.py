@@ -380,9 +380,9 @@ def test_the_page_is_made_of_records_and_names_what_is_missing(tmp_path: Path, w
     assert "**Records of a quick look, whose numbers mean nothing.**" in text
     record = records["dit-s-2-seed-0"]
     assert f"| {make_page.number(record['evaluations'][-1]['distance'])} |" in text
-    several = "dit-s-2-seed-1, s-seed-2, dit-s-2-seed-2, s-longer, dit-s-2-longer, dit-s-2-longer-seed-1, dit-s-2-flow"
+    several = "dit-s-2-seed-1, s-seed-2, dit-s-2-seed-2, s-longer, dit-s-2-longer, dit-s-2-longer-seed-1, b, dit-b-2"
     assert f"Not measured yet: s-seed-1, {several}, " in text
-    assert "At equal images, 64 of each, by flow matching:" in text
+    assert "### LaMamba-S, 64 images, by flow matching" in text
     assert "| distance at | 0.02 | 0.05 | 0.1 | 0.2 |" in text
     assert "Not measured yet: memorisation-dit-s-2, memorisation-nano, memorisation-emoji-64." in text
     assert "Not measured yet: speed." in text
@@ -487,13 +487,15 @@ sys.exit(run.main())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
     folders = ["--out", "out", "--results", "results", "--data-folder", str(whole.data_folder)]
     done = subprocess.run(
-        [*command, "s-flow", "--quick", "--device", "cpu", *folders],
+        [*command, "s-raster", "--quick", "--device", "cpu", *folders],
         cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
-    assert "s-flow: the time is over, the same command goes on from here" in done.stdout
-    training.train(place(tmp_path), pieces.PIECES["s-flow"])
-    shared, expected = read(place(tmp_path), "s-flow"), read(whole, "s-flow")
+    assert "s-raster: the time is over, the same command goes on from here" in done.stdout
+    training.train(place(tmp_path), pieces.PIECES["s-raster"])
+    alone = place(tmp_path / "alone")
+    training.train(alone, pieces.PIECES["s-raster"])
+    shared, expected = read(place(tmp_path), "s-raster"), read(alone, "s-raster")
     assert [(part["processes"], part["first_image"]) for part in shared["parts"]] == [(2, 0), (1, 64)]
     assert [row["images"] for row in shared["curve"]] == [16, 32, 48, 64]
     for ours, theirs in zip(shared["curve"], expected["curve"], strict=True):

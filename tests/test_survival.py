@@ -114,7 +114,7 @@ def test_ctrl_c_that_ends_the_compilers_of_a_first_step_is_one_line(
     with pytest.raises(SystemExit) as stopped:
         main(command)
     assert stopped.value.code == 128 + signal.SIGINT
-    told = "stopped by SIGINT at image 0, in preparing the first step: --resume goes on from here"
+    told = "stopped by SIGINT at image 0, in preparing the first step (CalledProcessError): --resume goes on from here"
     assert capsys.readouterr().err == f"lamamba: {told}\n"
 
     def fail(trainer: Trainer, *batch: Any) -> Any:

@@ -52,16 +52,16 @@ _REFERENCES = {256: "VIRTUAL_imagenet256_labeled.npz", 512: "VIRTUAL_imagenet512
 Content = dict[str, Any]
 Records = Mapping[str, Content]
 Draw = Callable[[Figure], None]
-_LAST_ROWS = 12  # of the curve, whose mean is the loss that is reported
 _INTRODUCTION = """\
 Made by `experiments/comparison/make_page.py` from the records in `experiments/comparison/results/`; the README there
 says how these came about. The distance is the Fréchet distance of the shipped clothes features to the 10,000 test
 images, not to be compared with an FID; precision, recall, density and coverage are of the same features
-([evaluation.md](evaluation.md)). Loss is the mean of the last tenth of training. Of several seeds: the mean (least to
-largest). Images/s and GiB are of one GPU, also where several trained together, each with its part of a batch. Guidance
-is swept at 1, 1.25, 1.5, 2 and 3; "s for 10,000" are one GPU's seconds of sampling as many images at 50 steps without
-guidance; of ablations, which were scored only once, they include compiling kernels. Scores are of samples that were not
-clipped on the way; those of `lamamba sample` are."""
+([evaluation.md](evaluation.md)). Loss is the mean of the last tenth of training; that of flow matching is of another
+quantity than the others. Of several seeds: the mean (least to largest). Images/s and GiB are of one GPU, also where
+several trained together, each with its part of a batch. Samples are drawn in 50 steps, by DPM-Solver++ or, of flow
+matching, UniPC, where nothing else is said. Guidance is swept at 1, 1.25, 1.5, 2 and 3; "s for 10,000" are one GPU's
+seconds of sampling as many images without guidance; of ablations, which were scored only once, they include compiling
+kernels. Scores are of samples that were not clipped on the way; those of `lamamba sample` are."""
 
 
 def read_records(folder: Path, quick: bool = False) -> dict[str, Content]:
@@ -103,8 +103,9 @@ def found(records: Records, names: Sequence[str], network: str | None = None) ->
 
 
 def final_loss(record: Content) -> float:
-    """Take the mean of the last lines of the curve."""
-    return statistics.mean(row["loss"] for row in record["curve"][-_LAST_ROWS:])
+    """Take the mean of the last tenth of the curve."""
+    curve = record["curve"]
+    return statistics.mean(row["loss"] for row in curve[-max(1, len(curve) // 10) :])
 
 
 def num_gpus(record: Content, images: int) -> int:
@@ -187,9 +188,9 @@ def comparison(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
         if not groups:
             continue
         images = next(iter(groups.values()))[0]["settings"]["train"]["num_images"]
-        objective = ", by flow matching" if trainings(names)[0].objective == "flow" else ""
-        lines += [f"At equal images, {images:,} of each{objective}:", ""]
         named = {_NAMES[network]: several for network, several in groups.items()}
+        objective = ", by flow matching" if trainings(names)[0].objective == "flow" else ""
+        lines += [f"### {' and '.join(named)}, {images:,} images{objective}", ""]
         best = {name: [cell] for name, several in named.items() if (cell := best_cell(several))}
         rows = [[*scores_row(name, several), *best.get(name, [""] * bool(best))] for name, several in named.items()]
         lines += table([*_SCORES, *([_BEST] if best else [])], rows)
@@ -200,9 +201,10 @@ def comparison(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
         name = f"{networks[0]}-against-{networks[1]}{way}.png"
         lines += [draw(name, lambda figure, groups=groups: draw_curves(figure, groups)), ""]
         lines += averages(groups)
-        told = " and of ".join(f"`{several[0]['piece']}`" for several in groups.values())
-        grids = " ".join(f"![{name}](results/{several[0]['piece']}-grid.png)" for name, several in named.items())
-        lines += [f"Samples of {told} at guidance 2, a class a row:", "", grids, ""]
+        firsts = [several[0]["piece"] for several in groups.values()]
+        told = ", then of ".join(f"`{piece}`" for piece in firsts)
+        grids = " ".join(f"![samples of {piece}](results/{piece}-grid.png)" for piece in firsts)
+        lines += [f"Samples of {told}, at guidance 2, a class a row:", "", grids, ""]
     real = next((record["training_images"] for record in records.values() if record.get("training_images")), None)
     if lines and real:
         scores = ", ".join(f"{key} {number(real[key])}" for key in _SCORED)
@@ -217,7 +219,7 @@ def equal_seconds(groups: Mapping[str, Sequence[Content]]) -> list[str]:
     for network, several in groups.items():
         values = [value for record in several if (value := at_seconds(record, seconds)) is not None]
         rows.append([_NAMES[network], spread(values) if values else "not scored so early"])
-    return [f"At equal time, {seconds:,.0f} s of training:", "", *table(["", "distance"], rows)]
+    return [f"At equal time, after {seconds:,.0f} s of training:", "", *table(["", "distance"], rows)]
 
 
 def averages(groups: Mapping[str, Sequence[Content]]) -> list[str]:
@@ -279,7 +281,6 @@ def ablations(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
     return [
         *table(_SCORES, rows),
         *table(_COSTS, costs),
-        *(["The loss of flow matching is of another quantity than the others.", ""] if "s-flow" in records else []),
     ]
 
 
@@ -421,7 +422,7 @@ def imagenet(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
     return [_IMAGENET, *at_sizes, "What training takes, by `lamamba plan` ([scaling.md](scaling.md)):", "", plans, ""]
 
 
-_AGAINST = (("seed-0", "more-seeds"), ("longer",), ("flow",), ("flow-longer",), ("b",))
+_AGAINST = (("seed-0", "more-seeds"), ("longer",), ("b",), ("flow",), ("flow-longer",))
 SECTIONS = {
     "LaMamba against DiT on Fashion-MNIST": (comparison, tuple(chain.from_iterable(_AGAINST))),
     "What each part buys": (ablations, ("ablations", "more-ablations")),

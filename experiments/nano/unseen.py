@@ -19,7 +19,7 @@ BATCH = 100
 
 @torch.inference_mode()
 def losses(network: LaMambaDiff, split: str, number: int, timestep: int) -> Tensor:
-    """Return the mean squared error of the predicted noise in each of the first images, (number,)."""
+    """Return the mean squared error of the predicted noise in each of the first images, float64 (number,)."""
     source, objective, each = load_fashion_mnist(split), Diffusion(), []
     for first in range(0, number, BATCH):
         rows = slice(first, first + BATCH)
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("timesteps", type=int, nargs="+")
     parser.add_argument("--network", default="nano")
-    parser.add_argument("--number", type=int, default=2000, help="images of each set")
+    parser.add_argument("--number", type=int, default=2000, help="images of each set, in hundreds")
     arguments = parser.parse_args()
     network = load_checkpoint(arguments.network).network
     for timestep in arguments.timesteps:

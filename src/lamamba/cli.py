@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except SignalError as stop:
-        if os.environ.get("RANK", "0") == "0":  # torchrun's processes stop together, and the first speaks for all
+        if not stop.silent:
             print(f"lamamba: {stop}", file=sys.stderr)
         sys.exit(128 + stop.signal)
     except (LamambaError, OSError) as error:  # OSError: a disk that is full or read-only

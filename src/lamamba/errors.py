@@ -20,8 +20,14 @@ class CheckpointError(LamambaError, RuntimeError):
 
 
 class SignalError(LamambaError):
-    """Training ended because of a signal, whose number is `signal`, and has saved what it had."""
+    """Training ended because of a signal, and lost nothing.
 
-    def __init__(self, number: int, where: str) -> None:
+    Args:
+        number: of the signal, the attribute `signal`.
+        where: it stands, and how it goes on.
+        silent: another process says so.
+    """
+
+    def __init__(self, number: int, where: str, silent: bool = False) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name} at {where}")
-        self.signal = number
+        self.signal, self.silent = number, silent

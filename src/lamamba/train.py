@@ -193,7 +193,8 @@ def _run(trainer: Trainer, log: TrainingLog | SilentLog, signals: SignalsNoted) 
         except Exception as error:
             # Ctrl-C ends the compilers of a first step too, which then fails in one of many ways.
             if signals.number and trainer.images == started:
-                where = f"image {started}, in preparing the first step: --resume goes on from here"
+                kind = type(error).__name__  # should it have been another fault, such as of memory
+                where = f"image {started}, in preparing the first step ({kind}): --resume goes on from here"
                 raise SignalError(signals.number, where) from error
             raise
         first_step = nullcontext()
@@ -231,7 +232,7 @@ def _run(trainer: Trainer, log: TrainingLog | SilentLog, signals: SignalsNoted) 
             trainer.processes.wait()
         if signal_number and not last:
             where = f"image {trainer.images}, all is saved: --resume goes on from here"
-            raise SignalError(signal_number, where)
+            raise SignalError(signal_number, where, silent=not is_first)
         before = trainer.images
         if last:
             break
