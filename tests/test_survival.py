@@ -21,6 +21,7 @@ from lamamba.checkpoint import checkpoints_in, load_checkpoint, locked
 from lamamba.cli import main
 from lamamba.diffusion import Diffusion
 from lamamba.errors import CheckpointError
+from lamamba.sampling import sample
 from lamamba.trainer import Trainer
 
 TINY = [
@@ -126,6 +127,66 @@ def test_ctrl_c_that_ends_the_compilers_of_a_first_step_is_one_line(
     monkeypatch.setattr(Trainer, "take_step", take_step)
     train(tmp_path / "run", "--resume", "--num-images", "8")
     assert int(checkpoints_in(tmp_path / "run")[-1].name) == 8
+
+
+def test_a_signal_ends_the_drawing_of_samples_and_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[int] = []
+
+    def draw(*arguments: Any, on_step: Callable[[int], None], **options: Any) -> Any:
+        def note(number: int) -> None:
+            asked.append(number)
+            signal.raise_signal(signal.SIGTERM)
+            on_step(number)
+
+        return sample(*arguments, on_step=note, **options)
+
+    monkeypatch.setattr("lamamba.trainer.sample", draw)
+    options = [*TINY, "--sample-every", "8", "--sample-steps", "50", "--log-every", "4", "--num-images", "40"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--out", str(tmp_path / "run"), *options])
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.endswith("stopped by SIGTERM at image 8, all is saved: --resume goes on from here\n")
+    assert len(asked) == 1
+    assert not (tmp_path / "run" / "samples").exists()
+    assert [int(path.name) for path in checkpoints_in(tmp_path / "run")][-1] == 8
+
+
+def test_a_signal_that_came_before_samples_leaves_them_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_step = Trainer.take_step
+
+    def step(trainer: Trainer, *batch: Any) -> Any:
+        terms = take_step(trainer, *batch)
+        if trainer.images == 8:
+            signal.raise_signal(signal.SIGTERM)
+        return terms
+
+    monkeypatch.setattr(Trainer, "take_step", step)
+    monkeypatch.setattr(Trainer, "draw_samples", lambda *_: pytest.fail("there is no time for it"))
+    with pytest.raises(SystemExit):
+        main(["train", "--out", str(tmp_path / "run"), *TINY, "--sample-every", "8", "--num-images", "40"])
+    assert int(checkpoints_in(tmp_path / "run")[-1].name) == 8
+
+
+def test_a_run_that_is_not_there_and_nothing_else_to_train_is_a_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--out", str(tmp_path / "mistyped"), "--resume"])
+    assert "mistyped holds no run to resume: correct --out, or say what to train" in capsys.readouterr().err
+    assert not (tmp_path / "mistyped").exists()
+
+
+def test_others_may_read_what_is_saved(tmp_path: Path) -> None:
+    """safetensors writes for the owner alone."""
+    before = os.umask(0o022)
+    os.umask(before)
+    train(tmp_path / "run", "--num-images", "4")
+    main(["push", str(tmp_path / "run"), "--out", str(tmp_path / "pushed"), "--num-per-label", "0"])
+    saved = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(path.suffix == ".safetensors" for path in saved) >= 3
+    assert [path for path in saved if path.stat().st_mode & 0o777 != 0o666 & ~before] == []
 
 
 def test_resuming_before_there_is_a_checkpoint_begins(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -172,6 +172,10 @@ def _diverged(trainer: Trainer, fault: str) -> LamambaError:
     return LamambaError(f"{fault} at image {trainer.images}: lower learning_rate; {mend}")
 
 
+class _GivenUp(Exception):  # noqa: N818  # no error
+    """Samples are not drawn to the end: a signal asks for it, and saving is what there is time for."""
+
+
 def _run(trainer: Trainer, log: TrainingLog | SilentLog, signals: SignalsNoted) -> None:
     config = trainer.config
     # `resolve` fills these in
@@ -213,9 +217,14 @@ def _run(trainer: Trainer, log: TrainingLog | SilentLog, signals: SignalsNoted) 
                 raise _diverged(
                     trainer, f"the gradient was not finite in {skipped} step{'s' * (skipped > 1)} in a row,"
                 )
-        if due(config.sample_every) and (is_first or trainer.shards):
-            with log.pause("sample"):
-                log.save_samples(trainer.draw_samples(), trainer.images)
+        if due(config.sample_every) and not trainer.processes.largest(signals.number) and (is_first or trainer.shards):
+
+            def give_up(_: int) -> None:
+                if signals.number and not trainer.shards:  # whose processes draw together, and to the end
+                    raise _GivenUp
+
+            with log.pause("sample"), suppress(_GivenUp):
+                log.save_samples(trainer.draw_samples(give_up), trainer.images)
         if trainer.power_averages and due(config.snapshot_every):
             with log.pause("save"):
                 trainer.save_snapshot()

@@ -1,7 +1,7 @@
 """One run's state, and how to take a step: batch, loss, gradient, optimizer, average; checkpoints and samples of it."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import cached_property, partial
@@ -331,8 +331,8 @@ class Trainer:
             load(own, network.state_dict())
         return notes
 
-    def draw_samples(self, columns: int = 10) -> Any:
-        """Sample a grid from the averaged weights, the same seeds every time."""
+    def draw_samples(self, on_step: Callable[[int], None] | None = None, columns: int = 10) -> Any:
+        """Sample a grid from the averaged weights, the same seeds every time; `on_step` is that of `sample`."""
         num_classes = self.config.network.num_classes
         number = 2 * columns
         labels = [index % columns % max(num_classes, 1) for index in range(number)]
@@ -345,6 +345,7 @@ class Trainer:
                 num_steps=self.config.sample_steps,
                 guidance_scale=self.config.sample_guidance if num_classes else 1.0,
                 clip_sample=self.space.bounded,
+                on_step=on_step,
             )
         images = self.space.decode(x).cpu().numpy()
         return make_grid(images, columns, scale=max(1, 64 // images.shape[-1]))
