@@ -11,9 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -209,6 +210,11 @@ def tiny(tmp_path: Path) -> Path:
     return tmp_path / "secret" / "tiny"
 
 
+def test_ctrl_c_ends_it_without_a_traceback_while_a_page_is_open() -> None:
+    with ExitStack() as until_ended, serving("nano") as (url, _):  # which looks at what was said
+        until_ended.enter_context(urlopen(f"{url}/gradio_api/heartbeat/visitor"))
+
+
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs a browser: apt-get install chromium chromium-driver")
 def test_a_visit(tiny: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     shots = Path(request.config.getoption("--screenshots") or tmp_path)
@@ -319,14 +325,23 @@ def visit(visitor: Visitor, pid: int, shots: Path, downloads: Path) -> None:
     visitor.wait(lambda: len(visitor.browser.find_elements(By.CSS_SELECTOR, "#windows [data-group]")) == 2 * 5 * 16)
     visitor.fill("#rows input[type=number]", "16")
     visitor.browser.find_element(By.CSS_SELECTOR, "#measure").click()
-    visitor.wait(lambda: len(visitor.seen(".field img")) == 3)
+    visitor.wait(lambda: "Done in" in visitor.status())
+    assert len(visitor.seen(".field img")) == 3
     visitor.photograph(shots / "network.png", 1250)
     field = visitor.seen("#scan img")[0]
     before, side = field.get_attribute("src"), field.size["width"]
     visitor.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", field)
-    ActionChains(visitor.browser).move_to_element_with_offset(field, side // 4, -side // 4).click().perform()
+    # Two pixels on is within a cell, of five.
+    ActionChains(visitor.browser).move_to_element_with_offset(field, side // 4 + 2, -side // 4 + 2).click().perform()
     visitor.wait(lambda: visitor.value("#row input") == "16" and visitor.value("#column input") == "48")
     visitor.wait(lambda: visitor.seen("#scan img")[0].get_attribute("src") != before)
+    visitor.wait(lambda: "Done in" in visitor.status())
+    visitor.fill("#side input", "128")
+    visitor.browser.find_element(By.CSS_SELECTOR, "#measure").click()
+    visitor.wait(lambda: "%" in visitor.status())
+    visitor.cancel()
+    visitor.wait(lambda: rests(pid), 20)
+    assert visitor.status() == "Cancelled."
 
     # Another model brings labels, a sampler and a size of its own.
     visitor.tab("Images")

@@ -1,5 +1,7 @@
 """What a pixel sees: with attention alone no more than windows allow, with the scan the whole image."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from lamamba.checkpoint import load_checkpoint
 from lamamba.config import DemoLimits
 from lamamba.demo.figures import attention_groups
-from lamamba.demo.receptive_field import NUM_DRAWS, TIMESTEP, draw_receptive_field, receptive_field
+from lamamba.demo.receptive_field import NUM_DRAWS, TIMESTEP, draw_receptive_field, receptive_field, receptive_fields
 from lamamba.errors import ConfigError
 from lamamba.model import LaMambaDiff
 
@@ -61,6 +63,15 @@ def test_the_scan_sees_the_whole_image(network: LaMambaDiff, branches: str) -> N
     field = receptive_field(network, 64, 64, PIXEL, branches, DemoLimits())  # type: ignore[arg-type]
     assert (field > 0).mean() > 0.99
     assert np.unravel_index(field.argmax(), field.shape) == PIXEL
+
+
+def test_it_grows_draw_by_draw(network: LaMambaDiff) -> None:
+    fields = list(receptive_fields(network, 16, 16, (4, 5), "both", DemoLimits()))
+    assert len(fields) == NUM_DRAWS
+    assert np.array_equal(fields[-1], receptive_field(network, 16, 16, (4, 5), "both", DemoLimits()))
+    for before, after in pairwise(fields):
+        assert not np.array_equal(before, after)
+        assert before.mean() == pytest.approx(after.mean(), rel=0.5), "a mean and no sum"
 
 
 def test_both_is_the_gradient_of_the_network_and_leaves_it_alone(network: LaMambaDiff) -> None:

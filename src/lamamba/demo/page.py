@@ -17,7 +17,7 @@ from lamamba.config import DemoLimits
 from lamamba.demo.figures import MAX_SIDE, PATH_NAMES, draw_paths, draw_windows
 from lamamba.demo.gallery import SAVE_LINKS, STYLE, draw_images
 from lamamba.demo.painting import Models, Pictures, Preview, compare_guidance, inpaint, interpolate, paint
-from lamamba.demo.receptive_field import Branches, draw_receptive_field, drawn_cell, receptive_field
+from lamamba.demo.receptive_field import NUM_DRAWS, Branches, draw_receptive_field, drawn_cell, receptive_fields
 from lamamba.demo.settings import MAX_GUIDANCE, label_names, read_label, read_numbers, read_request, read_whole
 from lamamba.errors import ConfigError, LamambaError
 from lamamba.generate import Painter, label_name
@@ -285,6 +285,8 @@ class Page:
             row = gr.Number(label="Row", elem_id="row", **self.values["row"])
             column = gr.Number(label="Column", elem_id="column", **self.values["column"])
             measure = gr.Button("Measure", variant="primary", elem_id="measure")
+            cancel = gr.Button("Cancel", elem_classes="cancel", min_width=100)
+        status = gr.HTML(elem_classes="status")
         pictures = []
         with gr.Row():
             for name, title in zip(get_args(Branches), ("Scan only", "Attention only", "Both"), strict=True):
@@ -303,17 +305,21 @@ class Page:
                     )
 
         def see(name: Any, side: Any, row: Any, column: Any) -> Iterator[list[Any]]:
+            began, unchanged = time.monotonic(), [gr.skip()] * len(pictures)
+            yield ["", *unchanged]
             with _as_messages():
                 network = self.models[name].network.network
                 if not isinstance(network, LaMambaDiff):
                     raise ConfigError("this model is a DiT, which has neither branch: choose another model")
                 # Gradients need what every layer computed, many times the memory of sampling.
                 limits = replace(self.limits, max_pixels=max(1, self.limits.max_pixels // 16))
-                drawn: list[Any] = [gr.skip()] * len(pictures)
                 for place, branches in enumerate(get_args(Branches)):
-                    field = receptive_field(network, side, side, (row, column), branches, limits)
-                    drawn[place] = draw_receptive_field(field, (int(row), int(column)))
-                    yield drawn
+                    fields = receptive_fields(network, side, side, (row, column), branches, limits)
+                    for number, field in enumerate(fields, start=1):
+                        drawn = list(unchanged)
+                        drawn[place] = draw_receptive_field(field, (int(row), int(column)))
+                        yield [_bar((place + number / NUM_DRAWS) / len(pictures)), *drawn]
+            yield [f"Done in {time.monotonic() - began:.1f} s.", *unchanged]
 
         def point(event: gr.SelectData, side: Any) -> tuple[int, int]:
             with _as_messages():
@@ -322,11 +328,13 @@ class Page:
 
         inputs = [self.model, side, row, column]
         measured = {"concurrency_id": "network", "show_progress": "minimal", "api_visibility": "private"}
-        measure.click(see, inputs, pictures, **measured)
+        started = [measure.click(see, inputs, [status, *pictures], **measured)]
         for picture in pictures:
-            picture.select(
+            pointed = picture.select(
                 point, side, [row, column], queue=False, show_progress="hidden", api_visibility="private"
-            ).then(see, inputs, pictures, **measured)
+            )
+            started.append(pointed.then(see, inputs, [status, *pictures], **measured))
+        _cancels(cancel, started, status)
         return {"side": side, "row": row, "column": column}
 
     def _button(
@@ -352,8 +360,7 @@ class Page:
                 painter = self.models[values[self.model]]
                 for shown in start(painter, asked):
                     if isinstance(shown, Preview):
-                        bar = f'<div class="bar"><div style="width:{shown.done:.0%}"></div></div>{shown.done:.0%}'
-                        yield bar, draw_images(shown.images), gr.skip()
+                        yield _bar(shown.done), draw_images(shown.images), gr.skip()
                     else:
                         captions = [caption(painter, made) for made in shown.settings]
                         drawn = draw_images(shown.images, captions, shown.settings)
@@ -363,10 +370,19 @@ class Page:
             show, {self.model, *fields.values()}, [status, images, self.last], concurrency_id="network",
             show_progress="minimal", api_visibility="private",
         )  # fmt: skip
-        cancel.click(
-            lambda: "Cancelled.", None, status, cancels=[started], queue=False, show_progress="hidden",
-            api_visibility="private",
-        )  # fmt: skip
+        _cancels(cancel, [started], status)
+
+
+def _bar(done: float) -> str:
+    return f'<div class="bar"><div style="width:{done:.0%}"></div></div>{done:.0%}'
+
+
+def _cancels(button: gr.Button, started: list[Any], status: gr.HTML) -> None:
+    """Let a button end what was started, and say so."""
+    button.click(
+        lambda: "Cancelled.", None, status, cancels=started, queue=False, show_progress="hidden",
+        api_visibility="private",
+    )  # fmt: skip
 
 
 def split_drawing(drawn: Mapping[str, Any] | None) -> tuple[Image.Image, Image.Image]:

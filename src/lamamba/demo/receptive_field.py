@@ -1,6 +1,7 @@
 """What a pixel of the output depends on: the effective receptive field (Luo et al. 2016, arXiv 1701.04128)."""
 
 import copy
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any, Literal, get_args
 
@@ -44,6 +45,14 @@ def receptive_field(
     Raises:
         ConfigError: the pixel is outside, there are no such branches, or the grid cannot be or is larger than allowed.
     """
+    *_, field = receptive_fields(network, height, width, pixel, branches, limits)
+    return field
+
+
+def receptive_fields(
+    network: LaMambaDiff, height: int, width: int, pixel: tuple[int, int], branches: Branches, limits: DemoLimits
+) -> Iterator[np.ndarray]:
+    """Yield what `receptive_field` returns NUM_DRAWS times, averaged over the draws so far; the last is of all."""
     if branches not in get_args(Branches):
         raise ConfigError(f"branches {branches!r} are unknown: {nearest(str(branches), get_args(Branches))}")
     for name, side in (("height", height), ("width", width)):
@@ -63,14 +72,14 @@ def receptive_field(
     generator = torch.Generator().manual_seed(0)
     draws = torch.randn((NUM_DRAWS, channels, height, width), generator=generator).to(own.device)
     t = torch.full((1,), TIMESTEP, device=own.device)
-    field = torch.zeros((height, width), device=own.device)
-    for draw in draws.split(1):  # one by one: a gradient needs what every layer computed
+    total = torch.zeros((height, width), device=own.device)
+    for number, draw in enumerate(draws.split(1), start=1):  # one by one: a gradient needs what every layer computed
         x_t = draw.requires_grad_()
         with LOCK, torch.enable_grad():
             prediction = own(x_t, t, torch.full_like(t, own.null_label))[:, :channels, row, column]
             gradient = torch.autograd.grad(prediction.sum(), x_t)[0]
-        field += gradient.abs().sum(dim=(0, 1)).float() / NUM_DRAWS
-    return field.cpu().numpy()
+        total += gradient.abs().sum(dim=(0, 1)).float()
+        yield (total / number).cpu().numpy()
 
 
 def drawn_cell(side: int) -> int:

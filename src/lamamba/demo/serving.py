@@ -1,5 +1,6 @@
 """The command `lamamba demo`: the page, served until Ctrl-C."""
 
+import logging
 import os
 import socket
 import tempfile
@@ -40,14 +41,22 @@ def serve(config: DemoConfig) -> None:
         shown = f"[{host}]" if ":" in host else host
         print(f"http://{shown}:{port} shows {', '.join(models.names)}; Ctrl-C ends it", flush=True)
         options = uvicorn.Config(_keep_in(app), log_level="warning", timeout_graceful_shutdown=1)
-        uvicorn.Server(options).run(sockets=[listening])
+
+        class Server(uvicorn.Server):
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                # Pages that are open hold connections, whose ends it would report as errors, with tracebacks.
+                logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+                await super().shutdown(sockets)
+
+        Server(options).run(sockets=[listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise ConfigError(f"{host}:{port} cannot be listened at ({error}): choose another --port or --host") from error
+        cause = error.strerror or error
+        raise ConfigError(f"{host}:{port} cannot be listened at ({cause}): choose another --port or --host") from error
 
 
 def _keep_in(app: Any) -> Any:
