@@ -29,7 +29,7 @@ from lamamba import __version__
 from lamamba.config import PRESETS, NetworkConfig, Objective, nearest
 from lamamba.dit import DIT_CLASSES, DiT, DiTFolder, class_of
 from lamamba.errors import CheckpointError, ConfigError
-from lamamba.files import checksum, written_whole
+from lamamba.files import checksum, permit, written_whole
 from lamamba.hub import fetch, is_repository
 from lamamba.model import LaMambaDiff
 
@@ -79,6 +79,7 @@ def checkpoints_in(run: Path) -> list[Path]:
 def save_network(network: LaMambaDiff, folder: Path) -> None:
     """Write a network as diffusers does."""
     network.save_pretrained(folder)
+    permit(*folder.glob("*.safetensors"))
     path = folder / "config.json"
     config = json.loads(path.read_text())
     config.pop("_name_or_path", None)  # where it was loaded from is of this machine, not of the network

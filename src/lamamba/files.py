@@ -8,6 +8,8 @@ from pathlib import Path
 
 # How the name of what is not whole yet begins; it is hidden, and nothing reads it.
 TEMPORARY = ".incomplete-"
+_UMASK = os.umask(0o022)  # it can only be read by being set
+os.umask(_UMASK)
 
 
 @contextmanager
@@ -20,11 +22,18 @@ def written_whole(path: Path) -> Iterator[Path]:
     temporary = path.with_name(TEMPORARY + path.name)
     try:
         yield temporary
+        permit(temporary)
         flush(temporary)
         temporary.replace(path)
         flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def permit(*paths: Path) -> None:
+    """Let others read files as they may read any new one: safetensors writes for the owner alone."""
+    for path in paths:
+        path.chmod(0o666 & ~_UMASK)
 
 
 def flush(path: Path) -> None:

@@ -21,7 +21,7 @@ from lamamba.config import PushConfig, SamplingConfig
 from lamamba.data.fashion_mnist import HUB_REPOSITORY
 from lamamba.dit import class_of
 from lamamba.errors import CheckpointError, ConfigError, DataError
-from lamamba.files import TEMPORARY
+from lamamba.files import TEMPORARY, permit
 from lamamba.generate import Painter, paint_with_bar, parse_labels
 from lamamba.hub import make_repository, send
 from lamamba.latents import IMAGE_CHANNELS, Latents
@@ -105,6 +105,7 @@ def _write_pipeline(pipe: LaMambaDiffPipeline, folder: Path, *, half: bool) -> N
             ):
                 raise CheckpointError(f"weights of the {name} are beyond the range of float16: leave half out")
     pipe.save_pretrained(folder)
+    permit(*folder.rglob("*.safetensors"))
     for path in folder.rglob("*.json"):
         record = json.loads(path.read_text())
         if record.pop("_name_or_path", None) is not None:  # where it was on this machine, which is nobody's business
