@@ -311,3 +311,17 @@ def test_info_prints_stages_and_totals(name: str, capsys: pytest.CaptureFixture[
 def test_info_of_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["info", str(run), "--size", "16", "48"])
     assert "grid 16x48" in " ".join(capsys.readouterr().out.split())
+
+
+def test_ctrl_c_while_pytorch_loads_cannot_be_swallowed() -> None:
+    program = """
+import signal
+from contextlib import suppress
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts tests in the background has it ignored
+from lamamba.cli import _loading
+with _loading(), suppress(BaseException):
+    signal.raise_signal(signal.SIGINT)
+print("went on")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "lamamba: interrupted\n")

@@ -1,5 +1,6 @@
 """What is known of a run beside its weights: the log, trackers, and who watches it."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from lamamba import log as logging_of_runs
 from lamamba import watch as watching
 from lamamba.cli import main
 from lamamba.config import NetworkConfig, preset
@@ -156,6 +158,25 @@ def test_watching_ends_with_the_run(run: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(watching, "Console", lambda: Console(force_terminal=True, width=80))
     main(["watch", str(followed), "--every", "0.5"])
     assert looks == [0.5, 0.5, 0.5]
+
+
+def test_the_bar_shows_loss_and_speed_before_the_first_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(logging_of_runs, "SHOWN_EVERY_S", 0.0)
+    monkeypatch.setattr(logging_of_runs, "Console", lambda: Console(force_terminal=True, width=120, file=io.StringIO()))
+    update = logging_of_runs.Progress.update
+
+    def note(progress: Any, task: Any, **fields: Any) -> None:
+        shown.extend(f"{fields['loss']} {fields['speed']}" for _ in "1" if "loss" in fields)
+        update(progress, task, **fields)
+
+    monkeypatch.setattr(logging_of_runs.Progress, "update", note)
+    out = tmp_path / "run"
+    main(["train", "--out", str(out), "--num-images", "8", *TINY[:-2], "--log-every", "8"])
+    assert len(shown) == 5, "each of four steps, and the line"
+    record = json.loads((out / "log.jsonl").read_text())
+    assert shown[3].split()[0] == shown[4].split()[0] == f"{record['loss']:.4f}"
+    assert all(float(speed.split()[1].replace(",", "")) > 0 for speed in shown)
 
 
 def test_a_folder_without_a_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,9 @@ import io
 import json
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import fields, replace
@@ -197,13 +199,30 @@ def _is_rule(line: str) -> bool:
 
 @contextmanager
 def _loading() -> Iterator[None]:
-    """Say on a terminal what takes seconds, from a slow disk a quarter of a minute; what is said is gone after it."""
-    shows = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    """Say on a terminal what takes seconds, from a slow disk a quarter of a minute; what is said is gone after it.
+
+    Ctrl-C ends the process there and then: PyTorch, whose C++ imports numpy, was seen to swallow the exception, and to
+    go on without a part of numpy.
+    """
+    is_first = os.environ.get("RANK", "0") == "0"
+    shows = sys.stderr.isatty() and is_first
+
+    def end(number: int, frame: object) -> None:
+        if is_first:
+            os.write(2, b"\r\x1b[Klamamba: interrupted\n" if shows else b"lamamba: interrupted\n")
+        os._exit(128 + number)
+
+    as_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    catches = as_usual and threading.current_thread() is threading.main_thread()
+    if catches:
+        signal.signal(signal.SIGINT, end)
     if shows:
         print("loading PyTorch ...", end="", file=sys.stderr, flush=True)
     try:
         yield
     finally:
+        if catches:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if shows:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
@@ -261,6 +280,8 @@ def _train_defaults(arguments: list[str]) -> Any:
     if "--resume" in arguments and out is not None and (Path(out) / "config.json").is_file():
         started = read_train_config(Path(out) / "config.json")
         return started if name in (None, started.preset) else replace(started, preset=name, network=preset(name))
+    if "--resume" in arguments and out is not None and not {*arguments} - {"--resume", "--out", f"--out={out}", out}:
+        raise ConfigError(f"{out} holds no run to resume: correct --out, or say what to train, such as --data photos")
     defaults = TrainConfig(out=tyro.MISSING)
     return defaults if name is None else replace(defaults, preset=name, network=preset(name))
 

@@ -1,6 +1,7 @@
 """What a training run shows and records: progress, log.jsonl, TensorBoard and others, the loss curve, sample grids."""
 
 import json
+import math
 import secrets
 import time
 import warnings
@@ -22,6 +23,8 @@ from lamamba.data import Source
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import written_whole
 from lamamba.model import LaMambaDiff
+
+SHOWN_EVERY_S = 5.0  # beside the bar, on a terminal; to read it waits for the device
 
 
 class TrainingLog:
@@ -58,7 +61,7 @@ class TrainingLog:
         self.task = self.progress.add_task("train", total=total, completed=images, loss="–", speed="–")
         self.sums: dict[str, Tensor] = {}
         self.steps = self.images = 0
-        self.started = self.since = time.perf_counter()
+        self.started = self.since = self.shown = time.perf_counter()
         self.paused_s = self.waited_s = 0.0
 
     def __enter__(self) -> Self:
@@ -113,6 +116,12 @@ class TrainingLog:
         self.steps += 1
         self.images += images
         self.progress.advance(self.task, images)
+        now = time.perf_counter()
+        if now - self.shown >= SHOWN_EVERY_S and not self.progress.disable:
+            self.shown = now
+            num_taken = self.steps - float(self.sums["skipped"])  # waits for the device
+            loss = float(self.sums["loss"]) / num_taken if num_taken else math.nan
+            self._show(loss, self.images / max(now - self.since - self.paused_s, 1e-9))
 
     def waiting_for(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Pass batches on, and note how long they were waited for."""
@@ -156,8 +165,7 @@ class TrainingLog:
                 self.board.add_scalar(f"train/{name}", value, images)
         if self.tracker:
             self.tracker.log({f"train/{name}": value for name, value in record.items()}, step=images)
-        speed = f"{record['images_per_s']:,.0f}" if record["images_per_s"] >= 10 else f"{record['images_per_s']:.1f}"
-        self.progress.update(self.task, loss=f"{means['loss']:.4f}", speed=speed)
+        speed = self._show(means["loss"], record["images_per_s"])
         if skipped:
             self._print(f"[yellow]{skipped} of {self.steps} steps skipped: their gradient was not finite[/]")
         if self.progress.disable:
@@ -168,6 +176,12 @@ class TrainingLog:
         self.paused_s = self.waited_s = 0.0
         self.since = time.perf_counter()
         return means["loss"]
+
+    def _show(self, loss: float, images_per_s: float) -> str:
+        """Show these beside the bar; returns the speed as it is shown."""
+        speed = f"{images_per_s:,.0f}" if images_per_s >= 10 else f"{images_per_s:.1f}"
+        self.progress.update(self.task, loss=f"{loss:.4f}", speed=speed)
+        return speed
 
     @contextmanager
     def pause(self, doing: str) -> Iterator[None]:
@@ -244,6 +258,8 @@ def read_log(run: Path) -> tuple[list[dict[str, Any]], int]:
     """
     if not run.is_dir():
         raise CheckpointError(f"{run} does not exist: give the folder of a run")
+    if not (run / "config.json").is_file():
+        raise CheckpointError(f"{run} holds no run of lamamba: give the --out of a training")
     try:
         total = int(json.loads((run / "config.json").read_text())["num_images"])
         records = _read_records(run / "log.jsonl") if (run / "log.jsonl").is_file() else []
