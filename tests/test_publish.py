@@ -338,7 +338,7 @@ def test_a_path_below_a_folder_never_asks_the_hub(
 
 
 def test_what_cannot_be_pushed_is_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "repository is None: it must be USER/NAME on the hub; or give --out" in fails(capsys, str(run))
+    assert "give --out FOLDER to write the pipeline there, or USER/NAME of a repository" in fails(capsys, str(run))
     assert f"out {tmp_path} is there already" in fails(capsys, str(run), "--out", str(tmp_path))
     write_weights(tmp_path / "latents", tiny_network(in_channels=2), CheckpointInfo())
     said = fails(capsys, str(tmp_path / "latents"), "--out", str(tmp_path / "out"))

@@ -22,6 +22,8 @@ def convert(config: ConvertConfig) -> None:
     if source.is_file():
         _from_released(source, config)
         print(f"wrote {config.out}, to be sampled with: lamamba sample {config.out}")
+    elif source.suffix in (".pt", ".pth"):
+        raise CheckpointError(f"{source} does not exist: give a released checkpoint")
     else:
         _to_released(config)
         print(f"wrote {config.out}: weights under the names of the released code")

@@ -8,6 +8,7 @@ import tyro
 
 from lamamba.config.checks import check
 from lamamba.config.network import PRESETS, NetworkConfig
+from lamamba.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,6 @@ class PushConfig:
     """For the picture: cpu, cuda, cuda:1, mps; auto takes the best there is."""
 
     def __post_init__(self) -> None:
-        check(
-            self.out is not None or self.repository is not None, "repository", self.repository,
-            "USER/NAME on the hub; or give --out FOLDER to write the pipeline there",
-        )  # fmt: skip
+        if self.out is None and self.repository is None:
+            raise ConfigError("give --out FOLDER to write the pipeline there, or USER/NAME of a repository on the hub")
         check(self.num_per_label >= 0, "num_per_label", self.num_per_label, "0 or more")

@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from lamamba.config.checks import check
+from lamamba.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class PlotConfig:
     """Sample grids in a filmstrip, at most."""
 
     def __post_init__(self) -> None:
-        check(len(self.runs) >= 1, "runs", self.runs, "one run folder or more")
+        if not self.runs:
+            raise ConfigError("give one run folder or more, such as runs/first")
         check(self.frames >= 2, "frames", self.frames, "2 or more")
 
 
