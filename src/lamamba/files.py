@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # How the name of what is not whole yet begins; it is hidden, and nothing reads it.
@@ -31,9 +31,13 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def permit(*paths: Path) -> None:
-    """Let others read files as they may read any new one: safetensors writes for the owner alone."""
+    """Let others read files as they may read any new one, where the file system knows of that.
+
+    safetensors writes for the owner alone.
+    """
     for path in paths:
-        path.chmod(0o666 & ~_UMASK)
+        with suppress(OSError):
+            path.chmod(0o666 & ~_UMASK)
 
 
 def flush(path: Path) -> None:
