@@ -387,7 +387,7 @@ def test_the_page_is_made_of_records_and_names_what_is_missing(tmp_path: Path, w
     assert "Not measured yet: memorisation-dit-s-2, memorisation-nano, memorisation-emoji-64." in text
     assert "Not measured yet: speed." in text
     shown = {part.split(")")[0] for part in text.split("](results/")[1:]}
-    assert {"s-against-dit-s-2.png", "steps-s.png", "memorisation-s-nearest.png"} < shown
+    assert {"seed-0-curves.png", "steps-s.png", "memorisation-s-nearest.png"} < shown
     for name in shown:
         with Image.open(page.parent / "results" / name) as image:
             image.verify()

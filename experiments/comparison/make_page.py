@@ -197,9 +197,7 @@ def comparison(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
         lines += table(_COSTS, [costs_row(name, several) for name, several in named.items()])
         if len(groups) == len(networks):
             lines += equal_seconds(groups)
-        way = f"-{names[0]}" if names[0] in ("longer", "flow", "flow-longer") else ""
-        name = f"{networks[0]}-against-{networks[1]}{way}.png"
-        lines += [draw(name, lambda figure, groups=groups: draw_curves(figure, groups)), ""]
+        lines += [draw(f"{names[0]}-curves.png", lambda figure, groups=groups: draw_curves(figure, groups)), ""]
         lines += averages(groups)
         firsts = [several[0]["piece"] for several in groups.values()]
         told = ", then of ".join(f"`{piece}`" for piece in firsts)

@@ -172,10 +172,6 @@ def _diverged(trainer: Trainer, fault: str) -> LamambaError:
     return LamambaError(f"{fault} at image {trainer.images}: lower learning_rate; {mend}")
 
 
-class _GivenUp(Exception):  # noqa: N818  # no error
-    """Samples are not drawn to the end: a signal asks for it, and saving is what there is time for."""
-
-
 def _run(trainer: Trainer, log: TrainingLog | SilentLog, signals: SignalsNoted) -> None:
     config = trainer.config
     # `resolve` fills these in
@@ -190,6 +186,12 @@ def _run(trainer: Trainer, log: TrainingLog | SilentLog, signals: SignalsNoted) 
     prepares = trainer.device.type == "cuda" or config.compile
     first_step: AbstractContextManager[None] = log.first_step(config.compile) if prepares else nullcontext()
     is_first = trainer.processes.is_first
+
+    def give_up(_: int) -> None:
+        """Draw samples no further when a signal asks to end: saving is what there is time for."""
+        if signals.number and not trainer.shards:  # whose processes draw together, and to the end
+            raise SignalError(signals.number, "its samples")
+
     for images, labels in log.waiting_for(reader):
         try:
             with first_step:
@@ -218,12 +220,7 @@ def _run(trainer: Trainer, log: TrainingLog | SilentLog, signals: SignalsNoted) 
                     trainer, f"the gradient was not finite in {skipped} step{'s' * (skipped > 1)} in a row,"
                 )
         if due(config.sample_every) and not trainer.processes.largest(signals.number) and (is_first or trainer.shards):
-
-            def give_up(_: int) -> None:
-                if signals.number and not trainer.shards:  # whose processes draw together, and to the end
-                    raise _GivenUp
-
-            with log.pause("sample"), suppress(_GivenUp):
+            with log.pause("sample"), suppress(SignalError):
                 log.save_samples(trainer.draw_samples(give_up), trainer.images)
         if trainer.power_averages and due(config.snapshot_every):
             with log.pause("save"):
