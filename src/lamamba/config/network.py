@@ -9,6 +9,16 @@ import tyro
 from lamamba.config.checks import check, is_number, is_whole, nearest
 from lamamba.errors import ConfigError
 
+# Far beyond any network that was trained: they keep a wrong number, in an option or in a file, from taking hours or all
+# memory before it is noticed.
+MAX_BLOCKS = 256
+MAX_RATIO = 64
+_RANGES = {
+    "in_channels": (1, 1024), "sample_size": (4, 4096), "num_classes": (0, 1_000_000), "embed_dim": (4, 8192),
+    "bottleneck_depth": (0, MAX_BLOCKS), "decoder_extra_depth": (0, MAX_BLOCKS), "num_heads": (1, 1024),
+    "window_size": (2, 256), "ssm_state_size": (1, 1024),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class NetworkConfig:
@@ -55,13 +65,10 @@ class NetworkConfig:
     """The window attention branch of every block; --no-use-attention leaves it out, for ablations."""
 
     def __post_init__(self) -> None:
-        at_least = {
-            "in_channels": 1, "sample_size": 4, "num_classes": 0, "embed_dim": 4, "bottleneck_depth": 0,
-            "decoder_extra_depth": 0, "num_heads": 1, "window_size": 2, "ssm_state_size": 1,
-        }  # fmt: skip
-        for name, least in at_least.items():
-            check(is_whole(getattr(self, name)), name, getattr(self, name), "a whole number")
-            check(getattr(self, name) >= least, name, getattr(self, name), f"{least} or more")
+        for name, (least, most) in _RANGES.items():
+            value = getattr(self, name)
+            check(is_whole(value), name, value, "a whole number")
+            check(least <= value <= most, name, value, f"from {least:,} to {most:,}")
         for name in ("ssm_ratio", "mlp_ratio", "label_dropout"):
             check(is_number(getattr(self, name)), name, getattr(self, name), "a number")
         for name in ("ssm_conv_bias", "use_ssm", "use_attention"):
@@ -81,15 +88,21 @@ class NetworkConfig:
             and all(is_whole(depth) and depth >= 1 for depth in self.depths),
             "depths", self.depths, "four whole numbers, each 1 or more",
         )  # fmt: skip
+        blocks = 2 * sum(self.depths) + self.bottleneck_depth + 4 * self.decoder_extra_depth
         check(
-            self.ssm_dt_rank is None or (is_whole(self.ssm_dt_rank) and self.ssm_dt_rank >= 1),
-            "ssm_dt_rank", self.ssm_dt_rank, "a whole number, 1 or more, or None",
+            blocks <= MAX_BLOCKS, "depths", self.depths,
+            f"smaller: with bottleneck_depth {self.bottleneck_depth} and decoder_extra_depth "
+            f"{self.decoder_extra_depth} they are {blocks:,} blocks, and at most {MAX_BLOCKS} are built",
+        )  # fmt: skip
+        check(
+            self.ssm_dt_rank is None or (is_whole(self.ssm_dt_rank) and 1 <= self.ssm_dt_rank <= 4096),
+            "ssm_dt_rank", self.ssm_dt_rank, "a whole number from 1 to 4,096, or None",
         )  # fmt: skip
         for name in ("ssm_ratio", "mlp_ratio"):
-            channels = getattr(self, name) * self.embed_dim
+            ratio = getattr(self, name)
             check(
-                channels >= 1 and channels % 1 == 0, name, getattr(self, name),
-                f"a positive number that gives whole channels with embed_dim {self.embed_dim}",
+                0 < ratio <= MAX_RATIO and ratio * self.embed_dim % 1 == 0, name, ratio,
+                f"above 0, at most {MAX_RATIO}, and give whole channels with embed_dim {self.embed_dim}",
             )  # fmt: skip
         check(self.scan in ("continuous", "raster"), "scan", self.scan, '"continuous" or "raster"')
         check(self.downsample in ("merge", "conv"), "downsample", self.downsample, '"merge" or "conv"')
@@ -108,9 +121,10 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-# S, B and L were never released: the paper gives widths, the rest follows the released XL. 256 px and 512 px images are
-# grids of 32 and 64 behind an autoencoder that divides by 8. `nano` works on pixels, is the built-in demo, and is
-# shaped for a CPU: few blocks where the grid is large, and a scan no wider than its block.
+# Only XL was ever published in code. The widths of S, B and L are chosen so that their parameter counts match those of
+# DiT-S, -B and -L; all else follows XL. Images of 256 and 512 px are grids of 32 and 64 behind an autoencoder that
+# divides by 8. `nano` works on pixels, is the built-in demo, and is shaped for a CPU: few blocks where the grid is
+# large, and a scan no wider than its block.
 PRESETS: Mapping[str, NetworkConfig] = {
     "nano": NetworkConfig(
         in_channels=1,
