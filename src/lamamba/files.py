@@ -41,7 +41,20 @@ def permit(*paths: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of files, is on the disk."""
+    """Wait until a file is on the disk; for a folder, until its list of files is, where the system can do that.
+
+    Raises:
+        OSError: a file could not be written. A folder raises nothing: network file systems refuse to sync one, Windows
+            cannot even open one, and the files in it are written either way.
+    """
+    if path.is_dir():
+        with suppress(OSError):
+            _sync(path)
+    else:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
