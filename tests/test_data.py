@@ -1,6 +1,8 @@
 import os
 import re
 import signal
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from lamamba.data import (
     to_float,
     to_uint8,
 )
+from lamamba.data.decoding import convert_image
 from lamamba.data.order import _mix_bits
 from lamamba.errors import ConfigError, DataError
 
@@ -27,6 +30,18 @@ from lamamba.errors import ConfigError, DataError
 def save_image(path, colour=(10, 20, 30), size=(8, 8), mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, colour).save(path)
+
+
+def write_png(path, width, depth, kind, row, transparent):
+    """Write one row of packed pixels with a transparent value, of any depth: Pillow writes but few of these."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, 1, depth, kind, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))]
+    parts += [(b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
 
 
 def make_class_folder(root, per_class=3):
@@ -264,6 +279,43 @@ class TestReadImage:
         expected = np.round(values / 257)
         assert np.array_equal(np.asarray(read_image(tmp_path / f"a.{suffix}", 1)), expected)
         assert np.array_equal(np.asarray(read_image(tmp_path / f"a.{suffix}", 3))[..., 2], expected)
+
+    @pytest.mark.parametrize(
+        ("depth", "row", "transparent", "expected"),
+        [
+            # (bit depth, packed pixels of one row, the tRNS chunk, the grey that is read)
+            (1, b"\x40", (1,), [0, 255]),
+            (1, b"\x40", (0,), [255, 255]),
+            (2, b"\x10", (1,), [0, 255]),
+            (2, b"\x90", (1,), [170, 255]),
+            (4, b"\x3f", (3,), [255, 255]),
+            (4, b"\x2f", (3,), [34, 255]),
+            (8, b"\x03\x80", (3,), [255, 128]),
+            (16, b"\x80\x03\x80\x80", (0x8003,), [255, 128]),
+            (16, b"\x01\x01\x80\x80", (0x8080,), [1, 255]),
+        ],
+    )
+    def test_a_transparent_grey_is_white_at_every_depth(self, tmp_path, depth, row, transparent, expected):
+        write_png(tmp_path / "a.png", 2, depth, 0, row, transparent)
+        assert np.asarray(read_image(tmp_path / "a.png", 1)).tolist() == [expected]
+        assert np.asarray(read_image(tmp_path / "a.png", 3))[..., 1].tolist() == [expected]
+
+    @pytest.mark.parametrize(("depth", "kind"), [(8, "6B"), (16, ">6H")])
+    def test_a_transparent_color_is_white(self, tmp_path, depth, kind):
+        row = struct.pack(kind, *(part * (1 if depth == 8 else 257) for part in (1, 2, 3, 4, 5, 6)))
+        write_png(tmp_path / "a.png", 2, depth, 2, row, np.array([1, 2, 3]) * (1 if depth == 8 else 257))
+        assert np.asarray(read_image(tmp_path / "a.png", 3)).tolist() == [[[255, 255, 255], [4, 5, 6]]]
+
+    @pytest.mark.parametrize("mode", ["La", "RGBa"])
+    def test_premultiplied_alpha_lies_on_white(self, mode):
+        image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+        image.putpixel((1, 0), (90, 90, 90, 255))
+        straight = image.convert({"La": "LA", "RGBa": "RGBA"}[mode])
+        assert np.asarray(convert_image(straight.convert(mode), 1)).tolist() == [[255, 90]]
+
+    def test_a_palette_with_alpha_lies_on_white(self):
+        image = Image.new("RGBA", (4, 4), (0, 0, 0, 0)).quantize(4)
+        assert np.asarray(convert_image(image, 3)).min() == 255
 
     def test_cmyk_and_bilevel_are_converted(self, tmp_path):
         save_image(tmp_path / "a.tif", (255, 0, 0, 0), mode="CMYK")

@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from lamamba.data import read_image
 from lamamba.diffusion import OBJECTIVES
-from lamamba.errors import CheckpointError, ConfigError
+from lamamba.errors import CheckpointError, ConfigError, LamambaError
 from lamamba.model import LaMambaDiff
 from lamamba.pipeline import LaMambaDiffPipeline
 from lamamba.sampling import sample, slerp
@@ -278,6 +279,76 @@ def test_outside_of_a_mask_the_image_stays(objective: str) -> None:
     assert torch.allclose(out[..., 4:], pixels[..., 4:].expand(2, -1, -1, -1), atol=1e-5)
     assert not torch.allclose(out[..., :4], pixels[..., :4].expand(2, -1, -1, -1), atol=0.1)
     assert not torch.allclose(out[0, ..., :4], out[1, ..., :4], atol=1e-3)
+
+
+def images_of_all_modes() -> dict[str, Image.Image]:
+    """Pictures of 8x8 in modes that a plain conversion to RGB gets wrong, by the suffix to save them with."""
+    ramp = np.arange(0, 65536, 1024).astype(np.uint16).reshape(8, 8)
+    eights = (ramp // 257).astype(np.uint8)
+    transparent = Image.fromarray(np.stack([eights, eights.T, eights[::-1], eights], axis=-1))
+    turned = Image.fromarray(np.stack([eights, eights // 2, eights // 3], axis=-1))
+    turned.getexif()[0x0112] = 6
+    return {
+        "rgba.png": transparent, "la.png": transparent.convert("LA"), "p.png": transparent.quantize(16),
+        "16-bit.png": Image.fromarray(ramp), "16-bit.tif": Image.fromarray(ramp), "turned.png": turned,
+        "cmyk.tif": turned.convert("CMYK"), "bilevel.png": Image.fromarray(eights > 99),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", images_of_all_modes())
+def test_an_image_is_decoded_as_in_training(tmp_path: Path, name: str, channels: int) -> None:
+    path = tmp_path / name
+    image = images_of_all_modes()[name]
+    image.save(path, exif=image.getexif())
+    pipe = build(in_channels=channels)
+    read = np.asarray(read_image(path, channels)).reshape(8, 8, channels)
+    wanted = torch.from_numpy(read.astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+    assert wanted.std() > 0.1
+    for given in (Image.open(path), read, torch.from_numpy(read.copy()).permute(2, 0, 1), read / 255):
+        torch.testing.assert_close(pipe._encode(given, (8, 8), 1), wanted, atol=1e-6, rtol=0)
+
+
+def test_16_bits_and_transparency_of_arrays_are_decoded_too() -> None:
+    pipe = build(in_channels=3)
+    grey = np.full((8, 8), 128 * 257, np.uint16)
+    half = np.zeros((2, 8, 8, 4), np.uint8)
+    half[1, ..., 3] = 255
+    assert pipe._encode(grey, (8, 8), 1).unique().tolist() == pytest.approx([128 / 127.5 - 1], abs=1e-6)
+    on_white = pipe._encode(half, (8, 8), 2)
+    assert [part.unique().tolist() for part in on_white] == [[1.0], [-1.0]]
+    out = latents_of(pipe, ["Coat", "Bag"], 50, image=half, strength=0.02, guidance_scale=1.0)
+    assert out[0].mean() > 0.5 > -0.5 > out[1].mean()
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (Image.new("F", (8, 8)), "image has 32-bit pixels .mode F. of unknown range: convert it to 8 or 16 bits"),
+        ("a.png", "image holds a str: give PIL images"),
+        ([], "image is an empty list"),
+        (np.full((8, 8, 3), 200.0), "image has values outside of 0 to 1"),
+        (np.full((8, 8, 3), np.nan), "image has values outside of 0 to 1"),
+        (torch.zeros(4, 8, 8), "image has 4 channels: give 3"),
+        (np.zeros((8, 8, 3), np.int64), "image is a int64 array"),
+        ([np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8, 3))], "image mixes"),
+    ],
+)
+def test_images_that_cannot_be_decoded_are_one_line(image: Any, message: str) -> None:
+    with pytest.raises(LamambaError, match=message):
+        build(in_channels=3)("Coat", 4, image=image)
+
+
+def test_masks_of_any_kind_are_white_where_they_say_so() -> None:
+    pipe, half = build(), np.repeat([[True] * 4 + [False] * 4], 8, axis=0)
+    strokes = np.zeros((8, 8, 4), np.uint8)
+    strokes[half] = 255
+    deep = np.where(half, 65535, 900).astype(np.uint16)  # 900 of 65535 is dark
+    masks = [half, half * 1.0, half.astype(np.uint8), torch.from_numpy(half), deep * half, Image.fromarray(deep)]
+    clear_white = Image.new("LA", (8, 8), (255, 0))
+    clear_white.paste((255, 255), (0, 0, 4, 8))
+    for mask in [*masks, Image.fromarray(half), Image.fromarray(strokes), clear_white]:
+        assert torch.equal(pipe._encode_mask(mask, (8, 8), 1)[0, 0], torch.from_numpy(half).float())
 
 
 def test_latents_are_decoded_and_images_encoded(tmp_path: Path) -> None:

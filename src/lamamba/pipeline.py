@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
@@ -13,6 +14,7 @@ from torch import Tensor
 from lamamba.captured import CapturedNetwork
 from lamamba.checkpoint import PIPELINE_INDEX, load_checkpoint
 from lamamba.config import GuidanceOptions, nearest
+from lamamba.data.decoding import convert_given
 from lamamba.diffusion import OBJECTIVES, guide, set_timesteps
 from lamamba.errors import ConfigError
 from lamamba.hub import fetch
@@ -165,10 +167,12 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             latents: (b, c, h, w) standard normal noise to begin with, in place of what a generator would draw.
             height: in pixels; the default is the training size.
             width: in pixels; the default is the training size.
-            image: to start from, noised: PIL images, arrays or tensors as diffusers takes them, one or one each.
+            image: to start from, noised; one or one each. PIL images of any mode, and arrays and tensors of uint8 or
+                uint16, are decoded as in training: upright, transparency on white. Floats are from 0 to 1, as in
+                diffusers: arrays (h, w, c), tensors (c, h, w).
             strength: how far towards noise the image is taken, 0 to 1 (SDEdit, Meng et al. 2021, arXiv 2108.01073).
-            mask_image: white where the image is to be painted anew; elsewhere it is put back, at the noise level of
-                each step (Lugmayr et al. 2022, arXiv 2201.09865, eq. 8).
+            mask_image: white where the image is to be painted anew; where it is black or transparent the image is put
+                back, at the noise level of each step (Lugmayr et al. 2022, arXiv 2201.09865, eq. 8).
             max_batch_size: images sampled at once. By default all of them, and half as many where memory does not do.
             output_type: "pil"; "np", (b, h, w, c) from 0 to 1; "pt", (b, c, h, w) from 0 to 1; or "latent".
             return_dict: return an `ImagePipelineOutput`, or a tuple.
@@ -435,20 +439,30 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         return 1 if self.vae is None else Latents(self.vae).factor
 
     def _encode(self, image: Any, size: tuple[int, int], number: int) -> Tensor:
-        grey = self.vae is None and self._config_of_network("in_channels") == 1
-        processor = self._image_processor(do_convert_grayscale=grey, do_convert_rgb=not grey)
+        channels: int = self._config_of_network("in_channels") if self.vae is None else Latents(self.vae).image_channels
+        if channels in IMAGE_CHANNELS:
+            image = convert_given("image", image, channels)
+        processor = self._image_processor(do_convert_grayscale=channels == 1)
         pixels = processor.preprocess(image, size[0] * self._factor, size[1] * self._factor)
+        if pixels.shape[1] != channels:
+            raise ConfigError(f"image has {pixels.shape[1]} channels: give {channels}, or PIL images")
+        if not pixels.abs().max() <= 1 and channels in IMAGE_CHANNELS:
+            raise ConfigError("image has values outside of 0 to 1: divide them by their largest, or give uint8")
         if self.vae is not None:
             space = Latents(self.vae)
             mode = self.vae.encode(pixels.to(self._execution_device, self.vae.dtype)).latent_dist.mode()
             pixels = ((mode.float() - space.shift) * space.scale).cpu()
-        return _one_each("image", pixels, number)
+        return _one_each("image", pixels.float(), number)
 
     def _encode_mask(self, mask: Any, size: tuple[int, int], number: int) -> Tensor:
         processor = VaeImageProcessor(
             vae_scale_factor=1, do_normalize=False, do_binarize=True, do_convert_grayscale=True, resample="nearest"
         )
-        return _one_each("mask_image", processor.preprocess(mask, *size), number)
+        # Transparent pixels keep the image: strokes on a transparent layer paint only where they are.
+        if isinstance(mask, np.ndarray | Tensor):
+            mask = mask if "float" in str(mask.dtype) else (mask != 0) * 1.0  # 255 and 1 are both white
+        mask = convert_given("mask_image", mask, 1, background="black")
+        return _one_each("mask_image", processor.preprocess(mask, *size).float(), number)
 
     def _decode(self, x: Tensor) -> Tensor:
         """Images from 0 to 1, on the CPU."""

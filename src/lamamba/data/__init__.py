@@ -17,12 +17,12 @@ A source is the built-in set, Fashion-MNIST, or a folder of images: one subfolde
     order.py          which image is read when; batches
 """
 
-from lamamba.data.decoding import crop_centre, read_image, to_float, to_uint8
+from lamamba.data.decoding import IMAGE_SUFFIXES, crop_centre, read_image, to_float, to_uint8
 from lamamba.data.fashion_mnist import FASHION_MNIST_CLASSES, FASHION_MNIST_FOLDER, load_builtin, load_fashion_mnist
 from lamamba.data.latent_files import LatentSource
 from lamamba.data.opening import NAMED_SOURCES, open_source
 from lamamba.data.order import batches, flip_choices, permutation, reading_order
-from lamamba.data.sources import IMAGE_SUFFIXES, ArraySource, FolderSource, ImageSource, Source
+from lamamba.data.sources import ArraySource, FolderSource, ImageSource, Source
 
 __all__ = [
     "FASHION_MNIST_CLASSES",

@@ -1,20 +1,24 @@
 """From an image file to pixels of one size, and between uint8 pixels and the network's floats."""
 
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from lamamba.errors import DataError
+from lamamba.errors import ConfigError, DataError
+
+Image.init()  # registers all formats
+# What Pillow recognizes but cannot decode by itself; for EPS it would start Ghostscript.
+_NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+FORMATS = tuple(sorted(set(Image.OPEN) - _NOT_DECODED))
+IMAGE_SUFFIXES = tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS))
 
 
 def read_image(path: str | Path, channels: int) -> Image.Image:
-    """Decode a file (of an animation, the first frame) to mode L (channels 1) or RGB (3), upright, on white.
-
-    The EXIF orientation is applied, transparency is composited on white, 16-bit grey is scaled to 8 bits.
+    """Decode a file (of an animation, the first frame) to mode L (channels 1) or RGB (3), see `convert_image`.
 
     Raises:
         DataError: the file is missing, damaged or truncated, or has pixels that have no 8-bit meaning.
@@ -38,18 +42,113 @@ def decode_image(file: str | Path | BinaryIO, channels: int) -> Image.Image:
     Raises:
         DataError: the pixels have no 8-bit meaning; the message names them alone.
     """
-    with Image.open(file) as opened:
-        opened.load()
-        kind = opened.format
-        image = ImageOps.exif_transpose(opened)
+    with Image.open(file, formats=FORMATS) as opened:
+        return convert_image(opened, channels)
+
+
+def convert_image(image: Image.Image, channels: int, background: str = "white") -> Image.Image:
+    """Convert an image of any mode to L (channels 1) or RGB (3).
+
+    The EXIF orientation is applied, transparency is composited on the background, 16-bit grey is scaled to 8 bits.
+
+    Raises:
+        DataError: the pixels have no 8-bit meaning; the message names them alone.
+    """
+    kind, transparent = image.format, _transparent_value(image)
+    image.load()
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):  # older Pillow: 16-bit PNG is "I"
-        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+        values = np.asarray(image)
+        image = Image.fromarray(scale_16_bits(values))
+        if transparent is not None:
+            image.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     elif image.mode in ("I", "F"):
         raise DataError(f"32-bit pixels (mode {image.mode}) of unknown range")
-    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+    elif transparent is not None:
+        image.info["transparency"] = transparent
+    if image.has_transparency_data:
+        if image.mode == "La":  # Pillow converts premultiplied grey to nothing else
+            image = image.convert("LA")
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("L" if channels == 1 else "RGB")
+
+
+def _transparent_value(image: Image.Image) -> Any:
+    """Return which pixel value is transparent, in the units that the loaded pixels have; None without one.
+
+    Pillow keeps the value of a PNG as it is in the file, but scales pixels of 2 and 4 bits up to 8, and colors of 16
+    bits down to 8.
+    """
+    value = image.info.get("transparency")
+    tile = getattr(image, "tile", None)  # empty once the image is loaded
+    raw_mode = tile[0][3] if tile and image.format == "PNG" else None
+    if raw_mode in ("L;2", "L;4") and isinstance(value, int):
+        return value * (85 if raw_mode == "L;2" else 17)
+    if raw_mode == "RGB;16B" and isinstance(value, tuple):
+        return tuple(part >> 8 for part in value)
+    return value
+
+
+def scale_16_bits(values: np.ndarray) -> np.ndarray:
+    """Scale values from 0..65535 to uint8, rounding."""
+    scaled: np.ndarray = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return scaled
+
+
+def convert_given(name: str, given: Any, channels: int, background: str = "white") -> Any:
+    """Convert images that a program holds to what training would read from their files.
+
+    Args:
+        name: of the argument, for errors.
+        given: PIL images of any mode; uint8 or uint16 arrays (h, w), (h, w, c) or (n, h, w, c), or tensors with the
+            channels first; one, or a list of them.
+        channels: see `convert_image`.
+        background: see there.
+
+    Returns:
+        A list of PIL images of mode L or RGB; or `given` itself, where it is floats.
+
+    Raises:
+        ConfigError: it is something else.
+        DataError: an image cannot be decoded, or its pixels have no 8-bit meaning.
+    """
+    images: list[Any] = []
+    items = given if isinstance(given, list | tuple) else [given]
+    if not len(items):
+        raise ConfigError(f"{name} is an empty list: give at least one image")
+    for item in items:
+        if isinstance(item, Tensor) and not item.is_floating_point():
+            item = (item.movedim(-3, -1) if item.ndim > 2 else item).cpu().numpy()
+        if isinstance(item, np.ndarray) and item.dtype.kind != "f":
+            images += [_to_pil(name, pixels) for pixels in (item if item.ndim == 4 else [item])]
+        elif isinstance(item, Image.Image):
+            images.append(item)
+        elif not isinstance(item, np.ndarray | Tensor):
+            raise ConfigError(f"{name} holds a {type(item).__name__}: give PIL images, arrays or tensors")
+        elif images:
+            raise ConfigError(f"{name} mixes images of 8 or 16 bits with floats: give one kind")
+    if not images:
+        return given
+    try:
+        return [convert_image(image, channels, background) for image in images]
+    except DataError as error:
+        raise DataError(f"{name} has {error}: convert it to 8 or 16 bits") from error
+    except (OSError, ValueError, SyntaxError) as error:  # it was opened earlier, and is decoded only now
+        raise DataError(f"{name} cannot be decoded ({error}): give another image") from error
+
+
+def _to_pil(name: str, pixels: np.ndarray) -> Image.Image:
+    if pixels.dtype == np.uint16:
+        pixels = scale_16_bits(pixels)
+    if pixels.ndim == 3 and pixels.shape[-1] == 1:
+        pixels = pixels[..., 0]
+    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[-1] in (2, 3, 4))):
+        raise ConfigError(
+            f"{name} is a {pixels.dtype} array of shape {pixels.shape}: give uint8, uint16 or floats from 0 to 1, "
+            "with 1 to 4 channels"
+        )
+    return Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def crop_centre(image: Image.Image, size: int) -> Image.Image:

@@ -25,9 +25,8 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 
-from lamamba.data.decoding import decode_image
+from lamamba.data.decoding import FORMATS, IMAGE_SUFFIXES, decode_image
 from lamamba.data.preparing import SplitCounts, is_there, list_names, make_folder, progress_bars, rename, using
-from lamamba.data.sources import IMAGE_SUFFIXES
 from lamamba.errors import ConfigError, DataError
 from lamamba.files import TEMPORARY, flush, written_whole
 
@@ -385,7 +384,7 @@ def _check_image(entry: dict[str, Any] | None) -> tuple[bytes, str]:
     if entry is None or (not entry["bytes"] and not entry["path"]):
         raise DataError("it is missing")
     content = entry["bytes"] or Path(entry["path"]).read_bytes()
-    with Image.open(io.BytesIO(content)) as opened:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
         format_name = opened.format or ""
     pixels = decode_image(io.BytesIO(content), 3)
     if format_name in _SUFFIX:

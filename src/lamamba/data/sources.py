@@ -7,10 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lamamba.data.decoding import crop_centre, read_image
+from lamamba.data.decoding import IMAGE_SUFFIXES, crop_centre, read_image
 from lamamba.errors import DataError
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 class Source(ABC):

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from lamamba.config import DemoLimits, SamplingConfig, nearest
+from lamamba.data.decoding import convert_image
 from lamamba.demo.settings import MAX_GUIDANCE, MAX_SEED, Request, check_pixels, read_number, read_whole
 from lamamba.errors import ConfigError
 from lamamba.generate import Painter
@@ -190,14 +191,15 @@ def inpaint(
     """
     if image.size != mask.size:
         raise ConfigError(f"the mask is {mask.size} and the image {image.size}: draw the mask on the image")
-    if not np.asarray(mask.convert("L")).any():
+    image, mask = convert_image(image, 3), convert_image(mask, 1, "black")
+    if not np.asarray(mask).any():
         raise ConfigError("nothing is masked: draw over what is to be painted anew")
     config = request.config
     read_number("strength", strength, 0, 1)
     height, width = config.size or (0, 0)
     # Here, since shrinking an image later would take a pixel of it for each of the mask's.
-    image = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-    mask = mask.convert("L").resize((width, height), Image.Resampling.BOX).point(lambda level: 255 * (level >= 64))
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    mask = mask.resize((width, height), Image.Resampling.BOX).point(lambda level: 255 * (level >= 64))
     own = painter.with_config(replace(config, sampler=None))
     settings = _settings(own, label=request.labels[0], seed=config.seed, strength=strength, inpainted=True)
     options = {
