@@ -1,6 +1,7 @@
 """Training on real images from one command: it stops and goes on exactly, and refuses what it cannot do."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from lamamba.cli import main, read_train_config
 from lamamba.config import PRESETS, TrainConfig
 from lamamba.diffusion import Diffusion
 from lamamba.errors import LamambaError
+from lamamba.trainer import describe_weight_decay
 
 TINY = [
     *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
@@ -180,6 +182,31 @@ def test_every_option_of_training_changes_it(tmp_path: Path, options: dict[str, 
     changed = take_steps(make_trainer(tmp_path, **options), 3)
     assert all(bool(value.isfinite().all()) for value in changed.values())
     assert not same(take_steps(make_trainer(tmp_path), 3), changed)
+
+
+@pytest.mark.parametrize("geometry", [{}, {"downsample": "conv", "ssm_conv_bias": True, "ssm_state_size": 2}], ids=str)
+def test_weight_decay_shrinks_matrices_and_convolutions_alone(tmp_path: Path, geometry: dict[str, Any]) -> None:
+    trainer = make_trainer(tmp_path, network=geometry, weight_decay=0.5, learning_rate=0.1)
+    for parameter in trainer.network.parameters():
+        parameter.data.fill_(1.0)
+        parameter.grad = torch.zeros_like(parameter)
+    trainer.optimizer.step()
+    left_alone = re.compile(r"bias$|norm\.weight$|_embedding(\.weight)?$|\.A_log$|\.D$")
+    shrunk = 0
+    for name, parameter in trainer.network.named_parameters():
+        expected = 1.0 if left_alone.search(name) else 0.95  # 1 - learning_rate * weight_decay
+        torch.testing.assert_close(parameter.data, torch.full_like(parameter, expected), msg=name)
+        shrunk += expected < 1
+    said = describe_weight_decay(trainer.network, 0.5)
+    assert said.startswith(f"weight decay 0.5 on {shrunk} matrices and convolution kernels; none on A_log, D, ")
+    assert "attention_norm.weight, bias, dt_bias, label_embedding.weight, mlp_norm.weight," in said
+
+
+def test_the_log_names_what_has_no_weight_decay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path / "run", "--num-images", "4", "--weight-decay", "0.1")
+    assert capsys.readouterr().out.count("weight decay 0.1 on 107 matrices and convolution kernels; none on A_log") == 1
+    main(["train", "--out", str(tmp_path / "run"), "--resume", "--num-images", "8"])
+    assert "weight decay 0.1 on 107 matrices" in capsys.readouterr().out
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:

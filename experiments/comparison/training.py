@@ -72,14 +72,10 @@ class ComparisonTrainer(Trainer):
             if name != "random_state":
                 tensor.copy_(saved[name])
         self.generator.set_state(saved["random_state"].cpu())
-        named = list(self.network.named_parameters())
-        moments = {
-            index: {key: saved[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            for index, (name, _) in enumerate(named)
-            if f"optimizer.step.{name}" in saved
-        }
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        for name, parameter in self.network.named_parameters():
+            if f"optimizer.step.{name}" in saved:
+                moments = {key: saved[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = moments
         self.images, self.step = int(metadata["images"]), int(metadata["step"])
 
     def _state(self) -> dict[str, Tensor]:

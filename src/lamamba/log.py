@@ -101,6 +101,10 @@ class TrainingLog:
                 f"[yellow]left out {source.skipped} images that cannot be read:[/] {', '.join(source.bad_files)}"
             )
 
+    def note(self, text: str) -> None:
+        """Print a line of plain text."""
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
     def note_start(self, name: str, notes: list[str]) -> None:
         """Say which weights it starts from, and what of them is not simply copied."""
         self._print(f"starts from the averaged weights of {name}")

@@ -26,7 +26,7 @@ from lamamba.log import SilentLog, TrainingLog
 from lamamba.memory import keep_freed_memory
 from lamamba.processes import Processes, SignalsNoted, joined
 from lamamba.sampling import choose_device
-from lamamba.trainer import Trainer, learning_rate
+from lamamba.trainer import Trainer, describe_weight_decay, learning_rate
 
 
 def resolve(config: TrainConfig) -> tuple[TrainConfig, Source, Space, torch.device]:
@@ -158,6 +158,8 @@ def _train(config: TrainConfig, source: Source, space: Space, device: torch.devi
                 write_json(config.out / "config.json", plain(config))
                 with TrainingLog(config, trainer.images, device) as log:
                     log.introduce(source, trainer.network, processes.number, trainer.uses_bf16)
+                    if config.weight_decay:
+                        log.note(describe_weight_decay(trainer.network, config.weight_decay))
                     if config.start_from is not None and not saved:
                         log.note_start(config.start_from, notes)
                     _run(trainer, log, signals)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed
 import torch.utils.checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 
 from lamamba.averages import PowerAverages, save_snapshot
 from lamamba.captured import Captured, CapturedNetwork
@@ -72,10 +72,13 @@ class Trainer:
         self._saved: dict[str, dict[str, Tensor]] = {name: {} for name in self._networks()}  # of the last checkpoint
         self.power_averages = PowerAverages(self.network, config.power_averages) if config.power_averages else None
         self.generator = torch.Generator(device).manual_seed(config.seed)
+        named, decays = list(self.network.named_parameters()), weights_decayed(self.network)
         self.optimizer = torch.optim.AdamW(
-            self.network.parameters(),
+            [
+                {"params": [value for name, value in named if decays[name]], "weight_decay": config.weight_decay},
+                {"params": [value for name, value in named if not decays[name]], "weight_decay": 0.0},
+            ],
             lr=config.learning_rate,
-            weight_decay=config.weight_decay,
             fused=device.type in ("cpu", "cuda"),
         )
         if config.gradient_checkpointing:
@@ -290,20 +293,22 @@ class Trainer:
             raise CheckpointError(
                 f"{checkpoint} was written on another kind of device than {self.device}: resume on that kind"
             ) from error
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
+        self.optimizer.state.update(optimizer_state)
         self.images, self.step = info.images, info.step
 
-    def _empty_state(self, checkpoint: Path) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
-        """Make what a checkpoint's training state is read to: by name; and the optimizer's part as it wants it."""
+    def _empty_state(self, checkpoint: Path) -> tuple[dict[str, Tensor], dict[Tensor, dict[str, Tensor]]]:
+        """Make the tensors that a checkpoint's training state is read into: by name, and the optimizer's by parameter.
+
+        The optimizer's state has parameters' names on disk, so that it does not depend on how they are grouped.
+        """
         saved = names_of_training_state(checkpoint)
         state, optimizer_state = {"random_state": torch.empty_like(self.generator.get_state())}, {}
-        for index, (name, parameter) in enumerate(self.network.named_parameters()):
+        for name, parameter in self.network.named_parameters():
             if f"optimizer.step.{name}" not in saved:
                 continue  # it had no gradient yet
             moments = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer_state[index] = {"step": torch.zeros((), device=self.device), **moments}
-            state |= {f"optimizer.{key}.{name}": value for key, value in optimizer_state[index].items()}
+            optimizer_state[parameter] = {"step": torch.zeros((), device=self.device), **moments}
+            state |= {f"optimizer.{key}.{name}": value for key, value in optimizer_state[parameter].items()}
         if self.power_averages:
             state |= {f"power.{name}": value for name, value in self.power_averages.state_dict().items()}
         missing = sorted(state.keys() - saved)
@@ -349,6 +354,37 @@ class Trainer:
             )
         images = self.space.decode(x).cpu().numpy()
         return make_grid(images, columns, scale=max(1, 64 // images.shape[-1]))
+
+
+def weights_decayed(network: nn.Module) -> dict[str, bool]:
+    """Say for each parameter, by name, whether weight decay applies: only to matrices and convolution kernels.
+
+    Biases, norms, embeddings, `A_log` and `D` are left alone: decay would pull them towards a value that means something.
+    """
+
+    def decays(module: nn.Module, name: str, parameter: Tensor) -> bool:
+        return name.endswith("weight") and parameter.ndim >= 2 and not isinstance(module, nn.Embedding)
+
+    return {
+        f"{path}.{name}".lstrip("."): decays(module, name, parameter)
+        for path, module in network.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def describe_weight_decay(network: nn.Module, weight_decay: float) -> str:
+    """Describe in a line what weight decay applies to, and name the kinds of parameters that it leaves out."""
+    decayed = weights_decayed(network)
+    # A layer's weight is named with its layer, and everything else alone: the same kind in all blocks is named once.
+    kinds = {
+        ".".join(name.split(".")[-2 if name.endswith(".weight") else -1 :])
+        for name, decays in decayed.items()
+        if not decays
+    }
+    return (
+        f"weight decay {weight_decay:g} on {sum(decayed.values())} matrices and convolution kernels; "
+        f"none on {', '.join(sorted(kinds))}"
+    )
 
 
 def learning_rate(config: TrainConfig, images: int) -> float:

@@ -57,7 +57,7 @@ class TrainConfig:
     decay: Literal["none", "linear", "cosine"] = "none"
     """How the learning rate falls from the end of its warm-up, to nothing at num_images; none keeps it."""
     weight_decay: float = 0.0
-    """Of AdamW."""
+    """AdamW weight decay of matrices and convolution kernels; biases, norms, embeddings, A_log and D have none."""
     max_grad_norm: float = 1.0
     """Clip the gradient to this norm; 0 never clips."""
     max_skipped_steps: int = 10
