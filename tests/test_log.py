@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +68,43 @@ def test_a_run_that_is_killed_as_it_goes_on_keeps_its_log(tmp_path: Path, monkey
     main(["train", "--out", str(out), "--num-images", "6", "--resume"])
     lines = (out / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["images"] for line in lines] == [2, 4, 6]
+
+
+DAMAGED = [
+    b"\xff", b"5", b"null", b'"images"', b"[1, 2]", b"{}", b"\0" * 200_000, b"[" * 60_000, b"1" * 9_000,
+    b'{"images": null}', b'{"images": "4"}', b'{"images": true}', b'{"images": 4.5}', b'{"images": NaN}',
+    b'{"images": -2, "loss": 1.0}', b'{"images": 1' + b"0" * 200 + b"}", b'{"loss": 1.0}', b'{"images": 4, "lo',
+]  # fmt: skip
+DOUBTFUL = (
+    b'{"images": 3, "loss": NaN, "grad_norm": -Infinity, "images_per_s": "fast", "mfu": [], "skipped_steps": 1.5}'
+)
+
+
+def test_a_damaged_log_stops_nothing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    whole = (out / "log.jsonl").read_bytes().splitlines()
+    repeated = whole[1].replace(b'"step": 2', b'"step": 9')
+    (out / "log.jsonl").write_bytes(
+        b"\n".join([whole[0], repeated, b"", DOUBTFUL, *DAMAGED[:-1], *whole[1:], DAMAGED[-1]])
+    )
+    main(["watch", str(out)])
+    assert "6 of 6 images, 100%, done" in " ".join(capsys.readouterr().out.split())
+    main(["plot", str(out), "--out", str(tmp_path / "plots")])
+    assert (tmp_path / "plots" / "curves.png").is_file()
+    capsys.readouterr()
+    main(["train", "--out", str(out), "--resume", "--num-images", "8"])
+    assert f"{len(DAMAGED)} damaged lines of log.jsonl left out" in capsys.readouterr().out
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [(record["images"], record.get("step")) for record in records] == [(2, 1), (3, None), (4, 2), (6, 3), (8, 4)]
+    assert records[1] == {"images": 3, "skipped_steps": 1.5}
+    (out / "log.jsonl").write_bytes(DOUBTFUL + b"\n" + DAMAGED[0])
+    main(["watch", str(out)])
+    assert "3 of 8 images, 38%, no speed in the log" in " ".join(capsys.readouterr().out.split())
+    main(["plot", str(out), "--out", str(tmp_path / "plots")])
+    (out / "log.jsonl").write_bytes(b"".join(DAMAGED))
+    main(["watch", str(out)])
+    assert "nothing logged yet" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
@@ -190,6 +228,7 @@ def test_a_curve_fits_its_line() -> None:
     assert _line([1.0, 2.0, 3.0], 80) == "▁▅█"
     assert _line([4.0] * 5, 3) == "▁▁▁"
     assert len(_line([float(value) for value in range(1000)], 40)) == 40
+    assert _line([], 40) == ""
     assert [_duration(seconds) for seconds in (5, 300, 9000, 500_000)] == [
         "5 seconds", "5 minutes", "2.5 hours", "5.8 days",
     ]  # fmt: skip

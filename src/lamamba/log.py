@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import secrets
 import time
 import warnings
@@ -25,6 +26,8 @@ from lamamba.files import written_whole
 from lamamba.model import LaMambaDiff
 
 SHOWN_EVERY_S = 5.0  # beside the bar, on a terminal; to read it waits for the device
+MAX_LINE_BYTES = 1 << 16  # of log.jsonl; a longer line is damaged, and not worth the memory
+MAX_VALUE = 1e100  # in log.jsonl; a larger one is damaged, and sums of it would not be finite
 
 
 class TrainingLog:
@@ -42,7 +45,7 @@ class TrainingLog:
         self.config, self.device = config, device
         self.console = Console()
         self.path = config.out / "log.jsonl"
-        self.records = self._read_earlier_records(images)
+        self.records, self.damaged_lines = self._read_earlier_records(images)
         self.file = self.path.open("a", buffering=1)
         self.board = SummaryWriter(str(config.out / "tensorboard"), purge_step=images or None)
         self.tracker = _start_tracker(config)
@@ -75,14 +78,15 @@ class TrainingLog:
         if self.tracker:
             self.tracker.finish()
 
-    def _read_earlier_records(self, images: int) -> list[dict[str, Any]]:
+    def _read_earlier_records(self, images: int) -> tuple[list[dict[str, float]], int]:
         """Keep what was logged up to the checkpoint that is resumed from; the rest is about to be done again."""
         if not self.path.is_file():
-            return []
-        records = [record for record in _read_records(self.path) if record["images"] <= images]
+            return [], 0
+        records, damaged_lines = _read_records(self.path)
+        records = [record for record in records if record["images"] <= images]
         with written_whole(self.path) as temporary:  # killed here, the run still has all of it
             temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-        return records
+        return records, damaged_lines
 
     def introduce(self, source: Source, network: LaMambaDiff, num_processes: int = 1, uses_bf16: bool = False) -> None:
         """Say what is trained on what; and find out how much there is to compute, and how much could be."""
@@ -96,6 +100,8 @@ class TrainingLog:
             f"network {self.config.preset}, {sum(p.numel() for p in network.parameters()):,} parameters · {self.device}"
             + (f" and {num_processes - 1} more" if num_processes > 1 else "")
         )
+        if self.damaged_lines:
+            self.note(f"{self.damaged_lines} damaged line{'s' * (self.damaged_lines > 1)} of log.jsonl left out")
         if source.skipped:
             self._print(
                 f"[yellow]left out {source.skipped} images that cannot be read:[/] {', '.join(source.bad_files)}"
@@ -254,7 +260,7 @@ def draw_lines(axes: Any, records: Sequence[Mapping[str, Any]], styles: Mapping[
             axes.plot(*zip(*points, strict=True), **style)
 
 
-def read_log(run: Path) -> tuple[list[dict[str, Any]], int]:
+def read_log(run: Path) -> tuple[list[dict[str, float]], int]:
     """Read what a run has logged, and how many images it is to see in all.
 
     Raises:
@@ -266,20 +272,44 @@ def read_log(run: Path) -> tuple[list[dict[str, Any]], int]:
         raise CheckpointError(f"{run} holds no run of lamamba: give the --out of a training")
     try:
         total = int(json.loads((run / "config.json").read_text())["num_images"])
-        records = _read_records(run / "log.jsonl") if (run / "log.jsonl").is_file() else []
+        records = _read_records(run / "log.jsonl")[0] if (run / "log.jsonl").is_file() else []
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{run} holds no run of lamamba ({type(error).__name__}: {error})") from error
     return records, total
 
 
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue  # the last line of a run that was killed, or that is being written
-    return records
+def _read_records(path: Path) -> tuple[list[dict[str, float]], int]:
+    """Read a log: its records in the order of the images seen, one for each number; and count the damaged lines.
+
+    A log is never worth a run, so whatever else than a record of numbers is in it (half a line after a kill, bytes of
+    a failing disk) is left out.
+    """
+    records, damaged_lines, at_start = {}, 0, True
+    with path.open("rb") as file:
+        while line := file.readline(MAX_LINE_BYTES):
+            record = _parse_record(line) if at_start else None
+            if record:
+                records[record["images"]] = record
+            elif at_start and line.strip():
+                damaged_lines += 1
+            at_start = line.endswith(b"\n")  # otherwise the rest of a line that is too long follows
+    return [records[images] for images in sorted(records)], damaged_lines
+
+
+def _parse_record(line: bytes) -> dict[str, float] | None:
+    """Read the numbers of a line of the log; None where it is no record."""
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):  # of brackets in brackets, thousands deep
+        return None
+    if not isinstance(content, dict):
+        return None
+    record = {
+        name: value
+        for name, value in content.items()
+        if type(value) in (int, float) and -MAX_VALUE < value < MAX_VALUE  # not NaN
+    }
+    return record if type(record.get("images")) is int and record["images"] >= 0 else None
 
 
 def _start_tracker(config: TrainConfig) -> Any:
@@ -300,7 +330,7 @@ def _start_tracker(config: TrainConfig) -> Any:
     run: dict[str, Any] = {"project": config.project, "name": config.out.resolve().name, "config": options}
     if config.tracker == "wandb":  # which knows runs by an identity
         identity = config.out / "wandb-id"
-        if not identity.is_file():
+        if not identity.is_file() or not re.fullmatch(rb"[0-9a-f]{16}", identity.read_bytes()):  # or it is damaged
             identity.write_text(secrets.token_hex(8))
         run |= {"id": identity.read_text(), "dir": str(config.out)}
     tracker.init(**run, resume="allow")

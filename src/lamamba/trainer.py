@@ -359,7 +359,7 @@ class Trainer:
 def weights_decayed(network: nn.Module) -> dict[str, bool]:
     """Say for each parameter, by name, whether weight decay applies: only to matrices and convolution kernels.
 
-    Biases, norms, embeddings, `A_log` and `D` are left alone: decay would pull them towards a value that means something.
+    Biases, norms, embeddings, `A_log` and `D` have none: for them, zero is not the neutral value.
     """
 
     def decays(module: nn.Module, name: str, parameter: Tensor) -> bool:

@@ -20,7 +20,7 @@ SHOWN = (
     ("loss_q3", "500 to 750", ".4f"), ("loss_q4", "750 to 1000", ".4f"),
     ("grad_norm", "", ".3f"), ("learning_rate", "", ".2e"), ("images_per_s", "images/s", ",.1f"),
     ("data_wait", "of the time, for images", ".1%"), ("mfu", "of the GPU's peak", ".1%"),
-    ("peak_gib", "GiB", ".1f"), ("skipped_steps", "", "d"),
+    ("peak_gib", "GiB", ".1f"), ("skipped_steps", "", ".0f"),
 )  # fmt: skip
 
 
@@ -49,9 +49,10 @@ def _picture(run: Path, width: int) -> tuple[Group, bool]:
     if not records:
         return Group(Text(f"{run}: nothing logged yet")), False
     last = records[-1]
-    share, left = last["images"] / total, (total - last["images"]) / last["images_per_s"]
+    share, speed = last["images"] / max(1, total), last.get("images_per_s", 0)
     ended = last["images"] >= total
-    until = "done" if ended else f"{_duration(left)} left at this speed"
+    left = f"{_duration((total - last['images']) / speed)} left at this speed" if speed > 0 else "no speed in the log"
+    until = "done" if ended else left
     table = Table(box=None, show_header=False)
     for name, unit, style in SHOWN:
         if name in last:
@@ -61,7 +62,7 @@ def _picture(run: Path, width: int) -> tuple[Group, bool]:
     checkpoint = f"checkpoint of {int(saved[-1].name):,} images, {age} ago" if saved else "no checkpoint yet"
     return Group(
         Text(f"{run}: {last['images']:,} of {total:,} images, {share:.0%}, {until}", style="bold"),
-        Text(f"loss {_line([record['loss'] for record in records], width - 5)}"),
+        Text(f"loss {_line([record['loss'] for record in records if 'loss' in record], width - 5)}"),
         table,
         Text(checkpoint, style="dim"),
     ), ended
@@ -69,6 +70,8 @@ def _picture(run: Path, width: int) -> tuple[Group, bool]:
 
 def _line(values: list[float], width: int) -> str:
     """Draw values as a line of bars, each the mean of its share of them."""
+    if not values:
+        return ""
     width = max(1, min(width, len(values)))
     parts = [values[len(values) * i // width : len(values) * (i + 1) // width] for i in range(width)]
     means = [sum(part) / len(part) for part in parts]
