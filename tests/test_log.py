@@ -10,18 +10,21 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lamamba import log as logging_of_runs
 from lamamba import watch as watching
 from lamamba.cli import main
 from lamamba.config import NetworkConfig, preset
 from lamamba.cost import peak_tflops, training_flops
+from lamamba.trainer import Trainer
 from lamamba.watch import _duration, _line
 
 TINY = [
     *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
     *("--data", "builtin", "--batch-size", "2", "--device", "cpu", "--sample-steps", "1", "--log-every", "2"),
 ]
+RARE_SAMPLES = ["--sample-every", "1000"]
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +108,46 @@ def test_a_damaged_log_stops_nothing(run: Path, tmp_path: Path, capsys: pytest.C
     (out / "log.jsonl").write_bytes(b"".join(DAMAGED))
     main(["watch", str(out)])
     assert "nothing logged yet" in " ".join(capsys.readouterr().out.split())
+
+
+def points(run: Path) -> list[tuple[int, float]]:
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    return [(event.step, event.value) for event in board.Scalars("train/loss")]
+
+
+def logged(run: Path) -> list[tuple[int, Any]]:
+    records = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return [(record["images"], pytest.approx(record["loss"])) for record in records]
+
+
+def test_every_point_of_a_run_in_parts_is_in_tensorboard_once(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    resume = ["train", "--out", str(out), "--resume", "--num-images"]
+    main(["train", "--out", str(out), *TINY, *RARE_SAMPLES, "--num-images", "8", "--checkpoint-every", "4"])
+    main([*resume, "12"])
+    assert [images for images, _ in points(out)] == [2, 4, 6, 8, 10, 12]
+    for checkpoint in (out / "checkpoints").glob("*[02]"):  # of 12 images: those after 8 are seen again
+        shutil.rmtree(checkpoint)
+    main([*resume, "14"])
+    assert [images for images, _ in points(out)] == [2, 4, 6, 8, 10, 12, 14]
+    assert points(out) == logged(out)
+
+
+def test_a_run_that_is_killed_has_the_same_points_in_tensorboard_and_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, seen, take_step = tmp_path / "run", [], Trainer.take_step
+
+    def look_first(trainer: Trainer, *batch: Any) -> Any:
+        if trainer.images == 4:
+            seen.append((points(out), logged(out)))
+        return take_step(trainer, *batch)
+
+    monkeypatch.setattr(Trainer, "take_step", look_first)
+    main(["train", "--out", str(out), *TINY, *RARE_SAMPLES, "--num-images", "6"])
+    ((shown, expected),) = seen
+    assert [images for images, _ in shown] == [2, 4]
+    assert shown == expected
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,8 @@ class TrainingLog:
         self.path = config.out / "log.jsonl"
         self.records, self.damaged_lines = self._read_earlier_records(images)
         self.file = self.path.open("a", buffering=1)
-        self.board = SummaryWriter(str(config.out / "tensorboard"), purge_step=images or None)
+        # TensorBoard drops earlier points from this step on, which are about to be logged again.
+        self.board = SummaryWriter(str(config.out / "tensorboard"), purge_step=images + 1)
         self.tracker = _start_tracker(config)
         self.tflop_per_image = 0.0
         self.peak_tflops: float | None = None
@@ -173,6 +174,7 @@ class TrainingLog:
         for name, value in record.items():
             if name not in ("images", "step"):
                 self.board.add_scalar(f"train/{name}", value, images)
+        self.board.flush()  # so that a run that is killed has the same points here as in log.jsonl
         if self.tracker:
             self.tracker.log({f"train/{name}": value for name, value in record.items()}, step=images)
         speed = self._show(means["loss"], record["images_per_s"])
