@@ -49,6 +49,8 @@ def encode(config: EncodeConfig) -> None:
         with locked(config.out) if processes.is_first else nullcontext():
             if processes.is_first:
                 _begin(config.out, settings)
+                if source.left_out:
+                    print(f"left out of {config.data}: {source.left_out}")
             processes.wait()
             _encode_shards(config, source, space, device, processes)
             processes.wait()

@@ -103,6 +103,8 @@ class TrainingLog:
         )
         if self.damaged_lines:
             self.note(f"{self.damaged_lines} damaged line{'s' * (self.damaged_lines > 1)} of log.jsonl left out")
+        if source.left_out:
+            self.note(f"left out of {source.name}: {source.left_out}")
         if source.skipped:
             self._print(
                 f"[yellow]left out {source.skipped} images that cannot be read:[/] {', '.join(source.bad_files)}"

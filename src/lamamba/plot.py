@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lamamba.config import GridConfig, PlotConfig
 from lamamba.data import read_image
-from lamamba.data.sources import list_images_below
+from lamamba.data.folders import list_images_below, no_images
 from lamamba.errors import CheckpointError, ConfigError, DataError
 from lamamba.files import written_whole
 from lamamba.log import draw_lines, read_log
@@ -176,10 +176,15 @@ def _list_images(paths: Iterable[Path]) -> list[str]:
     for path in paths:
         if not path.exists():
             raise DataError(f"{path} is missing: give images, or folders of them")
-        below = list_images_below(path) if path.is_dir() else [str(path)]
-        if not below:
-            raise DataError(f"{path} has no images: give another folder")
-        listed += below
+        if not path.is_dir():
+            listed.append(str(path))
+            continue
+        found = list_images_below(path)
+        if not found.images:
+            raise DataError(no_images(path, found))
+        if found.left_out:
+            print(f"left out of {path}: {found.left_out}")
+        listed += found.images
     return listed
 
 

@@ -8,6 +8,7 @@ A source is the built-in set, Fashion-MNIST, or a folder of images: one subfolde
     opening.py        a name or a path -> a source
     fashion_mnist.py  the shipped images, the idx files, the hub
     sources.py        what a source is; images in memory, files in a folder
+    folders.py        finds the images in a folder, each real folder once
     latent_files.py   latents that were encoded before
     imagenet.py       the official ImageNet files -> folders
     hugging_face.py   a Hugging Face dataset -> folders

@@ -25,7 +25,8 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 
-from lamamba.data.decoding import FORMATS, IMAGE_SUFFIXES, decode_image
+from lamamba.data.decoding import FORMATS, decode_image
+from lamamba.data.folders import list_images_below
 from lamamba.data.preparing import SplitCounts, is_there, list_names, make_folder, progress_bars, rename, using
 from lamamba.errors import ConfigError, DataError
 from lamamba.files import TEMPORARY, flush, written_whole
@@ -186,10 +187,9 @@ def _opening(what: str, kind: str, mend: str) -> Iterator[None]:
 
 def _refuse_image_folder(folder: Path, split: str) -> None:
     """Say that a folder of images, without anything that datasets would take labels from, needs no preparing."""
-    with using(folder, "listed"):
-        names = {name for _, _, within in os.walk(folder) for name in within if name[0] != "." and name != RECORD}
-    suffixes = {Path(name).suffix.lower() for name in names}
-    if suffixes & set(IMAGE_SUFFIXES) and suffixes <= {*IMAGE_SUFFIXES, ".txt", ".md", ""}:
+    found = list_images_below(folder)
+    others = {Path(path).suffix.lower() for path in found.others if Path(path).name != RECORD}
+    if found.images and others <= {".txt", ".md", ""}:
         images = folder / split if (folder / split).is_dir() else folder
         raise DataError(
             f"{folder} is a folder of images, which needs no preparing: train on it as it is (lamamba train --data "

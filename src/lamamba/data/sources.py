@@ -1,13 +1,13 @@
 """What a source is, and two kinds of images: held in memory, and files in a folder."""
 
-import os
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from lamamba.data.decoding import IMAGE_SUFFIXES, crop_centre, read_image
+from lamamba.data.decoding import crop_centre, read_image
+from lamamba.data.folders import list_classes
 from lamamba.errors import DataError
 
 
@@ -20,6 +20,7 @@ class Source(ABC):
         image_size: height and width of an image in pixels.
         channels: of an image, 1 (grey) or 3 (red, green, blue).
         bad_files: the files that were left out because they cannot be read.
+        left_out: what else lies in its folder and is no image, in words.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Source(ABC):
     image_size: int
     channels: int
     bad_files: tuple[str, ...] = ()
+    left_out: str = ""
 
     @property
     def num_classes(self) -> int:
@@ -103,21 +105,24 @@ class FolderSource(ImageSource):
 
     Args:
         folder: one subfolder a class (their sorted names are the class names), or images directly inside (no classes).
-            Images may lie deeper inside a class folder; hidden files and other suffixes are ignored.
+            Images may lie deeper inside a class folder. All formats that Pillow decodes are read; what is left out is
+            said in `left_out`. Links to folders are followed, and each real folder is read once.
         image_size: pixels; images are centre-cropped to it, see `crop_centre`.
         channels: 1 or 3.
         skip_bad_images: decode every file now, in threads, and leave the unreadable ones out (see `bad_files`).
             Otherwise a file is first touched by `load`, because a full pass over a large folder takes long.
 
     Raises:
-        DataError: the folder is missing, empty, mixes images with class folders, has one class, or a class without
-            (readable) images.
+        DataError: the folder is missing, empty, mixes images with class folders, has one class, a class twice, or a
+            class without (readable) images.
     """
 
     def __init__(self, folder: Path, *, image_size: int, channels: int = 3, skip_bad_images: bool = False) -> None:
         self.folder, self.name = folder, folder.resolve().name
         self.image_size, self.channels = image_size, channels
-        self.class_names, self.paths, self.labels = _list_folder(folder)
+        found = list_classes(folder)
+        self.class_names, self.paths, self.labels = found.class_names, found.paths, found.labels
+        self.left_out = found.left_out
         if skip_bad_images:
             self._leave_out_bad_files()
 
@@ -148,49 +153,3 @@ class FolderSource(ImageSource):
         except DataError:
             return False
         return True
-
-
-def _list_folder(folder: Path) -> tuple[tuple[str, ...], list[str], list[int]]:
-    """Return the class names, the sorted paths and their labels."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is {'a file' if folder.exists() else 'missing'}: give an existing folder of images")
-    try:
-        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"{folder} cannot be listed ({error.strerror}): make it readable") from error
-    classes = [entry for entry in entries if entry.is_dir()]
-    flat = [str(entry) for entry in entries if not entry.is_dir() and entry.suffix.lower() in IMAGE_SUFFIXES]
-    if flat and classes:
-        raise DataError(
-            f"{folder} has both images ({Path(flat[0]).name}) and class folders ({classes[0].name}): move the images "
-            "into class folders, or all of them to the top for training without classes"
-        )
-    if flat:
-        return (), flat, [0] * len(flat)
-    if not classes:
-        raise DataError(f"{folder} has no images: put files in it that end in {', '.join(IMAGE_SUFFIXES)}")
-    if len(classes) == 1:
-        raise DataError(
-            f"{folder} has a single class folder, {classes[0].name}: give {classes[0]} for training without classes, "
-            "or add a second class"
-        )
-    listed = [list_images_below(folder_of_class) for folder_of_class in classes]
-    for folder_of_class, paths in zip(classes, listed, strict=True):
-        if not paths:
-            raise DataError(f"the class folder {folder_of_class} has no images: add some or remove the folder")
-    labels = [label for label, paths in enumerate(listed) for _ in paths]
-    return tuple(entry.name for entry in classes), [path for paths in listed for path in paths], labels
-
-
-def list_images_below(folder: Path) -> list[str]:
-    """List the image files in a folder, at any depth, sorted, without hidden ones; DataError if it is unreadable."""
-
-    def fail(error: OSError) -> None:
-        raise DataError(f"{error.filename} cannot be listed ({error.strerror}): make it readable") from error
-
-    paths: list[str] = []
-    for parent, subfolders, names in os.walk(folder, onerror=fail, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        images = (name for name in names if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES))
-        paths += (os.path.join(parent, name) for name in images)
-    return sorted(paths)

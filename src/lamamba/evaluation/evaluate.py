@@ -286,7 +286,7 @@ def _describe(images: ImageSet | None, name: str | None = None) -> dict[str, Any
     height, width = images.size or (None, None)
     return {
         "name": images.name, "images": images.num_images, "height": height, "width": width,
-        "pixels_sha256": images.pixels_sha256,
+        "pixels_sha256": images.pixels_sha256, "left_out_files": images.left_out,
     }  # fmt: skip
 
 
@@ -300,6 +300,10 @@ def _print(console: Console, result: dict[str, Any], network: FeatureNetwork) ->
         f"features {features['name']}, {features['dimension']:,} numbers, sha256 {features['sha256'][:12]}",
     ):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
+    for described in (generated, reference):
+        if described.get("left_out_files"):
+            line = f"left out of {described['name']}: {described['left_out_files']}"
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
     table = Table()
     table.add_column("score")
     table.add_column("value", justify="right")

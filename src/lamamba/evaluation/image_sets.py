@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lamamba.data import IMAGE_SUFFIXES, ArraySource, crop_centre, load_builtin, load_fashion_mnist, read_image
-from lamamba.data.sources import list_images_below
+from lamamba.data import ArraySource, crop_centre, load_builtin, load_fashion_mnist, read_image
+from lamamba.data.folders import list_images_below, no_images
 from lamamba.errors import DataError
 from lamamba.evaluation.metrics import Gaussian
 from lamamba.files import checksum
@@ -44,6 +44,7 @@ class ImageSet:
         read: yields (name of the image, uint8 (h, w, c)).
         paths: of the files, where they are in files of their own.
         file: that all are in, where they are in one.
+        left_out: what else lies in a folder and is no image, in words.
         size: height and width, once the first was read.
         pixels_sha256: of all pixels, once the last was read; the same for a folder and a .npz of the same images.
     """
@@ -53,6 +54,7 @@ class ImageSet:
     read: Callable[[], Iterator[tuple[str, np.ndarray]]]
     paths: tuple[str, ...] = ()
     file: Path | None = None
+    left_out: str = ""
     size: tuple[int, int] | None = None
     pixels_sha256: str | None = None
 
@@ -160,11 +162,12 @@ def _enumerate(name: str, images: Iterator[np.ndarray]) -> Iterator[tuple[str, n
 
 
 def _open_folder(folder: Path, image_size: int | None) -> ImageSet:
-    paths = list_images_below(folder)
+    found = list_images_below(folder)
+    paths = found.images
     if not paths and any(folder.glob("*.tar")):
         raise DataError(f"{folder} holds tars: unpack them, or generate the images with --format png or npz")
     if not paths:
-        raise DataError(f"{folder} has no images: put files in it that end in {', '.join(IMAGE_SUFFIXES)}")
+        raise DataError(no_images(folder, found))
 
     def load(path: str) -> np.ndarray:
         image = read_image(path, 3)
@@ -176,7 +179,7 @@ def _open_folder(folder: Path, image_size: int | None) -> ImageSet:
                 part = paths[start : start + 256]
                 yield from zip(part, threads.map(load, part), strict=True)
 
-    return ImageSet(str(folder), len(paths), read, tuple(paths))
+    return ImageSet(str(folder), len(paths), read, tuple(paths), left_out=found.left_out)
 
 
 def _open_npz(path: Path) -> Reference:

@@ -1,0 +1,194 @@
+"""What images a folder holds: each real folder is read once, and nothing is left out without being counted."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lamamba.data.decoding import IMAGE_SUFFIXES
+from lamamba.errors import DataError
+
+_MOST_NAMED = 5  # suffixes and links, in a message; of more, how many there are
+
+
+@dataclass
+class Found:
+    """What lies below a folder, at any depth.
+
+    Attributes:
+        images: paths of files whose suffix is an image's, sorted.
+        others: paths of files with other suffixes, and of what is no file.
+        dangling: paths of links that lead nowhere.
+        num_hidden: files and folders whose names begin with a dot, which are not read.
+        num_repeated: links to folders that are read already.
+    """
+
+    images: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    dangling: list[str] = field(default_factory=list)
+    num_hidden: int = 0
+    num_repeated: int = 0
+
+    def add(self, other: "Found") -> None:
+        """Add what lies below another folder."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    @property
+    def left_out(self) -> str:
+        """Count and name what is no image, in words; empty if there is nothing."""
+        suffixes = Counter(Path(path).suffix.lower() or "without suffix" for path in self.others)
+        kinds = [f"{number:,} {suffix}" for suffix, number in suffixes.most_common(_MOST_NAMED)]
+        rest = sum(suffixes.values()) - sum(number for _, number in suffixes.most_common(_MOST_NAMED))
+        more = [f"{rest:,} of {len(suffixes) - _MOST_NAMED:,} more kinds"] if rest else []
+        dangling = ", ".join(self.dangling[:_MOST_NAMED]) + ", ..." * (len(self.dangling) > _MOST_NAMED)
+        more += [f"{len(self.dangling):,} dangling links ({dangling})"] if self.dangling else []
+        more += [f"{self.num_hidden:,} hidden"] if self.num_hidden else []
+        more += [f"{self.num_repeated:,} links to folders that are read already"] if self.num_repeated else []
+        return ", ".join([*kinds, *more]).encode(errors="backslashreplace").decode()
+
+
+@dataclass(frozen=True)
+class ClassFolders:
+    """The images of a training set: class names, and each image's path and label; what was left out, in words."""
+
+    class_names: tuple[str, ...]
+    paths: list[str]
+    labels: list[int]
+    left_out: str
+
+
+def list_images_below(folder: Path) -> Found:
+    """Find the image files in a folder at any depth; raises DataError where a folder is unreadable."""
+    return _walk([str(folder)], set())[0]
+
+
+def list_classes(folder: Path) -> ClassFolders:
+    """Find a training set: one subfolder a class, in the order of their names; or images directly inside.
+
+    Raises:
+        DataError: the folder is missing, empty, mixes images with class folders, has one class, a class twice, or one
+            without images.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is {'a file' if folder.exists() else 'missing'}: give an existing folder of images")
+    here, known = Found(), set[tuple[int, int]]()
+    folders, links = _read_folder(str(folder), known, here)
+    classes = sorted([*folders, *links])
+    if here.images and classes:
+        raise DataError(
+            f"{folder} has both images ({Path(here.images[0]).name}) and class folders ({Path(classes[0]).name}): move "
+            "the images into class folders, or all of them to the top for training without classes"
+        )
+    if here.images:
+        return ClassFolders((), here.images, [0] * len(here.images), here.left_out)
+    if here.dangling:
+        raise DataError(
+            f"{here.dangling[0]} is a link that leads nowhere: restore the class folder that it leads to, or delete it"
+        )
+    if not classes:
+        raise DataError(no_images(folder, here))
+    if len(classes) == 1:
+        name = Path(classes[0]).name
+        raise DataError(
+            f"{folder} has a single class folder, {name}: give {classes[0]} for training without classes, or add a "
+            "second class"
+        )
+    _check_distinct(str(folder), classes)
+    found = _walk(classes, known)
+    for path, below in zip(classes, found, strict=True):
+        if not below.images:
+            which = f" ({below.left_out})" if below.left_out else ""
+            raise DataError(f"the class folder {path} has no images{which}: add some or remove the folder")
+        here.add(below)
+    labels = [label for label, below in enumerate(found) for _ in below.images]
+    paths = [path for below in found for path in below.images]
+    return ClassFolders(tuple(Path(path).name for path in classes), paths, labels, here.left_out)
+
+
+def no_images(folder: Path, found: Found) -> str:
+    """Say that a folder has no images, what it has, and what helps."""
+    has = f"; it has {found.left_out}" if found.left_out else ""
+    return f"{folder} has no images: put files in it that end in .png, .jpg, .webp or another suffix of Pillow's{has}"
+
+
+def _check_distinct(root: str, classes: Sequence[str]) -> None:
+    """Refuse class folders that are the same real folder, whose images would have two labels."""
+    names = {_identify(root): root}
+    for path in classes:
+        other = names.setdefault(_identify(path), path)
+        if other != path:
+            raise DataError(f"the class folder {path} is the same folder as {other}: remove one of them")
+
+
+def _walk(roots: Sequence[str], known: set[tuple[int, int]]) -> list[Found]:
+    """Find what lies below several folders, without the `known` ones.
+
+    Folders are first read where they really lie, and then where links lead, so an image has the label of its own class
+    folder, whatever links to that. A folder elsewhere belongs to each root that links to it.
+    """
+    found = [Found() for _ in roots]
+    links = [
+        [root] if os.path.islink(root) else _read_below(root, known, below)
+        for root, below in zip(roots, found, strict=True)
+    ]
+    for waiting, below in zip(links, found, strict=True):
+        known_here = set(known) if waiting else known
+        while waiting:
+            waiting += _read_below(waiting.pop(0), known_here, below)
+        below.images.sort()
+    return found
+
+
+def _read_below(folder: str, known: set[tuple[int, int]], found: Found) -> list[str]:
+    """Read a folder and the real folders below it, without the known ones; returns the links to folders."""
+    waiting, links = [folder], list[str]()
+    while waiting:
+        folders, linked = _read_folder(waiting.pop(), known, found)
+        waiting += folders
+        links += linked
+    return sorted(links)
+
+
+def _read_folder(folder: str, known: set[tuple[int, int]], found: Found) -> tuple[list[str], list[str]]:
+    """Read one folder unless it is known; returns its subfolders and its links to folders."""
+    try:
+        identity = _identify(folder)
+        if identity in known:
+            found.num_repeated += 1
+            return [], []
+        known.add(identity)
+        with os.scandir(folder) as entries:
+            listed = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be listed ({error.strerror or error}): make it readable") from error
+    folders, links = list[str](), list[str]()
+    for entry in listed:
+        if entry.name.startswith("."):
+            found.num_hidden += 1
+            continue
+        if _is(entry.is_dir):
+            (links if entry.is_symlink() else folders).append(entry.path)
+            continue
+        is_file = _is(entry.is_file)
+        is_dangling = not is_file and entry.is_symlink() and not os.path.exists(entry.path)
+        if entry.name.lower().endswith(IMAGE_SUFFIXES) and (is_file or is_dangling):
+            found.images.append(entry.path)  # a dangling link is reported as an image that cannot be read
+        else:
+            (found.dangling if is_dangling else found.others).append(entry.path)
+    return folders, links
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """Ask whether an entry is a folder or a file; a link that leads in a circle or out of reach is neither."""
+    try:
+        return kind()
+    except OSError:
+        return False
+
+
+def _identify(folder: str) -> tuple[int, int]:
+    """Return what tells real folders apart, whatever path leads there."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
