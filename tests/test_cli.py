@@ -88,7 +88,7 @@ def test_a_preset_sets_the_network_and_options_refine_it(tmp_path: Path, capsys:
         (["train", "--out", "OUT", "--embed-dim", "wide"], "'wide'"),
         (["train", "--out", "OUT", "--depths", "1", "2"], "--depths"),
         (["train", "--out", "OUT", "--batch-size", "0"], "batch_size is 0: it must be 1 or more"),
-        (["train", "--out", "OUT", "--accumulate", "3"], "accumulate is 3: it must be a divisor of batch_size 64"),
+        (["train", "--out", "OUT", "--accumulate", "65"], "accumulate is 65: it must be at most batch_size 64"),
         (["train", "--out", "OUT", "--learning-rate", "0"], "learning_rate is 0"),
         (["train", "--out", "OUT", "--scan", "spiral"], "spiral"),
         (["train", "--out", "OUT", "--num-image", "5"], "--num-image"),

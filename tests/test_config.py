@@ -111,7 +111,7 @@ WRONG_TRAININGS = [
     ("num_images", 0),
     ("batch_size", 0),
     ("accumulate", 0),
-    ("accumulate", 7),
+    ("accumulate", 65),
     ("sample_steps", 0),
     ("log_every", 0),
     ("sample_every", -1),

@@ -17,6 +17,7 @@ import torch
 from packaging.version import parse
 from safetensors.torch import load_file
 
+import steps
 from lamamba.averages import snapshots_in
 from lamamba.checkpoint import checkpoints_in, load_checkpoint
 from lamamba.cli import main
@@ -99,8 +100,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
 @pytest.mark.parametrize(
     ("number", "options"),
     [
-        (2, []), (4, []), (2, ["--accumulate", "2"]),
-        (2, ["--shard"]), (2, ["--shard", "--accumulate", "2", "--gradient-checkpointing"]),
+        (2, []), (4, []), (2, ["--shard", "--accumulate", "2", "--gradient-checkpointing"]),
     ],
 )  # fmt: skip
 def test_the_loss_curve_is_that_of_one_process(
@@ -120,44 +120,17 @@ def test_the_loss_curve_is_that_of_one_process(
         torch.testing.assert_close(value, averages[1][name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_parts_whose_gradients_are_their_own_are_sent_once(tmp_path: Path) -> None:
-    """As in a CUDA graph, which writes each part's gradients to the same memory again."""
-    tiny, out, program = DEVICES["cpu"], tmp_path / "run", tmp_path / "program.py"
-    program.write_text(
-        """
-import os
-import torch
-from lamamba.cli import main
-from lamamba.processes import GradientSums
-from lamamba.trainer import Trainer
-
-initialize, launch = Trainer.__init__, GradientSums._launch
-sent = 0
-
-def captured(trainer, *arguments):
-    initialize(trainer, *arguments)
-    trainer.captures = True
-
-def count(sums):
-    global sent
-    sent += sum(gradient.numel() for gradient in sums.left)
-    launch(sums)
-
-Trainer.__init__, GradientSums._launch = captured, count
-main()
-os.write(1, f"sent {sent}\\n".encode())  # whole, whatever the others write
-"""
-    )
-    done = train_together(
-        2, "--out", str(out), *tiny, "--num-images", "32", "--accumulate", "4", program=(str(program),)
-    )
+def test_a_step_is_the_same_however_the_batch_is_cut(tmp_path: Path) -> None:
+    """By ranks with copies of the weights, with a part of them each, and as in CUDA graphs."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", steps.__file__]
+    done = subprocess.run([*start, str(tmp_path)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    alone = tmp_path / "alone"
-    main(["train", "--out", str(alone), *tiny, "--num-images", "32"])
-    for ours, wanted in zip(curve(out), curve(alone), strict=True):
-        assert ours == pytest.approx(wanted, rel=1e-4)
-    number = sum(value.numel() for value in load_checkpoint(out).network.state_dict().values())
-    assert re.findall(r"sent (\d+)\n", done.stdout) == [str(4 * number)] * 2
+    results = json.loads((tmp_path / "steps.json").read_text())
+    assert len(results) == len(steps.CUTS) * len(steps.WAYS)
+    for case, (distance, times_sent) in results.items():
+        assert distance < (1e-3 if steps.ON_GPU else 1e-4), case
+        if not steps.ON_GPU:  # where a graph sends them unseen
+            assert times_sent == (0 if "shards" in case else 2), f"{case}: once in each of two steps"
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, tiny: list[str], alone: Path) -> None:
@@ -196,10 +169,14 @@ def test_finetuning_begins_with_the_same_weights_in_all(
         assert ours == pytest.approx(wanted, rel=1e-4)
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+def test_shares_of_a_batch_are_as_even_as_can_be() -> None:
     assert Processes(1, 4).share(8) == slice(2, 4)
-    with pytest.raises(ConfigError, match=r"batch_size 6 cannot be shared by 4 processes: use a multiple of 4"):
-        Processes(0, 4).share(6)
+    for length, number in ((7, 3), (8, 3), (3, 3), (1024, 7)):
+        shares = [Processes(rank, number).share(length) for rank in range(number)]
+        assert [place for share in shares for place in range(length)[share]] == list(range(length))
+        assert {share.stop - share.start for share in shares} <= {length // number, -(-length // number)}
+    with pytest.raises(ConfigError, match=r"batch_size 3 is too small for 4 processes: use 4 or more"):
+        Processes(0, 4).share(3)
 
 
 def test_a_device_that_processes_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from lamamba.config import PRESETS, TrainConfig
 from lamamba.diffusion import Diffusion
 from lamamba.errors import LamambaError
 from lamamba.trainer import describe_weight_decay
+from steps import Replayed
 
 TINY = [
     *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
@@ -228,46 +228,29 @@ def test_the_average_follows_its_formula(tmp_path: Path) -> None:
         before = after
 
 
-def test_a_batch_in_parts_is_one_step_with_the_same_gradient(tmp_path: Path) -> None:
-    whole, parts = (make_trainer(tmp_path, accumulate=accumulate, max_grad_norm=0.0) for accumulate in (1, 4))
+@pytest.mark.parametrize(("batch", "accumulate"), [(4, 4), (7, 3)])
+def test_a_batch_in_parts_is_one_step_with_the_same_gradient(tmp_path: Path, batch: int, accumulate: int) -> None:
+    options = {"batch_size": batch, "max_grad_norm": 0.0}
+    whole, parts = (make_trainer(tmp_path, accumulate=number, **options) for number in (1, accumulate))
     images, labels = next(whole.batches())
     terms = [trainer.take_step(images, labels) for trainer in (whole, parts)]
     torch.testing.assert_close(terms[0], terms[1], rtol=1e-5, atol=0)
-    assert (parts.step, parts.images) == (1, 4)
+    assert (parts.step, parts.images) == (1, batch)
     for (name, first), second in zip(whole.network.named_parameters(), parts.network.parameters(), strict=True):
         assert first.grad is not None
         assert second.grad is not None
         assert float((first.grad - second.grad).norm()) <= 1e-5 * float(first.grad.norm()), name
 
 
-class Replayed:
-    """What a CUDA graph does, on a CPU: from the second call on, nothing is done but writing to the same tensors."""
-
-    def __init__(self, function: Callable[..., dict[str, torch.Tensor]], parameters: list[torch.nn.Parameter]) -> None:
-        self.function, self.parameters = function, parameters
-        self.written: list[torch.Tensor] = []
-
-    def __call__(self, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        attached = [parameter.grad for parameter in self.parameters]
-        results = self.function(*inputs)
-        gradients = [parameter.grad for parameter in self.parameters]
-        tensors = [*results.values(), *gradients]
-        if not self.written:
-            self.names, self.written = list(results), tensors
-            return results
-        for parameter, gradient in zip(self.parameters, attached, strict=True):
-            parameter.grad = gradient
-        torch._foreach_copy_(self.written, tensors)
-        return dict(zip(self.names, self.written, strict=False))
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_that_is_replayed_is_the_same(tmp_path: Path, accumulate: int) -> None:
-    options = {"batch_size": 8, "accumulate": accumulate, "learning_rate": 1e-3}
+@pytest.mark.parametrize("accumulate", [1, 2, 3], ids="{} parts".format)
+def test_a_step_that_is_replayed_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int) -> None:
+    options = {"batch_size": 7, "accumulate": accumulate, "learning_rate": 1e-3}
     called, replayed = (make_trainer(tmp_path, **options) for _ in range(2))
     replayed.captures = True
-    replayed.find_gradients = Replayed(replayed._find_gradients, list(replayed.network.parameters()))
+    monkeypatch.setattr("lamamba.trainer.Captured", Replayed)
+    monkeypatch.setattr(Replayed, "parameters", list(replayed.network.parameters()))
     wanted, ours = (take_steps(trainer, 4) for trainer in (called, replayed))
+    assert len(replayed.graphs) == len({*replayed.parts})
     for name, value in wanted.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5, msg=name)
 

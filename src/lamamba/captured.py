@@ -18,10 +18,16 @@ class Captured:
 
     Every call takes tensors of the shapes of the first one, and writes to the same results again: read them before the
     next. So it is with gradients that the function leaves in parameters.
+
+    Args:
+        function: what is recorded.
+        shares_memory_with: another one, which is never launched at the same time; read its results before this one's.
     """
 
-    def __init__(self, function: Callable[..., dict[str, Tensor]]) -> None:
-        self.function = function
+    def __init__(
+        self, function: Callable[..., dict[str, Tensor]], shares_memory_with: "Captured | None" = None
+    ) -> None:
+        self.function, self.shares_memory_with = function, shares_memory_with
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
@@ -41,8 +47,10 @@ class Captured:
             self.function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        other = self.shares_memory_with.graph if self.shares_memory_with else None
+        pool = other.pool() if other else None
         # Other threads, such as NCCL's that watches over what it runs, may do as they like meanwhile.
-        with _garbage_left_alone(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with _garbage_left_alone(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             self.results = self.function(*self.inputs)
         self.graph = graph
 

@@ -1,6 +1,8 @@
 """The processes that train together: started by torchrun, one for each device; a single process without it.
 
 Every process does the same at the same time but for its share of a batch, and the first one alone writes to disk.
+Shares may differ by an image. Losses are summed and divided by the size of the whole batch, so every image counts the
+same.
 """
 
 import os
@@ -10,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Self
 
 import torch
@@ -34,25 +37,26 @@ class Processes:
         return self.rank == 0
 
     def share(self, length: int) -> slice:
-        """Cut a batch of so many images into equal shares and return this process's.
+        """Cut a batch of so many images into shares, one a process, and return this process's.
 
         Raises:
-            ConfigError: it cannot be cut so.
+            ConfigError: there are fewer images than processes.
         """
-        if length % self.number:
+        if length < self.number:
             raise ConfigError(
-                f"batch_size {length} cannot be shared by {self.number} processes: use a multiple of {self.number}"
+                f"batch_size {length} is too small for {self.number} processes: use {self.number} or more"
             )
-        share = length // self.number
-        return slice(self.rank * share, (self.rank + 1) * share)
+        shares = cut_evenly(length, self.number)
+        start = sum(shares[: self.rank])
+        return slice(start, start + shares[self.rank])
 
-    def mean(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Average numbers of the same names over the processes."""
+    def add_up(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sum numbers of the same names over the processes."""
         if self.number == 1:
             return values
         together = torch.stack([value.float() for value in values.values()])
         dist.all_reduce(together)
-        return dict(zip(values, together / self.number, strict=True))
+        return dict(zip(values, together, strict=True))
 
     def largest(self, number: int) -> int:
         """Return the largest of the processes' numbers."""
@@ -66,6 +70,12 @@ class Processes:
         """Go on once all processes are here."""
         if self.number > 1:
             dist.barrier()
+
+
+def cut_evenly(length: int, number: int) -> list[int]:
+    """Cut a length into so many whole parts, which differ by one at most."""
+    ends = [length * index // number for index in range(number + 1)]
+    return [end - start for start, end in pairwise(ends)]
 
 
 class GradientSums:

@@ -84,7 +84,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Source, Space, torch.devi
 _FREE_TO_CHANGE = {
     "out", "num_images", "device", "cuda_graph", "compile", "num_workers", "resume", "fall_back", "dry_run",
     "data_folder", "keep_checkpoints", "shard", "max_skipped_steps", "tracker", "project",
-    "log_every", "sample_every", "checkpoint_every", "snapshot_every", "sample_steps", "sample_guidance",
+    "accumulate", "log_every", "sample_every", "checkpoint_every", "snapshot_every", "sample_steps", "sample_guidance",
 }  # fmt: skip
 
 
@@ -158,6 +158,8 @@ def _train(config: TrainConfig, source: Source, space: Space, device: torch.devi
                 write_json(config.out / "config.json", plain(config))
                 with TrainingLog(config, trainer.images, device) as log:
                     log.introduce(source, trainer.network, processes.number, trainer.uses_bf16)
+                    if len(trainer.parts) < config.accumulate:
+                        log.note(f"{config.accumulate} parts asked for: a rank's images make {len(trainer.parts)}")
                     if config.weight_decay:
                         log.note(describe_weight_decay(trainer.network, config.weight_decay))
                     if config.start_from is not None and not saved:

@@ -25,7 +25,7 @@ from lamamba.latents import Space
 from lamamba.model import LaMambaDiff
 from lamamba.ops.backend import use_backend
 from lamamba.ops.launch import rehearse
-from lamamba.processes import GradientSums, Processes
+from lamamba.processes import GradientSums, Processes, cut_evenly
 from lamamba.sampling import make_grid, sample, uses_bf16
 from lamamba.saving import CheckpointWriter, load_training_state, names_of_training_state
 from lamamba.sharding import gather, load, local, shard, whole
@@ -52,6 +52,9 @@ class Trainer:
     ) -> None:
         self.config, self.source, self.space, self.device, self.processes = config, source, space, device, processes
         self.share = processes.share(config.batch_size)
+        # The same number in all processes, which have to meet in every part where the weights are sharded.
+        num_parts = min(config.accumulate, config.batch_size // processes.number)
+        self.parts = cut_evenly(self.share.stop - self.share.start, num_parts)
         self.objective = OBJECTIVES[config.objective]
         self.images = self.step = 0
         self.skipped_in_a_row = torch.zeros((), device=device)
@@ -91,10 +94,9 @@ class Trainer:
         self.compiled: Any = torch.compile(self.network) if config.compile and not self.shards else self.network
         sums_up = processes.number > 1 and not self.shards
         self.gradient_sums = GradientSums(self.network.parameters()) if sums_up else None
-        # Captured, a part's gradients are written to the same memory every time, and added up outside.
         self.captures = config.cuda_graph and device.type == "cuda" and not self.shards
-        self.find_gradients = Captured(self._find_gradients) if self.captures else self._find_gradients
-        self.compiles_kernels = device.type == "cuda"  # at the first step
+        self.graphs: dict[int, Captured] = {}  # by the images in a part
+        self.is_prepared = False
         self.adds_up = False  # over the processes, in the backward pass that comes next
 
     def build(self) -> LaMambaDiff:
@@ -124,37 +126,25 @@ class Trainer:
             The means of the loss terms over the whole batch, the norm of its gradient, and 1 where that was not finite,
             so that weights and optimizer were left alone. It is so in all processes, which share the gradient.
         """
-        parts = self.config.accumulate
-        terms: dict[str, Tensor] = {}
-        total: list[Tensor] = []
         inputs = self._draw(images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
-        if not self.captures:  # a graph, once recorded, writes to the gradients that were there then, and starts anew
-            self.optimizer.zero_grad(set_to_none=True)
-        for index, part in enumerate(zip(*(tensor.chunk(parts) for tensor in inputs), strict=True)):
-            if self.compiles_kernels:
-                rehearse(self._find_gradients, *part)
-                self.optimizer.zero_grad(set_to_none=True)
-                self.compiles_kernels = False
-            # The last part's gradients are all parts', but in a graph, where each part's are its own.
-            self.adds_up = self.processes.number > 1 and (parts == 1 if self.captures else index + 1 == parts)
+        if not self.is_prepared:
+            self._prepare(inputs)
+        if not self._has_one_graph:  # which begins by itself
+            self.optimizer.zero_grad(set_to_none=not self.captures)
+        terms: dict[str, Tensor] = {}
+        for index, part in enumerate(zip(*(tensor.split(self.parts) for tensor in inputs), strict=True)):
+            # The last part's backward pass leaves the sum over all parts. A graph may be that of several parts.
+            is_last = index + 1 == len(self.parts)
+            self.adds_up = self.processes.number > 1 and is_last and (self._has_one_graph or not self.captures)
             if self.shards:
                 self.network.set_requires_gradient_sync(self.adds_up)  # FSDP's
             with self.backend():
-                means = self.find_gradients(*part)
-            for name, mean in means.items():
-                terms[name] = terms.get(name, 0) + mean / parts
-            self.adds_up = False
-            if self.captures and parts > 1:
-                gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
-                if total:
-                    torch._foreach_add_(total, gradients)
-                else:
-                    total = [gradient.clone() for gradient in gradients]
-        if total:
-            torch._foreach_copy_(gradients, total)
-            if self.gradient_sums:
-                self.gradient_sums.add_up(gradients)
-        terms = self.processes.mean(terms)
+                sums = self._graph_of(part)(*part) if self.captures else self._find_gradients(*part)
+            terms = {name: terms.get(name, 0) + value for name, value in sums.items()}
+        if self.gradient_sums and not self.adds_up:
+            self.gradient_sums.add_up(value.grad for value in self.network.parameters() if value.grad is not None)
+        self.adds_up = False
+        terms = self.processes.add_up(terms)
         limit = self.config.max_grad_norm or math.inf
         terms["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit))
         self.images += self.config.batch_size
@@ -164,6 +154,32 @@ class Trainer:
         self.step += 1
         self._update_average()
         return terms
+
+    @property
+    def _has_one_graph(self) -> bool:
+        """Whether a step is one CUDA graph, with gradients of its own; several add to the same gradients."""
+        return self.captures and len(self.parts) == 1
+
+    def _prepare(self, inputs: tuple[Tensor, ...]) -> None:
+        """Compile what the first step launches and record its graphs, for parts of every size."""
+        self.is_prepared = True
+        parts = [tuple(tensor[:size] for tensor in inputs) for size in sorted({*self.parts}, reverse=True)]
+        if self.device.type == "cuda":
+            for part in parts:
+                rehearse(self._find_gradients, *part)
+        if self.captures and not self._has_one_graph:
+            self.optimizer.zero_grad(set_to_none=False)  # those of the rehearsal: a graph adds to what is there
+            for part in parts:
+                self._graph_of(part)(*part)
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _graph_of(self, part: tuple[Tensor, ...]) -> Captured:
+        size = len(part[0])
+        if size not in self.graphs:
+            another = next(iter(self.graphs.values()), None)
+            self.graphs[size] = Captured(self._find_gradients, shares_memory_with=another)
+        return self.graphs[size]
 
     def _step_if_finite(self, grad_norm: Tensor) -> Tensor:
         """Step the optimizer, without waiting for the device, unless the gradient is not finite; returns 1 if so."""
@@ -194,24 +210,27 @@ class Trainer:
         return x_0, t[self.share], y, noise[self.share]
 
     def _find_gradients(self, x_0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Add the gradients of a part of a batch to the parameters'; returns the means of the loss terms."""
-        if self.captures:
+        """Add a part's gradients to the parameters', and return what it adds to the means of the loss terms.
+
+        Sums over the part are divided by the size of the whole batch. Added up over parts and processes they are the
+        batch's means, whatever the sizes of the parts.
+        """
+        if self._has_one_graph:
             self.optimizer.zero_grad(set_to_none=True)
         losses = self.objective.losses(self._denoise, x_0, t, y, noise)
         if self.config.min_snr_gamma:
             weight = self.objective.min_snr_weight(t, self.config.min_snr_gamma)
             losses["loss"] = losses["loss"] + (weight - 1) * losses["mse"]
-        # Added up over parts and processes, gradients are those of the whole batch's mean; FSDP takes the processes'
-        # mean by itself.
-        share = losses["loss"].mean() / (self.config.accumulate * (1 if self.shards else self.processes.number))
+        number = self.config.batch_size
+        scale = self.processes.number if self.shards else 1  # FSDP takes the processes' mean by itself
         with self.gradient_sums.added_up() if self.gradient_sums and self.adds_up else nullcontext():
-            share.backward()
-        means = {name: loss.detach().mean() for name, loss in losses.items()}
+            (losses["loss"].sum() * (scale / number)).backward()
+        sums = {name: loss.detach().sum() / number for name, loss in losses.items()}
         for quarter in range(4):  # of the timesteps, 0 to 1000; the loss is that of a quarter over its share
             here = ((t * (4 / 1000)).clamp(max=3.5).floor() == quarter).float()
-            means[f"loss_q{quarter + 1}"] = (losses["loss"].detach() * here).mean()
-            means[f"share_q{quarter + 1}"] = here.mean()
-        return means
+            sums[f"loss_q{quarter + 1}"] = (losses["loss"].detach() * here).sum() / number
+            sums[f"share_q{quarter + 1}"] = here.sum() / number
+        return sums
 
     def _denoise(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         with self.autocast:
@@ -229,8 +248,8 @@ class Trainer:
     def close(self) -> None:
         """Wait for the checkpoint that is written; free the recorded step, since NCCL waits for graphs that use it."""
         self.writer.close()
-        if isinstance(self.find_gradients, Captured):
-            self.find_gradients.forget()
+        for graph in self.graphs.values():
+            graph.forget()
 
     def is_finite(self) -> bool:
         """Say whether all weights are, in all processes."""

@@ -49,7 +49,8 @@ class TrainConfig:
     batch_size: int = 64
     """Images in a step of the optimizer."""
     accumulate: int = 1
-    """Parts a batch is computed in, one after the other, to save memory."""
+    """Parts a batch is computed in, one after the other, to save memory; with several ranks, parts of each rank's
+    share. The gradient is the same."""
     learning_rate: float = 1e-4
     """Of AdamW."""
     warmup_images: int = 0
@@ -137,8 +138,8 @@ class TrainConfig:
             check(fits, "power_averages", length, "from 0.001 to 0.288, with three decimals")
         check(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "from 0 to less than 1")
         check(
-            self.batch_size % self.accumulate == 0, "accumulate", self.accumulate,
-            f"a divisor of batch_size {self.batch_size}",
+            self.accumulate <= self.batch_size, "accumulate", self.accumulate,
+            f"at most batch_size {self.batch_size}",
         )  # fmt: skip
 
 
