@@ -35,6 +35,7 @@ from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import checksum, written_whole
 from lamamba.latents import IMAGE_CHANNELS, Latents, open_space
 from lamamba.model import LaMambaDiff
+from lamamba.npz import opened_array
 from lamamba.processes import Processes, joined
 from lamamba.sampling import check_labels, choose_device, make_grid, sample, uses_bf16
 
@@ -361,14 +362,14 @@ def _join(config: GenerateConfig) -> None:
     if not (config.out / SAMPLES).exists():
         with written_whole(config.out / SAMPLES) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             for name in ("arr_0", "arr_1"):
-                with np.load(shards[0]) as first:
-                    shape, dtype = first[name].shape[1:], first[name].dtype
+                with opened_array(shards[0], name) as first:
+                    shape, dtype = first.shape[1:], first.dtype
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
                     np.lib.format.write_array_header_2_0(file, {**header, "shape": (config.num_images, *shape)})
                     for shard in shards:
-                        with np.load(shard) as content:
-                            file.write(np.ascontiguousarray(content[name]).tobytes())
+                        with opened_array(shard, name) as array:
+                            file.write(np.ascontiguousarray(array.read()).tobytes())
     for shard in shards:
         shard.unlink()
 

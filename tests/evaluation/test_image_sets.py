@@ -2,6 +2,7 @@
 
 import json
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,98 @@ def test_what_cannot_be_used(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=re.escape(message)):
             open_reference(str(tmp_path / name))
+
+
+def write_array(path: Path, name: str, header: str, content: bytes, compression: int = zipfile.ZIP_STORED) -> str:
+    """Write a .npz whose header is as given; returns its path."""
+    text = header.encode() + b"\n"
+    with zipfile.ZipFile(path, "a", compression) as archive:
+        array = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + content
+        archive.writestr(f"{name}.npy", array)
+    return str(path)
+
+
+def header(shape: str, dtype: str = "|u1", fortran: bool = False) -> str:
+    return f"{{'descr': '{dtype}', 'fortran_order': {fortran}, 'shape': {shape}, }}"
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ("(2, 60000, 60000, 3)", "arr_0 claims 21,600,000,000 bytes for uint8 (2, 60000, 60000, 3), but has 192"),
+        ("(10000000000000, 8, 8, 3)", "arr_0 claims 1,920,000,000,000,000 bytes"),
+        ("(1, 8, 8, 3, )", None),
+        ("(2, 8, 8, 3)", "arr_0 claims 384 bytes for uint8 (2, 8, 8, 3), but has 192"),
+        ("(1, True, 64, 3)", "arr_0 has the shape (1, True, 64, 3)"),
+        ("(-1, -8, 8, 3)", "arr_0 has the shape (-1, -8, 8, 3)"),
+        ("(1.0, 8, 8, 3)", "cannot be read as a .npz file"),
+        ("192", "cannot be read as a .npz file"),
+        ("(((((((", "cannot be read as a .npz file"),
+        ("(0, 8, 8, 3)", "claims 0 bytes for uint8 (0, 8, 8, 3), but has 192"),
+    ],
+)
+def test_what_a_header_claims_is_compared_with_the_file(
+    tmp_path: Path, shape: str, message: str | None, compression: int
+) -> None:
+    path = write_array(tmp_path / "a.npz", "arr_0", header(shape), bytes(192), compression)
+    if message is None:
+        assert open_images(path).num_images == 1
+        return
+    with pytest.raises(DataError, match=re.escape(message)):
+        open_images(path)
+
+
+def test_statistics_that_claim_too_much_are_not_read(tmp_path: Path) -> None:
+    for name, shape, dtype, message in (
+        ("a", "(60000, 60000)", "<f8", "sigma claims 28,800,000,000 bytes for float64 (60000, 60000), but has 192"),
+        ("b", "(24,)", "<c8", "sigma of .* is complex64"),
+        ("c", "(True, 24)", "<f8", "sigma has the shape (True, 24)"),
+        ("d", "(192,)", "|O", "cannot be read as a .npz file"),
+        ("e", "(0, 0)", "|V0", "sigma holds"),
+    ):
+        path = tmp_path / f"{name}.npz"
+        np.savez(path, mu=np.zeros(3))
+        write_array(path, "sigma", header(shape, dtype), bytes(192))
+        with pytest.raises(DataError, match=message if "*" in message else re.escape(message)):
+            open_reference(str(path))
+    bomb = write_array(tmp_path / "f.npz", "mu", header("(20000,)"), bytes(20_000), zipfile.ZIP_DEFLATED)
+    write_array(Path(bomb), "sigma", header("(1, 1)"), bytes(1))
+    with pytest.raises(DataError, match=r"mu of .* is uint8 \(20000,\): statistics are .* up to 16,384 features"):
+        open_reference(bomb)
+
+
+def test_a_directory_that_lies_about_sizes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    write_array(path, "arr_0", header("(10000, 100, 100, 3)"), bytes(192))
+    content = path.read_bytes()
+    length = len(header("(10000, 100, 100, 3)")) + 1 + 10
+    true, claimed = ((length + size).to_bytes(4, "little") for size in (192, 300_000_000))
+    assert content.count(true) == 4  # compressed and not, in front of the file and in the directory
+    path.write_bytes(content.replace(true, claimed))
+    with pytest.raises(DataError, match="arr_0 claims 300,000,000 bytes, more than the file can hold"):
+        open_images(str(path))
+
+
+def test_images_beyond_the_limit_of_files_and_in_fortran_order_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez_compressed(tmp_path / "large.npz", np.zeros((1, 300, 300, 1), np.uint8))
+    np.savez(tmp_path / "fortran.npz", np.asfortranarray(pixels()))
+    assert open_images(str(tmp_path / "large.npz")).num_images == 1
+    monkeypatch.setattr("lamamba.evaluation.image_sets._MOST_PIXELS", 300 * 299)
+    with pytest.raises(DataError, match=r"images of .*large.npz have 300x300 pixels: 89,700 are the most"):
+        open_images(str(tmp_path / "large.npz"))
+    with pytest.raises(DataError, match=r"arr_0 of .*fortran.npz is in Fortran order: save numpy.ascontiguousarray"):
+        open_images(str(tmp_path / "fortran.npz"))
+
+
+def test_statistics_in_fortran_order_and_of_whole_numbers(tmp_path: Path) -> None:
+    covariance = np.asfortranarray(np.array([[2, 1], [1, 3]], dtype=np.int32))
+    np.savez_compressed(tmp_path / "a.npz", mu=np.arange(2, dtype=np.float16), sigma=covariance)
+    features = open_reference(str(tmp_path / "a.npz")).features
+    assert features is not None
+    assert features.covariance.tolist() == [[2, 1], [1, 3]]
 
 
 def test_damaged_images_are_named(tmp_path: Path) -> None:

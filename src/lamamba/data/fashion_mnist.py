@@ -108,22 +108,26 @@ def _find_idx_file(folder: Path, name: str) -> Path:
 
 def _read_idx(path: Path, num_dimensions: int) -> np.ndarray:
     """Read an idx file of uint8 (big-endian magic 0x0800 + dimensions, the sizes, the bytes), gzipped or not."""
+    is_packed = path.suffix == ".gz"
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        magic, *shape = struct.unpack_from(f">{1 + num_dimensions}I", content)
+        with gzip.open(path) if is_packed else path.open("rb") as file:
+            magic, *shape = struct.unpack(f">{1 + num_dimensions}I", file.read(4 * (1 + num_dimensions)))
+            num_bytes = math.prod(shape)
+            # What cannot be in a file of this size is not read: gzip makes at most 1,032 bytes of one.
+            most = path.stat().st_size * (1032 if is_packed else 1)
+            content = file.read(num_bytes + 1) if num_bytes <= most else b""
     except (OSError, EOFError, zlib.error, struct.error) as error:
         raise DataError(f"{path} cannot be read as an idx file ({error}): replace it by the original file") from error
     if magic != 0x0800 + num_dimensions:
         kind = "images" if num_dimensions == 3 else "labels"
         raise DataError(f"{path} is not an idx file of {kind} (magic {magic}): replace it by the original file")
-    header_bytes = 4 * (1 + num_dimensions)
-    expected_bytes, found_bytes = math.prod(shape), len(content) - header_bytes
-    if found_bytes != expected_bytes:
+    if len(content) != num_bytes:
+        holds = f"at most {most}" if num_bytes > most else f"{'at least ' * (len(content) > num_bytes)}{len(content)}"
         raise DataError(
-            f"{path} announces {' x '.join(map(str, shape))} = {expected_bytes} bytes but holds {found_bytes}: "
+            f"{path} announces {' x '.join(map(str, shape))} = {num_bytes} bytes but holds {holds}: "
             "replace it by the original file"
         )
-    return np.frombuffer(content, np.uint8, offset=header_bytes).reshape(shape)
+    return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 def _read_hub(split: str) -> tuple[np.ndarray, np.ndarray]:

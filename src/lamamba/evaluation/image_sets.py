@@ -3,16 +3,13 @@
 import hashlib
 import json
 import math
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +22,15 @@ from lamamba.errors import DataError
 from lamamba.evaluation.metrics import Gaussian
 from lamamba.files import checksum
 from lamamba.generate import SAMPLES, read_generation
+from lamamba.npz import list_arrays, opened_array
 
 _NAMED: Mapping[str, Callable[[], ArraySource]] = {
     "builtin": load_builtin,
     "fashion-mnist": load_fashion_mnist,
     "fashion-mnist-test": partial(load_fashion_mnist, "test"),
 }
+_MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**26)  # of an image in a .npz: what Pillow allows one in a file
+_MOST_FEATURES = 16_384  # of statistics: their covariance has 2 GiB
 _MOST_VALUES = 10  # of a setting that differs from image to image; of more, how many there are
 
 
@@ -183,17 +183,10 @@ def _open_folder(folder: Path, image_size: int | None) -> ImageSet:
 
 
 def _open_npz(path: Path) -> Reference:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name.removesuffix(".npy") for name in archive.namelist()]
-        images = _images_of(path) if "arr_0" in names else None
-        with np.load(path, allow_pickle=False) as arrays:
-            features = _gaussian(path, arrays, "mu", "sigma") if "mu" in names else None
-            spatial = _gaussian(path, arrays, "mu_s", "sigma_s") if "mu_s" in names else None
-    except DataError:
-        raise
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} cannot be read as a .npz file ({error}): fetch or make it again") from error
+    names = list_arrays(path)
+    images = _images_of(path) if "arr_0" in names else None
+    features = _read_gaussian(path, "mu", "sigma") if "mu" in names else None
+    spatial = _read_gaussian(path, "mu_s", "sigma_s") if "mu_s" in names else None
     if images is None and features is None:
         raise DataError(
             f"{path} has the arrays {', '.join(names) or 'none'}: images are in arr_0, statistics in mu and sigma"
@@ -202,38 +195,42 @@ def _open_npz(path: Path) -> Reference:
 
 
 def _images_of(path: Path) -> ImageSet:
-    with _opened_array(path) as (shape, _):
-        count = shape[0]
-    return ImageSet(str(path), count, lambda: _enumerate(str(path), _stream(path)), file=path)
-
-
-@contextmanager
-def _opened_array(path: Path) -> Iterator[tuple[tuple[int, ...], IO[bytes]]]:
-    """Give the shape of arr_0 in a .npz file and a file of its bytes, so that 10 GB of images are never in memory."""
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-        version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read_header(file)
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran_order or math.prod(shape) == 0:
+    with opened_array(path, "arr_0") as array:
+        shape, dtype = array.shape, array.dtype
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or math.prod(shape) == 0:
             raise DataError(f"arr_0 of {path} is {dtype} {shape}: images are uint8 (n, height, width, 3), or 1 if grey")
-        yield shape, file
+        if array.is_fortran:
+            raise DataError(f"arr_0 of {path} is in Fortran order: save numpy.ascontiguousarray of it")
+        if shape[1] * shape[2] > _MOST_PIXELS:
+            raise DataError(f"images of {path} have {show_size(shape[1:])} pixels: {_MOST_PIXELS:,} are the most")
+    return ImageSet(str(path), shape[0], lambda: _enumerate(str(path), _stream(path)), file=path)
 
 
 def _stream(path: Path) -> Iterator[np.ndarray]:
-    try:
-        with _opened_array(path) as ((count, *shape), file):
-            for _ in range(count):
-                yield np.frombuffer(file.read(math.prod(shape)), np.uint8).reshape(shape)
-    except DataError:
-        raise
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"the images (arr_0) of {path} are damaged ({error}): fetch or make it again") from error
+    """Read image after image, so that 10 GB of them are never in memory."""
+    with opened_array(path, "arr_0", "images") as array:
+        count, *shape = array.shape
+        for _ in range(count):
+            yield np.frombuffer(array.read_bytes(math.prod(shape)), np.uint8).reshape(shape)
 
 
-def _gaussian(path: Path, arrays: Any, mean_name: str, covariance_name: str) -> Gaussian:
-    mean, covariance = (np.asarray(arrays[name], dtype=np.float64) for name in (mean_name, covariance_name))
+def _read_gaussian(path: Path, mean_name: str, covariance_name: str) -> Gaussian:
+    arrays = []
+    for name in (mean_name, covariance_name):
+        with opened_array(path, name) as array:
+            if array.dtype.kind not in "fiu" or max(array.shape, default=0) > _MOST_FEATURES:
+                raise DataError(
+                    f"{name} of {path} is {array.dtype} {array.shape}: statistics are numbers of up to "
+                    f"{_MOST_FEATURES:,} features"
+                )
+            if array.num_bytes > _MOST_FEATURES**2 * array.dtype.itemsize:
+                raise DataError(f"{name} of {path} has the shape {array.shape}: give (d,) and (d, d)")
+            arrays.append(array.read().astype(np.float64))
+    mean, covariance = arrays
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         fault = f"have shapes {mean.shape} and {covariance.shape}, not (d,) and (d, d)"
+    elif not len(mean):
+        fault = "are empty"
     elif not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         fault = "have numbers that are not finite"
     elif not np.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-4 * np.abs(covariance).max()):

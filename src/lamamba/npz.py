@@ -1,0 +1,105 @@
+"""Arrays in .npz files. What a header claims is compared with the file's size before anything is allocated."""
+
+import math
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from lamamba.errors import DataError
+
+
+@dataclass(frozen=True)
+class OpenedArray:
+    """An array whose bytes are still to be read.
+
+    Attributes:
+        path: of the file.
+        name: of the array in it.
+        shape: as the header has it.
+        dtype: of plain values, no objects.
+        is_fortran: whether the first index runs fastest.
+        file: at the first byte of the values.
+        what: the values are, for errors.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    is_fortran: bool
+    file: IO[bytes]
+    what: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        """Read all values; raises DataError."""
+        values = np.frombuffer(self.read_bytes(self.num_bytes), self.dtype)
+        return values.reshape(self.shape, order="F" if self.is_fortran else "C")
+
+    def read_bytes(self, number: int) -> bytes:
+        """Read the next bytes of the values; raises DataError."""
+        with _reading(f"the {self.what} ({self.name}) of {self.path} are damaged"):
+            content = self.file.read(number)
+            if len(content) != number:
+                raise EOFError(f"{len(content):,} of {number:,} bytes")
+        return content
+
+
+def list_arrays(path: Path) -> list[str]:
+    """List the names of a file's arrays; raises DataError."""
+    with _reading(f"{path} cannot be read as a .npz file"), zipfile.ZipFile(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
+@contextmanager
+def opened_array(path: Path, name: str, what: str = "values") -> Iterator[OpenedArray]:
+    """Open an array, to be read at once or a part at a time.
+
+    Raises:
+        DataError: there is none of that name, its header is damaged, or it has not the bytes that the header claims.
+    """
+    with ExitStack() as stack:
+        with _reading(f"{path} cannot be read as a .npz file"):
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            file = stack.enter_context(archive.open(f"{name}.npy"))
+            array = _read_header(path, name, archive.getinfo(f"{name}.npy"), file, what)
+        yield array
+
+
+def _read_header(path: Path, name: str, info: zipfile.ZipInfo, file: IO[bytes], what: str) -> OpenedArray:
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, is_fortran, dtype = read_header(file)
+    array = OpenedArray(path, name, shape, dtype, is_fortran, file, what)
+    if not all(type(side) is int and side >= 0 for side in shape):  # NumPy lets True and negative numbers through
+        raise ValueError(f"{name} has the shape {shape}")
+    if dtype.hasobject or not dtype.itemsize:
+        raise ValueError(f"{name} holds {dtype}, not numbers")
+    there = info.file_size - file.tell()
+    if array.num_bytes != there:
+        raise ValueError(f"{name} claims {array.num_bytes:,} bytes for {dtype} {shape}, but has {there:,}")
+    # The directory may lie too. Deflate, which NumPy compresses with, cannot make more than 1,032 bytes of one.
+    most = info.compress_size * (1 if info.compress_type == zipfile.ZIP_STORED else 1032)
+    if info.compress_size > path.stat().st_size or info.file_size > most:
+        raise ValueError(f"{name} claims {array.num_bytes:,} bytes, more than the file can hold")
+    return array
+
+
+@contextmanager
+def _reading(fault: str) -> Iterator[None]:
+    """Turn whatever a damaged file raises into a DataError."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # zipfile, zlib and NumPy's parser raise nearly everything, even SyntaxError
+        raise DataError(f"{fault} ({error or type(error).__name__}): fetch or make it again") from error
