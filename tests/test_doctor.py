@@ -150,7 +150,7 @@ def test_more_threads_than_cores_are_a_fault(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_many_threads_are_a_note_where_the_cpu_is_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
-    monkeypatch.setattr(Path, "read_text", lambda path: "max 100000")  # no quota
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding: "max 100000")  # no quota
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert the_only("threads").state == "note"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lamamba import log as logging_of_runs
@@ -55,16 +56,12 @@ def test_a_run_that_is_killed_as_it_goes_on_keeps_its_log(tmp_path: Path, monkey
     main(["train", "--out", str(out), "--num-images", "4", *TINY])
     before = (out / "log.jsonl").read_text()
 
-    write_text = Path.write_text
-
-    def begin_to_write(path: Path, text: str) -> int:
-        if not path.name.endswith("log.jsonl"):
-            return write_text(path, text)
+    def begin_to_write(path: Path, text: str) -> None:
         path.open("w").close()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", begin_to_write)
+        patch.setattr(logging_of_runs, "write_text", begin_to_write)
         with pytest.raises(SystemExit, match="130"):
             main(["train", "--out", str(out), "--num-images", "6", "--resume"])
     assert (out / "log.jsonl").read_text() == before
@@ -236,7 +233,7 @@ def test_watching_ends_with_the_run(run: Path, tmp_path: Path, monkeypatch: pyte
         (followed / "log.jsonl").write_text(states[len(looks)])
 
     monkeypatch.setattr(watching.time, "sleep", look)
-    monkeypatch.setattr(watching, "Console", lambda: Console(force_terminal=True, width=80))
+    monkeypatch.setattr(watching, "make_console", lambda: Console(force_terminal=True, width=80))
     main(["watch", str(followed), "--every", "0.5"])
     assert looks == [0.5, 0.5, 0.5]
 
@@ -244,15 +241,16 @@ def test_watching_ends_with_the_run(run: Path, tmp_path: Path, monkeypatch: pyte
 def test_the_bar_shows_loss_and_speed_before_the_first_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
     monkeypatch.setattr(logging_of_runs, "SHOWN_EVERY_S", 0.0)
-    monkeypatch.setattr(logging_of_runs, "Console", lambda: Console(force_terminal=True, width=120, file=io.StringIO()))
-    update = logging_of_runs.Progress.update
+    terminal = Console(force_terminal=True, width=120, file=io.StringIO())
+    monkeypatch.setattr(logging_of_runs, "make_console", lambda: terminal)
+    update = Progress.update
 
     def note(progress: Any, task: Any, **fields: Any) -> None:
         if "loss" in fields:
             shown.append(f"{fields['loss']} {fields['speed']}")
         update(progress, task, **fields)
 
-    monkeypatch.setattr(logging_of_runs.Progress, "update", note)
+    monkeypatch.setattr(Progress, "update", note)
     out = tmp_path / "run"
     main(["train", "--out", str(out), "--num-images", "8", *TINY[:-2], "--log-every", "8"])
     assert len(shown) == 5, "each of four steps, and the line"

@@ -15,6 +15,7 @@ holds, with a SHA-256 of that and of all weights.
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from lamamba.config import AverageConfig
 from lamamba.errors import CheckpointError
 from lamamba.files import written_whole
 from lamamba.model import LaMambaDiff
+from lamamba.output import say
 
 FORMAT = 1
 MAX_SIGMA_REL = 12**-0.5
@@ -342,8 +344,8 @@ def average(config: AverageConfig) -> None:
     network = LaMambaDiff(**vars(read_network_config(checkpoint / "ema")))
     network.load_state_dict(weights)
     write_weights(config.out, network, replace(read_info(checkpoint), images=images))
-    print(f"average of length {config.sigma_rel} after {images:,} images")
-    print(f"wrote {config.out}, to be sampled with: lamamba sample {config.out}")
+    say(f"average of length {config.sigma_rel} after {images:,} images")
+    say(f"wrote {config.out}, to be sampled with: lamamba sample {shlex.quote(str(config.out))}")
 
 
 @dataclass(frozen=True)

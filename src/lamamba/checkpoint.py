@@ -29,7 +29,7 @@ from lamamba import __version__
 from lamamba.config import PRESETS, NetworkConfig, Objective, nearest
 from lamamba.dit import DIT_CLASSES, DiT, DiTFolder, class_of
 from lamamba.errors import CheckpointError, ConfigError
-from lamamba.files import checksum, permit, written_whole
+from lamamba.files import checksum, permit, write_text, written_whole
 from lamamba.hub import fetch, is_repository
 from lamamba.model import LaMambaDiff
 
@@ -81,9 +81,9 @@ def save_network(network: LaMambaDiff, folder: Path) -> None:
     network.save_pretrained(folder)
     permit(*folder.glob("*.safetensors"))
     path = folder / "config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_bytes())
     config.pop("_name_or_path", None)  # where it was loaded from is of this machine, not of the network
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def write_info(checkpoint: Path, info: CheckpointInfo) -> None:
@@ -91,7 +91,7 @@ def write_info(checkpoint: Path, info: CheckpointInfo) -> None:
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != "checkpoint.json")
     checksums = {path.relative_to(checkpoint).as_posix(): checksum(path) for path in files}
     record = {"format": FORMAT, "lamamba": __version__, **asdict(info), "sha256": checksums}
-    (checkpoint / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_text(checkpoint / "checkpoint.json", json.dumps(record, indent=2) + "\n")
 
 
 def verify(checkpoint: Path, part: str = "") -> None:
@@ -170,7 +170,7 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
 def _read_record(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / "checkpoint.json"
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_bytes())
         if not isinstance(record, dict):
             raise TypeError(f"it holds a {type(record).__name__}")
     except (OSError, ValueError, TypeError) as error:
@@ -200,7 +200,7 @@ def _read_pipeline_info(folder: Path) -> CheckpointInfo:
     if class_of(folder) != "LaMambaDiffPipeline":
         raise CheckpointError(f"{folder} holds a {class_of(folder)}, not a LaMambaDiffPipeline")
     try:
-        index = json.loads(path.read_text())
+        index = json.loads(path.read_bytes())
         names = index.get("id2label") or {}
         class_names = tuple(str(names[str(label)]) for label in range(len(names)))
         vae = str(folder / "vae") if index.get("vae", [None])[0] else None
@@ -217,7 +217,7 @@ def _read_pipeline_info(folder: Path) -> CheckpointInfo:
 def read_network_config(folder: Path) -> NetworkConfig:
     """Read what options a network folder's network was built with; raises CheckpointError."""
     try:
-        content = json.loads((folder / "config.json").read_text())
+        content = json.loads((folder / "config.json").read_bytes())
         options = {name: content[name] for name in NetworkConfig.__dataclass_fields__ if name in content}
         return NetworkConfig(**{**options, "depths": tuple(options["depths"])})
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
@@ -231,7 +231,7 @@ def load_network(folder: Path) -> LaMambaDiff:
         CheckpointError: the folder is missing, damaged or another model's.
     """
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_bytes())
         if config.get("_class_name") != "LaMambaDiff":
             raise CheckpointError(f"{folder} holds a {config.get('_class_name')}, not a LaMambaDiff")
         with torch.device("meta"):  # drawing what is overwritten would take longer than reading it
@@ -363,6 +363,6 @@ def write_json(path: Path, content: Any) -> None:
     """Write a small JSON file whole or not at all."""
     try:
         with written_whole(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
+            write_text(temporary, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise CheckpointError(f"{path} could not be written: {error}") from error

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import fields, replace
 from itertools import dropwhile, takewhile
 from pathlib import Path
@@ -44,6 +44,7 @@ from lamamba.config import (
     preset,
 )
 from lamamba.errors import ConfigError, LamambaError, SignalError
+from lamamba.streams import StandardStream, standard_streams, visible
 
 _HELP = """\
 usage: lamamba COMMAND [OPTIONS]
@@ -75,6 +76,12 @@ commands:
 lamamba COMMAND --help explains a command's options.
 """
 
+# Commands that go on, and succeed, when nobody can read what they print.
+_WRITE_FILES = {
+    "train", "finetune", "encode", "prepare", "average", "convert", "sample", "generate", "evaluate", "push", "plot",
+    "grid", "demo",
+}  # fmt: skip
+
 _PREPARE_HELP = """\
 usage: lamamba prepare imagenet|dataset|emoji [OPTIONS]
 
@@ -104,29 +111,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with standard_streams() as output:
+        try:
+            _run(arguments)
+        except SystemExit as end:
+            if end.code:
+                raise
+            _check_output(output, arguments)  # of --help
+            raise
+        _check_output(output, arguments)
+
+
+def _run(arguments: list[str]) -> None:
     commands = _commands()
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
-            print(_HELP, end="")
+            sys.stdout.write(_HELP)
         elif arguments[0] == "--version":
-            print(__version__)
+            sys.stdout.write(f"{__version__}\n")
         elif arguments[0] in commands:
             commands[arguments[0]](arguments[1:])
         else:
             raise LamambaError(f"no command is named {arguments[0]!r}: {nearest(arguments[0], commands)}")
-    except BrokenPipeError:  # whoever read the output has had enough of it, such as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except SignalError as stop:
         if not stop.silent:
-            print(f"lamamba: {stop}", file=sys.stderr)
+            _complain(stop)
         sys.exit(128 + stop.signal)
     except (LamambaError, OSError) as error:  # OSError: a disk that is full or read-only
-        print(f"lamamba: error: {error}", file=sys.stderr)
+        _complain(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("lamamba: interrupted", file=sys.stderr)
+        _complain("interrupted")
         sys.exit(130)
+
+
+def _complain(text: object) -> None:
+    sys.stderr.write(f"lamamba: {visible(text)}\n")
+
+
+def _check_output(output: StandardStream, arguments: list[str]) -> None:
+    """Exit with 1 if the output could not be written and was all that was asked for; other commands write files."""
+    output.flush()
+    if output.failure is None:
+        return
+    if not isinstance(output.failure, BrokenPipeError):  # else the reader has seen enough, such as `head`
+        _complain(f"standard output could not be written: {output.failure.strerror}")
+    if not arguments or arguments[0] not in _WRITE_FILES or {"-h", "--help", "--dry-run"} & {*arguments}:
+        sys.exit(1)
 
 
 def _commands() -> dict[str, Callable[[list[str]], None]]:
@@ -209,7 +240,8 @@ def _loading() -> Iterator[None]:
 
     def end(number: int, frame: object) -> None:
         if is_first:
-            os.write(2, b"\r\x1b[Klamamba: interrupted\n" if shows else b"lamamba: interrupted\n")
+            with suppress(OSError):
+                os.write(2, b"\r\x1b[Klamamba: interrupted\n" if shows else b"lamamba: interrupted\n")
         os._exit(128 + number)
 
     as_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -217,14 +249,16 @@ def _loading() -> Iterator[None]:
     if catches:
         signal.signal(signal.SIGINT, end)
     if shows:
-        print("loading PyTorch ...", end="", file=sys.stderr, flush=True)
+        sys.stderr.write("loading PyTorch ...")
+        sys.stderr.flush()
     try:
         yield
     finally:
         if catches:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if shows:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
 
 
 def _train(arguments: list[str]) -> None:
@@ -242,9 +276,9 @@ def _finetune(arguments: list[str]) -> None:
             raise LamambaError(
                 "give a checkpoint first: lamamba finetune nano --data photos --image-size 32 --out runs/photos"
             )
-        print(
+        sys.stdout.write(
             "Train on from CHECKPOINT: a run, a checkpoint, shipped weights (nano, emoji-64), a pipeline's folder, or "
-            "user/name\non the hub; the options are those of lamamba train.\n"
+            "user/name\non the hub; the options are those of lamamba train.\n\n"
         )
         _parse(TrainConfig, "finetune CHECKPOINT", arguments)
     name, *others = arguments
@@ -298,7 +332,7 @@ def _peek(arguments: list[str], option: str) -> str | None:
 def read_train_config(path: Path) -> TrainConfig:
     """Read the resolved configuration that a run wrote."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
         content["network"]["depths"] = tuple(content["network"]["depths"])
         network = NetworkConfig(**content.pop("network"))
         for name in ("out", "data_folder", "vae"):
@@ -328,7 +362,7 @@ def _prepare(arguments: list[str]) -> None:
     if not arguments:
         raise LamambaError(f"give what to prepare first, {' or '.join(kinds)} (see lamamba prepare --help)")
     if arguments[0] in ("-h", "--help"):
-        print(_PREPARE_HELP, end="")
+        sys.stdout.write(_PREPARE_HELP)
     elif arguments[0] in kinds:
         kinds[arguments[0]](arguments[1:])
     else:
@@ -340,37 +374,40 @@ def _prepare_imagenet(arguments: list[str]) -> None:
     config = _parse(PrepareImagenetConfig, "prepare imagenet", arguments)
     with _loading():
         from lamamba.data.imagenet import prepare_imagenet
+        from lamamba.output import say
 
     counts = prepare_imagenet(config.out, train=config.train, validation=config.validation, devkit=config.devkit)
     for split, count in counts.items():
         present = f", {count.num_present:,} were there" if count.num_present else ""
-        print(f"{config.out / split}: {count.num_classes:,} classes, {count.num_extracted:,} images extracted{present}")
+        say(f"{config.out / split}: {count.num_classes:,} classes, {count.num_extracted:,} images extracted{present}")
 
 
 def _prepare_dataset(arguments: list[str]) -> None:
     config = _parse(PrepareDatasetConfig, "prepare dataset", arguments)
     with _loading():
         from lamamba.data.hugging_face import RECORD, prepare_dataset
+        from lamamba.output import say
 
     counts = prepare_dataset(**vars(config))
     folder = config.out / config.split
     classes = {0: "no classes", 1: "1 class"}.get(counts.num_classes, f"{counts.num_classes:,} classes")
     present = f", {counts.num_present:,} were there" if counts.num_present else ""
     left_out = f", {len(counts.left_out):,} left out ({RECORD} says why)" if counts.left_out else ""
-    print(f"{folder}: {classes}, {counts.num_extracted:,} images extracted{present}{left_out}")
+    say(f"{folder}: {classes}, {counts.num_extracted:,} images extracted{present}{left_out}")
     if counts.renumbered:
-        print(f"training numbers classes in the order of their folders, unlike the dataset: {folder / RECORD} has both")
+        say(f"training numbers classes in the order of their folders, unlike the dataset: {folder / RECORD} has both")
 
 
 def _prepare_emoji(arguments: list[str]) -> None:
     config = _parse(PrepareEmojiConfig, "prepare emoji", arguments)
     with _loading():
         from lamamba.data.emoji import prepare_emoji
+        from lamamba.output import say
 
     counts = prepare_emoji(config.out, source=config.source)
     present = f", {counts.num_present:,} were there" if counts.num_present else ""
-    print(f"{config.out}: {counts.num_classes} classes, {counts.num_extracted:,} images extracted{present}")
-    print(", ".join(f"{name} {number:,}" for name, number in counts.images_of_class.items()))
+    say(f"{config.out}: {counts.num_classes} classes, {counts.num_extracted:,} images extracted{present}")
+    say(", ".join(f"{name} {number:,}" for name, number in counts.images_of_class.items()))
 
 
 def _average(arguments: list[str]) -> None:
@@ -483,7 +520,7 @@ def _doctor(arguments: list[str]) -> None:
 
 def _completion(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_COMPLETION_HELP, end="")
+        sys.stdout.write(_COMPLETION_HELP)
     else:
         os.environ["COLUMNS"] = "100"  # wide enough for the help, which is read, to break no option's values
-        print(write_completion(arguments[0], _commands(), _preparations()), end="")
+        sys.stdout.write(write_completion(arguments[0], _commands(), _preparations()))

@@ -1,5 +1,6 @@
 """The command `lamamba convert`: a checkpoint of the authors' code to a folder of this package, or the way back."""
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from lamamba.checkpoint import CheckpointInfo, find_checkpoint, load_network, lo
 from lamamba.config import ConvertConfig
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import TEMPORARY
+from lamamba.output import say
 from lamamba.released import load_released, read_released, save_released, sizes_in
 
 
@@ -21,12 +23,12 @@ def convert(config: ConvertConfig) -> None:
     source = Path(config.checkpoint)
     if source.is_file():
         _from_released(source, config)
-        print(f"wrote {config.out}, to be sampled with: lamamba sample {config.out}")
+        say(f"wrote {config.out}, to be sampled with: lamamba sample {shlex.quote(str(config.out))}")
     elif source.suffix in (".pt", ".pth"):
         raise CheckpointError(f"{source} does not exist: give a released checkpoint")
     else:
         _to_released(config)
-        print(f"wrote {config.out}: weights under the names of the released code")
+        say(f"wrote {config.out}: weights under the names of the released code")
 
 
 def _from_released(source: Path, config: ConvertConfig) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,6 +17,7 @@ from lamamba.config import PRESETS, InfoConfig, NetworkConfig
 from lamamba.errors import ConfigError
 from lamamba.model import Block, LaMambaDiff
 from lamamba.ops.window_attention.geometry import Windows
+from lamamba.output import make_console
 
 WHAT_IS_COUNTED = (
     "Multiply-adds of linear layers, convolutions, attention (logits and sums, whole windows) and the scan (per step "
@@ -158,6 +158,6 @@ def print_info(config: InfoConfig) -> None:
         if stage == "all":
             table.add_section()
         table.add_row(stage, f"{parameters:,}", f"{macs / 1e9:,.3f}")
-    console = Console()
+    console = make_console()
     console.print(table)
-    console.print(WHAT_IS_COUNTED, highlight=False)
+    console.print(WHAT_IS_COUNTED)

@@ -140,7 +140,7 @@ def class_of(folder: Path) -> str | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
             raise TypeError(f"it holds a {type(content).__name__}")
     except (OSError, ValueError, TypeError) as error:

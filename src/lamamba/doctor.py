@@ -25,6 +25,7 @@ from typing import Literal
 
 from lamamba import __version__
 from lamamba.config import DoctorConfig
+from lamamba.output import say
 
 LIMIT_S = 300.0  # for one part: what has not answered by then never will
 OPERATIONS = (  # those of lamamba.selfcheck, which only the other process can import
@@ -58,14 +59,14 @@ def doctor(config: DoctorConfig) -> bool:
     for finding in examine(list(PARTS)):
         findings.append(finding)
         if not config.json:
-            print(f"{finding.state:<6} {finding.name:<22} {finding.says}", flush=True)
+            say(f"{finding.state:<6} {finding.name:<22} {finding.says}")
             if finding.mend:
-                print(f"{'':<29} {finding.mend}")
+                say(f"{'':<29} {finding.mend}")
     faults = sum(finding.state == "fault" for finding in findings)
     if config.json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+        say(*json.dumps([asdict(finding) for finding in findings], indent=2).splitlines())
     else:
-        print("no faults" if not faults else f"{faults} fault{'s' * (faults > 1)}: see above for what helps")
+        say("no faults" if not faults else f"{faults} fault{'s' * (faults > 1)}: see above for what helps")
     return not faults
 
 
@@ -234,7 +235,7 @@ def _ask_nvidia_smi() -> list[tuple[str, str]]:
     if program is None:
         return []
     command = [program, "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    answer = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=30)
     lines = answer.stdout.splitlines() if answer.returncode == 0 else []
     return [(name.strip(), driver.strip()) for name, _, driver in (line.rpartition(",") for line in lines)]
 
@@ -390,7 +391,7 @@ def _look_at_threads() -> Iterator[Finding]:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):  # of a container
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
         cores = min(cores, max(1, round(int(quota) / int(period))))
     names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_PROC_BIND", "MKL_NUM_THREADS", "KMP_AFFINITY")
     settings = "".join(f", {name}={os.environ[name]}" for name in names if name in os.environ)

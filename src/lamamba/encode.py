@@ -5,6 +5,7 @@ done. `lamamba.data.latent_files` says what is in them.
 """
 
 import json
+import shlex
 import zlib
 from collections import deque
 from collections.abc import Iterator
@@ -15,8 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,8 +27,9 @@ from lamamba.config import EncodeConfig
 from lamamba.data import Source, open_source
 from lamamba.data.latent_files import FORMAT, INDEX, SETTINGS, are_latents, read_index
 from lamamba.errors import ConfigError, DataError
-from lamamba.files import checksum, written_whole
+from lamamba.files import checksum, write_text, written_whole
 from lamamba.latents import Latents, identify
+from lamamba.output import make_console, make_progress, say
 from lamamba.processes import Processes, joined
 from lamamba.sampling import choose_device
 
@@ -50,7 +51,7 @@ def encode(config: EncodeConfig) -> None:
             if processes.is_first:
                 _begin(config.out, settings)
                 if source.left_out:
-                    print(f"left out of {config.data}: {source.left_out}")
+                    say(f"left out of {config.data}: {source.left_out}")
             processes.wait()
             _encode_shards(config, source, space, device, processes)
             processes.wait()
@@ -101,7 +102,7 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
         return
     try:
         with written_whole(path) as temporary:
-            temporary.write_text(json.dumps({"format": FORMAT, "settings": settings}, indent=2) + "\n")
+            write_text(temporary, json.dumps({"format": FORMAT, "settings": settings}, indent=2) + "\n")
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error}): free some space, or choose another --out") from error
 
@@ -112,12 +113,8 @@ def _encode_shards(
     size = config.images_per_shard
     shards = {first // size: range(first, min(first + size, len(source))) for first in range(0, len(source), size)}
     mine = {shard: images for shard, images in shards.items() if shard % processes.number == processes.rank}
-    console = Console()
-    with Progress(
-        TextColumn("[bold]encode"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn(),
-        console=console, disable=not console.is_terminal or not processes.is_first, transient=True,
-    ) as progress:  # fmt: skip
-        task = progress.add_task("", total=sum(len(images) for images in mine.values()))
+    with make_progress(make_console(), MofNCompleteColumn(), "images", shows=processes.is_first) as progress:
+        task = progress.add_task("encode", total=sum(len(images) for images in mine.values()))
         for shard, images in mine.items():
             path = _shard_path(config.out, shard)
             if path.is_file():
@@ -195,6 +192,6 @@ def _write_index(folder: Path, settings: dict[str, Any]) -> None:
         "shards": shards,
     }  # fmt: skip
     with written_whole(folder / INDEX) as temporary:
-        temporary.write_text(json.dumps(index, indent=2) + "\n")
+        write_text(temporary, json.dumps(index, indent=2) + "\n")
     number = f"{len(shards)} shard{'s' * (len(shards) > 1)}"
-    print(f"{settings['images']:,} images in {number}: train with --data {folder}")
+    say(f"{settings['images']:,} images in {number}: train with --data {shlex.quote(str(folder))}")

@@ -30,6 +30,11 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    r"""Write UTF-8, whatever the locale says; a byte of a file name that is not UTF-8 becomes `\udcff`, as in JSON."""
+    path.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
 def permit(*paths: Path) -> None:
     """Let others read files as they may read any new one, where the file system knows of that.
 

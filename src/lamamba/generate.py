@@ -21,8 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn
 from torch import Tensor
 
 from lamamba import __version__
@@ -36,6 +35,7 @@ from lamamba.files import checksum, written_whole
 from lamamba.latents import IMAGE_CHANNELS, Latents, open_space
 from lamamba.model import LaMambaDiff
 from lamamba.npz import opened_array
+from lamamba.output import make_console, make_progress, say
 from lamamba.processes import Processes, joined
 from lamamba.sampling import check_labels, choose_device, make_grid, sample, uses_bf16
 
@@ -162,8 +162,7 @@ def sample_grid(config: SampleConfig) -> None:
     labels = [label for label in classes for _ in range(config.num_per_label)]
     seeds = [config.seed + index for index in range(len(labels))]
     _make_folders(config)
-    console = Console()
-    pixels = paint_with_bar(painter, labels, seeds, console)
+    pixels = paint_with_bar(painter, labels, seeds)
 
     settings = painter.settings
     grid = make_grid(pixels, columns=config.num_per_label, scale=max(1, 64 // pixels.shape[-1]))
@@ -174,19 +173,15 @@ def sample_grid(config: SampleConfig) -> None:
             _save(_picture(image), path, {**settings, "label": label, "seed": seed})
     named = ", ".join(label_name(label, painter.num_classes, painter.info) for label in classes)
     drawn = f"{len(labels)} image{'s' * (len(labels) != 1)} ({named})"
-    console.print(f"{drawn} · {painter.sampler}, {config.steps} steps", highlight=False, soft_wrap=True)
-    console.print(f"grid   {config.out}", highlight=False, soft_wrap=True)
+    say(f"{drawn} · {painter.sampler}, {config.steps} steps", f"grid   {config.out}")
     if config.images_out is not None:
-        console.print(f"images {config.images_out}", highlight=False, soft_wrap=True)
+        say(f"images {config.images_out}")
 
 
-def paint_with_bar(painter: Painter, labels: Sequence[int], seeds: Sequence[int], console: Console) -> np.ndarray:
+def paint_with_bar(painter: Painter, labels: Sequence[int], seeds: Sequence[int]) -> np.ndarray:
     """Do what `Painter.paint` does, and show how far it is."""
-    with Progress(
-        TextColumn("[bold]sample"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeRemainingColumn(),
-        console=console, disable=not console.is_terminal, transient=True,
-    ) as progress:  # fmt: skip
-        task = progress.add_task("", total=painter.evaluations * len(labels))
+    with make_progress(make_console(), "{task.percentage:3.0f} %") as progress:
+        task = progress.add_task("sample", total=painter.evaluations * len(labels))
         return painter.paint(labels, seeds, lambda number: progress.advance(task, number))
 
 
@@ -215,7 +210,7 @@ def generate(config: GenerateConfig) -> None:
             if processes.is_first:
                 if config.format == "npz":
                     _join(config)
-                Console().print(f"{config.num_images:,} images in {config.out}", highlight=False, soft_wrap=True)
+                say(f"{config.num_images:,} images in {config.out}")
 
 
 def _labels_of_set(config: GenerateConfig, painter: Painter) -> np.ndarray:
@@ -235,7 +230,7 @@ def _labels_of_set(config: GenerateConfig, painter: Painter) -> np.ndarray:
 def read_generation(samples: Path) -> dict[str, Any] | None:
     """Read how the images of a .npz were made; None where it is not what `generate` wrote."""
     try:
-        made = json.loads((samples.parent / GENERATION).read_text())
+        made = json.loads((samples.parent / GENERATION).read_bytes())
     except (OSError, ValueError):
         return None
     return made if samples.name == SAMPLES and isinstance(made, dict) and made.get("format") == "npz" else None
@@ -249,7 +244,7 @@ def _begin_set(out: Path, made: dict[str, Any]) -> None:
         write_json(path, made)
         return
     try:
-        before = json.loads(path.read_text())
+        before = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): choose another folder") from error
     if made["format"] == "png" and before.get("num_images", 0) < made["num_images"]:
@@ -271,16 +266,14 @@ def _paint_shards(config: GenerateConfig, painter: Painter, labels: np.ndarray, 
         range(start, min(start + config.images_per_shard, config.num_images))
         for start in range(0, config.num_images, config.images_per_shard)
     ][processes.rank :: processes.number]
-    console = Console()
-    with Progress(
-        TextColumn("[bold]generate{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"),
-        TimeRemainingColumn(), console=console, disable=not (console.is_terminal and processes.is_first),
-    ) as progress:  # fmt: skip
+    with make_progress(
+        make_console(), MofNCompleteColumn(), "images", shows=processes.is_first, transient=False
+    ) as progress:
         others = f", process 1 of {processes.number}" if processes.number > 1 else ""
         total = sum(map(len, shards))
         shards = [places for places in shards if not _is_there(config, places)]
         done = float(total - sum(map(len, shards)))
-        bar = progress.add_task(others, total=total, completed=round(done))
+        bar = progress.add_task(f"generate{others}", total=total, completed=round(done))
         painter.prepare(config.num_images)  # of the whole set, so that any number of processes decodes alike
 
         def step(number: int) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import secrets
+import shlex
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,16 +15,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn
 from torch import Tensor
 
 from lamamba.config import TrainConfig
 from lamamba.cost import peak_tflops, training_flops
 from lamamba.data import Source
 from lamamba.errors import CheckpointError, ConfigError
-from lamamba.files import written_whole
+from lamamba.files import write_text, written_whole
 from lamamba.model import LaMambaDiff
+from lamamba.output import make_console, make_progress, say
 
 SHOWN_EVERY_S = 5.0  # beside the bar, on a terminal; to read it waits for the device
 MAX_LINE_BYTES = 1 << 16  # of log.jsonl; a longer line is damaged, and not worth the memory
@@ -43,24 +44,17 @@ class TrainingLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.config, self.device = config, device
-        self.console = Console()
+        self.console = make_console()
         self.path = config.out / "log.jsonl"
         self.records, self.damaged_lines = self._read_earlier_records(images)
-        self.file = self.path.open("a", buffering=1)
+        self.file = self.path.open("a", buffering=1, encoding="utf-8")
         # TensorBoard drops earlier points from this step on, which are about to be logged again.
         self.board = SummaryWriter(str(config.out / "tensorboard"), purge_step=images + 1)
         self.tracker = _start_tracker(config)
         self.tflop_per_image = 0.0
         self.peak_tflops: float | None = None
-        self.progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("images · loss {task.fields[loss]} · {task.fields[speed]} images/s ·"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
+        shown = "images · loss {task.fields[loss]} · {task.fields[speed]} images/s ·"
+        self.progress = make_progress(self.console, MofNCompleteColumn(), shown, transient=False)
         total = max(config.num_images, images)
         self.task = self.progress.add_task("train", total=total, completed=images, loss="–", speed="–")
         self.sums: dict[str, Tensor] = {}
@@ -86,7 +80,7 @@ class TrainingLog:
         records, damaged_lines = _read_records(self.path)
         records = [record for record in records if record["images"] <= images]
         with written_whole(self.path) as temporary:  # killed here, the run still has all of it
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+            write_text(temporary, "".join(json.dumps(record) + "\n" for record in records))
         return records, damaged_lines
 
     def introduce(self, source: Source, network: LaMambaDiff, num_processes: int = 1, uses_bf16: bool = False) -> None:
@@ -96,7 +90,7 @@ class TrainingLog:
         self.peak_tflops = peak * num_processes if peak and uses_bf16 else None
         kind = "grey" if source.channels == 1 else "colour"
         classes = f"{source.num_classes} classes" if source.num_classes else "no classes"
-        self._print(
+        self.note(
             f"{len(source):,} {kind} images of {source.name}, {source.image_size}x{source.image_size}, {classes} · "
             f"network {self.config.preset}, {sum(p.numel() for p in network.parameters()):,} parameters · {self.device}"
             + (f" and {num_processes - 1} more" if num_processes > 1 else "")
@@ -106,19 +100,17 @@ class TrainingLog:
         if source.left_out:
             self.note(f"left out of {source.name}: {source.left_out}")
         if source.skipped:
-            self._print(
-                f"[yellow]left out {source.skipped} images that cannot be read:[/] {', '.join(source.bad_files)}"
-            )
+            self.note(f"left out {source.skipped} images that cannot be read: {', '.join(source.bad_files)}")
 
     def note(self, text: str) -> None:
         """Print a line of plain text."""
-        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+        say(text, console=self.console)
 
     def note_start(self, name: str, notes: list[str]) -> None:
         """Say which weights it starts from, and what of them is not simply copied."""
-        self._print(f"starts from the averaged weights of {name}")
+        self.note(f"starts from the averaged weights of {name}")
         for note in notes:
-            self._print(f"  {note}")
+            self.note(f"  {note}")
 
     def step(self, images: int, terms: dict[str, Tensor]) -> None:
         """Take in one step's loss terms, without waiting for the device."""
@@ -181,11 +173,9 @@ class TrainingLog:
             self.tracker.log({f"train/{name}": value for name, value in record.items()}, step=images)
         speed = self._show(means["loss"], record["images_per_s"])
         if skipped:
-            self._print(f"[yellow]{skipped} of {self.steps} steps skipped: their gradient was not finite[/]")
+            self.note(f"{skipped} of {self.steps} steps skipped: their gradient was not finite")
         if self.progress.disable:
-            self._print(
-                f"{images:,} of {self.config.num_images:,} images · loss {means['loss']:.4f} · {speed} images/s"
-            )
+            self.note(f"{images:,} of {self.config.num_images:,} images · loss {means['loss']:.4f} · {speed} images/s")
         self.sums, self.steps, self.images = {}, 0, 0
         self.paused_s = self.waited_s = 0.0
         self.since = time.perf_counter()
@@ -209,7 +199,7 @@ class TrainingLog:
     @contextmanager
     def first_step(self, minutes: bool) -> Iterator[None]:
         """Say that the first step takes longer than the others, and leave its time out of images/s."""
-        self._print(f"preparing the first step, which takes {'some minutes' if minutes else 'up to a minute'}")
+        self.note(f"preparing the first step, which takes {'some minutes' if minutes else 'up to a minute'}")
         with self.pause("compile"), warnings.catch_warnings():
             # Advice to allow a rounding that nobody asked for; in bf16 it would change nothing.
             warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
@@ -225,21 +215,18 @@ class TrainingLog:
     def note_checkpoint(self, path: Path | None) -> None:
         """Say where a checkpoint was written, if one was."""
         if path and self.progress.disable:
-            self._print(f"checkpoint {path}")
+            self.note(f"checkpoint {path}")
 
     def finish(self, images: int) -> None:
         """Say where everything is."""
         self.progress.stop()
         out = self.config.out
         grids = sorted((out / "samples").glob("*.png"))
-        self._print(f"done: {images:,} images seen")
+        self.note(f"done: {images:,} images seen")
         if grids:
-            self._print(f"samples     {grids[-1]}")
-        self._print(f"loss curve  {out / 'loss.png'}")
-        self._print(f"sample more with: lamamba sample {out} --out grid.png")
-
-    def _print(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+            self.note(f"samples     {grids[-1]}")
+        self.note(f"loss curve  {out / 'loss.png'}")
+        self.note(f"sample more with: lamamba sample {shlex.quote(str(out))} --out grid.png")
 
     def _plot(self) -> None:
         from matplotlib.figure import Figure
@@ -275,7 +262,7 @@ def read_log(run: Path) -> tuple[list[dict[str, float]], int]:
     if not (run / "config.json").is_file():
         raise CheckpointError(f"{run} holds no run of lamamba: give the --out of a training")
     try:
-        total = int(json.loads((run / "config.json").read_text())["num_images"])
+        total = int(json.loads((run / "config.json").read_bytes())["num_images"])
         records = _read_records(run / "log.jsonl")[0] if (run / "log.jsonl").is_file() else []
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{run} holds no run of lamamba ({type(error).__name__}: {error})") from error
@@ -335,8 +322,8 @@ def _start_tracker(config: TrainConfig) -> Any:
     if config.tracker == "wandb":  # which knows runs by an identity
         identity = config.out / "wandb-id"
         if not identity.is_file() or not re.fullmatch(rb"[0-9a-f]{16}", identity.read_bytes()):  # or it is damaged
-            identity.write_text(secrets.token_hex(8))
-        run |= {"id": identity.read_text(), "dir": str(config.out)}
+            write_text(identity, secrets.token_hex(8))
+        run |= {"id": identity.read_text(encoding="utf-8"), "dir": str(config.out)}
     tracker.init(**run, resume="allow")
     return tracker
 

@@ -27,13 +27,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from lamamba.config import NetworkConfig, PlanConfig, preset
 from lamamba.cost import PEAK_TFLOPS, count, peak_tflops
 from lamamba.errors import ConfigError
 from lamamba.model import Block, LaMambaDiff
+from lamamba.output import make_console
 
 MEASURED = Path(__file__).with_name("assets") / "scaling.json"
 BACKWARD_SHARE = 2 / 3
@@ -143,7 +143,7 @@ class Model:
     @cache
     def shipped(cls) -> "Model":
         """Read the measurements that come with the package."""
-        return cls.read(json.loads(MEASURED.read_text()))
+        return cls.read(json.loads(MEASURED.read_bytes()))
 
     @classmethod
     def read(cls, content: dict[str, Any]) -> "Model":
@@ -323,7 +323,7 @@ def _slower(config: PlanConfig, model: Model, ms: float) -> float:
 
 def print_plan(config: PlanConfig) -> None:
     """Print a prediction, and what it rests on; raises ConfigError as `predict` does."""
-    predicted, model, console = predict(config), Model.shipped(), Console()
+    predicted, model, console = predict(config), Model.shipped(), make_console()
     speed = predicted.images_per_s(config.gpus)
     hours = config.num_images / speed / 3600
     fits = "fits" if predicted.memory_gib <= config.gpu_memory_gib else "does not fit"
@@ -352,12 +352,11 @@ def print_plan(config: PlanConfig) -> None:
         table.add_row(what, value)
     console.print(
         f"{config.preset} on {config.gpus} {config.gpu} in {hosts}, batches of {predicted.images * config.gpus:,}, "
-        f"{predicted.images} a GPU{', sharded' * config.shard}",
-        highlight=False,
+        f"{predicted.images} a GPU{', sharded' * config.shard}"
     )
     console.print(table)
     for line in basis(config, model):
-        console.print(line, highlight=False)
+        console.print(line)
 
 
 def basis(config: PlanConfig, model: Model) -> list[str]:

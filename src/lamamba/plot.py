@@ -15,6 +15,7 @@ from lamamba.data.folders import list_images_below, no_images
 from lamamba.errors import CheckpointError, ConfigError, DataError
 from lamamba.files import written_whole
 from lamamba.log import draw_lines, read_log
+from lamamba.output import say
 from lamamba.sampling import make_grid
 
 # What the log has of each quarter of the timesteps: what it is, and how its line is drawn.
@@ -53,8 +54,7 @@ def plot(config: PlotConfig) -> None:
         written += [config.out / f"{stem}.png", config.out / f"{stem}.gif"]
         _write(written[-2], _saving(strip, "PNG"))
         _write(written[-1], _saving_animation(choose_evenly(frames, MAX_GIF_FRAMES)))
-    for path in written:
-        print(path)
+    say(*written)
 
 
 def name_runs(runs: Iterable[Path]) -> dict[str, Path]:
@@ -168,7 +168,7 @@ def grid(config: GridConfig) -> None:
     picture = make_grid(np.stack(tiles), columns)
     _write(config.out, _saving(picture, "PNG"))
     left_out = f", {len(paths) - len(shown):,} left out" if len(shown) < len(paths) else ""
-    print(f"{config.out}: {len(shown):,} images{left_out}")
+    say(f"{config.out}: {len(shown):,} images{left_out}")
 
 
 def _list_images(paths: Iterable[Path]) -> list[str]:
@@ -183,7 +183,7 @@ def _list_images(paths: Iterable[Path]) -> list[str]:
         if not found.images:
             raise DataError(no_images(path, found))
         if found.left_out:
-            print(f"left out of {path}: {found.left_out}")
+            say(f"left out of {path}: {found.left_out}")
         listed += found.images
     return listed
 

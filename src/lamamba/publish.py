@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCardData
-from rich.console import Console
 
 from lamamba import __version__
 from lamamba.checkpoint import PIPELINE_INDEX, find_checkpoint, shipped_weights
@@ -21,10 +20,11 @@ from lamamba.config import PushConfig, SamplingConfig
 from lamamba.data.fashion_mnist import HUB_REPOSITORY
 from lamamba.dit import class_of
 from lamamba.errors import CheckpointError, ConfigError, DataError
-from lamamba.files import TEMPORARY, permit
+from lamamba.files import TEMPORARY, permit, write_text
 from lamamba.generate import Painter, paint_with_bar, parse_labels
 from lamamba.hub import make_repository, send
 from lamamba.latents import IMAGE_CHANNELS, Latents
+from lamamba.output import say
 from lamamba.pipeline import LaMambaDiffPipeline
 from lamamba.sampling import choose_device, make_grid
 
@@ -68,10 +68,10 @@ def push(config: PushConfig) -> None:
         _write_pipeline(pipe, folder, half=config.half)
         rows = _draw(folder, config)
         dataset = config.dataset or _dataset_of(path)
-        (folder / CARD).write_text(_card(pipe, config, rows, dataset, scores), encoding="utf-8")
+        write_text(folder / CARD, _card(pipe, config, rows, dataset, scores))
         if config.out is not None:
             folder = folder.replace(config.out)
-            print(f"wrote {folder}, to be sampled with: lamamba sample {folder}")
+            say(f"wrote {folder}, to be sampled with: lamamba sample {shlex.quote(str(folder))}")
         _send(config, folder)
 
 
@@ -94,7 +94,7 @@ def _make_repository(config: PushConfig) -> None:
 def _send(config: PushConfig, folder: Path) -> None:
     if config.repository is not None:
         message = f"Upload {class_of(folder)} with lamamba {__version__}"
-        print(send(folder, config.repository, branch=config.branch, message=message))
+        say(send(folder, config.repository, branch=config.branch, message=message))
 
 
 def _write_pipeline(pipe: LaMambaDiffPipeline, folder: Path, *, half: bool) -> None:
@@ -107,9 +107,9 @@ def _write_pipeline(pipe: LaMambaDiffPipeline, folder: Path, *, half: bool) -> N
     pipe.save_pretrained(folder)
     permit(*folder.rglob("*.safetensors"))
     for path in folder.rglob("*.json"):
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_bytes())
         if record.pop("_name_or_path", None) is not None:  # where it was on this machine, which is nobody's business
-            path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+            write_text(path, json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
 def _draw(folder: Path, config: PushConfig) -> list[int]:
@@ -119,7 +119,7 @@ def _draw(folder: Path, config: PushConfig) -> list[int]:
     painter = Painter(SamplingConfig(checkpoint=str(folder)), choose_device(config.device))
     rows = parse_labels(None, painter.num_classes, ())
     labels = [label for label in rows for _ in range(config.num_per_label)]
-    pixels = paint_with_bar(painter, labels, range(len(labels)), Console())
+    pixels = paint_with_bar(painter, labels, range(len(labels)))
     make_grid(pixels, config.num_per_label, scale=max(1, 64 // pixels.shape[-1])).save(folder / PICTURE)
     return rows
 
@@ -129,7 +129,7 @@ def _dataset_of(path: Path) -> str | None:
     if path == shipped_weights()["fashion-mnist"]:
         return HUB_REPOSITORY
     try:
-        data = json.loads((path.parent.parent / "config.json").read_text())["data"]
+        data = json.loads((path.parent.parent / "config.json").read_bytes())["data"]
     except (OSError, ValueError, KeyError, TypeError):  # no run, or weights alone
         return None
     return HUB_REPOSITORY if data in ("builtin", "fashion-mnist") else None
@@ -138,7 +138,7 @@ def _dataset_of(path: Path) -> str | None:
 def _read_scores(path: Path, images_seen: int) -> dict[str, Any]:
     """Read what `lamamba evaluate` wrote, which must be of the same weights as far as it can be told."""
     try:
-        scores: dict[str, Any] = json.loads(path.read_text())
+        scores: dict[str, Any] = json.loads(path.read_bytes())
         generation = scores["generation"] or {}
         for part in ("scores", "features", "generated", "reference"):
             scores[part].items()

@@ -57,7 +57,7 @@ def check_scheduler(scheduler: Any, objective: str, pixels: bool) -> None:
 def open_scheduler(pipeline: Path) -> SchedulerMixin:
     """Load the scheduler of a saved pipeline; raises CheckpointError."""
     try:
-        name = json.loads((pipeline / PIPELINE_INDEX).read_text())["scheduler"][1]
+        name = json.loads((pipeline / PIPELINE_INDEX).read_bytes())["scheduler"][1]
         return getattr(diffusers, name).from_pretrained(pipeline / "scheduler", local_files_only=True)
     except Exception as error:  # diffusers raises many kinds for a damaged folder
         line = (str(error).splitlines() or [type(error).__name__])[0]

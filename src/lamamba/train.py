@@ -24,6 +24,7 @@ from lamamba.errors import CheckpointError, ConfigError, LamambaError, SignalErr
 from lamamba.latents import Latents, Space, identify, open_space
 from lamamba.log import SilentLog, TrainingLog
 from lamamba.memory import keep_freed_memory
+from lamamba.output import say
 from lamamba.processes import Processes, SignalsNoted, joined
 from lamamba.sampling import choose_device
 from lamamba.trainer import Trainer, describe_weight_decay, learning_rate
@@ -92,7 +93,7 @@ def check_resumable(config: TrainConfig) -> None:
     """Compare a resolved configuration with the one its run folder was started with; raises CheckpointError."""
     path = config.out / "config.json"
     try:
-        started = json.loads(path.read_text())
+        started = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}), so the run cannot be continued") from error
     now = plain(config)
@@ -133,7 +134,7 @@ def train(config: TrainConfig) -> None:
 def _train(config: TrainConfig, source: Source, space: Space, device: torch.device, processes: Processes) -> None:
     if config.dry_run:
         if processes.is_first:
-            print(json.dumps(plain(config), indent=2))
+            say(*json.dumps(plain(config), indent=2).splitlines())
         return
     saved = checkpoints_in(config.out)
     if saved and not config.resume:
@@ -154,7 +155,7 @@ def _train(config: TrainConfig, source: Source, space: Space, device: torch.devi
         try:
             with locked(config.out):
                 if config.resume and not saved:
-                    print(f"{config.out} holds no checkpoint: the run begins", flush=True)
+                    say(f"{config.out} holds no checkpoint: the run begins")
                 write_json(config.out / "config.json", plain(config))
                 with TrainingLog(config, trainer.images, device) as log:
                     log.introduce(source, trainer.network, processes.number, trainer.uses_bf16)

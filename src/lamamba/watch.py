@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -11,6 +11,8 @@ from rich.text import Text
 from lamamba.checkpoint import checkpoints_in
 from lamamba.config import WatchConfig
 from lamamba.log import read_log
+from lamamba.output import make_console
+from lamamba.streams import visible
 
 BARS = "▁▂▃▄▅▆▇█"
 # What is shown, if the log has it: name, unit, and how.
@@ -30,7 +32,7 @@ def watch(config: WatchConfig) -> None:
     Raises:
         CheckpointError: the folder holds no run.
     """
-    console = Console()
+    console = make_console()
     if config.once or not console.is_terminal:
         console.print(_picture(config.run, console.width)[0])
         return
@@ -47,7 +49,7 @@ def _picture(run: Path, width: int) -> tuple[Group, bool]:
     """Draw the run as it stands; also say whether it is at its end."""
     records, total = read_log(run)
     if not records:
-        return Group(Text(f"{run}: nothing logged yet")), False
+        return Group(Text(f"{visible(run)}: nothing logged yet")), False
     last = records[-1]
     share, speed = last["images"] / max(1, total), last.get("images_per_s", 0)
     ended = last["images"] >= total
@@ -61,7 +63,7 @@ def _picture(run: Path, width: int) -> tuple[Group, bool]:
     age = _duration(time.time() - (saved[-1] / "checkpoint.json").stat().st_mtime) if saved else ""
     checkpoint = f"checkpoint of {int(saved[-1].name):,} images, {age} ago" if saved else "no checkpoint yet"
     return Group(
-        Text(f"{run}: {last['images']:,} of {total:,} images, {share:.0%}, {until}", style="bold"),
+        Text(f"{visible(run)}: {last['images']:,} of {total:,} images, {share:.0%}, {until}", style="bold"),
         Text(f"loss {_line([record['loss'] for record in records if 'loss' in record], width - 5)}"),
         table,
         Text(checkpoint, style="dim"),

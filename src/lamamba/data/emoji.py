@@ -26,8 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from rich.console import Console
-
 from lamamba.data.decoding import decode_image
 from lamamba.data.preparing import SplitCounts, is_there, list_names, make_folder, progress_bars, rename, using
 from lamamba.errors import DataError
@@ -92,7 +90,7 @@ def prepare_emoji(out: Path, *, source: Path | None = None, expected: Expected =
     make_folder(out)
     if source is None and (numbers := _whole(out, expected)):
         return EmojiCounts(len(numbers), 0, expected.num_images, numbers)
-    with progress_bars(Console()) as bar:
+    with progress_bars() as bar:
         fetched = None
         if source is None:
             fetched = source = _fetch(out / f"{TEMPORARY}{PACKAGE}-{expected.version}.tgz", expected)
@@ -139,7 +137,8 @@ def _registry() -> str:
     named = os.environ.get("NPM_CONFIG_REGISTRY")
     npm = shutil.which("npm")
     if not named and npm is not None:
-        asked = subprocess.run([npm, "config", "get", "registry"], capture_output=True, text=True, timeout=60)
+        command = [npm, "config", "get", "registry"]
+        asked = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=60)
         named = asked.stdout.strip()
     return (named if named and named.startswith("http") else REGISTRY).rstrip("/")
 

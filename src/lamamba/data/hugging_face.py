@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
-from rich.console import Console
 
 from lamamba.data.decoding import FORMATS, decode_image
 from lamamba.data.folders import list_images_below
 from lamamba.data.preparing import SplitCounts, is_there, list_names, make_folder, progress_bars, rename, using
 from lamamba.errors import ConfigError, DataError
-from lamamba.files import TEMPORARY, flush, written_whole
+from lamamba.files import TEMPORARY, flush, write_text, written_whole
+from lamamba.output import make_console
 
 RECORD = "dataset.json"
 
@@ -106,9 +106,8 @@ def prepare_dataset(
     place = Path(dataset).expanduser().resolve()  # where the library looks before it asks the hub
     if out.resolve().is_relative_to(place):
         raise ConfigError(f"out {out} would be taken for files of {dataset}: give out (--out) another folder")
-    console = Console()
     library = _import_datasets(dataset)
-    with _quiet(library, unless=console.is_terminal):
+    with _quiet(library, unless=make_console().is_terminal):
         rows = _open(library, dataset, subset, split).with_format(None)
         where = f"{dataset} ({split})"
         image_column = _find_image_column(library, rows, where, image_column)
@@ -127,7 +126,7 @@ def prepare_dataset(
         "num_images": len(images),
         "contents": _identify(images, image_column, classes),
     }
-    with progress_bars(console) as bar:
+    with progress_bars() as bar:
         return _prepare(where, images, classes, identity, out, skip_bad_images, bar(split, len(images)))
 
 
@@ -462,14 +461,14 @@ def _write_record(
     path = folder / RECORD
     record = identity | {"classes": listed, "left_out": left_out}
     with using(path, "written"), written_whole(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(temporary, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def _read_record(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Read what the folder was made of, which must be what is asked for now."""
     mend = f"give another out (--out), or delete {folder}"
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = json.loads((folder / RECORD).read_bytes())
         changed = [name for name in identity if record[name] != identity[name]]
         dict(record["left_out"])
     except (OSError, ValueError, KeyError, TypeError) as error:

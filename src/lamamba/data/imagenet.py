@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from lamamba.data.preparing import SplitCounts, is_there, list_names, make_folder, progress_bars, rename, using
 from lamamba.errors import ConfigError, DataError
@@ -93,7 +92,7 @@ def prepare_imagenet(
             raise DataError(f"{path} is missing or not a file: give the path of {official} from image-net.org")
     classes = None if devkit is None else _read_devkit(devkit, expected)
     counts: dict[str, SplitCounts] = {}
-    with progress_bars(Console()) as bar:
+    with progress_bars() as bar:
         if validation is not None and classes is not None:
             counts["validation"] = _prepare_validation(validation, out, classes, bar("validation", len(classes)))
         if train is not None:

@@ -98,7 +98,7 @@ def open_shard(path: Path) -> tuple[Any, np.ndarray, np.ndarray]:
 def read_index(path: Path) -> dict[str, Any]:
     """Read an index, or the settings of one to be; raises DataError."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
         if content["format"] > FORMAT:
             raise DataError(f"{path} has format {content['format']}, this version reads {FORMAT}: update lamamba")
         return dict(content)

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn
 
 from lamamba.errors import DataError
+from lamamba.output import make_console, make_progress
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,12 @@ class SplitCounts:
 
 
 @contextmanager
-def progress_bars(console: Console) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+def progress_bars() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
     """Give a function that adds a bar for a split of so many images and returns what moves it on.
 
     Bars are seen in a terminal only, and vanish at the end.
     """
-    with Progress(
-        TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images ·"),
-        TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True,
-    ) as progress:  # fmt: skip
+    with make_progress(make_console(), MofNCompleteColumn(), "images ·") as progress:
 
         def bar(split: str, total: int) -> Callable[[int], None]:
             task = progress.add_task(split, total=total)

@@ -11,6 +11,7 @@ from PIL import Image
 from lamamba.config import DemoConfig
 from lamamba.demo.painting import Models
 from lamamba.errors import ConfigError
+from lamamba.output import say
 
 # A browser then refuses to ask anyone else, whatever Gradio's pages contain; they make functions of text, and workers.
 _POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
@@ -39,7 +40,7 @@ def serve(config: DemoConfig) -> None:
         app = make_app(models, config.limits, config.at_once)
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        print(f"http://{shown}:{port} shows {', '.join(models.names)}; Ctrl-C ends it", flush=True)
+        say(f"http://{shown}:{port} shows {', '.join(models.names)}; Ctrl-C ends it")
         options = uvicorn.Config(_keep_in(app), log_level="warning", timeout_graceful_shutdown=1)
 
         class Server(uvicorn.Server):

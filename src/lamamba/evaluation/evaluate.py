@@ -12,8 +12,6 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
@@ -24,7 +22,8 @@ from lamamba.evaluation import metrics
 from lamamba.evaluation.features import FeatureNetwork, open_features
 from lamamba.evaluation.image_sets import ImageSet, Reference, open_images, open_reference, read_settings, show_size
 from lamamba.evaluation.metrics import Gaussian, Moments
-from lamamba.files import written_whole
+from lamamba.files import write_text, written_whole
+from lamamba.output import make_console, make_progress, say
 from lamamba.sampling import choose_device
 
 PUBLISHED_IMAGES = 50_000  # that published FIDs are of
@@ -75,11 +74,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     config.out.parent.mkdir(parents=True, exist_ok=True)
     settings, warned = read_settings(generated)
 
-    console = Console()
-    with Progress(
-        TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"),
-        TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True,
-    ) as progress:  # fmt: skip
+    with make_progress(make_console(), "{task.percentage:3.0f} %") as progress:
         measured = []
         for images, name in zip(sets, ("generated", "reference"), strict=False):
             task = progress.add_task(name, total=images.num_images)
@@ -116,9 +111,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "torchmetrics": version("torchmetrics") if metrics.HAS_TORCHMETRICS else None,
     }  # fmt: skip
     with written_whole(config.out) as temporary:
-        temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    _print(console, result, network)
-    console.print(f"scores {config.out}", highlight=False, soft_wrap=True)
+        write_text(temporary, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    _print(result, network)
+    say(f"scores {config.out}")
     return result
 
 
@@ -290,20 +285,18 @@ def _describe(images: ImageSet | None, name: str | None = None) -> dict[str, Any
     }  # fmt: skip
 
 
-def _print(console: Console, result: dict[str, Any], network: FeatureNetwork) -> None:
+def _print(result: dict[str, Any], network: FeatureNetwork) -> None:
     generated, reference, features = result["generated"], result["reference"], result["features"]
     statistics = "statistics" if reference["statistics_sha256"] else ""
     images = f"{reference['images']:,} images" if reference["images"] else ""
     against = " and ".join(part for part in (statistics, images) if part)
-    for line in (
+    say(
         f"{generated['images']:,} images of {generated['name']} against {against} of {reference['name']}",
         f"features {features['name']}, {features['dimension']:,} numbers, sha256 {features['sha256'][:12]}",
-    ):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    )
     for described in (generated, reference):
         if described.get("left_out_files"):
-            line = f"left out of {described['name']}: {described['left_out_files']}"
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
+            say(f"left out of {described['name']}: {described['left_out_files']}")
     table = Table()
     table.add_column("score")
     table.add_column("value", justify="right")
@@ -314,9 +307,9 @@ def _print(console: Console, result: dict[str, Any], network: FeatureNetwork) ->
             deviation = result["scores"].get(f"{name}_deviation")
             spread = "" if deviation is None else f" ± {deviation:.3g}"
             table.add_row(shown, f"{result['scores'][name]:.5g}{spread}", better)
-    console.print(table, highlight=False)
+    make_console().print(table)
     for reason in dict.fromkeys(result["left_out"].values()):
         names = ", ".join(name for name, why in result["left_out"].items() if why == reason)
-        console.print(f"left out: {names}: {reason}", highlight=False, soft_wrap=True, markup=False)
+        say(f"left out: {names}: {reason}")
     for warning in result["warnings"]:
-        console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True, markup=False)
+        say(f"warning: {warning}")

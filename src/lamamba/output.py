@@ -1,0 +1,51 @@
+"""What commands print: lines, tables and progress bars in which text is shown as it is.
+
+Paths and class names come from users and file systems: nothing in them is markup, an emoji code, or a terminal command.
+"""
+
+from typing import Any, TextIO, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from lamamba.streams import unfailing, visible
+
+
+def say(*lines: object, console: Console | None = None) -> None:
+    """Print lines as they are, unwrapped, each on one line whatever is in it; a console shows them above its bars."""
+    for line in lines:
+        (console or make_console()).print(Text(visible(line)), soft_wrap=True)
+
+
+def make_console() -> Console:
+    """Make a console that interprets nothing in strings; it prints on standard output."""
+    return _PlainConsole(markup=False, highlight=False, emoji=False, file=cast(TextIO, unfailing("stdout")))
+
+
+class _PlainConsole(Console):
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Escape text in tables and titles too."""
+        return super().render_str("\n".join(map(visible, text.split("\n"))), **options)
+
+
+def make_progress(
+    console: Console, *columns: ProgressColumn | str, shows: bool = True, transient: bool = True
+) -> Progress:
+    """Make progress bars, for a terminal only: a task's description, its bar, these columns, and the time left.
+
+    Args:
+        console: to draw on.
+        columns: a string is formatted with the `task`.
+        shows: False hides the bars, as in all processes but the first.
+        transient: remove the bars at the end.
+    """
+    return Progress(
+        TextColumn("{task.description}", style="bold", markup=False),
+        BarColumn(),
+        *(TextColumn(column, markup=False) if isinstance(column, str) else column for column in columns),
+        TimeRemainingColumn(elapsed_when_finished=not transient),
+        console=console,
+        disable=not (console.is_terminal and shows),
+        transient=transient,
+    )
