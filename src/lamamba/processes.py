@@ -73,7 +73,7 @@ class Processes:
 
 
 def cut_evenly(length: int, number: int) -> list[int]:
-    """Cut a length into so many whole parts, which differ by one at most."""
+    """Cut a length into so many parts that differ by one at most, from a smallest to a largest one."""
     ends = [length * index // number for index in range(number + 1)]
     return [end - start for start, end in pairwise(ends)]
 

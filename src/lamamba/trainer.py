@@ -163,7 +163,9 @@ class Trainer:
     def _prepare(self, inputs: tuple[Tensor, ...]) -> None:
         """Compile what the first step launches and record its graphs, for parts of every size."""
         self.is_prepared = True
-        parts = [tuple(tensor[:size] for tensor in inputs) for size in sorted({*self.parts}, reverse=True)]
+        # The largest and the smallest. All processes prepare as many, since with sharded weights they meet in each.
+        sizes = (self.parts[-1], self.parts[0])[: len(self.parts)]
+        parts = [tuple(tensor[:size] for tensor in inputs) for size in sizes]
         if self.device.type == "cuda":
             for part in parts:
                 rehearse(self._find_gradients, *part)
