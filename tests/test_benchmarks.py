@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from forked import run_python, run_ranks
 from lamamba.ops.selective_scan import selective_scan
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -19,9 +20,8 @@ def benchmarks_importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-def run(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCHMARKS / "run.py"), *options]
-    return subprocess.run(command, capture_output=True, text=True)
+def run(*options: str) -> "subprocess.CompletedProcess[str]":
+    return run_python(str(BENCHMARKS / "run.py"), *options)
 
 
 def cases(done: subprocess.CompletedProcess[str]) -> set[str]:
@@ -173,9 +173,8 @@ def test_the_page_is_made_from_the_records(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_scaling_is_measured_by_any_number_of_processes(tmp_path: Path, number: int) -> None:
-    together = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"] if number > 1 else []
-    command = [sys.executable, *together, str(BENCHMARKS / "scaling.py"), "--quick", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    command = [str(BENCHMARKS / "scaling.py"), "--quick", "--out", str(tmp_path)]
+    done = run_ranks(number, *command) if number > 1 else run_python(*command)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("*.json")
     records = json.loads(path.read_text())
@@ -210,11 +209,8 @@ def test_a_batch_too_large_is_reported_and_the_next_is_measured(
 
 
 def test_sets_of_images_are_timed_in_every_way(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "sampling.py"), "--quick", "--out", str(tmp_path), "--providers", "lamamba",
-         "dit-pipeline", "dit-generate"],
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    options = ["--out", str(tmp_path), "--providers", "lamamba", "dit-pipeline", "dit-generate"]
+    done = run_python(str(BENCHMARKS / "sampling.py"), "--quick", *options)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("*.json")
     values = {(record["provider"], record["metric"]): record["value"] for record in json.loads(path.read_text())}

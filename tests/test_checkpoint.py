@@ -1,13 +1,12 @@
 """Checkpoints are whole or not there, and what is damaged or foreign is named."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from forked import run_python
 from lamamba.checkpoint import (
     CheckpointInfo,
     checkpoints_in,
@@ -67,7 +66,7 @@ try:
 except CheckpointError as error:
     print("CheckpointError", error)
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    result = run_python("-c", script)
     assert result.stdout.startswith("CheckpointError")
     assert f"{24:012d}" in result.stdout
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"{16:012d}", f"{24:012d}"]

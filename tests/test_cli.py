@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from forked import run_python
 from lamamba import __version__
 from lamamba.checkpoint import checkpoints_in
 from lamamba.cli import main, read_train_config
@@ -201,7 +202,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))
 from lamamba.cli import main
 main(["train", "--out", {str(run)!r}, "--resume", "--num-images", "12"])
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    result = run_python("-c", script)
     assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if line.startswith("lamamba: error: ")]
     assert len(errors) == 1

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import lamamba.encode
+from forked import run_ranks
 from lamamba.cli import main
 from lamamba.config import EncodeConfig
 from lamamba.data import LatentSource, batches, open_source
@@ -85,10 +84,9 @@ def test_the_index_says_what_is_in_it(autoencoder: Path, latents: Path) -> None:
 
 def test_processes_share_the_shards(images: Path, autoencoder: Path, latents: Path, tmp_path: Path) -> None:
     """Each is written by one of them, and they are those that a single process writes, to the byte."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lamamba"]
     options = ["--image-size", "16", "--images-per-shard", "4", "--batch-size", "3", "--device", "cpu"]
     paths = ["--data", str(images), "--vae", str(autoencoder), "--out", str(tmp_path / "two")]
-    done = subprocess.run([*command, "encode", *paths, *options], capture_output=True, text=True, timeout=240)
+    done = run_ranks(2, "-m", "lamamba", "encode", *paths, *options)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("train with --data") == 1
     for path in sorted(latents.glob("shard-*")):

@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +15,8 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
+from forked import run_python, run_ranks
+
 COMPARISON = Path(__file__).parent.parent / "experiments" / "comparison"
 sys.path.append(str(COMPARISON))  # last: its names are its own
 
@@ -29,7 +29,6 @@ import studies  # noqa: E402
 import training  # noqa: E402
 import weights  # noqa: E402
 from lamamba.cli import main as lamamba  # noqa: E402
-from lamamba.data import load_fashion_mnist  # noqa: E402
 from lamamba.errors import CheckpointError, ConfigError  # noqa: E402
 from lamamba.processes import Processes  # noqa: E402
 
@@ -394,8 +393,8 @@ def test_the_page_is_made_of_records_and_names_what_is_missing(tmp_path: Path, w
 
 
 def test_without_records_no_page_is_written(tmp_path: Path) -> None:
-    command = [sys.executable, str(COMPARISON / "make_page.py"), "--results", str(tmp_path), "--page"]
-    done = subprocess.run([*command, str(tmp_path / "results.md")], capture_output=True, text=True)
+    page = str(tmp_path / "results.md")
+    done = run_python(str(COMPARISON / "make_page.py"), "--results", str(tmp_path), "--page", page)
     assert done.returncode == 1
     assert "nothing is measured yet, and nothing was written" in done.stderr
     assert not list(tmp_path.iterdir())
@@ -484,12 +483,8 @@ setting.Clock.check = check
 sys.exit(run.main())
 """
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
     folders = ["--out", "out", "--results", "results", "--data-folder", str(whole.data_folder)]
-    done = subprocess.run(
-        [*command, "s-raster", "--quick", "--device", "cpu", *folders],
-        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+    done = run_ranks(2, str(program), "s-raster", "--quick", "--device", "cpu", *folders, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "s-raster: the time is over, the same command goes on from here" in done.stdout
     training.train(place(tmp_path), pieces.PIECES["s-raster"])
@@ -545,4 +540,4 @@ def test_a_real_list_has_names_of_its_own_and_even_quarters() -> None:
             assert piece.network in contestants.NAMES
             assert piece.num_images % (4 * pieces.FULL.batch_size) == 0
             assert piece.num_images % pieces.FULL.log_every == 0
-    assert len(load_fashion_mnist("train")) >= pieces.FULL.num_samples
+    assert pieces.FULL.num_samples <= 60_000, "there are not more images to compare as many samples with"

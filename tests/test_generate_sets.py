@@ -2,9 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from forked import run_ranks
 from lamamba import generate as module
 from lamamba.cli import main
 from lamamba.latents import Latents
@@ -73,11 +71,7 @@ def test_an_image_depends_on_its_place_alone(run: Path, whole: Path, tmp_path: P
 
 
 def test_processes_share_the_set(run: Path, whole: Path, tmp_path: Path) -> None:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lamamba"]
-    command = [*start, "generate", str(run), "--out", str(tmp_path / "out"), *OPTIONS]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
-    )
+    done = run_ranks(2, "-m", "lamamba", "generate", str(run), "--out", str(tmp_path / "out"), *OPTIONS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("11 images in") == 1
     assert np.abs(images(tmp_path / "out") - images(whole)).max() <= 1

@@ -1,11 +1,11 @@
 """The notebooks run, cell by cell, and are kept without what they printed."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from forked import run_python
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "examples" / "notebooks").glob("*.ipynb"))
 # Their cells are Python and nothing else, so that no Jupyter is needed: a fault names its cell and line.
@@ -24,9 +24,7 @@ def test_there_are_notebooks() -> None:
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(notebook: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, str(notebook)], cwd=tmp_path, capture_output=True, text=True, timeout=240
-    )
+    done = run_python("-c", RUN, str(notebook), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -18,6 +18,7 @@ from packaging.version import parse
 from safetensors.torch import load_file
 
 import steps
+from forked import Fork, run_ranks
 from lamamba.averages import snapshots_in
 from lamamba.checkpoint import checkpoints_in, load_checkpoint
 from lamamba.cli import main
@@ -27,7 +28,7 @@ from lamamba.processes import Processes, SignalsNoted, joined
 TINY = [
     *("--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
     *("--data", "builtin", "--batch-size", "8", "--precision", "float32", "--sample-steps", "1", "--horizontal-flip"),
-    *("--learning-rate", "0.003", "--log-every", "8", "--checkpoint-every", "40", "--sample-every", "100000"),
+    *("--learning-rate", "0.003", "--log-every", "8", "--checkpoint-every", "24", "--sample-every", "100000"),
 ]
 # On GPUs as wide as the kernels want it.
 DEVICES = {"cpu": [*TINY, "--device", "cpu", "--embed-dim", "8"], "cuda": [*TINY, "--embed-dim", "32"]}
@@ -48,11 +49,7 @@ def train_together(
     command: str = "train",
     restarts: int = 0,
 ) -> "subprocess.CompletedProcess[str]":
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
-    return subprocess.run(
-        [*start, f"--max-restarts={restarts}", *program, command, *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    return run_ranks(number, *program, command, *options, restarts=restarts)
 
 
 def program_with(folder: Path, fault: str) -> tuple[str, ...]:
@@ -93,28 +90,34 @@ def curve(run: Path) -> list[tuple[int, float, float]]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     out = tmp_path_factory.mktemp("alone") / "run"
-    main(["train", "--out", str(out), *tiny, "--num-images", "80"])
+    main(["train", "--out", str(out), *tiny, "--num-images", "40"])
     return out
 
 
 @pytest.mark.parametrize(
-    ("number", "options"),
+    ("how", "number", "options"),
     [
-        (2, []), (4, []), (2, ["--shard", "--accumulate", "2", "--gradient-checkpointing"]),
+        ("torchrun", 2, []), ("forks", 4, []),
+        ("forks", 2, ["--shard", "--accumulate", "2", "--gradient-checkpointing"]),
     ],
 )  # fmt: skip
 def test_the_loss_curve_is_that_of_one_process(
-    tmp_path: Path, tiny: list[str], alone: Path, number: int, options: list[str]
+    tmp_path: Path, tiny: list[str], alone: Path, how: str, number: int, options: list[str]
 ) -> None:
     if "--device" not in tiny and torch.cuda.device_count() < number:
         pytest.skip(f"needs {number} GPUs")
     out = tmp_path / "run"
-    done = train_together(number, "--out", str(out), *tiny, "--num-images", "80", *options)
+    command = ["train", "--out", str(out), *tiny, "--num-images", "40", *options]
+    if how == "forks":
+        done = run_ranks(number, "-m", "lamamba", *command)
+    else:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+        done = subprocess.run([*torchrun, "-m", "lamamba", *command], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert len(curve(out)) == 10
+    assert len(curve(out)) == 5
     for ours, wanted in zip(curve(out), curve(alone), strict=True):
         assert ours == pytest.approx(wanted, rel=1e-4)
-    assert done.stdout.count("done: 80 images seen") == 1, "the first process alone prints"
+    assert done.stdout.count("done: 40 images seen") == 1, "the first process alone prints"
     averages = [load_checkpoint(run).network.state_dict() for run in (out, alone)]
     for name, value in averages[0].items():
         torch.testing.assert_close(value, averages[1][name], rtol=1e-3, atol=1e-4, msg=name)
@@ -122,8 +125,7 @@ def test_the_loss_curve_is_that_of_one_process(
 
 def test_a_step_is_the_same_however_the_batch_is_cut(tmp_path: Path) -> None:
     """By ranks with copies of the weights, with a part of them each, and as in CUDA graphs."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", steps.__file__]
-    done = subprocess.run([*start, str(tmp_path)], capture_output=True, text=True, timeout=240)
+    done = run_ranks(2, steps.__file__, str(tmp_path))
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "steps.json").read_text())
     assert len(results) == len(steps.CUTS) * len(steps.WAYS)
@@ -136,19 +138,19 @@ def test_a_step_is_the_same_however_the_batch_is_cut(tmp_path: Path) -> None:
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, tiny: list[str], alone: Path) -> None:
     """Sharded or not: what two have saved in parts, one reads whole, and four cut otherwise."""
     out = str(tmp_path / "run")
-    often = ["--power-averages", "0.1", "--snapshot-every", "80", "--checkpoint-every", "16"]
-    assert train_together(2, "--out", out, *tiny, *often, "--shard", "--num-images", "32").returncode == 0
+    often = ["--power-averages", "0.1", "--snapshot-every", "40", "--checkpoint-every", "8"]
+    assert train_together(2, "--out", out, *tiny, *often, "--shard", "--num-images", "16").returncode == 0
     shards = sorted(path.name for path in (checkpoints_in(Path(out))[-1] / "training").iterdir())
     assert [name.split("-model")[0] for name in shards] == ["shard-00001", "shard-00002"]
-    main(["train", "--out", out, "--resume", "--no-shard", "--num-images", "48"])
+    main(["train", "--out", out, "--resume", "--no-shard", "--num-images", "24"])
     more = 4 if "--device" in tiny else min(4, torch.cuda.device_count())
-    assert train_together(more, "--out", out, "--resume", "--shard", "--num-images", "64").returncode == 0
-    assert train_together(2, "--out", out, "--resume", "--no-shard", "--num-images", "80").returncode == 0
-    assert checkpoints_in(Path(out))[-1].name == f"{80:012d}"
+    assert train_together(more, "--out", out, "--resume", "--shard", "--num-images", "32").returncode == 0
+    assert train_together(2, "--out", out, "--resume", "--no-shard", "--num-images", "40").returncode == 0
+    assert checkpoints_in(Path(out))[-1].name == f"{40:012d}"
     for ours, wanted in zip(curve(Path(out)), curve(alone), strict=True):
         assert ours == pytest.approx(wanted, rel=1e-4)
     expected = tmp_path / "expected"
-    main(["train", "--out", str(expected), *tiny, *often, "--num-images", "80"])
+    main(["train", "--out", str(expected), *tiny, *often, "--num-images", "40"])
     ours, wanted = (load_file(snapshots_in(run)[-1]) for run in (Path(out), expected))
     for name, value in wanted.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-2, atol=1e-3, msg=name)
@@ -159,7 +161,7 @@ def test_finetuning_begins_with_the_same_weights_in_all(
     tmp_path: Path, tiny: list[str], alone: Path, shard: list[str]
 ) -> None:
     options = ["--data", "builtin", "--batch-size", "8", "--num-images", "16", "--log-every", "8"]
-    options += ["--precision", "float32"]
+    options += ["--precision", "float32", "--sample-steps", "1"]
     options += [*tiny[tiny.index("--device") :][:2]] if "--device" in tiny else []
     run, expected = tmp_path / "run", tmp_path / "expected"
     done = train_together(2, str(alone), "--out", str(run), *options, *shard, command="finetune")
@@ -206,19 +208,19 @@ def test_all_skip_a_step_that_is_not_finite_in_one_of_them(tmp_path: Path, tiny:
 
 def test_where_one_dies_the_others_end_and_a_restart_goes_on(tmp_path: Path, tiny: list[str], alone: Path) -> None:
     fault = """
-    if rank == 1 and trainer.step == 7 and restart == 0:
+    if rank == 1 and trainer.step == 4 and restart == 0:
         print("gone at", time.time(), file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 """
     program = program_with(tmp_path, fault)
-    done = train_together(2, "--out", str(tmp_path / "dead"), *tiny, "--num-images", "80", program=program)
+    done = train_together(2, "--out", str(tmp_path / "dead"), *tiny, "--num-images", "40", program=program)
     assert done.returncode != 0
     assert seconds_since_it_was_gone(done) < 60
     assert re.search(r"rank +: 1 .*exitcode +: -9", done.stderr, re.DOTALL), "who died is named"
-    assert [path.name for path in checkpoints_in(tmp_path / "dead")] == [f"{40:012d}"]
+    assert [path.name for path in checkpoints_in(tmp_path / "dead")] == [f"{24:012d}"]
     again = tmp_path / "again"
     done = train_together(
-        2, "--out", str(again), "--resume", *tiny, "--num-images", "80", program=program, restarts=1
+        2, "--out", str(again), "--resume", *tiny, "--num-images", "40", program=program, restarts=1
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for ours, wanted in zip(curve(again), curve(alone), strict=True):
@@ -233,7 +235,7 @@ def test_an_error_in_one_ends_all(tmp_path: Path, tiny: list[str], rank: int, sh
         raise FileNotFoundError("this one is broken")
 """
     program = program_with(tmp_path, fault)
-    done = train_together(2, "--out", str(tmp_path / "run"), *tiny, *shard, "--num-images", "80", program=program)
+    done = train_together(2, "--out", str(tmp_path / "run"), *tiny, *shard, "--num-images", "40", program=program)
     assert done.returncode != 0
     assert "this one is broken" in done.stderr
     assert seconds_since_it_was_gone(done) < 60
@@ -247,10 +249,10 @@ def test_a_signal_to_all_is_one_checkpoint(tmp_path: Path, tiny: list[str], shar
 """
     out = tmp_path / "run"
     program = program_with(tmp_path, fault)
-    done = train_together(2, "--out", str(out), *tiny, *shard, "--num-images", "80", program=program)
+    done = train_together(2, "--out", str(out), *tiny, *shard, "--num-images", "40", program=program)
     assert done.returncode != 0
     assert "stopped by SIGTERM at image 32, all is saved" in done.stderr
-    assert [path.name for path in checkpoints_in(out)] == [f"{32:012d}"]
+    assert [int(path.name) for path in checkpoints_in(out)] == [24, 32]
 
 
 @pytest.mark.skipif(parse(torch.__version__) < parse("2.12"), reason="torchrun takes no --shutdown-timeout")
@@ -269,22 +271,19 @@ Trainer.save = lambda trainer: time.sleep(1.5) or save(trainer)
 main()
 """
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     options = ["--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout=120", str(program), "train"]
-    job = subprocess.Popen(
-        [*command, *options, "--out", str(out), *tiny, "--num-images", "100000"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    end = time.monotonic() + 120
-    while not (out / "log.jsonl").is_file() or not (out / "log.jsonl").read_text():
-        assert time.monotonic() < end, "nothing happened"
-        assert job.poll() is None
-        time.sleep(0.1)
-    workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    assert len(workers) == 2
-    for process in (*map(int, workers), job.pid):
-        os.kill(process, getattr(signal, name))
-    _, said = job.communicate(timeout=120)
+    with Fork(*torchrun, *options, "--out", str(out), *tiny, "--num-images", "100000", start_new_session=True) as job:
+        end = time.monotonic() + 120
+        while not (out / "log.jsonl").is_file() or not (out / "log.jsonl").read_text():
+            assert time.monotonic() < end, "nothing happened"
+            assert job.returncode is None
+            time.sleep(0.1)
+        workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        assert len(workers) == 2
+        for process in (*map(int, workers), job.pid):
+            os.kill(process, getattr(signal, name))
+        _, said = job.communicate(timeout=120)
     assert job.returncode != 0
     saved = checkpoints_in(out)[-1]
     assert f"stopped by {name} at image {int(saved.name)}, all is saved" in said
