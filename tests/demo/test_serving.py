@@ -2,8 +2,10 @@
 
 import io
 import json
+import random
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,13 @@ from PIL import Image
 from lamamba.cli import main
 from lamamba.config import DemoLimits
 from lamamba.demo.painting import Models
-from lamamba.errors import ConfigError
 
 pytest.importorskip("gradio", reason="needs Gradio: pip install 'lamamba[demo]'")
 
 import gradio
 from starlette.testclient import TestClient
 
-from lamamba.demo.page import Page, make_app, split_drawing
-from lamamba.demo.serving import _keep_in
+from lamamba.demo.page import Page, make_app
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def models() -> Models:
 
 @pytest.fixture(scope="module")
 def client(models: Models) -> Iterator[TestClient]:
-    with TestClient(_keep_in(make_app(models, DemoLimits(max_images=2, max_steps=3), at_once=1))) as client:
+    with TestClient(make_app(models, DemoLimits(max_images=2, max_steps=3), at_once=1)) as client:
         yield client
 
 
@@ -114,35 +114,124 @@ def test_nothing_is_opened_that_was_not_uploaded(
     assert not opened
 
 
-def test_what_was_uploaded_is_painted_on(client: TestClient) -> None:
+def upload(client: TestClient, content: bytes) -> dict[str, Any]:
+    answer = client.post("/gradio_api/upload", files={"files": ("a.png", content)})
+    assert answer.status_code == 200, answer.text
+    return {"path": answer.json()[0], "meta": {"_type": "gradio.FileData"}}
+
+
+def png(picture: Image.Image) -> bytes:
+    content = io.BytesIO()
+    picture.save(content, format="PNG")
+    return content.getvalue()
+
+
+def test_what_was_uploaded_is_painted_on(client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     layer = Image.new("RGBA", (40, 30))
     layer.paste((219, 39, 119, 255), (0, 0, 20, 30))
-    files = []
-    for picture in (Image.new("RGB", (40, 30), "white"), layer):
-        content = io.BytesIO()
-        picture.save(content, format="PNG")
-        path = client.post("/gradio_api/upload", files={"files": ("a.png", content.getvalue())}).json()[0]
-        files.append({"path": path, "meta": {"_type": "gradio.FileData"}})
-    drawn = {"background": files[0], "layers": files[1:]}
+    # More than the megabyte that forms are usually kept in memory up to.
+    noise = Image.frombytes("RGB", (800, 600), random.Random(0).randbytes(3 * 800 * 600))
+    background = upload(client, png(noise))
+    drawn = {"background": background, "layers": [upload(client, png(layer))]}
+    assert str(tmp_path) not in background["path"]
     answer = call(client, "Inpaint", **{"Steps": 2, "Image and mask": drawn})
     assert answer["success"], answer
     assert call(client, "Inpaint", **{"Steps": 2, "Image and mask": {**drawn, "layers": []}})["output"]["error"] == (
         "nothing is masked: draw over what is to be painted anew"
     )
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_is_no_image_is_a_message(client: TestClient) -> None:
-    path = client.post("/gradio_api/upload", files={"files": ("a.png", b"no image")}).json()[0]
-    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-    answer = call(client, "Inpaint", **{"Steps": 2, "Image and mask": {"background": file, "layers": []}})
-    assert "the file is no image" in answer["output"]["error"]
+@pytest.mark.parametrize(
+    ("content", "num_layers", "said"),
+    [
+        (b"no image", 1, "the file is no PNG image"),
+        (png(Image.new("L", (8, 8))), 12, "the drawing has 12 layers, and the canvas has 1"),
+        (png(Image.new("L", (6000, 3000))), 1, "more than 33,554,432 pixels together"),
+    ],
+)
+def test_a_drawing_that_is_none_or_too_large_is_a_message(
+    client: TestClient, content: bytes, num_layers: int, said: str
+) -> None:
+    file = upload(client, content)
+    drawn = {"background": file, "composite": file, "layers": [file] * num_layers}
+    assert said in call(client, "Inpaint", **{"Steps": 2, "Image and mask": drawn})["output"]["error"]
 
 
-@pytest.mark.parametrize("path", ["SECRET", "/etc/passwd", "../../../../etc/passwd"])
-def test_no_file_of_the_machine_is_served(client: TestClient, tmp_path: Path, path: str) -> None:
+def test_a_field_that_was_changed_by_the_server_takes_no_files_either(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[Any] = []
+    monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", lambda *_, **__: fetched.append(1))
+    config = client.get("/config").json()
+    model = next(item["id"] for item in config["components"] if item["props"].get("label") == "Model")
+    change = next(event["id"] for event in config["dependencies"] if [model, "change"] in event["targets"])
+    body = {"data": ["nano"], "fn_index": change, "session_hash": "visitor"}
+    client.post("/gradio_api/run/predict", json=body).raise_for_status()
+    file = {"path": "https://example.org/a.png", "meta": {"_type": "gradio.FileData"}}
+    assert "the image is not there" in call(client, "Generate", Labels=file)["output"]["error"]
+    # Nor one that is within something that looks like an upload.
+    nested = {"path": upload(client, b"a")["path"], "more": file}
+    assert not call(client, "Generate", Labels=nested)["success"]
+    assert not fetched
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/component_server", "/gradio_api/component_server/", "/openapi.json", "/docs", "/gradio_api/info",
+        "/gradio_api/openapi.json", "/monitoring", "/monitoring/summary", "/gradio_api/queue/status", "/robots.txt",
+        "/gradio_api/deep_link", "/gradio_api/runs", "/gradio_api/file=/etc/passwd", "/gradio_api/file=SECRET",
+        "/gradio_api/file=https://example.org/", "/gradio_api/proxy=https://example.org/",
+        "/gradio_api/stream/a", "/gradio_api/call/predict", "/gradio_api/api/predict", "/gradio_api/run/other",
+        "/gradio_api/process_recording", "/gradio_api/vibe-code", "/gradio_api/mcp/sse", "/login", "/pwa_icon",
+    ],
+)  # fmt: skip
+def test_nothing_else_of_gradio_is_reached(client: TestClient, tmp_path: Path, path: str) -> None:
     (tmp_path / "secret").write_text("secret")
     path = path.replace("SECRET", str(tmp_path / "secret"))
-    assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
+    for method in ("GET", "POST", "PUT", "OPTIONS"):
+        assert client.request(method, path).status_code in (404, 405)
+
+
+def test_a_blob_for_the_editor_is_refused(client: TestClient) -> None:
+    components = client.get("/config").json()["components"]
+    editor = next(item["id"] for item in components if item["type"] == "imageeditor")
+    fields = {
+        "component_id": editor, "session_hash": "a", "fn_name": "accept_blobs", "id": "a", "type": "layer",
+        "index": 200_000_000,
+    }  # fmt: skip
+    answer = client.post("/gradio_api/component_server", data=fields, files={"file": b"a"})
+    assert answer.status_code == 404
+
+
+def test_the_queue_cannot_be_passed_by(client: TestClient) -> None:
+    config = client.get("/config").json()
+    queued = next(event["id"] for event in config["dependencies"] if event["queue"] is not False)
+    body = {"data": [], "fn_index": queued, "session_hash": "visitor"}
+    assert client.post("/gradio_api/run/predict", json=body).status_code == 404
+
+
+def test_sessions_are_few(models: Models) -> None:
+    with TestClient(make_app(models, DemoLimits(), at_once=1)) as client:
+        assert client.get("/").status_code == 200
+        gate: Any = client.app
+        page = next(route.app for route in gate.app.routes if hasattr(route.app, "state_holder"))
+        assert page.state_holder.capacity == 256
+
+
+@pytest.mark.parametrize("place", [[0.26, 0.76], [1, 1], [0, 0], "no place", [2, 0], [None, 0]])
+def test_a_click_chooses_a_pixel(client: TestClient, place: Any) -> None:
+    config = client.get("/config").json()
+    select = next(event for event in config["dependencies"] if event["targets"][0][1] == "select")
+    body = {"data": [64], "fn_index": select["id"], "event_data": {"index": place, "value": None}}
+    answer = client.post("/gradio_api/run/predict", json={**body, "session_hash": "a"})
+    chosen = {(0.26, 0.76): [16, 48], (1, 1): [63, 63], (0, 0): [0, 0]}
+    if tuple(place) in chosen:
+        assert answer.json()["data"] == chosen[tuple(place)]
+    else:
+        assert "click" in answer.json()["error"]
 
 
 def test_a_browser_is_told_to_ask_nobody_else(client: TestClient) -> None:
@@ -163,18 +252,6 @@ def test_another_model_sets_the_fields_that_depend_on_it(models: Models) -> None
 def test_the_smallest_limits_make_a_page(models: Models) -> None:
     page = Page(models, DemoLimits(max_images=1, max_steps=1, max_pixels=1024))
     assert page.settings["steps"].value == page.values["num_images"]["value"] == 1
-
-
-def test_a_drawing_is_an_image_and_a_mask() -> None:
-    layer = Image.new("RGBA", (8, 6))
-    layer.paste((219, 39, 119, 255), (2, 1, 5, 4))
-    image, mask = split_drawing({"background": Image.new("RGB", (8, 6)), "layers": [layer]})
-    assert image.size == mask.size == (8, 6)
-    assert mask.getbbox() == (2, 1, 5, 4)
-    assert set(mask.tobytes()) == {0, 255}
-    for nothing in (None, {"background": None, "layers": [layer]}):
-        with pytest.raises(ConfigError, match="there is no image"):
-            split_drawing(nothing)
 
 
 def test_an_address_that_is_taken_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -179,6 +179,8 @@ class DemoConfig:
     """Address to listen at; 0.0.0.0 lets other machines in, and nobody is asked for a password."""
     port: int = 7860
     """Port to listen at; 0 takes one that is free."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names by which browsers reach the page, such as demo.example.org, if it is behind another server."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes the best there is."""
     at_once: int = 2

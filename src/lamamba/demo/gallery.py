@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from lamamba.generate import encode_png
 
@@ -71,6 +72,13 @@ def draw_images(
         address = _address("application/zip", content.getvalue())
         html += f'<p class="save-all"><a download="lamamba.zip" data-content="{address}">save all {len(files)}</a></p>'
     return html
+
+
+def png_address(image: Image.Image) -> str:
+    """Encode an image as the address of a PNG file, `data:image/png;...`."""
+    content = io.BytesIO()
+    image.save(content, format="PNG")
+    return _address("image/png", content.getvalue())
 
 
 def _address(kind: str, content: bytes) -> str:

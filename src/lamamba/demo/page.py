@@ -1,7 +1,8 @@
 """The page: its fields, its tabs, and what its buttons call; computed and drawn is what they show elsewhere."""
 
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from html import escape
@@ -10,15 +11,25 @@ from typing import Any, get_args
 import gradio as gr
 import numpy as np
 import torch
-from gradio_client.utils import is_http_url_like
+from gradio_client.utils import is_file_obj_with_meta, traverse
 from PIL import Image
 
 from lamamba.config import DemoLimits
 from lamamba.demo.figures import MAX_SIDE, PATH_NAMES, draw_paths, draw_windows
-from lamamba.demo.gallery import SAVE_LINKS, STYLE, draw_images
+from lamamba.demo.gallery import SAVE_LINKS, STYLE, draw_images, png_address
+from lamamba.demo.gate import Gate
 from lamamba.demo.painting import Models, Pictures, Preview, compare_guidance, inpaint, interpolate, paint
-from lamamba.demo.receptive_field import NUM_DRAWS, Branches, draw_receptive_field, drawn_cell, receptive_fields
-from lamamba.demo.settings import MAX_GUIDANCE, label_names, read_label, read_numbers, read_request, read_whole
+from lamamba.demo.receptive_field import NUM_DRAWS, Branches, draw_receptive_field, receptive_fields
+from lamamba.demo.settings import (
+    MAX_GUIDANCE,
+    label_names,
+    read_label,
+    read_number,
+    read_numbers,
+    read_request,
+    read_whole,
+)
+from lamamba.demo.uploads import FOLDER, Uploads, read_drawing
 from lamamba.errors import ConfigError, LamambaError
 from lamamba.generate import Painter, label_name
 from lamamba.model import LaMambaDiff
@@ -50,60 +61,78 @@ _STYLE = (
 .bar { display: inline-block; width: 240px; height: 8px; margin-right: 10px; border-radius: 4px; background: #8884; }
 .bar div { height: 8px; border-radius: 4px; background: #3b82f6; }
 .status span.error, .images span.error { display: none; } /* the message says it */
-.field img { image-rendering: pixelated; }
+.field img { width: 100%; image-rendering: pixelated; cursor: crosshair; }
 """
 )
+# Where a click is in a picture: fractions of its height and width.
+_SELECT_PIXEL = """
+element.addEventListener("click", (event) => {
+    const image = event.target.closest("img");
+    if (!image) return;
+    const box = image.getBoundingClientRect();
+    const index = [(event.clientY - box.top) / box.height, (event.clientX - box.left) / box.width];
+    trigger("select", {index: index.map((place) => Math.min(1, Math.max(0, place))), value: null});
+});
+"""
 _EDITOR_SIDE = 384
+_MAX_SESSIONS = 256  # visitors of whom the last image is kept
 _GRID = 16
 _NEW_SEED = "() => Math.floor(Math.random() * 4294967296)"
 Shown = Iterator[Preview | Pictures]
 
 
-def make_app(models: Models, limits: DemoLimits, at_once: int) -> Any:
+def make_app(
+    models: Models, limits: DemoLimits, at_once: int, *, local: bool = False, hosts: Collection[str] = ()
+) -> Any:
     """Make the ASGI application of the page.
 
     Args:
         models: what visitors can choose from.
         limits: what a visitor can ask for at once.
         at_once: requests that run at the same time.
+        local: whether only this machine can connect, see `Gate`.
+        hosts: names that the page goes by, see `Gate`.
     """
     from fastapi import FastAPI
 
-    page = Page(models, limits).blocks.queue(default_concurrency_limit=at_once, max_size=64)
-    _open_uploads_alone(page)
+    os.environ["GRADIO_TEMP_DIR"] = FOLDER  # where nothing can be written
+    page = Page(models, limits)
+    blocks = page.blocks.queue(default_concurrency_limit=at_once, max_size=64, api_open=False)
+    blocks.state_session_capacity = _MAX_SESSIONS
+    _open_uploads_alone(blocks, page.uploads)
     theme = gr.themes.Default(
         primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     ).set(block_info_text_color="*neutral_500")
-    return gr.mount_gradio_app(
-        FastAPI(docs_url=None, redoc_url=None, openapi_url=None), page, path="/", footer_links=[], run_history=False,
-        show_error=False, max_file_size="20mb", ssr_mode=False, pwa=False, mcp_server=False, theme=theme, css=_STYLE,
+    app = gr.mount_gradio_app(
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None), blocks, path="/", footer_links=[], run_history=False,
+        show_error=False, enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, theme=theme, css=_STYLE,
     )  # fmt: skip
+    return Gate(app, page.uploads, local=local, hosts=hosts)
 
 
-def _open_uploads_alone(page: gr.Blocks) -> None:
+def _open_uploads_alone(page: gr.Blocks, uploads: Uploads) -> None:
     """Make Gradio refuse files that were not uploaded, and addresses to fetch, in whatever field they are sent."""
     page.has_launched = True  # without it, as in a mounted application, Gradio opens any path
-    for block in page.blocks.values():
+    preprocess = page.preprocess_data
 
-        async def move(path: Any, own: Callable[[Any], Any] = block.async_move_resource_to_block_cache) -> Any:
-            if is_http_url_like(str(path)):
-                raise gr.Error("nothing is fetched from elsewhere: upload the image", print_exception=False)
-            return await own(path)
+    async def preprocess_uploads(block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+        with _as_messages():
+            traverse(inputs, lambda file: uploads[file["path"]], is_file_obj_with_meta)
+        return await preprocess(block_fn, inputs, *args, **kwargs)
 
-        block.async_move_resource_to_block_cache = move
+    page.preprocess_data = preprocess_uploads
 
 
-def _refuse_other_files(editor: gr.ImageEditor) -> None:
-    """Make an editor say what is wrong with a file that is no image."""
-    read = editor.preprocess  # not overridden, since Gradio writes a file beside the source of classes like its own
+def _read_drawings(editor: gr.ImageEditor, uploads: Uploads) -> None:
+    """Make an editor decode what is needed of a drawing, an image and a mask, and refuse what is too large."""
 
     def preprocess(payload: Any) -> Any:
-        try:
-            return read(payload)
-        except (OSError, Image.DecompressionBombError) as error:
-            said = "the file is no image, or too large a one: upload another"
-            raise gr.Error(said, print_exception=False) from error
+        if payload is None or payload.background is None:
+            return None
+        with _as_messages():
+            return read_drawing(uploads[payload.background.path], [uploads[layer.path] for layer in payload.layers])
 
+    # Not a subclass: Gradio writes a file beside the source of classes that derive from its own.
     editor.preprocess = preprocess
 
 
@@ -116,10 +145,10 @@ class Page:
     """
 
     def __init__(self, models: Models, limits: DemoLimits) -> None:
-        self.models, self.limits = models, limits
+        self.models, self.limits, self.uploads = models, limits, Uploads()
         painter = models[models.names[0]]
         self.values = _of_model(painter, limits)
-        with gr.Blocks(title="LaMamba-Diff", analytics_enabled=False, delete_cache=(3600, 3600)) as self.blocks:
+        with gr.Blocks(title="LaMamba-Diff", analytics_enabled=False) as self.blocks:
             with gr.Row(equal_height=True):
                 with gr.Column(scale=3):
                     gr.Markdown(_TITLE)
@@ -229,8 +258,11 @@ class Page:
     def _inpaint(self) -> dict[str, Any]:
         def start(painter: Painter, asked: dict[str, Any]) -> Shown:
             drawn, strength = asked.pop("image"), asked.pop("strength")
+            if drawn is None:
+                raise ConfigError("there is no image: upload one, or take the last one made")
+            image, mask = drawn
             request = read_request(asked, painter, self.limits)
-            return inpaint(painter, request, *split_drawing(drawn), strength)
+            return inpaint(painter, request, image, mask, strength)
 
         with gr.Tab("Inpaint"):
             gr.Markdown("Draw over what is to be painted anew, with the first label on the left; the rest stays.")
@@ -241,9 +273,9 @@ class Page:
                         brush=gr.Brush(default_size=36, colors=["#db2777"], color_mode="fixed"), elem_id="editor",
                         canvas_size=(_EDITOR_SIDE, _EDITOR_SIDE), height=_EDITOR_SIDE + 60, label="Image and mask",
                     )  # fmt: skip
-                    _refuse_other_files(image)
+                    _read_drawings(image, self.uploads)
                     gr.Button("Take the last image made", elem_id="take").click(
-                        _to_editor, self.last, image, queue=False, api_visibility="private"
+                        _to_editor, self.last, image, postprocess=False, queue=False, api_visibility="private"
                     )
                 with gr.Column():
                     strength = gr.Slider(
@@ -292,17 +324,7 @@ class Page:
             for name, title in zip(get_args(Branches), ("Scan only", "Attention only", "Both"), strict=True):
                 with gr.Column(min_width=220):
                     gr.Markdown(f"**{title}**")
-                    pictures.append(
-                        gr.Image(
-                            format="png",
-                            interactive=False,
-                            buttons=[],
-                            show_label=False,
-                            elem_classes="field",
-                            elem_id=name,
-                            alt_text=f"What the pixel sees: {title}",
-                        )
-                    )
+                    pictures.append(gr.HTML(js_on_load=_SELECT_PIXEL, elem_classes="field", elem_id=name))
 
         def see(name: Any, side: Any, row: Any, column: Any) -> Iterator[list[Any]]:
             began, unchanged = time.monotonic(), [gr.skip()] * len(pictures)
@@ -317,14 +339,18 @@ class Page:
                     fields = receptive_fields(network, side, side, (row, column), branches, limits)
                     for number, field in enumerate(fields, start=1):
                         drawn = list(unchanged)
-                        drawn[place] = draw_receptive_field(field, (int(row), int(column)))
+                        drawing = draw_receptive_field(field, (int(row), int(column)))
+                        drawn[place] = f'<img alt="What the pixel sees: {branches}" src="{png_address(drawing)}">'
                         yield [_bar((place + number / NUM_DRAWS) / len(pictures)), *drawn]
             yield [f"Done in {time.monotonic() - began:.1f} s.", *unchanged]
 
         def point(event: gr.SelectData, side: Any) -> tuple[int, int]:
             with _as_messages():
-                cell = drawn_cell(read_whole("side of the grid", side, 1, self.limits.max_pixels))
-            return event.index[1] // cell, event.index[0] // cell
+                cells = read_whole("side of the grid", side, 1, self.limits.max_pixels)
+                if not (isinstance(event.index, list) and len(event.index) == 2):
+                    raise ConfigError(f"a click at {event.index!r}: give two numbers")
+                row, column = (int(read_number("place of a click", place, 0, 1) * cells) for place in event.index)
+            return min(row, cells - 1), min(column, cells - 1)
 
         inputs = [self.model, side, row, column]
         measured = {"concurrency_id": "network", "show_progress": "minimal", "api_visibility": "private"}
@@ -385,21 +411,6 @@ def _cancels(button: gr.Button, started: list[Any], status: gr.HTML) -> None:
     )  # fmt: skip
 
 
-def split_drawing(drawn: Mapping[str, Any] | None) -> tuple[Image.Image, Image.Image]:
-    """Take apart what an editor holds: the image, and the mask, white where something is drawn over it.
-
-    Raises:
-        ConfigError: there is no image.
-    """
-    background = (drawn or {}).get("background")
-    if background is None:
-        raise ConfigError("there is no image: upload one, or take the last one made")
-    mask = Image.new("L", background.size)
-    for layer in (drawn or {}).get("layers", ()):
-        mask.paste(255, mask=layer.getchannel("A").resize(background.size).point(lambda alpha: 255 * (alpha > 0)))
-    return background, mask
-
-
 @contextmanager
 def _as_messages() -> Iterator[None]:
     """Turn what can go wrong into a message on the page."""
@@ -451,11 +462,12 @@ def _label_and_seed(painter: Painter, made: dict[str, Any]) -> str:
     return f"{label_name(made['label'], painter.num_classes, painter.info)} · seed {made['seed']}"
 
 
-def _to_editor(image: np.ndarray | None) -> Image.Image:
-    """Make a (c, h, w) image large enough to be drawn on."""
+def _to_editor(image: np.ndarray | None) -> dict[str, Any]:
+    """Make a (c, h, w) image large enough to be drawn on, as the value of an editor in the browser."""
     with _as_messages():
         if image is None:
             raise ConfigError("no image was made yet: generate some, or upload one")
     pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
     scale = max(1, _EDITOR_SIDE // max(pixels.shape[:2]))
-    return Image.fromarray(pixels.repeat(scale, axis=0).repeat(scale, axis=1))
+    drawn = Image.fromarray(pixels.repeat(scale, axis=0).repeat(scale, axis=1))
+    return {"background": {"url": png_address(drawn)}, "layers": [], "composite": None}
