@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
@@ -181,7 +182,7 @@ def serving(*checkpoints: str) -> Iterator[tuple[str, int]]:
         assert line.startswith("http://127.0.0.1:"), line + process.stdout.read()
         yield line.split()[0], process.pid
         process.send_signal(2)
-        assert process.wait(20) == 130
+        assert process.wait(10) == 130
         said = process.stdout.read()
         assert said.endswith("lamamba: interrupted\n"), said[-4000:]
         # Gradio may complain of visitors that leave; what passes through this package is an error of ours.
@@ -210,9 +211,28 @@ def tiny(tmp_path: Path) -> Path:
     return tmp_path / "secret" / "tiny"
 
 
-def test_ctrl_c_ends_it_without_a_traceback_while_a_page_is_open() -> None:
+def test_ctrl_c_ends_it_while_images_are_made_and_others_wait() -> None:
     with ExitStack() as until_ended, serving("nano") as (url, _):  # which looks at what was said
         until_ended.enter_context(urlopen(f"{url}/gradio_api/heartbeat/visitor"))
+        with pytest.raises(HTTPError, match="403"):  # another website that has its name point here
+            urlopen(Request(f"{url}/config", headers={"Host": "evil.example"}))
+        config = json.load(urlopen(f"{url}/config"))
+        fields = {component["id"]: component["props"] for component in config["components"]}
+        large = {"Images": 16, "Height": 128, "Width": 128, "Side of the grid": 128}
+        streams = []
+        for visitor, button in enumerate(["Generate", "Measure", "Generate", "Generate"]):  # two of which wait
+            pressed = next(key for key, props in fields.items() if props.get("value") == button)
+            event = next(event for event in config["dependencies"] if [pressed, "click"] in event["targets"])
+            data = [large.get(fields[key].get("label"), fields[key].get("value")) for key in event["inputs"]]
+            body = {"data": data, "fn_index": event["id"], "session_hash": f"visitor{visitor}"}
+            request = Request(
+                f"{url}/gradio_api/queue/join", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            )
+            urlopen(request).close()
+            address = f"{url}/gradio_api/queue/data?session_hash=visitor{visitor}"
+            streams.append(until_ended.enter_context(urlopen(address)))
+        for stream in streams[:2]:
+            assert any(b"process_generating" in line for line in stream)
 
 
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs a browser: apt-get install chromium chromium-driver")

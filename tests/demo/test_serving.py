@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import socket
 import sys
@@ -23,6 +24,7 @@ import gradio
 from starlette.testclient import TestClient
 
 from lamamba.demo.page import Page, make_app
+from lamamba.demo.serving import _end
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +234,17 @@ def test_a_click_chooses_a_pixel(client: TestClient, place: Any) -> None:
         assert answer.json()["data"] == chosen[tuple(place)]
     else:
         assert "click" in answer.json()["error"]
+
+
+@pytest.mark.parametrize(("number", "said"), [(2, b"lamamba: interrupted\n"), (15, b"lamamba: stopped by SIGTERM\n")])
+def test_a_signal_ends_the_process_at_once(
+    number: int, said: bytes, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    _end(number)
+    assert codes == [128 + number]
+    assert capfd.readouterr().err.encode() == said
 
 
 def test_a_browser_is_told_to_ask_nobody_else(client: TestClient) -> None:

@@ -1,8 +1,10 @@
 """The command `lamamba demo`: the page, served until Ctrl-C."""
 
-import logging
 import os
+import signal
 import socket
+from contextlib import suppress
+from types import FrameType
 
 from lamamba.config import DemoConfig
 from lamamba.demo.painting import Models
@@ -11,7 +13,7 @@ from lamamba.output import say
 
 
 def serve(config: DemoConfig) -> None:
-    """Load the checkpoints and serve the page until the process is interrupted.
+    """Load the checkpoints and serve the page until Ctrl-C or SIGTERM, which end the process: it does not return.
 
     Raises:
         LamambaError: a checkpoint or the device is at fault, the address is taken, or Gradio is not installed.
@@ -31,4 +33,28 @@ def serve(config: DemoConfig) -> None:
         shown = f"[{host}]" if ":" in host else host
         say(f"http://{shown}:{port} shows {', '.join(models.names)}; Ctrl-C ends it")
 
-        options = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+        class Server(uvicorn.Server):
+            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+                _end(sig)
+
+        Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+
+
+def _end(number: int) -> None:
+    """End the process at a signal, at once.
+
+    A thread that computes images cannot be stopped before its step is done, and Python would wait for it. Nothing has
+    to be finished: no file is open, and uploads are in memory.
+    """
+    name = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+    with suppress(OSError):
+        os.write(2, f"lamamba: {name}\n".encode())
+    os._exit(128 + number)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        cause = error.strerror or error
+        raise ConfigError(f"{host}:{port} cannot be listened at ({cause}): choose another --port or --host") from error
