@@ -2,6 +2,11 @@
 
 import os
 
+# No test needs a network, also where there is one: whatever asks another host for something fails at once.
+for scheme in ("http", "https", "all"):
+    os.environ[f"{scheme}_proxy"] = os.environ[f"{scheme.upper()}_PROXY"] = "http://127.0.0.1:9"
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = "localhost,127.0.0.1,::1"
+
 # One thread for each test process: there are as many processes as cores, and threads that contend cost tenfold.
 os.environ["OMP_NUM_THREADS"] = "1"  # for torch, imported after this, and for commands that tests start
 
@@ -15,11 +20,28 @@ from PIL import Image
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # the kernels run on the CPU, one operation at a time
 
+from lamamba.data import fashion_mnist
 from tiny_autoencoder import write_autoencoder
+
+FASHION_MNIST_FOLDER = fashion_mnist.FASHION_MNIST_FOLDER
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--screenshots", metavar="FOLDER", help="write the pictures of docs/demo.md there")
+
+
+@pytest.fixture(autouse=True)
+def _no_fashion_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide Fashion-MNIST, so that a test that needs it without saying so fails on every machine."""
+    monkeypatch.setattr(fashion_mnist, "FASHION_MNIST_FOLDER", Path(__file__).parent / "nowhere")
+
+
+@pytest.fixture
+def whole_fashion_mnist(_no_fashion_mnist: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that need all 70,000 images, not only the 10,000 that are shipped."""
+    if not FASHION_MNIST_FOLDER.is_dir():
+        pytest.skip("needs all of Fashion-MNIST: apt-get install dataset-fashion-mnist")
+    monkeypatch.setattr(fashion_mnist, "FASHION_MNIST_FOLDER", FASHION_MNIST_FOLDER)
 
 
 @pytest.fixture(scope="session")

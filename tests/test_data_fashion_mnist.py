@@ -13,12 +13,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from pyarrow import parquet
 
-from lamamba.data import FASHION_MNIST_FOLDER, batches, fashion_mnist, load_builtin, load_fashion_mnist, open_source
+from lamamba.data import batches, fashion_mnist, load_builtin, load_fashion_mnist, open_source
 from lamamba.errors import ConfigError, DataError
 
-needs_debian_set = pytest.mark.skipif(
-    not FASHION_MNIST_FOLDER.is_dir(), reason="Debian's dataset-fashion-mnist is missing"
-)
+needs_whole_set = pytest.mark.usefixtures("whole_fashion_mnist")
 
 
 def write_idx(path, array, magic=None, shape=None):
@@ -103,7 +101,7 @@ class TestBuiltin:
         assert "MIT" in text
         assert "Zalando" in text
 
-    @needs_debian_set
+    @needs_whole_set
     def test_is_the_start_of_the_training_set(self):
         builtin, full = load_builtin(), load_fashion_mnist("train")
         assert len(full) == 60_000
@@ -123,7 +121,7 @@ class TestBuiltin:
 
 
 class TestFashionMnist:
-    @needs_debian_set
+    @needs_whole_set
     def test_reads_the_test_split(self):
         source = load_fashion_mnist("test")
         assert len(source) == 10_000

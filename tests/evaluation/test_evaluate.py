@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from tiny_networks import Means, NotANumber, save, save_tiny_inception
 
 from lamamba.cli import main
-from lamamba.data import load_builtin, load_fashion_mnist
+from lamamba.data import ArraySource, load_builtin, load_fashion_mnist
 from lamamba.evaluation import evaluate as command
 from lamamba.evaluation import features, metrics
 from lamamba.files import checksum
@@ -259,8 +259,19 @@ def test_a_score_that_is_not_finite_is_an_error(
     assert "kd of" in refused(capsys, tmp_path, images, images, *CLOTHES)
 
 
-def test_the_clothes_network_sees_what_is_wrong_with_clothes(tmp_path: Path) -> None:
-    """Its distances grow with noise, with blur, and with every class that is missing; test images are near."""
+@pytest.fixture
+def held_out_images(whole_fashion_mnist: None) -> ArraySource:
+    return load_fashion_mnist("test")
+
+
+@pytest.fixture
+def training_images() -> ArraySource:
+    return load_builtin()
+
+
+@pytest.mark.parametrize("others", ["training_images", "held_out_images"])
+def test_the_clothes_network_sees_what_is_wrong_with_clothes(request: pytest.FixtureRequest, others: str) -> None:
+    """Its distances grow with noise, blur and every missing class; other images of the set are near."""
     network = features.open_features("clothes", torch.device("cpu"))
 
     def statistics(images: torch.Tensor) -> metrics.Gaussian:
@@ -269,9 +280,9 @@ def test_the_clothes_network_sees_what_is_wrong_with_clothes(tmp_path: Path) -> 
             moments.add(network(part).features)
         return moments.gaussian()
 
-    builtin, test = load_builtin(), load_fashion_mnist("test")
-    reference = statistics(torch.from_numpy(builtin.images[:2000]))
-    images, labels = torch.from_numpy(test.images[:1000]), torch.from_numpy(test.labels[:1000])
+    reference = statistics(torch.from_numpy(load_builtin().images[:2000]))
+    source = request.getfixturevalue(others)
+    images, labels = torch.from_numpy(source.images[-1000:]), torch.from_numpy(source.labels[-1000:])
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
 
     def blurred(radius: int) -> torch.Tensor:

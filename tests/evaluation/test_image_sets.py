@@ -2,6 +2,7 @@
 
 import json
 import re
+import struct
 import zipfile
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lamamba.data import load_fashion_mnist
+from lamamba.data import fashion_mnist, load_fashion_mnist
 from lamamba.errors import DataError
 from lamamba.evaluation.image_sets import ImageSet, open_images, open_reference, read_settings
 
@@ -67,8 +68,26 @@ def test_named_sets() -> None:
     names, batch = next(images.batches(4, 1))
     assert batch.shape == (4, 1, 32, 32)
     assert names[3] == "image 3 of builtin"
+
+
+def test_fashion_mnist_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(fashion_mnist, "FASHION_MNIST_FOLDER", tmp_path)
+    for number, prefix in ((6, "train"), (5, "t10k")):
+        for name, magic, shape in (("images-idx3", 0x0803, (number, 28, 28)), ("labels-idx1", 0x0801, (number,))):
+            content = np.random.default_rng(number).integers(0, 10, shape, np.uint8).tobytes()
+            header = struct.pack(f">{1 + len(shape)}I", magic, *shape)
+            (tmp_path / f"{prefix}-{name}-ubyte").write_bytes(header + content)
+    for name, split, number in (("fashion-mnist", "train", 6), ("fashion-mnist-test", "test", 5)):
+        images = open_images(name)
+        assert images.num_images == number
+        (_, batch), _ = images.batches(3, 1)
+        np.testing.assert_array_equal(batch, load_fashion_mnist(split).images[:3])
+
+
+def test_all_of_fashion_mnist_by_name(whole_fashion_mnist: None) -> None:
+    _, first = next(open_images("builtin").batches(4, 1))
     _, first_of_all = next(open_images("fashion-mnist").batches(4, 1))
-    assert torch.equal(torch.as_tensor(first_of_all), torch.as_tensor(batch))
+    assert torch.equal(torch.as_tensor(first_of_all), torch.as_tensor(first))
     test = open_images("fashion-mnist-test")
     assert (open_images("fashion-mnist").num_images, test.num_images) == (60_000, 10_000)
     _, others = next(test.batches(4, 1))
