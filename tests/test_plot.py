@@ -1,6 +1,9 @@
 """Pictures of runs and of images."""
 
 import json
+import os
+import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 from PIL import Image
 
 from lamamba.cli import main
+from lamamba.log import save_figure
 from lamamba.plot import add_caption, choose_evenly, draw_curves, name_runs
 
 TINY = [
@@ -66,6 +70,28 @@ def test_the_curves_are_the_log_s(run: Path) -> None:
     assert drawn.get("250 to 500, one", ([], [])) == wanted
 
 
+def test_names_of_runs_are_drawn_as_they_are(tmp_path: Path) -> None:
+    log = [{"images": images, "loss": 1 / images, "loss_q1": 1.0} for images in (1, 2)]
+    names = ["d$x_$", "_hidden", "$\\frac$", os.fsdecode(b"caf\xe9"), "犬\n\x1b[1m"]
+    figure = draw_curves(dict.fromkeys(names, log))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of characters that the font lacks
+        save_figure(figure, tmp_path / "curves.png")
+    shown = ["d$x_$", "_hidden", "$\\frac$", "caf\\xe9", "犬\\n\\x1b[1m"]
+    for axes, wanted in zip(figure.axes, (shown, [f"timesteps 0 to 250, {name}" for name in shown]), strict=False):
+        texts = axes.get_legend().get_texts()
+        assert [text.get_text() for text in texts] == wanted
+        assert not any(text.get_parse_math() for text in texts)
+
+
+def test_runs_whose_names_differ_in_signs_alone_have_pictures_of_their_own(run: Path, tmp_path: Path) -> None:
+    for name in ("a b", "a$b"):
+        shutil.copytree(run, tmp_path / name)
+    main(["plot", str(tmp_path / "a b"), str(tmp_path / "a$b"), "--out", str(tmp_path / "out")])
+    names = {"curves.png", *(f"samples-{name}" for name in ("a-b.png", "a-b.gif", "a-b-1.png", "a-b-1.gif"))}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+
+
 def test_an_older_log_is_drawn_without_what_it_lacks() -> None:
     figure = draw_curves({"old": [{"images": 1, "loss": 0.5}, {"images": 2, "loss": 0.4}]})
     assert [len(axes.lines) for axes in figure.axes] == [1, 0, 0, 0]
@@ -81,6 +107,7 @@ def test_what_is_no_run_is_said(run: Path, tmp_path: Path, capsys: pytest.Captur
 
 def test_runs_of_one_name_are_told_apart() -> None:
     assert list(name_runs([Path("/a/x"), Path("/b/x"), Path("/b/y"), Path("/b/y")])) == ["/a/x", "/b/x", "y"]
+    assert list(name_runs([Path("/")])) == ["/"]
 
 
 def test_frames_are_chosen_at_even_distances() -> None:
@@ -132,6 +159,8 @@ def test_captions_are_below(folder: Path, tmp_path: Path) -> None:
     assert not (cells[0] == cells[1]).all()
     wide = add_caption(Image.new("RGB", (8, 6)), "much longer than the image is wide")
     assert wide.width == 8
+    image = Image.new("RGB", (200, 6))
+    assert add_caption(image, os.fsdecode(b"caf\xe9\n")) == add_caption(image, "caf\\xe9\\n")
 
 
 def test_images_that_do_not_fit_are_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

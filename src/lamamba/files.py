@@ -1,9 +1,11 @@
 """Files that are there whole or not at all, and their checksums."""
 
-import hashlib
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
 
 # How the name of what is not whole yet begins; it is hidden, and nothing reads it.
@@ -33,6 +35,26 @@ def written_whole(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     r"""Write UTF-8, whatever the locale says; a byte of a file name that is not UTF-8 becomes `\udcff`, as in JSON."""
     path.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+def utf8_path(path: Path) -> Path:
+    """Name a file or folder in UTF-8, for libraries that take no other path: by a link, where its own path is not.
+
+    Links are removed when the process ends.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        link = Path(_links().name) / sha256(os.fsencode(path.absolute())).hexdigest()
+        with suppress(FileExistsError):
+            link.symlink_to(path.absolute())
+        return link
+    return path
+
+
+@cache
+def _links() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="lamamba-")
 
 
 def permit(*paths: Path) -> None:
@@ -69,7 +91,7 @@ def _sync(path: Path) -> None:
 
 def checksum(*paths: Path) -> str:
     """Compute the SHA-256 of files, one after the other."""
-    together = hashlib.sha256()
+    together = sha256()
     for path in paths:
         with path.open("rb") as file:
             while piece := file.read(1 << 20):

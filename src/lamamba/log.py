@@ -22,13 +22,16 @@ from lamamba.config import TrainConfig
 from lamamba.cost import peak_tflops, training_flops
 from lamamba.data import Source
 from lamamba.errors import CheckpointError, ConfigError
-from lamamba.files import write_text, written_whole
+from lamamba.files import utf8_path, write_text, written_whole
 from lamamba.model import LaMambaDiff
 from lamamba.output import make_console, make_progress, say
+from lamamba.streams import visible
 
 SHOWN_EVERY_S = 5.0  # beside the bar, on a terminal; to read it waits for the device
 MAX_LINE_BYTES = 1 << 16  # of log.jsonl; a longer line is damaged, and not worth the memory
 MAX_VALUE = 1e100  # in log.jsonl; a larger one is damaged, and sums of it would not be finite
+# For texts of matplotlib with names in them, in which "$" and "_" are no formulas.
+AS_IT_IS: dict[str, Any] = {"parse_math": False, "usetex": False}
 
 
 class TrainingLog:
@@ -49,7 +52,9 @@ class TrainingLog:
         self.records, self.damaged_lines = self._read_earlier_records(images)
         self.file = self.path.open("a", buffering=1, encoding="utf-8")
         # TensorBoard drops earlier points from this step on, which are about to be logged again.
-        self.board = SummaryWriter(str(config.out / "tensorboard"), purge_step=images + 1)
+        folder = config.out / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        self.board = SummaryWriter(str(utf8_path(folder)), purge_step=images + 1)
         self.tracker = _start_tracker(config)
         self.tflop_per_image = 0.0
         self.peak_tflops: float | None = None
@@ -237,10 +242,11 @@ class TrainingLog:
         axes = figure.add_subplot()
         opacity = {"loss": 1.0, "mse": 0.6, "vb": 0.6}
         draw_lines(axes, self.records, {name: {"label": name, "alpha": value} for name, value in opacity.items()})
-        axes.set(xlabel="images seen", ylabel="loss", yscale="log", title=f"{self.config.preset} on {self.config.data}")
+        axes.set(xlabel="images seen", ylabel="loss", yscale="log")
+        axes.set_title(visible(f"{self.config.preset} on {self.config.data}"), **AS_IT_IS)
         axes.grid(alpha=0.3)
-        axes.legend()
-        figure.savefig(self.config.out / "loss.png", dpi=120)
+        draw_legend(axes)
+        save_figure(figure, self.config.out / "loss.png")
 
 
 def draw_lines(axes: Any, records: Sequence[Mapping[str, Any]], styles: Mapping[str, Mapping[str, Any]]) -> None:
@@ -249,6 +255,25 @@ def draw_lines(axes: Any, records: Sequence[Mapping[str, Any]], styles: Mapping[
         points = [(record["images"], record[name]) for record in records if name in record]
         if points:
             axes.plot(*zip(*points, strict=True), **style)
+
+
+def draw_legend(axes: Any, **options: Any) -> None:
+    """Draw a legend of all lines with their labels as they are.
+
+    Matplotlib would leave out labels that begin with "_".
+    """
+    labels = [visible(line.get_label()) for line in axes.lines]
+    legend = axes.legend(axes.lines, ["line"] * len(labels), **options)
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set(text=label, **AS_IT_IS)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG."""
+    with warnings.catch_warnings():
+        # Names are in any script; matplotlib draws boxes in place of what its font lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(path, format="png", dpi=120)
 
 
 def read_log(run: Path) -> tuple[list[dict[str, float]], int]:
@@ -317,8 +342,10 @@ def _start_tracker(config: TrainConfig) -> Any:
         raise ConfigError(
             f"tracker {config.tracker} is not installed ({error}): pip install {config.tracker}"
         ) from error
-    options = json.loads(json.dumps(asdict(config), default=str))
-    run: dict[str, Any] = {"project": config.project, "name": config.out.resolve().name, "config": options}
+    plain = json.loads(json.dumps(asdict(config), default=str))
+    # Trackers take only UTF-8, and names of files may be anything.
+    options = {name: visible(value) if isinstance(value, str) else value for name, value in plain.items()}
+    run: dict[str, Any] = {"project": config.project, "name": visible(config.out.resolve().name), "config": options}
     if config.tracker == "wandb":  # which knows runs by an identity
         identity = config.out / "wandb-id"
         if not identity.is_file() or not re.fullmatch(rb"[0-9a-f]{16}", identity.read_bytes()):  # or it is damaged

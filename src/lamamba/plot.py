@@ -14,9 +14,10 @@ from lamamba.data import read_image
 from lamamba.data.folders import list_images_below, no_images
 from lamamba.errors import CheckpointError, ConfigError, DataError
 from lamamba.files import written_whole
-from lamamba.log import draw_lines, read_log
+from lamamba.log import draw_legend, draw_lines, read_log, save_figure
 from lamamba.output import say
 from lamamba.sampling import make_grid
+from lamamba.streams import visible
 
 # What the log has of each quarter of the timesteps: what it is, and how its line is drawn.
 QUARTERS = {
@@ -43,12 +44,14 @@ def plot(config: PlotConfig) -> None:
             raise CheckpointError(f"{run} has nothing in its log yet: wait for the first line of log.jsonl")
     written = [config.out / "curves.png"]
     figure = draw_curves(records)
-    _write(written[0], lambda path: figure.savefig(path, format="png", dpi=120))
+    _write(written[0], lambda path: save_figure(figure, path))
     for name, run in names.items():
         frames = read_frames(run)
         if not frames:
             continue
         stem = "samples-" + re.sub(r"[^\w.-]+", "-", name).strip("-")
+        if config.out / f"{stem}.png" in written:  # of another run, whose name differs in what is replaced
+            stem += f"-{list(names).index(name)}"
         chosen = choose_evenly(frames, config.frames)
         strip = make_grid(np.stack([np.asarray(frame).transpose(2, 0, 1) for frame in chosen]), columns=1)
         written += [config.out / f"{stem}.png", config.out / f"{stem}.gif"]
@@ -60,7 +63,7 @@ def plot(config: PlotConfig) -> None:
 def name_runs(runs: Iterable[Path]) -> dict[str, Path]:
     """Name runs by their folders, and by their whole paths where two of these have the same name."""
     runs = list(dict.fromkeys(runs))
-    short = [run.resolve().name for run in runs]
+    short = [run.resolve().name or str(run.resolve()) for run in runs]  # the root has no name
     return {name if short.count(name) == 1 else str(run.resolve()): run for name, run in zip(short, runs, strict=True)}
 
 
@@ -93,7 +96,7 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     ):  # fmt: skip
         axes.set(xlabel="images seen", title=title)
         if axes.lines:
-            axes.legend(fontsize="small")
+            draw_legend(axes, fontsize="small")
         else:
             axes.text(0.5, 0.5, "not in the log", ha="center", transform=axes.transAxes)
         if axes is not speed:
@@ -129,7 +132,7 @@ def choose_evenly(items: Sequence[Any], number: int) -> list[Any]:
 
 def add_caption(image: Image.Image, text: str) -> Image.Image:
     """Put a line of text, cut off where it is too long, on white below an image."""
-    font = ImageFont.load_default()
+    font, text = ImageFont.load_default(), visible(text)
     while text and font.getlength(text) > image.width:
         text = text[:-1]
     captioned = Image.new("RGB", (image.width, image.height + _CAPTION_HEIGHT), "white")
