@@ -1,7 +1,9 @@
 """`lamamba push`: what is in the folder and its card, what arrives on a hub, and what comes back from there."""
 
+import ast
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,6 +24,7 @@ from lamamba.checkpoint import CheckpointInfo, load_checkpoint, write_json, writ
 from lamamba.cli import main
 from lamamba.model import LaMambaDiff
 from lamamba.pipeline import LaMambaDiffPipeline
+from lamamba.publish import _code, _escaped
 
 CLASSES = ("bird, large", "fish|flat", "newt")
 
@@ -72,7 +76,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def card_of(folder: Path) -> tuple[dict[str, object], str]:
-    _, header, text = (folder / "README.md").read_text().split("---\n", 2)
+    _, header, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     return yaml.safe_load(header), text
 
 
@@ -175,6 +179,43 @@ def test_scores_are_told_with_what_makes_them_comparable(tmp_path: Path, capsys:
     assert "of weights that had seen 400 images, these have seen 500" in said
     scores.write_text("{}")
     assert "none that lamamba evaluate wrote" in fails(capsys, *arguments, "--out", str(tmp_path / "other"))
+
+
+MARKDOWN = (
+    "<script>", "a|b", "`c`", "*d*", "$e$", "&lt;", "![f](g)", ":smile:", "-h", "1.i", "j\nk", "~~l~~", "@m", "#1",
+    "\\n", "+o", "=p",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*MARKDOWN, "- q", "1. r", "# s", " ".join(MARKDOWN)])
+def test_names_are_no_markdown(name: str) -> None:
+    shown = name.replace("\n", "\\n")
+    document = (
+        f"| classes | {_escaped(name)} |\n| --- | --- |\n\n{_escaped(name)}\n\n# {_escaped(name)}\n\n{_code(shown)}\n"
+    )
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(document)
+    parts = [[(part.type, part.content) for part in token.children] for token in tokens if token.type == "inline"]
+    texts = [["".join(content for _, content in part)] for part in parts]
+    assert texts == [["classes"], [shown], [shown], [shown], [shown]]
+    kinds = {kind for part in parts[:-1] for kind, _ in part}
+    assert kinds <= {"text", "text_special"}
+    assert [kind for kind, _ in parts[-1]] == ["code_inline"]
+
+
+def test_a_card_of_names_that_mean_something_elsewhere(tmp_path: Path) -> None:
+    names = ("it's <b>", "b|c", os.fsdecode(b"\xff"))
+    write_weights(tmp_path / "named", tiny_network(), CheckpointInfo(class_names=names))
+    out = tmp_path / "my `new` $(model)"
+    main(["push", str(tmp_path / "named"), "--out", str(out), "--num-per-label", "0", "--license", "--- x"])
+    header, text = card_of(out)
+    assert header["license"] == "--- x"
+    assert "| classes | it's \\<b\\>, b\\|c, \\\\xff |" in text
+    command = next(line for line in text.splitlines() if line.startswith("    lamamba sample"))
+    assert shlex.split(command)[:5] == ["lamamba", "sample", out.name, "--labels", "it's <b>"]
+    call = next(line for line in text.splitlines() if line.startswith("images ="))
+    assert ast.literal_eval(call.split("class_labels=")[1].split(", num")[0]) == ["it's <b>"]
+    again = LaMambaDiffPipeline.from_pretrained(out, local_files_only=True)
+    assert list(again.labels) == list(names)
 
 
 def test_an_unconditional_network_has_a_card_too(tmp_path: Path) -> None:

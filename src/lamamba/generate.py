@@ -38,6 +38,7 @@ from lamamba.npz import opened_array
 from lamamba.output import make_console, make_progress, say
 from lamamba.processes import Processes, joined
 from lamamba.sampling import check_labels, choose_device, make_grid, sample, uses_bf16
+from lamamba.streams import visible
 
 SAMPLES, GENERATION = "samples.npz", "generation.json"
 COMPILE_FROM = 10_000 * 256**2  # decoded pixels; benchmarks/sampling.py has what a start takes
@@ -413,7 +414,7 @@ def label_name(label: int, num_classes: int, info: CheckpointInfo) -> str:
     """Name a label for people, with its number where the name is another number."""
     if label == num_classes:
         return "no label"
-    name = info.class_names[label] if label < len(info.class_names) else str(label)
+    name = visible(info.class_names[label]) if label < len(info.class_names) else str(label)
     return f"{name} = label {label}" if name.isdecimal() and name != str(label) else name
 
 

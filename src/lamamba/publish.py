@@ -10,6 +10,7 @@ import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from huggingface_hub import ModelCardData
@@ -27,6 +28,7 @@ from lamamba.latents import IMAGE_CHANNELS, Latents
 from lamamba.output import say
 from lamamba.pipeline import LaMambaDiffPipeline
 from lamamba.sampling import choose_device, make_grid
+from lamamba.streams import visible
 
 CARD, PICTURE = "README.md", "samples.png"
 _MOST_NAMES = 20  # of classes, in the card
@@ -171,7 +173,7 @@ def _card(
         datasets=None if dataset is None else [dataset],
     )
     return "\n".join([
-        "---", header.to_yaml().strip(), "---", "", f"# {name.split('/')[-1]}", "",
+        "---", header.to_yaml().strip(), "---", "", f"# {_escaped(name.split('/')[-1])}", "",
         *_picture_lines(name, pipe, rows, config.num_per_label),
         *_table_lines(pipe, dataset, half=config.half),
         *_sampling_lines(pipe, name),
@@ -179,12 +181,23 @@ def _card(
     ])  # fmt: skip
 
 
+def _in_python(value: str | int) -> str:
+    """Write a name or a number as Python reads it."""
+    written = json.dumps(value, ensure_ascii=False)
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in written)
+
+
+def _in_shell(name: str) -> str:
+    """Write a name as a shell takes it."""
+    return shlex.quote(visible(name))
+
+
 def _picture_lines(name: str, pipe: LaMambaDiffPipeline, rows: list[int], num_per_label: int) -> list[str]:
     if not rows:
         return []
     shown = ", ".join(_names(pipe)[row] for row in rows) if pipe.network.config.num_classes else "without labels"
-    command = f"lamamba sample {name} --num-per-label {num_per_label} --out {PICTURE}"
-    return [f"![samples]({PICTURE})", "", f"*Rows: {shown}. `{command}`*", ""]
+    command = f"lamamba sample {_in_shell(name)} --num-per-label {num_per_label} --out {PICTURE}"
+    return [f"![samples]({PICTURE})", "", f"*Rows: {shown}. {_code(command)}*", ""]
 
 
 def _table_lines(pipe: LaMambaDiffPipeline, dataset: str | None, *, half: bool) -> list[str]:
@@ -200,33 +213,33 @@ def _table_lines(pipe: LaMambaDiffPipeline, dataset: str | None, *, half: bool) 
     classes = ", ".join(names[:_MOST_NAMES]) if names else "none: the network is unconditional"
     if len(names) > _MOST_NAMES:
         classes += f" and {len(names) - _MOST_NAMES:,} more, all in {PIPELINE_INDEX}"
+    link = None if dataset is None else f"https://huggingface.co/datasets/{quote(dataset, errors='surrogateescape')}"
     rows = {
         "network": f"LaMamba-Diff ([arXiv 2408.02615](https://arxiv.org/abs/2408.02615)), {number:,} parameters",
         "weights": "float16" if half else "float32",
         "images": images,
         "objective": _OBJECTIVES[pipe.config.objective],
         "training": f"{pipe.config.images_seen:,} images seen" if pipe.config.images_seen else None,
-        "data": None if dataset is None else f"[{dataset}](https://huggingface.co/datasets/{dataset})",
+        "data": None if dataset is None else f"[{_escaped(dataset)}]({link})",
         "classes": classes,
     }
     return ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items() if value), ""]
 
 
 def _sampling_lines(pipe: LaMambaDiffPipeline, name: str) -> list[str]:
-    names = list(pipe.labels)
-    label: str | int | None = (
-        names[0] if names and "," not in names[0] else 0 if pipe.network.config.num_classes else None
-    )
-    option = "" if label is None else f"--labels {shlex.quote(str(label))} "
+    # The first class, by its name if the option can hold it.
+    names = [name for name in list(pipe.labels)[:1] if "," not in name and visible(name) == name]
+    label: str | int | None = names[0] if names else 0 if pipe.network.config.num_classes else None
+    option = "" if label is None else f"--labels {_in_shell(str(label))} "
     return [
         "## Sample", "", "With the package `lamamba`, in Python, where it is a pipeline of diffusers:", "",
         "```python", "from lamamba import LaMambaDiffPipeline", "",
-        f'pipe = LaMambaDiffPipeline.from_pretrained("{name}")  # .to("cuda") for a GPU',
-        f"images = pipe({'' if label is None else f'class_labels=[{json.dumps(label, ensure_ascii=False)}], '}"
+        f"pipe = LaMambaDiffPipeline.from_pretrained({_in_python(name)})  # .to(\"cuda\") for a GPU",
+        f"images = pipe({'' if label is None else f'class_labels=[{_in_python(label)}], '}"
         "num_inference_steps=25).images",
         "```", "", "and from the shell, any number of images or a grid:", "",
-        f"    lamamba generate {name} --num-images 1000 --out images",
-        f"    lamamba sample {name} {option}--out grid.png", "",
+        f"    lamamba generate {_in_shell(name)} --num-images 1000 --out images",
+        f"    lamamba sample {_in_shell(name)} {option}--out grid.png", "",
     ]  # fmt: skip
 
 
@@ -240,14 +253,15 @@ def _score_lines(scores: dict[str, Any]) -> list[str]:
     }  # fmt: skip
     if "guidance_checkpoint" in how:
         how["guidance_checkpoint"] = Path(how["guidance_checkpoint"]).name
-    made = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in how.items())
+    made = ", ".join(_escaped(f"{key.replace('_', ' ')} {value}") for key, value in how.items())
     return [
         "## Scores", "",
         f"By `lamamba evaluate`, of {generated['images']:,} generated images ({made or 'made in ways not recorded'}) "
-        f"against {against} of {_escaped(Path(reference['name']).name)}, with the features {features['name']} "
-        f"(sha256 {features['sha256'][:12]}), lamamba {scores.get('lamamba')}.", "",
+        f"against {against} of {_escaped(Path(reference['name']).name)}, with the features "
+        f"{_escaped(features['name'])} (sha256 {_escaped(features['sha256'][:12])}), lamamba "
+        f"{_escaped(str(scores.get('lamamba')))}.", "",
         "| score | value |", "| --- | --- |",
-        *(f"| {key} | {value:.5g} |" for key, value in scores["scores"].items()), "",
+        *(f"| {_escaped(key)} | {value:.5g} |" for key, value in scores["scores"].items()), "",
         *(f"* {_escaped(warning)}" for warning in scores.get("warnings", [])),
     ]  # fmt: skip
 
@@ -259,4 +273,17 @@ def _names(pipe: LaMambaDiffPipeline) -> list[str]:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([\\|*_`<>\[\]])", r"\\\1", text)
+    """Write text in Markdown that shows it as it is: no formatting, links, HTML, formulas or emoji codes."""
+    return re.sub(r"([\\|*_`<>\[\]&~$#:@!])|^([-+=]|\d+[.)])", _escape, visible(text))
+
+
+def _escape(found: re.Match[str]) -> str:
+    return f"{found[0][:-1]}\\{found[0][-1]}"  # "1." begins a list, and "1\." does not
+
+
+def _code(text: str) -> str:
+    """Write text as code in a line of Markdown, in which nothing else is read."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    space = " " if "`" in text else ""
+    return f"{fence}{space}{text}{space}{fence}"

@@ -30,6 +30,7 @@ from lamamba.latents import Latents, Space
 from lamamba.model import LaMambaDiff
 from lamamba.pipeline import LaMambaDiffPipeline
 from lamamba.sampling import choose_device
+from lamamba.streams import visible
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Models:
     """
 
     def __init__(self, checkpoints: Sequence[str], device: str = "auto") -> None:
-        named = {Path(checkpoint).resolve().name: checkpoint for checkpoint in checkpoints}
+        named = {visible(Path(checkpoint).resolve().name): checkpoint for checkpoint in checkpoints}
         if len(named) != len(checkpoints) or not checkpoints:
             raise ConfigError(f"the checkpoints {', '.join(checkpoints) or '(none)'} must be one or more, named apart")
         chosen = choose_device(device)

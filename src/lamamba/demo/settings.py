@@ -93,10 +93,12 @@ def read_label(name: Any, painter: Painter) -> int:
     """Look up a label by its name, whatever its case; raises ConfigError where there is none."""
     if not painter.num_classes:
         return 0
-    names = {known.lower(): label for label, known in enumerate(label_names(painter))}
-    if not isinstance(name, str) or name.strip().lower() not in names:
-        raise ConfigError(f"no class is named {name!r}: {nearest(str(name), names)}")
-    return names[name.strip().lower()]
+    names = {known: label for label, known in enumerate(label_names(painter))}
+    lower = {known.lower(): label for known, label in names.items()}
+    found = names.get(name, lower.get(name.strip().lower())) if isinstance(name, str) else None
+    if found is None:
+        raise ConfigError(f"no class is named {name!r}: {nearest(str(name), lower)}")
+    return found
 
 
 def read_side(name: str, value: Any, painter: Painter) -> int:
