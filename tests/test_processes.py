@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -182,8 +183,56 @@ def test_shares_of_a_batch_are_as_even_as_can_be() -> None:
         Processes(0, 4).share(3)
 
 
+PLACE = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"RANK": None}, r"WORLD_SIZE is 2 but RANK is not set, so start with torchrun, or unset RANK and WORLD_SIZE"),
+        ({"WORLD_SIZE": None, "RANK": "1"}, r"RANK is 1: it must be less than WORLD_SIZE 1, so start with torchrun"),
+        ({"WORLD_SIZE": "two"}, r"WORLD_SIZE is 'two': it must be a whole number, 1 or more, so"),
+        ({"WORLD_SIZE": ""}, r"WORLD_SIZE is '': it must be"),
+        ({"WORLD_SIZE": "0"}, r"WORLD_SIZE is '0': it must be"),
+        ({"WORLD_SIZE": "2.0"}, r"WORLD_SIZE is '2\.0': it must be"),
+        ({"RANK": "-1"}, r"RANK is '-1': it must be a whole number, 0 or more"),
+        ({"RANK": "2"}, r"RANK is 2: it must be less than WORLD_SIZE 2"),
+        ({"MASTER_ADDR": None}, r"WORLD_SIZE is 2 but MASTER_ADDR is not set"),
+        ({"MASTER_ADDR": ""}, r"WORLD_SIZE is 2 but MASTER_ADDR is not set"),
+        ({"MASTER_ADDR": "no such host"}, r"2 processes could not meet at no such host:29500 \(.*check MASTER_ADDR"),
+        ({"MASTER_PORT": None}, r"WORLD_SIZE is 2 but MASTER_PORT is not set"),
+        ({"MASTER_PORT": "http"}, r"MASTER_PORT is 'http': it must be a whole number, from 1 to 65535"),
+        ({"MASTER_PORT": "65536"}, r"MASTER_PORT is '65536': it must be"),
+        ({"MASTER_PORT": "taken"}, r"MASTER_PORT \d+ is taken by another program: use another one"),
+    ],
+    ids=str,
+)
+def test_a_wrong_environment_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str | None], message: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for name, value in {**PLACE, **changes}.items():
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, str(taken.getsockname()[1]) if value == "taken" else value)
+        with pytest.raises(ConfigError, match=message) as caught, joined("cpu"):
+            pytest.fail("it was accepted")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("local_rank", [None, "x", "7"])
+def test_a_wrong_local_rank_is_one_line(monkeypatch: pytest.MonkeyPatch, local_rank: str | None) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in {**PLACE, "LOCAL_RANK": local_rank}.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"LOCAL_RANK is (not set|'x'|7 and this machine has 2 GPUs)"), joined("cuda"):
+        pytest.fail("it was accepted")
+
+
 def test_a_device_that_processes_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(ConfigError, match=r"device 'mps' is not for 2 processes"), joined("mps"):
         pass
 

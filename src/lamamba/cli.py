@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import fields, replace
 from itertools import dropwhile, takewhile
@@ -335,14 +335,30 @@ def read_train_config(path: Path) -> TrainConfig:
         content = json.loads(path.read_bytes())
         content["network"]["depths"] = tuple(content["network"]["depths"])
         network = NetworkConfig(**content.pop("network"))
+        content.update(_find_paths(content))
         for name in ("out", "data_folder", "vae"):
             content[name] = None if content[name] is None else Path(content[name])
         content["power_averages"] = tuple(content.get("power_averages", ()))
-        content.update(resume=False, fall_back=False, dry_run=False)  # of this command, not of the run
+        content.update(
+            resume=False, fall_back=False, allow_changed=(), dry_run=False
+        )  # of this command, not of the run
         known = {field.name for field in fields(TrainConfig)}
         return TrainConfig(**{name: value for name, value in content.items() if name in known}, network=network)
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise LamambaError(f"{path} is not a run's configuration: {error}") from error
+
+
+def _find_paths(content: Mapping[str, Any]) -> dict[str, str]:
+    """Find the paths in a run's configuration that do not lead from this folder to where they did.
+
+    A relative path starts in the folder that the run was started in, whose place is recorded.
+    """
+    found = {}
+    for name, recorded in dict(content.get("paths", {})).items():
+        here = None if content[name] is None else Path(content[name]).expanduser()
+        if here and os.path.abspath(here) != recorded and (Path(recorded).exists() or not here.exists()):
+            found[name] = recorded
+    return found
 
 
 def _encode(arguments: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -97,6 +98,7 @@ def count(network: LaMambaDiff, height: int, width: int) -> dict[str, tuple[int,
     return result
 
 
+@cache  # a run in this process again, as in tests, has nothing to count
 def training_flops(config: NetworkConfig) -> float:
     """Count the FLOPs of a training step for each image: three times those of a forward pass, two a multiply-add."""
     with torch.device("meta"):

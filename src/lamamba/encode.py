@@ -45,7 +45,7 @@ def encode(config: EncodeConfig) -> None:
         device = choose_device(device_name)
         space = Latents.open(config.vae, device)
         source = _open(config, space)
-        settings = describe(config, source, space)
+        settings = describe(config, source, space) if processes.is_first else {}
         # Others wait, so that the folder is there, and is the right one.
         with locked(config.out) if processes.is_first else nullcontext():
             if processes.is_first:
@@ -60,7 +60,7 @@ def encode(config: EncodeConfig) -> None:
 
 
 def _open(config: EncodeConfig, space: Latents) -> Source:
-    if are_latents(Path(config.data)):
+    if are_latents(config.data):
         raise ConfigError(f"{config.data} holds latents already: give the images")
     source = open_source(
         config.data,
@@ -76,7 +76,8 @@ def describe(config: EncodeConfig, source: Source, space: Latents) -> dict[str, 
     """Say what decides the contents of the shards; latents can be told apart by it."""
     grid = space.grid_size(source.image_size)
     return {
-        "source": source.name, "images": len(source), "class_names": list(source.class_names),
+        "source": source.name, "digest": source.identify(), "images": len(source),
+        "class_names": list(source.class_names),
         "image_size": source.image_size, "channels": source.channels,
         "shape": [space.channels(source.channels), grid, grid], "mirrored": config.mirrored,
         "images_per_shard": config.images_per_shard,
@@ -89,12 +90,15 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / SETTINGS
     if path.is_file():
         begun = read_index(path)["settings"]
-        # The autoencoder may have moved; it is its weights that count.
+        # Images and autoencoder may have moved: it is what they hold that counts. Earlier versions kept no digest.
+        ignored = {"autoencoder", "digest", *(["source"] if "digest" in begun else [])}
         changed = [
             f"{name} was {begun.get(name)}, now {value}"
             for name, value in settings.items()
-            if (name != "autoencoder" and begun.get(name) != value)
+            if name not in ignored and begun.get(name) != value
         ]
+        if begun.get("digest", settings["digest"]) != settings["digest"]:
+            changed.append("the images have other names or sizes")
         if begun["autoencoder"]["sha256"] != settings["autoencoder"]["sha256"]:
             changed.append("the autoencoder has other weights")
         if changed:

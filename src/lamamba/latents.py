@@ -3,6 +3,8 @@
 The only file that knows the autoencoder.
 """
 
+import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -167,6 +169,16 @@ class Latents:
 def identify(folder: Path) -> str:
     """Compute a checksum of an autoencoder's weights, by which it can be told from others."""
     return checksum(*sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")))
+
+
+def identify_autoencoder(folder: Path) -> str:
+    """Compute a digest of an autoencoder's weights and configuration, by which it is recognized wherever it lies."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        known = {name: value for name, value in config.items() if not name.startswith("_")}  # not where it was loaded
+        return hashlib.sha256(json.dumps([identify(folder), known], sort_keys=True).encode()).hexdigest()
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder} cannot be read as an AutoencoderKL: {error}") from error
 
 
 def open_space(vae: Path | None, device: torch.device, dtype: torch.dtype = torch.float32) -> Space:

@@ -7,6 +7,8 @@ same.
 
 import os
 import signal
+import socket
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -138,22 +140,34 @@ class GradientSums:
 
 @contextmanager
 def joined(device: str) -> Iterator[tuple[Processes, str]]:
-    """Join the processes that torchrun started; gives this process's place, and its device for that of all."""
-    number = int(os.environ.get("WORLD_SIZE", "1"))
+    """Join the processes that torchrun started; gives this process's place, and its device for that of all.
+
+    Raises:
+        ConfigError: the environment variables that torchrun sets are wrong, or the processes cannot meet.
+    """
+    number = _read_variable("WORLD_SIZE", least=1, default=1)
+    rank = _read_variable("RANK", default=0 if number == 1 else None)
+    if rank >= number:
+        raise ConfigError(f"RANK is {rank}: it must be less than WORLD_SIZE {number}, {_START_BY_TORCHRUN}")
     if number == 1:
         yield Processes(), device
         return
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        local_rank, num_gpus = _read_variable("LOCAL_RANK"), torch.cuda.device_count()
+        if local_rank >= num_gpus:
+            raise ConfigError(
+                f"LOCAL_RANK is {local_rank} and this machine has {num_gpus} GPUs: start a process for each GPU, or "
+                "give --device cpu"
+            )
+        device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
     elif device != "cpu":
         raise ConfigError(f"device {device!r} is not for {number} processes: use auto, cuda or cpu")
-    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend, **_place_to_meet())
+    _meet("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", rank, number)
     try:
-        yield Processes(dist.get_rank(), number), device
+        yield Processes(rank, number), device
     except BaseException:
         # The others may be waiting for this process: to end as usual would be to wait for them.
         _abort_process_group()
@@ -161,20 +175,54 @@ def joined(device: str) -> Iterator[tuple[Processes, str]]:
     dist.destroy_process_group()
 
 
-def _place_to_meet() -> dict[str, Any]:
-    """Say where processes find each other, if not where PyTorch would look.
+_START_BY_TORCHRUN = "so start with torchrun, or unset RANK and WORLD_SIZE"
+
+
+def _read_variable(name: str, least: int = 0, most: int = sys.maxsize, default: int | None = None) -> int:
+    """Read a whole number from an environment variable; raises ConfigError."""
+    value = os.environ.get(name)
+    if value is None:
+        if default is None:
+            raise ConfigError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {name} is not set, {_START_BY_TORCHRUN}")
+        return default
+    try:
+        number = int(value)
+    except ValueError:
+        number = least - 1
+    if not least <= number <= most:
+        limits = f"{least} or more" if most == sys.maxsize else f"from {least} to {most}"
+        raise ConfigError(f"{name} is {value!r}: it must be a whole number, {limits}, {_START_BY_TORCHRUN}")
+    return number
+
+
+def _meet(backend: str, rank: int, number: int) -> None:
+    """Start the process group; raises ConfigError."""
+    host, port = os.environ.get("MASTER_ADDR"), _read_variable("MASTER_PORT", least=1, most=65535)
+    if not host:
+        raise ConfigError(f"WORLD_SIZE is {number} but MASTER_ADDR is not set, {_START_BY_TORCHRUN}")
+    try:
+        socket.getaddrinfo(host, port)  # PyTorch would try for half an hour
+        dist.init_process_group(backend, rank=rank, world_size=number, store=_open_store(host, port))
+    except (OSError, RuntimeError, ValueError) as error:
+        if "EADDRINUSE" in str(error):
+            raise ConfigError(f"MASTER_PORT {port} is taken by another program: use another one") from error
+        cause = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{number} processes could not meet at {host}:{port} ({cause}): check MASTER_ADDR and MASTER_PORT, and "
+            "that all processes were started"
+        ) from error
+
+
+def _open_store(host: str, port: int) -> Any:
+    """Open the store where processes find each other, if not the one that PyTorch would open.
 
     That is a store which torchrun keeps over restarts, with the addresses of processes that are gone
     (github.com/pytorch/pytorch/issues/135712): so each restart has a part of it to itself.
     """
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restart == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return {}
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    return {
-        "store": PrefixStore(f"restart {restart}", store),
-        "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"]),
-    }  # fmt: skip
+        return None
+    return PrefixStore(f"restart {restart}", TCPStore(host, port, is_master=False))
 
 
 class SignalsNoted:

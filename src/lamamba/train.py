@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,12 +16,14 @@ from lamamba.checkpoint import (
     checkpoints_in,
     locked,
     newest_whole,
+    read_info,
     write_json,
 )
 from lamamba.config import TrainConfig
 from lamamba.data import NAMED_SOURCES, LatentSource, Source, open_source
 from lamamba.data.latent_files import are_latents
 from lamamba.errors import CheckpointError, ConfigError, LamambaError, SignalError
+from lamamba.identity import compare_origin, describe_origin, is_same_place
 from lamamba.latents import Latents, Space, identify, open_space
 from lamamba.log import SilentLog, TrainingLog
 from lamamba.memory import keep_freed_memory
@@ -39,7 +42,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Source, Space, torch.devi
         CheckpointError: the autoencoder cannot be opened.
     """
     device = choose_device(config.device)
-    latents = open_source(config.data, image_size=config.image_size) if are_latents(Path(config.data)) else None
+    latents = open_source(config.data, image_size=config.image_size) if are_latents(config.data) else None
     assert latents is None or isinstance(latents, LatentSource)
     if latents and config.horizontal_flip and not latents.is_mirrored:
         raise ConfigError(f"{config.data} has no mirrored images: leave horizontal_flip out, or encode them too")
@@ -81,22 +84,39 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Source, Space, torch.devi
     return resolved, source, space, device
 
 
-# What may change from one part of a run to the next without changing what it computes up to there.
+# What may change from one part of a run to the next without changing what it computes up to there; data and autoencoder
+# are compared by what they hold.
 _FREE_TO_CHANGE = {
     "out", "num_images", "device", "cuda_graph", "compile", "num_workers", "resume", "fall_back", "dry_run",
-    "data_folder", "keep_checkpoints", "shard", "max_skipped_steps", "tracker", "project",
-    "accumulate", "log_every", "sample_every", "checkpoint_every", "snapshot_every", "sample_steps", "sample_guidance",
+    "allow_changed", "data", "data_folder", "vae", "keep_checkpoints", "shard", "max_skipped_steps", "tracker",
+    "project", "accumulate", "log_every", "sample_every", "checkpoint_every", "snapshot_every", "sample_steps",
+    "sample_guidance",
 }  # fmt: skip
 
 
-def check_resumable(config: TrainConfig) -> None:
-    """Compare a resolved configuration with the one its run folder was started with; raises CheckpointError."""
+def check_resumable(config: TrainConfig, origin: Mapping[str, Any], checkpoint: Path) -> list[str]:
+    """Compare a resolved configuration, data and autoencoder with those that its run folder was started with.
+
+    Args:
+        config: resolved.
+        origin: what `describe_origin` says.
+        checkpoint: to go on from.
+
+    Returns:
+        Lines on what has moved, or is allowed to differ.
+
+    Raises:
+        CheckpointError: something differs.
+    """
     path = config.out / "config.json"
     try:
         started = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}), so the run cannot be continued") from error
     now = plain(config)
+    places = {**now, **origin}
+    # Before the options, some of which follow from the data.
+    notes = compare_origin(started, places, read_info(checkpoint).class_names, config.allow_changed)
     for options in (started, now):
         options.update(options.pop("network", {}))
     # Where the learning rate falls with the length of the run, that decides what is computed.
@@ -104,12 +124,13 @@ def check_resumable(config: TrainConfig) -> None:
     changed = [
         f"{name} was {started.get(name)}, now {now[name]}"
         for name in now
-        if name not in free and started.get(name) != now[name]
+        if name not in free and started.get(name) != now[name] and not is_same_place(name, started, places)
     ]
     if changed:
         raise CheckpointError(
             f"{config.out} was started with other options, leave them out to resume: {'; '.join(changed)}"
         )
+    return notes
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:
@@ -139,12 +160,13 @@ def _train(config: TrainConfig, source: Source, space: Space, device: torch.devi
     saved = checkpoints_in(config.out)
     if saved and not config.resume:
         raise CheckpointError(f"{config.out} already holds a run: add --resume to continue it, or choose another --out")
-    if saved:
-        check_resumable(config)
+    resumed = (newest_whole(saved) if config.fall_back else saved[-1]) if saved else None
+    origin = describe_origin(config, source) if processes.is_first else {}
+    moved = check_resumable(config, origin, resumed) if resumed and processes.is_first else []
     trainer = Trainer(config, source, space, device, processes)
     notes: list[str] = []
-    if saved:
-        trainer.restore(newest_whole(saved) if config.fall_back else saved[-1])
+    if resumed:
+        trainer.restore(resumed)
     elif config.start_from is not None:
         notes = trainer.begin_with(config.start_from)
     processes.wait()  # until all have looked at the folder
@@ -156,13 +178,15 @@ def _train(config: TrainConfig, source: Source, space: Space, device: torch.devi
             with locked(config.out):
                 if config.resume and not saved:
                     say(f"{config.out} holds no checkpoint: the run begins")
-                write_json(config.out / "config.json", plain(config))
+                write_json(config.out / "config.json", {**plain(config), **origin})
                 with TrainingLog(config, trainer.images, device) as log:
                     log.introduce(source, trainer.network, processes.number, trainer.uses_bf16)
                     if len(trainer.parts) < config.accumulate:
                         log.note(f"{config.accumulate} parts asked for: a rank's images make {len(trainer.parts)}")
                     if config.weight_decay:
                         log.note(describe_weight_decay(trainer.network, config.weight_decay))
+                    for note in moved:
+                        log.note(note)
                     if config.start_from is not None and not saved:
                         log.note_start(config.start_from, notes)
                     _run(trainer, log, signals)

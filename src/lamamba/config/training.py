@@ -105,6 +105,8 @@ class TrainConfig:
     """Guidance scale of sample grids."""
     resume: bool = False
     """Continue the run in --out from its last checkpoint, if there is one; options not given again are the run's."""
+    allow_changed: tuple[Literal["data", "vae"], ...] = ()
+    """Resume although the data, or the autoencoder, differ from those at the start of the run."""
     fall_back: bool = False
     """Resume from the newest checkpoint that is whole, where the last one is damaged."""
     dry_run: bool = False

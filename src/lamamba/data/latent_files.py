@@ -8,6 +8,7 @@ A shard holds of n images
     crc32    (n, v) int64                of the bytes of each moments[i, j], looked at whenever they are read
 """
 
+import hashlib
 import json
 import zlib
 from bisect import bisect_right
@@ -39,7 +40,7 @@ class LatentSource(Source):
         self.folder, self.name = folder, folder.resolve().name
         if (folder / SETTINGS).is_file() and not (folder / INDEX).is_file():
             raise DataError(f"{folder} is not encoded to its end: run the same lamamba encode again, it goes on")
-        index = read_index(folder / INDEX)
+        index = self.index = read_index(folder / INDEX)
         try:
             settings = index["settings"]
             self.class_names = tuple(settings["class_names"])
@@ -57,6 +58,13 @@ class LatentSource(Source):
 
     def __len__(self) -> int:
         return self.ends[-1]
+
+    def identify(self) -> str:
+        """Digest what the index says of the latents: how they were made, and the checksums of the shards."""
+        made = {name: value for name, value in self.index["settings"].items() if name not in ("source", "digest")}
+        made["autoencoder"] = self.autoencoder["sha256"]  # wherever it lies
+        shards = [[shard["file"], shard["images"], shard["sha256"]] for shard in self.index["shards"]]
+        return hashlib.sha256(json.dumps([made, shards], sort_keys=True).encode()).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "opened": {}}  # a process that reads opens shards of its own
@@ -106,6 +114,7 @@ def read_index(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
 
 
-def are_latents(folder: Path) -> bool:
+def are_latents(data: str | Path) -> bool:
     """Say whether a folder is what `lamamba encode` writes to."""
+    folder = Path(data).expanduser()
     return (folder / INDEX).is_file() or (folder / SETTINGS).is_file()

@@ -1,5 +1,8 @@
 """What a source is, and two kinds of images: held in memory, and files in a folder."""
 
+import hashlib
+import json
+import os
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,6 +12,8 @@ import numpy as np
 from lamamba.data.decoding import crop_centre, read_image
 from lamamba.data.folders import list_classes
 from lamamba.errors import DataError
+
+_PIECE = 4096  # files that wait for threads: a million at once would fill the memory
 
 
 class Source(ABC):
@@ -42,6 +47,10 @@ class Source(ABC):
 
     @abstractmethod
     def __len__(self) -> int: ...
+
+    @abstractmethod
+    def identify(self) -> str:
+        """Compute a digest that is the same for the same data, wherever they lie."""
 
     @abstractmethod
     def gather(self, indices: np.ndarray, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -89,6 +98,13 @@ class ArraySource(ImageSource):
     def __len__(self) -> int:
         return len(self.images)
 
+    def identify(self) -> str:
+        """Digest all pixels and labels."""
+        together = hashlib.sha256(json.dumps([self.images.shape, self.labels.tolist()]).encode())
+        for image in self.images:  # which may take no memory of their own
+            together.update(image.tobytes())
+        return together.hexdigest()
+
     def load(self, index: int) -> tuple[np.ndarray, int]:
         """Return one image, uint8 (h, w, c), and its label."""
         return self.images[index].transpose(1, 2, 0), int(self.labels[index])
@@ -129,6 +145,19 @@ class FolderSource(ImageSource):
     def __len__(self) -> int:
         return len(self.paths)
 
+    def identify(self) -> str:
+        """Digest the files' paths within the folder, and their sizes."""
+        start = len(os.path.join(self.folder, ""))
+        sizes: list[int] = []
+        with ThreadPoolExecutor() as threads:  # on a network each size takes its time
+            for first in range(0, len(self.paths), _PIECE):
+                sizes += threads.map(_size, self.paths[first : first + _PIECE])
+        names = (path[start:].replace(os.sep, "/") for path in self.paths)
+        together = hashlib.sha256()
+        for name, size in sorted(zip(names, sizes, strict=True)):
+            together.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
+        return together.hexdigest()
+
     def load(self, index: int) -> tuple[np.ndarray, int]:
         """Return one image, uint8 (h, w, c), and its label (0 without classes); DataError if it cannot be read."""
         image = crop_centre(read_image(self.paths[index], self.channels), self.image_size)
@@ -137,8 +166,8 @@ class FolderSource(ImageSource):
     def _leave_out_bad_files(self) -> None:
         good: list[bool] = []
         with ThreadPoolExecutor() as threads:
-            for first in range(0, len(self.paths), 4096):  # in pieces: a million waiting jobs would fill the memory
-                good += threads.map(self._is_readable, self.paths[first : first + 4096])
+            for first in range(0, len(self.paths), _PIECE):
+                good += threads.map(self._is_readable, self.paths[first : first + _PIECE])
         self.bad_files = tuple(path for path, keep in zip(self.paths, good, strict=True) if not keep)
         self.labels = [label for label, keep in zip(self.labels, good, strict=True) if keep]
         self.paths = [path for path, keep in zip(self.paths, good, strict=True) if keep]
@@ -153,3 +182,11 @@ class FolderSource(ImageSource):
         except DataError:
             return False
         return True
+
+
+def _size(path: str) -> int:
+    """Return the bytes of a file; -1 where it cannot be read, which is reported when it is its turn."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
