@@ -36,6 +36,7 @@ def test_the_command_runs_and_prints_its_cases() -> None:
     assert cases(done) == both | {"scan_both_sequence"}
 
 
+@pytest.mark.slow
 def test_every_network_trains_infers_and_is_profiled() -> None:
     done = run("--quick", "limits", "train_xl", "infer_xl", "profile")
     assert done.returncode == 0, done.stderr

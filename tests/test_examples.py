@@ -41,6 +41,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_job_saves_and_queues_itself_again_when_its_time_is_over(tmp_path: Path, slurm: dict[str, str]) -> None:
     run = tmp_path / "run"
     job = subprocess.Popen(["bash", str(SLURM), str(run), *TINY, "--num-images", "100000"], env=slurm)

@@ -136,6 +136,7 @@ def test_a_step_is_the_same_however_the_batch_is_cut(tmp_path: Path) -> None:
             assert times_sent == (0 if "shards" in case else 2), f"{case}: once in each of two steps"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, tiny: list[str], alone: Path) -> None:
     """Sharded or not: what two have saved in parts, one reads whole, and four cut otherwise."""
     out = str(tmp_path / "run")

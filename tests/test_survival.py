@@ -64,6 +64,7 @@ def wait_for(happened: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_killed_at_fifty_random_moments_it_ends_bitwise_like_an_unbroken_run(tmp_path: Path) -> None:
     server = str(Path(__file__).with_name("killing_server.py"))
     # All in forks of one process, with one thread: another order of sums would be another result.

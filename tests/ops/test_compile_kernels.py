@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 NUM_COMPILED = 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_without_a_gpu(capability: int) -> None:
     """To a cubin, at the shapes of XL's first stage; in a process of its own, since here they are interpreted."""
