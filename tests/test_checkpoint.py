@@ -233,9 +233,9 @@ def test_a_saved_pipeline_is_a_checkpoint_too(run: Path, pipeline: Path) -> None
     ("values", "said"),
     [
         ({"_class_name": "StableDiffusionPipeline"}, "holds a StableDiffusionPipeline"),
-        ({"objective": "score"}, "has the objective 'score', this version knows no such"),
-        ({"id2label": {"0": "cat", "2": "dog"}}, "lacks '1' among what it says of its network and labels"),
-        ({"id2label": ["cat"]}, r"model_index.json cannot be read \(TypeError"),
+        ({"objective": "score"}, "objective is 'score': it should be 'diffusion' or 'flow'"),
+        ({"id2label": {"0": "cat", "2": "dog"}}, "id2label names 2 classes, but not 1"),
+        ({"id2label": ["cat"]}, r"model_index.json: id2label is \['cat'\]: it should be an object"),
     ],
 )
 def test_a_pipeline_that_cannot_be_read_is_named(pipeline: Path, values: dict[str, object], said: str) -> None:

@@ -167,9 +167,7 @@ def test_a_corrupt_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.Capture
     assert f"{weights} is not what was written" in refused(capsys, arguments)
     assert str(weights) in refused(capsys, ["train", "--out", str(run), "--resume"])
     (run / "config.json").write_text("{")
-    assert f"{run / 'config.json'} is not a run's configuration" in refused(
-        capsys, ["train", "--out", str(run), "--resume"]
-    )
+    assert f"{run / 'config.json'} is not valid JSON" in refused(capsys, ["train", "--out", str(run), "--resume"])
 
 
 def test_a_label_out_of_range_is_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -523,7 +523,7 @@ def test_a_pipeline_of_a_checkpoint_takes_another_autoencoder_and_keeps_a_schedu
     other = write_autoencoder(tmp_path / "vae", scaling_factor=0.1)
     assert LaMambaDiffPipeline.from_checkpoint(tmp_path / "pipe", other).vae.config.scaling_factor == 0.1
     (tmp_path / "pipe" / "scheduler" / "scheduler_config.json").unlink()
-    with pytest.raises(CheckpointError, match="cannot be read as a scheduler of diffusers"):
+    with pytest.raises(CheckpointError, match=r"scheduler_config.json cannot be read: No such file"):
         LaMambaDiffPipeline.from_checkpoint(tmp_path / "pipe")
 
 

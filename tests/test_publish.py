@@ -178,7 +178,7 @@ def test_scores_are_told_with_what_makes_them_comparable(tmp_path: Path, capsys:
     said = fails(capsys, *arguments, "--out", str(tmp_path / "other"))
     assert "of weights that had seen 400 images, these have seen 500" in said
     scores.write_text("{}")
-    assert "none that lamamba evaluate wrote" in fails(capsys, *arguments, "--out", str(tmp_path / "other"))
+    assert "scores.json: scores is missing" in fails(capsys, *arguments, "--out", str(tmp_path / "other"))
 
 
 MARKDOWN = (

@@ -221,7 +221,7 @@ def test_missing_and_unknown_names_and_wrong_shapes_are_all_listed(released: tup
     with pytest.raises(CheckpointError) as caught:
         load_released(wrong, **options)
     message = str(caught.value)
-    assert message.startswith("state dict does not fit this network, give its options: ")
+    assert message.startswith("the state dict does not fit this network, give its options: ")
     width = options["embed_dim"]
     assert "head.output.bias is missing" in message
     assert "encoder.0.0.ssm.D is missing" in message

@@ -13,7 +13,7 @@ from lamamba.checkpoint import CheckpointInfo, checkpoints_in, load_network
 from lamamba.config import NetworkConfig, TrainConfig
 from lamamba.errors import CheckpointError
 from lamamba.model import LaMambaDiff
-from lamamba.saving import CheckpointWriter, load_training_state, names_of_training_state, save_checkpoint
+from lamamba.saving import CheckpointWriter, describe_training_state, load_training_state, save_checkpoint
 from lamamba.train import resolve
 from lamamba.trainer import Trainer
 
@@ -48,7 +48,7 @@ def test_what_is_written_is_what_there_was_at_the_beginning(tmp_path: Path, gate
     assert path == checkpoints_in(tmp_path)[0]
     assert writer.finish() is None, "it is said once"
     writer.close()
-    assert names_of_training_state(path) == set(wanted)
+    assert describe_training_state(path).keys() == wanted.keys()
     found = {name: torch.zeros_like(value) for name, value in wanted.items()}
     load_training_state(path, found)
     for name, value in wanted.items():
@@ -116,7 +116,7 @@ def test_a_training_state_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (file,) = (path / "training").iterdir()
     file.write_bytes(file.read_bytes()[:9])
     with pytest.raises(CheckpointError, match=r"training cannot be read"):
-        names_of_training_state(path)
+        describe_training_state(path)
     file.unlink()
     with pytest.raises(CheckpointError, match=r"training cannot be read"):
         load_training_state(path, {"x": torch.zeros(2)})

@@ -30,10 +30,12 @@ from torch import Tensor, nn
 
 from lamamba.checkpoint import find_checkpoint, read_info, read_network_config, write_weights
 from lamamba.config import AverageConfig
-from lamamba.errors import CheckpointError
+from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import written_whole
 from lamamba.model import LaMambaDiff
 from lamamba.output import say
+from lamamba.records import parse_record
+from lamamba.weights import fill, first_line
 
 FORMAT = 1
 MAX_SIGMA_REL = 12**-0.5
@@ -336,13 +338,17 @@ def average(config: AverageConfig) -> None:
     """Run the command `lamamba average`: write the weights of a length to a folder that `lamamba sample` takes.
 
     Raises:
-        CheckpointError: the run has too few snapshots for this length, or one is damaged.
+        CheckpointError: the run has no checkpoint, too few snapshots for this length, or a damaged one.
+        ConfigError: the folder to write is there already.
     """
+    if config.out.exists():
+        raise ConfigError(f"out {config.out} is there already: give another, or move it away")
+    checkpoint = find_checkpoint(config.run)
     weights = reconstruct(config.run, config.sigma_rel, config.images)
     images = config.images if config.images is not None else int(snapshots_in(config.run)[-1].stem)
-    checkpoint = find_checkpoint(config.run)
-    network = LaMambaDiff(**vars(read_network_config(checkpoint / "ema")))
-    network.load_state_dict(weights)
+    with torch.device("meta"):
+        network = LaMambaDiff(**vars(read_network_config(checkpoint / "ema")))
+    fill(network, weights, f"the snapshots in {config.run / 'averages'}")
     write_weights(config.out, network, replace(read_info(checkpoint), images=images))
     say(f"average of length {config.sigma_rel} after {images:,} images")
     say(f"wrote {config.out}, to be sampled with: lamamba sample {shlex.quote(str(config.out))}")
@@ -381,9 +387,8 @@ def _damage_named(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        line = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
-            f"{path} is damaged or no snapshot of lamamba ({type(error).__name__}: {line}): move it away"
+            f"{path} is damaged or no snapshot of lamamba ({type(error).__name__}: {first_line(error)}): move it away"
         ) from error
 
 
@@ -394,7 +399,7 @@ def _read_snapshot(path: Path) -> _Snapshot:
         if int(record["format"]) > FORMAT:
             raise CheckpointError(f"{path} has format {record['format']}, this version reads {FORMAT}: update lamamba")
         step, images = int(record["step"]), int(record["images"])
-        sigma_rels = tuple(float(length) for length in json.loads(record["sigma_rels"]))
+        sigma_rels = tuple(parse_record(record["sigma_rels"], f"{path}: sigma_rels", list[float], CheckpointError))
         for length in sigma_rels:
             gamma_of(length)
         names = sorted(file.keys())

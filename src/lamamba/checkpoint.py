@@ -17,25 +17,28 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, get_args
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, NotRequired
 
 import torch
 from filelock import FileLock, Timeout
+from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from typing_extensions import TypedDict
 
 from lamamba import __version__
 from lamamba.config import PRESETS, NetworkConfig, Objective, nearest
-from lamamba.dit import DIT_CLASSES, DiT, DiTFolder, class_of
+from lamamba.dit import DIT_CLASSES, DiT, DiTFolder
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import checksum, permit, write_text, written_whole
 from lamamba.hub import fetch, is_repository
 from lamamba.model import LaMambaDiff
+from lamamba.records import is_run, read_record
+from lamamba.weights import CONFIG, PIPELINE_INDEX, check_class, class_of, fill, find_weights, read_weights
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "assets"
-PIPELINE_INDEX = "model_index.json"  # of a folder that diffusers saved of a pipeline
+RECORD = "checkpoint.json"
 _LOADABLE = ("LaMambaDiffPipeline", "LaMambaDiff", "DiTPipeline", *DIT_CLASSES)
 _WRITE_ERRORS = (OSError, SafetensorError)
 
@@ -88,10 +91,10 @@ def save_network(network: LaMambaDiff, folder: Path) -> None:
 
 def write_info(checkpoint: Path, info: CheckpointInfo) -> None:
     """Write what a checkpoint says of itself, and the checksums of all that is there."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != "checkpoint.json")
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != RECORD)
     checksums = {path.relative_to(checkpoint).as_posix(): checksum(path) for path in files}
     record = {"format": FORMAT, "lamamba": __version__, **asdict(info), "sha256": checksums}
-    write_text(checkpoint / "checkpoint.json", json.dumps(record, indent=2) + "\n")
+    write_text(checkpoint / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def verify(checkpoint: Path, part: str = "") -> None:
@@ -100,9 +103,10 @@ def verify(checkpoint: Path, part: str = "") -> None:
     Raises:
         CheckpointError: a file is damaged or missing; the message names it and the checkpoint before.
     """
-    checksums = _read_record(checkpoint).get("sha256", {})
-    for name, wanted in checksums.items():
+    for name, wanted in _read_record(checkpoint).get("sha256", {}).items():
         path = checkpoint / name
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise CheckpointError(f"{checkpoint / RECORD}: sha256 names {name!r}, which is not in the checkpoint")
         if not name.startswith(part):
             continue
         if not path.is_file() or checksum(path) != wanted:
@@ -154,28 +158,46 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
     Raises:
         CheckpointError: it is damaged, or of a later format than this version knows.
     """
-    path, record = checkpoint / "checkpoint.json", _read_record(checkpoint)
-    try:
-        if record["format"] > FORMAT:
-            raise CheckpointError(f"{path} has format {record['format']}, this version reads {FORMAT}: update lamamba")
-        fields = {name: record[name] for name in CheckpointInfo.__dataclass_fields__}
-        fields["class_names"] = tuple(fields["class_names"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is no checkpoint of lamamba ({type(error).__name__}: {error})") from error
-    if fields["objective"] not in get_args(Objective):
-        raise CheckpointError(f"{path} has the objective {fields['objective']!r}, this version knows no such")
-    return CheckpointInfo(**fields)
+    record = _read_record(checkpoint)
+    return CheckpointInfo(
+        record["images"], record["step"], record["objective"], tuple(record["class_names"]), record["vae"]
+    )
 
 
-def _read_record(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / "checkpoint.json"
-    try:
-        record = json.loads(path.read_bytes())
-        if not isinstance(record, dict):
-            raise TypeError(f"it holds a {type(record).__name__}")
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is no checkpoint of lamamba ({type(error).__name__}: {error})") from error
-    return record
+_Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+_ClassNames = Annotated[list[str], Field(max_length=1_000_000)]
+
+
+class _Format(TypedDict):
+    format: Annotated[int, Field(ge=1)]
+
+
+class _Record(_Format):
+    """checkpoint.json."""
+
+    images: _Count
+    step: _Count
+    objective: Objective
+    class_names: _ClassNames
+    vae: str | None
+    sha256: NotRequired[dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]]
+
+
+class _PipelineRecord(TypedDict):
+    """model_index.json of a LaMambaDiffPipeline."""
+
+    objective: Objective
+    id2label: NotRequired[Annotated[dict[str, str], Field(max_length=1_000_000)] | None]
+    images_seen: NotRequired[_Count]
+    vae: NotRequired[list[str | None]]
+
+
+def _read_record(checkpoint: Path) -> _Record:
+    path = checkpoint / RECORD
+    version = read_record(path, _Format)["format"]
+    if version > FORMAT:
+        raise CheckpointError(f"{path} has format {version}, this version reads {FORMAT}: update lamamba")
+    return read_record(path, _Record)
 
 
 def locate(path: Path, weights: str = "ema") -> tuple[Path, CheckpointInfo]:
@@ -188,7 +210,7 @@ def locate(path: Path, weights: str = "ema") -> tuple[Path, CheckpointInfo]:
     Raises:
         CheckpointError: it is damaged, of a later format than this version knows, or another pipeline.
     """
-    if (path / "checkpoint.json").is_file():
+    if (path / RECORD).is_file():
         return path / weights, read_info(path)
     if (path / PIPELINE_INDEX).is_file():
         return path / "network", _read_pipeline_info(path)
@@ -199,62 +221,34 @@ def _read_pipeline_info(folder: Path) -> CheckpointInfo:
     path = folder / PIPELINE_INDEX
     if class_of(folder) != "LaMambaDiffPipeline":
         raise CheckpointError(f"{folder} holds a {class_of(folder)}, not a LaMambaDiffPipeline")
-    try:
-        index = json.loads(path.read_bytes())
-        names = index.get("id2label") or {}
-        class_names = tuple(str(names[str(label)]) for label in range(len(names)))
-        vae = str(folder / "vae") if index.get("vae", [None])[0] else None
-        info = CheckpointInfo(index.get("images_seen", 0), 0, index["objective"], class_names, vae)
-    except KeyError as error:
-        raise CheckpointError(f"{path} lacks {error} among what it says of its network and labels") from error
-    except (OSError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
-    if info.objective not in get_args(Objective):
-        raise CheckpointError(f"{path} has the objective {info.objective!r}, this version knows no such")
-    return info
+    index = read_record(path, _PipelineRecord)
+    names = index.get("id2label") or {}
+    missing = [label for label in map(str, range(len(names))) if label not in names]
+    if missing:
+        raise CheckpointError(f"{path}: id2label names {len(names)} classes, but not {missing[0]}")
+    class_names = tuple(names[str(label)] for label in range(len(names)))
+    vae = str(folder / "vae") if any(index.get("vae", ())) else None
+    return CheckpointInfo(index.get("images_seen", 0), 0, index["objective"], class_names, vae)
 
 
 def read_network_config(folder: Path) -> NetworkConfig:
     """Read what options a network folder's network was built with; raises CheckpointError."""
-    try:
-        content = json.loads((folder / "config.json").read_bytes())
-        options = {name: content[name] for name in NetworkConfig.__dataclass_fields__ if name in content}
-        return NetworkConfig(**{**options, "depths": tuple(options["depths"])})
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{folder} holds no network of lamamba ({type(error).__name__}: {error})") from error
+    check_class(folder, ("LaMambaDiff",))
+    return read_record(folder / CONFIG, NetworkConfig)
 
 
 def load_network(folder: Path) -> LaMambaDiff:
-    """Load the network that `save_pretrained` wrote.
+    """Load the network that `save_pretrained` wrote, in any of its forms, in float32 on the CPU.
 
     Raises:
-        CheckpointError: the folder is missing, damaged or another model's.
+        CheckpointError: the folder is missing, damaged or another model's, or has not all weights or others too.
     """
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-        if config.get("_class_name") != "LaMambaDiff":
-            raise CheckpointError(f"{folder} holds a {config.get('_class_name')}, not a LaMambaDiff")
-        with torch.device("meta"):  # drawing what is overwritten would take longer than reading it
-            network = LaMambaDiff.from_config(config)
-        weights = load_file(folder / "diffusion_pytorch_model.safetensors")
-        if different := network.state_dict().keys() ^ weights.keys():
-            raise CheckpointError(f"{folder}: weights and config.json disagree, for one on {min(different)}")
-        network.to_empty(device="cpu").load_state_dict(weights)
-        return network.eval()
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        RuntimeError,
-        SafetensorError,
-        AttributeError,
-        ConfigError,
-    ) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{folder} cannot be read as a LaMambaDiff: {line}") from error
+    config = read_network_config(folder)
+    found = find_weights(folder)
+    with torch.device("meta"):  # drawing what is overwritten would take longer than reading it
+        network = LaMambaDiff(**vars(config))
+    fill(network, read_weights(found), folder)
+    return network.eval()
 
 
 def load_checkpoint(name: str | Path, weights: str = "ema") -> LoadedCheckpoint:
@@ -269,10 +263,19 @@ def load_checkpoint(name: str | Path, weights: str = "ema") -> LoadedCheckpoint:
         ConfigError: neither a path nor a name that is known.
     """
     path = find_checkpoint(name)
-    if (path / "checkpoint.json").is_file():
+    if (path / RECORD).is_file():
         verify(path, weights)
     folder, info = locate(path, weights)
-    return LoadedCheckpoint(load_network(folder).eval(), info, path)
+    network = load_network(folder)
+    _check_names(info, network.config.num_classes, path)
+    return LoadedCheckpoint(network, info, path)
+
+
+def _check_names(info: CheckpointInfo, num_classes: int, path: Path) -> None:
+    if info.class_names and len(info.class_names) != num_classes:
+        raise CheckpointError(
+            f"{path} names {len(info.class_names)} classes, and its network has {num_classes}: they are of two runs"
+        )
 
 
 def load_denoiser(name: str | Path) -> LoadedDenoiser:
@@ -287,7 +290,9 @@ def load_denoiser(name: str | Path) -> LoadedDenoiser:
     if folder is None:
         return load_checkpoint(path)
     info = CheckpointInfo(class_names=folder.class_names, vae=str(folder.vae) if folder.vae else None)
-    return LoadedDenoiser(folder.load(), info, path)
+    network = folder.load()
+    _check_names(info, network.config.num_classes, path)
+    return LoadedDenoiser(network, info, path)
 
 
 def find_checkpoint(name: str | Path) -> Path:
@@ -315,22 +320,29 @@ def find_checkpoint(name: str | Path) -> Path:
         if not is_repository(str(name)):
             raise CheckpointError(f"{path} does not exist")
         path = _fetch(str(name))
-    if any((path / record).is_file() for record in ("checkpoint.json", PIPELINE_INDEX)) or (
-        (path / "config.json").is_file() and not (path / "checkpoints").is_dir()
-    ):
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file: give a folder; lamamba convert makes one of a released checkpoint")
+    if any((path / record).is_file() for record in (RECORD, PIPELINE_INDEX)):
         return path
-    whole = checkpoints_in(path)
-    if not whole:
+    saved = checkpoints_in(path)
+    if saved:
+        return saved[-1]
+    if is_run(path):
+        raise CheckpointError(
+            f"{path} has no checkpoint yet: wait for the run's first one, or start the run again with lamamba train "
+            f"--out {path} --resume"
+        )
+    if not (path / CONFIG).is_file():
         raise CheckpointError(
             f"{path} holds no checkpoint: give a run folder, one of its checkpoints, or shipped weights"
         )
-    return whole[-1]
+    return path
 
 
 def _fetch(name: str) -> Path:
     """Fetch a model from the hub, once its records, which are small, say that it is one to be loaded here."""
     folder = fetch(name, "*.json")
-    if not (folder / "checkpoint.json").is_file() and class_of(folder) not in _LOADABLE:
+    if not (folder / RECORD).is_file() and class_of(folder) not in _LOADABLE:
         raise CheckpointError(
             f"{name} on the Hugging Face hub holds a {class_of(folder)}: only {', '.join(_LOADABLE)} can be loaded"
         )

@@ -1,7 +1,6 @@
 """The command line: read a configuration, call one function. Heavy modules load with the command that needs them."""
 
 import io
-import json
 import os
 import re
 import signal
@@ -9,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +27,6 @@ from lamamba.config import (
     GenerateConfig,
     GridConfig,
     InfoConfig,
-    NetworkConfig,
     Objective,
     PlanConfig,
     PlotConfig,
@@ -43,7 +41,7 @@ from lamamba.config import (
     nearest,
     preset,
 )
-from lamamba.errors import ConfigError, LamambaError, SignalError
+from lamamba.errors import CheckpointError, ConfigError, LamambaError, SignalError
 from lamamba.streams import StandardStream, standard_streams, visible
 
 _HELP = """\
@@ -330,34 +328,28 @@ def _peek(arguments: list[str], option: str) -> str | None:
 
 
 def read_train_config(path: Path) -> TrainConfig:
-    """Read the resolved configuration that a run wrote."""
-    try:
-        content = json.loads(path.read_bytes())
-        content["network"]["depths"] = tuple(content["network"]["depths"])
-        network = NetworkConfig(**content.pop("network"))
-        content.update(_find_paths(content))
-        for name in ("out", "data_folder", "vae"):
-            content[name] = None if content[name] is None else Path(content[name])
-        content["power_averages"] = tuple(content.get("power_averages", ()))
-        content.update(
-            resume=False, fall_back=False, allow_changed=(), dry_run=False
-        )  # of this command, not of the run
-        known = {field.name for field in fields(TrainConfig)}
-        return TrainConfig(**{name: value for name, value in content.items() if name in known}, network=network)
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
-        raise LamambaError(f"{path} is not a run's configuration: {error}") from error
+    """Read the resolved configuration that a run wrote; raises CheckpointError."""
+    from lamamba.records import OriginRecord, is_run, read_record
+
+    if not is_run(path.parent):
+        raise CheckpointError(f"{path} is not a run's configuration: it has no network, or no num_images")
+    config = read_record(path, TrainConfig)
+    moved = _find_paths(config, read_record(path, OriginRecord).get("paths", {}))
+    # What this command asks for, and not the run.
+    return replace(config, **moved, resume=False, fall_back=False, allow_changed=(), dry_run=False)
 
 
-def _find_paths(content: Mapping[str, Any]) -> dict[str, str]:
+def _find_paths(config: TrainConfig, recorded: Mapping[Any, str]) -> dict[str, Any]:
     """Find the paths in a run's configuration that do not lead from this folder to where they did.
 
     A relative path starts in the folder that the run was started in, whose place is recorded.
     """
     found = {}
-    for name, recorded in dict(content.get("paths", {})).items():
-        here = None if content[name] is None else Path(content[name]).expanduser()
-        if here and os.path.abspath(here) != recorded and (Path(recorded).exists() or not here.exists()):
-            found[name] = recorded
+    for name, place in recorded.items():
+        value = getattr(config, name)
+        here = None if value is None else Path(value).expanduser()
+        if here and os.path.abspath(here) != place and (Path(place).exists() or not here.exists()):
+            found[name] = type(value)(place)
     return found
 
 

@@ -8,6 +8,7 @@ from lamamba.checkpoint import CheckpointInfo, find_checkpoint, load_network, lo
 from lamamba.config import ConvertConfig
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import TEMPORARY
+from lamamba.latents import check_autoencoder
 from lamamba.output import say
 from lamamba.released import load_released, read_released, save_released, sizes_in
 
@@ -37,8 +38,7 @@ def _from_released(source: Path, config: ConvertConfig) -> None:
     states = read_released(source)
     vae = None
     if config.vae is not None:
-        if not (config.vae / "config.json").is_file():
-            raise CheckpointError(f"vae {config.vae} holds no autoencoder: give a folder with its config.json")
+        check_autoencoder(config.vae)
         vae = str(config.vae.resolve())
     networks = {
         weights: load_released(state, **{**vars(config.network), **sizes_in(state)})

@@ -5,7 +5,6 @@ trained with the process of `lamamba.diffusion.Diffusion`, noise and variance, s
 apply.
 """
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from lamamba.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS
 from lamamba.errors import CheckpointError, ConfigError
+from lamamba.records import DiTRecord, SchedulerRecord, read_record
+from lamamba.weights import PIPELINE_INDEX, check_class, class_of, load_model
 
 # The second is how diffusers called it when the official weights were published.
 DIT_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
@@ -98,59 +100,36 @@ class DiTFolder:
             CheckpointError: it holds another pipeline than the two that are sampled here, or was trained with another
                 process than `Diffusion`.
         """
-        if (path / "model_index.json").is_file():
-            index = _read(path / "model_index.json")
-            kind = index.get("_class_name")
-            if kind == "LaMambaDiffPipeline":
-                return None
-            if kind != "DiTPipeline":
-                raise CheckpointError(
-                    f"{path} holds a {kind}: of pipelines, only LaMambaDiffPipeline and DiTPipeline are sampled"
-                )
-            _check_process(path / "scheduler" / "scheduler_config.json")
-            vae = path / "vae"
-            names = _class_names(index.get("id2label") or {}, path)
-            return cls(path / "transformer", vae if vae.is_dir() else None, names)
-        return cls(path) if class_of(path) in DIT_CLASSES else None
+        kind = class_of(path)
+        if not (path / PIPELINE_INDEX).is_file():
+            return cls(path) if kind in DIT_CLASSES else None
+        if kind == "LaMambaDiffPipeline":
+            return None
+        if kind != "DiTPipeline":
+            raise CheckpointError(
+                f"{path} holds a {kind}: of pipelines, only LaMambaDiffPipeline and DiTPipeline are sampled"
+            )
+        names = read_record(path / PIPELINE_INDEX, _Index).get("id2label")
+        _check_process(path / "scheduler" / "scheduler_config.json")
+        vae = path / "vae"
+        return cls(path / "transformer", vae if vae.is_dir() else None, _class_names(names or {}, path))
 
     def load(self) -> DiT:
         """Load the network, in float32 on the CPU; raises CheckpointError."""
         from diffusers import DiTTransformer2DModel
 
-        kind = _read(self.transformer / "config.json").get("_class_name")
-        if kind not in DIT_CLASSES:
-            raise CheckpointError(f"{self.transformer} holds a {kind}, not a {DIT_CLASSES[0]}")
-        try:
-            transformer = DiTTransformer2DModel.from_pretrained(
-                self.transformer, local_files_only=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
-            )
-        except Exception as error:  # diffusers raises many kinds for a damaged folder
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"{self.transformer} cannot be read as a {DIT_CLASSES[0]}: {line}") from error
+        check_class(self.transformer, DIT_CLASSES)
+        transformer = load_model(DiTTransformer2DModel, self.transformer, DiTRecord)
         return DiT(transformer).eval()  # in training its label embedding would drop labels
 
 
-def class_of(folder: Path) -> str | None:
-    """Read which class diffusers saved to a folder, a pipeline's or a model's; raises CheckpointError."""
-    for record in ("model_index.json", "config.json"):
-        if (folder / record).is_file():
-            return _read(folder / record).get("_class_name")
-    return None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict):
-            raise TypeError(f"it holds a {type(content).__name__}")
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is no configuration of diffusers ({type(error).__name__}: {error})") from error
-    return content
+class _Index(TypedDict, total=False):
+    id2label: dict[str, str] | None
 
 
 def _check_process(path: Path) -> None:
     """A sampler of `Diffusion` reverses no other process than that."""
-    process = _read(path) if path.is_file() else {}
+    process: dict[str, Any] = {**read_record(path, SchedulerRecord)} if path.is_file() else {}
     for name, wanted in _PROCESS.items():
         if process.get(name, wanted) != wanted:
             raise CheckpointError(f"{path} has {name} {process[name]!r}: only DiTs trained with {wanted!r} are sampled")
@@ -160,7 +139,7 @@ def _class_names(names_of: dict[str, str], path: Path) -> tuple[str, ...]:
     """Choose a name for each class from several, separated by commas: the first that no other class has."""
     missing = [label for label in map(str, range(len(names_of))) if label not in names_of]
     if missing:
-        raise CheckpointError(f"{path / 'model_index.json'} names {len(names_of)} classes, but not {missing[0]}")
+        raise CheckpointError(f"{path / PIPELINE_INDEX} names {len(names_of)} classes, but not {missing[0]}")
     names = [[name.strip() for name in names_of[str(label)].split(",")] for label in range(len(names_of))]
     uses = Counter(name for several in names for name in set(several))
     return tuple(

@@ -31,6 +31,7 @@ from lamamba.files import checksum, write_text, written_whole
 from lamamba.latents import Latents, identify
 from lamamba.output import make_console, make_progress, say
 from lamamba.processes import Processes, joined
+from lamamba.records import parse_record
 from lamamba.sampling import choose_device
 
 
@@ -184,7 +185,7 @@ def _write_index(folder: Path, settings: dict[str, Any]) -> None:
         try:
             with safe_open(path, framework="np") as file:
                 num_images = file.get_slice("labels").get_shape()[0]
-                sums += json.loads(file.metadata()["sums"])
+                sums += parse_record(file.metadata()["sums"], str(path), list[list[float]], DataError)
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             raise DataError(f"{path} is damaged ({error}): delete it and run the same command again") from error
         shards.append({"file": path.name, "images": num_images, "sha256": checksum(path)})

@@ -37,6 +37,7 @@ from lamamba.model import LaMambaDiff
 from lamamba.npz import opened_array
 from lamamba.output import make_console, make_progress, say
 from lamamba.processes import Processes, joined
+from lamamba.records import read_record
 from lamamba.sampling import check_labels, choose_device, make_grid, sample, uses_bf16
 from lamamba.streams import visible
 
@@ -231,10 +232,10 @@ def _labels_of_set(config: GenerateConfig, painter: Painter) -> np.ndarray:
 def read_generation(samples: Path) -> dict[str, Any] | None:
     """Read how the images of a .npz were made; None where it is not what `generate` wrote."""
     try:
-        made = json.loads((samples.parent / GENERATION).read_bytes())
-    except (OSError, ValueError):
+        made = read_record(samples.parent / GENERATION, dict[str, Any])
+    except CheckpointError:
         return None
-    return made if samples.name == SAMPLES and isinstance(made, dict) and made.get("format") == "npz" else None
+    return made if samples.name == SAMPLES and made.get("format") == "npz" else None
 
 
 def _begin_set(out: Path, made: dict[str, Any]) -> None:
@@ -244,11 +245,9 @@ def _begin_set(out: Path, made: dict[str, Any]) -> None:
             raise ConfigError(f"out {out} holds other files: choose an empty or a new folder")
         write_json(path, made)
         return
-    try:
-        before = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): choose another folder") from error
-    if made["format"] == "png" and before.get("num_images", 0) < made["num_images"]:
+    before = read_record(path, dict[str, Any])
+    number = before.get("num_images")
+    if made["format"] == "png" and isinstance(number, int) and number < made["num_images"]:
         grown = {**before, "num_images": made["num_images"]}  # an image is the same in a larger set
         if grown == made:
             write_json(path, made)

@@ -15,6 +15,8 @@ from torch import Tensor
 from lamamba.data import to_float, to_uint8
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import checksum
+from lamamba.records import AutoencoderRecord
+from lamamba.weights import CONFIG, check_class, check_model, load_model
 
 IMAGE_CHANNELS = (1, 3)  # grey; red, green and blue: without an autoencoder, a network of others samples latents
 _PIXELS_AT_ONCE = 16 * 256**2
@@ -92,18 +94,12 @@ class Latents:
         """Read what `AutoencoderKL.save_pretrained` wrote, to compute in a dtype; nothing is fetched.
 
         Raises:
-            CheckpointError: the folder holds no autoencoder.
+            CheckpointError: the folder holds no autoencoder, or not a complete one.
         """
         from diffusers import AutoencoderKL
 
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(
-                f"{folder} holds no autoencoder: give (--vae) a folder with its config.json and weights"
-            )
-        try:
-            autoencoder: Any = AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
-        except Exception as error:  # diffusers raises many kinds for a damaged folder
-            raise CheckpointError(f"{folder} cannot be read as an AutoencoderKL: {_first_line(error)}") from error
+        _check_class(folder)
+        autoencoder = load_model(AutoencoderKL, folder, AutoencoderRecord)
         # Not by diffusers' own `to`, which warns of layers to be left alone, and names none.
         torch.nn.Module.to(autoencoder, device, dtype)
         return cls(autoencoder.eval().requires_grad_(False))
@@ -166,6 +162,24 @@ class Latents:
         return torch.cat(images)[: len(x)]
 
 
+def check_autoencoder(folder: Path, variant: str | None = None) -> None:
+    """Raise CheckpointError unless a folder holds an autoencoder with all its weights, of which only names are read."""
+    from diffusers import AutoencoderKL
+
+    _check_class(folder)
+    check_model(AutoencoderKL, folder, AutoencoderRecord, variant)
+
+
+def _check_class(folder: Path) -> None:
+    if not (folder / CONFIG).is_file():
+        inside = folder / "vae"  # of a pipeline
+        hint = f", such as {inside}" if (inside / CONFIG).is_file() else ""
+        raise CheckpointError(
+            f"{folder} holds no autoencoder: give (--vae) a folder with its config.json and weights{hint}"
+        )
+    check_class(folder, ("AutoencoderKL",))
+
+
 def identify(folder: Path) -> str:
     """Compute a checksum of an autoencoder's weights, by which it can be told from others."""
     return checksum(*sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")))
@@ -184,7 +198,3 @@ def identify_autoencoder(folder: Path) -> str:
 def open_space(vae: Path | None, device: torch.device, dtype: torch.dtype = torch.float32) -> Space:
     """Choose pixels, or the latents of an autoencoder folder, which computes in a dtype."""
     return Pixels() if vae is None else Latents.open(vae, device, dtype)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

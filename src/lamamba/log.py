@@ -12,11 +12,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
+from pydantic import Field
 from rich.progress import MofNCompleteColumn
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from lamamba.config import TrainConfig
 from lamamba.cost import peak_tflops, training_flops
@@ -25,6 +27,7 @@ from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import utf8_path, write_text, written_whole
 from lamamba.model import LaMambaDiff
 from lamamba.output import make_console, make_progress, say
+from lamamba.records import read_record
 from lamamba.streams import visible
 
 SHOWN_EVERY_S = 5.0  # beside the bar, on a terminal; to read it waits for the device
@@ -286,12 +289,16 @@ def read_log(run: Path) -> tuple[list[dict[str, float]], int]:
         raise CheckpointError(f"{run} does not exist: give the folder of a run")
     if not (run / "config.json").is_file():
         raise CheckpointError(f"{run} holds no run of lamamba: give the --out of a training")
+    total = read_record(run / "config.json", _Length)["num_images"]
     try:
-        total = int(json.loads((run / "config.json").read_bytes())["num_images"])
         records = _read_records(run / "log.jsonl")[0] if (run / "log.jsonl").is_file() else []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{run} holds no run of lamamba ({type(error).__name__}: {error})") from error
+    except OSError as error:
+        raise CheckpointError(f"{run / 'log.jsonl'} cannot be read: {error}") from error
     return records, total
+
+
+class _Length(TypedDict):
+    num_images: Annotated[int, Field(ge=1)]
 
 
 def _read_records(path: Path) -> tuple[list[dict[str, float]], int]:

@@ -36,6 +36,7 @@ from lamamba.ops.linear_gelu import linear_gelu
 from lamamba.ops.residual_norm import Residual, add_gated, layer_norm, residual_norm
 from lamamba.ops.selective_scan import project_and_scan
 from lamamba.ops.window_attention import project_and_attend
+from lamamba.weights import check_loaded
 
 
 class LaMambaDiff(ModelMixin, ConfigMixin):
@@ -118,19 +119,23 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
 
         With `torch_dtype=torch.bfloat16`, say, the parameters of the scan's state, `A_log`, `D` and `dt_bias`, stay
         float32, as the state itself does. `.to(torch.bfloat16)` rounds them too, as `.to` does in any module.
+
+        Raises:
+            CheckpointError: weights are missing, unexpected or not finite.
         """
         # diffusers' default needs accelerate, as does its way to keep parameters in float32, and warns without it; the
         # network fits in memory twice.
         options.setdefault("low_cpu_mem_usage", False)
         dtype = options.pop("dtype", None) or options.pop("torch_dtype", None)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, **options)
+        wants_info = options.pop("output_loading_info", False)
+        network, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **options)
+        check_loaded(pretrained_model_name_or_path, network, info)
         if isinstance(dtype, torch.dtype):
-            network = loaded[0] if options.get("output_loading_info") else loaded
             state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
             for name, parameter in network.named_parameters():
                 of_state = name.endswith((".A_log", ".D", ".dt_bias"))
                 parameter.data = parameter.data.to(state_dtype if of_state else dtype)
-        return loaded
+        return (network, info) if wants_info else network  # type: ignore[return-value]
 
     @property
     def null_label(self) -> int:

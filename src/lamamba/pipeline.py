@@ -12,16 +12,17 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from lamamba.captured import CapturedNetwork
-from lamamba.checkpoint import PIPELINE_INDEX, load_checkpoint
+from lamamba.checkpoint import load_checkpoint
 from lamamba.config import GuidanceOptions, nearest
 from lamamba.data.decoding import convert_given
 from lamamba.diffusion import OBJECTIVES, guide, set_timesteps
 from lamamba.errors import ConfigError
 from lamamba.hub import fetch
-from lamamba.latents import IMAGE_CHANNELS, Latents, Pixels
+from lamamba.latents import IMAGE_CHANNELS, Latents, Pixels, check_autoencoder
 from lamamba.model import LaMambaDiff
 from lamamba.sampling import slerp, slerp_weights
 from lamamba.schedulers import check_scheduler, open_scheduler
+from lamamba.weights import PIPELINE_INDEX
 
 Label = str | int | Mapping[str | int, float] | Tensor | None
 
@@ -93,9 +94,18 @@ class LaMambaDiffPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Self:
-        """Load what `save_pretrained` wrote, or `push_to_hub` sent; options as in diffusers."""
+        """Load what `save_pretrained` wrote, or `push_to_hub` sent; options as in diffusers.
+
+        Raises:
+            CheckpointError: there is no such pipeline, or weights are missing, unexpected, misshaped or not finite.
+        """
         options.setdefault("low_cpu_mem_usage", False)  # which needs accelerate, and diffusers warns without it
-        loaded: Self = super().from_pretrained(pretrained_model_name_or_path, **options)
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            folder = Path(cls.download(pretrained_model_name_or_path, **options))
+        if "vae" not in options and (folder / "vae").is_dir():  # the network is checked by its own `from_pretrained`
+            check_autoencoder(folder / "vae", options.get("variant"))
+        loaded: Self = super().from_pretrained(folder, **options)
         return loaded
 
     @classmethod
@@ -110,7 +120,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         """
         passed = ("revision", "token", "cache_dir", "force_download", "local_files_only")
         given = {name: options[name] for name in passed if options.get(name) is not None}
-        return str(fetch(pretrained_model_name, "*.json", "*.safetensors", **given))
+        return str(fetch(pretrained_model_name, "*.json", "*.safetensors", "*.bin", **given))
 
     @property
     def _execution_device(self) -> torch.device:

@@ -9,17 +9,17 @@ import re
 import shlex
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import NotRequired
 from urllib.parse import quote
 
 import torch
 from huggingface_hub import ModelCardData
+from typing_extensions import TypedDict
 
 from lamamba import __version__
-from lamamba.checkpoint import PIPELINE_INDEX, find_checkpoint, shipped_weights
+from lamamba.checkpoint import find_checkpoint, shipped_weights
 from lamamba.config import PushConfig, SamplingConfig
 from lamamba.data.fashion_mnist import HUB_REPOSITORY
-from lamamba.dit import class_of
 from lamamba.errors import CheckpointError, ConfigError, DataError
 from lamamba.files import TEMPORARY, permit, write_text
 from lamamba.generate import Painter, paint_with_bar, parse_labels
@@ -27,8 +27,10 @@ from lamamba.hub import make_repository, send
 from lamamba.latents import IMAGE_CHANNELS, Latents
 from lamamba.output import say
 from lamamba.pipeline import LaMambaDiffPipeline
+from lamamba.records import read_record
 from lamamba.sampling import choose_device, make_grid
 from lamamba.streams import visible
+from lamamba.weights import PIPELINE_INDEX, class_of
 
 CARD, PICTURE = "README.md", "samples.png"
 _MOST_NAMES = 20  # of classes, in the card
@@ -131,24 +133,57 @@ def _dataset_of(path: Path) -> str | None:
     if path == shipped_weights()["fashion-mnist"]:
         return HUB_REPOSITORY
     try:
-        data = json.loads((path.parent.parent / "config.json").read_bytes())["data"]
-    except (OSError, ValueError, KeyError, TypeError):  # no run, or weights alone
+        data = read_record(path.parent.parent / "config.json", _Trained)["data"]
+    except CheckpointError:  # no run, or weights alone
         return None
     return HUB_REPOSITORY if data in ("builtin", "fashion-mnist") else None
 
 
-def _read_scores(path: Path, images_seen: int) -> dict[str, Any]:
+class _Trained(TypedDict):
+    data: str
+
+
+class _Generated(TypedDict):
+    images: int
+
+
+class _Reference(TypedDict):
+    name: str
+    images: NotRequired[int | None]
+
+
+class _Features(TypedDict):
+    name: str
+    sha256: str
+
+
+class _Generation(TypedDict, total=False):
+    images_seen: int
+    sampler: str
+    steps: int
+    guidance: float
+    guidance_interval: list[float] | None
+    guidance_cosine_power: float
+    guidance_rescale: float
+    guidance_checkpoint: str | None
+
+
+class _Scores(TypedDict):
+    """What of scores.json goes into the card."""
+
+    scores: dict[str, float]
+    features: _Features
+    generated: _Generated
+    reference: _Reference
+    generation: _Generation | None
+    warnings: NotRequired[list[str]]
+    lamamba: NotRequired[str]
+
+
+def _read_scores(path: Path, images_seen: int) -> _Scores:
     """Read what `lamamba evaluate` wrote, which must be of the same weights as far as it can be told."""
-    try:
-        scores: dict[str, Any] = json.loads(path.read_bytes())
-        generation = scores["generation"] or {}
-        for part in ("scores", "features", "generated", "reference"):
-            scores[part].items()
-        theirs = generation.get("images_seen", images_seen)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"scores {path} are none that lamamba evaluate wrote ({type(error).__name__}: {error})"
-        ) from error
+    scores = read_record(path, _Scores, DataError)
+    theirs = (scores["generation"] or {}).get("images_seen", images_seen)
     if theirs != images_seen:
         raise ConfigError(
             f"scores {path} are of weights that had seen {theirs} images, these have seen {images_seen}: score these"
@@ -161,7 +196,7 @@ def _card(
     config: PushConfig,
     rows: list[int],
     dataset: str | None,
-    scores: dict[str, Any] | None,
+    scores: _Scores | None,
 ) -> str:
     """Write the model card: what is known of the network, how to sample it, and what was measured."""
     name = config.repository or Path(config.out or "").name
@@ -243,7 +278,7 @@ def _sampling_lines(pipe: LaMambaDiffPipeline, name: str) -> list[str]:
     ]  # fmt: skip
 
 
-def _score_lines(scores: dict[str, Any]) -> list[str]:
+def _score_lines(scores: _Scores) -> list[str]:
     """What `lamamba evaluate` measured, and what tells it from other numbers; names of files without their folders."""
     generated, reference, features = scores["generated"], scores["reference"], scores["features"]
     against = f"{reference['images']:,} images" if reference.get("images") else "published statistics"
@@ -252,7 +287,7 @@ def _score_lines(scores: dict[str, Any]) -> list[str]:
         if key in ("sampler", "steps", "guidance") or (key.startswith("guidance_") and value)
     }  # fmt: skip
     if "guidance_checkpoint" in how:
-        how["guidance_checkpoint"] = Path(how["guidance_checkpoint"]).name
+        how["guidance_checkpoint"] = Path(str(how["guidance_checkpoint"])).name
     made = ", ".join(_escaped(f"{key.replace('_', ' ')} {value}") for key, value in how.items())
     return [
         "## Scores", "",

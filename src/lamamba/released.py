@@ -1,7 +1,7 @@
 """Checkpoints of the authors' released LaMamba-Diff code: read by name and shape, running nothing, and written."""
 
 import re
-import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import written_whole
 from lamamba.model import LaMambaDiff
 from lamamba.ops.window_attention.geometry import WindowGeometry
+from lamamba.weights import check_weights, read_pickle
 
 # Released name and this package's, for whole beginnings of names; # is a number. The first that fits counts.
 _Rules = tuple[tuple[str, str], ...]
@@ -58,6 +59,7 @@ _IN_BLOCK: _Rules = (
     ("mlp.fc2", "mlp.linear_2"),
 )
 # Derived from the geometry, which this package computes for any size.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _DERIVED = re.compile(r"(attn\.relative_position_index|attn_mask)$")
 
 
@@ -78,7 +80,7 @@ def load_released(
             listed.
     """
     if isinstance(path_or_state_dict, Mapping):
-        released, source = path_or_state_dict, "state dict"
+        released, source = _state_in(path_or_state_dict, "the state dict"), "the state dict"
     else:
         states, source = read_released(path_or_state_dict), str(path_or_state_dict)
         if weights not in states:
@@ -104,6 +106,7 @@ def load_released(
     if problems:
         listed = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(f"{source} does not fit this network, give its options: {listed}")
+    check_weights(source, wanted, state)
     own = {name: value.to(wanted[name].dtype, copy=True).contiguous() for name, value in state.items()}
     network.load_state_dict(own, assign=True)
     network.eval()
@@ -196,16 +199,6 @@ def _reshapes(name: str) -> bool:
     return name.endswith((".A_log", ".D")) or name == "patch_projection.weight"
 
 
-class _Inert(dict[Any, Any]):
-    """Stands in for any object a pickle names beside tensors, and does nothing."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__()
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
 def read_released(path: str | Path) -> dict[str, Mapping[str, Tensor]]:
     """Read the tensors of a checkpoint file, running nothing: `model` and `ema`, both the same for a plain state dict.
 
@@ -217,21 +210,28 @@ def read_released(path: str | Path) -> dict[str, Mapping[str, Tensor]]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file")
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(_Inert, name) for name in names]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a damaged file can fail anywhere in the unpickler
-        raise CheckpointError(f"{path} cannot be read as a PyTorch checkpoint: {error}".splitlines()[0]) from error
+    content = read_pickle(path)
     if isinstance(content, Mapping) and ("model" in content or "ema" in content):
         return {name: _state_in(content[name], path) for name in ("model", "ema") if name in content}
     return dict.fromkeys(("model", "ema"), _state_in(content, path))
 
 
-def _state_in(content: Any, path: Path) -> Mapping[str, Tensor]:
+def _state_in(content: Any, source: str | Path) -> Mapping[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{path} holds no state dict: expected 'model' or 'ema' with tensors by name")
-    return {str(name).removeprefix("module."): value for name, value in content.items()}
+        raise CheckpointError(f"{source} holds no state dict: expected 'model' or 'ema' with tensors by name")
+    state = {_unwrapped(str(name)): value for name, value in content.items()}
+    if len(state) < len(content):
+        both = next(name for name, uses in Counter(map(_unwrapped, map(str, content))).items() if uses > 1)
+        raise CheckpointError(f"{source} has {both} twice, under names with and without the prefix of a wrapper")
+    return state
+
+
+def _unwrapped(name: str) -> str:
+    """Take out of a name what torch.compile, DDP and FSDP put in where they wrap a network or parts of it."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while parts[:1] == ["module"]:
+        parts = parts[1:]
+    return ".".join(parts)
 
 
 def sizes_in(released: Mapping[str, Tensor]) -> dict[str, int]:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -161,10 +162,15 @@ class CheckpointWriter:
         self._executor.shutdown()
 
 
-def names_of_training_state(checkpoint: Path) -> set[str]:
-    """List what a checkpoint holds of optimizer, random state and averages."""
+def describe_training_state(checkpoint: Path) -> dict[str, Tensor]:
+    """List what a checkpoint holds of optimizer, random state and averages, as tensors on the meta device."""
     with _training_state_read(checkpoint):
-        return set(_training_reader(checkpoint).read_metadata().state_dict_metadata)
+        metadata = _training_reader(checkpoint).read_metadata().state_dict_metadata
+        return {
+            name: torch.empty(value.size, dtype=value.properties.dtype, device="meta")
+            for name, value in metadata.items()
+            if isinstance(value, TensorStorageMetadata)
+        }
 
 
 def load_training_state(checkpoint: Path, state: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:

@@ -1,16 +1,17 @@
 """Schedulers of diffusers that others choose: whether one fits a network, and the one of a saved pipeline."""
 
 import inspect
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 from diffusers import SchedulerMixin
+from typing_extensions import TypedDict
 
-from lamamba.checkpoint import PIPELINE_INDEX
 from lamamba.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS, has_flow_sigmas
 from lamamba.errors import CheckpointError, ConfigError
+from lamamba.records import SchedulerRecord, read_record
+from lamamba.weights import PIPELINE_INDEX
 
 
 def check_scheduler(scheduler: Any, objective: str, pixels: bool) -> None:
@@ -54,11 +55,19 @@ def check_scheduler(scheduler: Any, objective: str, pixels: bool) -> None:
         )
 
 
+class _Index(TypedDict):
+    scheduler: tuple[str, str]
+
+
 def open_scheduler(pipeline: Path) -> SchedulerMixin:
     """Load the scheduler of a saved pipeline; raises CheckpointError."""
+    name = read_record(pipeline / PIPELINE_INDEX, _Index)["scheduler"][1]
+    kind: Any = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise CheckpointError(f"{pipeline / PIPELINE_INDEX}: scheduler is {name!r}: diffusers has no such scheduler")
+    read_record(pipeline / "scheduler" / "scheduler_config.json", SchedulerRecord)
     try:
-        name = json.loads((pipeline / PIPELINE_INDEX).read_bytes())["scheduler"][1]
-        return getattr(diffusers, name).from_pretrained(pipeline / "scheduler", local_files_only=True)
+        return cast(Any, kind).from_pretrained(pipeline / "scheduler", local_files_only=True)
     except Exception as error:  # diffusers raises many kinds for a damaged folder
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{pipeline / 'scheduler'} cannot be read as a scheduler of diffusers: {line}") from error

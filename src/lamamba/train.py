@@ -29,6 +29,7 @@ from lamamba.log import SilentLog, TrainingLog
 from lamamba.memory import keep_freed_memory
 from lamamba.output import say
 from lamamba.processes import Processes, SignalsNoted, joined
+from lamamba.records import OriginRecord, read_record
 from lamamba.sampling import choose_device
 from lamamba.trainer import Trainer, describe_weight_decay, learning_rate
 
@@ -109,10 +110,7 @@ def check_resumable(config: TrainConfig, origin: Mapping[str, Any], checkpoint: 
         CheckpointError: something differs.
     """
     path = config.out / "config.json"
-    try:
-        started = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}), so the run cannot be continued") from error
+    started = {**plain(read_record(path, TrainConfig)), **read_record(path, OriginRecord)}
     now = plain(config)
     places = {**now, **origin}
     # Before the options, some of which follow from the data.

@@ -27,8 +27,9 @@ from lamamba.ops.backend import use_backend
 from lamamba.ops.launch import rehearse
 from lamamba.processes import GradientSums, Processes, cut_evenly
 from lamamba.sampling import make_grid, sample, uses_bf16
-from lamamba.saving import CheckpointWriter, load_training_state, names_of_training_state
+from lamamba.saving import CheckpointWriter, describe_training_state, load_training_state
 from lamamba.sharding import gather, load, local, shard, whole
+from lamamba.weights import check_weights
 
 
 class Trainer:
@@ -305,15 +306,12 @@ class Trainer:
         verify(checkpoint)
         info = read_info(checkpoint)
         for name, network in self._networks().items():
-            load(network, load_network(checkpoint / name).state_dict())
+            weights = load_network(checkpoint / name).state_dict()
+            check_weights(checkpoint / name, network.state_dict(), weights)
+            load(network, weights)
         state, optimizer_state = self._empty_state(checkpoint)
         load_training_state(checkpoint, state, self.writer.group)
-        try:
-            self.generator.set_state(state["random_state"])
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"{checkpoint} was written on another kind of device than {self.device}: resume on that kind"
-            ) from error
+        self.generator.set_state(state["random_state"])
         self.optimizer.state.update(optimizer_state)
         self.images, self.step = info.images, info.step
 
@@ -322,7 +320,7 @@ class Trainer:
 
         The optimizer's state has parameters' names on disk, so that it does not depend on how they are grouped.
         """
-        saved = names_of_training_state(checkpoint)
+        saved = describe_training_state(checkpoint)
         state, optimizer_state = {"random_state": torch.empty_like(self.generator.get_state())}, {}
         for name, parameter in self.network.named_parameters():
             if f"optimizer.step.{name}" not in saved:
@@ -332,9 +330,11 @@ class Trainer:
             state |= {f"optimizer.{key}.{name}": value for key, value in optimizer_state[parameter].items()}
         if self.power_averages:
             state |= {f"power.{name}": value for name, value in self.power_averages.state_dict().items()}
-        missing = sorted(state.keys() - saved)
-        if missing:
-            raise CheckpointError(f"{checkpoint} misses {missing[0]} of its training: resume from another one")
+        if "random_state" in saved and saved["random_state"].shape != state["random_state"].shape:
+            raise CheckpointError(
+                f"{checkpoint} was written on another kind of device than {self.device}: resume on that kind"
+            )
+        check_weights(checkpoint / "training", state, saved)
         return state, optimizer_state
 
     def begin_with(self, name: str) -> list[str]:

@@ -30,6 +30,7 @@ from lamamba.data.preparing import SplitCounts, is_there, list_names, make_folde
 from lamamba.errors import ConfigError, DataError
 from lamamba.files import TEMPORARY, flush, write_text, written_whole
 from lamamba.output import make_console
+from lamamba.records import read_record
 
 RECORD = "dataset.json"
 
@@ -468,7 +469,7 @@ def _read_record(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Read what the folder was made of, which must be what is asked for now."""
     mend = f"give another out (--out), or delete {folder}"
     try:
-        record = json.loads((folder / RECORD).read_bytes())
+        record = read_record(folder / RECORD, dict[str, Any], DataError)
         changed = [name for name in identity if record[name] != identity[name]]
         dict(record["left_out"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,0 +1,192 @@
+"""Read JSON that others may have written: bounded, parsed once, and every value checked against a schema.
+
+A schema is a dataclass (the configurations of `lamamba.config`) or a TypedDict. Keys that it does not name are ignored,
+so that files of later versions and of diffusers can be read.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import from_json
+from typing_extensions import TypedDict
+
+from lamamba.errors import CheckpointError, ConfigError, LamambaError
+
+MAX_BYTES = 64 << 20  # an index of a million shards or class names; also bounds what parsing allocates
+_MAX_SHOWN = 60
+
+Schema = TypeVar("Schema")
+
+
+def read_record(path: Path, schema: type[Schema], error: type[LamambaError] = CheckpointError) -> Schema:
+    """Read a JSON file whose content a schema describes.
+
+    Args:
+        path: the file.
+        schema: a dataclass or TypedDict; types are taken literally, so that "8" and true are no integers.
+        error: the kind of error to raise.
+
+    Raises:
+        LamambaError: of kind `error`. The file is missing, too large, not UTF-8 or JSON, nested more than 200 deep, or
+            a value is not what the schema says; the message names the file and the key.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise error(f"{path} has {size:,} bytes, and at most {MAX_BYTES:,} are read: it is no file of this kind")
+        raw = path.read_bytes()
+    except OSError as fault:
+        raise error(f"{path} cannot be read: {fault.strerror or fault}") from fault
+    return parse_record(raw, str(path), schema, error)
+
+
+def parse_record(raw: bytes | str, name: str, schema: type[Schema], error: type[LamambaError]) -> Schema:
+    """Do what `read_record` does with text that was read already; `name` says in errors where it came from."""
+    try:
+        # pydantic would accept NaN and infinity, which JSON does not have.
+        json.dumps(from_json(raw, allow_inf_nan=False), allow_nan=False)
+    except ValueError as fault:
+        raise error(f"{name} is not valid JSON: {fault}") from fault
+    try:
+        checked: Schema = TypeAdapter(schema).validate_json(raw, strict=True)
+    except ValidationError as fault:
+        raise error(f"{name}: {_first_fault(fault)}") from fault
+    except ConfigError as fault:  # a configuration checks the ranges of its options itself
+        raise error(f"{name}: {fault}") from fault
+    return checked
+
+
+class _RunRecord(TypedDict, total=False):
+    network: dict[str, Any]
+    num_images: int
+
+
+class _Data(TypedDict):
+    images: int
+    class_names: list[str]
+    digest: str
+
+
+class _Identity(TypedDict):
+    data: _Data
+    vae: str | None
+
+
+class OriginRecord(TypedDict, total=False):
+    """What config.json of a run says of its data and autoencoder beside the configuration; early versions did not."""
+
+    identity: _Identity
+    paths: dict[Literal["data", "data_folder", "vae", "start_from"], str]
+
+
+def is_run(folder: Path) -> bool:
+    """Say whether a folder is that of a run, with or without checkpoints; a network's has a config.json too."""
+    path = folder / "config.json"
+    return path.is_file() and _RunRecord.__optional_keys__ <= read_record(path, _RunRecord).keys()
+
+
+def _first_fault(fault: ValidationError) -> str:
+    first, *others = fault.errors(include_url=False)
+    key = _key(first["loc"])
+    if first["type"] == "missing":
+        said = f"{key} is missing"
+    else:
+        said = f"{key} is {_shown(first['input'])}: {first['msg'].replace('Input should', 'it should')}"
+    return said + (f" ({len(others)} more values are wrong)" if others else "")
+
+
+def _key(places: tuple[str | int, ...]) -> str:
+    """Write the way to a value as one would in Python: class_names[3], network.depths."""
+    text = "".join(f"[{place}]" if isinstance(place, int) else f".{place}" for place in places)
+    return text.removeprefix(".") or "the content"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
+
+
+# What diffusers builds from its files, limited to far beyond any model that was trained: it builds whatever they say.
+_Channels = Annotated[int, Field(ge=1, le=8192)]
+_Names = Annotated[list[str], Field(min_length=1, max_length=16)]
+_Widths = Annotated[list[_Channels], Field(min_length=1, max_length=16)]
+_Layers = Annotated[int, Field(ge=1, le=256)]
+
+
+class AutoencoderRecord(TypedDict, total=False):
+    """config.json of an AutoencoderKL."""
+
+    in_channels: _Channels
+    out_channels: _Channels
+    latent_channels: _Channels
+    block_out_channels: _Widths
+    down_block_types: _Names
+    up_block_types: _Names
+    layers_per_block: Annotated[int, Field(ge=1, le=32)]
+    act_fn: str
+    norm_num_groups: _Channels
+    sample_size: Annotated[int, Field(ge=1, le=65536)]
+    scaling_factor: Annotated[float, Field(gt=0)]
+    shift_factor: float | None
+    latents_mean: list[float] | None
+    latents_std: list[float] | None
+    force_upcast: bool
+    use_quant_conv: bool
+    use_post_quant_conv: bool
+    mid_block_add_attention: bool
+
+
+class DiTRecord(TypedDict, total=False):
+    """config.json of a DiTTransformer2DModel."""
+
+    num_attention_heads: Annotated[int, Field(ge=1, le=1024)]
+    attention_head_dim: Annotated[int, Field(ge=1, le=1024)]
+    in_channels: _Channels
+    out_channels: _Channels | None
+    num_layers: _Layers
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    norm_num_groups: _Channels
+    attention_bias: bool
+    sample_size: Annotated[int, Field(ge=1, le=512)]  # of a table that is computed, not read
+    patch_size: Annotated[int, Field(ge=1, le=64)]
+    activation_fn: str
+    num_embeds_ada_norm: Annotated[int, Field(ge=1, le=1_000_000)]
+    upcast_attention: bool
+    norm_type: str
+    norm_elementwise_affine: bool
+    norm_eps: Annotated[float, Field(gt=0)]
+
+
+class SchedulerRecord(TypedDict, total=False):
+    """scheduler_config.json: what decides the noise levels and how many there are."""
+
+    num_train_timesteps: Annotated[int, Field(ge=1, le=100_000)]
+    beta_start: Annotated[float, Field(ge=0, le=1)]
+    beta_end: Annotated[float, Field(ge=0, le=1)]
+    beta_schedule: str
+    trained_betas: Annotated[list[float], Field(max_length=100_000)] | None
+    prediction_type: str
+    variance_type: str | None
+    timestep_spacing: str
+    steps_offset: Annotated[int, Field(ge=0, le=100_000)]
+    clip_sample: bool | None
+    clip_sample_range: float
+    thresholding: bool | None
+    dynamic_thresholding_ratio: float
+    sample_max_value: float
+    solver_order: Annotated[int, Field(ge=1, le=16)]
+    algorithm_type: str
+    solver_type: str
+    lower_order_final: bool
+    rescale_betas_zero_snr: bool
+    set_alpha_to_one: bool
+    use_karras_sigmas: bool | None
+    use_exponential_sigmas: bool | None
+    use_beta_sigmas: bool | None
+    use_flow_sigmas: bool | None
+    flow_shift: float | None
+    shift: float
+    use_dynamic_shifting: bool
+    final_sigmas_type: str | None
