@@ -187,3 +187,16 @@ def test_names_of_classes_are_those_of_the_network(checkpoint: Path) -> None:
         load_checkpoint(checkpoint)
     path.write_text(before)
     assert find_checkpoint("nano") == shipped_weights()["nano"]
+
+
+def test_names_that_are_not_utf_8_are_read_as_they_were_written(tmp_path: Path) -> None:
+    names = ["caf\udce9", "\U0001f480\udcff", "\\udc80", "plain", "\U0001fc80"]
+    config = TrainConfig(out=tmp_path / names[0], data=names[1], vae=Path(names[2]))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(plain(config)))
+    assert read_train_config(path) == config
+    path.write_text(json.dumps({"names": names, names[0]: {names[1]: 3}}))
+    assert read_record(path, dict[str, Any]) == {"names": names, names[0]: {names[1]: 3}}
+    path.write_text(r'{"names": "\ud83d"}')
+    with pytest.raises(CheckpointError, match="is not valid JSON"):
+        read_record(path, dict[str, Any])

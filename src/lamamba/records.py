@@ -5,6 +5,8 @@ so that files of later versions and of diffusers can be read.
 """
 
 import json
+import re
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -45,17 +47,45 @@ def read_record(path: Path, schema: type[Schema], error: type[LamambaError] = Ch
 def parse_record(raw: bytes | str, name: str, schema: type[Schema], error: type[LamambaError]) -> Schema:
     """Do what `read_record` does with text that was read already; `name` says in errors where it came from."""
     try:
+        text = raw if isinstance(raw, str) else raw.decode("utf-8")
+        hidden = _ESCAPES.sub(_hide, text)
         # pydantic would accept NaN and infinity, which JSON does not have.
-        json.dumps(from_json(raw, allow_inf_nan=False), allow_nan=False)
+        json.dumps(from_json(hidden, allow_inf_nan=False), allow_nan=False)
     except ValueError as fault:
         raise error(f"{name} is not valid JSON: {fault}") from fault
     try:
-        checked: Schema = TypeAdapter(schema).validate_json(raw, strict=True)
+        checked: Schema = TypeAdapter(schema).validate_json(hidden, strict=True)
     except ValidationError as fault:
         raise error(f"{name}: {_first_fault(fault)}") from fault
     except ConfigError as fault:  # a configuration checks the ranges of its options itself
         raise error(f"{name}: {fault}") from fault
-    return checked
+    return checked if hidden == text else _show(checked)
+
+
+# Names of files need not be UTF-8. Python has such a byte as a lone surrogate, U+DC80 and up, and writes it to JSON so,
+# which pydantic refuses. While it checks them, they are characters of private use that nobody has in a name.
+_ESCAPES = re.compile(r"(?i)\\ud[89ab]..\\ud[c-f]..|\\u(?P<alone>dc[89a-f].)|\\.")
+_BYTES = {0x10DC00 + byte: 0xDC00 + byte for byte in range(0x80, 0x100)}
+
+
+def _hide(escape: re.Match[str]) -> str:
+    alone = escape["alone"]
+    return chr(0x100000 + int(alone, 16)) if alone else escape[0]
+
+
+def _show(value: Any) -> Any:
+    """Put the bytes back that `_hide` took out."""
+    if isinstance(value, str):
+        return value.translate(_BYTES)
+    if isinstance(value, Path):
+        return Path(str(value).translate(_BYTES))
+    if isinstance(value, list | tuple):
+        return type(value)(map(_show, value))
+    if isinstance(value, dict):
+        return {_show(key): _show(part) for key, part in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _show(getattr(value, field.name)) for field in fields(value)})
+    return value
 
 
 class _RunRecord(TypedDict, total=False):
