@@ -122,6 +122,8 @@ def test_names_are_counted_to_an_end(root: Path) -> None:
 def test_a_name_that_is_no_text_can_be_printed(root: Path) -> None:
     Path(os.fsdecode(os.fsencode(root / "a") + b"/x.\xff")).write_text("")
     assert list_classes(root).left_out == "1 .\\udcff"
+    save(Path(os.fsdecode(os.fsencode(root) + b"/c\xff/1.png")))
+    assert list_classes(root).class_names == ("a", "b", "c\\xff")
 
 
 @pytest.mark.parametrize("suffix", ["avif", "AVIFS", "jfif", "Jpe", "jp2", "j2k", "tga", "ppm", "ico", "apng", "qoi"])

@@ -1,14 +1,17 @@
 """Latents encoded once: complete, the same whoever encoded them, and as good to train on as the images."""
 
 import json
+import math
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lamamba.encode
 from forked import run_ranks
@@ -174,6 +177,115 @@ def test_a_missing_shard_is_named(latents: Path, tmp_path: Path) -> None:
     (tmp_path / "latents" / "shard-00000.safetensors").unlink()
     with pytest.raises(DataError, match=r"shard-00000\.safetensors is missing"):
         LatentSource(tmp_path / "latents")
+
+
+def set_value(index: Any, key: str, value: Any) -> None:
+    """Set what a key such as settings.shape[0] names; ... deletes it."""
+    *path, last = (int(part) if part.isdigit() else part for part in key.replace("]", "").replace("[", ".").split("."))
+    for part in path:
+        index = index[part]
+    if value is ...:
+        del index[last]
+    else:
+        index[last] = value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("shards[0].images", -4, "shards[0].images is -4: it should be greater than or equal to 1"),
+        ("shards[0].images", 0, "shards[0].images is 0"),
+        ("shards[0].images", True, "shards[0].images is True"),
+        ("shards[0].images", 4.0, "shards[0].images is 4.0"),
+        ("shards[0].images", 3, "shards hold 5 images, and settings.images is 6"),
+        ("shards[0].images", float("nan"), "not valid JSON"),
+        ("shards", [], "shards is []"),
+        ("shards", None, "shards is None"),
+        ("shards", ..., "shards is missing"),
+        ("shards[1].file", "../shard-00000.safetensors", "shards[1].file is '../shard-00000.safetensors'"),
+        ("shards[1].file", "shard-00000.safetensors", "shards name a file twice"),
+        ("shards[1].sha256", "x", "shards[1].sha256 is 'x'"),
+        ("settings.images", -6, "settings.images is -6"),
+        ("settings.images", 10**12, "shards hold 6 images, and settings.images is 1,000,000,000,000"),
+        ("settings.images_per_shard", 5, "shards hold [4, 2] images, and settings.images_per_shard is 5"),
+        ("settings.images_per_shard", 0, "settings.images_per_shard is 0"),
+        ("settings.class_names", ["bird", "bird"], "settings.class_names has a name twice"),
+        ("settings.class_names[1]", 3, "settings.class_names[1] is 3"),
+        ("settings.class_names", ["bird"], "labels[3] is 1, and the classes are 0 to 0"),
+        ("settings.image_size", 0, "settings.image_size is 0"),
+        ("settings.channels", 2, "settings.channels is 2"),
+        ("settings.mirrored", "yes", "settings.mirrored is 'yes'"),
+        (
+            "settings.mirrored",
+            False,
+            "moments is ['F16', [4, 2, 4, 8, 8]], but the index says ['F16', [4, 1, 4, 8, 8]]",
+        ),
+        ("settings.shape[0]", -2, "settings.shape[0] is -2"),
+        ("settings.shape", [2, 8], "settings.shape is"),
+        ("settings.autoencoder", "vae", "settings.autoencoder is 'vae'"),
+        ("settings.autoencoder.sha256", None, "settings.autoencoder.sha256 is None"),
+        ("channel_statistics.standard_deviation[0]", -1.0, "channel_statistics.standard_deviation[0] is -1"),
+        ("channel_statistics.mean", [0.0], "channel_statistics are not of the 2 channels"),
+        ("format", "1", "format is '1'"),
+        ("format", 2, "format 2, this version reads 1"),
+        ("settings", [], "settings is []"),
+    ],
+)
+def test_a_wrong_value_of_the_index_is_named(latents: Path, tmp_path: Path, key: str, value: Any, message: str) -> None:
+    shutil.copytree(latents, tmp_path / "latents")
+    index = json.loads((tmp_path / "latents" / "latents.json").read_text())
+    set_value(index, key, value)
+    (tmp_path / "latents" / "latents.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match=re.escape(message)) as error:
+        LatentSource(tmp_path / "latents")
+    assert str(tmp_path / "latents") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("labels", lambda labels: labels - 1, "labels[0] is -1, and the classes are 0 to 1"),
+        ("labels", lambda labels: labels * 2, "labels[1] is 2, and the classes are 0 to 1"),
+        ("labels", lambda labels: labels * math.nan, "labels is ['F32', [2]], but the index says ['I64', [2]]"),
+        ("labels", lambda labels: labels[:1], "labels is ['I64', [1]], but the index says"),
+        ("labels", lambda labels: None, "labels is missing, but the index says"),
+        ("crc32", lambda sums: sums[:, :1].contiguous(), "crc32 is ['I64', [2, 1]]"),
+        ("moments", lambda moments: moments.float(), "moments is ['F32', [2, 2, 4, 8, 8]]"),
+    ],
+)
+def test_a_wrong_value_of_a_shard_is_named(
+    latents: Path, tmp_path: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor | None], message: str
+) -> None:
+    shutil.copytree(latents, tmp_path / "latents")
+    path = tmp_path / "latents" / "shard-00001.safetensors"
+    tensors: dict[str, Any] = {**load_file(path), "labels": torch.tensor([0, 1])}
+    tensors[name] = change(tensors[name])
+    save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, path)
+    with pytest.raises(DataError, match=re.escape(f"{path}: {message}") + ".*run the same lamamba encode again"):
+        LatentSource(tmp_path / "latents")
+
+
+def test_encoding_goes_on_with_moved_images_and_not_with_others(
+    images: Path, autoencoder: Path, tmp_path: Path
+) -> None:
+    moved = Path(shutil.copytree(images, tmp_path / "moved"))
+    encoded(images, autoencoder, tmp_path / "latents")
+    digest = LatentSource(tmp_path / "latents").identify()
+    (tmp_path / "latents" / "latents.json").unlink()
+    encoded(moved, autoencoder, tmp_path / "latents")
+    assert LatentSource(tmp_path / "latents").identify() == digest
+    (moved / "bird" / "0.png").rename(moved / "bird" / "7.png")
+    with pytest.raises(DataError, match="the images have other names or sizes"):
+        encoded(moved, autoencoder, tmp_path / "latents")
+
+
+def test_a_shard_with_another_number_of_images_is_not_listed(images: Path, autoencoder: Path, tmp_path: Path) -> None:
+    folder = encoded(images, autoencoder, tmp_path / "latents")
+    (folder / "latents.json").unlink()
+    shutil.copy(folder / "shard-00001.safetensors", folder / "shard-00000.safetensors")
+    with pytest.raises(DataError, match=r"shard-00000.safetensors has 2 images, not 4: delete it and run"):
+        encoded(images, autoencoder, folder)
 
 
 def test_workers_read_the_same(latents: Path) -> None:

@@ -140,7 +140,9 @@ def test_a_run_goes_on_wherever_its_data_are_and_with_no_others(
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(tmp_path)
+    (photos / "fish" / "notes.txt").write_text("no image")
     start(Path("run"), "--data", "photos")
+    assert "left out of photos: 1 .txt\n" in capsys.readouterr().out
     resume(Path("run"), "--data", "./photos")
     monkeypatch.chdir(elsewhere)
     resume(run)

@@ -25,7 +25,7 @@ from lamamba import __version__
 from lamamba.checkpoint import locked
 from lamamba.config import EncodeConfig
 from lamamba.data import Source, open_source
-from lamamba.data.latent_files import FORMAT, INDEX, SETTINGS, are_latents, read_index
+from lamamba.data.latent_files import FORMAT, INDEX, SETTINGS, are_latents, read_settings
 from lamamba.errors import ConfigError, DataError
 from lamamba.files import checksum, write_text, written_whole
 from lamamba.latents import Latents, identify
@@ -90,7 +90,7 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
     """Note the settings in a new folder, or compare them with those of one that was begun."""
     path = folder / SETTINGS
     if path.is_file():
-        begun = read_index(path)["settings"]
+        begun = read_settings(path)
         # Images and autoencoder may have moved: it is what they hold that counts. Earlier versions kept no digest.
         ignored = {"autoencoder", "digest", *(["source"] if "digest" in begun else [])}
         changed = [
@@ -188,10 +188,13 @@ def _write_index(folder: Path, settings: dict[str, Any]) -> None:
                 sums += parse_record(file.metadata()["sums"], str(path), list[list[float]], DataError)
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             raise DataError(f"{path} is damaged ({error}): delete it and run the same command again") from error
+        expected = min(settings["images_per_shard"], settings["images"] - shard * settings["images_per_shard"])
+        if num_images != expected:
+            raise DataError(f"{path} has {num_images} images, not {expected}: delete it and run the same command again")
         shards.append({"file": path.name, "images": num_images, "sha256": checksum(path)})
     _, height, width = settings["shape"]
     mean, square = sums / (settings["images"] * (1 + settings["mirrored"]) * height * width)
-    statistics = {"mean": mean.tolist(), "standard_deviation": np.sqrt(square - mean**2).tolist()}
+    statistics = {"mean": mean.tolist(), "standard_deviation": np.sqrt(np.maximum(square - mean**2, 0)).tolist()}
     index = {
         "format": FORMAT, "lamamba": __version__, "settings": settings, "channel_statistics": statistics,
         "shards": shards,

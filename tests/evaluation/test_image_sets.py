@@ -58,8 +58,11 @@ def test_a_folder_and_both_kinds_of_npz_are_the_same(tmp_path: Path, channels: i
 def test_folders_at_any_depth_and_cropped(tmp_path: Path) -> None:
     write_folder(tmp_path / "set" / "one" / "deep", pixels(2, (12, 16)))
     write_folder(tmp_path / "set" / "two", pixels(3, (20, 10)))
+    (tmp_path / "set" / "two" / "up").symlink_to("..")
+    (tmp_path / "set" / "x.heic").write_text("no image")
     images = open_images(str(tmp_path / "set"), image_size=6)
     assert read(images).shape == (5, 6, 6, 3)
+    assert images.left_out == "1 .heic, 1 links to folders that are read already"
 
 
 def test_named_sets() -> None:

@@ -104,7 +104,9 @@ def list_classes(folder: Path) -> ClassFolders:
         here.add(below)
     labels = [label for label, below in enumerate(found) for _ in below.images]
     paths = [path for below in found for path in below.images]
-    return ClassFolders(tuple(Path(path).name for path in classes), paths, labels, here.left_out)
+    # Bytes that are no UTF-8 are escaped: a class name is text, in files that other programs read too.
+    names = tuple(os.fsencode(Path(path).name).decode(errors="backslashreplace") for path in classes)
+    return ClassFolders(names, paths, labels, here.left_out)
 
 
 def no_images(folder: Path, found: Found) -> str:

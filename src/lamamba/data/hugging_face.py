@@ -82,8 +82,8 @@ def prepare_dataset(
     """Write the images of a Hugging Face dataset to `out`/`split`, one folder a class, or flat without classes.
 
     A call that was stopped, killed or ran out of space is repeated as it was, and goes on where it stopped. Files are
-    copied byte by byte and each is decoded once, to know that training can; what is not a file of a format that
-    `FolderSource` reads becomes a PNG. A progress bar is shown in a terminal.
+    copied byte by byte and each is decoded once, to know that training can; files of rarer formats become PNG. A
+    progress bar is shown in a terminal.
 
     Args:
         dataset: a dataset of the hub, or a folder that datasets.load_dataset or load_from_disk opens.

@@ -14,16 +14,71 @@ import zlib
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
+from typing_extensions import TypedDict
 
 from lamamba.data.sources import Source
 from lamamba.errors import DataError
+from lamamba.records import read_record
 
 INDEX, SETTINGS = "latents.json", "settings.json"
 FORMAT = 1
+
+_Count = Annotated[int, Field(ge=1, lt=1 << 40)]
+_Side = Annotated[int, Field(ge=1, le=65_536)]
+_Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Format(TypedDict):
+    format: Annotated[int, Field(ge=1)]
+
+
+class _Autoencoder(TypedDict):
+    folder: str
+    sha256: _Digest
+
+
+class _Settings(TypedDict):
+    """What decides the contents of the shards."""
+
+    source: str
+    digest: NotRequired[_Digest]
+    images: _Count
+    class_names: Annotated[list[str], Field(max_length=1_000_000)]
+    image_size: _Side
+    channels: Literal[1, 3]
+    shape: Annotated[list[_Side], Field(min_length=3, max_length=3)]
+    mirrored: bool
+    images_per_shard: _Count
+    autoencoder: _Autoencoder
+
+
+class _Begun(_Format):
+    """settings.json."""
+
+    settings: _Settings
+
+
+class _Shard(TypedDict):
+    file: Annotated[str, Field(pattern=r"^[\w-]+\.safetensors$")]
+    images: _Count
+    sha256: _Digest
+
+
+class _Statistics(TypedDict):
+    mean: list[float]
+    standard_deviation: list[Annotated[float, Field(ge=0)]]
+
+
+class _Index(_Begun):
+    """latents.json."""
+
+    channel_statistics: _Statistics
+    shards: Annotated[list[_Shard], Field(min_length=1)]
 
 
 class LatentSource(Source):
@@ -40,20 +95,19 @@ class LatentSource(Source):
         self.folder, self.name = folder, folder.resolve().name
         if (folder / SETTINGS).is_file() and not (folder / INDEX).is_file():
             raise DataError(f"{folder} is not encoded to its end: run the same lamamba encode again, it goes on")
-        index = self.index = read_index(folder / INDEX)
-        try:
-            settings = index["settings"]
-            self.class_names = tuple(settings["class_names"])
-            self.image_size, self.channels = int(settings["image_size"]), int(settings["channels"])
-            self.is_mirrored = bool(settings["mirrored"])
-            self.autoencoder: dict[str, str] = settings["autoencoder"]
-            self.shards = [folder / shard["file"] for shard in index["shards"]]
-            self.ends = list(accumulate(int(shard["images"]) for shard in index["shards"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{folder / INDEX} is no index of latents ({type(error).__name__}: {error})") from error
+        index = self.index = _read_index(folder / INDEX)
+        settings = index["settings"]
+        self.class_names = tuple(settings["class_names"])
+        self.image_size, self.channels = settings["image_size"], settings["channels"]
+        self.is_mirrored = settings["mirrored"]
+        self.autoencoder = settings["autoencoder"]
+        self.shards = [folder / shard["file"] for shard in index["shards"]]
+        self.ends = list(accumulate(shard["images"] for shard in index["shards"]))
         missing = [path for path in self.shards if not path.is_file()]
         if missing:
             raise DataError(f"{missing[0]} is missing: delete {folder / INDEX} and run the same lamamba encode again")
+        for path, shard in zip(self.shards, index["shards"], strict=True):
+            _check_shard(path, shard["images"], settings)
         self.opened: dict[int, Any] = {}
 
     def __len__(self) -> int:
@@ -103,15 +157,73 @@ def open_shard(path: Path) -> tuple[Any, np.ndarray, np.ndarray]:
     return file.get_slice("moments"), file.get_tensor("labels"), file.get_tensor("crc32")
 
 
-def read_index(path: Path) -> dict[str, Any]:
-    """Read an index, or the settings of one to be; raises DataError."""
+def read_settings(path: Path) -> _Settings:
+    """Read the settings of latents that are being encoded; raises DataError, which names the file and the key."""
+    _check_format(path)
+    return read_record(path, _Begun, DataError)["settings"]
+
+
+def _read_index(path: Path) -> _Index:
+    """Read an index, whose numbers agree with each other; raises DataError, which names the file and the key."""
+    _check_format(path)
+    index = read_record(path, _Index, DataError)
+    settings, shards = index["settings"], index["shards"]
+    per_shard, images = settings["images_per_shard"], settings["images"]
+    counts, statistics = [shard["images"] for shard in shards], index["channel_statistics"]
+    fault = ""
+    if sum(counts) != images:
+        fault = f"shards hold {sum(counts):,} images, and settings.images is {images:,}"
+    elif any(count != per_shard for count in counts[:-1]) or counts[-1] > per_shard:
+        fault = f"shards hold {counts[:5]} images, and settings.images_per_shard is {per_shard:,}"
+    elif len({shard["file"] for shard in shards}) < len(shards):
+        fault = "shards name a file twice"
+    elif len(set(settings["class_names"])) < len(settings["class_names"]):
+        fault = "settings.class_names has a name twice"
+    elif {len(statistics["mean"]), len(statistics["standard_deviation"])} != {settings["shape"][0]}:
+        fault = f"channel_statistics are not of the {settings['shape'][0]} channels in settings.shape"
+    if fault:
+        raise DataError(f"{path}: {fault}: delete it and run the same lamamba encode again")
+    return index
+
+
+def _check_format(path: Path) -> None:
+    number = read_record(path, _Format, DataError)["format"]
+    if number > FORMAT:
+        raise DataError(f"{path} has format {number}, this version reads {FORMAT}: update lamamba")
+
+
+def _check_shard(path: Path, num_images: int, settings: _Settings) -> None:
+    """Compare what a shard holds with the index, and its labels with the classes; raises DataError.
+
+    A shard that cannot be opened is reported when it is read, with those whose bytes are damaged.
+    """
+    channels, *sides = settings["shape"]
+    views = 1 + settings["mirrored"]
+    wanted = {
+        "moments": ("F16", [num_images, views, 2 * channels, *sides]),
+        "labels": ("I64", [num_images]),
+        "crc32": ("I64", [num_images, views]),
+    }
     try:
-        content = json.loads(path.read_bytes())
-        if content["format"] > FORMAT:
-            raise DataError(f"{path} has format {content['format']}, this version reads {FORMAT}: update lamamba")
-        return dict(content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+        with safe_open(path, framework="np") as file:
+            there = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+            for name, (dtype, shape) in wanted.items():
+                found = [there[name].get_dtype(), list(there[name].get_shape())] if name in there else "missing"
+                if found != [dtype, shape]:
+                    raise DataError(
+                        f"{path}: {name} is {found}, but the index says {[dtype, shape]}: delete it and {INDEX} and "
+                        "run the same lamamba encode again"
+                    )
+            labels = file.get_tensor("labels")
+    except (OSError, SafetensorError):
+        return
+    most = max(1, len(settings["class_names"])) - 1
+    wrong = np.flatnonzero((labels < 0) | (labels > most))
+    if len(wrong):
+        raise DataError(
+            f"{path}: labels[{wrong[0]}] is {labels[wrong[0]]}, and the classes are 0 to {most}: delete it and {INDEX} "
+            "and run the same lamamba encode again"
+        )
 
 
 def are_latents(data: str | Path) -> bool:
