@@ -211,7 +211,9 @@ def tiny(tmp_path: Path) -> Path:
     return tmp_path / "secret" / "tiny"
 
 
-def test_ctrl_c_ends_it_while_images_are_made_and_others_wait() -> None:
+def test_ctrl_c_ends_it_while_images_are_made_and_others_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "/dev/null/uploads")
     with ExitStack() as until_ended, serving("nano") as (url, _):  # which looks at what was said
         until_ended.enter_context(urlopen(f"{url}/gradio_api/heartbeat/visitor"))
         with pytest.raises(HTTPError, match="403"):  # another website that has its name point here
@@ -233,6 +235,7 @@ def test_ctrl_c_ends_it_while_images_are_made_and_others_wait() -> None:
             streams.append(until_ended.enter_context(urlopen(address)))
         for stream in streams[:2]:
             assert any(b"process_generating" in line for line in stream)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs a browser: apt-get install chromium chromium-driver")

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import tempfile
 from contextlib import suppress
 from types import FrameType
 
@@ -19,17 +20,19 @@ def serve(config: DemoConfig) -> None:
         LamambaError: a checkpoint or the device is at fault, the address is taken, or Gradio is not installed.
     """
     with _listen(config.host, config.port) as listening:
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
-        try:
-            import uvicorn
+        with tempfile.TemporaryDirectory(prefix="lamamba-demo-") as folder:
+            # Read when Gradio is imported. It makes a folder there for a feature that the page does not have.
+            os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=folder)
+            try:
+                import uvicorn
 
-            from lamamba.demo.gate import is_loopback
-            from lamamba.demo.page import make_app
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"the page needs Gradio ({error}): run pip install 'lamamba[demo]'") from error
-        models = Models(config.checkpoints, config.device)
-        host, port = listening.getsockname()[:2]
-        app = make_app(models, config.limits, config.at_once, local=is_loopback(host), hosts=config.allowed_hosts)
+                from lamamba.demo.gate import is_loopback
+                from lamamba.demo.page import make_app
+            except ModuleNotFoundError as error:
+                raise ConfigError(f"the page needs Gradio ({error}): run pip install 'lamamba[demo]'") from error
+            models = Models(config.checkpoints, config.device)
+            host, port = listening.getsockname()[:2]
+            app = make_app(models, config.limits, config.at_once, local=is_loopback(host), hosts=config.allowed_hosts)
         shown = f"[{host}]" if ":" in host else host
         say(f"http://{shown}:{port} shows {', '.join(models.names)}; Ctrl-C ends it")
 
