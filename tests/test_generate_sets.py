@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +15,10 @@ from PIL import Image
 
 from forked import run_ranks
 from lamamba import generate as module
+from lamamba.checkpoint import CheckpointInfo, write_weights
 from lamamba.cli import main
 from lamamba.latents import Latents
+from lamamba.model import LaMambaDiff
 from test_generate import CLASS_NAMES, write_run
 
 
@@ -131,6 +134,27 @@ def test_labels_are_drawn_at_random_from_the_seed(run: Path, tmp_path: Path) -> 
     assert drawn["a"] == drawn["again"] != drawn["b"]
     assert set(drawn["a"]) == {0, 1, 2}
     assert drawn["a"][:9] != [place % 3 for place in range(9)]
+
+
+def test_a_set_goes_on_from_weights_and_an_autoencoder_that_have_moved(
+    autoencoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, vae, out = tmp_path / "run", tmp_path / "vae", tmp_path / "out"
+    network = LaMambaDiff(
+        in_channels=2, sample_size=8, num_classes=0, embed_dim=4, num_heads=1, depths=(1, 1, 1, 1), bottleneck_depth=0
+    )
+    write_weights(run, network, CheckpointInfo())
+    shutil.copytree(autoencoder, vae)
+    options = ["--out", str(out), "--steps", "1", "--device", "cpu"]
+    main(["generate", str(run), "--vae", str(vae), "--num-images", "1", *options])
+    run, vae = run.rename(tmp_path / "moved"), vae.rename(tmp_path / "moved-vae")
+    main(["generate", str(run), "--vae", str(vae), "--num-images", "2", *options])
+    assert len(images(out)) == 2
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.25}))
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", str(run), "--vae", str(vae), "--num-images", "2", *options])
+    assert "vae_digest was" in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_is_refused(

@@ -32,7 +32,7 @@ from lamamba.diffusion import OBJECTIVES
 from lamamba.dit import DiT
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import checksum, written_whole
-from lamamba.latents import IMAGE_CHANNELS, Latents, open_space
+from lamamba.latents import IMAGE_CHANNELS, Latents, identify_autoencoder, open_space
 from lamamba.model import LaMambaDiff
 from lamamba.npz import opened_array
 from lamamba.output import make_console, make_progress, say
@@ -199,6 +199,7 @@ def generate(config: GenerateConfig) -> None:
         made = {
             **painter.settings,
             "weights": checksum(*sorted(painter.path.rglob("diffusion_pytorch_model*"))),
+            "vae_digest": None if painter.vae is None else identify_autoencoder(Path(painter.vae)),
             "seed": config.seed, "labels": config.labels, "num_images": config.num_images, "size": config.size,
             "format": config.format, "images_per_shard": config.images_per_shard,
         }  # fmt: skip
@@ -246,6 +247,12 @@ def _begin_set(out: Path, made: dict[str, Any]) -> None:
         write_json(path, made)
         return
     before = read_record(path, dict[str, Any])
+    if "vae_digest" not in before:  # of an earlier version
+        del made["vae_digest"]
+    # Weights and autoencoder are recognized wherever they lie.
+    for place, digest in (("checkpoint", "weights"), ("vae", "vae_digest")):
+        if before.get(place) and before.get(digest, "") == made.get(digest):
+            made[place] = before[place]
     number = before.get("num_images")
     if made["format"] == "png" and isinstance(number, int) and number < made["num_images"]:
         grown = {**before, "num_images": made["num_images"]}  # an image is the same in a larger set
