@@ -372,13 +372,16 @@ def test_steps_are_called_back_and_can_be_changed_or_ended() -> None:
     pipe = build()
     seen: list[tuple[int, float]] = []
 
-    def note(pipe: LaMambaDiffPipeline, index: int, t: torch.Tensor, values: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def note(pipe: LaMambaDiffPipeline, index: int, t: torch.Tensor, values: dict[str, torch.Tensor]) -> None:
         seen.append((index, float(values["latents"].std())))
-        return {}
 
     wanted = latents_of(pipe, "Coat")
     assert torch.equal(latents_of(pipe, "Coat", callback_on_step_end=note), wanted)
     assert [index for index, _ in seen] == [0, 1, 2, 3]
+    expected: list[torch.Tensor] = []
+    latents_of(pipe, "Coat", callback_on_step_end_tensor_inputs=["x_0"],
+               callback_on_step_end=lambda *given: expected.append(given[-1]["x_0"]))  # fmt: skip
+    torch.testing.assert_close(expected[-1], wanted, atol=1e-3, rtol=1e-3)  # the last step goes to what is expected
 
     def empty(pipe: Any, index: int, t: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"latents": values["latents"] * 0} if index == 3 else values
@@ -411,12 +414,66 @@ def test_steps_are_called_back_and_can_be_changed_or_ended() -> None:
         (["Coat"], {"mask_image": Image.new("L", (8, 8))}, "mask_image needs the image"),
         (["Coat"], {"image": Image.new("L", (8, 8)), "strength": 0.0}, "strength 0.0 is out of range"),
         (["Coat"], {"image": [Image.new("L", (8, 8))] * 2}, "image has 2 for 1 images: give one, or one for each"),
+        ([8.5], {}, "label 8.5 is neither a name nor a whole number"),
+        ([True], {}, "label True is neither a name nor a whole number"),
+        ([[0, torch.tensor(1.5)]], {}, "label tensor(1.5000) is neither a name nor a whole number"),
+        ([np.array([0.0, 1.0])], {}, "a label's weights are (2,): give (4,) finite ones, or labels as whole numbers"),
+        ([torch.tensor([0.0, 1.0, 0.0, float("nan")])], {}, "give (4,) finite ones"),
+        ([torch.tensor([0, 7])], {}, "label 7 is out of range"),
+        ([np.array([])], {}, "give (4,)"),
+        ([torch.zeros(0, dtype=torch.long)], {}, "class_labels is empty"),
+        ([{"Coat": float("nan")}], {}, "has no weights"),
+        ([{"Coat": "much"}], {}, "has no weights"),
+        ([{"Coat": 1.0, 2: float("inf")}], {}, "has no weights"),
+        (["Coat"], {"num_images_per_label": 0}, "num_images_per_label is 0: it must be 1 or more"),
+        (["Coat"], {"num_images_per_label": 1.5}, "num_images_per_label is 1.5: it must be a whole number"),
+        (["Coat"], {"num_inference_steps": 8.5}, "num_inference_steps is 8.5: it must be a whole number"),
+        (["Coat"], {"num_inference_steps": 10**12}, "num_inference_steps is 1000000000000: it must be 1000 or less"),
+        (["Coat"], {"max_batch_size": -1}, "max_batch_size is -1: it must be 1 or more"),
+        (["Coat"], {"height": 8.0}, "height is 8.0: it must be a whole number"),
+        (["Coat"], {"guidance_scale": "2"}, "guidance_scale is '2': it must be a number"),
+        (["Coat"], {"generator": 3}, "generator is 3: give torch.Generator().manual_seed(seed)"),
+        (["Coat"], {"callback_on_step_end": lambda *_: torch.ones(1)}, "callback_on_step_end returned Tensor"),
+        (["Coat"], {"callback_on_step_end": lambda *_: {"latents": torch.ones(1)}}, "latents (1,): return a tensor"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(arguments: list[Any], options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as error:
         build()(*arguments, **options)
     assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.array([1, 2]), np.array([1, 2], dtype=np.uint8), torch.tensor([1, 2]), np.array(["Coat", "Bag"]),
+        range(1, 3),
+        (np.int64(1), torch.tensor(2)), np.array([[0.0, 1, 0, 0], [0, 0, 1, 0]]),
+        torch.tensor([[0.0, 1, 0, 0], [0, 0, 1, 0]]), [np.array([0, 1, 0, 0]), "bag"],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_labels_can_be_arrays_and_tensors(labels: Any) -> None:
+    pipe = build()
+    torch.testing.assert_close(latents_of(pipe, labels), latents_of(pipe, ["Coat", "Bag"]), atol=1e-5, rtol=1e-5)
+
+
+def test_one_label_can_be_a_number_of_any_kind() -> None:
+    pipe = build()
+    for label in (np.int64(2), np.array(2), torch.tensor(2)):
+        assert torch.equal(latents_of(pipe, label), latents_of(pipe, "Bag"))
+
+
+def test_seeds_are_whole_numbers_of_64_bits() -> None:
+    pipe = build()
+    options = {"num_images": 2, "num_inference_steps": 2, "output_type": "latent"}
+    assert pipe.interpolate(("Coat", "Bag"), (0, 2**64 - 1), **options).images.isfinite().all()
+    for seed in (-1, 2**64, 1.5, "1"):
+        with pytest.raises(ConfigError, match=r"seed .* is out of range: .* 0 to 18446744073709551615"):
+            pipe.interpolate(("Coat", "Bag"), (0, seed), **options)
+    with pytest.raises(ConfigError, match="there are 3 class_labels and 2 seeds: give two of each"):
+        pipe.interpolate(("Coat", "Bag", "Coat"), (0, 1), **options)
 
 
 def test_an_unconditional_network_needs_no_labels() -> None:

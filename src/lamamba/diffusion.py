@@ -44,22 +44,32 @@ class Diffusion:
         return _at(schedule["sqrt_alpha_bar"], t) * x_0 + _at(schedule["sqrt_one_minus_alpha_bar"], t) * noise
 
     def sigma(self, t: Tensor) -> Tensor:
-        """Noise level of timesteps, as noise over signal: sqrt((1 - alpha_bar) / alpha_bar)."""
-        schedule = linear_schedule(t.device)
-        index = t.long()
-        return schedule["sqrt_one_minus_alpha_bar"][index] / schedule["sqrt_alpha_bar"][index]
+        """Noise level of timesteps, as noise over signal: sqrt((1 - alpha_bar) / alpha_bar).
+
+        Between whole timesteps its logarithm is linear, as in the schedulers of diffusers that use such timesteps.
+        """
+        log_sigma = linear_schedule(t.device)["log_sigma"]
+        below = t.long().clamp(0, NUM_TIMESTEPS - 1)
+        above = (below + 1).clamp(max=NUM_TIMESTEPS - 1)
+        return torch.lerp(log_sigma[below], log_sigma[above], (t - below).float()).exp()
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the shares of the clean image and of noise in x_t: sqrt(alpha_bar) and sqrt(1 - alpha_bar)."""
+        sigma = self.sigma(t)
+        signal = (1 + sigma.square()).rsqrt()
+        return signal, sigma * signal
 
     def predict_x_0(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Compute the clean image x_0 that a prediction of the noise implies, for (b,) timesteps.
 
         (x_t - sqrt(1 - alpha_bar) noise) / sqrt(alpha_bar): Ho et al. 2020, arXiv 2006.11239, eq. 15.
         """
-        schedule = linear_schedule(x_t.device)
-        index = t.long()
-        return (
-            _at(schedule["sqrt_recip_alpha_bar"], index) * x_t
-            - _at(schedule["sqrt_recip_alpha_bar_minus_1"], index) * noise
-        )
+        signal, noise_share = (level[:, None, None, None] for level in self.levels(t))
+        return (x_t - noise_share * noise) / signal
+
+    def move_x_0(self, x_t: Tensor, t: Tensor, noise: Tensor, x_0: Tensor) -> Tensor:
+        """Change a prediction of the noise so that it implies the clean image x_0 instead of its own."""
+        return noise + (self.predict_x_0(x_t, t, noise) - x_0) / self.sigma(t)[:, None, None, None]
 
     def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
         """Weigh the error of the noise so that that of x_0 has the weight min(SNR, gamma): (b,) of (b,) timesteps.
@@ -183,9 +193,17 @@ class FlowMatching:
         """Noise level of timesteps, as noise over signal: t / (1000 - t)."""
         return t / (NUM_TIMESTEPS - t)
 
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the shares of the clean image and of noise in x_t: 1 - t/1000 and t/1000."""
+        return 1 - t / NUM_TIMESTEPS, t / NUM_TIMESTEPS
+
     def predict_x_0(self, x_t: Tensor, t: Tensor, velocity: Tensor) -> Tensor:
         """Compute the clean image that a prediction of the velocity implies: x_t - t/1000 velocity."""
         return x_t - (t / NUM_TIMESTEPS)[:, None, None, None] * velocity
+
+    def move_x_0(self, x_t: Tensor, t: Tensor, velocity: Tensor, x_0: Tensor) -> Tensor:
+        """Change a prediction of the velocity so that it implies the clean image x_0 instead of its own."""
+        return velocity + (self.predict_x_0(x_t, t, velocity) - x_0) / (t / NUM_TIMESTEPS)[:, None, None, None]
 
     def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
         """Weigh the error of the velocity so that that of x_0 has the weight min(SNR, gamma), as `Diffusion` does."""
@@ -233,11 +251,19 @@ class FlowMatching:
 OBJECTIVES: Mapping[str, Diffusion | FlowMatching] = {kind.name: kind for kind in (Diffusion(), FlowMatching())}
 
 
+def option(scheduler: Any, name: str) -> Any:
+    """Read an option of a scheduler of diffusers; None where its class does not have the option.
+
+    A configuration also keeps options of other classes, which have no effect.
+    """
+    classes: list[Any] = type(scheduler).mro()
+    has_it = any(name in inspect.signature(kind.__init__).parameters for kind in classes)
+    return scheduler.config.get(name) if has_it else None
+
+
 def has_flow_sigmas(scheduler: Any) -> bool:
     """Say whether a scheduler of diffusers is a general one that is set to a flow's levels of noise."""
-    # A configuration keeps what a class does not know.
-    known = "use_flow_sigmas" in inspect.signature(type(scheduler).__init__).parameters
-    return known and bool(scheduler.config.get("use_flow_sigmas"))
+    return bool(option(scheduler, "use_flow_sigmas"))
 
 
 def set_timesteps(scheduler: Any, num_steps: int, device: torch.device | None = None, first: int = 0) -> None:
@@ -438,6 +464,7 @@ def schedule_arrays() -> dict[str, Tensor]:
         "sqrt_one_minus_alpha_bar": (1 - alpha_bar).sqrt(),
         "sqrt_recip_alpha_bar": (1 / alpha_bar).sqrt(),
         "sqrt_recip_alpha_bar_minus_1": (1 / alpha_bar - 1).sqrt(),
+        "log_sigma": (1 / alpha_bar - 1).log() / 2,
         "posterior_variance": posterior_variance,
         "posterior_log_variance": clipped.log(),
         "posterior_x_0": beta * previous.sqrt() / (1 - alpha_bar),

@@ -1,7 +1,10 @@
 """The pipeline for diffusers: a network, a scheduler, perhaps an autoencoder, and the names of the labels."""
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+import math
+import operator
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,17 +17,20 @@ from torch import Tensor
 from lamamba.captured import CapturedNetwork
 from lamamba.checkpoint import load_checkpoint
 from lamamba.config import GuidanceOptions, nearest
+from lamamba.config.checks import check, is_number, is_whole
 from lamamba.data.decoding import convert_given
-from lamamba.diffusion import OBJECTIVES, guide, set_timesteps
+from lamamba.diffusion import NUM_TIMESTEPS, OBJECTIVES, guide
 from lamamba.errors import ConfigError
 from lamamba.hub import fetch
 from lamamba.latents import IMAGE_CHANNELS, Latents, Pixels, check_autoencoder
 from lamamba.model import LaMambaDiff
-from lamamba.sampling import slerp, slerp_weights
-from lamamba.schedulers import check_scheduler, open_scheduler
+from lamamba.sampling import seeded, slerp, slerp_weights
+from lamamba.schedulers import Steps, check_scheduler, open_scheduler
 from lamamba.weights import PIPELINE_INDEX
 
 Label = str | int | Mapping[str | int, float] | Tensor | None
+Labels = Label | Sequence[Label] | np.ndarray
+_MOVING = threading.RLock()  # held while models move between devices during a call
 
 
 class LaMambaDiffPipeline(DiffusionPipeline):
@@ -48,7 +54,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
     # Its operations read the weights of several modules at once, so it is on a device whole or not at all.
     _exclude_from_cpu_offload = ["network"]  # noqa: RUF012
     _optional_components = ["vae"]  # noqa: RUF012 - as diffusers wants it
-    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents", "x_0"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -63,7 +69,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         self.register_modules(network=network, scheduler=scheduler, vae=vae)
         named = {str(label): name for label, name in (id2label or {}).items()}  # as JSON has it
         self.register_to_config(id2label=named, objective=objective, images_seen=images_seen)
-        self._interrupt = False
+        self._interrupted: dict[int, bool] = {}  # by thread, while a call runs in it
         self._captured: list[CapturedNetwork] = []
 
     @classmethod
@@ -136,7 +142,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Label | Sequence[Label] = None,
+        class_labels: Labels = None,
         num_inference_steps: int = 25,
         guidance_scale: float = 2.0,
         *,
@@ -155,17 +161,19 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         max_batch_size: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict[str, Tensor]] | None = None,
+        callback_on_step_end: Callable[..., Mapping[str, Tensor] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:
         """Sample images.
 
         Each image has a random generator of its own, so that it does not depend on how many are sampled at once.
+        Several threads may call one pipeline: each call works on its own copy of the scheduler.
 
         Args:
             class_labels: names, numbers, or mixtures, {"Coat": 0.5, "Shirt": 0.5}, whose embeddings are averaged; one
-                or several. None is "no label". A tensor (num_classes + 1,) weighs the embeddings as it is, the last
-                being that of "no label".
+                or several, also as a tensor or an array of whole numbers. None is "no label". A tensor of floats
+                (num_classes + 1,), or (b, num_classes + 1), weighs the embeddings as it is, the last being that of "no
+                label".
             num_inference_steps: steps of the scheduler.
             guidance_scale: 1 is no guidance; an unconditional network knows none.
             guidance_interval: two noise levels, see `lamamba.diffusion.guide`.
@@ -187,15 +195,14 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             output_type: "pil"; "np", (b, h, w, c) from 0 to 1; "pt", (b, c, h, w) from 0 to 1; or "latent".
             return_dict: return an `ImagePipelineOutput`, or a tuple.
             callback_on_step_end: called after each step with the pipeline, the step's number, its timestep and a dict
-                of `latents`; what it returns replaces them. Setting `pipe._interrupt` ends sampling early.
-            callback_on_step_end_tensor_inputs: names in that dict.
+                of tensors. It returns None, or a dict whose `latents` replace those of the step. Setting
+                `pipe._interrupt` in it ends this call early; from another thread it ends all calls.
+            callback_on_step_end_tensor_inputs: names in that dict: "latents", and "x_0", the clean images that the
+                step's prediction implies.
 
         Raises:
             ConfigError: a label, a size or an option cannot be, or the scheduler is for another kind of network.
         """
-        objective = OBJECTIVES[self.config.objective]
-        pixels = self.vae is None and self._config_of_network("in_channels") in IMAGE_CHANNELS
-        check_scheduler(self.scheduler, objective.name, pixels)
         if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
             raise ConfigError(
                 f"callback_on_step_end_tensor_inputs {list(callback_on_step_end_tensor_inputs)}: only "
@@ -203,25 +210,28 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ConfigError(f"output_type {output_type!r} is unknown: give pil, np, pt or latent")
-        if num_inference_steps < 1:
-            raise ConfigError(f"num_inference_steps is {num_inference_steps}: it must be 1 or more")
+        _check_whole("num_inference_steps", num_inference_steps, NUM_TIMESTEPS)
+        _check_whole("num_images_per_label", num_images_per_label)
+        for name, value in (("max_batch_size", max_batch_size), ("height", height), ("width", width)):
+            if value is not None:
+                _check_whole(name, value)
+        check(is_number(guidance_scale), "guidance_scale", guidance_scale, "a number, 1 for no guidance")
         if mask_image is not None and image is None:
             raise ConfigError("mask_image needs the image that it is a mask of: give image")
-        if image is not None and not 0 < strength <= 1:
+        if image is not None and not (is_number(strength) and 0 < strength <= 1):
             raise ConfigError(f"strength {strength} is out of range: give more than 0, up to 1")
+        objective, channels = OBJECTIVES[self.config.objective], self._config_of_network("in_channels")
+        pixels = self.vae is None and channels in IMAGE_CHANNELS
+        taken = 1.0 if image is None else strength
+        check_scheduler(self.scheduler, objective, channels, pixels, num_inference_steps, taken)
         conditions = [condition for condition in self._conditions(class_labels) for _ in range(num_images_per_label)]
         if not self._config_of_network("num_classes") and weaker_network is None:
             guidance_scale = 1.0
         size = self._grid_size(height, width)
-        shape = (self._config_of_network("in_channels"), *size)
+        shape = (channels, *size)
         if latents is not None and latents.shape != (len(conditions), *shape):
             raise ConfigError(f"latents are {tuple(latents.shape)}: give {(len(conditions), *shape)}")
         generators = self._generators(generator, len(conditions))
-        noise = torch.stack([
-            torch.randn(shape, generator=own, device=own.device).to("cpu") for own in generators
-        ]) if latents is None else latents  # fmt: skip
-        start = None if image is None else self._encode(image, size, len(conditions))
-        mask = None if mask_image is None else self._encode_mask(mask_image, size, len(conditions))
 
         # "No label" comes last, and guidance asks for it by its place.
         null = [0.0] * self._config_of_network("num_classes") + [1.0]
@@ -237,32 +247,62 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             sigma=objective.sigma,
             weaker=None if weaker is None else lambda x_t, t, y: weaker(x_t, t, table[y]),
         )
-
-        self._interrupt = False
-        at_once = min(max_batch_size or len(conditions), len(conditions))
-        parts: list[Tensor] = []
-        done = 0
-        while done < len(conditions):
-            part = slice(done, done + at_once)
-            try:
-                x = self._denoise(
-                    denoiser, torch.arange(len(conditions))[part], noise[part], generators[part], num_inference_steps,
-                    None if start is None else start[part], None if mask is None else mask[part], strength,
-                    callback_on_step_end, callback_on_step_end_tensor_inputs,
-                )  # fmt: skip
-            except torch.OutOfMemoryError:
-                if at_once == 1:
-                    raise
-                at_once = -(-at_once // 2)
-                torch.cuda.empty_cache()
-                continue
-            parts.append(x if output_type == "latent" else self._decode(x))
-            done += len(x)
-        images = torch.cat(parts)
-        if output_type != "latent":
-            images = self._image_processor().postprocess(images, output_type, [False] * len(images))
-        self.maybe_free_model_hooks()
+        with self._call():
+            noise = torch.stack([
+                torch.randn(shape, generator=own, device=own.device).to("cpu") for own in generators
+            ]) if latents is None else latents  # fmt: skip
+            start = None if image is None else self._encode(image, size, len(conditions))
+            mask = None if mask_image is None else self._encode_mask(mask_image, size, len(conditions))
+            at_once = min(max_batch_size or len(conditions), len(conditions))
+            parts: list[Tensor] = []
+            done = 0
+            while done < len(conditions):
+                part = slice(done, done + at_once)
+                try:
+                    x = self._denoise(
+                        denoiser, torch.arange(len(conditions))[part], noise[part], generators[part],
+                        num_inference_steps, None if start is None else start[part],
+                        None if mask is None else mask[part], taken, callback_on_step_end,
+                        callback_on_step_end_tensor_inputs,
+                    )  # fmt: skip
+                except torch.OutOfMemoryError:
+                    if at_once == 1:
+                        raise
+                    at_once = -(-at_once // 2)
+                    torch.cuda.empty_cache()
+                    continue
+                parts.append(x if output_type == "latent" else self._decode(x))
+                done += len(x)
+            images = torch.cat(parts)
+            if output_type != "latent":
+                images = self._image_processor().postprocess(images, output_type, [False] * len(images))
+            self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """Keep track of a call for `_interrupt`; where models move between devices, calls wait for each other."""
+        here = threading.get_ident()
+        outer = self._interrupted.get(here)  # a callback may call the pipeline again
+        with _MOVING if hasattr(self.network, "_hf_hook") else nullcontext():
+            self._interrupted[here] = False
+            try:
+                yield
+            finally:
+                del self._interrupted[here]
+                if outer is not None:
+                    self._interrupted[here] = outer
+
+    @property
+    def _interrupt(self) -> bool:
+        """Whether the call that runs in this thread is to end early."""
+        return self._interrupted.get(threading.get_ident(), False)
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        here = threading.get_ident()
+        for thread in [here] if here in self._interrupted else list(self._interrupted):
+            self._interrupted[thread] = value
 
     def interpolate(
         self,
@@ -279,7 +319,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         Args:
             class_labels: of the first image and of the last, which may be the same.
             seeds: likewise. A sampler that adds noise does so by the first one's throughout.
-            num_images: with both ends.
+            num_images: with both ends, 2 or more.
             height: in pixels; the default is the training size.
             width: in pixels; the default is the training size.
             options: as for a call: `num_inference_steps`, `guidance_scale`, `output_type` and the like.
@@ -287,12 +327,19 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         Raises:
             ConfigError: as for a call; or there are fewer than two images.
         """
+        _check_whole("num_images", num_images)
         if num_images < 2:
             raise ConfigError(f"num_images is {num_images}: the first and the last make two")
+        conditions = self._conditions(class_labels)
+        if len(conditions) != 2 or len(seeds) != 2:
+            raise ConfigError(
+                f"there are {len(conditions)} class_labels and {len(seeds)} seeds: give two of each, of the first and "
+                "the last image"
+            )
         fractions = [index / (num_images - 1) for index in range(num_images)]
         shape = (self._config_of_network("in_channels"), *self._grid_size(height, width))
-        ends = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        first, last = torch.tensor(self._conditions(list(class_labels)))
+        ends = [torch.randn(shape, generator=seeded(seed)) for seed in seeds]
+        first, last = torch.tensor(conditions)
         if first.equal(last):
             labels = first.expand(num_images, -1)
         else:
@@ -300,7 +347,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             labels = slerp_weights(first @ table, last @ table, fractions).float() @ torch.stack([first, last])
         return self(
             list(labels),
-            generator=[torch.Generator().manual_seed(seeds[0]) for _ in fractions],
+            generator=[seeded(seeds[0]) for _ in fractions],
             latents=slerp(ends[0], ends[1], fractions),
             height=height,
             width=width,
@@ -317,40 +364,55 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         start: Tensor | None,
         mask: Tensor | None,
         strength: float,
-        callback: Callable[..., dict[str, Tensor]] | None,
+        callback: Callable[..., Mapping[str, Tensor] | None] | None,
         callback_inputs: Sequence[str],
     ) -> Tensor:
         """Go from noise, or a noised image, to images or latents."""
-        device, scheduler = self._execution_device, self.scheduler
-        first = 0
-        if start is not None:
-            first = (num_steps - min(num_steps, max(1, round(num_steps * strength)))) * getattr(scheduler, "order", 1)
-        set_timesteps(scheduler, num_steps, device, first)
-        timesteps = scheduler.timesteps[first:]
+        device, objective = self._execution_device, OBJECTIVES[self.config.objective]
+        steps = Steps(self.scheduler, objective, num_steps, 1.0 if start is None else strength, device)
         y, noise = y.to(device), noise.to(device, torch.float32)
-        if start is None:
-            x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
-        else:
-            start = start.to(device)
-            x = self._noised(start, noise, timesteps[0])
+        start = None if start is None else start.to(device)
         mask = None if mask is None else mask.to(device)
-        options: dict[str, Any] = {"return_dict": False}
-        if "generator" in inspect.signature(scheduler.step).parameters:
-            options["generator"] = list(generators)
+        x = steps.begin(noise, start)
+        timesteps = steps.timesteps
         with self.progress_bar(total=len(timesteps)) as bar:
             for index, t in enumerate(timesteps):
                 if self._interrupt:
                     break
-                out = denoiser(scheduler.scale_model_input(x, t) if self._scales else x, t.expand(len(x)), y)
-                prediction = out if self._learns_variance else out.chunk(2, dim=1)[0]
-                x = scheduler.step(prediction, t, x, **options)[0]
+                x_t, times = steps.scaled(x, t), t.expand(len(x))
+                out = steps.clipped(x_t, t, denoiser(x_t, times, y))
+                x = steps.step(out, t, x, generators)
                 if start is not None and mask is not None:
-                    known = start if index + 1 == len(timesteps) else self._noised(start, noise, timesteps[index + 1])
+                    known = start if index + 1 == len(timesteps) else steps.noised(start, noise, timesteps[index + 1])
                     x = mask * x + (1 - mask) * known
                 if callback is not None:
-                    x = callback(self, index, t, {name: x for name in callback_inputs}).pop("latents", x)
+                    values = {"latents": x}
+                    if "x_0" in callback_inputs:
+                        values["x_0"] = objective.predict_x_0(x_t, times, out.chunk(2, dim=1)[0])
+                    x = self._call_back(callback, index, t, {name: values[name] for name in callback_inputs}, x)
                 bar.update()
         return x
+
+    def _call_back(
+        self,
+        callback: Callable[..., Mapping[str, Tensor] | None],
+        index: int,
+        t: Tensor,
+        values: dict[str, Tensor],
+        x: Tensor,
+    ) -> Tensor:
+        """Call after a step, and return the latents to go on with."""
+        changed = callback(self, index, t, values)
+        if changed is not None and not isinstance(changed, Mapping):
+            raise ConfigError(
+                f"callback_on_step_end returned {type(changed).__name__}: it must return a dict such as "
+                '{"latents": latents}, or None'
+            )
+        x_after = (changed or {}).get("latents", x)
+        if not isinstance(x_after, Tensor) or x_after.shape != x.shape:
+            given = tuple(x_after.shape) if isinstance(x_after, Tensor) else type(x_after).__name__
+            raise ConfigError(f"callback_on_step_end returned latents {given}: return a tensor {tuple(x.shape)}")
+        return x_after
 
     def _launched_whole(self, network: Any) -> Any:
         """Record a network's passes on CUDA, unless it is compiled, or moves between devices."""
@@ -360,26 +422,15 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         self._captured = [captured, *(known for known in self._captured if known is not captured)][:2]
         return captured
 
-    @property
-    def _scales(self) -> bool:
-        return hasattr(self.scheduler, "scale_model_input")
-
-    @property
-    def _learns_variance(self) -> bool:
-        """Whether the scheduler takes the variance too, the second half of what the network gives."""
-        return self.scheduler.config.get("variance_type") == "learned_range"
-
-    def _noised(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        times = t.expand(len(x_0))
-        if hasattr(self.scheduler, "scale_noise"):  # of flow matching
-            return self.scheduler.scale_noise(x_0, times, noise)
-        return self.scheduler.add_noise(x_0, noise, times)
-
     def _config_of_network(self, name: str) -> int:
         return int(self.network.config[name])
 
-    def _conditions(self, labels: Label | Sequence[Label]) -> list[list[float]]:
+    def _conditions(self, labels: Labels) -> list[list[float]]:
         """Weights of each label's row, the last being "no label", for each image."""
+        if isinstance(labels, np.ndarray):
+            labels = torch.from_numpy(labels) if labels.dtype.kind in "iuf" else labels.tolist()
+        if isinstance(labels, Tensor) and labels.dim() == (2 if labels.is_floating_point() else 1):
+            labels = list(labels)
         several = labels if isinstance(labels, Sequence) and not isinstance(labels, str) else [labels]
         if not several:
             raise ConfigError("class_labels is empty: give one or more, or None for no label")
@@ -387,24 +438,28 @@ class LaMambaDiffPipeline(DiffusionPipeline):
 
     def _condition(self, label: Label) -> list[float]:
         number = self._config_of_network("num_classes")
-        if isinstance(label, Tensor):
-            if label.shape != (number + 1,):
-                raise ConfigError(f"a label's weights are {tuple(label.shape)}: give {(number + 1,)}")
-            return [float(weight) for weight in label]
+        if isinstance(label, np.ndarray | Tensor) and label.ndim:
+            row = torch.as_tensor(label)
+            if row.shape != (number + 1,) or not row.isfinite().all():
+                raise ConfigError(
+                    f"a label's weights are {tuple(row.shape)}: give {(number + 1,)} finite ones, or labels as whole "
+                    "numbers"
+                )
+            return [float(weight) for weight in row]
         weights = [0.0] * (number + 1)
         if label is None:
             weights[number] = 1.0
         elif isinstance(label, Mapping):
-            total = sum(label.values())
-            if not label or min(label.values()) < 0 or total <= 0:
+            total = sum(map(float, label.values())) if all(map(_is_weight, label.values())) else 0.0
+            if not 0 < total < math.inf:
                 raise ConfigError(f"the mixture {dict(label)} has no weights: give each label one, 0 or more")
             for part, weight in label.items():
-                weights[self._number(part)] += weight / total
+                weights[self._number(part)] += float(weight) / total
         else:
             weights[self._number(label)] = 1.0
         return weights
 
-    def _number(self, label: str | int) -> int:
+    def _number(self, label: Any) -> int:
         number = self._config_of_network("num_classes")
         if isinstance(label, str):
             lower = {name.lower(): value for name, value in self.labels.items()}
@@ -413,10 +468,16 @@ class LaMambaDiffPipeline(DiffusionPipeline):
                 mend = nearest(label.lower(), lower) if lower else f"give numbers from 0 to {number - 1}"
                 raise ConfigError(f"no class is named {label!r}: {mend}")
             return found
-        if not 0 <= label <= number:
+        try:
+            whole = operator.index(label)  # NumPy's whole numbers too, and tensors of one
+        except TypeError:
+            whole = None
+        if whole is None or isinstance(label, bool):
+            raise ConfigError(f"label {label!r} is neither a name nor a whole number: give one of these")
+        if not 0 <= whole <= number:
             allowed = f"use 0 to {number - 1}, or {number} for no label" if number else "this network is unconditional"
-            raise ConfigError(f"label {label} is out of range: {allowed}")
-        return int(label)
+            raise ConfigError(f"label {whole} is out of range: {allowed}")
+        return whole
 
     def _generators(
         self, generator: torch.Generator | Sequence[torch.Generator] | None, number: int
@@ -426,6 +487,8 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             if len(generator) != number:
                 raise ConfigError(f"{len(generator)} generators for {number} images: give one, or one for each")
             return list(generator)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ConfigError(f"generator is {generator!r}: give torch.Generator().manual_seed(seed), or one for each")
         device = "cpu" if generator is None else generator.device
         seeds = torch.randint(2**63 - 1, (number,), generator=generator, device=device)
         return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
@@ -480,6 +543,20 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             space = Latents(self.vae)
             x = self.vae.decode((x / space.scale + space.shift).to(self.vae.dtype)).sample
         return (x.float() / 2 + 0.5).clamp(0, 1).cpu()
+
+
+def _check_whole(name: str, value: Any, most: int | None = None) -> None:
+    """Raise ConfigError unless a value is a whole number from 1 up."""
+    check(is_whole(value), name, value, "a whole number")
+    check(value >= 1, name, value, "1 or more")
+    check(most is None or value <= most, name, value, f"{most} or less")
+
+
+def _is_weight(value: Any) -> bool:
+    try:
+        return 0 <= float(value) < math.inf
+    except (TypeError, ValueError):
+        return False
 
 
 def _one_each(name: str, tensors: Tensor, number: int) -> Tensor:

@@ -1,5 +1,6 @@
 """From labels and seeds to images: the loop around a scheduler, and pictures to look at."""
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -80,7 +81,7 @@ def sample(
     takes_variance = scheduler.config.get("variance_type") == "learned_range"
 
     # Noise comes from the CPU's generator, so that every device draws the same.
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [seeded(seed) for seed in seeds]
     shape = (network.config.in_channels, height, width)
     x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
     y = torch.as_tensor(labels, dtype=torch.long, device=device)
@@ -94,6 +95,17 @@ def sample(
         if on_step is not None:
             on_step(len(x))
     return x
+
+
+def seeded(seed: int) -> torch.Generator:
+    """Make the random generator of a seed; raises ConfigError unless that is a whole number from 0 to 2^64 - 1."""
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 1 << 64:
+        raise ConfigError(f"seed {seed!r} is out of range: give a whole number from 0 to {(1 << 64) - 1}")
+    return torch.Generator().manual_seed(number)
 
 
 def _captured(network: Network) -> CapturedNetwork:

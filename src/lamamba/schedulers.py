@@ -1,58 +1,260 @@
-"""Schedulers of diffusers that others choose: whether one fits a network, and the one of a saved pipeline."""
+"""Schedulers of diffusers that users choose: whether one fits a network, and how a batch goes through its steps."""
 
+import copy
 import inspect
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import diffusers
+import torch
 from diffusers import SchedulerMixin
+from torch import Tensor
 from typing_extensions import TypedDict
 
-from lamamba.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS, has_flow_sigmas
+from lamamba.diffusion import (
+    BETA_END,
+    BETA_START,
+    NUM_TIMESTEPS,
+    Diffusion,
+    FlowMatching,
+    has_flow_sigmas,
+    option,
+    schedule_arrays,
+    set_timesteps,
+)
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.records import SchedulerRecord, read_record
 from lamamba.weights import PIPELINE_INDEX
 
+Objective = Diffusion | FlowMatching
 
-def check_scheduler(scheduler: Any, objective: str, pixels: bool) -> None:
-    """Raise ConfigError where a scheduler cannot work with what a network of an objective predicts."""
-    name, config = type(scheduler).__name__, scheduler.config
-    taken = inspect.signature(type(scheduler).__init__).parameters  # a configuration keeps what a class does not know
-    if not pixels and any(key in taken and config.get(key) for key in ("clip_sample", "thresholding")):
+USE = {
+    "diffusion": "DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)",
+    "flow": 'UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")',
+}
+"""What works for each objective, for messages."""
+
+
+class Steps:
+    """The steps of a scheduler for one batch, from noise or from a noised image to a clean image.
+
+    It works on a copy, because a scheduler keeps what it has seen: so calls in several threads do not disturb each
+    other, and none leaves anything behind for the next.
+
+    Args:
+        scheduler: of diffusers; it stays as it is.
+        objective: what the network was trained with.
+        num_steps: of the scheduler.
+        strength: share of the steps that is taken, the last ones; 1 is all of them.
+        device: of the timesteps.
+
+    Raises:
+        ConfigError: the scheduler does not take this number of steps.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        objective: Objective,
+        num_steps: int,
+        strength: float = 1.0,
+        device: torch.device | None = None,
+    ) -> None:
+        self.scheduler, self.objective = copy.deepcopy(scheduler), objective
+        taken = min(num_steps, max(1, round(num_steps * strength)))
+        first = (num_steps - taken) * getattr(scheduler, "order", 1)
+        set_timesteps(self.scheduler, num_steps, device, first)
+        self.timesteps: Tensor = self.scheduler.timesteps[first:]
+        self._takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+
+    def begin(self, noise: Tensor, start: Tensor | None = None) -> Tensor:
+        """Return what sampling begins with: noise, or a clean image noised to the first timestep."""
+        if start is None:
+            return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        return self.noised(start, noise, self.timesteps[0])
+
+    def noised(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Noise clean images (b, c, h, w) to the level of a timestep."""
+        times = t.expand(len(x_0))
+        if hasattr(self.scheduler, "scale_noise"):  # of flow matching
+            scaled: Tensor = self.scheduler.scale_noise(x_0, times, noise)
+            return scaled
+        added: Tensor = self.scheduler.add_noise(x_0, noise, times)
+        return added
+
+    def scaled(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return what the network takes: x_t of the objective, whatever the scheduler's own scale of x is."""
+        scale = getattr(self.scheduler, "scale_model_input", None)
+        x_t: Tensor = x if scale is None else scale(x, t)
+        return x_t
+
+    def clipped(self, x_t: Tensor, t: Tensor, out: Tensor) -> Tensor:
+        """Change predictions so that they imply clean images within the scheduler's limits, where it has limits.
+
+        The schedulers' own clipping is not enough: some clip the clean image but go on with the unclipped noise, which
+        then no longer belongs to it (DDIM by default). After this, clipping by the scheduler changes nothing.
+
+        Args:
+            x_t: (b, c, h, w) input of the network.
+            t: timestep, a scalar.
+            out: (b, 2c, h, w) output of the network.
+        """
+        thresholds, clips = option(self.scheduler, "thresholding"), option(self.scheduler, "clip_sample")
+        if not (thresholds or clips):
+            return out
+        (prediction, variance), times = out.chunk(2, dim=1), t.expand(len(x_t))
+        x_0 = self.objective.predict_x_0(x_t, times, prediction)
+        if thresholds and self.scheduler.config.sample_max_value != 1:  # a limit for each image, by its values
+            within = self.scheduler._threshold_sample(x_0)
+        else:
+            limit = 1.0 if thresholds else self.scheduler.config.get("clip_sample_range", 1.0)
+            within = x_0.clamp(-limit, limit)
+        return torch.cat([self.objective.move_x_0(x_t, times, prediction, within), variance], dim=1)
+
+    def step(self, out: Tensor, t: Tensor, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Take the step that begins at a timestep; `out` is (b, 2c, h, w), one generator for each image."""
+        takes_variance = option(self.scheduler, "variance_type") == "learned_range"
+        prediction = out if takes_variance else out.chunk(2, dim=1)[0]
+        options = {"generator": list(generators)} if self._takes_generator else {}
+        after: Tensor = self.scheduler.step(prediction, t, x, return_dict=False, **options)[0]
+        return after
+
+
+def check_scheduler(
+    scheduler: Any, objective: Objective, channels: int, pixels: bool, num_steps: int, strength: float = 1.0
+) -> None:
+    """Raise ConfigError where a scheduler would not sample what a network was trained for.
+
+    Known mismatches are named; then the scheduler is tried on data whose right samples are known.
+
+    Args:
+        scheduler: of diffusers.
+        objective: what the network was trained with.
+        channels: of the images or latents.
+        pixels: the network works on pixels, which have limits, not on latents.
+        num_steps: of the scheduler.
+        strength: share of the steps that is taken; less than 1 begins with an image.
+    """
+    _check_options(scheduler, objective, pixels)
+    _try(scheduler, objective, channels, num_steps, strength)
+
+
+def _check_options(scheduler: Any, objective: Objective, pixels: bool) -> None:
+    name = type(scheduler).__name__
+    if not callable(getattr(scheduler, "step", None)):
+        raise ConfigError(f"the scheduler {name} has no steps to sample with: use {USE[objective.name]}")
+    if not pixels and any(option(scheduler, key) for key in ("clip_sample", "thresholding")):
         raise ConfigError(
             f"the scheduler {name} clips to -1 to 1, as some do by default, and latents go further: make it with "
             f"{name}.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)"
         )
     flows = name.startswith("FlowMatch") or has_flow_sigmas(scheduler)
-    predicts = config.get("prediction_type")
-    if objective == "flow":
-        if not flows:
+    alpha_bars = getattr(scheduler, "alphas_cumprod", None)
+    predicts = option(scheduler, "prediction_type")
+    if objective.name == "flow":
+        if not flows and alpha_bars is not None:
             raise ConfigError(
                 f"the scheduler {name} is not for flow matching, which this network was trained with: "
                 "use FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler or one with use_flow_sigmas"
             )
-        if "prediction_type" in taken and predicts != "flow_prediction":
+        if predicts not in (None, "flow_prediction"):
             raise ConfigError(
                 f"the scheduler {name} takes {predicts}, and this network predicts the velocity of a flow: make it "
                 'with prediction_type="flow_prediction"'
             )
         return
-    if flows or predicts != "epsilon":
+    if flows or predicts not in (None, "epsilon"):
         raise ConfigError(
             f"the scheduler {name} {'is for flow matching' if flows else f'takes {predicts}'}, and this network "
             'predicts noise: use one with prediction_type "epsilon"'
         )
-    wanted = {
-        "beta_schedule": "linear", "beta_start": BETA_START, "beta_end": BETA_END,
-        "num_train_timesteps": NUM_TIMESTEPS,
-    }  # fmt: skip
-    other = [f"{key} {config.get(key)}" for key, value in wanted.items() if config.get(key) != value]
-    if other or config.get("rescale_betas_zero_snr"):
+    if alpha_bars is None:
+        raise ConfigError(
+            f"the scheduler {name} is not of the noise schedule that this network was trained with, it has noise "
+            f"levels of its own: use {USE[objective.name]}"
+        )
+    ours, theirs = schedule_arrays()["alpha_bar"], torch.as_tensor(alpha_bars).detach().double().cpu()
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-7):
+        wanted = {
+            "beta_schedule": "linear", "beta_start": BETA_START, "beta_end": BETA_END,
+            "num_train_timesteps": NUM_TIMESTEPS, "trained_betas": None, "rescale_betas_zero_snr": False,
+            "snr_shift_scale": 1.0,
+        }  # fmt: skip
+        given = {key: option(scheduler, key) for key in wanted}
+        other = [key for key, value in given.items() if value is not None and value != wanted[key]]
+        said = ", ".join(key if key == "trained_betas" else f"{key} {given[key]}" for key in other)
         raise ConfigError(
             f"the scheduler {name} has other noise levels than the network was trained with "
-            f"({', '.join(other) or 'rescale_betas_zero_snr'}): "
-            f"make it with {name}.from_config(pipe.scheduler.config)"
+            f"({said or 'alphas_cumprod'}): make it with {name}.from_config(pipe.scheduler.config), or "
+            f"use {USE[objective.name]}"
         )
+
+
+# Data for trials: each value is drawn from a Gaussian.
+_MEAN, _SPREAD = 0.4, 0.5
+_ERRORS: dict[tuple[Any, ...], float] = {}  # of earlier trials
+
+
+def _try(scheduler: Any, objective: Objective, channels: int, num_steps: int, strength: float) -> None:
+    """Sample known data with a network that knows them; raise ConfigError where other images come out.
+
+    Two kinds of data show different mistakes. A single image is reached exactly in any number of steps, unless noise
+    remains or a step fails. A Gaussian is approached as steps are added, unless the scheduler takes predictions for
+    something else, or does not begin at the level that an image was noised to. In few steps most schedulers only lose
+    contrast: errors below 1. In greater ones noise is amplified.
+    """
+    name, use = type(scheduler).__name__, f"use {USE[objective.name]}"
+    from_image = f" from an image at strength {strength:g}" if strength < 1 else ""
+
+    def trial(spread: float, num_steps: int, strength: float) -> float:
+        asked = (objective.name, channels, spread, num_steps, strength)
+        key = (type(scheduler), str(dict(scheduler.config)), *asked)
+        if key not in _ERRORS:
+            _ERRORS[key] = _trial(scheduler, objective, channels, spread, num_steps, strength)
+        return _ERRORS[key]
+
+    def check_error(error: float, most: float, how: str, mend: str = "") -> None:
+        if not error < most:
+            said = f"its error is {error:.0%}" if math.isfinite(error) else "they are not finite"
+            raise ConfigError(f"the scheduler {name} makes wrong images{how} (on known data {said}): {mend}{use}")
+
+    try:
+        check_error(trial(_SPREAD, 50, 1.0), 0.2, " of what this network predicts")
+        if from_image:
+            check_error(trial(_SPREAD, 25, strength), trial(_SPREAD, 25, 1.0) + 0.05, from_image)
+        how, mend = f" in {num_steps} steps{from_image}", "take another number of steps, or "
+        check_error(trial(_SPREAD, num_steps, strength), 1.0, how, mend)
+        check_error(trial(0.0, num_steps, strength), 0.1, how, mend)
+    except ConfigError:
+        raise
+    except Exception as error:  # schedulers raise many kinds where they cannot go on
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"the scheduler {name} cannot take {num_steps} steps{from_image} ({line}): {use}") from error
+
+
+def _trial(
+    scheduler: Any, objective: Objective, channels: int, spread: float, num_steps: int, strength: float
+) -> float:
+    """Sample Gaussian data with the network that knows them, and measure how far off mean and spread are."""
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.register_to_config(clip_sample=False, thresholding=False)  # a Gaussian has no limits
+    steps = Steps(scheduler, objective, num_steps, strength)
+    side = math.ceil(math.sqrt(16384 / channels))
+    generator = torch.Generator().manual_seed(0)
+    image, noise = torch.randn((2, 1, channels, side, side), generator=generator)
+    start = _MEAN + spread * (image - image.mean()) / image.std()
+    x = steps.begin(noise, start if strength < 1 else None)
+    for t in steps.timesteps:
+        x_t, times = steps.scaled(x, t), t.expand(1)
+        signal, noise_share = (level.double().view(1, 1, 1, 1) for level in objective.levels(times))
+        gain = signal * spread**2 / (signal**2 * spread**2 + noise_share**2)
+        expected = (_MEAN + gain * (x_t - signal * _MEAN)).to(x_t.dtype)  # the mean of x_0, given x_t
+        prediction = objective.move_x_0(x_t, times, torch.zeros_like(x_t), expected)
+        x = steps.step(torch.cat([prediction, torch.zeros_like(prediction)], dim=1), t, x, [generator])
+    off = x.double() - _MEAN
+    return max(float(off.mean().abs()), abs(float(off.std()) - spread)) / _SPREAD
 
 
 class _Index(TypedDict):

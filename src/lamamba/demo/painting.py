@@ -5,14 +5,12 @@ All of these are generators: a `Preview` for every step, or as often as decoding
 its next step. Weights are shared and nothing else is, so that several can be read at once.
 """
 
-import itertools
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import wraps
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +27,7 @@ from lamamba.generate import Painter
 from lamamba.latents import Latents, Space
 from lamamba.model import LaMambaDiff
 from lamamba.pipeline import LaMambaDiffPipeline
-from lamamba.sampling import choose_device
+from lamamba.sampling import choose_device, seeded
 from lamamba.streams import visible
 
 
@@ -207,7 +205,7 @@ def inpaint(
         "class_labels": request.labels[0], "image": image, "mask_image": mask, "strength": strength,
         "latents": torch.randn(
             (1, int(painter.network.config.in_channels), *_grid(painter, config)),
-            generator=torch.Generator().manual_seed(config.seed),
+            generator=seeded(config.seed),
         ),
     }  # fmt: skip
     pipe = _pipeline(own)
@@ -236,7 +234,7 @@ def _grid(painter: Painter, config: SamplingConfig) -> tuple[int, int]:
 
 
 def _pipeline(painter: Painter) -> LaMambaDiffPipeline:
-    """Make a pipeline of a request's own, since a scheduler keeps what it has seen."""
+    """Make a pipeline of a request's own, with its number of steps and its precision."""
     if not isinstance(painter.network.network, LaMambaDiff):
         raise ConfigError("this model is a DiT, which is sampled alone: choose another model")
     objective = painter.objective
@@ -251,22 +249,18 @@ def _pipeline(painter: Painter) -> LaMambaDiffPipeline:
 def _run(
     sample: Callable[..., Any], pipe: LaMambaDiffPipeline, painter: Painter, show: _Show, **options: Any
 ) -> np.ndarray:
-    step, num_steps = pipe.scheduler.step, itertools.count(1)
     total = max(1, round(painter.evaluations * options.get("strength", 1.0)))
 
-    @wraps(step)  # whose signature tells the pipeline what the scheduler takes
-    def shown(prediction: Tensor, t: Tensor, x_t: Tensor, **others: Any) -> Any:
-        x_0 = painter.objective.predict_x_0(x_t, t.expand(len(x_t)), prediction)
-        show(painter.space, x_0, min(1.0, next(num_steps) / total))
-        return step(prediction, t, x_t, **others)
+    def shown(pipe: LaMambaDiffPipeline, index: int, t: Tensor, values: dict[str, Tensor]) -> None:
+        show(painter.space, values["x_0"], min(1.0, (index + 1) / total))
 
-    pipe.scheduler.step = shown
     config = painter.config
     height, width = config.size or (None, None)
     x = sample(
         num_inference_steps=config.steps, guidance_scale=painter.guidance, output_type="latent", height=height,
         width=width, guidance_interval=config.guidance_options.interval,
-        guidance_rescale=config.guidance_options.rescale, return_dict=False, **options,
+        guidance_rescale=config.guidance_options.rescale, return_dict=False, callback_on_step_end=shown,
+        callback_on_step_end_tensor_inputs=("x_0",), **options,
     )[0]  # fmt: skip
     return painter.space.decode(x).cpu().numpy()
 
