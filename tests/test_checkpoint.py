@@ -16,10 +16,13 @@ from lamamba.checkpoint import (
     load_network,
     shipped_weights,
 )
+from lamamba.cli import main
+from lamamba.config import TrainConfig
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.model import LaMambaDiff
 from lamamba.pipeline import LaMambaDiffPipeline
 from lamamba.saving import save_checkpoint
+from lamamba.train import plain
 
 TINY = {"embed_dim": 8, "num_heads": 2, "in_channels": 1, "sample_size": 8, "num_classes": 2, "depths": (1, 1, 1, 1)}
 
@@ -243,3 +246,38 @@ def test_a_pipeline_that_cannot_be_read_is_named(pipeline: Path, values: dict[st
     for load in (load_checkpoint, load_denoiser):
         with pytest.raises(CheckpointError, match=said):
             load(pipeline)
+
+
+COMMANDS = {
+    "sample": ["RUN", "--out", "OUT.png"],
+    "generate": ["RUN", "--out", "OUT"],
+    "finetune": ["RUN", "--out", "OUT", "--data", "builtin"],
+    "push": ["RUN", "--out", "OUT"],
+    "convert": ["RUN", "OUT.pt"],
+    "info": ["RUN"],
+    "demo": ["RUN"],
+    "average": ["RUN", "--sigma-rel", "0.05", "--out", "OUT"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("is_saving", [False, True], ids=["new", "saving"])
+def test_a_run_without_checkpoints_is_one_line(
+    command: str, is_saving: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    (run / "samples").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps(plain(TrainConfig(out=run))))
+    if is_saving:
+        (run / "checkpoints" / f".incomplete-{8:012d}").mkdir(parents=True)
+    arguments = [word.replace("RUN", str(run)).replace("OUT", str(tmp_path / "out")) for word in COMMANDS[command]]
+    with pytest.raises(SystemExit):
+        main([command, *arguments])
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"lamamba: error: {run} has no checkpoint yet: wait for the run's first one, or start the run again with "
+        f"lamamba train --out {run} --resume"
+    )
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        load_checkpoint(run / "samples")
+    with pytest.raises(CheckpointError, match=r"config\.json is a file: give a folder"):
+        load_checkpoint(run / "config.json")

@@ -143,6 +143,12 @@ def test_other_options_do_not_mix(
         encoded(images, autoencoder, latents, **options)
 
 
+def test_shards_of_which_nothing_is_known_do_not_mix(images: Path, autoencoder: Path, tmp_path: Path) -> None:
+    (tmp_path / "shard-00000.safetensors").touch()
+    with pytest.raises(DataError, match=f"{tmp_path} holds shard-00000.safetensors, and no settings.json"):
+        encoded(images, autoencoder, tmp_path)
+
+
 def test_another_autoencoder_does_not_mix(images: Path, latents: Path, tmp_path: Path) -> None:
     other = write_autoencoder(tmp_path / "other")
     weights = other / "diffusion_pytorch_model.safetensors"

@@ -1,6 +1,7 @@
 """Training on from other weights: what fits is taken over, what does not is named."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lamamba.checkpoint import CheckpointInfo, load_checkpoint
+from lamamba.checkpoint import CheckpointInfo, checkpoints_in, load_checkpoint
 from lamamba.cli import main
 from lamamba.diffusion import OBJECTIVES
 from lamamba.errors import CheckpointError
@@ -165,3 +166,51 @@ def test_min_snr_is_an_option_of_training(tmp_path: Path) -> None:
         losses.append(json.loads((run / "log.jsonl").read_text().splitlines()[0]))
     assert losses[0]["mse"] == losses[1]["mse"]
     assert losses[0]["loss"] > losses[1]["loss"]
+
+
+def lose_checkpoints(run: Path) -> None:
+    """Leave what a run leaves that was killed before its first checkpoint."""
+    shutil.rmtree(run / "checkpoints")
+    (run / "samples" / "000000000999.png").write_bytes(b"of the earlier start")
+
+
+def test_a_start_without_checkpoints_is_set_aside_and_begins_with_the_same_weights(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_images(tmp_path / "data", ("cat", "dog", "owl"), 8)
+    before, run = str(tmp_path / "before"), tmp_path / "run"
+    arguments = ["finetune", before, "--data", str(data), "--image-size", "8", "--channels", "1", *RUN]
+    main([*arguments, "--out", str(run)])
+    wanted = load_checkpoint(run).network.state_dict()
+    lose_checkpoints(run)
+    log = (run / "log.jsonl").read_text()
+    capsys.readouterr()
+    main([*arguments, "--out", str(run)])
+    said = capsys.readouterr().out
+    assert f"moved what an earlier start left in {run} to {run / 'earlier-1'}" in said
+    assert f"starts from the averaged weights of {before}" in said
+    assert f"samples     {run / 'samples' / '000000000004.png'}" in said
+    assert "999" not in said
+    assert (run / "earlier-1" / "log.jsonl").read_text() == log
+    assert sorted(path.name for path in (run / "samples").iterdir()) == ["000000000002.png", "000000000004.png"]
+    config = json.loads((run / "config.json").read_text())
+    assert (config["start_from"], config["network"]["embed_dim"], config["preset"]) == (before, 8, f"of {before}")
+    assert all(torch.equal(value, wanted[name]) for name, value in load_checkpoint(run).network.state_dict().items())
+
+
+def test_resuming_names_what_the_run_began_with(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_images(tmp_path / "data", ("cat", "dog", "owl"), 8)
+    options = ["--data", str(data), "--image-size", "8", "--channels", "1", *RUN]
+    main(["finetune", str(tmp_path / "before"), *options, "--out", str(tmp_path / "run")])
+    for lose in (False, True):
+        if lose:
+            lose_checkpoints(tmp_path / "run")
+        with pytest.raises(SystemExit):
+            main(["finetune", "nano", *options, "--out", str(tmp_path / "run"), "--resume"])
+        said = capsys.readouterr().err
+        assert f"{tmp_path / 'run'} began with {tmp_path / 'before'}, not with nano" in said
+    main(["finetune", str(tmp_path / "before"), *options, "--out", str(tmp_path / "run"), "--resume"])
+    assert f"starts from the averaged weights of {tmp_path / 'before'}" in capsys.readouterr().out
+    assert len(checkpoints_in(tmp_path / "run")) > 0

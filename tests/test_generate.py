@@ -101,9 +101,14 @@ def test_image_i_has_seed_plus_i(run: Path, tmp_path: Path) -> None:
 
 
 def test_files_their_sizes_and_their_settings(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "i").mkdir()
+    (tmp_path / "i" / "000099.png").touch()
     sample(
         run, tmp_path, "--labels", "dog, 3", "--num-per-label", "3", "--seed", "7", "--images-out", str(tmp_path / "i")
     )
+    shown = capsys.readouterr().out
+    assert f"images {tmp_path / 'i' / '000000.png'} to 000005.png, beside 1 other" in shown
+    (tmp_path / "i" / "000099.png").unlink()
     assert Image.open(tmp_path / "grid.png").size == (8 * (3 * 10 + 2), 8 * (2 * 10 + 2)), "8 times 3 columns, 2 rows"
     assert [path.name for path in sorted((tmp_path / "i").iterdir())] == [f"{index:06d}.png" for index in range(6)]
     grid = settings(tmp_path / "grid.png")
@@ -112,7 +117,6 @@ def test_files_their_sizes_and_their_settings(run: Path, tmp_path: Path, capsys:
     assert (image["label"], image["seed"], image["images_seen"]) == (3, 11, 640)
     assert (image["sampler"], image["steps"], image["guidance"]) == ("dpm++", 3, 2.0)
     assert (image["checkpoint"], image["torch"]) == (str(run), torch.__version__)
-    shown = capsys.readouterr().out
     assert "6 images (Dog, no label)" in shown
     assert str(tmp_path / "grid.png") in shown
 

@@ -19,6 +19,7 @@ from lamamba.cli import main, read_train_config
 from lamamba.config import PRESETS, TrainConfig
 from lamamba.diffusion import Diffusion
 from lamamba.errors import LamambaError
+from lamamba.train import _set_aside
 from lamamba.trainer import describe_weight_decay
 from steps import Replayed
 
@@ -422,3 +423,31 @@ def test_a_run_whose_rate_falls_keeps_its_length(tmp_path: Path, capsys: pytest.
     with pytest.raises(SystemExit, match="2"):
         main(["train", "--out", str(tmp_path / "parts"), "--resume", "--num-images", "24"])
     assert "num_images was 16, now 24" in capsys.readouterr().err
+
+
+def test_a_run_begins_in_no_folder_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, content in (
+        ("checkpoint.json", "{}"), ("model_index.json", "{}"), ("config.json", '{"_class_name": "LaMambaDiff"}')
+    ):  # fmt: skip
+        out = tmp_path / name.partition(".")[0]
+        out.mkdir()
+        (out / name).write_text(content)
+        with pytest.raises(SystemExit, match="2"):
+            train(out, "--num-images", "4")
+        assert f"{out} holds something else than a run ({name}): choose another --out" in capsys.readouterr().err
+        assert [path.name for path in out.iterdir()] == [name]
+
+
+def test_what_earlier_starts_left_is_moved_and_not_lost(tmp_path: Path) -> None:
+    assert _set_aside(tmp_path) is None
+    (tmp_path / "config.json").touch()
+    (tmp_path / "notes.txt").touch()
+    assert _set_aside(tmp_path) is None, "nothing was written yet"
+    for number in (1, 2):
+        (tmp_path / "log.jsonl").write_text(str(number))
+        (tmp_path / "checkpoints" / ".incomplete-8").mkdir(parents=True)
+        aside = tmp_path / f"earlier-{number}"
+        assert _set_aside(tmp_path) == aside
+        assert (aside / "log.jsonl").read_text() == str(number)
+        assert (aside / "checkpoints" / ".incomplete-8").is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier-1", "earlier-2", "notes.txt"]

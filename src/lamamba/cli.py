@@ -281,8 +281,14 @@ def _finetune(arguments: list[str]) -> None:
         _parse(TrainConfig, "finetune CHECKPOINT", arguments)
     name, *others = arguments
     out = _peek(others, "--out")
-    if out is not None and (Path(out) / "config.json").is_file():
-        _train(others)  # which says what there is, or resumes it
+    if "--resume" in others and out is not None and (Path(out) / "config.json").is_file():
+        began_with = read_train_config(Path(out) / "config.json").start_from
+        if began_with is None or os.path.abspath(began_with) != os.path.abspath(name):
+            raise ConfigError(
+                f"{out} began with {began_with or 'fresh weights'}, not with {name}: resume it with lamamba train, or "
+                "choose another --out"
+            )
+        _train(others)
         return
     config = _parse(TrainConfig, "finetune CHECKPOINT", others, _finetune_defaults(name))
     with _loading():

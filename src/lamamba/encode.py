@@ -105,6 +105,9 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
         if changed:
             raise DataError(f"{folder} was begun with other options, choose another --out: {'; '.join(changed)}")
         return
+    left = [other.name for pattern in ("shard-*", INDEX) for other in folder.glob(pattern)]
+    if left:
+        raise DataError(f"{folder} holds {min(left)}, and no {SETTINGS} that says of what: choose another --out")
     try:
         with written_whole(path) as temporary:
             write_text(temporary, json.dumps({"format": FORMAT, "settings": settings}, indent=2) + "\n")

@@ -177,7 +177,10 @@ def sample_grid(config: SampleConfig) -> None:
     drawn = f"{len(labels)} image{'s' * (len(labels) != 1)} ({named})"
     say(f"{drawn} · {painter.sampler}, {config.steps} steps", f"grid   {config.out}")
     if config.images_out is not None:
-        say(f"images {config.images_out}")
+        last = f" to {len(labels) - 1:06d}.png" if len(labels) > 1 else ""
+        others = len(list(config.images_out.glob("*.png"))) - len(labels)
+        beside = f", beside {others} other{'s' * (others > 1)}" if others else ""
+        say(f"images {config.images_out / '000000.png'}{last}{beside}")
 
 
 def paint_with_bar(painter: Painter, labels: Sequence[int], seeds: Sequence[int]) -> np.ndarray:

@@ -229,11 +229,14 @@ class TrainingLog:
         """Say where everything is."""
         self.progress.stop()
         out = self.config.out
-        grids = sorted((out / "samples").glob("*.png"))
+        # Of a run that fell back to an earlier checkpoint there may be grids of images that it has not seen again.
+        names = [path.stem for path in (out / "samples").glob("*.png")]
+        seen = [name for name in names if name.isdecimal() and int(name) <= images]
         self.note(f"done: {images:,} images seen")
-        if grids:
-            self.note(f"samples     {grids[-1]}")
-        self.note(f"loss curve  {out / 'loss.png'}")
+        if seen:
+            self.note(f"samples     {out / 'samples' / max(seen, key=int)}.png")
+        if (out / "loss.png").is_file():
+            self.note(f"loss curve  {out / 'loss.png'}")
         self.note(f"sample more with: lamamba sample {shlex.quote(str(out))} --out grid.png")
 
     def _plot(self) -> None:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.distributed
 import torch.utils.checkpoint
 
 from lamamba.checkpoint import (
+    RECORD,
     checkpoints_in,
     locked,
     newest_whole,
@@ -29,9 +31,10 @@ from lamamba.log import SilentLog, TrainingLog
 from lamamba.memory import keep_freed_memory
 from lamamba.output import say
 from lamamba.processes import Processes, SignalsNoted, joined
-from lamamba.records import OriginRecord, read_record
+from lamamba.records import OriginRecord, is_run, read_record
 from lamamba.sampling import choose_device
 from lamamba.trainer import Trainer, describe_weight_decay, learning_rate
+from lamamba.weights import PIPELINE_INDEX
 
 
 def resolve(config: TrainConfig) -> tuple[TrainConfig, Source, Space, torch.device]:
@@ -156,6 +159,8 @@ def _train(config: TrainConfig, source: Source, space: Space, device: torch.devi
             say(*json.dumps(plain(config), indent=2).splitlines())
         return
     saved = checkpoints_in(config.out)
+    if not saved:
+        _check_can_begin(config.out)
     if saved and not config.resume:
         raise CheckpointError(f"{config.out} already holds a run: add --resume to continue it, or choose another --out")
     resumed = (newest_whole(saved) if config.fall_back else saved[-1]) if saved else None
@@ -176,6 +181,8 @@ def _train(config: TrainConfig, source: Source, space: Space, device: torch.devi
             with locked(config.out):
                 if config.resume and not saved:
                     say(f"{config.out} holds no checkpoint: the run begins")
+                if not saved and (aside := _set_aside(config.out)):
+                    say(f"moved what an earlier start left in {config.out} to {aside}")
                 write_json(config.out / "config.json", {**plain(config), **origin})
                 with TrainingLog(config, trainer.images, device) as log:
                     log.introduce(source, trainer.network, processes.number, trainer.uses_bf16)
@@ -190,6 +197,33 @@ def _train(config: TrainConfig, source: Source, space: Space, device: torch.devi
                     _run(trainer, log, signals)
         except OSError as error:
             raise CheckpointError(f"run folder {config.out} could not be written ({error}): free some space") from error
+
+
+# What a run writes. An earlier start that saved no checkpoint leaves it, and it is not this run's.
+_WRITTEN = (
+    "config.json", "log.jsonl", "loss.png", "samples", "averages", "checkpoints", "tensorboard", "wandb", "wandb-id",
+)  # fmt: skip
+
+
+def _check_can_begin(out: Path) -> None:
+    """Raise CheckpointError where a run would be mixed up with a checkpoint, a pipeline or a network."""
+    foreign = [name for name in (RECORD, PIPELINE_INDEX) if (out / name).is_file()]
+    if not foreign and (out / "config.json").is_file() and not is_run(out):
+        foreign = ["config.json"]
+    if foreign:
+        raise CheckpointError(f"{out} holds something else than a run ({foreign[0]}): choose another --out")
+
+
+def _set_aside(out: Path) -> Path | None:
+    """Move what an earlier start left in a run folder to a folder in it; returns that, or None."""
+    left = [out / name for name in _WRITTEN if (out / name).exists()]
+    if all(path.name == "config.json" for path in left):  # it ended before anything else was written
+        return None
+    aside = next(path for number in count(1) if not (path := out / f"earlier-{number}").exists())
+    aside.mkdir()
+    for path in left:
+        path.rename(aside / path.name)
+    return aside
 
 
 def _diverged(trainer: Trainer, fault: str) -> LamambaError:
