@@ -111,6 +111,7 @@ def _start(
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    multiprocessing.set_start_method(None, force=True)  # Python's default, not how this process was started
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)

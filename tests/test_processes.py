@@ -24,7 +24,7 @@ from lamamba.averages import snapshots_in
 from lamamba.checkpoint import checkpoints_in, load_checkpoint
 from lamamba.cli import main
 from lamamba.errors import ConfigError
-from lamamba.processes import Processes, SignalsNoted, joined
+from lamamba.processes import Processes, joined
 
 TINY = [
     *("--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
@@ -337,15 +337,3 @@ main()
     assert job.returncode != 0
     saved = checkpoints_in(out)[-1]
     assert f"stopped by {name} at image {int(saved.name)}, all is saved" in said
-
-
-def test_signals_that_come_at_once_are_one_and_later_ones_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts tests in the background has it ignored
-    with SignalsNoted() as signals:
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGINT)
-        assert signals.number == signal.SIGTERM
-        monkeypatch.setattr(SignalsNoted, "AT_ONCE_S", 0.0)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

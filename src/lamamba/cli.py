@@ -41,7 +41,7 @@ from lamamba.config import (
     nearest,
     preset,
 )
-from lamamba.errors import CheckpointError, ConfigError, LamambaError, SignalError
+from lamamba.errors import CheckpointError, ConfigError, LamambaError, OtherProcessError, SignalError
 from lamamba.streams import StandardStream, standard_streams, visible
 
 _HELP = """\
@@ -135,6 +135,8 @@ def _run(arguments: list[str]) -> None:
         if not stop.silent:
             _complain(stop)
         sys.exit(128 + stop.signal)
+    except OtherProcessError:
+        sys.exit(2)
     except (LamambaError, OSError) as error:  # OSError: a disk that is full or read-only
         _complain(f"error: {error}")
         sys.exit(2)

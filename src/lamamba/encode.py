@@ -33,6 +33,7 @@ from lamamba.output import make_console, make_progress, say
 from lamamba.processes import Processes, joined
 from lamamba.records import parse_record
 from lamamba.sampling import choose_device
+from lamamba.signals import SignalsNoted
 
 
 def encode(config: EncodeConfig) -> None:
@@ -54,7 +55,8 @@ def encode(config: EncodeConfig) -> None:
                 if source.left_out:
                     say(f"left out of {config.data}: {source.left_out}")
             processes.wait()
-            _encode_shards(config, source, space, device, processes)
+            with SignalsNoted() as signals:
+                _encode_shards(config, source, space, device, processes, signals)
             processes.wait()
             if processes.is_first:
                 _write_index(config.out, settings)
@@ -116,8 +118,9 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _encode_shards(
-    config: EncodeConfig, source: Source, space: Latents, device: torch.device, processes: Processes
-) -> None:
+    config: EncodeConfig, source: Source, space: Latents, device: torch.device, processes: Processes,
+    signals: SignalsNoted,
+) -> None:  # fmt: skip
     size = config.images_per_shard
     shards = {first // size: range(first, min(first + size, len(source))) for first in range(0, len(source), size)}
     mine = {shard: images for shard, images in shards.items() if shard % processes.number == processes.rank}
@@ -130,6 +133,8 @@ def _encode_shards(
                 continue
             parts = []
             for pixels, labels in _read(source, images, config):
+                where = f"shard {shard + 1} of {len(shards)}: the same command goes on from there"
+                signals.end_if_noted(where, silent=not processes.is_first)
                 parts.append(_encode_batch(space, torch.from_numpy(pixels).to(device), config.mirrored))
                 parts[-1]["labels"] = torch.from_numpy(labels)
                 progress.advance(task, len(labels))

@@ -19,8 +19,12 @@ class CheckpointError(LamambaError, RuntimeError):
     """A checkpoint is missing, damaged, foreign, or could not be written."""
 
 
+class OtherProcessError(LamambaError):
+    """Another of the processes that train together failed; that one says why."""
+
+
 class SignalError(LamambaError):
-    """Training ended because of a signal, and lost nothing.
+    """Work ended because of a signal, and lost nothing.
 
     Args:
         number: of the signal, the attribute `signal`.

@@ -39,6 +39,7 @@ from lamamba.output import make_console, make_progress, say
 from lamamba.processes import Processes, joined
 from lamamba.records import read_record
 from lamamba.sampling import check_labels, choose_device, make_grid, sample, uses_bf16
+from lamamba.signals import SignalsNoted
 from lamamba.streams import visible
 
 SAMPLES, GENERATION = "samples.npz", "generation.json"
@@ -211,7 +212,8 @@ def generate(config: GenerateConfig) -> None:
             if processes.is_first:
                 _begin_set(config.out, json.loads(json.dumps(made)))
             processes.wait()
-            _paint_shards(config, painter, labels, processes)
+            with SignalsNoted() as signals:
+                _paint_shards(config, painter, labels, processes, signals)
             processes.wait()
             if processes.is_first:
                 if config.format == "npz":
@@ -269,7 +271,9 @@ def _begin_set(out: Path, made: dict[str, Any]) -> None:
         raise ConfigError(f"{out} holds images that were made otherwise, choose another folder: {'; '.join(changed)}")
 
 
-def _paint_shards(config: GenerateConfig, painter: Painter, labels: np.ndarray, processes: Processes) -> None:
+def _paint_shards(
+    config: GenerateConfig, painter: Painter, labels: np.ndarray, processes: Processes, signals: SignalsNoted
+) -> None:
     if config.format == "npz" and (config.out / SAMPLES).exists():
         return
     shards = [
@@ -288,6 +292,8 @@ def _paint_shards(config: GenerateConfig, painter: Painter, labels: np.ndarray, 
 
         def step(number: int) -> None:
             nonlocal done
+            where = f"image {done:,.0f} of {total:,}: the same command goes on after the last whole shard"
+            signals.end_if_noted(where, silent=not processes.is_first)
             done += number / painter.evaluations
             progress.update(bar, completed=round(done))
 

@@ -6,16 +6,13 @@ same.
 """
 
 import os
-import signal
 import socket
 import sys
-import threading
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +20,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # they are there, and documented
 from torch.distributed.distributed_c10d import _abort_process_group
 
-from lamamba.errors import ConfigError
+from lamamba.errors import ConfigError, LamambaError
 
 
 @dataclass(frozen=True)
@@ -69,9 +66,13 @@ class Processes:
         return int(together)
 
     def wait(self) -> None:
-        """Go on once all processes are here."""
-        if self.number > 1:
+        """Go on once all processes are here; raises LamambaError if one of them has ended."""
+        if self.number == 1:
+            return
+        try:
             dist.barrier()
+        except RuntimeError as error:
+            raise LamambaError("another process has ended, so this one does too: see what that one printed") from error
 
 
 def cut_evenly(length: int, number: int) -> list[int]:
@@ -223,41 +224,3 @@ def _open_store(host: str, port: int) -> Any:
     if restart == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     return PrefixStore(f"restart {restart}", TCPStore(host, port, is_master=False))
-
-
-class SignalsNoted:
-    """A context in which a signal to end is noted, for a loop to look at; a later one ends the process as usual.
-
-    Not one that follows at once: whoever signals all processes of a job reaches some of them twice, directly and by way
-    of torchrun, which passes on what it gets.
-    """
-
-    # Of Ctrl-C, of whoever ends a job, and of a scheduler that warns before it does.
-    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
-    AT_ONCE_S = 2.0
-
-    def __init__(self) -> None:
-        self.number = 0
-
-    def __enter__(self) -> Self:
-        self.before: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
-            self.before = {number: signal.signal(number, self._note) for number in numbers}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._restore()
-
-    def _note(self, number: int, frame: object) -> None:
-        now = time.monotonic()
-        if not self.number:
-            self.number, self.noted = number, now
-        elif now - self.noted > self.AT_ONCE_S:
-            self._restore()
-            signal.raise_signal(number)
-
-    def _restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before = {}

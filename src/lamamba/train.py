@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import asdict, replace
 from itertools import count
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed
 import torch.utils.checkpoint
+from torch import Tensor
 
 from lamamba.checkpoint import (
     RECORD,
@@ -24,15 +25,16 @@ from lamamba.checkpoint import (
 from lamamba.config import TrainConfig
 from lamamba.data import NAMED_SOURCES, LatentSource, Source, open_source
 from lamamba.data.latent_files import are_latents
-from lamamba.errors import CheckpointError, ConfigError, LamambaError, SignalError
+from lamamba.errors import CheckpointError, ConfigError, DataError, LamambaError, OtherProcessError, SignalError
 from lamamba.identity import compare_origin, describe_origin, is_same_place
 from lamamba.latents import Latents, Space, identify, open_space
 from lamamba.log import SilentLog, TrainingLog
 from lamamba.memory import keep_freed_memory
 from lamamba.output import say
-from lamamba.processes import Processes, SignalsNoted, joined
+from lamamba.processes import Processes, joined
 from lamamba.records import OriginRecord, is_run, read_record
 from lamamba.sampling import choose_device
+from lamamba.signals import SignalsNoted
 from lamamba.trainer import Trainer, describe_weight_decay, learning_rate
 from lamamba.weights import PIPELINE_INDEX
 
@@ -233,7 +235,34 @@ def _diverged(trainer: Trainer, fault: str) -> LamambaError:
     return LamambaError(f"{fault} at image {trainer.images}: lower learning_rate; {mend}")
 
 
+def _read(reader: Iterator[tuple[Tensor, Tensor]]) -> tuple[tuple[Tensor, Tensor] | None, Exception | None]:
+    """Read a batch; or return what went wrong, which all processes have to hear of first."""
+    try:
+        return next(reader), None
+    except Exception as error:
+        return None, error
+
+
+def _reading_failed(failure: Exception | None, where: str = "") -> Exception:
+    """Say that images could not be read, here or (None) by another process, and where that leaves the run."""
+    if failure is None:
+        return OtherProcessError("another process could not read its images")
+    if isinstance(failure, LamambaError):
+        return DataError(f"{failure}{where}")
+    if isinstance(failure, (OSError, MemoryError)):
+        return DataError(f"images could not be read ({type(failure).__name__}: {failure}){where}")
+    return failure  # a bug, to be seen whole
+
+
 def _run(trainer: Trainer, log: TrainingLog | SilentLog, signals: SignalsNoted) -> None:
+    with closing(trainer.batches()) as batches:  # which ends its workers
+        _take_steps(trainer, log.waiting_for(batches), log, signals)
+    log.finish(trainer.images)
+
+
+def _take_steps(
+    trainer: Trainer, reader: Iterator[tuple[Tensor, Tensor]], log: TrainingLog | SilentLog, signals: SignalsNoted
+) -> None:
     config = trainer.config
     # `resolve` fills these in
     assert config.log_every is not None
@@ -242,7 +271,6 @@ def _run(trainer: Trainer, log: TrainingLog | SilentLog, signals: SignalsNoted) 
     assert config.snapshot_every is not None
     if trainer.device.type == "cpu":
         keep_freed_memory()
-    reader = trainer.batches() if trainer.images < config.num_images else iter(())
     before = started = trainer.images
     prepares = trainer.device.type == "cuda" or config.compile
     first_step: AbstractContextManager[None] = log.first_step(config.compile) if prepares else nullcontext()
@@ -253,10 +281,16 @@ def _run(trainer: Trainer, log: TrainingLog | SilentLog, signals: SignalsNoted) 
         if signals.number and not trainer.shards:  # whose processes draw together, and to the end
             raise SignalError(signals.number, "its samples")
 
-    for images, labels in log.waiting_for(reader):
+    last = trainer.images >= config.num_images
+    batch, failure = (None, None) if last else _read(reader)
+    if trainer.processes.largest(failure is not None):
+        # A worker that has just been started ends at a signal too.
+        signals.end_if_noted(f"image {started}: --resume goes on from here", silent=not is_first)
+        raise _reading_failed(failure)
+    while batch is not None:
         try:
             with first_step:
-                terms = trainer.take_step(images, labels)
+                terms = trainer.take_step(*batch)
         except Exception as error:
             # Ctrl-C ends the compilers of a first step too, which then fails in one of many ways.
             if signals.number and trainer.images == started:
@@ -287,20 +321,21 @@ def _run(trainer: Trainer, log: TrainingLog | SilentLog, signals: SignalsNoted) 
             with log.pause("save"):
                 trainer.save_snapshot()
         log.note_checkpoint(trainer.writer.finish(wait=False))
-        signal_number = trainer.processes.largest(signals.number)
-        if due(config.checkpoint_every) or signal_number:
+        # Read ahead, since a batch that cannot be read is a reason to save, as is a signal, which counts more.
+        batch, failure = (None, None) if last or signals.number else _read(reader)
+        stop = trainer.processes.largest(2 * signals.number + (failure is not None))
+        if due(config.checkpoint_every) or stop:
             if not trainer.is_finite():
                 raise _diverged(trainer, "a weight is not finite")
             with log.pause("save"):
                 log.note_checkpoint(trainer.writer.finish())
                 trainer.save()
-        if signal_number or last:
+        if stop or last:
             log.note_checkpoint(trainer.writer.finish())
             trainer.processes.wait()
-        if signal_number and not last:
+        if stop and not last:
             where = f"image {trainer.images}, all is saved: --resume goes on from here"
-            raise SignalError(signal_number, where, silent=not is_first)
+            if stop > 1:
+                raise SignalError(stop // 2, where, silent=not is_first)
+            raise _reading_failed(failure, f"; stopped at {where}")
         before = trainer.images
-        if last:
-            break
-    log.finish(trainer.images)

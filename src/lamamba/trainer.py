@@ -1,7 +1,7 @@
 """One run's state, and how to take a step: batch, loss, gradient, optimizer, average; checkpoints and samples of it."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import cached_property, partial
@@ -104,7 +104,7 @@ class Trainer:
         """Build the network with fresh parameters; override this, `save` and `restore` to train another one alike."""
         return LaMambaDiff(**vars(self.config.network))
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self) -> Generator[tuple[Tensor, Tensor]]:
         """Read on from the first image not yet seen."""
         return batches(
             self.source,

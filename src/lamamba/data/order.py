@@ -1,6 +1,9 @@
 """Which image is read when: a pure function of (seed, position), so that training resumes to the image."""
 
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import count
 from typing import Any
@@ -12,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lamamba.data.sources import ArraySource, Source
 from lamamba.errors import ConfigError, DataError
+from lamamba.signals import leave_signals_to_parent
 
 
 @lru_cache(maxsize=2)
@@ -53,7 +57,7 @@ def batches(
     horizontal_flip: bool = False,
     num_workers: int = 0,
     share: slice = slice(None),
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor]]:
     """Read batches without end, each epoch in a new order that depends only on (seed, epoch).
 
     Args:
@@ -67,6 +71,7 @@ def batches(
 
     Returns:
         Iterator over images, uint8 (b, c, h, w), or what else the source holds, and labels, int64 (b,), of the share.
+        Closing it ends the workers.
         PyTorch's global generator is not touched.
 
     Raises:
@@ -88,16 +93,18 @@ def batches(
 
 def _read_batches(
     source: Source, every_positions: Iterator[np.ndarray], seed: int, horizontal_flip: bool, num_workers: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor]]:
     reader = _BatchReader(source, seed, horizontal_flip)
     if isinstance(source, ArraySource):
         num_workers = 0  # gathering is faster than sending the batch from one process to another
     # Its own generator: otherwise the loader draws from PyTorch's global one, and the noise of a run would depend on
     # how often it was resumed.
-    generator = torch.Generator()
-    loaded = iter(
-        DataLoader[Any](reader, batch_size=None, sampler=every_positions, num_workers=num_workers, generator=generator)
-    )
+    loader = DataLoader[Any](
+        reader, batch_size=None, sampler=every_positions, num_workers=num_workers, generator=torch.Generator(),
+        worker_init_fn=leave_signals_to_parent,
+    )  # fmt: skip
+    with _worker_deaths_left_to_the_reader():
+        loaded = iter(loader)
     try:
         while True:
             batch = next(loaded)
@@ -109,10 +116,27 @@ def _read_batches(
         if "DataLoader worker" not in str(error):
             raise
         raise DataError(
-            f"a worker process that reads {source.name} died ({error}): use fewer num_workers (--num-workers)"
+            f"a worker process that reads {source.name} died ({str(error).splitlines()[0].rstrip('. ')}), perhaps for "
+            "want of memory: use fewer num_workers (--num-workers)"
         ) from error
     finally:
         del loaded  # ends the workers now; left in the traceback's cycle, they are waited for, five seconds each
+
+
+@contextmanager
+def _worker_deaths_left_to_the_reader() -> Iterator[None]:
+    """Keep the loader that is made in this context from raising the death of a worker anywhere in the main thread.
+
+    It does so in a handler of SIGCHLD: in the middle of a step, say, which would leave weights that cannot be saved. It
+    also looks for dead workers while it waits for a batch, which is early enough.
+    """
+    handles = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if handles else None
+    try:
+        yield
+    finally:
+        if handles:
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 class _BatchReader(Dataset[Any]):
