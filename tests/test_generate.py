@@ -11,9 +11,11 @@ from PIL import Image
 
 from lamamba.checkpoint import CheckpointInfo, load_checkpoint
 from lamamba.cli import main
+from lamamba.config import SamplingConfig
+from lamamba.demo.settings import label_names, read_guidance
 from lamamba.diffusion import Diffusion
 from lamamba.errors import ConfigError
-from lamamba.generate import parse_labels
+from lamamba.generate import Painter, parse_labels
 from lamamba.latents import Pixels
 from lamamba.model import LaMambaDiff
 from lamamba.pipeline import LaMambaDiffPipeline
@@ -24,14 +26,18 @@ CLASS_NAMES = ("Cat", "Dog", "Great owl")
 
 
 def write_run(
-    folder: Path, objective: str = "diffusion", class_names: tuple[str, ...] = CLASS_NAMES, seed: int = 0
+    folder: Path,
+    objective: str = "diffusion",
+    class_names: tuple[str, ...] = CLASS_NAMES,
+    seed: int = 0,
+    label_dropout: float = 0.1,
 ) -> Path:
     """Write a checkpoint of a tiny network whose output depends on its label."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = LaMambaDiff(
             in_channels=1, sample_size=8, num_classes=len(class_names), embed_dim=8, num_heads=2, depths=(1, 1, 1, 1),
-            bottleneck_depth=1, decoder_extra_depth=0, window_size=4,
+            bottleneck_depth=1, decoder_extra_depth=0, window_size=4, label_dropout=label_dropout,
         )  # fmt: skip
         for parameter in network.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
@@ -191,6 +197,27 @@ def test_an_unconditional_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert settings(tmp_path / "grid.png")["guidance"] == 1.0
     refused(capsys, run, tmp_path, "--guidance", "2", message="guidance needs labels")
     refused(capsys, run, tmp_path, "--labels", "cat", message="no class is named 'cat': this network is unconditional")
+
+
+def test_a_run_that_never_dropped_labels_is_not_guided(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", label_dropout=0.0)
+    sample(run, tmp_path, "--labels", "dog", "--num-per-label", "1")
+    off = "guidance is off: this network was trained with label_dropout 0"
+    assert off in capsys.readouterr().out
+    assert settings(tmp_path / "grid.png")["guidance"] == 1.0
+    sample(run, tmp_path, "--labels", "dog", "--num-per-label", "1", "--guidance", "1")
+    assert off not in capsys.readouterr().out
+    refused(capsys, run, tmp_path, "--guidance", "2", message="label_dropout 0")
+    refused(capsys, run, tmp_path, "--labels", "3", message='has never seen "no label": give one of its 3 classes')
+    main(["generate", str(run), "--num-images", "2", "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "set")])
+    assert off in capsys.readouterr().out
+    assert json.loads((tmp_path / "set" / "generation.json").read_text())["guidance"] == 1.0
+    main(["push", str(run), "--out", str(tmp_path / "pipe"), "--num-per-label", "1", "--device", "cpu"])
+    assert off in capsys.readouterr().out
+    assert "| guidance | off: this network was trained with label" in (tmp_path / "pipe" / "README.md").read_text()
+    painter = Painter(SamplingConfig(checkpoint=str(run)), torch.device("cpu"))
+    assert label_names(painter) == list(CLASS_NAMES)
+    assert read_guidance(7, painter) == 1.0, "as the page shows it"
 
 
 def refused(capsys: pytest.CaptureFixture[str], run: Path, folder: Path, *options: str, message: str) -> None:

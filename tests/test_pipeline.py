@@ -482,6 +482,22 @@ def test_an_unconditional_network_needs_no_labels() -> None:
     assert torch.equal(latents_of(pipe, guidance_scale=5.0), latents_of(pipe, guidance_scale=1.0))
 
 
+def test_a_network_that_never_saw_no_label_is_not_guided(tmp_path: Path) -> None:
+    pipe = build(label_dropout=0.0)
+    pipe.save_pretrained(tmp_path)
+    pipe = LaMambaDiffPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.warns(UserWarning, match="guidance is off: this network was trained with label_dropout 0"):
+        unguided = latents_of(pipe, ["Coat"])
+    assert torch.equal(unguided, latents_of(pipe, ["Coat"], guidance_scale=1.0))
+    with pytest.raises(ConfigError, match=r"label_dropout 0, .*: leave guidance_scale at 1, .*, not 2\.0"):
+        latents_of(pipe, ["Coat"], guidance_scale=2.0)
+    for label in (None, 3, {"Coat": 0.5, 3: 0.5}, torch.tensor([0.0, 0.9, 0.0, 0.1])):
+        with pytest.raises(ConfigError, match='it has never seen "no label": give one of its 3 classes'):
+            latents_of(pipe, [label], guidance_scale=1.0)
+    assert not torch.equal(latents_of(pipe, ["Coat"], guidance_scale=2.0, weaker_network=build().network), unguided)
+
+
 @pytest.fixture
 def decoded(autoencoder: Path) -> LaMambaDiffPipeline:
     """A pipeline that decodes latents."""

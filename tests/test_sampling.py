@@ -11,7 +11,7 @@ from lamamba.config import GuidanceOptions
 from lamamba.diffusion import OBJECTIVES, STOCHASTIC_SAMPLERS, Diffusion
 from lamamba.errors import ConfigError
 from lamamba.model import LaMambaDiff
-from lamamba.sampling import choose_device, make_grid, sample
+from lamamba.sampling import choose_device, choose_guidance, make_grid, sample
 
 LABELS, SEEDS = [0, 1, 2, 0, 1, 2, 3, 1], [5, 6, 7, 8, 9, 10, 11, 12]
 
@@ -134,6 +134,22 @@ def test_an_unconditional_network_samples_without_guidance_only() -> None:
         sample(network, Diffusion(), [0], [1], num_steps=2, guidance_scale=1.5)
     with pytest.raises(ConfigError, match=r"label 1 is out of range.*unconditional"):
         sample(network, Diffusion(), [1], [1], num_steps=2)
+
+
+def test_a_network_that_never_saw_no_label_is_not_guided() -> None:
+    network = LaMambaDiff(**{**make_network().config, "label_dropout": 0.0}).eval()
+    assert choose_guidance(network.config, None) == 1.0
+    assert choose_guidance(make_network().config, None) == 2.0
+    assert choose_guidance(make_network(0).config, None) == 1.0
+    assert choose_guidance(network.config, None, by_weaker=True) == 2.0
+    assert bool(sample(network, Diffusion(), [0], [1], num_steps=2).isfinite().all())
+    assert bool(
+        sample(network, Diffusion(), [0], [1], num_steps=2, guidance_scale=2.0, weaker=make_network()).isfinite().all()
+    )
+    with pytest.raises(ConfigError, match=r"trained with label_dropout 0, .* leave guidance_scale at 1.* not 1\.5"):
+        sample(network, Diffusion(), [0], [1], num_steps=2, guidance_scale=1.5)
+    with pytest.raises(ConfigError, match='never seen "no label": give one of its 3 classes'):
+        sample(network, Diffusion(), [0, 3], [1, 2], num_steps=2)
 
 
 @pytest.mark.parametrize("label", [-1, 4])

@@ -425,6 +425,23 @@ def test_a_run_whose_rate_falls_keeps_its_length(tmp_path: Path, capsys: pytest.
     assert "num_images was 16, now 24" in capsys.readouterr().err
 
 
+def test_grids_of_a_run_that_never_drops_labels_are_without_guidance(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scales = []
+
+    def note_scale(network: Any, *arguments: Any, guidance_scale: float, **options: Any) -> torch.Tensor:
+        scales.append(guidance_scale)
+        return torch.zeros(20, 1, 32, 32)
+
+    monkeypatch.setattr("lamamba.trainer.sample", note_scale)
+    for dropout in ("0", "0.1"):
+        train(tmp_path / dropout, "--num-images", "4", "--label-dropout", dropout)
+        said = "sample grids are without guidance: this network was trained with label_dropout 0"
+        assert (said in capsys.readouterr().out) == (dropout == "0")
+    assert scales == [1.0, 2.0]
+
+
 def test_a_run_begins_in_no_folder_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, content in (
         ("checkpoint.json", "{}"), ("model_index.json", "{}"), ("config.json", '{"_class_name": "LaMambaDiff"}')

@@ -38,8 +38,20 @@ from lamamba.npz import opened_array
 from lamamba.output import make_console, make_progress, say
 from lamamba.processes import Processes, joined
 from lamamba.records import read_record
+<<<<<<< HEAD
 from lamamba.sampling import check_labels, choose_device, make_grid, sample, uses_bf16
 from lamamba.signals import SignalsNoted
+=======
+from lamamba.sampling import (
+    check_labels,
+    choose_device,
+    choose_guidance,
+    make_grid,
+    sample,
+    uses_bf16,
+    why_unguided,
+)  # fmt: skip
+>>>>>>> 1e231f5 (Turn guidance off where labels were never dropped)
 from lamamba.streams import visible
 
 SAMPLES, GENERATION = "samples.npz", "generation.json"
@@ -86,14 +98,20 @@ class Painter:
         if config.guidance_checkpoint is not None:
             weaker = _load_weaker(config.guidance_checkpoint, self.info)
             self.weaker = CapturedNetwork(weaker.to(self.network.device), self.uses_bf16)
-        can_guide = self.num_classes or self.weaker is not None
-        self.guidance = config.guidance if config.guidance is not None else (2.0 if can_guide else 1.0)
+        by_weaker = self.weaker is not None
+        self.guidance = choose_guidance(self.network.config, config.guidance, by_weaker)
+        self.unguided = why_unguided(self.network.config) if config.guidance is None and not by_weaker else None
         sides = config.size
         self.size = None if sides is None else (self.space.grid_size(sides[0]), self.space.grid_size(sides[1]))
         self.sampler = config.sampler or self.objective.default_sampler
         # Before the work: a sampler that does not fit should not cost a minute.
         scheduler = self.objective.scheduler(self.sampler, config.steps, clip_sample=self.space.bounded)
         self.evaluations, self.clips = len(scheduler.timesteps), bool(scheduler.config.get("thresholding"))
+
+    def say_unguided(self) -> None:
+        """Print why there is no guidance by default, though there are labels."""
+        if self.unguided and self.num_classes:
+            say(f"guidance is off: {self.unguided}")
 
     def prepare(self, number: int) -> None:
         """Get ready for a number of images: for many, on a GPU, it pays to compile the autoencoder's decoder."""
@@ -165,6 +183,7 @@ def sample_grid(config: SampleConfig) -> None:
     labels = [label for label in classes for _ in range(config.num_per_label)]
     seeds = [config.seed + index for index in range(len(labels))]
     _make_folders(config)
+    painter.say_unguided()
     pixels = paint_with_bar(painter, labels, seeds)
 
     settings = painter.settings
@@ -210,6 +229,7 @@ def generate(config: GenerateConfig) -> None:
         # Others wait, so that the folder is there, and is the right one.
         with locked(config.out) if processes.is_first else nullcontext():
             if processes.is_first:
+                painter.say_unguided()
                 _begin_set(config.out, json.loads(json.dumps(made)))
             processes.wait()
             with SignalsNoted() as signals:

@@ -3,6 +3,7 @@
 import math
 import operator
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -24,7 +25,7 @@ from lamamba.errors import ConfigError
 from lamamba.hub import fetch
 from lamamba.latents import IMAGE_CHANNELS, Latents, Pixels, check_autoencoder
 from lamamba.model import LaMambaDiff
-from lamamba.sampling import seeded, slerp, slerp_weights
+from lamamba.sampling import check_no_label, choose_guidance, seeded, slerp, slerp_weights, why_unguided
 from lamamba.schedulers import Steps, check_scheduler, open_scheduler
 from lamamba.weights import PIPELINE_INDEX
 
@@ -144,7 +145,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         self,
         class_labels: Labels = None,
         num_inference_steps: int = 25,
-        guidance_scale: float = 2.0,
+        guidance_scale: float | None = None,
         *,
         guidance_interval: tuple[float, float] | None = None,
         guidance_cosine_power: float = 0.0,
@@ -175,7 +176,8 @@ class LaMambaDiffPipeline(DiffusionPipeline):
                 (num_classes + 1,), or (b, num_classes + 1), weighs the embeddings as it is, the last being that of "no
                 label".
             num_inference_steps: steps of the scheduler.
-            guidance_scale: 1 is no guidance; an unconditional network knows none.
+            guidance_scale: 1 is no guidance. The default is 2, or 1 for a network trained with label_dropout 0, which
+                cannot be guided; an unconditional network ignores it.
             guidance_interval: two noise levels, see `lamamba.diffusion.guide`.
             guidance_cosine_power: see there.
             guidance_rescale: see there.
@@ -215,7 +217,8 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         for name, value in (("max_batch_size", max_batch_size), ("height", height), ("width", width)):
             if value is not None:
                 _check_whole(name, value)
-        check(is_number(guidance_scale), "guidance_scale", guidance_scale, "a number, 1 for no guidance")
+        is_scale = guidance_scale is None or is_number(guidance_scale)
+        check(is_scale, "guidance_scale", guidance_scale, "a number, 1 for no guidance")
         if mask_image is not None and image is None:
             raise ConfigError("mask_image needs the image that it is a mask of: give image")
         if image is not None and not (is_number(strength) and 0 < strength <= 1):
@@ -225,8 +228,12 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         taken = 1.0 if image is None else strength
         check_scheduler(self.scheduler, objective, channels, pixels, num_inference_steps, taken)
         conditions = [condition for condition in self._conditions(class_labels) for _ in range(num_images_per_label)]
+        why = why_unguided(self.network.config) if weaker_network is None else None
+        if why and guidance_scale is None and self._config_of_network("num_classes"):
+            warnings.warn(f"guidance is off: {why}", stacklevel=3)
         if not self._config_of_network("num_classes") and weaker_network is None:
-            guidance_scale = 1.0
+            guidance_scale = None
+        guidance_scale = choose_guidance(self.network.config, guidance_scale, weaker_network is not None)
         size = self._grid_size(height, width)
         shape = (channels, *size)
         if latents is not None and latents.shape != (len(conditions), *shape):
@@ -434,7 +441,10 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         several = labels if isinstance(labels, Sequence) and not isinstance(labels, str) else [labels]
         if not several:
             raise ConfigError("class_labels is empty: give one or more, or None for no label")
-        return [self._condition(label) for label in several]
+        conditions = [self._condition(label) for label in several]
+        if any(row[-1] for row in conditions):
+            check_no_label(self.network.config)
+        return conditions
 
     def _condition(self, label: Label) -> list[float]:
         number = self._config_of_network("num_classes")

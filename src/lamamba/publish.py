@@ -28,7 +28,7 @@ from lamamba.latents import IMAGE_CHANNELS, Latents
 from lamamba.output import say
 from lamamba.pipeline import LaMambaDiffPipeline
 from lamamba.records import read_record
-from lamamba.sampling import choose_device, make_grid
+from lamamba.sampling import choose_device, make_grid, why_unguided
 from lamamba.streams import visible
 from lamamba.weights import PIPELINE_INDEX, class_of
 
@@ -121,6 +121,7 @@ def _draw(folder: Path, config: PushConfig) -> list[int]:
     if not config.num_per_label:
         return []
     painter = Painter(SamplingConfig(checkpoint=str(folder)), choose_device(config.device))
+    painter.say_unguided()
     rows = parse_labels(None, painter.num_classes, ())
     labels = [label for label in rows for _ in range(config.num_per_label)]
     pixels = paint_with_bar(painter, labels, range(len(labels)))
@@ -257,8 +258,14 @@ def _table_lines(pipe: LaMambaDiffPipeline, dataset: str | None, *, half: bool) 
         "training": f"{pipe.config.images_seen:,} images seen" if pipe.config.images_seen else None,
         "data": None if dataset is None else f"[{_escaped(dataset)}]({link})",
         "classes": classes,
+        "guidance": _no_guidance(pipe),
     }
     return ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items() if value), ""]
+
+
+def _no_guidance(pipe: LaMambaDiffPipeline) -> str | None:
+    why = why_unguided(pipe.network.config)
+    return f"off: {why}" if why and pipe.network.config.num_classes else None
 
 
 def _sampling_lines(pipe: LaMambaDiffPipeline, name: str) -> list[str]:

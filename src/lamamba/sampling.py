@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -62,13 +62,14 @@ def sample(
 
     Raises:
         ConfigError: a label or the number of steps is out of range, the sampler does not go with the objective,
-            guidance is asked of an unconditional network, or the weaker network does not go with this one.
+            the network cannot be guided or has not learned "no label", or the weaker network does not go with it.
     """
     check_labels(labels, network.config.num_classes)
+    if network.config.num_classes in labels:
+        check_no_label(network.config)
     if weaker is not None:
         _check_weaker(network, weaker)
-    if guidance_scale != 1 and weaker is None and not network.config.num_classes:
-        raise ConfigError("guidance needs labels, and this network is unconditional: leave guidance_scale at 1")
+    choose_guidance(network.config, guidance_scale, by_weaker=weaker is not None)
     height, width = size or (network.config.sample_size, network.config.sample_size)
     device = network.device
     denoiser = guide(
@@ -141,6 +142,44 @@ def uses_bf16(precision: Literal["auto", "float32", "bf16"], device: torch.devic
     """Say whether to compute in bfloat16: "auto" does on GPUs that have it."""
     has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return precision == "bf16" or (precision == "auto" and has_it)
+
+
+DEFAULT_GUIDANCE = 2.0
+
+
+def why_unguided(config: Any) -> str | None:
+    """Say why a network of this configuration cannot be guided away from "no label"; None if it can."""
+    if not config.num_classes:
+        return "guidance needs labels, and this network is unconditional"
+    if not getattr(config, "label_dropout", True):  # what has no such option was trained with some
+        return 'this network was trained with label_dropout 0, so it has never seen "no label", which guidance needs'
+    return None
+
+
+def choose_guidance(config: Any, scale: float | None, by_weaker: bool = False) -> float:
+    """Choose the guidance scale.
+
+    Args:
+        config: the network's.
+        scale: wanted, 1 for none; None is the default, none for a network that cannot be guided.
+        by_weaker: guide away from a weaker network, not from "no label".
+
+    Raises:
+        ConfigError: guidance is wanted of a network that cannot be guided.
+    """
+    why = None if by_weaker else why_unguided(config)
+    if why and scale not in (None, 1):
+        raise ConfigError(f"{why}: leave guidance_scale at 1, or guide by a weaker network, not {scale}")
+    return scale if scale is not None else 1.0 if why else DEFAULT_GUIDANCE
+
+
+def check_no_label(config: Any) -> None:
+    """Raise ConfigError where "no label" is wanted of a network that has labels and was never trained without."""
+    if config.num_classes and why_unguided(config):
+        raise ConfigError(
+            'this network was trained with label_dropout 0, so it has never seen "no label": give one of its '
+            f"{config.num_classes} classes"
+        )
 
 
 def check_labels(labels: Sequence[int], num_classes: int) -> None:

@@ -33,8 +33,12 @@ from lamamba.memory import keep_freed_memory
 from lamamba.output import say
 from lamamba.processes import Processes, joined
 from lamamba.records import OriginRecord, is_run, read_record
+<<<<<<< HEAD
 from lamamba.sampling import choose_device
 from lamamba.signals import SignalsNoted
+=======
+from lamamba.sampling import choose_device, why_unguided
+>>>>>>> 1e231f5 (Turn guidance off where labels were never dropped)
 from lamamba.trainer import Trainer, describe_weight_decay, learning_rate
 from lamamba.weights import PIPELINE_INDEX
 
@@ -192,6 +196,8 @@ def _train(config: TrainConfig, source: Source, space: Space, device: torch.devi
                         log.note(f"{config.accumulate} parts asked for: a rank's images make {len(trainer.parts)}")
                     if config.weight_decay:
                         log.note(describe_weight_decay(trainer.network, config.weight_decay))
+                    if config.network.num_classes and (why := why_unguided(config.network)):
+                        log.note(f"sample grids are without guidance: {why}")
                     for note in moved:
                         log.note(note)
                     if config.start_from is not None and not saved:

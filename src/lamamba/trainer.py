@@ -26,7 +26,7 @@ from lamamba.model import LaMambaDiff
 from lamamba.ops.backend import use_backend
 from lamamba.ops.launch import rehearse
 from lamamba.processes import GradientSums, Processes, cut_evenly
-from lamamba.sampling import make_grid, sample, uses_bf16
+from lamamba.sampling import make_grid, sample, uses_bf16, why_unguided
 from lamamba.saving import CheckpointWriter, describe_training_state, load_training_state
 from lamamba.sharding import gather, load, local, shard, whole
 from lamamba.weights import check_weights
@@ -369,7 +369,7 @@ class Trainer:
                 labels,
                 list(range(number)),
                 num_steps=self.config.sample_steps,
-                guidance_scale=self.config.sample_guidance if num_classes else 1.0,
+                guidance_scale=1.0 if why_unguided(self.config.network) else self.config.sample_guidance,
                 clip_sample=self.space.bounded,
                 on_step=on_step,
             )

@@ -58,7 +58,7 @@ class NetworkConfig:
     downsample: Literal["merge", "conv"] = "merge"
     """Merge 2x2 neighbours by norm and linear layer, or by a strided convolution."""
     label_dropout: float = 0.1
-    """Probability that training replaces a label by "no label", which guidance needs."""
+    """Probability that training replaces a label by "no label", which guidance needs; 0 turns guidance off for good."""
     use_ssm: bool = True
     """The scan branch of every block; --no-use-ssm leaves it out, for ablations."""
     use_attention: bool = True

@@ -49,7 +49,8 @@ class SamplingConfig:
     steps: int = 25
     """Steps of the sampler."""
     guidance: float | None = None
-    """Scale of classifier-free guidance, 1 is none; the default is 2, or 1 for an unconditional network."""
+    """Scale of classifier-free guidance, 1 is none; the default is 2, or 1 for a network that is
+    unconditional or was trained with --label-dropout 0."""
     guidance_checkpoint: str | None = None
     """Guide away from this weaker checkpoint, smaller or trained for less long, instead of away from the same network
     without a label (autoguidance, arXiv 2406.02507)."""

@@ -33,6 +33,7 @@ from lamamba.demo.uploads import FOLDER, Uploads, read_drawing
 from lamamba.errors import ConfigError, LamambaError
 from lamamba.generate import Painter, label_name
 from lamamba.model import LaMambaDiff
+from lamamba.sampling import choose_guidance, why_unguided
 
 _TITLE = """
 # LaMamba-Diff
@@ -426,7 +427,7 @@ def _of_model(painter: Painter, limits: DemoLimits) -> dict[str, dict[str, Any]]
     """What the fields that depend on the model begin with, by their names."""
     config = painter.network.config
     names, side = label_names(painter), int(config.sample_size)
-    labels = names[:-1][:4] or names
+    labels = names[: min(4, painter.num_classes)] or names
     default, pixels = painter.objective.default_sampler, side * painter.space.factor
     samplers = [default, *(other for other in painter.objective.samplers if other != default)]
     number = max(1, min(8, limits.max_images, limits.max_pixels // pixels**2))
@@ -436,7 +437,9 @@ def _of_model(painter: Painter, limits: DemoLimits) -> dict[str, dict[str, Any]]
         "sampler": {
             "choices": samplers, "value": default, "info": f"Interpolation and inpainting always use {default}."
         },
-        "guidance": {"value": 2.0 if painter.num_classes else 1.0, "interactive": bool(painter.num_classes)},
+        "guidance": {
+            "value": choose_guidance(config, None), "interactive": not why_unguided(config),
+        },
         "height": {"value": pixels},
         "width": {"value": pixels},
         "num_images": {"value": number},
@@ -455,6 +458,8 @@ def _describe(painter: Painter) -> str:
     size = int(painter.network.config.sample_size) * painter.space.factor
     parameters = sum(parameter.numel() for parameter in painter.network.network.parameters())
     classes = f"{painter.num_classes} classes" if painter.num_classes else "no labels"
+    if painter.num_classes and (why := why_unguided(painter.network.config)):
+        classes += f"; guidance is off: {why}"
     return f"{parameters / 1e6:,.1f} million parameters, trained at {size} x {size}, {classes}"
 
 

@@ -27,7 +27,7 @@ from lamamba.generate import Painter
 from lamamba.latents import Latents, Space
 from lamamba.model import LaMambaDiff
 from lamamba.pipeline import LaMambaDiffPipeline
-from lamamba.sampling import choose_device, seeded
+from lamamba.sampling import choose_device, seeded, why_unguided
 from lamamba.streams import visible
 
 
@@ -113,8 +113,8 @@ def compare_guidance(
     Raises:
         ConfigError: a scale is out of range, there are more than images are allowed, or the model has no labels.
     """
-    if not painter.num_classes:
-        raise ConfigError("guidance needs labels, and this model is unconditional: choose another model")
+    if why := why_unguided(painter.network.config):
+        raise ConfigError(f"{why}: choose another model")
     number = read_whole("number of scales", len(scales), 1, limits.max_images)
     height, width = request.config.size or (0, 0)
     check_pixels(number, height, width, limits)

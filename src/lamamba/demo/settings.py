@@ -8,6 +8,7 @@ from typing import Any, cast
 from lamamba.config import DemoLimits, GuidanceOptions, Sampler, SamplingConfig, nearest
 from lamamba.errors import ConfigError
 from lamamba.generate import Painter, label_name
+from lamamba.sampling import DEFAULT_GUIDANCE, why_unguided
 
 NO_LABEL = "no label"
 MAX_SEED = 2**32 - 1
@@ -29,8 +30,9 @@ class Request:
 
 
 def label_names(painter: Painter) -> list[str]:
-    """Name every class, in order, and last "no label", as `read_request` takes them."""
-    return [label_name(label, painter.num_classes, painter.info) for label in range(painter.num_classes)] + [NO_LABEL]
+    """Name every class, in order, and last "no label", if the model has seen that, as `read_request` takes them."""
+    names = [label_name(label, painter.num_classes, painter.info) for label in range(painter.num_classes)]
+    return names if names and why_unguided(painter.network.config) else [*names, NO_LABEL]
 
 
 def read_request(values: Mapping[str, Any], painter: Painter, limits: DemoLimits) -> Request:
@@ -83,10 +85,10 @@ def read_request(values: Mapping[str, Any], painter: Painter, limits: DemoLimits
 
 
 def read_guidance(value: Any, painter: Painter) -> float:
-    """Check a scale of guidance, None being the model's default; an unconditional model has none, which is 1."""
-    if not painter.num_classes:
+    """Check a scale of guidance, None being the model's default; a model that cannot be guided has 1."""
+    if why_unguided(painter.network.config):
         return 1.0
-    return 2.0 if value is None else read_number("guidance", value, 0, MAX_GUIDANCE)
+    return DEFAULT_GUIDANCE if value is None else read_number("guidance", value, 0, MAX_GUIDANCE)
 
 
 def read_label(name: Any, painter: Painter) -> int:
