@@ -38,10 +38,6 @@ from lamamba.npz import opened_array
 from lamamba.output import make_console, make_progress, say
 from lamamba.processes import Processes, joined
 from lamamba.records import read_record
-<<<<<<< HEAD
-from lamamba.sampling import check_labels, choose_device, make_grid, sample, uses_bf16
-from lamamba.signals import SignalsNoted
-=======
 from lamamba.sampling import (
     check_labels,
     choose_device,
@@ -50,8 +46,8 @@ from lamamba.sampling import (
     sample,
     uses_bf16,
     why_unguided,
-)  # fmt: skip
->>>>>>> 1e231f5 (Turn guidance off where labels were never dropped)
+)
+from lamamba.signals import SignalsNoted
 from lamamba.streams import visible
 
 SAMPLES, GENERATION = "samples.npz", "generation.json"

@@ -33,12 +33,8 @@ from lamamba.memory import keep_freed_memory
 from lamamba.output import say
 from lamamba.processes import Processes, joined
 from lamamba.records import OriginRecord, is_run, read_record
-<<<<<<< HEAD
-from lamamba.sampling import choose_device
-from lamamba.signals import SignalsNoted
-=======
 from lamamba.sampling import choose_device, why_unguided
->>>>>>> 1e231f5 (Turn guidance off where labels were never dropped)
+from lamamba.signals import SignalsNoted
 from lamamba.trainer import Trainer, describe_weight_decay, learning_rate
 from lamamba.weights import PIPELINE_INDEX
 
