@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from lamamba.checkpoint import find_checkpoint, read_info, read_network_config, write_weights
 from lamamba.config import AverageConfig
 from lamamba.errors import CheckpointError, ConfigError
-from lamamba.files import written_whole
+from lamamba.files import utf8_path, written_whole
 from lamamba.model import LaMambaDiff
 from lamamba.output import say
 from lamamba.records import parse_record
@@ -393,7 +393,7 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 
 def _read_snapshot(path: Path) -> _Snapshot:
-    with _damage_named(path), safe_open(path, "pt") as file:
+    with _damage_named(path), safe_open(utf8_path(path), "pt") as file:
         record = dict(file.metadata() or {})
         sha256 = record.pop("sha256")
         if int(record["format"]) > FORMAT:
@@ -420,7 +420,7 @@ def _read_snapshot(path: Path) -> _Snapshot:
 def _add(total: Mapping[str, Tensor], snapshot: _Snapshot, shares: Mapping[float, float]) -> None:
     """Add a snapshot's averages, each times its share, and compare the checksum on the way."""
     checksum = _Checksum(snapshot.record)
-    with _damage_named(snapshot.path), safe_open(snapshot.path, "pt") as file:
+    with _damage_named(snapshot.path), safe_open(utf8_path(snapshot.path), "pt") as file:
         for length in sorted(shares):
             for parameter in sorted(total):
                 name = f"{_prefix(length)}{parameter}"

@@ -27,7 +27,7 @@ from lamamba.config import EncodeConfig
 from lamamba.data import Source, open_source
 from lamamba.data.latent_files import FORMAT, INDEX, SETTINGS, are_latents, read_settings
 from lamamba.errors import ConfigError, DataError
-from lamamba.files import checksum, write_text, written_whole
+from lamamba.files import checksum, utf8_path, write_text, written_whole
 from lamamba.latents import Latents, identify
 from lamamba.output import make_console, make_progress, say
 from lamamba.processes import Processes, joined
@@ -191,7 +191,7 @@ def _write_index(folder: Path, settings: dict[str, Any]) -> None:
     for shard in range(-(-settings["images"] // settings["images_per_shard"])):
         path = _shard_path(folder, shard)
         try:
-            with safe_open(path, framework="np") as file:
+            with safe_open(utf8_path(path), framework="np") as file:
                 num_images = file.get_slice("labels").get_shape()[0]
                 sums += parse_record(file.metadata()["sums"], str(path), list[list[float]], DataError)
         except (OSError, SafetensorError, KeyError, TypeError) as error:

@@ -423,11 +423,11 @@ def parse_labels(text: str | None, num_classes: int, class_names: tuple[str, ...
         return list(range(min(num_classes, 10))) if num_classes else [0]
     if not text.strip():
         raise ConfigError("labels is empty: give names or numbers, separated by commas")
-    exact = {name: index for index, name in enumerate(class_names)}
+    exact = {visible(name): index for index, name in enumerate(class_names)}  # as they are printed
     lower = {name.lower(): index for name, index in exact.items()}
     numbers_are_names = any(name.isdecimal() for name in class_names)
     labels = []
-    for part in (part.strip() for part in text.split(",")):
+    for part in (visible(part.strip()) for part in text.split(",")):
         named = exact.get(part, lower.get(part.lower()))
         if named is not None:
             labels.append(named)

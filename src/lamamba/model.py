@@ -18,6 +18,7 @@ Initialisation (`LaMambaDiff.reset_parameters`):
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
@@ -28,6 +29,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lamamba.config import NetworkConfig, preset
+from lamamba.files import utf8_path
 from lamamba.ops.depthwise_convolution import depthwise_convolution
 from lamamba.ops.gated_norm import gated_norm
 from lamamba.ops.grid import NUM_PATHS
@@ -128,7 +130,9 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         options.setdefault("low_cpu_mem_usage", False)
         dtype = options.pop("dtype", None) or options.pop("torch_dtype", None)
         wants_info = options.pop("output_loading_info", False)
-        network, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **options)
+        place = pretrained_model_name_or_path  # on the hub, or a folder
+        place = utf8_path(Path(place)) if Path(place).is_dir() else place
+        network, info = super().from_pretrained(place, output_loading_info=True, **options)
         check_loaded(pretrained_model_name_or_path, network, info)
         if isinstance(dtype, torch.dtype):
             state_dtype = torch.float64 if dtype == torch.float64 else torch.float32

@@ -22,6 +22,7 @@ from lamamba.config.checks import check, is_number, is_whole
 from lamamba.data.decoding import convert_given
 from lamamba.diffusion import NUM_TIMESTEPS, OBJECTIVES, guide
 from lamamba.errors import ConfigError
+from lamamba.files import utf8_path
 from lamamba.hub import fetch
 from lamamba.latents import IMAGE_CHANNELS, Latents, Pixels, check_autoencoder
 from lamamba.model import LaMambaDiff
@@ -112,7 +113,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             folder = Path(cls.download(pretrained_model_name_or_path, **options))
         if "vae" not in options and (folder / "vae").is_dir():  # the network is checked by its own `from_pretrained`
             check_autoencoder(folder / "vae", options.get("variant"))
-        loaded: Self = super().from_pretrained(folder, **options)
+        loaded: Self = super().from_pretrained(utf8_path(folder), **options)
         return loaded
 
     @classmethod

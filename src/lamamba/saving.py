@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from lamamba.checkpoint import CheckpointInfo, checkpoints_in, save_network, write_info
 from lamamba.errors import CheckpointError
-from lamamba.files import TEMPORARY, flush
+from lamamba.files import TEMPORARY, flush, utf8_path
 from lamamba.model import LaMambaDiff
 
 # PyTorch's exception of several processes is no Exception.
@@ -190,7 +190,7 @@ def load_training_state(checkpoint: Path, state: dict[str, Tensor], group: dist.
 
 
 def _training_reader(checkpoint: Path) -> HuggingFaceStorageReader:
-    return HuggingFaceStorageReader(str(checkpoint / "training"))
+    return HuggingFaceStorageReader(str(utf8_path(checkpoint / "training")))
 
 
 @contextmanager

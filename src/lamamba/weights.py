@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from lamamba.errors import CheckpointError
+from lamamba.files import utf8_path
 from lamamba.records import read_record
 
 _NAME = re.compile(
@@ -136,7 +137,7 @@ def read_weights(found: WeightFiles) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a file is damaged or holds something else.
     """
-    return _join(found, partial(_of_safetensors, load=load_file))
+    return _join(found, partial(_of_safetensors, load=lambda path: load_file(utf8_path(path))))
 
 
 def describe_weights(found: WeightFiles) -> dict[str, Tensor]:
@@ -160,7 +161,7 @@ def _of_safetensors(path: Path, load: Callable[[Path], dict[str, Tensor]]) -> di
 
 def _read_header(path: Path) -> dict[str, Tensor]:
     described = {}
-    with safe_open(path, "pt") as file:
+    with safe_open(utf8_path(path), "pt") as file:
         for name in file.keys():  # noqa: SIM118 - it is no dict
             part = file.get_slice(name)
             shape = part.get_shape()
@@ -368,8 +369,8 @@ def load_model(kind: Any, folder: Path, schema: type[Any]) -> Any:
     found = check_model(kind, folder, schema)
     try:
         model = kind.from_pretrained(
-            folder, local_files_only=True, low_cpu_mem_usage=False, torch_dtype=torch.float32, variant=found.variant,
-            use_safetensors=found.use_safetensors,
+            utf8_path(folder), local_files_only=True, low_cpu_mem_usage=False, torch_dtype=torch.float32,
+            variant=found.variant, use_safetensors=found.use_safetensors,
         )  # fmt: skip
     except Exception as error:  # diffusers raises many kinds for a damaged folder
         raise CheckpointError(f"{folder} cannot be read as a {kind.__name__}: {first_line(error)}") from error

@@ -23,6 +23,7 @@ from typing_extensions import TypedDict
 
 from lamamba.data.sources import Source
 from lamamba.errors import DataError
+from lamamba.files import utf8_path
 from lamamba.records import read_record
 
 INDEX, SETTINGS = "latents.json", "settings.json"
@@ -153,7 +154,7 @@ class LatentSource(Source):
 
 def open_shard(path: Path) -> tuple[Any, np.ndarray, np.ndarray]:
     """Open a shard: its moments, to be sliced where they lie on the disk, its labels and checksums."""
-    file = safe_open(path, framework="np")
+    file = safe_open(utf8_path(path), framework="np")
     return file.get_slice("moments"), file.get_tensor("labels"), file.get_tensor("crc32")
 
 
@@ -205,7 +206,7 @@ def _check_shard(path: Path, num_images: int, settings: _Settings) -> None:
         "crc32": ("I64", [num_images, views]),
     }
     try:
-        with safe_open(path, framework="np") as file:
+        with safe_open(utf8_path(path), framework="np") as file:
             there = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
             for name, (dtype, shape) in wanted.items():
                 found = [there[name].get_dtype(), list(there[name].get_shape())] if name in there else "missing"
