@@ -131,3 +131,50 @@ def test_what_cannot_be_is_one_line(released: Path, tmp_path: Path, capsys: pyte
     assert "cannot be read as a PyTorch checkpoint" in refused(capsys, tmp_path / "text.pt", out)
     assert [path.name for path in tmp_path.iterdir()] == ["text.pt"]
     assert "is there already" in refused(capsys, released, tmp_path, *OPTIONS)
+
+
+def test_names_that_wrappers_prefix_are_read(released: Path) -> None:
+    state = states_in(released)["ema"]
+    for prefix in ("_orig_mod.", "module.", "_orig_mod.module.", "module._orig_mod.", "_fsdp_wrapped_module."):
+        wrapped = {prefix + name: value for name, value in state.items()}
+        assert_same(load_released(wrapped, in_channels=1, sample_size=16, num_classes=3, **GEOMETRY), build(1))
+    wrapped = {name.replace(".blocks.0.", ".blocks.0._orig_mod."): value for name, value in state.items()}
+    assert_same(load_released(wrapped, in_channels=1, sample_size=16, num_classes=3, **GEOMETRY), build(1))
+
+
+def test_the_format_before_zip_files_is_read(released: Path, tmp_path: Path) -> None:
+    states = {
+        part: {f"_orig_mod.{name}": value for name, value in state.items()}
+        for part, state in states_in(released).items()
+    }
+    torch.save(states, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    main(["convert", str(tmp_path / "old.pt"), str(tmp_path / "folder"), *OPTIONS])
+    assert_same(load_checkpoint(tmp_path / "folder", "network").network, build(0))
+    assert_same(load_checkpoint(tmp_path / "folder", "ema").network, build(1))
+
+
+def test_a_name_with_and_without_a_prefix_is_refused(
+    released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = states_in(released)["ema"]
+    torch.save({**state, "module.pos_embed": state["pos_embed"]}, tmp_path / "both.pt")
+    said = refused(capsys, tmp_path / "both.pt", tmp_path / "folder", *OPTIONS)
+    assert "both.pt has pos_embed twice, under names with and without the prefix of a wrapper" in said
+
+
+def test_a_pickle_that_names_code_is_refused_in_our_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "evil.pt"
+    path.write_bytes(b"cos\nsystem\n(S'touch " + bytes(tmp_path / "done") + b"'\ntR.")
+    said = refused(capsys, path, tmp_path / "folder", *OPTIONS)
+    assert f"{path} names os.system, which is code and has no place among weights: nothing of it was run" in said
+    assert "weights_only" not in said
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_weights_that_are_not_finite_are_refused(
+    released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {name: value.clone() for name, value in states_in(released)["ema"].items()}
+    state["final_linear.bias"][0] = float("inf")
+    torch.save(state, tmp_path / "broken.pt")
+    assert "1 not finite (head.output.bias)" in refused(capsys, tmp_path / "broken.pt", tmp_path / "out", *OPTIONS)

@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lamamba.checkpoint import load_denoiser, load_network
-from lamamba.errors import CheckpointError
+from lamamba.cli import main
+from lamamba.config import SamplingConfig
+from lamamba.errors import CheckpointError, ConfigError
+from lamamba.generate import Painter
 from lamamba.latents import Latents, check_autoencoder
 from lamamba.model import LaMambaDiff
 from lamamba.pipeline import LaMambaDiffPipeline
@@ -226,3 +229,34 @@ def test_a_pickle_gives_tensors_and_runs_nothing(is_new: bool, tmp_path: Path) -
         read_pickle(path)
     assert "weights_only" not in str(error.value)
     assert not done.exists()
+
+
+def test_an_autoencoder_of_other_latents_is_refused(tmp_path: Path) -> None:
+    build_autoencoder().save_pretrained(tmp_path)
+    said = r"latents of 2 channels, and the network samples 1: give \(--vae\)"
+    with pytest.raises(ConfigError, match=said):
+        LaMambaDiffPipeline.from_checkpoint("nano", tmp_path)
+    with pytest.raises(ConfigError, match=said):
+        Painter(SamplingConfig(checkpoint="nano", vae=tmp_path), torch.device("cpu"))
+
+
+def test_attention_of_autoencoders_of_2022_is_read_under_its_names(tmp_path: Path) -> None:
+    build_autoencoder().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / WEIGHTS)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, value in weights.items():
+        for new, before in old.items():
+            name = name.replace(f".{new}.", f".{before}.")
+        renamed[name] = value
+    assert renamed.keys() != weights.keys()
+    save_file(renamed, tmp_path / WEIGHTS)
+    loaded = open_autoencoder(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+
+
+def test_the_variant_of_a_whole_pipeline_is_sampled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    LaMambaDiffPipeline.from_checkpoint("nano").to(torch.float16).save_pretrained(tmp_path / "pipe", variant="fp16")
+    main(["sample", str(tmp_path / "pipe"), "--labels", "bag", "--num-per-label", "1", "--steps", "1",
+          "--device", "cpu", "--out", str(tmp_path / "grid.png")])  # fmt: skip
+    assert (tmp_path / "grid.png").is_file()

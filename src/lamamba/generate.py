@@ -79,6 +79,8 @@ class Painter:
             )
         self.vae = vae
         self.space = open_space(vae, device, torch.bfloat16 if self.uses_bf16 else torch.float32)
+        if isinstance(self.space, Latents):
+            self.space.check_network(int(self.network.config.in_channels))
         self.num_classes = int(self.network.config.num_classes)
         self._configure(config)
 

@@ -104,6 +104,15 @@ class Latents:
         torch.nn.Module.to(autoencoder, device, dtype)
         return cls(autoencoder.eval().requires_grad_(False))
 
+    def check_network(self, in_channels: int) -> None:
+        """Raise ConfigError unless a network of so many channels sees latents of this autoencoder."""
+        channels = int(self.autoencoder.config.latent_channels)
+        if in_channels != channels:
+            raise ConfigError(
+                f"the autoencoder has latents of {channels} channels, and the network samples {in_channels}: give "
+                "(--vae) the one that it was trained with"
+            )
+
     def channels(self, image_channels: int) -> int:
         """Channels that the network sees; the images' must be the autoencoder's."""
         wanted, channels = self.image_channels, self.autoencoder.config.latent_channels

@@ -90,7 +90,9 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         folder = vae or loaded.info.vae
         autoencoder = None
         if folder is not None:
-            autoencoder = Latents.open(Path(folder), torch.device("cpu")).autoencoder
+            space = Latents.open(Path(folder), torch.device("cpu"))
+            space.check_network(loaded.network.config.in_channels)
+            autoencoder = space.autoencoder
             autoencoder.requires_grad_(True)  # as `from_pretrained` leaves it: convolutions round otherwise without
         objective = OBJECTIVES[loaded.info.objective]
         pixels = autoencoder is None and loaded.network.config.in_channels in IMAGE_CHANNELS
