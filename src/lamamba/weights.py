@@ -200,7 +200,7 @@ def read_pickle(path: Path) -> Any:
         dangerous = sorted(name for name in names if _is_code(name))
         if dangerous:
             raise CheckpointError(
-                f"{path} names {dangerous[0]}, which is code and has no place among weights: nothing of it was run, "
+                f"{path} names {re.sub('^(posix|nt)[.]', 'os.', dangerous[0])}, which is code and has no place among weights: nothing of it was run, "
                 "but do not trust this file or where it came from"
             )
         with torch.serialization.safe_globals([(_Inert, name) for name in names]), warnings.catch_warnings():
