@@ -199,9 +199,10 @@ def read_pickle(path: Path) -> Any:
         names = _globals_in(path)
         dangerous = sorted(name for name in names if _is_code(name))
         if dangerous:
+            name = re.sub(r"^(posix|nt)\.", "os.", dangerous[0])
             raise CheckpointError(
-                f"{path} names {re.sub('^(posix|nt)[.]', 'os.', dangerous[0])}, which is code and has no place among weights: nothing of it was run, "
-                "but do not trust this file or where it came from"
+                f"{path} names {name}, which is code and has no place among weights: nothing of it was run, but do not "
+                "trust this file or where it came from"
             )
         with torch.serialization.safe_globals([(_Inert, name) for name in names]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")  # if it cannot be read, we say so

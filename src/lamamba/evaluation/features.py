@@ -24,6 +24,7 @@ from torch import Tensor
 from lamamba.errors import ConfigError
 from lamamba.evaluation.clothes import ClothesNetwork
 from lamamba.files import checksum, written_whole
+from lamamba.weights import check_weights
 
 INCEPTION_URL = (
     "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"  # 91 MiB
@@ -104,7 +105,9 @@ def open_features(name: str, device: torch.device, pixels: Pixels = "uint8") -> 
         _check_pixels(name, pixels)
         with as_file(files("lamamba") / "assets" / "clothes" / "features.safetensors") as weights:
             network = ClothesNetwork()
-            network.load_state_dict(load_file(weights))  # float16 in the file, float32 from here on
+            found = load_file(weights)  # float16 in the file, float32 from here on
+            check_weights(weights, network.state_dict(), found)
+            network.load_state_dict(found)
             extract = _caller(network.eval().to(device), name, pixels)
             return FeatureNetwork(name, checksum(weights), 1, ((28, 28), (32, 32)), extract)
     path = _fetched_inception() if name == "inception" else Path(name).expanduser()
