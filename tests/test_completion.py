@@ -48,6 +48,15 @@ def test_what_is_nothing_of_these_is_left_to_be_a_file(script: Path) -> None:
     assert done.stdout == "complete -o default -F _lamamba lamamba\n"
 
 
+@pytest.mark.parametrize(
+    "name", ["a b", "$(touch ran)", "`touch ran`", "*", "[red]", "x;touch ran", 'a"b', "-$(touch ran)"]
+)
+def test_what_is_typed_is_not_run(script: Path, name: str) -> None:
+    for words in ([name], ["train", "--data", name], ["prepare", name], ["train", name, ""]):
+        assert complete(script, *words) == set()
+    assert not (script.parent / "ran").exists()
+
+
 @pytest.mark.parametrize("columns", ["40", "300"])
 def test_the_width_of_the_terminal_changes_nothing(
     script: Path, columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -21,6 +21,7 @@ from PIL import Image
 from lamamba.cli import main
 from lamamba.data import FolderSource
 from lamamba.data.hugging_face import RECORD, DatasetCounts, prepare_dataset
+from lamamba.data.preparing import using
 from lamamba.errors import ConfigError, DataError
 
 NAMES = ("zebra", "cat", "dog")  # numbered in another order than that of the folders
@@ -555,3 +556,9 @@ class TestCommand:
         }
         main(["prepare", "dataset", str(folder), "--out", str(out / "flat"), *arguments[:-1], "None"])
         assert capsys.readouterr().out.endswith(f"{out / 'flat' / 'test'}: no classes, 12 images extracted\n")
+
+
+def test_a_name_that_the_locale_cannot_write_is_said() -> None:
+    said = "é cannot be made: names of files are in ascii here.*PYTHONUTF8=1"
+    with pytest.raises(DataError, match=said), using(Path("é"), "made"):
+        "é".encode("ascii")

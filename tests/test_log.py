@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lamamba import log as logging_of_runs
 from lamamba import watch as watching
 from lamamba.cli import main
-from lamamba.config import NetworkConfig, preset
+from lamamba.config import NetworkConfig, TrainConfig, preset
 from lamamba.cost import peak_tflops, training_flops
 from lamamba.trainer import Trainer
 from lamamba.watch import _duration, _line
@@ -200,6 +201,15 @@ def test_trackers_are_told_what_the_log_says(name: str, tmp_path: Path, monkeypa
     assert first.get("id") == second.get("id")
     assert ("id" in first) == (name == "wandb")
     assert tracker.finished == 2
+
+
+def test_trackers_are_told_of_names_in_utf_8(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = FakeTracker()
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    name = os.fsdecode(b"a\xff\n")
+    logging_of_runs._start_tracker(TrainConfig(out=Path(name), data=name, project=name, tracker="trackio"))
+    (told,) = tracker.begun
+    assert (told["project"], told["name"], told["config"]["data"]) == ("a\\xff\\n",) * 3
 
 
 def test_a_tracker_that_is_not_there_is_said(

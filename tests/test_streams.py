@@ -85,7 +85,7 @@ def test_characters_that_a_terminal_lacks_are_replaced(
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp437", "cp932"])
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["plan", "xl-512", "--gpus", "8"], ["train", "--help"], ["info", "nano"]], ids=" ".join
+    "arguments", [["--help"], ["plan", "s-256", "--gpus", "8"], ["train", "--help"], ["info", "nano"]], ids=" ".join
 )
 def test_commands_print_in_any_encoding(monkeypatch: pytest.MonkeyPatch, arguments: list[str], encoding: str) -> None:
     output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)

@@ -355,12 +355,13 @@ def _start_tracker(config: TrainConfig) -> Any:
     plain = json.loads(json.dumps(asdict(config), default=str))
     # Trackers take only UTF-8, and names of files may be anything.
     options = {name: visible(value) if isinstance(value, str) else value for name, value in plain.items()}
-    run: dict[str, Any] = {"project": config.project, "name": visible(config.out.resolve().name), "config": options}
+    names = {"project": visible(config.project), "name": visible(config.out.resolve().name)}
+    run: dict[str, Any] = {**names, "config": options}
     if config.tracker == "wandb":  # which knows runs by an identity
         identity = config.out / "wandb-id"
         if not identity.is_file() or not re.fullmatch(rb"[0-9a-f]{16}", identity.read_bytes()):  # or it is damaged
             write_text(identity, secrets.token_hex(8))
-        run |= {"id": identity.read_text(encoding="utf-8"), "dir": str(config.out)}
+        run |= {"id": identity.read_text(encoding="utf-8"), "dir": str(utf8_path(config.out))}
     tracker.init(**run, resume="allow")
     return tracker
 

@@ -1,12 +1,15 @@
 """What a visitor asks for is held to the limits here, whatever a page sent."""
 
+import copy
+import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from lamamba.config import DemoLimits, SamplingConfig
 from lamamba.demo.painting import Models
-from lamamba.demo.settings import label_names, read_numbers, read_request
+from lamamba.demo.settings import label_names, read_label, read_numbers, read_request
 from lamamba.errors import ConfigError
 from lamamba.generate import Painter
 from lamamba.sampling import choose_device
@@ -44,6 +47,16 @@ def test_what_is_left_out_has_a_default_within_the_limits(painter: Painter) -> N
 def test_names_are_those_of_the_checkpoint(painter: Painter) -> None:
     names = label_names(painter)
     assert (len(names), names[0], names[9], names[10]) == (11, "T-shirt/top", "Ankle boot", "no label")
+
+
+def test_names_are_text_that_a_page_can_hold(painter: Painter) -> None:
+    names = ("Cat", "cat", " x ", "<b>|", os.fsdecode(b"\xff\x1b"))
+    painter = copy.copy(painter)
+    painter.num_classes, painter.info = len(names), replace(painter.info, class_names=names)
+    shown = label_names(painter)
+    assert shown == ["Cat", "cat", " x ", "<b>|", "\\xff\\x1b", "no label"]
+    assert [read_label(name, painter) for name in shown] == list(range(6))
+    assert read_label("NO LABEL", painter) == 5
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,11 @@ def using(path: Path, verb: str) -> Iterator[None]:
     """Turn errors of the disk into a DataError: `path` cannot be `verb`, why, and what to do about it."""
     try:
         yield
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{path} cannot be {verb}: names of files are in {error.encoding} here, which lacks a character of it: set "
+            "LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+        ) from error
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         mend = "free some space" if full else "make its folder readable and writable, or give another"
