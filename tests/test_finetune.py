@@ -137,6 +137,19 @@ def test_faults_are_said(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("option", "value"), [("embed_dim", 8192), ("sample_size", 4096), ("num_classes", 1_000_000)])
+def test_sizes_that_the_weights_do_not_have_are_refused_before_the_start(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: int
+) -> None:
+    path = checkpoint / "ema" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), option: value}))
+    with pytest.raises(SystemExit, match="2"):
+        main(["finetune", str(checkpoint), "--data", "builtin", "--out", str(tmp_path / "run"), "--dry-run"])
+    said = capsys.readouterr().err
+    assert "of another shape" in said
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["diffusion", "flow"])
 def test_min_snr_weights_the_error_of_x_0(name: str) -> None:
     """For a denoiser that is off by a known amount, the loss is min(SNR, 5) times the squared error of x_0."""

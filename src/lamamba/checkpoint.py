@@ -34,7 +34,17 @@ from lamamba.files import checksum, permit, write_text, written_whole
 from lamamba.hub import fetch, is_repository
 from lamamba.model import LaMambaDiff
 from lamamba.records import is_run, read_record
-from lamamba.weights import CONFIG, PIPELINE_INDEX, check_class, class_of, fill, find_weights, read_weights
+from lamamba.weights import (
+    CONFIG,
+    PIPELINE_INDEX,
+    check_class,
+    check_weights,
+    class_of,
+    describe_weights,
+    fill,
+    find_weights,
+    read_weights,
+)
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "assets"
@@ -235,6 +245,19 @@ def read_network_config(folder: Path) -> NetworkConfig:
     """Read what options a network folder's network was built with; raises CheckpointError."""
     check_class(folder, ("LaMambaDiff",))
     return read_record(folder / CONFIG, NetworkConfig)
+
+
+def check_network(folder: Path) -> NetworkConfig:
+    """Read a network's options and check that its weight files have these sizes, without reading their values.
+
+    Raises:
+        CheckpointError: an option is wrong, or weights are missing, unexpected or misshaped.
+    """
+    config = read_network_config(folder)
+    with torch.device("meta"):
+        network = LaMambaDiff(**vars(config))
+    check_weights(folder, network.state_dict(), describe_weights(find_weights(folder)))
+    return config
 
 
 def load_network(folder: Path) -> LaMambaDiff:

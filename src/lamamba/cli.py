@@ -301,14 +301,14 @@ def _finetune(arguments: list[str]) -> None:
 
 def _finetune_defaults(name: str) -> TrainConfig:
     with _loading():
-        from lamamba.checkpoint import find_checkpoint, locate, read_network_config
+        from lamamba.checkpoint import check_network, find_checkpoint, locate
 
     folder, info = locate(find_checkpoint(name))
     return TrainConfig(
         out=tyro.MISSING,
         start_from=name,
         preset=f"of {name}",
-        network=read_network_config(folder),
+        network=check_network(folder),
         objective=cast(Objective, info.objective),
         vae=Path(info.vae) if info.vae else None,
     )
