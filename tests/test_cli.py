@@ -120,6 +120,7 @@ def test_a_preset_sets_the_network_and_options_refine_it(tmp_path: Path, capsys:
         (["demo", "--port", "65536"], "port is 65536: it must be 0 to 65535"),
         (["demo", "--max-steps", "0"], "max_steps is 0: it must be 1 or more"),
         (["demo", "nano", "nano", "--port", "0"], "must be one or more, named apart"),
+        (["info", "nano", "--size", "1", "-1"], "size is (1, -1): it must be a height and a width from 1 to 4,096"),
         (["info", "nano", "--size", "33", "31"], "33 by 31 pixels: both must be even"),
         (["sample", "nano", "--guidance-interval", "5", "1"], "the lower first"),
     ],

@@ -2,13 +2,29 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 
 import pytest
 import torch
 
-from lamamba.config import PRESETS, NetworkConfig, SampleConfig, TrainConfig, nearest, preset
+from lamamba.config import (
+    PRESETS,
+    EncodeConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    GridConfig,
+    InfoConfig,
+    NetworkConfig,
+    PlanConfig,
+    PlotConfig,
+    SampleConfig,
+    TrainConfig,
+    WatchConfig,
+    nearest,
+    preset,
+)
 from lamamba.errors import ConfigError, LamambaError
 from lamamba.model import LaMambaDiff
 
@@ -121,6 +137,13 @@ WRONG_TRAININGS = [
     ("num_workers", -1),
     ("keep_checkpoints", -1),
     ("seed", -1),
+    ("seed", 2**64),
+    ("num_images", 10**15),
+    ("batch_size", 10**9),
+    ("num_workers", 10**9),
+    ("image_size", 10**8),
+    ("sample_steps", 10**9),
+    ("learning_rate", float("inf")),
     ("learning_rate", 0.0),
     ("learning_rate", -1e-4),
     ("learning_rate", float("nan")),
@@ -136,7 +159,13 @@ def test_a_wrong_training_option_is_refused_by_name(name: str, value: object) ->
     assert str(caught.value).startswith(f"{name} is {value!r}: it must be ")
 
 
-@pytest.mark.parametrize(("name", "value"), [("num_per_label", 0), ("steps", 0), ("batch_size", -1), ("seed", -1)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_per_label", 0), ("num_per_label", 99999999999), ("steps", 0), ("batch_size", -1), ("seed", -1),
+        ("seed", 2**63), ("seed", 2**64), ("size", (8, -8)), ("size", (8, 10**9)),
+    ],
+)  # fmt: skip
 def test_a_wrong_sampling_option_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(ConfigError) as caught:
         SampleConfig(checkpoint="nano", **{name: value})
@@ -164,6 +193,27 @@ def test_a_wrong_sampling_option_is_refused_by_name(name: str, value: object) ->
 )
 def test_limits_are_allowed(options: dict[str, object]) -> None:
     assert all(getattr(NetworkConfig(**options), name) == value for name, value in options.items())
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: InfoConfig("nano", size=(1, -1)), "size is (1, -1): it must be a height and a width from 1 to 4,096"),
+        (lambda: InfoConfig("nano", size=(10**9, 2)), "size is (1000000000, 2): it must be a height and a width from"),
+        (lambda: GenerateConfig(checkpoint="nano", out=Path("a"), num_images=10**15), "it must be at most 1,000,000,0"),
+        (lambda: GenerateConfig(checkpoint="nano", out=Path("a"), images_per_shard=10**9), "must be at most 100,000"),
+        (lambda: EvaluateConfig("a", "b", seed=2**64), "seed is 18446744073709551616: it must be at most"),
+        (lambda: EncodeConfig("a", Path("b"), Path("c"), num_workers=10**9), "num_workers is 1000000000: it must be"),
+        (lambda: GridConfig((Path("a"),), scale=10**9), "scale is 1000000000: it must be at most 64"),
+        (lambda: PlotConfig((Path("a"),), frames=10**9), "frames is 1000000000: it must be at most 1,000"),
+        (lambda: PlanConfig("nano", num_images=10**15), "num_images is 1000000000000000: it must be at most"),
+        (lambda: WatchConfig(Path("a"), every=float("inf")), "every is inf: it must be above 0, at most 86,400"),
+    ],
+)  # fmt: skip
+def test_options_have_limits(make: Callable[[], object], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert said in str(caught.value)
 
 
 def test_config_errors_are_errors_of_this_package() -> None:

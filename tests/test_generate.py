@@ -252,6 +252,10 @@ def refused(capsys: pytest.CaptureFixture[str], run: Path, folder: Path, *option
         (["--guidance-checkpoint", "nanno"], "'nanno' is neither a folder nor a preset: did you mean nano?"),
         (["--guidance-checkpoint", "nano"], "num_classes 10 and this one 3: guide by one trained on the same data"),
         (["--device", "gpu"], "device 'gpu' cannot be used here"),
+        (["--num-per-label", "99999999999"], "it must be from 1 to 10,000 in one grid; lamamba generate makes any num"),
+        (["--num-per-label", "10000", "--size", "256", "256"], "makes 1,966,080,000 pixels, and a grid has at most"),
+        (["--seed", str(2**64)], "seed is 18446744073709551616: it must be at most 9,223,372,036,854,775,807"),
+        (["--size", "1", "-1"], "size is (1, -1): it must be a height and a width from 1 to 16,384"),
     ],
 )
 def test_what_cannot_be_is_one_line(

@@ -17,6 +17,7 @@ from forked import run_ranks
 from lamamba import generate as module
 from lamamba.checkpoint import CheckpointInfo, write_weights
 from lamamba.cli import main
+from lamamba.config import GenerateConfig
 from lamamba.latents import Latents
 from lamamba.model import LaMambaDiff
 from test_generate import CLASS_NAMES, write_run
@@ -134,6 +135,34 @@ def test_labels_are_drawn_at_random_from_the_seed(run: Path, tmp_path: Path) -> 
     assert drawn["a"] == drawn["again"] != drawn["b"]
     assert set(drawn["a"]) == {0, 1, 2}
     assert drawn["a"][:9] != [place % 3 for place in range(9)]
+
+
+def test_random_labels_of_a_part_are_those_of_the_whole() -> None:
+    config = GenerateConfig(checkpoint="nano", out=Path("out"), labels="random", seed=3)
+    labels_of = module._labels_of_set(config, SimpleNamespace(num_classes=7))  # type: ignore[arg-type]
+    raw = np.random.Philox(key=np.array([3, 0], dtype=np.uint64)).random_raw(40)
+    assert labels_of(range(40)) == [int(number % 7) for number in raw]
+    for start in range(9):
+        assert labels_of(range(start, 23)) == labels_of(range(40))[start:23]
+
+
+class _EnoughError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("labels", ["balanced", "random", "0,2"])
+@pytest.mark.parametrize("seed", [0, 2**63 - 1])
+def test_a_set_begins_at_once_however_large_it_is(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: str, seed: int
+) -> None:
+    def paint(painter: Any, labels: list[int], seeds: range, on_step: Any) -> None:
+        assert len(labels) == len(seeds) == 4
+        assert seeds[0] == seed
+        raise _EnoughError
+
+    monkeypatch.setattr(module.Painter, "paint", paint)
+    with pytest.raises(_EnoughError):
+        generate(run, tmp_path / "out", "--num-images", "999999999999", "--labels", labels, "--seed", str(seed))
 
 
 def test_a_set_goes_on_from_weights_and_an_autoencoder_that_have_moved(

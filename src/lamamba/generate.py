@@ -28,6 +28,7 @@ from lamamba import __version__
 from lamamba.captured import CapturedNetwork
 from lamamba.checkpoint import CheckpointInfo, load_denoiser, locked, write_json
 from lamamba.config import GenerateConfig, SampleConfig, SamplingConfig, nearest
+from lamamba.config.checks import MAX_GRID_PIXELS
 from lamamba.diffusion import OBJECTIVES
 from lamamba.dit import DiT
 from lamamba.errors import CheckpointError, ConfigError
@@ -178,8 +179,15 @@ def sample_grid(config: SampleConfig) -> None:
     """
     painter = Painter(config, choose_device(config.device))
     classes = parse_labels(config.labels, painter.num_classes, painter.info.class_names)
+    sides = painter.size or (painter.network.config.sample_size,) * 2
+    pixels_of_grid = len(classes) * config.num_per_label * sides[0] * sides[1] * painter.space.factor**2
+    if pixels_of_grid > MAX_GRID_PIXELS:
+        raise ConfigError(
+            f"num_per_label {config.num_per_label} of {len(classes)} classes makes {pixels_of_grid:,} pixels, and a "
+            f"grid has at most {MAX_GRID_PIXELS:,}: ask for fewer, or make a set of files with lamamba generate"
+        )
     labels = [label for label in classes for _ in range(config.num_per_label)]
-    seeds = [config.seed + index for index in range(len(labels))]
+    seeds = range(config.seed, config.seed + len(labels))
     _make_folders(config)
     painter.say_unguided()
     pixels = paint_with_bar(painter, labels, seeds)
@@ -216,7 +224,7 @@ def generate(config: GenerateConfig) -> None:
     """
     with joined(config.device) as (processes, device_name):
         painter = Painter(config, choose_device(device_name))
-        labels = _labels_of_set(config, painter)
+        labels_of = _labels_of_set(config, painter)
         made = {
             **painter.settings,
             "weights": checksum(*sorted(painter.path.rglob("diffusion_pytorch_model*"))),
@@ -231,7 +239,7 @@ def generate(config: GenerateConfig) -> None:
                 _begin_set(config.out, json.loads(json.dumps(made)))
             processes.wait()
             with SignalsNoted() as signals:
-                _paint_shards(config, painter, labels, processes, signals)
+                _paint_shards(config, painter, labels_of, processes, signals)
             processes.wait()
             if processes.is_first:
                 if config.format == "npz":
@@ -239,18 +247,22 @@ def generate(config: GenerateConfig) -> None:
                 say(f"{config.num_images:,} images in {config.out}")
 
 
-def _labels_of_set(config: GenerateConfig, painter: Painter) -> np.ndarray:
-    """The label of each image, int64 (n,)."""
-    number = config.num_images
+def _labels_of_set(config: GenerateConfig, painter: Painter) -> Callable[[range], list[int]]:
+    """Make a function that returns the labels of the images at some places of the set; a set may be of any size."""
     if config.labels == "random" and painter.num_classes:
-        raw = np.random.Philox(key=np.array([config.seed, 0], dtype=np.uint64)).random_raw(number)
-        labels: np.ndarray = (raw % np.uint64(painter.num_classes)).astype(np.int64)
-        return labels
+
+        def draw(places: range) -> list[int]:
+            numbers = np.random.Philox(key=np.array([config.seed, 0], dtype=np.uint64))
+            numbers.advance(places.start // 4)  # it draws four at a time
+            raw = numbers.random_raw(places.start % 4 + len(places))[places.start % 4 :]
+            return [int(label) for label in raw % np.uint64(painter.num_classes)]
+
+        return draw
     if config.labels in ("balanced", "random"):
         classes = list(range(max(1, painter.num_classes)))
     else:
         classes = parse_labels(config.labels, painter.num_classes, painter.info.class_names)
-    return np.resize(np.array(classes, dtype=np.int64), number)
+    return lambda places: [classes[place % len(classes)] for place in places]
 
 
 def read_generation(samples: Path) -> dict[str, Any] | None:
@@ -290,38 +302,43 @@ def _begin_set(out: Path, made: dict[str, Any]) -> None:
 
 
 def _paint_shards(
-    config: GenerateConfig, painter: Painter, labels: np.ndarray, processes: Processes, signals: SignalsNoted
+    config: GenerateConfig,
+    painter: Painter,
+    labels_of: Callable[[range], list[int]],
+    processes: Processes,
+    signals: SignalsNoted,
 ) -> None:
     if config.format == "npz" and (config.out / SAMPLES).exists():
         return
-    shards = [
-        range(start, min(start + config.images_per_shard, config.num_images))
-        for start in range(0, config.num_images, config.images_per_shard)
-    ][processes.rank :: processes.number]
+    size = config.images_per_shard
+    starts = range(size * processes.rank, config.num_images, size * processes.number)
+    missing = 0 if not starts else max(0, starts[-1] + size - config.num_images)  # in the last shard
     with make_progress(
         make_console(), MofNCompleteColumn(), "images", shows=processes.is_first, transient=False
     ) as progress:
         others = f", process 1 of {processes.number}" if processes.number > 1 else ""
-        total = sum(map(len, shards))
-        shards = [places for places in shards if not _is_there(config, places)]
-        done = float(total - sum(map(len, shards)))
-        bar = progress.add_task(f"generate{others}", total=total, completed=round(done))
+        done, total = 0.0, size * len(starts) - missing
+        bar = progress.add_task(f"generate{others}", total=total)
         painter.prepare(config.num_images)  # of the whole set, so that any number of processes decodes alike
 
-        def step(number: int) -> None:
+        def advance(number: float) -> None:
             nonlocal done
             where = f"image {done:,.0f} of {total:,}: the same command goes on after the last whole shard"
             signals.end_if_noted(where, silent=not processes.is_first)
-            done += number / painter.evaluations
+            done += number
             progress.update(bar, completed=round(done))
 
         # While a shard is painted, the one before is written: PNG files take processors as long as images a GPU.
         with ThreadPoolExecutor(1) as writer:
             written: Future[None] | None = None
-            for places in shards:
-                own = [int(label) for label in labels[places.start : places.stop]]
-                seeds = [config.seed + place for place in places]
-                images = painter.paint(own, seeds, step)
+            for start in starts:
+                places = range(start, min(start + size, config.num_images))
+                if _is_there(config, places):
+                    advance(len(places))
+                    continue
+                own = labels_of(places)
+                seeds = range(config.seed + places.start, config.seed + places.stop)
+                images = painter.paint(own, seeds, lambda number: advance(number / painter.evaluations))
                 settings = [
                     {**painter.settings, "label": label, "seed": seed} for label, seed in zip(own, seeds, strict=True)
                 ]

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lamamba.config import GridConfig, PlotConfig
+from lamamba.config.checks import MAX_GRID_PIXELS
 from lamamba.data import read_image
 from lamamba.data.folders import list_images_below, no_images
 from lamamba.errors import CheckpointError, ConfigError, DataError
@@ -26,7 +27,6 @@ QUARTERS = {
 }  # fmt: skip
 MAX_FRAME_WIDTH = 1280  # pixels of a sample grid, which is made smaller beyond
 MAX_GIF_FRAMES = 100
-MAX_GRID_PIXELS = 1 << 28
 _FRAME_MS, _LAST_FRAME_MS = 250, 2000
 _CAPTION_HEIGHT = 14
 

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 from lamamba.errors import ConfigError
 
@@ -20,6 +21,25 @@ def check(holds: bool, name: str, value: object, wanted: str) -> None:
     """Raise ConfigError unless an option is as it must be."""
     if not holds:
         raise ConfigError(f"{name} is {value!r}: it must be {wanted}")
+
+
+MAX_SEED = 2**63 - 1  # torch takes 64 bits, and images count on from the first seed
+MAX_IMAGES = 10**12  # of one run or set
+MAX_SIDE = 1 << 14  # pixels
+MAX_GRID_PIXELS = 1 << 28  # of one picture; Pillow refuses to open larger ones
+
+
+def check_range(name: str, value: Any, least: float, most: float) -> None:
+    """Raise ConfigError unless a number lies between two limits; None, where nothing is chosen, may stand for one."""
+    if value is not None:
+        check(value >= least, name, value, f"{least:,} or more")
+        check(value <= most, name, value, f"at most {most:,}")
+
+
+def check_size(name: str, size: tuple[int, int] | None, most: int = MAX_SIDE) -> None:
+    """Raise ConfigError unless height and width, if chosen, lie between 1 and a limit."""
+    fits = size is None or all(1 <= side <= most for side in size)
+    check(fits, name, size, f"a height and a width from 1 to {most:,}")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

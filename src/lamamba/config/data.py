@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from lamamba.config.checks import check
+from lamamba.config.checks import MAX_SIDE, check_range
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class EncodeConfig:
     """cpu, cuda, cuda:1, mps; auto takes the best there is."""
 
     def __post_init__(self) -> None:
-        for name in ("images_per_shard", "batch_size"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        check(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
+        check_range("images_per_shard", self.images_per_shard, 1, 1_000_000)
+        check_range("batch_size", self.batch_size, 1, 100_000)
+        check_range("num_workers", self.num_workers, 0, 1024)
+        check_range("image_size", self.image_size, 1, MAX_SIDE)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from lamamba.config.checks import check
+from lamamba.config.checks import MAX_IMAGES, check, check_range, check_size
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,9 @@ class InfoConfig:
     """Height and width of the grid the network sees, in latents or pixels; the default is the training size."""
     ssm_state_size: int | None = None
     """Count a preset with this many states; 16 is what the paper's GFLOPs correspond to."""
+
+    def __post_init__(self) -> None:
+        check_size("size", self.size, most=4096)  # beyond, the order of its pixels alone takes gigabytes
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ class PlanConfig:
     """What a host reads of its disk or network in a second; the default is enough."""
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "gpus_per_host", "num_images"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name, most in (("gpus", 1_000_000), ("gpus_per_host", 1_000_000), ("num_images", MAX_IMAGES)):
+            check_range(name, getattr(self, name), 1, most)
         check(self.power_averages >= 0, "power_averages", self.power_averages, "0 or more")
         for name in (
             "gpu_memory_gib", "images_per_s", "link_gbytes_per_s", "network_gbytes_per_s", "data_gbytes_per_s",

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lamamba.config.checks import check
+from lamamba.config.checks import MAX_IMAGES, MAX_SEED, MAX_SIDE, check, check_range, check_size
 
 Sampler = Literal["ancestral", "ddim", "dpm++", "sde-dpm++", "unipc", "euler", "heun"]
 
@@ -57,7 +57,7 @@ class SamplingConfig:
     guidance_options: tyro.conf.OmitArgPrefixes[GuidanceOptions] = PLAIN_GUIDANCE
     """What guidance has beside its scale."""
     seed: int = 0
-    """Of the first image; image i has seed + i."""
+    """Of the first image, up to 2^63 - 1; image i has seed + i."""
     size: tuple[int, int] | None = None
     """Height and width in pixels; the default is the training size."""
     batch_size: int = 50
@@ -72,7 +72,8 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        check(self.seed >= 0, "seed", self.seed, "0 or more")
+        check_range("seed", self.seed, 0, MAX_SEED)
+        check_size("size", self.size)
         is_scale = self.guidance is None or math.isfinite(self.guidance)
         check(is_scale, "guidance", self.guidance, "a number, 1 for no guidance")
 
@@ -93,7 +94,10 @@ class SampleConfig(SamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.num_per_label >= 1, "num_per_label", self.num_per_label, "1 or more")
+        check(
+            1 <= self.num_per_label <= 10_000, "num_per_label", self.num_per_label,
+            "from 1 to 10,000 in one grid; lamamba generate makes any number of images",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +117,8 @@ class GenerateConfig(SamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_images", "images_per_shard"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        check_range("num_images", self.num_images, 1, MAX_IMAGES)
+        check_range("images_per_shard", self.images_per_shard, 1, 100_000)  # which are in memory at once
 
 
 @dataclass(frozen=True)
@@ -147,8 +151,8 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         check(self.nearest_images >= 6, "nearest_images", self.nearest_images, "6 or more")
-        check(self.seed >= 0, "seed", self.seed, "0 or more")
-        check(self.image_size is None or self.image_size >= 1, "image_size", self.image_size, "1 or more")
+        check_range("seed", self.seed, 0, MAX_SEED)
+        check_range("image_size", self.image_size, 1, MAX_SIDE)
 
 
 @dataclass(frozen=True)

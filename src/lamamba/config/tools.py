@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from lamamba.config.checks import check
+from lamamba.config.checks import check, check_range
 from lamamba.errors import ConfigError
 
 
@@ -32,7 +32,7 @@ class PlotConfig:
     def __post_init__(self) -> None:
         if not self.runs:
             raise ConfigError("give one run folder or more, such as runs/first")
-        check(self.frames >= 2, "frames", self.frames, "2 or more")
+        check_range("frames", self.frames, 2, 1000)
 
 
 @dataclass(frozen=True)
@@ -55,5 +55,5 @@ class GridConfig:
     def __post_init__(self) -> None:
         check(len(self.images) >= 1, "images", self.images, "one image or folder, or more")
         check(self.out.suffix == ".png", "out", str(self.out), "a .png file")
-        for name in ("columns", "rows", "scale"):
-            check(getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name, most in (("columns", 10_000), ("rows", 10_000), ("scale", 64)):
+            check_range(name, getattr(self, name), 1, most)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from lamamba.config.checks import check
+from lamamba.config.checks import MAX_IMAGES, MAX_SEED, MAX_SIDE, check
 from lamamba.config.network import PRESETS, NetworkConfig
 
 Objective = Literal["diffusion", "flow"]
@@ -116,8 +116,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(math.isfinite(self.sample_guidance), "sample_guidance", self.sample_guidance, "a number")
-        for name in ("num_images", "batch_size", "accumulate", "max_skipped_steps", "sample_steps"):
+        for name in ("batch_size", "accumulate", "max_skipped_steps", "sample_steps", "num_images"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        limits = {
+            "num_images": MAX_IMAGES, "batch_size": 1_000_000, "sample_steps": 1000, "image_size": MAX_SIDE,
+            "num_workers": 1024, "seed": MAX_SEED,
+        }  # fmt: skip
+        for name, most in limits.items():  # other code says what image_size has to be at least
+            check((getattr(self, name) or 0) <= most, name, getattr(self, name), f"at most {most:,}")
         for name in ("log_every", "sample_every", "checkpoint_every", "snapshot_every"):
             check(getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in (
@@ -130,7 +136,7 @@ class TrainConfig:
             "seed",
         ):
             check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        check(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
+        check(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "a number above 0")
         check(
             self.decay == "none" or self.warmup_images < self.num_images, "warmup_images", self.warmup_images,
             f"less than num_images {self.num_images}, where the learning rate decays",
@@ -171,4 +177,4 @@ class WatchConfig:
     """Show it once and stop."""
 
     def __post_init__(self) -> None:
-        check(self.every > 0, "every", self.every, "more than 0")
+        check(0 < self.every <= 86400, "every", self.every, "above 0, at most 86,400")
