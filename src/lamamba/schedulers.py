@@ -217,7 +217,8 @@ def _try(scheduler: Any, objective: Objective, channels: int, num_steps: int, st
 
     def check_error(error: float, most: float, how: str, mend: str = "") -> None:
         if not error < most:
-            said = f"its error is {error:.0%}" if math.isfinite(error) else "they are not finite"
+            size = f"{error:.0%}" if error < 10 else "over 1,000%"
+            said = f"its error is {size}" if math.isfinite(error) else "they are not finite"
             raise ConfigError(f"the scheduler {name} makes wrong images{how} (on known data {said}): {mend}{use}")
 
     try:
