@@ -174,7 +174,7 @@ def test_operations_agree_with_their_meaning(name: str, backend: str) -> None:
 def test_loops_are_named_where_they_run() -> None:
     pytest.importorskip("numba")
     versions = {name: check_operation(name, CPU, torch.float32).version for name in OPERATIONS}
-    with_loops = {"scan_grid", "gated_norm", "residual_norm"}
+    with_loops = {"scan_grid", "scan_grid, 4 states", "gated_norm", "residual_norm"}
     assert versions == {name: "compiled loops" if name in with_loops else "PyTorch" for name in OPERATIONS}
 
 

@@ -29,7 +29,8 @@ from lamamba.output import say
 
 LIMIT_S = 300.0  # for one part: what has not answered by then never will
 OPERATIONS = (  # those of lamamba.selfcheck, which only the other process can import
-    "scan_grid", "window_attention", "depthwise_convolution", "gated_norm", "residual_norm", "linear_gelu",
+    "scan_grid", "scan_grid, 4 states", "window_attention", "depthwise_convolution",
+    "gated_norm", "residual_norm", "linear_gelu",
 )  # fmt: skip
 TRACKERS = ("wandb", "trackio")
 _OTHER_TORCH = (

@@ -102,16 +102,22 @@ def _takes_norm_loops(x: Tensor) -> bool:
 
 _GRID = (_BATCH, _SIDE, _SIDE, _CHANNELS)
 _PER_IMAGE = (_BATCH, _CHANNELS)
-OPERATIONS: Mapping[str, Operation] = {
-    "scan_grid": Operation(
+
+
+def _scan(num_states: int) -> Operation:
+    low = (_BATCH, _SIDE, _SIDE, NUM_PATHS * (_RANK + 2 * num_states))
+    per_channel = (NUM_PATHS, _CHANNELS)
+    return Operation(
         lambda *inputs: scan_grid(*inputs).sum(dim=0),
         lambda x, low, weight, bias, A_log, D: scan_grid(x, low, weight, bias, A_log, D, backend="pytorch").sum(dim=0),
-        (
-            _GRID, (_BATCH, _SIDE, _SIDE, NUM_PATHS * (_RANK + 2)), (NUM_PATHS, _CHANNELS, _RANK),
-            (NUM_PATHS, _CHANNELS), (NUM_PATHS, _CHANNELS, 1), (NUM_PATHS, _CHANNELS),
-        ),
+        (_GRID, low, (*per_channel, _RANK), per_channel, (*per_channel, num_states), per_channel),
         lambda x: choose_loops(x, "auto"),
-    ),
+    )
+
+
+OPERATIONS: Mapping[str, Operation] = {
+    "scan_grid": _scan(num_states=1),
+    "scan_grid, 4 states": _scan(num_states=4),
     "window_attention": Operation(
         lambda qkv, bias: window_attention(qkv, bias, _HEADS, _WINDOW, shifted=True),
         lambda qkv, bias: window_attention_reference(qkv, bias, _HEADS, _WINDOW, True),

@@ -16,6 +16,7 @@ from lamamba.ops.residual_norm import kernels as residual_norm
 from lamamba.ops.rows import cut_rows
 from lamamba.ops.selective_scan import kernels as scan
 from lamamba.ops.selective_scan import product_kernels as scan_products
+from lamamba.ops.selective_scan import states_kernels as states
 from lamamba.ops.window_attention import kernels as window
 
 # Activations and what is multiplied with them are bfloat16, all else that is pointed to is float32.
@@ -73,6 +74,13 @@ def compile_scan(capability: int) -> None:
     compile_kernel(scan.scan_backward_kernel, constants, 1, capability)
     for backward in (False, True):
         compile_kernel(scan.scan_summary_kernel, {**constants, "BACKWARD": backward}, 1, capability)
+    several = {**paths, "LOW": 224, "STATES": 16, "AT_ONCE": 2, "BLOCK": 32, "PRECISE": False}
+    # Carried: sums at 16 steps, of y or of two gradients; of two states B and C, A, the state, backward two gradients.
+    compile_kernel(states.states_forward_kernel, {**several, "SAVE": True}, 1, capability, carried=16 + 2 * 3)
+    compile_kernel(states.states_backward_kernel, several, 1, capability, carried=2 * 16 + 2 * 5)
+    compile_kernel(states.states_summary_kernel, {**several, "BACKWARD": True}, 1, capability)
+    for kernel in (states.to_paths_kernel, states.from_paths_kernel):
+        compile_kernel(kernel, {**several, "VALUES": 32, "STEPS": 64}, 4, capability, half={"p_grad_low"})
     low = {"RANK": 20, "LOW": 96, "WIDTH": 640}
     constants = {**low, "ROWS": 64, "PIECE": 128, "PIECES": 5, "RANK_BLOCK": 32}
     compile_kernel(scan_products.steps_backward_kernel, constants, 4, capability, half={"p_grad_low"})

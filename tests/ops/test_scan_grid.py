@@ -13,6 +13,11 @@ from lamamba.ops import selective_scan
 from lamamba.ops.backend import Backend
 from lamamba.ops.selective_scan import project_and_scan, scan_grid
 
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from lamamba.ops.selective_scan.states_kernels import _sum_channels  # noqa: E402
+
 triton_host = pytest.importorskip("lamamba.ops.selective_scan.triton")
 NAMES = ("x", "low", "dt_weight", "dt_bias", "A_log", "D")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,6 +63,7 @@ TINY = {
     "plain": (2, 4, 4, 8, 3, 1),
     "length not a multiple of the tile, masked channels": (1, 4, 10, 40, 3, 1),
     "several states, rank over one block": (1, 6, 4, 8, 17, 3),
+    "two turns of two states": (1, 4, 6, 8, 3, 4),
 }
 
 
@@ -222,6 +228,23 @@ def test_kernels_that_cannot_run_are_an_error_that_says_why() -> None:
     assert "the kernels need CUDA tensors, x is on cpu: move it to a GPU" in done.stderr
 
 
+@pytest.mark.parametrize("block", [32, 64])
+def test_sums_over_channels_by_products(block: int) -> None:
+    """In float16, since the interpreter multiplies no bfloat16; whole numbers, so that nothing is rounded."""
+    rows = torch.randint(-4, 5, (16, block), generator=torch.Generator().manual_seed(block)).to(DEVICE, torch.float16)
+    sums = torch.full((16,), math.nan, device=DEVICE)
+    _sum_rows_kernel[(1,)](rows, sums, BLOCK=block, num_warps=1)
+    assert torch.equal(sums, rows.float().sum(dim=1))
+
+
+@triton.jit
+def _sum_rows_kernel(p_rows, p_sums, BLOCK: tl.constexpr):
+    rows = ()
+    for row in tl.static_range(16):
+        rows = rows + (tl.load(p_rows + row * BLOCK + tl.arange(0, BLOCK)[None, :]),)  # noqa: RUF005
+    tl.store(p_sums + tl.arange(0, 16), _sum_channels(rows, BLOCK))
+
+
 @pytest.mark.parametrize(
     ("index", "shape", "message"),
     [
@@ -245,7 +268,12 @@ LARGE = {
     "XL, first stage": (2, 32, 32, 640, 20, 1),
     "XL, second stage": (2, 16, 16, 1280, 40, 1),
     "XL, third stage": (2, 8, 8, 2560, 80, 1),
+    "2 states": (2, 16, 16, 64, 4, 2),
+    "4 states": (2, 16, 16, 96, 6, 4),
+    "8 states": (1, 10, 6, 72, 5, 8),
     "16 states": (1, 8, 8, 160, 10, 16),
+    "16 states, in segments": (1, 32, 32, 160, 10, 16),
+    "32 states": (1, 8, 8, 48, 3, 32),
     "64 states": (1, 4, 8, 40, 3, 64),
     "16,384 steps": (1, 128, 128, 64, 4, 1),
     "16 steps": (3, 4, 4, 64, 4, 1),
@@ -268,11 +296,11 @@ def test_projecting_first_at_real_sizes(case: str, monkeypatch: pytest.MonkeyPat
 
 
 @ON_GPU
-def test_results_are_equal_from_run_to_run() -> None:
-    inputs = [
-        tensor.to(torch.bfloat16 if i < 3 else torch.float32)
-        for i, tensor in enumerate(make_inputs(8, 16, 16, 320, 20, 1))
-    ]
+@pytest.mark.parametrize(
+    "shape", [(8, 16, 16, 320, 20, 1), (8, 16, 16, 320, 20, 16), (1, 32, 32, 160, 10, 16)], ids=str
+)
+def test_results_are_equal_from_run_to_run(shape: tuple[int, ...]) -> None:
+    inputs = [tensor.to(torch.bfloat16 if i < 3 else torch.float32) for i, tensor in enumerate(make_inputs(*shape))]
     first = output_and_gradients(inputs, "triton")
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(output_and_gradients(inputs, "triton"), first, strict=True))

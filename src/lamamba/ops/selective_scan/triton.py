@@ -13,6 +13,13 @@ from lamamba.ops.launch import launch
 from lamamba.ops.linear import weight_gradient
 from lamamba.ops.selective_scan.kernels import scan_backward_kernel, scan_forward_kernel, scan_summary_kernel
 from lamamba.ops.selective_scan.products import steps_backward, sum_and_project
+from lamamba.ops.selective_scan.states_kernels import (
+    from_paths_kernel,
+    states_backward_kernel,
+    states_forward_kernel,
+    states_summary_kernel,
+    to_paths_kernel,
+)
 
 # Paths of this many tiles may be cut into segments, of three tiles or more; but those are walked twice. Forwards all
 # are, where there are fewer programs than enough, to make twice as many as a large GPU runs at once. The backward pass
@@ -24,6 +31,7 @@ TILE = 16  # steps; the smallest side of a matrix product on tensor cores
 # Channels of a program: the more, the fewer instructions a channel, until the registers of a warp run out. They get
 # fewer where there are fewer programs than these; not where paths are cut.
 BLOCK, NARROWER_BELOW, NARROWER_BACKWARD_BELOW = 64, 800, 1024
+STEPS = 64  # of a program that copies B and C into the order of the paths, or their gradients back
 MAX_BATCH = 65535  # of CUDA, for the third axis of a grid of programs
 
 
@@ -49,9 +57,8 @@ def _geometry(x: Tensor, low: Tensor, rank: int, A_log: Tensor, continuous: bool
     if batch > MAX_BATCH:
         raise ValueError(f"scan_grid: a batch of {batch} is too large for the kernels: split it, {MAX_BATCH} at most")
     states = A_log.shape[2]
-    states_block = triton.next_power_of_2(states)
-    # A lane holds all states of its channels: blocks get narrower as states get more.
-    block = max(32, min(BLOCK // states_block, triton.next_power_of_2(channels)))
+    # Backward with several states, what is loaded ahead takes the registers of a lane's second channel.
+    block = 32 if backward and states > 1 else max(32, min(BLOCK, triton.next_power_of_2(channels)))
     num_tiles = triton.cdiv(height * width, TILE)
     block, cuts = (_cut_backward if backward else _cut_forward)(batch, channels, num_tiles, block)
     parts, first_image = [], 0
@@ -62,9 +69,11 @@ def _geometry(x: Tensor, low: Tensor, rank: int, A_log: Tensor, continuous: bool
     constants = {
         "HEIGHT": height, "WIDTH": width, "CONTINUOUS": continuous, "TILE": TILE,
         "RUN": math.gcd(height, width, TILE), "CHANNELS": channels,
-        "LOW": low.shape[3], "RANK": rank, "STATES": states, "STATES_BLOCK": states_block, "BLOCK": block,
+        "LOW": low.shape[3], "RANK": rank, "STATES": states, "BLOCK": block,
         "PRECISE": x.dtype == torch.float32, "num_warps": 1, "num_stages": 1,
     }  # fmt: skip
+    if states == 1:
+        constants["STATES_BLOCK"] = 1
     return _Geometry(triton.cdiv(channels, block), parts, constants)
 
 
@@ -146,6 +155,9 @@ def scan_grid_triton(
     planes = x.new_empty(4, batch, height, width, channels)
     states = A_log.new_empty(_states_shape(x, A_log, save))
     (part,) = geometry.parts
+    if A_log.shape[2] > 1:
+        _scan_states(geometry, part, x, low, weight, bias, A_log, D, planes, states, rank, continuous)
+        return planes, states
     carry, decay = _summarise(geometry, part, x, 0, low, weight, bias, A_log, backward=False)
     launch(
         scan_forward_kernel, (geometry.num_blocks, 4 * part.num_segments, batch),
@@ -153,6 +165,69 @@ def scan_grid_triton(
         batch, part.tiles_per_segment, part.num_segments, SAVE=save, **geometry.constants,
     )  # fmt: skip
     return planes, states
+
+
+def _scan_states(
+    geometry: _Geometry, part: _Part, x: Tensor,
+    low: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor,
+    planes: Tensor, states: Tensor, rank: int, continuous: bool,
+) -> None:  # fmt: skip
+    """Scan with several states: write y of each path to planes, and to `states`, unless it is empty, what to save."""
+    batch, _, _, channels = x.shape
+    num_states = A_log.shape[2]
+    save = states.numel() > 0
+    room = states if save else A_log.new_empty(batch, 4, part.num_segments, num_states, channels)
+    rows = _rows_of_weights(low, rank, num_states, continuous)
+    A_log = A_log.mT.contiguous()
+    carry, decay = _summarise_states(geometry, part, x, 0, low, rows, weight, bias, A_log, backward=False)
+    launch(
+        states_forward_kernel, (geometry.num_blocks, 4 * part.num_segments, batch),
+        x, low, rows, weight, bias, A_log, D, planes, room, carry, decay,
+        batch, part.tiles_per_segment, part.num_segments,
+        SAVE=save, AT_ONCE=_states_at_once(num_states), **geometry.constants,
+    )  # fmt: skip
+
+
+def _states_at_once(num_states: int) -> int:
+    """Say how many states a turn of the kernels' loop walks: two, where there is an even number of them."""
+    return 1 if num_states % 2 else 2
+
+
+def _summarise_states(
+    geometry: _Geometry, part: _Part, u: Tensor, plane: int,
+    low: Tensor, rows: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, backward: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Do what `_summarise` does, for several states; here A_log is (4, n, e)."""
+    if part.num_segments == 1:
+        nothing = A_log.new_empty(0)
+        return nothing, nothing
+    shape = (part.num_images, 4, part.num_segments, A_log.shape[1], u.shape[-1])
+    carry, decay = A_log.new_empty(shape), A_log.new_empty(shape)
+    launch(
+        states_summary_kernel, (geometry.num_blocks, 4 * (part.num_segments - 1), part.num_images),
+        u, low, rows, weight, bias, A_log, carry, decay,
+        plane, part.first_image, part.tiles_per_segment, part.num_segments, BACKWARD=backward, **geometry.constants,
+    )  # fmt: skip
+    return carry, decay
+
+
+def _rows_of_weights(low: Tensor, rank: int, num_states: int, continuous: bool) -> Tensor:
+    """Copy B and C from low, (b, h, w, 4 (r + 2 n) or more), to the order of the paths: (b, 4, tiles, n, 2, 16)."""
+    batch, height, width, _ = low.shape
+    rows = low.new_empty(batch, 4, triton.cdiv(height * width, TILE), num_states, 2, TILE, dtype=torch.float32)
+    _copy_rows(to_paths_kernel, low, rank, num_states, continuous, low, rows)
+    return rows
+
+
+def _copy_rows(
+    kernel: Any, low: Tensor, rank: int, num_states: int, continuous: bool, *arguments: Tensor | int
+) -> None:
+    batch, height, width, channels = low.shape
+    launch(
+        kernel, (triton.cdiv(height * width, STEPS), 4, batch), *arguments,
+        HEIGHT=height, WIDTH=width, CONTINUOUS=continuous, LOW=channels, RANK=rank, STATES=num_states,
+        VALUES=triton.next_power_of_2(2 * num_states), STEPS=STEPS, TILE=TILE, num_warps=4, num_stages=1,
+    )  # fmt: skip
 
 
 def _states_shape(x: Tensor, A_log: Tensor, save: bool) -> tuple[int, ...]:
@@ -193,23 +268,44 @@ def _scan_grid_backward(
     num_states = A_log.shape[2]
     geometry = _geometry(x, low, rank, A_log, continuous, backward=True)
     grad_x, grad_z = (x.new_empty(4, batch, height * width, channels) for _ in range(2))
-    grad_BC = A_log.new_empty(geometry.num_blocks, batch, height * width, 4, 2 * num_states)
     num_rows = [part.num_images * part.num_segments for part in geometry.parts]
     grad_shared = A_log.new_empty(sum(num_rows), num_states + 2, 4, channels)
-    for part, rows in zip(geometry.parts, grad_shared.split(num_rows), strict=True):
-        carry, decay = _summarise(geometry, part, grad_y, plane, low, weight, bias, A_log, backward=True)
-        launch(
-            scan_backward_kernel, (geometry.num_blocks, 4 * part.num_segments, part.num_images),
-            x, low, weight, bias, A_log, D, grad_y, states, carry, decay, grad_x, grad_z, grad_BC, rows,
-            plane, batch, part.first_image, part.tiles_per_segment, part.num_segments, **geometry.constants,
-        )  # fmt: skip
-
     low_by_path = low.view(batch * height * width, 4, -1)
     is_filled_up = low_by_path.shape[2] > rank + 2 * num_states
-    grad_low = torch.zeros_like(low_by_path) if is_filled_up else low_by_path.new_empty(low_by_path.shape)
-    grad_weight = steps_backward(grad_z.flatten(1, 2), low_by_path, weight, rank, grad_low)
-    grad_low[..., rank : rank + 2 * num_states] = grad_BC.sum(dim=0).flatten(0, 1)
-    return grad_x.view(4, *x.shape), grad_low.view_as(low), grad_weight, grad_shared.sum(dim=0)
+    grad_low = torch.zeros_like(low) if is_filled_up else torch.empty_like(low)
+    grad_low_by_path = grad_low.view_as(low_by_path)
+    if num_states == 1:
+        grad_BC = A_log.new_empty(geometry.num_blocks, batch, height * width, 4, 2)
+        for part, of_part in zip(geometry.parts, grad_shared.split(num_rows), strict=True):
+            carry, decay = _summarise(geometry, part, grad_y, plane, low, weight, bias, A_log, backward=True)
+            launch(
+                scan_backward_kernel, (geometry.num_blocks, 4 * part.num_segments, part.num_images),
+                x, low, weight, bias, A_log, D, grad_y, states, carry, decay, grad_x, grad_z, grad_BC, of_part,
+                plane, batch, part.first_image, part.tiles_per_segment, part.num_segments, **geometry.constants,
+            )  # fmt: skip
+        grad_low_by_path[..., rank : rank + 2] = grad_BC.sum(dim=0).flatten(0, 1)
+    else:
+        rows = _rows_of_weights(low, rank, num_states, continuous)
+        grad_rows = rows.new_empty(geometry.num_blocks, *rows.shape)
+        A_by_state = A_log.mT.contiguous()
+        for part, of_part in zip(geometry.parts, grad_shared.split(num_rows), strict=True):
+            carry, decay = _summarise_states(
+                geometry, part, grad_y, plane, low, rows, weight, bias, A_by_state, backward=True
+            )
+            grads = A_log.new_empty(part.num_images, 4, part.num_segments, num_states, channels)
+            launch(
+                states_backward_kernel, (geometry.num_blocks, 4 * part.num_segments, part.num_images),
+                x, low, rows, weight, bias, A_by_state, D, grad_y, states, carry, decay,
+                grads, grad_x, grad_z, grad_rows, of_part,
+                plane, batch, part.first_image, part.tiles_per_segment, part.num_segments,
+                AT_ONCE=_states_at_once(num_states), **geometry.constants,
+            )  # fmt: skip
+        _copy_rows(
+            from_paths_kernel, low, rank, num_states, continuous,
+            grad_rows, grad_low, geometry.num_blocks, rows.numel(),
+        )  # fmt: skip
+    grad_weight = steps_backward(grad_z.flatten(1, 2), low_by_path, weight, rank, grad_low_by_path)
+    return grad_x.view(4, *x.shape), grad_low, grad_weight, grad_shared.sum(dim=0)
 
 
 @_scan_grid_backward.register_fake

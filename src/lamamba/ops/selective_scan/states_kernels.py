@@ -1,0 +1,447 @@
+"""Triton kernels of the scan with several states: as `kernels.py` for one, but the states are a loop.
+
+The step sizes of a tile of 16 steps stay in registers while the kernels go over the states, one after the other. What a
+state leaves for the next tile waits in memory, so that any number of states will do. B and C come in the order of the
+paths: 32 values of a state and tile are one load, and shared memory gives all of them to every lane. What the next two
+states begin with is loaded while a state is walked. README.md has the equations.
+
+Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
+"""
+
+import triton
+import triton.language as tl
+
+from lamamba.ops.selective_scan.kernels import (
+    LN_2,
+    _along,
+    _below,
+    _exp,
+    _exp2,
+    _is_reversed,
+    _load_expansion,
+    _load_low,
+    _pixel,
+    _runs,
+    _slope,
+    _stack,
+    _steps,
+)
+
+
+@triton.jit
+def _sum_channels(rows, BLOCK: tl.constexpr):
+    """Sum each of 16 rows (1, BLOCK) over its channels: (16,). Rows in 16 bits are summed by tensor cores.
+
+    Four rows make a matrix whose places lie in registers and lanes just as an operand of a product must, so that
+    nothing moves between lanes: `b_pick` has a one where a place belongs to a row. Eight sums of every row are left.
+    """
+    if rows[0].dtype == tl.float32:
+        return tl.sum(_stack(rows), axis=1)
+    PLACES: tl.constexpr = BLOCK // 2
+    o_row, o_of_four = tl.arange(0, 16)[:, None], tl.arange(0, PLACES)[None, :] % 4
+    b_sums = tl.zeros([16, 8], tl.float32)
+    for four in tl.static_range(0, 16, 4):
+        b_rows = tl.join(tl.join(rows[four], rows[four + 1]), tl.join(rows[four + 2], rows[four + 3]))
+        b_rows = b_rows.reshape(8, 4, BLOCK // 32, 2, 2).permute(2, 1, 4, 3, 0).reshape(PLACES, 8)
+        b_pick = tl.maximum(1 - tl.abs(o_row - four - o_of_four), 0).to(tl.float32)
+        b_sums = tl.dot(b_pick.to(rows[0].dtype), b_rows, b_sums)
+    return tl.sum(b_sums, axis=1)
+
+
+@triton.jit
+def _numbers(b_row):
+    """Cut a block (32,) into a tuple of 32 numbers (1, 1), which every lane then has."""
+    parts = (b_row.reshape(32, 1),)
+    for level in tl.static_range(5):
+        cut = ()
+        for index in tl.static_range(1 << level):
+            first, second = parts[index].reshape(2, parts[index].shape[0] // 2, 1).permute(1, 2, 0).split()
+            cut = cut + (first, second)
+        parts = cut
+    return parts
+
+
+@triton.jit
+def _path_rows(
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr,
+    STATES: tl.constexpr, VALUES: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Find B and C of some steps of a path: offsets in (b, h, w, 4, r + 2n) and in (b, 4, tiles, n, 2, 16); masks."""
+    LENGTH: tl.constexpr = HEIGHT * WIDTH
+    NUM_TILES: tl.constexpr = (LENGTH + TILE - 1) // TILE
+    path, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    o_t = tl.program_id(0) * STEPS + tl.arange(0, STEPS)[None, :]
+    o_value = tl.arange(0, VALUES)[:, None]
+    o_low = image * LENGTH * LOW + _pixel(o_t, path, HEIGHT, WIDTH, CONTINUOUS) * LOW
+    o_tile = ((image * 4 + path) * NUM_TILES + o_t // TILE) * 2 * STATES * TILE
+    o_row = o_tile + (o_value % STATES * 2 + o_value // STATES) * TILE + o_t % TILE
+    m_low, m_row = (o_value < 2 * STATES) & (o_t < LENGTH), (o_value < 2 * STATES) & (o_t < NUM_TILES * TILE)
+    return o_low + path * (LOW // 4) + RANK + o_value, o_row, m_low, m_row
+
+
+@triton.jit
+def to_paths_kernel(
+    p_low, p_rows,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr,
+    STATES: tl.constexpr, VALUES: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Copy B and C into the order of the paths, so that what a state needs in a tile lies side by side."""
+    o_low, o_row, m_low, m_row = _path_rows(HEIGHT, WIDTH, CONTINUOUS, LOW, RANK, STATES, VALUES, STEPS, TILE)
+    tl.store(p_rows + o_row, tl.load(p_low + o_low, mask=m_low, other=0.0).to(tl.float32), mask=m_row)
+
+
+@triton.jit(do_not_specialize=["num_planes", "plane"])
+def from_paths_kernel(
+    p_grad_rows, p_grad_low, num_planes, plane,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr,
+    STATES: tl.constexpr, VALUES: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Add up the gradients of B and C over planes, `plane` apart, and copy the sums to where B and C lie in low."""
+    o_low, o_row, m_low, _ = _path_rows(HEIGHT, WIDTH, CONTINUOUS, LOW, RANK, STATES, VALUES, STEPS, TILE)
+    b_sum = tl.zeros([VALUES, STEPS], tl.float32)
+    for index in range(0, num_planes):
+        b_sum += tl.load(p_grad_rows + tl.cast(index, tl.int64) * plane + o_row, mask=m_low, other=0.0)
+    tl.store(p_grad_low + o_low, b_sum.to(p_grad_low.dtype.element_ty), mask=m_low)
+
+
+@triton.jit
+def _walk_segments(p_carry, p_decay, o_first, STRIDE: tl.constexpr, count, m_d):
+    """Compute what `count` segments leave of one state, from what `states_summary_kernel` kept of each."""
+    AT_ONCE: tl.constexpr = 8
+    b_h = tl.zeros(m_d.shape, tl.float32)
+    for first in range(0, count, AT_ONCE):
+        b_decays = ()
+        b_ends = ()
+        for index in tl.static_range(AT_ONCE):
+            o_end = o_first + STRIDE * (first + index)
+            m = m_d & (first + index < count)  # a segment that is not there leaves the state as it is
+            b_decays = b_decays + (tl.load(p_decay + o_end, mask=m, other=1.0),)
+            b_ends = b_ends + (tl.load(p_carry + o_end, mask=m, other=0.0),)
+        for index in tl.static_range(AT_ONCE):
+            b_h = b_decays[index] * b_h + b_ends[index]
+    return b_h
+
+
+@triton.jit(do_not_specialize=["plane", "first_image", "tiles_per_segment", "num_segments"])
+def states_summary_kernel(
+    p_u, p_low, p_rows, p_weight, p_bias, p_A_log, p_carry, p_decay,
+    plane, first_image, tiles_per_segment, num_segments,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
+    CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISE: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """Scan a segment from a zero state and keep only its end: the state, and what is left there of another, (n, e).
+
+    Backward in time it does the same for the gradient of the state; there u is the gradient of y, and `plane` is from
+    that of one path to that of the next. The segment that is walked last has no program: no other one needs its end.
+    What is kept counts images from the first.
+    """
+    LENGTH: tl.constexpr = HEIGHT * WIDTH
+    WHOLE: tl.constexpr = LENGTH % TILE == 0
+    NUM_TILES: tl.constexpr = (LENGTH + TILE - 1) // TILE
+    o_d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    m_d = _below(o_d, CHANNELS, BLOCK)
+    path, image = tl.program_id(1) % 4, first_image + tl.program_id(2).to(tl.int64)
+    segment = tl.program_id(1) // 4
+    segment = tl.where(_is_reversed(path, CONTINUOUS), num_segments - 2 - segment, segment) + (1 if BACKWARD else 0)
+    b_bias = tl.load(p_bias + path * CHANNELS + o_d, mask=m_d, other=0.0)
+    p_A_log += path * STATES * CHANNELS + o_d
+    p_u += image * LENGTH * CHANNELS + path.to(tl.int64) * plane
+    p_low += image * LENGTH * LOW + path * (LOW // 4)
+    p_rows += (image * 4 + path) * NUM_TILES * 2 * STATES * TILE
+    o_end = ((tl.program_id(2).to(tl.int64) * 4 + path) * num_segments + segment) * STATES * CHANNELS + o_d
+    weights = _load_expansion(p_weight, path, o_d, m_d, CHANNELS, RANK)
+
+    b_total = tl.zeros([1, BLOCK], tl.float32)
+    first = segment * tiles_per_segment
+    last = tl.minimum(first + tiles_per_segment, NUM_TILES)
+    b_lows = _load_low(p_low, (last - 1 if BACKWARD else first) * TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
+    for count in range(first, last):
+        tile = first + last - 1 - count if BACKWARD else count
+        start = tile * TILE
+        p_us = _along(p_u + o_d, _runs(start, path, HEIGHT, WIDTH, CONTINUOUS, TILE, RUN), CHANNELS, RUN)
+        b_us = ()
+        for step in tl.static_range(TILE):
+            m_t = WHOLE or start + step < LENGTH
+            b_us = b_us + (tl.load(p_us[step], mask=m_d & m_t, other=0.0),)
+        b_ms = _steps(b_lows, weights, b_bias, start, LENGTH, RANK, PRECISE)
+        b_lows = _load_low(p_low, start + (-TILE if BACKWARD else TILE), path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
+        b_inputs = ()
+        for step in tl.static_range(TILE):
+            b_u = b_us[step].to(tl.float32)
+            b_inputs = b_inputs + (b_u if BACKWARD else b_ms[step] * b_u * LN_2,)
+            b_total += b_ms[step]
+        for state in range(0, STATES):
+            b_A = -_exp(tl.load(p_A_log + state * CHANNELS, mask=m_d, other=0.0), PRECISE)
+            p_end = p_carry + o_end + state * CHANNELS
+            b_h = tl.load(p_end, mask=m_d & (count > first), other=0.0)
+            BC = _numbers(tl.load(p_rows + (tile * STATES + state) * 2 * TILE + tl.arange(0, 32)))
+            for i in tl.static_range(TILE):
+                b_a = _exp2(b_A * b_ms[TILE - 1 - i if BACKWARD else i], PRECISE)
+                if BACKWARD:
+                    b_h = b_a * (BC[2 * TILE - 1 - i] * b_inputs[TILE - 1 - i] + b_h)
+                else:
+                    b_h = tl.fma(b_a, b_h, BC[i] * b_inputs[i])
+            tl.store(p_end, b_h, mask=m_d)
+        tl.debug_barrier()
+    for state in range(0, STATES):
+        b_A = -_exp(tl.load(p_A_log + state * CHANNELS, mask=m_d, other=0.0), PRECISE)
+        tl.store(p_decay + o_end + state * CHANNELS, _exp2(b_A * b_total, PRECISE), mask=m_d)
+
+
+@triton.jit(do_not_specialize=["batch", "tiles_per_segment", "num_segments"])
+def states_forward_kernel(
+    p_x, p_low, p_rows, p_weight, p_bias, p_A_log, p_D, p_y, p_states, p_carry, p_decay,
+    batch, tiles_per_segment, num_segments,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
+    CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISE: tl.constexpr, AT_ONCE: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
+    """Scan a segment and write y, one plane for each path.
+
+    `p_states` gets the states at the start of each tile where the backward pass will read them (SAVE), and otherwise
+    has room for those of one tile for each program.
+    """
+    LENGTH: tl.constexpr = HEIGHT * WIDTH
+    WHOLE: tl.constexpr = LENGTH % TILE == 0
+    NUM_TILES: tl.constexpr = (LENGTH + TILE - 1) // TILE
+    TO_NEXT: tl.constexpr = STATES * CHANNELS if SAVE else 0
+    o_d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    m_d = _below(o_d, CHANNELS, BLOCK)
+    path, segment, image = tl.program_id(1) % 4, tl.program_id(1) // 4, tl.program_id(2).to(tl.int64)
+    # A path and its reverse read the same pixels at the same time: only one of them waits for memory.
+    segment = tl.where(_is_reversed(path, CONTINUOUS), num_segments - 1 - segment, segment)
+    b_bias = tl.load(p_bias + path * CHANNELS + o_d, mask=m_d, other=0.0)
+    b_D = tl.load(p_D + path * CHANNELS + o_d, mask=m_d, other=0.0)
+    p_A_log += path * STATES * CHANNELS + o_d
+    p_x += image * LENGTH * CHANNELS
+    p_y += (path * batch + image) * LENGTH * CHANNELS
+    p_low += image * LENGTH * LOW + path * (LOW // 4)
+    first = segment * tiles_per_segment
+    last = tl.minimum(first + tiles_per_segment, NUM_TILES)
+    p_row = p_rows + ((image * 4 + path) * NUM_TILES + first) * 2 * STATES * TILE + tl.arange(0, 32)
+    weights = _load_expansion(p_weight, path, o_d, m_d, CHANNELS, RANK)
+
+    o_segment = (image * 4 + path) * num_segments
+    o_states = (image * 4 + path) * NUM_TILES + first if SAVE else o_segment + segment
+    p_state = p_states + o_states * STATES * CHANNELS + o_d
+    for state in range(0, STATES):
+        o_first = (o_segment * STATES + state) * CHANNELS + o_d
+        b_h = _walk_segments(p_carry, p_decay, o_first, STATES * CHANNELS, segment, m_d)
+        tl.store(p_state + state * CHANNELS, b_h, mask=m_d)
+
+    b_lows = _load_low(p_low, first * TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
+    for tile in range(first, last):
+        start = tile * TILE
+        # All loads of a tile come before its stores: the compiler cannot know that these do not change what those read.
+        # What starts the work on a tile is loaded with the one before, and the rest while that work goes on.
+        runs = _runs(start, path, HEIGHT, WIDTH, CONTINUOUS, TILE, RUN)
+        p_xs = _along(p_x + o_d, runs, CHANNELS, RUN)
+        b_xs = ()
+        for step in tl.static_range(TILE):
+            m_t = WHOLE or start + step < LENGTH
+            b_xs = b_xs + (tl.load(p_xs[step], mask=m_d & m_t, other=0.0),)
+        b_rows = ()
+        b_A_logs = ()
+        b_hs = ()
+        for i in tl.static_range(AT_ONCE):
+            b_rows = b_rows + (tl.load(p_row + i * 2 * TILE),)
+            b_A_logs = b_A_logs + (tl.load(p_A_log + i * CHANNELS, mask=m_d, other=0.0),)
+            b_hs = b_hs + (tl.load(p_state + i * CHANNELS, mask=m_d, other=0.0),)
+        b_ms = _steps(b_lows, weights, b_bias, start, LENGTH, RANK, PRECISE)
+        b_lows = _load_low(p_low, start + TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
+        b_inputs = ()
+        b_ys = ()
+        for step in tl.static_range(TILE):
+            b_x = b_xs[step].to(tl.float32)
+            b_inputs = b_inputs + (b_ms[step] * b_x * LN_2,)
+            b_ys = b_ys + (b_D * b_x,)
+        for turn in range(0, STATES, AT_ONCE):
+            b_new_rows = ()
+            b_new_A_logs = ()
+            b_new_hs = ()
+            for i in tl.static_range(AT_ONCE):
+                b_h, b_A, BC = b_hs[i], -_exp(b_A_logs[i], PRECISE), _numbers(b_rows[i])
+                b_sums = ()
+                for step in tl.static_range(TILE):
+                    b_h = tl.fma(_exp2(b_A * b_ms[step], PRECISE), b_h, BC[step] * b_inputs[step])
+                    b_sums = b_sums + (b_ys[step] + BC[TILE + step] * b_h,)
+                b_ys = b_sums
+                tl.store(p_state + (turn + i) * CHANNELS + TO_NEXT, b_h, mask=m_d & (tile + 1 < last))
+                if i == 0:  # what the next turn begins with, while there is still something to do
+                    for j in tl.static_range(AT_ONCE):
+                        to_come = tl.minimum(turn + AT_ONCE, STATES - AT_ONCE) + j
+                        b_new_rows = b_new_rows + (tl.load(p_row + to_come * 2 * TILE),)
+                        b_new_A_logs = b_new_A_logs + (tl.load(p_A_log + to_come * CHANNELS, mask=m_d, other=0.0),)
+                        b_new_hs = b_new_hs + (tl.load(p_state + to_come * CHANNELS, mask=m_d, other=0.0),)
+            b_rows, b_A_logs, b_hs = b_new_rows, b_new_A_logs, b_new_hs
+        p_row += 2 * STATES * TILE
+        p_state += TO_NEXT
+        p_ys = _along(p_y + o_d, runs, CHANNELS, RUN)
+        for step in tl.static_range(TILE):
+            m_t = WHOLE or start + step < LENGTH
+            # Not to be read again soon: what others read stays in the cache longer.
+            tl.store(p_ys[step], b_ys[step].to(p_y.dtype.element_ty), mask=m_d & m_t, cache_modifier=".cs")
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["plane", "batch", "first_image", "tiles_per_segment", "num_segments"])
+def states_backward_kernel(
+    p_x, p_low, p_rows, p_weight, p_bias, p_A_log, p_D, p_grad_y, p_states, p_carry, p_decay,
+    p_grads, p_grad_x, p_grad_z, p_grad_rows, p_grad_shared,
+    plane, batch, first_image, tiles_per_segment, num_segments,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
+    CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISE: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Walk the tiles of a segment backward; in each, scan every state forward from where it was saved, then backward.
+
+    Writes the gradients of x and of the step sizes before their softplus, a plane for each path; of B and C, in the
+    order of `to_paths_kernel`, a plane for each block of channels; of A_log, D and the bias, (n + 2, 4, e) for each
+    image, from the first, and segment. The caller adds them up. `plane` is from the gradient of one path's y to that
+    of the next. `p_grads` has room for the gradients of the states.
+    """
+    LENGTH: tl.constexpr = HEIGHT * WIDTH
+    WHOLE: tl.constexpr = LENGTH % TILE == 0
+    NUM_TILES: tl.constexpr = (LENGTH + TILE - 1) // TILE
+    SUM: tl.constexpr = tl.float32 if PRECISE else tl.bfloat16
+    o_d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    m_d = _below(o_d, CHANNELS, BLOCK)
+    path, segment, count_of_image = tl.program_id(1) % 4, tl.program_id(1) // 4, tl.program_id(2).to(tl.int64)
+    image = first_image + count_of_image
+    o_path = path * CHANNELS + o_d
+    b_bias = tl.load(p_bias + o_path, mask=m_d, other=0.0)
+    b_D = tl.load(p_D + o_path, mask=m_d, other=0.0)
+    p_A_log += path * STATES * CHANNELS + o_d
+    p_x += image * LENGTH * CHANNELS
+    p_grad_y += image * LENGTH * CHANNELS + path.to(tl.int64) * plane
+    p_grad_x += (path * batch + image) * LENGTH * CHANNELS
+    p_grad_z += (path * batch + image) * LENGTH * CHANNELS
+    p_low += image * LENGTH * LOW + path * (LOW // 4)
+    p_rows += (image * 4 + path) * NUM_TILES * 2 * STATES * TILE + tl.arange(0, 32)
+    o_block = (tl.program_id(0).to(tl.int64) * batch + image) * 4 + path
+    p_grad_rows += o_block * NUM_TILES * 2 * STATES * TILE + tl.arange(0, 16)
+    p_grad_A = p_grad_shared + (count_of_image * num_segments + segment) * (STATES + 2) * 4 * CHANNELS + o_path
+    weights = _load_expansion(p_weight, path, o_d, m_d, CHANNELS, RANK)
+
+    # Always a[t+1] g[t+1] of the step to come.
+    o_segment = (count_of_image * 4 + path) * num_segments
+    p_grad = p_grads + (o_segment + segment) * STATES * CHANNELS + o_d
+    for state in range(0, STATES):
+        o_first = ((o_segment + num_segments - 1) * STATES + state) * CHANNELS + o_d
+        b_g = _walk_segments(p_carry, p_decay, o_first, -STATES * CHANNELS, num_segments - 1 - segment, m_d)
+        tl.store(p_grad + state * CHANNELS, b_g, mask=m_d)
+        tl.store(p_grad_A + state * 4 * CHANNELS, tl.zeros([1, BLOCK], tl.float32), mask=m_d)
+
+    b_grad_D = tl.zeros([1, BLOCK], tl.float32)
+    b_grad_bias = tl.zeros([1, BLOCK], tl.float32)
+    first = segment * tiles_per_segment
+    last = tl.minimum(first + tiles_per_segment, NUM_TILES)
+    b_lows = _load_low(p_low, (last - 1) * TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
+    for count in range(first, last):
+        tile = first + last - 1 - count
+        start = tile * TILE
+        runs = _runs(start, path, HEIGHT, WIDTH, CONTINUOUS, TILE, RUN)
+        p_xs = _along(p_x + o_d, runs, CHANNELS, RUN)
+        p_grad_ys = _along(p_grad_y + o_d, runs, CHANNELS, RUN)
+        b_xs = ()
+        b_grad_ys = ()
+        for step in tl.static_range(TILE):
+            m_t = WHOLE or start + step < LENGTH
+            b_xs = b_xs + (tl.load(p_xs[step], mask=m_d & m_t, other=0.0),)
+            b_grad_ys = b_grad_ys + (tl.load(p_grad_ys[step], mask=m_d & m_t, other=0.0),)
+        p_row = p_rows + tile * 2 * STATES * TILE
+        p_state = p_states + ((image * 4 + path) * NUM_TILES + tile) * STATES * CHANNELS + o_d
+        b_rows = ()
+        b_A_logs = ()
+        b_starts = ()
+        b_gs = ()
+        b_grad_As = ()
+        for i in tl.static_range(AT_ONCE):
+            b_rows = b_rows + (tl.load(p_row + i * 2 * TILE),)
+            b_A_logs = b_A_logs + (tl.load(p_A_log + i * CHANNELS, mask=m_d, other=0.0),)
+            b_starts = b_starts + (tl.load(p_state + i * CHANNELS, mask=m_d, other=0.0),)
+            b_gs = b_gs + (tl.load(p_grad + i * CHANNELS, mask=m_d, other=0.0),)
+            b_grad_As = b_grad_As + (tl.load(p_grad_A + i * 4 * CHANNELS, mask=m_d, other=0.0),)
+        b_ms = _steps(b_lows, weights, b_bias, start, LENGTH, RANK, PRECISE)
+        b_lows = _load_low(p_low, start - TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
+
+        # Sums over the states: of g B, and of the gradient of the exponent times A.
+        b_inputs = ()
+        b_drives = ()
+        b_exponents = ()
+        for step in tl.static_range(TILE):
+            b_inputs = b_inputs + (b_ms[step] * b_xs[step].to(tl.float32) * LN_2,)
+            b_drives = b_drives + (tl.zeros([1, BLOCK], tl.float32),)
+            b_exponents = b_exponents + (tl.zeros([1, BLOCK], tl.float32),)
+        for turn in range(0, STATES, AT_ONCE):
+            b_new_rows = ()
+            b_new_A_logs = ()
+            b_new_starts = ()
+            b_new_gs = ()
+            b_new_grad_As = ()
+            for i in tl.static_range(AT_ONCE):
+                current = turn + i
+                b_h, b_g, b_grad_A = b_starts[i], b_gs[i], b_grad_As[i]
+                b_A, BC = -_exp(b_A_logs[i], PRECISE), _numbers(b_rows[i])
+                b_hs = (b_h,)
+                b_as = ()
+                for step in tl.static_range(TILE):
+                    b_a = _exp2(b_A * b_ms[step], PRECISE)
+                    b_h = tl.fma(b_a, b_h, BC[step] * b_inputs[step])
+                    b_as = b_as + (b_a,)
+                    b_hs = b_hs + (b_h,)
+                b_grad_Bs = ()
+                b_grad_Cs = ()
+                b_new_drives = ()
+                b_new_exponents = ()
+                for step in tl.static_range(TILE - 1, -1, -1):
+                    b_grad_y = b_grad_ys[step].to(tl.float32)
+                    b_g += BC[TILE + step] * b_grad_y
+                    b_grad_Bs = ((b_g * b_inputs[step]).to(SUM),) + b_grad_Bs
+                    b_grad_Cs = ((b_hs[step + 1] * b_grad_y).to(SUM),) + b_grad_Cs
+                    b_new_drives = (b_drives[step] + b_g * BC[step],) + b_new_drives
+                    b_g *= b_as[step]
+                    b_exponent = b_g * b_hs[step]
+                    b_new_exponents = (b_exponents[step] + b_exponent * b_A,) + b_new_exponents
+                    b_grad_A += b_exponent * b_ms[step]
+                b_drives = b_new_drives
+                b_exponents = b_new_exponents
+                p_grad_row = p_grad_rows + (tile * STATES + current) * 2 * TILE
+                tl.store(p_grad_row, _sum_channels(b_grad_Bs, BLOCK))
+                tl.store(p_grad_row + TILE, _sum_channels(b_grad_Cs, BLOCK))
+                tl.store(p_grad + current * CHANNELS, b_g, mask=m_d)
+                b_last = tl.where(count + 1 == last, b_A * LN_2, 1.0)
+                tl.store(p_grad_A + current * 4 * CHANNELS, b_grad_A * b_last, mask=m_d)
+                if i == 0:  # what the next turn begins with, while there is still something to do
+                    for j in tl.static_range(AT_ONCE):
+                        to_come = tl.minimum(turn + AT_ONCE, STATES - AT_ONCE) + j
+                        b_new_rows = b_new_rows + (tl.load(p_row + to_come * 2 * TILE),)
+                        b_new_A_logs = b_new_A_logs + (tl.load(p_A_log + to_come * CHANNELS, mask=m_d, other=0.0),)
+                        b_new_starts = b_new_starts + (tl.load(p_state + to_come * CHANNELS, mask=m_d, other=0.0),)
+                        b_new_gs = b_new_gs + (tl.load(p_grad + to_come * CHANNELS, mask=m_d, other=0.0),)
+                        b_of_A = tl.load(p_grad_A + to_come * 4 * CHANNELS, mask=m_d, other=0.0)
+                        b_new_grad_As = b_new_grad_As + (b_of_A,)
+            b_rows, b_A_logs, b_starts = b_new_rows, b_new_A_logs, b_new_starts
+            b_gs, b_grad_As = b_new_gs, b_new_grad_As
+
+        # Read x again, before any store: meanwhile the registers had a better use.
+        b_xs = ()
+        for step in tl.static_range(TILE):
+            m_t = WHOLE or start + step < LENGTH
+            b_xs = b_xs + (tl.load(p_xs[step], mask=m_d & m_t, other=0.0),)
+        p_grad_xs = _along(p_grad_x + o_d, runs, CHANNELS, RUN)
+        p_grad_zs = _along(p_grad_z + o_d, runs, CHANNELS, RUN)
+        for step in tl.static_range(TILE):
+            m_t = WHOLE or start + step < LENGTH
+            b_m, b_x, b_grad_y = b_ms[step], b_xs[step].to(tl.float32), b_grad_ys[step].to(tl.float32)
+            b_drive = b_drives[step] * LN_2
+            b_grad_x = b_drive * b_m + b_D * b_grad_y
+            b_grad_z = (b_exponents[step] * LN_2 + b_drive * b_x) * _slope(b_m, PRECISE)
+            tl.store(p_grad_xs[step], b_grad_x.to(p_grad_x.dtype.element_ty), mask=m_d & m_t)
+            tl.store(p_grad_zs[step], b_grad_z.to(p_grad_z.dtype.element_ty), mask=m_d & m_t)
+            b_grad_D += b_grad_y * b_x
+            b_grad_bias += b_grad_z
+        tl.debug_barrier()
+    tl.store(p_grad_A + STATES * 4 * CHANNELS, b_grad_D, mask=m_d)
+    tl.store(p_grad_A + (STATES + 1) * 4 * CHANNELS, b_grad_bias, mask=m_d)
