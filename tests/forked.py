@@ -140,6 +140,9 @@ class _Rank:
 
 
 def _rank(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    for number in signal.valid_signals():  # a new program has no handlers of torchrun's
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     os.environ.update(environment)
     _execute(*arguments)
 
