@@ -21,6 +21,7 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from contextlib import closing
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
@@ -134,10 +135,19 @@ def write_random_latents(folder: Path, number: int, side: int) -> None:
     moments = np.random.default_rng(0).standard_normal((number, 2, 8, side, side), dtype=np.float32).astype(np.float16)
     sums = np.array([[zlib.crc32(view.tobytes()) for view in image] for image in moments], dtype=np.int64)
     labels = np.zeros(number, dtype=np.int64)
-    save_file({"moments": moments, "labels": labels, "crc32": sums}, folder / "shard-00000.safetensors")
-    settings = {"class_names": ["0"], "image_size": 8 * side, "channels": 3, "mirrored": True, "autoencoder": {}}
-    shards = [{"file": "shard-00000.safetensors", "images": number}]
-    (folder / INDEX).write_text(json.dumps({"format": FORMAT, "settings": settings, "shards": shards}))
+    shard = folder / "shard-00000.safetensors"
+    save_file({"moments": moments, "labels": labels, "crc32": sums}, shard)
+    settings = {
+        "source": "random", "images": number, "images_per_shard": number, "class_names": ["0"], "image_size": 8 * side,
+        "channels": 3, "shape": [4, side, side], "mirrored": True,
+        "autoencoder": {"folder": "none", "sha256": 64 * "0"},
+    }  # fmt: skip
+    index = {
+        "format": FORMAT, "settings": settings,
+        "channel_statistics": {"mean": 4 * [0.0], "standard_deviation": 4 * [1.0]},
+        "shards": [{"file": shard.name, "images": number, "sha256": sha256(shard.read_bytes()).hexdigest()}],
+    }  # fmt: skip
+    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
 
 
 def main() -> None:

@@ -163,11 +163,15 @@ def test_captions_are_below(folder: Path, tmp_path: Path) -> None:
     assert add_caption(image, os.fsdecode(b"caf\xe9\n")) == add_caption(image, "caf\\xe9\\n")
 
 
-def test_images_that_do_not_fit_are_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_that_do_not_fit_are_said(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "empty").mkdir()
     assert "is missing" in refused(capsys, "grid", str(tmp_path / "nowhere"))
     assert "has no images" in refused(capsys, "grid", str(tmp_path / "empty"))
-    assert "too large" in refused(capsys, "grid", str(folder), "--scale", "2000")
+    monkeypatch.setattr("lamamba.plot.MAX_GRID_PIXELS", 100)
+    assert "too large" in refused(capsys, "grid", str(folder))
+    monkeypatch.undo()
     assert "must be a .png file" in refused(capsys, "grid", str(folder), "--out", "grid.jpg")
     Image.new("RGB", (9, 6)).save(folder / "0" / "9.png")
     assert "9.png is 9x6 and" in refused(capsys, "grid", str(folder), "--out", str(tmp_path / "grid.png"))

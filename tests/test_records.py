@@ -14,7 +14,7 @@ from lamamba.errors import CheckpointError, DataError
 from lamamba.latents import Latents
 from lamamba.log import read_log
 from lamamba.model import LaMambaDiff
-from lamamba.records import MAX_BYTES, parse_record, read_record
+from lamamba.records import MAX_BYTES, SchedulerRecord, parse_record, read_record
 from lamamba.saving import save_checkpoint
 from lamamba.train import plain
 from test_weights import TINY, build_autoencoder, build_dit
@@ -123,6 +123,16 @@ def test_a_wrong_value_in_a_run_is_named(tmp_path: Path, key: str) -> None:
     path.write_text(json.dumps(plain(TrainConfig(out=tmp_path))))
     assert read_train_config(path) == TrainConfig(out=tmp_path)
     refused(path, f"{key} is ", lambda: read_train_config(path), **{key: {"a": 1} if key != "network" else 7})
+
+
+def test_infinity_is_read_over_where_nobody_asks_for_it(tmp_path: Path) -> None:
+    """As diffusers writes it for DPM-Solver++."""
+    path = tmp_path / "scheduler_config.json"
+    path.write_text('{"num_train_timesteps": 1000, "lambda_min_clipped": -Infinity}')
+    assert read_record(path, SchedulerRecord)["num_train_timesteps"] == 1000
+    path.write_text('{"beta_end": Infinity}')
+    with pytest.raises(CheckpointError, match="is not valid JSON"):
+        read_record(path, SchedulerRecord)
 
 
 def test_a_wrong_length_of_a_run_is_named(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import re
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
@@ -49,8 +49,13 @@ def parse_record(raw: bytes | str, name: str, schema: type[Schema], error: type[
     try:
         text = raw if isinstance(raw, str) else raw.decode("utf-8")
         hidden = _ESCAPES.sub(_hide, text)
-        # pydantic would accept NaN and infinity, which JSON does not have.
-        json.dumps(from_json(hidden, allow_inf_nan=False), allow_nan=False)
+        # pydantic would accept NaN and infinity, which JSON does not have. diffusers writes them, but only to keys that
+        # no schema names, such as lambda_min_clipped of schedulers.
+        parsed = from_json(hidden)
+        read = parsed
+        if isinstance(parsed, dict) and get_origin(schema) is None:
+            read = {key: parsed[key] for key in get_type_hints(schema) if key in parsed}
+        json.dumps(read, allow_nan=False)
     except ValueError as fault:
         raise error(f"{name} is not valid JSON: {fault}") from fault
     try:
