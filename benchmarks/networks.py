@@ -1,13 +1,17 @@
 """The networks that are compared, all called as (x_t, t, y) -> (b, 2c, h, w), and a step of training or inference.
 
-lamamba              LaMamba-XL, as `pip install` gives it
-lamamba-compiled     the same through torch.compile
-dit-xl-2             DiT-XL/2 in its authors' layout, its block compiled
-dit-xl-2-whole       the same, the network compiled as a whole: a check that the block is enough
-dit-xl-2-diffusers   DiT-XL/2 in diffusers' layout, its block compiled
+Each comes in four sizes, s, b, l and xl; `dit-b-2` is DiT-B/2.
+
+lamamba              LaMamba with one state, as `pip install` gives it
+lamamba-16-states    the same with the sixteen states that the paper's operation counts stand for
+lamamba-compiled     LaMamba with one state through torch.compile
+dit-SIZE-2           DiT in its authors' layout, its block compiled
+dit-SIZE-2-whole     the same, the network compiled as a whole: a check that the block is enough
+dit-SIZE-2-diffusers DiT in diffusers' layout, its block compiled
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +23,10 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 # What inductor would do to a CPU is not of interest: there, tracing shows that a network compiles.
 COMPILE = {"fullgraph": True, "dynamic": False, "backend": "inductor" if CUDA else "eager"}
-PROVIDERS = ("lamamba", "dit-xl-2")
-MORE_PROVIDERS = ("lamamba-compiled", "dit-xl-2-whole", "dit-xl-2-diffusers")
+# Of each size: layers, attention heads and channels of a head of DiT (arXiv 2212.09748, table 1).
+SIZES = {"s": (12, 6, 64), "b": (12, 12, 64), "l": (24, 16, 64), "xl": (28, 16, 72)}
+PROVIDERS = ("lamamba", "lamamba-16-states", "dit-SIZE-2")
+MORE_PROVIDERS = ("lamamba-compiled", "dit-SIZE-2-whole", "dit-SIZE-2-diffusers")
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
@@ -32,21 +38,21 @@ class Given(nn.Module):
 
 
 class DiT(nn.Module):
-    """DiT-XL/2 (Peebles & Xie 2023, arXiv 2212.09748) of diffusers' modules; attention by SDPA.
+    """DiT (Peebles & Xie 2023, arXiv 2212.09748) of diffusers' modules; attention by SDPA.
 
-    diffusers gives every block an embedding of timestep and label of its own, 750 M parameters in all. The authors'
-    layout has one for all blocks, 675 M parameters, and does less work: it is the one to compare with.
+    diffusers gives every block an embedding of timestep and label of its own, for XL/2 750 M parameters in all. The
+    authors' layout has one for all blocks, 675 M parameters, and does less work: it is the one to compare with.
     """
 
-    def __init__(self, size: int, quick: bool, own_embeddings: bool) -> None:
+    def __init__(self, size: str, side: int, quick: bool, own_embeddings: bool) -> None:
         super().__init__()
         from diffusers import DiTTransformer2DModel
         from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 
-        heads, head_dim = (2, 8) if quick else (16, 72)
+        layers, heads, head_dim = (2, 2, 8) if quick else SIZES[size]
         self.network = DiTTransformer2DModel(
             num_attention_heads=heads, attention_head_dim=head_dim, in_channels=4, out_channels=8,
-            num_layers=2 if quick else 28, sample_size=size, patch_size=2,
+            num_layers=layers, sample_size=side, patch_size=2,
         )  # fmt: skip
         # The patches come transposed out of the convolution: a block would be compiled once more for the first of them.
         self.network.pos_embed.register_forward_hook(lambda module, inputs, tokens: tokens.contiguous())
@@ -63,20 +69,19 @@ class DiT(nn.Module):
         return out
 
 
-def build(provider: str, size: int, quick: bool) -> nn.Module:
-    """Build a network with fresh parameters for a grid of size x size latents, on the device."""
+def build(size: str, provider: str, side: int, quick: bool) -> nn.Module:
+    """Build a network with fresh parameters for a grid of side x side latents, on the device."""
     with DEVICE:
         if provider.startswith("lamamba"):
-            options = (
-                {"embed_dim": 32, "depths": (1, 1, 1, 1), "bottleneck_depth": 0, "decoder_extra_depth": 0}
-                if quick
-                else {}
-            )
-            network: nn.Module = LaMambaDiff.from_preset("xl-256", sample_size=size, **options)
+            options: dict[str, Any] = {"ssm_state_size": 16 if provider == "lamamba-16-states" else 1}
+            if quick:
+                options |= {"embed_dim": 32, "num_heads": 4, "depths": (1, 1, 1, 1)}
+                options |= {"bottleneck_depth": 0, "decoder_extra_depth": 0}
+            network: nn.Module = LaMambaDiff.from_preset(f"{size}-256", sample_size=side, **options)
         else:
-            network = DiT(size, quick, own_embeddings=provider.endswith("diffusers"))
+            network = DiT(size, side, quick, own_embeddings=provider.endswith("diffusers"))
     network.to(DEVICE)
-    if provider in ("lamamba-compiled", "dit-xl-2-whole"):
+    if provider.endswith(("-compiled", "-whole")):
         network.compile(**COMPILE)
     elif isinstance(network, DiT):
         # The blocks are alike, so that one compilation serves all: the speed of the whole network compiled, sooner.

@@ -1,21 +1,23 @@
 """Measure lamamba against its peers, after the tests of its operations have passed.
 
     python benchmarks/run.py                    everything this machine can run
-    python benchmarks/run.py train_xl infer_xl  the cases that begin so
+    python benchmarks/run.py train_s infer      the cases that begin so
     python benchmarks/run.py --quick            tiny sizes, to see that it works: the numbers mean nothing
 
-On a GPU, in bf16: XL against DiT-XL/2 (networks.py), in training (float32 weights, autocast, fused AdamW) and inference
-(bfloat16 weights, replayed as a CUDA graph); the scan by itself against a public one (peers.py) and the bytes it must
-move; a training step by groups of operations (kernel_groups.py). On a CPU: the scan and `nano` against the naive ways.
+On a GPU, in bf16: LaMamba with one and with sixteen states against DiT of the same size (networks.py), in training
+(float32 weights, autocast, fused AdamW) and inference (bfloat16 weights), each replayed as a CUDA graph; the scan by
+itself against a public one (peers.py) and the bytes it must move; a training step by groups of operations
+(kernel_groups.py). On a CPU: the scan and `nano` against the naive ways.
 
 Writes results/DATE_DEVICE_COMMIT.json after every competitor. One that fails is reported and the others go on; the exit
-status is then 1. At the end stands what was asked of XL beside what it reached. report.py makes docs/performance.md.
+status is then 1. Prints the targets beside what was reached at the end. report.py makes docs/performance.md.
 """
 
 import argparse
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -32,40 +34,58 @@ from lamamba.ops.selective_scan import scan_grid, selective_scan
 from lamamba.ops.selective_scan.reference import selective_scan_reference
 from measure import RESULTS, ROOT, Results, captured, measure_step, milliseconds
 from networks import CUDA, DEVICE, inference_step, random_batch, to_bfloat16, training_step
-from report import asked_table
+from report import target_table
 
 # Bytes that no cache holds.
 LARGE = 2**30 if CUDA else 2**24
 
 
-def train_xl(results: Results, providers: list[str], quick: bool) -> None:
-    """Steps of AdamW."""
-    for pixels, number in ((256, 128), (512, 32)):
-        size, number = (8, 2) if quick else (pixels // 8, number)
-        for provider in providers:
-            results.attempt(f"train_xl_{pixels} {provider}", _train_xl, provider, pixels, size, number, quick)
+# Images at once, by size of the network and of the images in pixels; the first batch fills the GPU.
+TRAINING = {
+    ("s", 256): (256, 32), ("b", 256): (128, 32), ("l", 256): (128,), ("xl", 256): (128,), ("xl", 512): (32,),
+}  # fmt: skip
+INFERENCE = {
+    ("s", 256): (256, 8, 1), ("b", 256): (128, 8, 1), ("l", 256): (128, 1), ("xl", 256): (128, 8, 1),
+    ("xl", 512): (32,),
+}  # fmt: skip
 
 
-def _train_xl(results: Results, provider: str, pixels: int, size: int, number: int, quick: bool) -> None:
-    step = training_step(networks.build(provider, size, quick), random_batch(number, size), autocast=True)
-    measure_step(results, f"train_xl_{pixels}", provider, step, number, "bf16", 2 if quick else 10, capture=True)
+def train(size: str, results: Results, providers: list[str], quick: bool) -> None:
+    """Steps of AdamW of one size of network."""
+    for (of_size, pixels), batches in TRAINING.items():
+        for provider in providers if of_size == size else ():
+            for number, batch in enumerate(batches):
+                side, batch = (8, 2 - number) if quick else (pixels // 8, batch)
+                case = f"train_{size}_{pixels}"
+                results.attempt(f"{case} {provider} {batch}", _train, case, size, provider, side, batch, quick)
 
 
-def infer_xl(results: Results, providers: list[str], quick: bool) -> None:
-    """Forward passes; large batches, and those that wait for launches unless replayed."""
-    for pixels, numbers in ((256, (128, 8, 1)), (512, (32,))):
-        size, numbers = (8, (2, 1)[: len(numbers)]) if quick else (pixels // 8, numbers)
-        for provider in providers:
-            results.attempt(f"infer_xl_{pixels} {provider}", _infer_xl, provider, pixels, size, numbers, quick)
+def _train(results: Results, case: str, size: str, provider: str, side: int, batch: int, quick: bool) -> None:
+    network = networks.build(size, provider, side, quick)
+    step = training_step(network, random_batch(batch, side), autocast=True)
+    measure_step(results, case, _named(provider, size), step, batch, "bf16", 2 if quick else 10, capture=True)
 
 
-def _infer_xl(results: Results, provider: str, pixels: int, size: int, numbers: tuple[int, ...], quick: bool) -> None:
-    network = to_bfloat16(networks.build(provider, size, quick).eval())
-    for number in numbers:
-        step = inference_step(network, random_batch(number, size, dtype=torch.bfloat16))
-        measure_step(
-            results, f"infer_xl_{pixels}", provider, step, number, "bf16", 2 if quick else 20, capture=True
-        )  # fmt: skip
+def _named(provider: str, size: str) -> str:
+    return provider.replace("SIZE", size)
+
+
+def infer(size: str, results: Results, providers: list[str], quick: bool) -> None:
+    """Forward passes of one size of network; large batches, and those that wait for launches unless replayed."""
+    for (of_size, pixels), batches in INFERENCE.items():
+        side, batches = (8, (2, 1)[: len(batches)]) if quick else (pixels // 8, batches)
+        for provider in providers if of_size == size else ():
+            case = f"infer_{size}_{pixels}"
+            results.attempt(f"{case} {provider}", _infer, case, size, provider, side, batches, quick)
+
+
+def _infer(
+    results: Results, case: str, size: str, provider: str, side: int, batches: tuple[int, ...], quick: bool
+) -> None:
+    network = to_bfloat16(networks.build(size, provider, side, quick).eval())
+    for batch in batches:
+        step = inference_step(network, random_batch(batch, side, dtype=torch.bfloat16))
+        measure_step(results, case, _named(provider, size), step, batch, "bf16", 2 if quick else 20, capture=True)
 
 
 def resolution(results: Results, providers: list[str], quick: bool) -> None:
@@ -77,9 +97,10 @@ def resolution(results: Results, providers: list[str], quick: bool) -> None:
 
 def _resolution(results: Results, provider: str, size: int, quick: bool) -> None:
     number = 1 if quick else (256 // size) ** 2
-    network = to_bfloat16(networks.build(provider, size, quick).eval())
+    network = to_bfloat16(networks.build("xl", provider, size, quick).eval())
     step = inference_step(network, random_batch(number, size, dtype=torch.bfloat16))
     case, pixels = f"resolution_{8 * size}", number * (8 * size) ** 2
+    provider = _named(provider, "xl")
     times = measure_step(results, case, provider, step, number, "bf16", 2 if quick else 10, capture=True)
     results.add(case, provider, "ns_per_pixel", [1e6 * ms / pixels for ms in times], number, "bf16")
 
@@ -207,7 +228,7 @@ def _profile(results: Results, quick: bool) -> None:
     if not any(record.case == "matmul" for record in results.records):
         _limits(results, quick)
     measured = {record.case: record.value for record in results.records if record.case in ("copy", "matmul")}
-    step = training_step(networks.build("lamamba", size, quick), random_batch(number, size), autocast=True)
+    step = training_step(networks.build("xl", "lamamba", size, quick), random_batch(number, size), autocast=True)
     whole = milliseconds(captured(step), 2 if quick else 5)
     case = "profile_train_xl_256"
     results.add(case, "lamamba", "ms", whole, number, "bf16")
@@ -252,8 +273,14 @@ def _train_nano(results: Results, provider: str, quick: bool) -> None:
             measure_step(results, "train_nano", provider, step, number, "float32", 1)
 
 
-ON_GPU = (limits, train_xl, infer_xl, scan, resolution, profile, train_nano)
-ON_CPU = (limits, scan, scan_naive, train_nano)
+Case = Callable[[Results, list[str], bool], None]
+NETWORKS: dict[str, Case] = {
+    f"{function.__name__}_{size}": partial(function, size) for size in networks.SIZES for function in (train, infer)
+}
+ON_GPU: dict[str, Case] = {
+    "limits": limits, **NETWORKS, "scan": scan, "resolution": resolution, "profile": profile, "train_nano": train_nano
+}  # fmt: skip
+ON_CPU: dict[str, Case] = {"limits": limits, "scan": scan, "scan_naive": scan_naive, "train_nano": train_nano}
 
 
 def main() -> None:
@@ -265,21 +292,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records (benchmarks/results)")
     parser.add_argument("--commit", default="", help="the commit to note, where this is a copy without history")
     arguments = parser.parse_args()
-    chosen = ON_GPU if CUDA else tuple(dict.fromkeys((*ON_CPU, *ON_GPU))) if arguments.quick else ON_CPU
+    chosen = ON_GPU if CUDA else {**ON_CPU, **ON_GPU} if arguments.quick else ON_CPU
     if arguments.cases:
-        chosen = tuple(case for case in chosen if case.__name__.startswith(tuple(arguments.cases)))
+        there_are = ", ".join(chosen)
+        chosen = {name: case for name, case in chosen.items() if name.startswith(tuple(arguments.cases))}
         if not chosen:
-            names = ", ".join(case.__name__ for case in (ON_GPU if CUDA else ON_CPU))
-            parser.error(f"no case begins with {' or '.join(arguments.cases)}: there are {names}")
+            parser.error(f"no case begins with {' or '.join(arguments.cases)}: there are {there_are}")
     untested = arguments.skip_tests or arguments.quick
     if not untested and subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/ops"], cwd=ROOT).returncode:
         sys.exit("the operations' tests fail: a wrong result has no speed")
     torch.manual_seed(0)
     results = Results(None if arguments.quick else arguments.out, arguments.commit)
-    for case in chosen:
-        results.attempt(case.__name__, case, [*networks.PROVIDERS, *arguments.also], arguments.quick)
+    for name, case in chosen.items():
+        results.attempt(name, case, [*networks.PROVIDERS, *arguments.also], arguments.quick)
     if CUDA or arguments.quick:
-        print(*asked_table(results.records), sep="\n")
+        print(*target_table(results.records), sep="\n")
     if results.path:
         print(f"written: {results.path}")
     if results.failures:
