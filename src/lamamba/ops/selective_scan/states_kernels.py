@@ -13,7 +13,6 @@ import triton.language as tl
 
 from lamamba.ops.selective_scan.kernels import (
     LN_2,
-    _along,
     _below,
     _exp,
     _exp2,
@@ -21,7 +20,7 @@ from lamamba.ops.selective_scan.kernels import (
     _load_expansion,
     _load_low,
     _pixel,
-    _runs,
+    _rows,
     _slope,
     _stack,
     _steps,
@@ -59,6 +58,16 @@ def _numbers(b_row):
             cut = cut + (first, second)
         parts = cut
     return parts
+
+
+@triton.jit
+def _pixels(
+    start, path, o_d, m_d,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Find a tile's pixels, a block (16, d) of offsets and its mask: one access for all, which compiles much sooner."""
+    o_t = start + tl.arange(0, TILE)[:, None]
+    return _pixel(o_t, path, HEIGHT, WIDTH, CONTINUOUS) * CHANNELS + o_d, m_d & _below(o_t, HEIGHT * WIDTH, TILE)
 
 
 @triton.jit
@@ -126,7 +135,7 @@ def _walk_segments(p_carry, p_decay, o_first, STRIDE: tl.constexpr, count, m_d):
 def states_summary_kernel(
     p_u, p_low, p_rows, p_weight, p_bias, p_A_log, p_carry, p_decay,
     plane, first_image, tiles_per_segment, num_segments,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr,
     CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr,
     BLOCK: tl.constexpr, PRECISE: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +146,6 @@ def states_summary_kernel(
     What is kept counts images from the first.
     """
     LENGTH: tl.constexpr = HEIGHT * WIDTH
-    WHOLE: tl.constexpr = LENGTH % TILE == 0
     NUM_TILES: tl.constexpr = (LENGTH + TILE - 1) // TILE
     o_d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     m_d = _below(o_d, CHANNELS, BLOCK)
@@ -159,11 +167,8 @@ def states_summary_kernel(
     for count in range(first, last):
         tile = first + last - 1 - count if BACKWARD else count
         start = tile * TILE
-        p_us = _along(p_u + o_d, _runs(start, path, HEIGHT, WIDTH, CONTINUOUS, TILE, RUN), CHANNELS, RUN)
-        b_us = ()
-        for step in tl.static_range(TILE):
-            m_t = WHOLE or start + step < LENGTH
-            b_us = b_us + (tl.load(p_us[step], mask=m_d & m_t, other=0.0),)
+        o_pixels, m_pixels = _pixels(start, path, o_d, m_d, HEIGHT, WIDTH, CONTINUOUS, CHANNELS, TILE)
+        b_us = _rows(tl.load(p_u + o_pixels, mask=m_pixels, other=0.0))
         b_ms = _steps(b_lows, weights, b_bias, start, LENGTH, RANK, PRECISE)
         b_lows = _load_low(p_low, start + (-TILE if BACKWARD else TILE), path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
         b_inputs = ()
@@ -193,7 +198,7 @@ def states_summary_kernel(
 def states_forward_kernel(
     p_x, p_low, p_rows, p_weight, p_bias, p_A_log, p_D, p_y, p_states, p_carry, p_decay,
     batch, tiles_per_segment, num_segments,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr,
     CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr,
     BLOCK: tl.constexpr, PRECISE: tl.constexpr, AT_ONCE: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
@@ -203,7 +208,6 @@ def states_forward_kernel(
     has room for those of one tile for each program.
     """
     LENGTH: tl.constexpr = HEIGHT * WIDTH
-    WHOLE: tl.constexpr = LENGTH % TILE == 0
     NUM_TILES: tl.constexpr = (LENGTH + TILE - 1) // TILE
     TO_NEXT: tl.constexpr = STATES * CHANNELS if SAVE else 0
     o_d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
@@ -233,14 +237,9 @@ def states_forward_kernel(
     b_lows = _load_low(p_low, first * TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
     for tile in range(first, last):
         start = tile * TILE
-        # All loads of a tile come before its stores: the compiler cannot know that these do not change what those read.
         # What starts the work on a tile is loaded with the one before, and the rest while that work goes on.
-        runs = _runs(start, path, HEIGHT, WIDTH, CONTINUOUS, TILE, RUN)
-        p_xs = _along(p_x + o_d, runs, CHANNELS, RUN)
-        b_xs = ()
-        for step in tl.static_range(TILE):
-            m_t = WHOLE or start + step < LENGTH
-            b_xs = b_xs + (tl.load(p_xs[step], mask=m_d & m_t, other=0.0),)
+        o_pixels, m_pixels = _pixels(start, path, o_d, m_d, HEIGHT, WIDTH, CONTINUOUS, CHANNELS, TILE)
+        b_xs = _rows(tl.load(p_x + o_pixels, mask=m_pixels, other=0.0))
         b_rows = ()
         b_A_logs = ()
         b_hs = ()
@@ -277,11 +276,11 @@ def states_forward_kernel(
             b_rows, b_A_logs, b_hs = b_new_rows, b_new_A_logs, b_new_hs
         p_row += 2 * STATES * TILE
         p_state += TO_NEXT
-        p_ys = _along(p_y + o_d, runs, CHANNELS, RUN)
+        b_new_ys = ()
         for step in tl.static_range(TILE):
-            m_t = WHOLE or start + step < LENGTH
-            # Not to be read again soon: what others read stays in the cache longer.
-            tl.store(p_ys[step], b_ys[step].to(p_y.dtype.element_ty), mask=m_d & m_t, cache_modifier=".cs")
+            b_new_ys = b_new_ys + (b_ys[step].to(p_y.dtype.element_ty),)
+        # Not to be read again soon: what others read stays in the cache longer.
+        tl.store(p_y + o_pixels, _stack(b_new_ys), mask=m_pixels, cache_modifier=".cs")
         tl.debug_barrier()
 
 
@@ -290,7 +289,7 @@ def states_backward_kernel(
     p_x, p_low, p_rows, p_weight, p_bias, p_A_log, p_D, p_grad_y, p_states, p_carry, p_decay,
     p_grads, p_grad_x, p_grad_z, p_grad_rows, p_grad_shared,
     plane, batch, first_image, tiles_per_segment, num_segments,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr,
     CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr,
     BLOCK: tl.constexpr, PRECISE: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
@@ -302,7 +301,6 @@ def states_backward_kernel(
     of the next. `p_grads` has room for the gradients of the states.
     """
     LENGTH: tl.constexpr = HEIGHT * WIDTH
-    WHOLE: tl.constexpr = LENGTH % TILE == 0
     NUM_TILES: tl.constexpr = (LENGTH + TILE - 1) // TILE
     SUM: tl.constexpr = tl.float32 if PRECISE else tl.bfloat16
     o_d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
@@ -341,15 +339,9 @@ def states_backward_kernel(
     for count in range(first, last):
         tile = first + last - 1 - count
         start = tile * TILE
-        runs = _runs(start, path, HEIGHT, WIDTH, CONTINUOUS, TILE, RUN)
-        p_xs = _along(p_x + o_d, runs, CHANNELS, RUN)
-        p_grad_ys = _along(p_grad_y + o_d, runs, CHANNELS, RUN)
-        b_xs = ()
-        b_grad_ys = ()
-        for step in tl.static_range(TILE):
-            m_t = WHOLE or start + step < LENGTH
-            b_xs = b_xs + (tl.load(p_xs[step], mask=m_d & m_t, other=0.0),)
-            b_grad_ys = b_grad_ys + (tl.load(p_grad_ys[step], mask=m_d & m_t, other=0.0),)
+        o_pixels, m_pixels = _pixels(start, path, o_d, m_d, HEIGHT, WIDTH, CONTINUOUS, CHANNELS, TILE)
+        b_xs = _rows(tl.load(p_x + o_pixels, mask=m_pixels, other=0.0))
+        b_grad_ys = _rows(tl.load(p_grad_y + o_pixels, mask=m_pixels, other=0.0))
         p_row = p_rows + tile * 2 * STATES * TILE
         p_state = p_states + ((image * 4 + path) * NUM_TILES + tile) * STATES * CHANNELS + o_d
         b_rows = ()
@@ -425,23 +417,20 @@ def states_backward_kernel(
             b_rows, b_A_logs, b_starts = b_new_rows, b_new_A_logs, b_new_starts
             b_gs, b_grad_As = b_new_gs, b_new_grad_As
 
-        # Read x again, before any store: meanwhile the registers had a better use.
-        b_xs = ()
+        # Read x again: meanwhile the registers had a better use.
+        b_xs = _rows(tl.load(p_x + o_pixels, mask=m_pixels, other=0.0))
+        b_grad_xs = ()
+        b_grad_zs = ()
         for step in tl.static_range(TILE):
-            m_t = WHOLE or start + step < LENGTH
-            b_xs = b_xs + (tl.load(p_xs[step], mask=m_d & m_t, other=0.0),)
-        p_grad_xs = _along(p_grad_x + o_d, runs, CHANNELS, RUN)
-        p_grad_zs = _along(p_grad_z + o_d, runs, CHANNELS, RUN)
-        for step in tl.static_range(TILE):
-            m_t = WHOLE or start + step < LENGTH
             b_m, b_x, b_grad_y = b_ms[step], b_xs[step].to(tl.float32), b_grad_ys[step].to(tl.float32)
             b_drive = b_drives[step] * LN_2
-            b_grad_x = b_drive * b_m + b_D * b_grad_y
             b_grad_z = (b_exponents[step] * LN_2 + b_drive * b_x) * _slope(b_m, PRECISE)
-            tl.store(p_grad_xs[step], b_grad_x.to(p_grad_x.dtype.element_ty), mask=m_d & m_t)
-            tl.store(p_grad_zs[step], b_grad_z.to(p_grad_z.dtype.element_ty), mask=m_d & m_t)
+            b_grad_xs = b_grad_xs + ((b_drive * b_m + b_D * b_grad_y).to(p_grad_x.dtype.element_ty),)
+            b_grad_zs = b_grad_zs + (b_grad_z.to(p_grad_z.dtype.element_ty),)
             b_grad_D += b_grad_y * b_x
             b_grad_bias += b_grad_z
+        tl.store(p_grad_x + o_pixels, _stack(b_grad_xs), mask=m_pixels)
+        tl.store(p_grad_z + o_pixels, _stack(b_grad_zs), mask=m_pixels)
         tl.debug_barrier()
     tl.store(p_grad_A + STATES * 4 * CHANNELS, b_grad_D, mask=m_d)
     tl.store(p_grad_A + (STATES + 1) * 4 * CHANNELS, b_grad_bias, mask=m_d)

@@ -67,13 +67,12 @@ def _geometry(x: Tensor, low: Tensor, rank: int, A_log: Tensor, continuous: bool
         parts.append(_Part(first_image, num_images, triton.cdiv(num_tiles, tiles_per_segment), tiles_per_segment))
         first_image += num_images
     constants = {
-        "HEIGHT": height, "WIDTH": width, "CONTINUOUS": continuous, "TILE": TILE,
-        "RUN": math.gcd(height, width, TILE), "CHANNELS": channels,
+        "HEIGHT": height, "WIDTH": width, "CONTINUOUS": continuous, "TILE": TILE, "CHANNELS": channels,
         "LOW": low.shape[3], "RANK": rank, "STATES": states, "BLOCK": block,
         "PRECISE": x.dtype == torch.float32, "num_warps": 1, "num_stages": 1,
     }  # fmt: skip
     if states == 1:
-        constants["STATES_BLOCK"] = 1
+        constants |= {"RUN": math.gcd(height, width, TILE), "STATES_BLOCK": 1}
     return _Geometry(triton.cdiv(channels, block), parts, constants)
 
 
