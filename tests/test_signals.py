@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -58,7 +59,7 @@ def test_every_signal_to_end_is_noted(name: str) -> None:
 
 
 @pytest.mark.usefixtures("handlers")
-def test_signals_that_come_at_once_are_one_and_later_ones_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signals_that_come_at_once_are_one_and_a_later_ctrl_c_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     with SignalsNoted() as signals:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
@@ -66,6 +67,8 @@ def test_signals_that_come_at_once_are_one_and_later_ones_end_the_process(monkey
         monkeypatch.setattr(SignalsNoted, "AT_ONCE_S", 0.0)
         signal.raise_signal(signal.SIGXCPU)  # the kernel sends it each second
         signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGTERM)  # schedulers send it after a warning, while the run saves
+        assert signals.number == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -162,6 +165,56 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_checkpoint(
     monkeypatch.setattr(Trainer, "take_step", take_step)
     main(["train", *options, "--resume"])
     assert int(checkpoints_in(run)[-1].name) == 16
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_signal_ends_a_read_that_hangs(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], num_workers: int
+) -> None:
+    gather, take_step, calls = FolderSource.gather, Trainer.take_step, 0
+
+    def hang(source: FolderSource, indices: np.ndarray, flipped: np.ndarray) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # in a worker too, which is a fork
+            time.sleep(120)  # as when a file server is down
+        return gather(source, indices, flipped)
+
+    def signal_soon(trainer: Trainer, *batch: Any) -> Any:
+        if trainer.images == 2:
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return take_step(trainer, *batch)
+
+    monkeypatch.setattr(FolderSource, "gather", hang)
+    monkeypatch.setattr(Trainer, "take_step", signal_soon)
+    others = set(multiprocessing.active_children())
+    options = [*TINY, "--data", str(images), "--num-images", "16", "--num-workers", str(num_workers)]
+    start = time.monotonic()
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+        main(["train", "--out", str(tmp_path / "run"), *options])
+    assert time.monotonic() - start < 60
+    assert stopped_at(tmp_path / "run", capsys.readouterr().err) == 4
+    assert set(multiprocessing.active_children()) <= others
+
+
+def test_a_signal_before_the_first_step_ends_the_run_before_it(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gather = FolderSource.gather
+
+    def interrupt(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return gather(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderSource, "gather", interrupt)
+        patch.setattr(Trainer, "take_step", lambda *_: pytest.fail("it may take minutes"))
+        command = ["train", "--out", str(tmp_path / "run"), *TINY, "--data", str(images), "--num-images", "2"]
+        with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+            main(command)
+    assert capsys.readouterr().err == "lamamba: stopped by SIGTERM at image 0: --resume goes on from here\n"
+    main([*command, "--resume"])
+    assert int(checkpoints_in(tmp_path / "run")[-1].name) == 2
 
 
 @pytest.mark.parametrize("error", [DataError("3.png is damaged"), OSError("stale file handle"), MemoryError(), None])

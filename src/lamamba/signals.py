@@ -5,6 +5,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 from lamamba.errors import SignalError
@@ -13,15 +15,20 @@ from lamamba.errors import SignalError
 # at a limit on time, and before the power goes.
 NAMES = ("SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU", "SIGPWR")
 NUMBERS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
-# Sent again and again: by the kernel each second, and by the kernel and then the shell.
-_SENT_REPEATEDLY = ("SIGXCPU", "SIGHUP")
+# Sent by someone at a keyboard, who sees what the process does.
+_FROM_KEYBOARD = ("SIGINT", "SIGQUIT")
+
+
+class WaitInterrupted(BaseException):
+    """A signal came while something was waited for; no Exception, which what is waited for might catch."""
 
 
 class SignalsNoted:
-    """A context in which a signal to end is noted, for a loop to look at; a later one ends the process as usual.
+    """A context in which a signal to end is noted, for a loop to look at; a later Ctrl-C ends the process as usual.
 
-    Not one that follows at once: whoever signals all processes of a job reaches some of them twice, directly and by way
-    of torchrun, which passes on what it gets.
+    A Ctrl-C that follows at once does not: whoever signals all processes of a job reaches some of them twice, directly
+    and through torchrun, which forwards signals. No other signal ends the process while it saves: schedulers send
+    several in a row (SIGUSR1 as a warning, then SIGTERM) and SIGKILL when time is up.
 
     A signal that is ignored stays so, as nohup wants it, except SIGINT, which shells ignore in whatever they start in
     the background. Handlers of a program around this one are left alone.
@@ -31,6 +38,7 @@ class SignalsNoted:
 
     def __init__(self) -> None:
         self.number = 0
+        self._interrupts = False
 
     def __enter__(self) -> Self:
         self.before: dict[int, Any] = {}
@@ -55,11 +63,27 @@ class SignalsNoted:
         if self.number:
             raise SignalError(self.number, where, silent)
 
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Raise WaitInterrupted in this context as soon as a signal comes, or at once if one came before.
+
+        For waits that may never end, such as reading from a file server that is down.
+        """
+        self._interrupts = True
+        try:
+            if self.number:
+                raise WaitInterrupted
+            yield
+        finally:
+            self._interrupts = False
+
     def _note(self, number: int, frame: object) -> None:
         now = time.monotonic()
         if not self.number:
             self.number, self.noted = number, now
-        elif now - self.noted > self.AT_ONCE_S and signal.Signals(number).name not in _SENT_REPEATEDLY:
+            if self._interrupts:
+                raise WaitInterrupted
+        elif now - self.noted > self.AT_ONCE_S and signal.Signals(number).name in _FROM_KEYBOARD:
             self._restore()
             signal.raise_signal(number)
 

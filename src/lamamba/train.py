@@ -34,7 +34,7 @@ from lamamba.output import say
 from lamamba.processes import Processes, joined
 from lamamba.records import OriginRecord, is_run, read_record
 from lamamba.sampling import choose_device, why_unguided
-from lamamba.signals import SignalsNoted
+from lamamba.signals import SignalsNoted, WaitInterrupted
 from lamamba.trainer import Trainer, describe_weight_decay, learning_rate
 from lamamba.weights import PIPELINE_INDEX
 
@@ -237,10 +237,15 @@ def _diverged(trainer: Trainer, fault: str) -> LamambaError:
     return LamambaError(f"{fault} at image {trainer.images}: lower learning_rate; {mend}")
 
 
-def _read(reader: Iterator[tuple[Tensor, Tensor]]) -> tuple[tuple[Tensor, Tensor] | None, Exception | None]:
-    """Read a batch; or return what went wrong, which all processes have to hear of first."""
+def _read(
+    reader: Iterator[tuple[Tensor, Tensor]], signals: SignalsNoted
+) -> tuple[tuple[Tensor, Tensor] | None, Exception | None]:
+    """Read a batch, but stop at a signal; or return what went wrong, which all processes have to hear of first."""
     try:
-        return next(reader), None
+        with signals.interrupting():
+            return next(reader), None
+    except WaitInterrupted:
+        return None, None
     except Exception as error:
         return None, error
 
@@ -284,10 +289,11 @@ def _take_steps(
             raise SignalError(signals.number, "its samples")
 
     last = trainer.images >= config.num_images
-    batch, failure = (None, None) if last else _read(reader)
-    if trainer.processes.largest(failure is not None):
-        # A worker that has just been started ends at a signal too.
-        signals.end_if_noted(f"image {started}: --resume goes on from here", silent=not is_first)
+    batch, failure = (None, None) if last else _read(reader, signals)
+    stop = trainer.processes.largest(2 * signals.number + (failure is not None))
+    if stop and not last:  # the first step may take minutes, and there is nothing to save yet
+        if stop > 1:
+            raise SignalError(stop // 2, f"image {started}: --resume goes on from here", silent=not is_first)
         raise _reading_failed(failure)
     while batch is not None:
         try:
@@ -324,7 +330,7 @@ def _take_steps(
                 trainer.save_snapshot()
         log.note_checkpoint(trainer.writer.finish(wait=False))
         # Read ahead, since a batch that cannot be read is a reason to save, as is a signal, which counts more.
-        batch, failure = (None, None) if last or signals.number else _read(reader)
+        batch, failure = (None, None) if last else _read(reader, signals)
         stop = trainer.processes.largest(2 * signals.number + (failure is not None))
         if due(config.checkpoint_every) or stop:
             if not trainer.is_finite():

@@ -120,7 +120,9 @@ def _read_batches(
             "want of memory: use fewer num_workers (--num-workers)"
         ) from error
     finally:
-        del loaded  # ends the workers now; left in the traceback's cycle, they are waited for, five seconds each
+        for worker in getattr(loaded, "_workers", ()):  # one that hangs would be waited for, and they only read
+            worker.kill()
+        del loaded  # left in the traceback's cycle, it would end its workers at any later time
 
 
 @contextmanager
