@@ -21,7 +21,8 @@ from lamamba import generate as generating
 from lamamba.checkpoint import checkpoints_in
 from lamamba.cli import main
 from lamamba.data import FolderSource, batches, open_source
-from lamamba.errors import DataError
+from lamamba.errors import DataError, LamambaError
+from lamamba.processes import Processes
 from lamamba.signals import NAMES, SignalsNoted
 from lamamba.trainer import Trainer
 
@@ -355,3 +356,29 @@ def test_encoding_stops_at_a_signal_and_goes_on(
     assert len(shards) == 2
     for shard in shards:
         assert (tmp_path / "parts" / shard.name).read_bytes() == shard.read_bytes()
+
+
+@pytest.mark.parametrize("command", ["generate", "encode"])
+def test_a_signal_to_ranks_that_wait_for_others_is_told(
+    tmp_path: Path, images: Path, autoencoder: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], command: str,
+) -> None:  # fmt: skip
+    """Other ranks end at the signal, and the wait for them fails."""
+    options = {
+        "generate": ["nano", "--num-images", "1", "--steps", "2"],
+        "encode": ["--data", str(images), "--vae", str(autoencoder), "--image-size", "16"],
+    }[command]
+    waits = 0
+
+    def wait(processes: Processes) -> None:
+        nonlocal waits
+        waits += 1
+        if waits == 2:
+            signal.raise_signal(signal.SIGTERM)
+            raise LamambaError("another process has ended")
+
+    monkeypatch.setattr(Processes, "wait", wait)
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+        main([command, *options, "--device", "cpu", "--out", str(tmp_path / "out")])
+    said = "stopped by SIGTERM at the end of its share: the same command goes on"
+    assert capsys.readouterr().err == f"lamamba: {said}\n"

@@ -31,7 +31,7 @@ from lamamba.config import GenerateConfig, SampleConfig, SamplingConfig, nearest
 from lamamba.config.checks import MAX_GRID_PIXELS
 from lamamba.diffusion import OBJECTIVES
 from lamamba.dit import DiT
-from lamamba.errors import CheckpointError, ConfigError
+from lamamba.errors import CheckpointError, ConfigError, LamambaError
 from lamamba.files import checksum, written_whole
 from lamamba.latents import IMAGE_CHANNELS, Latents, identify_autoencoder, open_space
 from lamamba.model import LaMambaDiff
@@ -240,7 +240,13 @@ def generate(config: GenerateConfig) -> None:
             processes.wait()
             with SignalsNoted() as signals:
                 _paint_shards(config, painter, labels_of, processes, signals)
-            processes.wait()
+                try:
+                    processes.wait()
+                except LamambaError:  # the others ended at a signal, which may have reached this one too
+                    signals.end_if_noted(
+                        "the end of its share: the same command goes on", silent=not processes.is_first
+                    )
+                    raise
             if processes.is_first:
                 if config.format == "npz":
                     _join(config)
