@@ -218,10 +218,19 @@ def test_a_signal_before_the_first_step_ends_the_run_before_it(
     assert int(checkpoints_in(tmp_path / "run")[-1].name) == 2
 
 
-@pytest.mark.parametrize("error", [DataError("3.png is damaged"), OSError("stale file handle"), MemoryError(), None])
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (DataError("3.png is damaged"), "3.png is damaged"),
+        (OSError(116, "Stale file handle"), "could not be read (OSError: [Errno 116] Stale file handle)"),
+        (MemoryError(), "could not be read (out of memory)"),
+        (RuntimeError("a bug"), None),  # to be seen whole
+    ],
+)
 def test_images_that_cannot_be_read_end_the_run_with_a_checkpoint(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    error: Exception | None,
+    error: Exception, said: str | None, num_workers: int,
 ) -> None:  # fmt: skip
     gather, calls = FolderSource.gather, 0
 
@@ -229,19 +238,20 @@ def test_images_that_cannot_be_read_end_the_run_with_a_checkpoint(
         nonlocal calls
         calls += 1
         if calls == 3:
-            raise error or TypeError("a bug")
+            raise error
         return gather(source, indices, flipped)
 
     monkeypatch.setattr(FolderSource, "gather", fail)
-    command = ["train", "--out", str(tmp_path / "run"), *TINY, "--data", str(images), "--num-images", "16"]
-    if error is None:
-        with pytest.raises(TypeError, match="a bug"):  # to be seen whole
+    options = [*TINY, "--data", str(images), "--num-images", "16", "--num-workers", str(num_workers)]
+    command = ["train", "--out", str(tmp_path / "run"), *options]
+    if said is None:
+        with pytest.raises(RuntimeError, match="a bug"):
             main(command)
     else:
         with pytest.raises(SystemExit, match="2"):
             main(command)
         line = capsys.readouterr().err
-        assert str(error) in line
+        assert f"{said}; stopped at" in line
         assert stopped_at(tmp_path / "run", line) == 4
     assert int(checkpoints_in(tmp_path / "run")[-1].name) == 4
 

@@ -256,8 +256,6 @@ def _reading_failed(failure: Exception | None, where: str = "") -> Exception:
         return OtherProcessError("another process could not read its images")
     if isinstance(failure, LamambaError):
         return DataError(f"{failure}{where}")
-    if isinstance(failure, (OSError, MemoryError)):
-        return DataError(f"images could not be read ({type(failure).__name__}: {failure}){where}")
     return failure  # a bug, to be seen whole
 
 

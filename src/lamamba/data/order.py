@@ -112,8 +112,10 @@ def _read_batches(
                 raise batch
             images, labels = batch
             yield images, labels
+    except (OSError, MemoryError) as error:  # too many open files, say
+        raise _unreadable(source, error) from error
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not str(error).startswith("DataLoader worker (pid"):  # an error in a worker, not its death
             raise
         raise DataError(
             f"a worker process that reads {source.name} died ({str(error).splitlines()[0].rstrip('. ')}), perhaps for "
@@ -141,6 +143,11 @@ def _worker_deaths_left_to_the_reader() -> Iterator[None]:
             signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
+def _unreadable(source: Source, error: OSError | MemoryError) -> DataError:
+    cause = "out of memory" if isinstance(error, MemoryError) else f"{type(error).__name__}: {error}"
+    return DataError(f"images of {source.name} could not be read ({cause})")
+
+
 class _BatchReader(Dataset[Any]):
     """Makes one batch from its positions; a DataError is returned, for a worker wraps a raised one in a traceback."""
 
@@ -156,6 +163,8 @@ class _BatchReader(Dataset[Any]):
             images, labels = self.source.gather(indices, flipped)
         except DataError as error:
             return DataError(str(error))  # without its cause, which may not survive the way between processes
+        except (OSError, MemoryError) as error:
+            return _unreadable(self.source, error)
         return torch.from_numpy(images), torch.from_numpy(labels)
 
 
