@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 import lamamba.encode
 from forked import run_ranks
 from lamamba.cli import main
-from lamamba.config import EncodeConfig
+from lamamba.config import EncodeConfig, TrainConfig
 from lamamba.data import LatentSource, batches, open_source
 from lamamba.encode import encode
 from lamamba.errors import ConfigError, DataError
 from lamamba.latents import Latents
+from lamamba.train import resolve
 from test_latents import CPU, TINY
 from tiny_autoencoder import write_autoencoder
 
@@ -161,20 +162,27 @@ def test_another_autoencoder_does_not_mix(images: Path, latents: Path, tmp_path:
         main(["train", "--data", str(latents), "--vae", str(other), "--out", str(tmp_path / "run"), *TINY])
 
 
-@pytest.mark.parametrize("fault", ["flipped bit", "truncated"])
+@pytest.mark.parametrize("fault", ["flipped bit", "truncated", "empty"])
 def test_a_damaged_shard_is_named(latents: Path, tmp_path: Path, fault: str) -> None:
     shutil.copytree(latents, tmp_path / "latents")
     shard = tmp_path / "latents" / "shard-00001.safetensors"
     content = bytearray(shard.read_bytes())
     if fault == "truncated":
         content = content[:-100]
+    elif fault == "empty":
+        content.clear()
     else:  # in the last moments; behind them lie checksums and labels, of 8 bytes each
         values = load_file(shard)["moments"].numpy()[-1, -1].tobytes()
         content[content.rindex(values) + 3] ^= 4
     shard.write_bytes(content)
+    said = r"shard-00001\.safetensors is damaged .*run the same lamamba encode again"
+    if fault != "flipped bit":  # it cannot be opened, and training would stop in the middle
+        with pytest.raises(DataError, match=said):
+            LatentSource(tmp_path / "latents")
+        return
     source = LatentSource(tmp_path / "latents")
     source.gather(np.arange(4), AS_THEY_ARE[:4])
-    with pytest.raises(DataError, match=r"shard-00001\.safetensors is damaged .*run the same lamamba encode again"):
+    with pytest.raises(DataError, match=said):
         source.gather(np.array([5]), np.ones(1, dtype=bool))
 
 
@@ -183,6 +191,21 @@ def test_a_missing_shard_is_named(latents: Path, tmp_path: Path) -> None:
     (tmp_path / "latents" / "shard-00000.safetensors").unlink()
     with pytest.raises(DataError, match=r"shard-00000\.safetensors is missing"):
         LatentSource(tmp_path / "latents")
+
+
+@pytest.mark.parametrize("image_size", [8, 32])
+def test_latents_of_another_size_than_the_index_says_are_refused(
+    latents: Path, tmp_path: Path, image_size: int
+) -> None:
+    shutil.copytree(latents, tmp_path / "latents")
+    path = tmp_path / "latents" / "latents.json"
+    index = json.loads(path.read_text())
+    index["settings"]["image_size"] = image_size
+    path.write_text(json.dumps(index))
+    half = image_size // 2
+    said = rf"latents of \(2, 8, 8\), and its autoencoder makes \(2, {half}, {half}\) of images of {image_size}:"
+    with pytest.raises(DataError, match=said):
+        resolve(TrainConfig(data=str(tmp_path / "latents"), out=tmp_path / "run", device="cpu"))
 
 
 def set_value(index: Any, key: str, value: Any) -> None:

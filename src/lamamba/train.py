@@ -57,6 +57,14 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Source, Space, torch.devi
     space = open_space(config.vae, device)
     if latents and config.vae and identify(config.vae) != latents.autoencoder["sha256"]:
         raise ConfigError(f"{config.vae} is not the autoencoder that {config.data} was encoded with: leave vae out")
+    if latents:
+        grid = space.grid_size(latents.image_size)
+        wanted = (space.channels(latents.channels), grid, grid)
+        if latents.shape != wanted:
+            raise DataError(
+                f"{config.data} has latents of {latents.shape}, and its autoencoder makes {wanted} of images of "
+                f"{latents.image_size}: encode the images again"
+            )
     size = config.image_size
     # What has a size of its own is not asked for one.
     if size is None and isinstance(space, Latents) and config.data not in NAMED_SOURCES and not latents:

@@ -87,6 +87,7 @@ class LatentSource(Source):
 
     Attributes:
         autoencoder: "folder", where it was, and "sha256", of its weights.
+        shape: (c, h, w) of the latents of an image.
 
     Raises:
         DataError: the folder is not complete, or not of this version.
@@ -101,6 +102,7 @@ class LatentSource(Source):
         self.class_names = tuple(settings["class_names"])
         self.image_size, self.channels = settings["image_size"], settings["channels"]
         self.is_mirrored = settings["mirrored"]
+        self.shape = tuple(settings["shape"])
         self.autoencoder = settings["autoencoder"]
         self.shards = [folder / shard["file"] for shard in index["shards"]]
         self.ends = list(accumulate(shard["images"] for shard in index["shards"]))
@@ -147,9 +149,11 @@ class LatentSource(Source):
             fault = f"image {place} of it is not what was written"
         except (OSError, SafetensorError, IndexError) as error:
             fault = str(error)
-        raise DataError(
-            f"{path} is damaged ({fault}): delete it and {self.folder / INDEX} and run the same lamamba encode again"
-        )
+        raise _damaged(path, fault)
+
+
+def _damaged(path: Path, fault: str) -> DataError:
+    return DataError(f"{path} is damaged ({fault}): delete it and {INDEX} and run the same lamamba encode again")
 
 
 def open_shard(path: Path) -> tuple[Any, np.ndarray, np.ndarray]:
@@ -196,7 +200,7 @@ def _check_format(path: Path) -> None:
 def _check_shard(path: Path, num_images: int, settings: _Settings) -> None:
     """Compare what a shard holds with the index, and its labels with the classes; raises DataError.
 
-    A shard that cannot be opened is reported when it is read, with those whose bytes are damaged.
+    The moments are checked when they are read: reading all of them here would take too long.
     """
     channels, *sides = settings["shape"]
     views = 1 + settings["mirrored"]
@@ -216,8 +220,8 @@ def _check_shard(path: Path, num_images: int, settings: _Settings) -> None:
                         "run the same lamamba encode again"
                     )
             labels = file.get_tensor("labels")
-    except (OSError, SafetensorError):
-        return
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, str(error)) from error
     most = max(1, len(settings["class_names"])) - 1
     wrong = np.flatnonzero((labels < 0) | (labels > most))
     if len(wrong):
