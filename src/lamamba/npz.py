@@ -102,4 +102,5 @@ def _reading(fault: str) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:  # zipfile, zlib and NumPy's parser raise nearly everything, even SyntaxError
-        raise DataError(f"{fault} ({error or type(error).__name__}): fetch or make it again") from error
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{fault} ({said}): fetch or make it again") from error

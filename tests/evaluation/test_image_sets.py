@@ -132,6 +132,7 @@ def test_what_cannot_be_used(tmp_path: Path) -> None:
         "shapes": {"mu": np.zeros(3), "sigma": np.eye(4)},
         "nan": {"mu": np.array([0, np.nan, 0]), "sigma": eye},
         "askew": {"mu": np.zeros(3), "sigma": eye + np.triu(np.ones((3, 3)))},
+        "negative": {"mu": np.zeros(3), "sigma": -eye},
         "half": {"mu": np.zeros(3)},
         "objects": {"mu": np.array([None, 1]), "sigma": eye},
     }
@@ -150,6 +151,7 @@ def test_what_cannot_be_used(tmp_path: Path) -> None:
         ("shapes.npz", "shapes.npz have shapes (3,) and (4, 4), not (d,) and (d, d)"),
         ("nan.npz", "nan.npz have numbers that are not finite"),
         ("askew.npz", "the matrix is not symmetric"),
+        ("negative.npz", "a variance is negative"),
         ("half.npz", "half.npz cannot be read as a .npz file"),
         ("objects.npz", "objects.npz cannot be read as a .npz file"),
     ):
@@ -183,6 +185,7 @@ def header(shape: str, dtype: str = "|u1", fortran: bool = False) -> str:
         ("(1.0, 8, 8, 3)", "cannot be read as a .npz file"),
         ("192", "cannot be read as a .npz file"),
         ("(((((((", "cannot be read as a .npz file"),
+        ("(2," * 5000 + ")" * 5000, "is large and may not be safe to load securely.): fetch"),
         ("(0, 8, 8, 3)", "claims 0 bytes for uint8 (0, 8, 8, 3), but has 192"),
     ],
 )

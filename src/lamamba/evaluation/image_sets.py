@@ -233,6 +233,8 @@ def _read_gaussian(path: Path, mean_name: str, covariance_name: str) -> Gaussian
         fault = "are empty"
     elif not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         fault = "have numbers that are not finite"
+    elif (covariance.diagonal() < 0).any():
+        fault = "are no mean and covariance: a variance is negative"
     elif not np.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-4 * np.abs(covariance).max()):
         fault = "are no mean and covariance: the matrix is not symmetric"
     else:
