@@ -89,6 +89,16 @@ def test_a_drawing_of_another_size_is_scaled_and_an_opaque_one_covers_all() -> N
     assert read_drawing(background, [])[1].getbbox() is None
 
 
+def test_the_drawing_is_turned_upright_with_the_image() -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the top is at the right
+    layer = Image.new("RGBA", (8, 6))
+    layer.paste((0, 0, 0, 255), (0, 0, 8, 1))
+    image, mask = read_drawing(encode(Image.new("L", (8, 6)), exif=turned), [encode(layer, exif=turned)])
+    assert image.size == (6, 8)
+    assert mask.getbbox() == (5, 0, 6, 8)
+
+
 @pytest.mark.parametrize(
     ("background", "layer"),
     [((8190, 8190), (1, 1)), ((4096, 4096), (4096, 4097)), ((1, 1), (60_000, 60_000)), ((1 << 26, 1), (1, 1))],

@@ -54,6 +54,19 @@ def convert_image(image: Image.Image, channels: int, background: str = "white") 
     Raises:
         DataError: the pixels have no 8-bit meaning; the message names them alone.
     """
+    image = _decode(image)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def find_alpha(image: Image.Image) -> Image.Image:
+    """Return the alpha channel (L) that `convert_image` composites with: 255 where the image is opaque."""
+    return _decode(image).convert("RGBA").getchannel("A")
+
+
+def _decode(image: Image.Image) -> Image.Image:
+    """Turn an image upright and scale it to 8 bits; one with transparency becomes RGBA."""
     kind, transparent = image.format, _transparent_value(image)
     image.load()
     image = ImageOps.exif_transpose(image)
@@ -70,8 +83,7 @@ def convert_image(image: Image.Image, channels: int, background: str = "white") 
         if image.mode == "La":  # Pillow converts premultiplied grey to nothing else
             image = image.convert("LA")
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    return image.convert("L" if channels == 1 else "RGB")
+    return image
 
 
 def _transparent_value(image: Image.Image) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from lamamba.data.decoding import convert_image
+from lamamba.data.decoding import convert_image, find_alpha
 from lamamba.errors import ConfigError
 
 MAX_FILE_BYTES = 20 << 20
@@ -88,7 +88,7 @@ def read_drawing(background: bytes, layers: Sequence[bytes]) -> tuple[Image.Imag
         mask = Image.new("L", image.size)
         for layer in layers:
             with Image.open(io.BytesIO(layer), formats=("PNG",)) as opened:
-                alpha = opened.convert("RGBA").getchannel("A")
+                alpha = find_alpha(opened)
             alpha = alpha.resize(image.size, Image.Resampling.BOX)
             mask.paste(255, mask=alpha.point(lambda level: 255 * (level > 0)))
     except Image.DecompressionBombError:  # which Pillow raises too, of much larger images
