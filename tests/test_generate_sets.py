@@ -186,6 +186,20 @@ def test_a_set_goes_on_from_weights_and_an_autoencoder_that_have_moved(
     assert "vae_digest was" in capsys.readouterr().err
 
 
+def test_weights_to_guide_away_from_are_recognized_wherever_they_lie(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weaker, out = tmp_path / "weaker", tmp_path / "out"
+    shutil.copytree(write_run(tmp_path / "other", seed=1), weaker)
+    generate(run, out, "--num-images", "1", "--guidance-checkpoint", str(weaker))
+    moved = weaker.rename(tmp_path / "moved")
+    generate(run, out, "--num-images", "2", "--guidance-checkpoint", str(moved))
+    assert len(images(out)) == 2
+    shutil.copytree(write_run(tmp_path / "third", seed=2), weaker)
+    line = refused(capsys, run, out, "--num-images", "2", "--guidance-checkpoint", str(weaker))
+    assert "guidance_weights was" in line
+
+
 def test_a_folder_of_something_else_is_refused(
     run: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

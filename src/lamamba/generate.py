@@ -26,15 +26,13 @@ from torch import Tensor
 
 from lamamba import __version__
 from lamamba.captured import CapturedNetwork
-from lamamba.checkpoint import CheckpointInfo, load_denoiser, locked, write_json
+from lamamba.checkpoint import CheckpointInfo, LoadedDenoiser, load_denoiser, locked, write_json
 from lamamba.config import GenerateConfig, SampleConfig, SamplingConfig, nearest
 from lamamba.config.checks import MAX_GRID_PIXELS
 from lamamba.diffusion import OBJECTIVES
-from lamamba.dit import DiT
 from lamamba.errors import CheckpointError, ConfigError, LamambaError
 from lamamba.files import checksum, written_whole
 from lamamba.latents import IMAGE_CHANNELS, Latents, identify_autoencoder, open_space
-from lamamba.model import LaMambaDiff
 from lamamba.npz import opened_array
 from lamamba.output import make_console, make_progress, say
 from lamamba.processes import Processes, joined
@@ -94,9 +92,11 @@ class Painter:
     def _configure(self, config: SamplingConfig) -> None:
         self.config = config
         self.weaker: CapturedNetwork | None = None
+        self.weaker_path: Path | None = None
         if config.guidance_checkpoint is not None:
             weaker = _load_weaker(config.guidance_checkpoint, self.info)
-            self.weaker = CapturedNetwork(weaker.to(self.network.device), self.uses_bf16)
+            self.weaker = CapturedNetwork(weaker.network.to(self.network.device), self.uses_bf16)
+            self.weaker_path = weaker.path
         by_weaker = self.weaker is not None
         self.guidance = choose_guidance(self.network.config, config.guidance, by_weaker)
         self.unguided = why_unguided(self.network.config) if config.guidance is None and not by_weaker else None
@@ -227,7 +227,8 @@ def generate(config: GenerateConfig) -> None:
         labels_of = _labels_of_set(config, painter)
         made = {
             **painter.settings,
-            "weights": checksum(*sorted(painter.path.rglob("diffusion_pytorch_model*"))),
+            "weights": _weights_digest(painter.path),
+            "guidance_weights": None if painter.weaker_path is None else _weights_digest(painter.weaker_path),
             "vae_digest": None if painter.vae is None else identify_autoencoder(Path(painter.vae)),
             "seed": config.seed, "labels": config.labels, "num_images": config.num_images, "size": config.size,
             "format": config.format, "images_per_shard": config.images_per_shard,
@@ -251,6 +252,10 @@ def generate(config: GenerateConfig) -> None:
                 if config.format == "npz":
                     _join(config)
                 say(f"{config.num_images:,} images in {config.out}")
+
+
+def _weights_digest(path: Path) -> str:
+    return checksum(*sorted(path.rglob("diffusion_pytorch_model*")))
 
 
 def _labels_of_set(config: GenerateConfig, painter: Painter) -> Callable[[range], list[int]]:
@@ -288,10 +293,12 @@ def _begin_set(out: Path, made: dict[str, Any]) -> None:
         write_json(path, made)
         return
     before = read_record(path, dict[str, Any])
-    if "vae_digest" not in before:  # of an earlier version
-        del made["vae_digest"]
+    for digest in {"guidance_weights", "vae_digest"} - before.keys():  # an earlier version wrote none
+        del made[digest]
     # Weights and autoencoder are recognized wherever they lie.
-    for place, digest in (("checkpoint", "weights"), ("vae", "vae_digest")):
+    for place, digest in (
+        ("checkpoint", "weights"), ("guidance_checkpoint", "guidance_weights"), ("vae", "vae_digest")
+    ):  # fmt: skip
         if before.get(place) and before.get(digest, "") == made.get(digest):
             made[place] = before[place]
     number = before.get("num_images")
@@ -424,7 +431,7 @@ def _join(config: GenerateConfig) -> None:
         shard.unlink()
 
 
-def _load_weaker(checkpoint: str, info: CheckpointInfo) -> LaMambaDiff | DiT:
+def _load_weaker(checkpoint: str, info: CheckpointInfo) -> LoadedDenoiser:
     """Load the network to guide away from, which must predict the same as that of `info`."""
     weaker = load_denoiser(checkpoint)
     if weaker.info.objective != info.objective:
@@ -432,7 +439,7 @@ def _load_weaker(checkpoint: str, info: CheckpointInfo) -> LaMambaDiff | DiT:
             f"guidance_checkpoint {checkpoint} has the objective {weaker.info.objective!r}, this one "
             f"{info.objective!r}: guide by one trained alike"
         )
-    return weaker.network
+    return weaker
 
 
 def parse_labels(text: str | None, num_classes: int, class_names: tuple[str, ...]) -> list[int]:
