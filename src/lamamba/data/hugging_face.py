@@ -466,11 +466,12 @@ def _write_record(
 
 
 def _read_record(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Read what the folder was made of, which must be what is asked for now."""
+    """Read what the folder was made of, which must be what is asked for now, wherever the dataset lies."""
     mend = f"give another out (--out), or delete {folder}"
     try:
         record = read_record(folder / RECORD, dict[str, Any], DataError)
-        changed = [name for name in identity if record[name] != identity[name]]
+        differs = {name: record[name] != value for name, value in identity.items()}
+        changed = [name for name, is_other in differs.items() if is_other and name != "dataset"]
         dict(record["left_out"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder} is there already, but is not what was made of a dataset: {mend}") from error
