@@ -1,7 +1,9 @@
 """Weights are read in every form that diffusers writes, and a loader that does not get all of them says so."""
 
 import argparse
+import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +32,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "fp16": {"variant": "fp16"},
     "bf16": {"variant": "bf16"},
     "shards": {"max_shard_size": "5KB"},
+    "named variant": {"variant": "non-ema"},
+    "named variant shards": {"variant": "ema-v1.0", "max_shard_size": "5KB"},
+    "named variant pickle": {"variant": "ema-v1.0", "safe_serialization": False},
     "fp16 shards": {"variant": "fp16", "max_shard_size": "5KB"},
     "pickle": {"safe_serialization": False},
     "fp16 pickle": {"variant": "fp16", "safe_serialization": False},
@@ -170,6 +175,38 @@ def test_a_pipeline_of_diffusers_is_checked_too(part: str, tmp_path: Path) -> No
             LaMambaDiff.from_pretrained(tmp_path / part)
 
 
+PIPELINE_FAULTS: dict[str, tuple[str, Any, str]] = {
+    "no autoencoder": ("model_index.json", {"vae": ["diffusers", "UNet2DModel"]}, "vae[1] is 'UNet2DModel'"),
+    "no network": ("model_index.json", {"network": ["diffusers", "UNet2DModel"]}, "network[1] is 'UNet2DModel'"),
+    "names": ("model_index.json", {"id2label": [1]}, "id2label is [1]"),
+    "network": ("network/config.json", {"depths": [100_000] * 4}, "depths is (100000, 100000, 100000, 100000)"),
+    "scheduler": ("scheduler/scheduler_config.json", {"num_train_timesteps": "x"}, "num_train_timesteps is 'x'"),
+    "autoencoder": ("vae/config.json", {"layers_per_block": 10**6}, "layers_per_block is 1000000"),
+    "nesting": ("model_index.json", '{"a":' * 200_000, "recursion limit"),
+    "nesting of the network": ("network/config.json", '{"a":' * 200_000, "recursion limit"),
+}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    scheduler = LaMambaDiffPipeline.from_checkpoint("nano").scheduler
+    network = LaMambaDiff(**{**TINY, "in_channels": 2})
+    LaMambaDiffPipeline(network, scheduler, build_autoencoder()).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("fault", PIPELINE_FAULTS)
+def test_a_wrong_value_of_a_pipeline_is_named(pipeline: Path, fault: str, tmp_path: Path) -> None:
+    name, change, said = PIPELINE_FAULTS[fault]
+    folder = Path(shutil.copytree(pipeline, tmp_path / "pipeline"))
+    path = folder / name
+    path.write_text(change if isinstance(change, str) else json.dumps({**json.loads(path.read_text()), **change}))
+    for load in (LaMambaDiffPipeline.from_pretrained, LaMambaDiffPipeline.from_checkpoint):
+        with pytest.raises(CheckpointError, match=rf"^{path}.*{re.escape(said)}"):
+            load(folder)
+
+
 def test_another_model_is_no_autoencoder_and_no_network(tmp_path: Path) -> None:
     for build, name in ((build_network, "LaMambaDiff"), (build_dit, "DiTTransformer2DModel")):
         build().save_pretrained(tmp_path / name)
@@ -224,6 +261,10 @@ def test_a_pickle_gives_tensors_and_runs_nothing(is_new: bool, tmp_path: Path) -
     torch.save({**content, "x": torch.ones(1).expand(9, 9)}, path, _use_new_zipfile_serialization=is_new)
     with pytest.raises(CheckpointError, match=r"holds a tensor of \(9, 9\) with fewer values"):
         read_pickle(path)
+    endless = {"a": torch.ones(1)}
+    endless["again"] = endless  # type: ignore[assignment]
+    torch.save(endless, path, _use_new_zipfile_serialization=is_new)
+    assert read_pickle(path)["again"]["a"] == 1
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(CheckpointError, match="cannot be read as a PyTorch checkpoint") as error:
         read_pickle(path)

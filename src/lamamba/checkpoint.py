@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 import torch
 from filelock import FileLock, Timeout
@@ -199,7 +199,8 @@ class _PipelineRecord(TypedDict):
     objective: Objective
     id2label: NotRequired[Annotated[dict[str, str], Field(max_length=1_000_000)] | None]
     images_seen: NotRequired[_Count]
-    vae: NotRequired[list[str | None]]
+    network: tuple[str, Literal["LaMambaDiff"]]
+    vae: NotRequired[tuple[str | None, Literal["AutoencoderKL"] | None]]
 
 
 def _read_record(checkpoint: Path) -> _Record:

@@ -38,7 +38,8 @@ from lamamba.ops.linear_gelu import linear_gelu
 from lamamba.ops.residual_norm import Residual, add_gated, layer_norm, residual_norm
 from lamamba.ops.selective_scan import project_and_scan
 from lamamba.ops.window_attention import project_and_attend
-from lamamba.weights import check_loaded
+from lamamba.records import read_record
+from lamamba.weights import CONFIG, check_loaded
 
 
 class LaMambaDiff(ModelMixin, ConfigMixin):
@@ -123,7 +124,7 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         float32, as the state itself does. `.to(torch.bfloat16)` rounds them too, as `.to` does in any module.
 
         Raises:
-            CheckpointError: weights are missing, unexpected or not finite.
+            CheckpointError: a value of config.json is wrong, or weights are missing, unexpected or not finite.
         """
         # diffusers' default needs accelerate, as does its way to keep parameters in float32, and warns without it; the
         # network fits in memory twice.
@@ -131,7 +132,9 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         dtype = options.pop("dtype", None) or options.pop("torch_dtype", None)
         wants_info = options.pop("output_loading_info", False)
         place = pretrained_model_name_or_path  # on the hub, or a folder
-        place = utf8_path(Path(place)) if Path(place).is_dir() else place
+        if Path(place).is_dir():
+            read_record(Path(place) / (options.get("subfolder") or "") / CONFIG, NetworkConfig)
+            place = utf8_path(Path(place))
         network, info = super().from_pretrained(place, output_loading_info=True, **options)
         check_loaded(pretrained_model_name_or_path, network, info)
         if isinstance(dtype, torch.dtype):

@@ -16,7 +16,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from lamamba.captured import CapturedNetwork
-from lamamba.checkpoint import load_checkpoint
+from lamamba.checkpoint import load_checkpoint, locate
 from lamamba.config import GuidanceOptions, nearest
 from lamamba.config.checks import check, is_number, is_whole
 from lamamba.data.decoding import convert_given
@@ -107,14 +107,18 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         """Load what `save_pretrained` wrote, or `push_to_hub` sent; options as in diffusers.
 
         Raises:
-            CheckpointError: there is no such pipeline, or weights are missing, unexpected, misshaped or not finite.
+            CheckpointError: there is no such pipeline, a value of its files is wrong, or weights are missing,
+                unexpected, misshaped or not finite.
         """
         options.setdefault("low_cpu_mem_usage", False)  # which needs accelerate, and diffusers warns without it
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
             folder = Path(cls.download(pretrained_model_name_or_path, **options))
-        if "vae" not in options and (folder / "vae").is_dir():  # the network is checked by its own `from_pretrained`
-            check_autoencoder(folder / "vae", options.get("variant"))
+        _, info = locate(folder)  # the network is checked by its own `from_pretrained`
+        if "vae" not in options and info.vae is not None:
+            check_autoencoder(Path(info.vae), options.get("variant"))
+        if "scheduler" not in options and (folder / PIPELINE_INDEX).is_file():
+            options["scheduler"] = open_scheduler(folder)
         loaded: Self = super().from_pretrained(utf8_path(folder), **options)
         return loaded
 

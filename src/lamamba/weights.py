@@ -28,9 +28,10 @@ from lamamba.errors import CheckpointError
 from lamamba.files import utf8_path
 from lamamba.records import read_record
 
-_NAME = re.compile(
-    r"diffusion_pytorch_model(?:\.(?P<file_variant>\w+))?\.(?P<kind>safetensors|bin)"
-    r"(?P<index>\.index\.(?:(?P<variant>\w+)\.)?json|\.(?P<old_variant>\w+)\.index\.json)?"
+_NAME = re.compile(  # of a whole file or an index; a variant can have any name, but numbered parts are only in an index
+    r"(?!.*-\d+-of-\d+\.)"
+    r"diffusion_pytorch_model(?:\.(?P<file_variant>.+?))?\.(?P<kind>safetensors|bin)"
+    r"(?P<index>\.index\.(?:(?P<variant>.+)\.)?json|\.(?P<old_variant>.+)\.index\.json)?"
 )
 CONFIG, PIPELINE_INDEX = "config.json", "model_index.json"  # of a model's folder, and of a pipeline's
 _VARIANTS = ("", "fp16", "bf16")  # the one with the most bits first
@@ -262,12 +263,15 @@ def _is_code(name: str) -> bool:
 
 def _check_storage(content: Any, path: Path) -> None:
     """A pickle can give a tensor of any size a storage of one value, which only a copy would notice."""
-    if isinstance(content, Tensor):
-        if content.numel() * content.element_size() > content.untyped_storage().nbytes():
-            raise CheckpointError(f"{path} holds a tensor of {tuple(content.shape)} with fewer values than that")
-    elif isinstance(content, Mapping):
-        for value in content.values():
-            _check_storage(value, path)
+    waiting, known = [content], set[int]()  # a pickle can nest any number of dicts, and a dict in itself
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise CheckpointError(f"{path} holds a tensor of {tuple(value.shape)} with fewer values than that")
+        elif isinstance(value, Mapping) and id(value) not in known:
+            known.add(id(value))
+            waiting += value.values()
 
 
 def check_weights(source: str | Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
