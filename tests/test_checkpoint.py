@@ -265,7 +265,7 @@ COMMANDS = {
 def test_a_run_without_checkpoints_is_one_line(
     command: str, is_saving: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
+    run = tmp_path / "my run"
     (run / "samples").mkdir(parents=True)
     (run / "config.json").write_text(json.dumps(plain(TrainConfig(out=run))))
     if is_saving:
@@ -275,7 +275,7 @@ def test_a_run_without_checkpoints_is_one_line(
         main([command, *arguments])
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"lamamba: error: {run} has no checkpoint yet: wait for the run's first one, or start the run again with "
-        f"lamamba train --out {run} --resume"
+        f"lamamba train --out '{run}' --resume"
     )
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         load_checkpoint(run / "samples")

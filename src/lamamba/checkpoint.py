@@ -14,6 +14,7 @@ Hugging Face hub.
 """
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -354,7 +355,7 @@ def find_checkpoint(name: str | Path) -> Path:
     if is_run(path):
         raise CheckpointError(
             f"{path} has no checkpoint yet: wait for the run's first one, or start the run again with lamamba train "
-            f"--out {path} --resume"
+            f"--out {shlex.quote(str(path))} --resume"
         )
     if not (path / CONFIG).is_file():
         raise CheckpointError(
