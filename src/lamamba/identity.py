@@ -51,10 +51,11 @@ def compare_origin(
         CheckpointError: something else is given; the message says what differs.
     """
     notes, faults = [], []
+    fits = len(now["identity"]["data"]["class_names"]) == len(class_names)  # the network has a row for each class
     for name in ("data", "vae"):
         fault = _compare(name, started, now, class_names)
         was, given = _place(name, started), _place(name, now)
-        if fault and name in allowed:
+        if fault and name in allowed and (fits or name != "data"):
             notes.append(f"{name} differs from the start of the run, which is allowed: {fault}")
         elif fault:
             faults.append((name, fault))
@@ -62,9 +63,12 @@ def compare_origin(
             notes.append(f"{name} has moved from {was} to {given}, and is the same")
     if faults:
         names = " ".join(name for name, _ in faults)
+        mend = f"go on with this by --allow-changed {names}"
+        if not fits:
+            mend = f"begin a run for other classes with lamamba finetune {now['out']}"
         raise CheckpointError(
             f"{now['out']} was trained on something else: {'; '.join(fault for _, fault in faults)}: give what it was "
-            f"trained on (--{faults[0][0]}), or go on with this by --allow-changed {names}"
+            f"trained on (--{faults[0][0]}), or {mend}"
         )
     return notes
 
