@@ -331,6 +331,7 @@ def test_16_bits_and_transparency_of_arrays_are_decoded_too() -> None:
         (np.full((8, 8, 3), np.nan), "image has values outside of 0 to 1"),
         (torch.zeros(4, 8, 8), "image has 4 channels: give 3"),
         (np.zeros((8, 8, 3), np.int64), "image is a int64 array"),
+        (np.zeros((0, 8), np.uint8), r"image is a uint8 array of shape \(0, 8\)"),
         ([np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8, 3))], "image mixes"),
     ],
 )

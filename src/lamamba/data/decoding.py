@@ -17,8 +17,13 @@ FORMATS = tuple(sorted(set(Image.OPEN) - _NOT_DECODED))
 IMAGE_SUFFIXES = tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS))
 
 
-def read_image(path: str | Path, channels: int) -> Image.Image:
+def read_image(path: str | Path, channels: int, *, can_skip: bool = False) -> Image.Image:
     """Decode a file (of an animation, the first frame) to mode L (channels 1) or RGB (3), see `convert_image`.
+
+    Args:
+        path: of the file.
+        channels: 1 or 3.
+        can_skip: name the option that leaves unreadable files out, in the error.
 
     Raises:
         DataError: the file is missing, damaged or truncated, or has pixels that have no 8-bit meaning.
@@ -31,8 +36,8 @@ def read_image(path: str | Path, channels: int) -> Image.Image:
         raise DataError(f"{path} has {error}: save it with 8 or 16 bits") from error
     except Exception as error:  # Pillow's decoders raise nearly everything on damaged files, even SyntaxError
         raise DataError(
-            f"{path} cannot be read as an image ({type(error).__name__}: {error}): replace or delete it, "
-            "or skip it with skip_bad_images (--skip-bad-images)"
+            f"{path} cannot be read as an image ({type(error).__name__}: {error}): replace or delete it"
+            + (", or skip it with skip_bad_images (--skip-bad-images)" if can_skip else "")
         ) from error
 
 
@@ -155,7 +160,8 @@ def _to_pil(name: str, pixels: np.ndarray) -> Image.Image:
         pixels = scale_16_bits(pixels)
     if pixels.ndim == 3 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
-    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[-1] in (2, 3, 4))):
+    is_image = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[-1] in (2, 3, 4))
+    if pixels.dtype != np.uint8 or not is_image or not pixels.size:
         raise ConfigError(
             f"{name} is a {pixels.dtype} array of shape {pixels.shape}: give uint8, uint16 or floats from 0 to 1, "
             "with 1 to 4 channels"

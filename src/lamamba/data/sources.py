@@ -160,7 +160,7 @@ class FolderSource(ImageSource):
 
     def load(self, index: int) -> tuple[np.ndarray, int]:
         """Return one image, uint8 (h, w, c), and its label (0 without classes); DataError if it cannot be read."""
-        image = crop_centre(read_image(self.paths[index], self.channels), self.image_size)
+        image = crop_centre(read_image(self.paths[index], self.channels, can_skip=True), self.image_size)
         return np.array(image).reshape(self.image_size, self.image_size, self.channels), self.labels[index]
 
     def _leave_out_bad_files(self) -> None:
