@@ -309,6 +309,21 @@ def test_encoding_goes_on_with_moved_images_and_not_with_others(
         encoded(moved, autoencoder, tmp_path / "latents")
 
 
+@pytest.mark.parametrize(
+    "sums", ["[]", "[[1.0]]", "[[1.0, 2.0], [3.0]]", "[[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]", "7", "x"]
+)
+def test_a_shard_with_wrong_sums_is_not_listed(
+    images: Path, autoencoder: Path, latents: Path, tmp_path: Path, sums: str
+) -> None:
+    folder = Path(shutil.copytree(latents, tmp_path / "latents"))
+    (folder / "latents.json").unlink()
+    shard = folder / "shard-00001.safetensors"
+    save_file(load_file(shard), shard, {"sums": sums})
+    with pytest.raises(DataError, match=rf"^{shard}") as error:
+        encoded(images, autoencoder, folder)
+    assert "\n" not in str(error.value)
+
+
 def test_a_shard_with_another_number_of_images_is_not_listed(images: Path, autoencoder: Path, tmp_path: Path) -> None:
     folder = encoded(images, autoencoder, tmp_path / "latents")
     (folder / "latents.json").unlink()

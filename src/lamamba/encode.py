@@ -199,8 +199,11 @@ def _write_index(folder: Path, settings: dict[str, Any]) -> None:
         try:
             with safe_open(utf8_path(path), framework="np") as file:
                 num_images = file.get_slice("labels").get_shape()[0]
-                sums += parse_record(file.metadata()["sums"], str(path), list[list[float]], DataError)
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
+                own = parse_record(file.metadata()["sums"], str(path), list[list[float]], DataError)
+                if [len(row) for row in own] != [sums.shape[1]] * 2:
+                    raise IndexError("its sums are of other channels")
+                sums += own
+        except (OSError, SafetensorError, KeyError, TypeError, IndexError) as error:
             raise DataError(f"{path} is damaged ({error}): delete it and run the same command again") from error
         expected = min(settings["images_per_shard"], settings["images"] - shard * settings["images_per_shard"])
         if num_images != expected:
