@@ -180,6 +180,17 @@ def test_numbers_of_steps_that_do_not_work_are_refused(name: str, num_steps: int
         draw(pipe, num_steps)
 
 
+@pytest.mark.parametrize("skip_prk_steps", [True, False])
+@pytest.mark.parametrize(("num_steps", "strength"), [(10, 0.5), (50, 0.5), (100, 0.02), (50, 0.98), (1000, 0.3)])
+def test_a_scheduler_with_other_first_steps_does_not_begin_with_an_image(
+    skip_prk_steps: bool, num_steps: int, strength: float
+) -> None:
+    """PNDM repeats its first step, so that all steps would be one off if those before an image were left out."""
+    scheduler = diffusers.PNDMScheduler(skip_prk_steps=skip_prk_steps, beta_schedule="linear")
+    with pytest.raises(ConfigError, match="begins with steps of another kind"):
+        check_scheduler(scheduler, Diffusion(), 1, pixels=True, num_steps=num_steps, strength=strength)
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_a_scheduler_that_cuts_channels_is_refused(channels: int) -> None:
     """DPM-Solver takes the first three channels of a prediction with a learned variance, whatever it has."""

@@ -51,7 +51,7 @@ class Steps:
         device: of the timesteps.
 
     Raises:
-        ConfigError: the scheduler does not take this number of steps.
+        ConfigError: the scheduler does not take this number of steps, or can only begin at its first step.
     """
 
     def __init__(
@@ -66,6 +66,11 @@ class Steps:
         taken = min(num_steps, max(1, round(num_steps * strength)))
         first = (num_steps - taken) * getattr(scheduler, "order", 1)
         set_timesteps(self.scheduler, num_steps, device, first)
+        if first and len(self.scheduler.timesteps) > num_steps * getattr(scheduler, "order", 1):
+            raise ConfigError(
+                f"the scheduler {type(scheduler).__name__} begins with steps of another kind, which cannot be left out "
+                f"to begin with an image: use {USE[objective.name]}"
+            )
         self.timesteps: Tensor = self.scheduler.timesteps[first:]
         self._takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
 
