@@ -1,5 +1,6 @@
 """What the server says no to, whatever a browser would send."""
 
+import asyncio
 import io
 import json
 import os
@@ -7,8 +8,10 @@ import random
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,8 +41,8 @@ def client(models: Models) -> Iterator[TestClient]:
         yield client
 
 
-def call(client: TestClient, button: str, **changes: Any) -> dict[str, Any]:
-    """Press a button with what its fields begin with, but for the changes by label; return the last message."""
+def press(client: TestClient, button: str, **changes: Any) -> None:
+    """Press a button with what its fields begin with, but for the changes by label."""
     config = client.get("/config").json()
     components = {component["id"]: component["props"] for component in config["components"]}
     pressed = next(key for key, props in components.items() if props.get("value") == button)
@@ -47,6 +50,11 @@ def call(client: TestClient, button: str, **changes: Any) -> dict[str, Any]:
     data = [changes.get(components[field].get("label"), components[field].get("value")) for field in event["inputs"]]
     body = {"data": data, "fn_index": event["id"], "session_hash": "visitor"}
     client.post("/gradio_api/queue/join", json=body).raise_for_status()
+
+
+def call(client: TestClient, button: str, **changes: Any) -> dict[str, Any]:
+    """Press a button and return the last message."""
+    press(client, button, **changes)
     last: dict[str, Any] = {}
     with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": "visitor"}) as messages:
         for line in messages.iter_lines():
@@ -213,6 +221,40 @@ def test_the_queue_cannot_be_passed_by(client: TestClient) -> None:
     queued = next(event["id"] for event in config["dependencies"] if event["queue"] is not False)
     body = {"data": [], "fn_index": queued, "session_hash": "visitor"}
     assert client.post("/gradio_api/run/predict", json=body).status_code == 404
+
+
+def queue_of(client: TestClient) -> Any:
+    gate: Any = client.app
+    return next(route.app for route in gate.app.routes if hasattr(route.app, "state_holder")).get_blocks()._queue
+
+
+@pytest.mark.parametrize("most", [0, 8], ids=["while sampling", "at the end"])
+def test_previews_that_nobody_reads_are_dropped(models: Models, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr("lamamba.demo.page._MAX_UNREAD", most)
+    monkeypatch.setattr("lamamba.demo.page._MAX_UNREAD_S", 0.1)
+    with TestClient(make_app(models, DemoLimits(), at_once=1)) as client:
+        press(client, "Generate", Steps=2, Images=1)
+        deadline, unread = time.monotonic() + 60, queue_of(client).pending_messages_per_session
+        while "nobody has read" not in (kept := str(unread["visitor"]._queue)):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert "<img" not in kept
+
+
+def test_messages_that_nobody_reads_are_few(models: Models) -> None:
+    with TestClient(make_app(models, DemoLimits(), at_once=1)) as client:
+        queue = queue_of(client)
+        unread = queue.pending_messages_per_session
+        for number in range(300):
+            unread[str(number)] = asyncio.Queue()
+        assert len(unread) == 256
+        event = SimpleNamespace(session_hash="299", alive=True, _id="a")
+        for index in range(100):
+            queue.send_message(event, SimpleNamespace(index=index))
+        assert [message.index for message in unread["299"]._queue] == list(range(36, 100))
+        gone = SimpleNamespace(session_hash="0", alive=True, _id="a")
+        queue.send_message(gone, SimpleNamespace())
+        assert not gone.alive
 
 
 def test_sessions_are_few(models: Models) -> None:

@@ -1,5 +1,6 @@
 """The page: its fields, its tabs, and what its buttons call; computed and drawn is what they show elsewhere."""
 
+import asyncio
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -76,7 +77,11 @@ element.addEventListener("click", (event) => {
 });
 """
 _EDITOR_SIDE = 384
-_MAX_SESSIONS = 256  # visitors of whom the last image is kept
+_MAX_SESSIONS = 256  # visitors of whom the last image and unread answers are kept
+_MAX_UNREAD = 8  # previews of a visitor who reads too slowly
+_MAX_UNREAD_S = 10.0  # without reading; then the sampling ends
+_MAX_UNREAD_MESSAGES = 64  # of a visitor, errors and places in the queue too
+_MAX_ERROR = 2000  # characters
 _GRID = 16
 _NEW_SEED = "() => Math.floor(Math.random() * 4294967296)"
 Shown = Iterator[Preview | Pictures]
@@ -100,6 +105,7 @@ def make_app(
     page = Page(models, limits)
     blocks = page.blocks.queue(default_concurrency_limit=at_once, max_size=64, api_open=False)
     blocks.state_session_capacity = _MAX_SESSIONS
+    _bound_unread_messages(blocks)
     _open_uploads_alone(blocks, page.uploads)
     theme = gr.themes.Default(
         primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
@@ -122,6 +128,41 @@ def _open_uploads_alone(page: gr.Blocks, uploads: Uploads) -> None:
         return await preprocess(block_fn, inputs, *args, **kwargs)
 
     page.preprocess_data = preprocess_uploads
+
+
+def _bound_unread_messages(page: gr.Blocks) -> None:
+    """Keep few messages for visitors who never read them: Gradio keeps all, for 2,000 visitors."""
+    messages, send = page._queue.pending_messages_per_session, page._queue.send_message
+    messages.max_size = _MAX_SESSIONS
+
+    def send_and_drop_old(event: Any, message: Any) -> None:
+        unread = messages.get(event.session_hash)
+        if unread is None:  # many other visitors came since
+            event.alive = False
+            return
+        while unread.qsize() >= _MAX_UNREAD_MESSAGES:
+            unread.get_nowait()
+        send(event, message)
+
+    page._queue.send_message = send_and_drop_old
+
+
+def _wait_for_reader(page: gr.Blocks, session: str | None, most: int) -> None:
+    """Wait until a visitor has all but a few of the answers so far, so that images do not pile up in memory.
+
+    Raises:
+        ConfigError: the visitor has stopped reading; what was unread is dropped.
+    """
+    messages = page._queue.pending_messages_per_session
+    before, since = 0, time.monotonic()
+    while (unread := messages.get(session)) is not None and (number := unread.qsize()) > most:
+        if number < before:  # some were read
+            since = time.monotonic()
+        elif time.monotonic() - since > _MAX_UNREAD_S:
+            messages[session] = asyncio.Queue()
+            raise ConfigError(f"nobody has read the answers for {_MAX_UNREAD_S:.0f} seconds: reload the page")
+        before = number
+        time.sleep(0.02)
 
 
 def _read_drawings(editor: gr.ImageEditor, uploads: Uploads) -> None:
@@ -327,7 +368,7 @@ class Page:
                     gr.Markdown(f"**{title}**")
                     pictures.append(gr.HTML(js_on_load=_SELECT_PIXEL, elem_classes="field", elem_id=name))
 
-        def see(name: Any, side: Any, row: Any, column: Any) -> Iterator[list[Any]]:
+        def see(name: Any, side: Any, row: Any, column: Any, request: gr.Request) -> Iterator[list[Any]]:
             began, unchanged = time.monotonic(), [gr.skip()] * len(pictures)
             yield ["", *unchanged]
             with _as_messages():
@@ -339,10 +380,12 @@ class Page:
                 for place, branches in enumerate(get_args(Branches)):
                     fields = receptive_fields(network, side, side, (row, column), branches, limits)
                     for number, field in enumerate(fields, start=1):
+                        _wait_for_reader(self.blocks, request.session_hash, _MAX_UNREAD)
                         drawn = list(unchanged)
                         drawing = draw_receptive_field(field, (int(row), int(column)))
                         drawn[place] = f'<img alt="What the pixel sees: {branches}" src="{png_address(drawing)}">'
                         yield [_bar((place + number / NUM_DRAWS) / len(pictures)), *drawn]
+                _wait_for_reader(self.blocks, request.session_hash, 0)
             yield [f"Done in {time.monotonic() - began:.1f} s.", *unchanged]
 
         def point(event: gr.SelectData, side: Any) -> tuple[int, int]:
@@ -379,19 +422,21 @@ class Page:
         images = gr.HTML(js_on_load=SAVE_LINKS, elem_classes="images")
         fields = {**self.settings, **more}
 
-        def show(values: dict[Any, Any]) -> Iterator[tuple[Any, Any, Any]]:
+        def show(values: dict[Any, Any], request: gr.Request) -> Iterator[tuple[Any, Any, Any]]:
             began = time.monotonic()
             asked = {name: values[field] for name, field in fields.items()}
             yield "", gr.skip(), gr.skip()  # what was said of the request before
             with _as_messages():
                 painter = self.models[values[self.model]]
                 for shown in start(painter, asked):
+                    _wait_for_reader(self.blocks, request.session_hash, _MAX_UNREAD)
                     if isinstance(shown, Preview):
                         yield _bar(shown.done), draw_images(shown.images), gr.skip()
                     else:
                         captions = [caption(painter, made) for made in shown.settings]
                         drawn = draw_images(shown.images, captions, shown.settings)
                         yield f"Done in {time.monotonic() - began:.1f} s.", drawn, shown.images[0]
+                _wait_for_reader(self.blocks, request.session_hash, 0)
 
         started = run.click(
             show, {self.model, *fields.values()}, [status, images, self.last], concurrency_id="network",
@@ -418,7 +463,8 @@ def _as_messages() -> Iterator[None]:
     try:
         yield
     except LamambaError as error:
-        raise gr.Error(escape(str(error), quote=False), print_exception=False) from error  # it is shown as HTML
+        text = str(error)[:_MAX_ERROR]  # which repeats what was sent
+        raise gr.Error(escape(text, quote=False), print_exception=False) from error  # it is shown as HTML
     except torch.OutOfMemoryError as error:
         raise gr.Error("memory is full: ask for fewer or smaller images", print_exception=False) from error
 

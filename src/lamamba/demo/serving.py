@@ -12,6 +12,8 @@ from lamamba.demo.painting import Models
 from lamamba.errors import ConfigError
 from lamamba.output import say
 
+_MAX_CONNECTIONS = 512  # a browser keeps up to six
+
 
 def serve(config: DemoConfig) -> None:
     """Load the checkpoints and serve the page until Ctrl-C or SIGTERM, which end the process: it does not return.
@@ -40,7 +42,7 @@ def serve(config: DemoConfig) -> None:
             def handle_exit(self, sig: int, frame: FrameType | None) -> None:
                 _end(sig)
 
-        Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+        Server(uvicorn.Config(app, log_level="warning", limit_concurrency=_MAX_CONNECTIONS)).run(sockets=[listening])
 
 
 def _end(number: int) -> None:
