@@ -163,7 +163,7 @@ def test_a_wrong_training_option_is_refused_by_name(name: str, value: object) ->
     ("name", "value"),
     [
         ("num_per_label", 0), ("num_per_label", 99999999999), ("steps", 0), ("batch_size", -1), ("seed", -1),
-        ("seed", 2**63), ("seed", 2**64), ("size", (8, -8)), ("size", (8, 10**9)),
+        ("seed", 2**64), ("seed", 1.5), ("size", (8, -8)), ("size", (8, 10**9)),
     ],
 )  # fmt: skip
 def test_a_wrong_sampling_option_is_refused_by_name(name: str, value: object) -> None:
@@ -202,7 +202,8 @@ def test_limits_are_allowed(options: dict[str, object]) -> None:
         (lambda: InfoConfig("nano", size=(10**9, 2)), "size is (1000000000, 2): it must be a height and a width from"),
         (lambda: GenerateConfig(checkpoint="nano", out=Path("a"), num_images=10**15), "it must be at most 1,000,000,0"),
         (lambda: GenerateConfig(checkpoint="nano", out=Path("a"), images_per_shard=10**9), "must be at most 100,000"),
-        (lambda: EvaluateConfig("a", "b", seed=2**64), "seed is 18446744073709551616: it must be at most"),
+        (lambda: EvaluateConfig("a", "b", seed=2**64), "seed is 18446744073709551616: it must be a whole"),
+        (lambda: GenerateConfig(checkpoint="nano", out=Path("a"), seed=2**64 - 2, num_images=3), "for 3 images"),
         (lambda: EncodeConfig("a", Path("b"), Path("c"), num_workers=10**9), "num_workers is 1000000000: it must be"),
         (lambda: GridConfig((Path("a"),), scale=10**9), "scale is 1000000000: it must be at most 64"),
         (lambda: PlotConfig((Path("a"),), frames=10**9), "frames is 1000000000: it must be at most 1,000"),

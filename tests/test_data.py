@@ -444,8 +444,8 @@ class TestOrder:
             ({"batch_size": 0}, "batch_size 0"),
             ({"start": -1}, "start -1"),
             ({"num_workers": -2}, "num_workers -2"),
-            ({"seed": -1}, "seed -1"),
-            ({"seed": 2**64}, "seed 18446744073709551616"),
+            ({"seed": -1}, "seed is -1"),
+            ({"seed": 2**64}, "seed is 18446744073709551616"),
         ],
     )
     def test_wrong_numbers_are_refused_at_once(self, options, message):

@@ -254,7 +254,11 @@ def refused(capsys: pytest.CaptureFixture[str], run: Path, folder: Path, *option
         (["--device", "gpu"], "device 'gpu' cannot be used here"),
         (["--num-per-label", "99999999999"], "it must be from 1 to 10,000 in one grid; lamamba generate makes any num"),
         (["--num-per-label", "10000", "--size", "256", "256"], "makes 1,966,080,000 pixels, and a grid has at most"),
-        (["--seed", str(2**64)], "seed is 18446744073709551616: it must be at most 9,223,372,036,854,775,807"),
+        (
+            ["--seed", str(2**64)],
+            "seed is 18446744073709551616: it must be a whole number from 0 to 18,446,744,073,709,551,615",
+        ),
+        (["--seed", str(2**64 - 1)], "it must be a whole number from 0 to 18,446,744,073,709,551,"),
         (["--size", "1", "-1"], "size is (1, -1): it must be a height and a width from 1 to 16,384"),
     ],
 )

@@ -28,7 +28,7 @@ from lamamba import __version__
 from lamamba.captured import CapturedNetwork
 from lamamba.checkpoint import CheckpointInfo, LoadedDenoiser, load_denoiser, locked, write_json
 from lamamba.config import GenerateConfig, SampleConfig, SamplingConfig, nearest
-from lamamba.config.checks import MAX_GRID_PIXELS
+from lamamba.config.checks import MAX_GRID_PIXELS, check_seed
 from lamamba.diffusion import OBJECTIVES
 from lamamba.errors import CheckpointError, ConfigError, LamambaError
 from lamamba.files import checksum, written_whole
@@ -187,6 +187,7 @@ def sample_grid(config: SampleConfig) -> None:
             f"grid has at most {MAX_GRID_PIXELS:,}: ask for fewer, or make a set of files with lamamba generate"
         )
     labels = [label for label in classes for _ in range(config.num_per_label)]
+    check_seed(config.seed, len(labels))
     seeds = range(config.seed, config.seed + len(labels))
     _make_folders(config)
     painter.say_unguided()

@@ -289,7 +289,7 @@ def visit(visitor: Visitor, pid: int, shots: Path, downloads: Path) -> None:
     # Bad input is a message, and the page goes on.
     visitor.fill("#seed input", "-1")
     visitor.run()
-    assert "seed is -1: give 0 to 4,294,967,295" in visitor.message()
+    assert "seed is -1: it must be a whole number from 0 to 18,446,744,073,709,551,612" in visitor.message()
     visitor.fill("#seed input", "0")
     visitor.tab("Compare guidance")
     visitor.fill("#scales input, #scales textarea", "<b>1</b>")

@@ -33,6 +33,8 @@ def test_values_become_a_request(painter: Painter) -> None:
     )  # fmt: skip
     assert request.labels == (4, 8, 4)
     assert request.seeds == [5, 6, 7]
+    assert read_request({"seed": 2**64 - 1}, painter, DemoLimits()).seeds == [2**64 - 1]
+    assert read_request({"seed": 3.0}, painter, DemoLimits()).seeds == [3]
     config = request.config
     assert (config.sampler, config.steps, config.guidance, config.size) == ("ddim", 7, 3.0, (32, 16))
     assert (config.guidance_options.interval, config.guidance_options.rescale) == ((0.5, 20.0), 0.5)
@@ -73,6 +75,9 @@ def test_names_are_text_that_a_page_can_hold(painter: Painter) -> None:
         ({"steps": True}, "steps is True: give a number"),
         ({"steps": None}, "steps is None: give a number"),
         ({"seed": -1}, "seed is -1"),
+        ({"seed": 2.0**64}, "it must be a whole number from 0 to 18,446,744,073,709,551,615"),
+        ({"seed": 2**64 - 1, "num_images": 2}, "it must be a whole number from 0 to 18,446,744,073,709,551,614, for 2"),
+        ({"seed": True}, "seed is True"),
         ({"guidance": 21}, "guidance is 21: give 0 to 20"),
         ({"rescale": 2}, "rescale is 2: give 0 to 1"),
         ({"interval_low": 1}, "the guidance interval has one end"),

@@ -1,6 +1,7 @@
 """What every option is held to, and how a mistake is answered."""
 
 import difflib
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,7 +24,7 @@ def check(holds: bool, name: str, value: object, wanted: str) -> None:
         raise ConfigError(f"{name} is {value!r}: it must be {wanted}")
 
 
-MAX_SEED = 2**63 - 1  # torch takes 64 bits, and images count on from the first seed
+MAX_SEED = 2**64 - 1  # the largest that torch's generators take
 MAX_IMAGES = 10**12  # of one run or set
 MAX_SIDE = 1 << 14  # pixels
 MAX_GRID_PIXELS = 1 << 28  # of one picture; Pillow refuses to open larger ones
@@ -34,6 +35,24 @@ def check_range(name: str, value: Any, least: float, most: float) -> None:
     if value is not None:
         check(value >= least, name, value, f"{least:,} or more")
         check(value <= most, name, value, f"at most {most:,}")
+
+
+def check_seed(seed: Any, num_images: int = 1, name: str = "seed") -> int:
+    """Return a seed as an int; raise ConfigError unless it is a whole number of 64 bits.
+
+    Args:
+        seed: of the first image.
+        num_images: each image after the first has the next seed, which must fit too.
+        name: of the option.
+    """
+    try:
+        whole = -1 if isinstance(seed, bool) else operator.index(seed)  # NumPy's whole numbers too
+    except TypeError:
+        whole = -1
+    most = MAX_SEED - num_images + 1
+    images = f", for {num_images:,} images" if num_images > 1 else ""
+    check(0 <= whole <= most, name, seed, f"a whole number from 0 to {most:,}{images}")
+    return whole
 
 
 def check_size(name: str, size: tuple[int, int] | None, most: int = MAX_SIDE) -> None:

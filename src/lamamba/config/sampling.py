@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lamamba.config.checks import MAX_IMAGES, MAX_SEED, MAX_SIDE, check, check_range, check_size
+from lamamba.config.checks import MAX_IMAGES, MAX_SIDE, check, check_range, check_seed, check_size, is_number
 
 Sampler = Literal["ancestral", "ddim", "dpm++", "sde-dpm++", "unipc", "euler", "heun"]
 
@@ -26,10 +26,13 @@ class GuidanceOptions:
     (arXiv 2305.08891)."""
 
     def __post_init__(self) -> None:
-        low, high = self.interval or (0.0, 0.0)
-        check(low <= high, "guidance_interval", self.interval, "two noise levels, the lower first")
-        check(0 <= self.cosine_power < math.inf, "guidance_cosine_power", self.cosine_power, "0 or more")
-        check(0 <= self.rescale <= 1, "guidance_rescale", self.rescale, "from 0 to 1")
+        ends = (0.0, 0.0) if self.interval is None else self.interval
+        are_two = isinstance(ends, tuple | list) and len(ends) == 2 and all(map(is_number, ends))
+        check(are_two and ends[0] <= ends[1], "guidance_interval", ends, "two noise levels, the lower first")
+        for name, most, wanted in (("cosine_power", math.inf, "0 or more"), ("rescale", 1, "from 0 to 1")):
+            value = getattr(self, name)
+            holds = is_number(value) and 0 <= value <= most and value < math.inf
+            check(holds, f"guidance_{name}", value, wanted)
 
 
 PLAIN_GUIDANCE = GuidanceOptions()
@@ -57,7 +60,7 @@ class SamplingConfig:
     guidance_options: tyro.conf.OmitArgPrefixes[GuidanceOptions] = PLAIN_GUIDANCE
     """What guidance has beside its scale."""
     seed: int = 0
-    """Of the first image, up to 2^63 - 1; image i has seed + i."""
+    """Of the first image; image i has seed + i, up to 2^64 - 1."""
     size: tuple[int, int] | None = None
     """Height and width in pixels; the default is the training size."""
     batch_size: int = 50
@@ -72,7 +75,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        check_range("seed", self.seed, 0, MAX_SEED)
+        check_seed(self.seed)
         check_size("size", self.size)
         is_scale = self.guidance is None or math.isfinite(self.guidance)
         check(is_scale, "guidance", self.guidance, "a number, 1 for no guidance")
@@ -118,6 +121,7 @@ class GenerateConfig(SamplingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("num_images", self.num_images, 1, MAX_IMAGES)
+        check_seed(self.seed, self.num_images)
         check_range("images_per_shard", self.images_per_shard, 1, 100_000)  # which are in memory at once
 
 
@@ -151,7 +155,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         check(self.nearest_images >= 6, "nearest_images", self.nearest_images, "6 or more")
-        check_range("seed", self.seed, 0, MAX_SEED)
+        check_seed(self.seed)
         check_range("image_size", self.image_size, 1, MAX_SIDE)
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from lamamba.config.checks import MAX_IMAGES, MAX_SEED, MAX_SIDE, check
+from lamamba.config.checks import MAX_IMAGES, MAX_SIDE, check, check_seed
 from lamamba.config.network import PRESETS, NetworkConfig
 
 Objective = Literal["diffusion", "flow"]
@@ -115,12 +115,13 @@ class TrainConfig:
     """The preset's options, each of which can be given."""
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         check(math.isfinite(self.sample_guidance), "sample_guidance", self.sample_guidance, "a number")
         for name in ("batch_size", "accumulate", "max_skipped_steps", "sample_steps", "num_images"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         limits = {
             "num_images": MAX_IMAGES, "batch_size": 1_000_000, "sample_steps": 1000, "image_size": MAX_SIDE,
-            "num_workers": 1024, "seed": MAX_SEED,
+            "num_workers": 1024,
         }  # fmt: skip
         for name, most in limits.items():  # other code says what image_size has to be at least
             check((getattr(self, name) or 0) <= most, name, getattr(self, name), f"at most {most:,}")

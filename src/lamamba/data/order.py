@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lamamba.config.checks import check_seed
 from lamamba.data.sources import ArraySource, Source
 from lamamba.errors import ConfigError, DataError
 from lamamba.signals import leave_signals_to_parent
@@ -83,8 +84,7 @@ def batches(
     for name, value in (("start", start), ("num_workers", num_workers)):
         if value < 0:
             raise ConfigError(f"{name} {value} is negative: use 0 or more")
-    if not 0 <= seed < 2**64:
-        raise ConfigError(f"seed {seed} is outside 0 .. 2**64 - 1: use a seed in that range")
+    check_seed(seed)
     if len(source) == 0:
         raise DataError(f"the source {source.name} has no images: give one with at least one image")
     every_positions = (np.arange(first, first + batch_size)[share] for first in count(start, batch_size))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lamamba.config import DemoLimits, SamplingConfig, nearest
 from lamamba.data.decoding import convert_image
-from lamamba.demo.settings import MAX_GUIDANCE, MAX_SEED, Request, check_pixels, read_number, read_whole
+from lamamba.demo.settings import MAX_GUIDANCE, Request, check_pixels, read_number, read_seed, read_whole
 from lamamba.errors import ConfigError
 from lamamba.generate import Painter
 from lamamba.latents import Latents, Space
@@ -153,7 +153,7 @@ def interpolate(
     """
     config, start_label = request.config, request.labels[0]
     number = read_whole("num_images", num_images, 2, limits.max_images)
-    end_seed = read_whole("end_seed", end_seed, 0, MAX_SEED)
+    end_seed = read_seed("end_seed", end_seed)
     height, width = config.size or (0, 0)
     check_pixels(number, height, width, limits)
     fractions = torch.linspace(0, 1, number).tolist()

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from lamamba.config import DemoLimits, GuidanceOptions, Sampler, SamplingConfig, nearest
+from lamamba.config.checks import check_seed
 from lamamba.errors import ConfigError
 from lamamba.generate import Painter, label_name
 from lamamba.sampling import DEFAULT_GUIDANCE, why_unguided
 
 NO_LABEL = "no label"
-MAX_SEED = 2**32 - 1
 MAX_GUIDANCE = 20.0
 
 
@@ -74,7 +74,7 @@ def read_request(values: Mapping[str, Any], painter: Painter, limits: DemoLimits
             interval=_read_interval(values.get("interval_low"), values.get("interval_high")),
             rescale=read_number("rescale", values.get("rescale", 0.0), 0, 1),
         ),
-        seed=read_whole("seed", values.get("seed", 0), 0, MAX_SEED),
+        seed=read_seed("seed", values.get("seed", 0), number),
         size=(height, width),
         batch_size=number,  # all at once, so that all have a preview
         vae=painter.config.vae,
@@ -127,6 +127,11 @@ def read_whole(name: str, value: Any, least: int, most: int) -> int:
     if number != int(number):
         raise ConfigError(f"{name} is {value!r}: give a whole number")
     return int(number)
+
+
+def read_seed(name: str, value: Any, num_images: int = 1) -> int:
+    """Check the seed of a first image, which a page may send as a float; raises ConfigError."""
+    return check_seed(int(value) if isinstance(value, float) and value.is_integer() else value, num_images, name)
 
 
 def read_numbers(name: str, text: Any) -> list[float]:
