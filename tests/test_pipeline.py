@@ -252,7 +252,7 @@ def test_noise_can_be_given() -> None:
     pipe = build()
     noise = torch.stack([torch.randn(1, 8, 8, generator=generator) for generator in seeds(3)])
     assert torch.equal(latents_of(pipe, "Coat", latents=noise), latents_of(pipe, "Coat", generator=seeds(3)))
-    with pytest.raises(ConfigError, match=r"latents are \(1, 1, 4, 4\): give \(1, 1, 8, 8\)"):
+    with pytest.raises(ConfigError, match=r"latents are \(1, 1, 4, 4\): give a tensor \(1, 1, 8, 8\)"):
         pipe("Coat", 4, latents=torch.randn(1, 1, 4, 4))
 
 
@@ -434,6 +434,21 @@ def test_steps_are_called_back_and_can_be_changed_or_ended() -> None:
         (["Coat"], {"height": 8.0}, "height is 8.0: it must be a whole number"),
         (["Coat"], {"guidance_scale": "2"}, "guidance_scale is '2': it must be a number"),
         (["Coat"], {"generator": 3}, "generator is 3: give torch.Generator().manual_seed(seed)"),
+        (["Coat"], {"generator": [3]}, "generator is 3: give torch.Generator().manual_seed(seed)"),
+        (["Coat"], {"generator": "abc"}, "generator is 'a': give torch.Generator().manual_seed(seed)"),
+        ([torch.tensor([True, False])], {}, "label tensor(True) is neither a name nor a whole number"),
+        (["Coat"], {"num_images_per_label": 10**30}, "it must be 10000 or less"),
+        (["Coat"], {"height": 10**20}, "it must be 16384 or less"),
+        (["Coat"], {"latents": np.zeros((1, 1, 8, 8))}, "latents are a ndarray: give a tensor (1, 1, 8, 8)"),
+        (["Coat"], {"latents": torch.zeros(1, 8, 8)}, "latents are (1, 8, 8): give a tensor (1, 1, 8, 8)"),
+        (["Coat"], {"guidance_interval": (1,)}, "guidance_interval is (1,): it must be two noise levels"),
+        (["Coat"], {"guidance_interval": "ab"}, "guidance_interval is 'ab': it must be two noise levels"),
+        (["Coat"], {"guidance_rescale": None}, "guidance_rescale is None: it must be from 0 to 1"),
+        (["Coat"], {"guidance_cosine_power": float("inf")}, "guidance_cosine_power is inf: it must be 0 or more"),
+        (["Coat"], {"callback_on_step_end": 5}, "callback_on_step_end is 5: it must be a function"),
+        (["Coat"], {"callback_on_step_end_tensor_inputs": "latents"}, "it must be a list of names"),
+        (["Coat"], {"image": np.zeros((0, 8))}, "image holds an array of shape (0, 8)"),
+        (["Coat"], {"image": Image.new("L", (8, 8)), "mask_image": np.zeros((1,) * 5)}, "mask_image holds an array of"),
         (["Coat"], {"callback_on_step_end": lambda *_: torch.ones(1)}, "callback_on_step_end returned Tensor"),
         (["Coat"], {"callback_on_step_end": lambda *_: {"latents": torch.ones(1)}}, "latents (1,): return a tensor"),
     ],
@@ -471,9 +486,11 @@ def test_seeds_are_whole_numbers_of_64_bits() -> None:
     options = {"num_images": 2, "num_inference_steps": 2, "output_type": "latent"}
     assert pipe.interpolate(("Coat", "Bag"), (0, 2**64 - 1), **options).images.isfinite().all()
     for seed in (-1, 2**64, 1.5, "1"):
-        with pytest.raises(ConfigError, match=r"seed .* is out of range: .* 0 to 18446744073709551615"):
+        with pytest.raises(
+            ConfigError, match=r"seed is .*: it must be a whole number from 0 to 18,446,744,073,709,551,615"
+        ):
             pipe.interpolate(("Coat", "Bag"), (0, seed), **options)
-    with pytest.raises(ConfigError, match="there are 3 class_labels and 2 seeds: give two of each"):
+    with pytest.raises(ConfigError, match=r"there are 3 class_labels, and seeds \(0, 1\): give two of each"):
         pipe.interpolate(("Coat", "Bag", "Coat"), (0, 1), **options)
 
 

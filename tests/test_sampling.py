@@ -158,6 +158,17 @@ def test_a_label_out_of_range_is_named(network: LaMambaDiff, label: int) -> None
         sample(network, Diffusion(), [0, label], [1, 2], num_steps=2)
 
 
+def test_wrong_arguments_are_one_line(network: LaMambaDiff) -> None:
+    for options, said in (
+        ({"labels": [8.5]}, "label 8.5 is not a whole number"), ({"labels": ["a"]}, "label 'a' is not a whole number"),
+        ({"labels": [True]}, "label True is not"), ({"labels": [0, 1]}, "there are 2 labels and 1 seeds"),
+        ({"labels": [], "seeds": []}, "there are 0 labels"), ({"num_steps": 1.5}, "1.5 steps are out of range"),
+        ({"guidance_scale": "2"}, "guidance_scale is '2'"), ({"seeds": [2**64]}, "seed is 18446744073709551616"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=said):
+            sample(network, Diffusion(), **{"labels": [0], "seeds": [0], "num_steps": 1, **options})
+
+
 @pytest.mark.parametrize("num_steps", [0, 1001])
 def test_a_number_of_steps_out_of_range_is_named(network: LaMambaDiff, num_steps: int) -> None:
     with pytest.raises(ConfigError, match=rf"{num_steps} steps are out of range: use 1 to 1000"):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lamamba.config import PLAIN_GUIDANCE, GuidanceOptions
+from lamamba.config.checks import is_whole
 from lamamba.errors import ConfigError
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -310,7 +311,7 @@ def _check_scheduler(objective: Diffusion | FlowMatching, sampler: str, num_step
             f"sampler {sampler!r} does not go with the objective {objective.name!r} that the network was trained with: "
             f"use {' or '.join(objective.samplers)}"
         )
-    if not 1 <= num_steps <= NUM_TIMESTEPS:  # beyond the training's, levels of noise repeat
+    if not (is_whole(num_steps) and 1 <= num_steps <= NUM_TIMESTEPS):  # beyond the training's, levels of noise repeat
         raise ConfigError(f"{num_steps} steps are out of range: use 1 to {NUM_TIMESTEPS}")
 
 

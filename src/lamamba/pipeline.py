@@ -1,7 +1,6 @@
 """The pipeline for diffusers: a network, a scheduler, perhaps an autoencoder, and the names of the labels."""
 
 import math
-import operator
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor
 from lamamba.captured import CapturedNetwork
 from lamamba.checkpoint import load_checkpoint, locate
 from lamamba.config import GuidanceOptions, nearest
-from lamamba.config.checks import check, is_number, is_whole
+from lamamba.config.checks import MAX_SIDE, check, is_number, is_whole
 from lamamba.data.decoding import convert_given
 from lamamba.diffusion import NUM_TIMESTEPS, OBJECTIVES, guide
 from lamamba.errors import ConfigError
@@ -26,12 +25,13 @@ from lamamba.files import utf8_path
 from lamamba.hub import fetch
 from lamamba.latents import IMAGE_CHANNELS, Latents, Pixels, check_autoencoder
 from lamamba.model import LaMambaDiff
-from lamamba.sampling import check_no_label, choose_guidance, seeded, slerp, slerp_weights, why_unguided
+from lamamba.sampling import as_whole, check_no_label, choose_guidance, seeded, slerp, slerp_weights, why_unguided
 from lamamba.schedulers import Steps, check_scheduler, open_scheduler
 from lamamba.weights import PIPELINE_INDEX
 
 Label = str | int | Mapping[str | int, float] | Tensor | None
 Labels = Label | Sequence[Label] | np.ndarray
+_MAX_IMAGES = 10_000  # of a label in one call, which holds all of them in memory
 _MOVING = threading.RLock()  # held while models move between devices during a call
 
 
@@ -212,6 +212,14 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         Raises:
             ConfigError: a label, a size or an option cannot be, or the scheduler is for another kind of network.
         """
+        check(
+            callback_on_step_end is None or callable(callback_on_step_end), "callback_on_step_end",
+            callback_on_step_end, "a function",
+        )  # fmt: skip
+        check(
+            isinstance(callback_on_step_end_tensor_inputs, list | tuple), "callback_on_step_end_tensor_inputs",
+            callback_on_step_end_tensor_inputs, "a list of names",
+        )  # fmt: skip
         if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
             raise ConfigError(
                 f"callback_on_step_end_tensor_inputs {list(callback_on_step_end_tensor_inputs)}: only "
@@ -220,10 +228,12 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ConfigError(f"output_type {output_type!r} is unknown: give pil, np, pt or latent")
         _check_whole("num_inference_steps", num_inference_steps, NUM_TIMESTEPS)
-        _check_whole("num_images_per_label", num_images_per_label)
-        for name, value in (("max_batch_size", max_batch_size), ("height", height), ("width", width)):
+        _check_whole("num_images_per_label", num_images_per_label, _MAX_IMAGES)
+        for name, value, most in (
+            ("max_batch_size", max_batch_size, None), ("height", height, MAX_SIDE), ("width", width, MAX_SIDE)
+        ):  # fmt: skip
             if value is not None:
-                _check_whole(name, value)
+                _check_whole(name, value, most)
         is_scale = guidance_scale is None or is_number(guidance_scale)
         check(is_scale, "guidance_scale", guidance_scale, "a number, 1 for no guidance")
         if mask_image is not None and image is None:
@@ -243,8 +253,9 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         guidance_scale = choose_guidance(self.network.config, guidance_scale, weaker_network is not None)
         size = self._grid_size(height, width)
         shape = (channels, *size)
-        if latents is not None and latents.shape != (len(conditions), *shape):
-            raise ConfigError(f"latents are {tuple(latents.shape)}: give {(len(conditions), *shape)}")
+        if latents is not None and not (isinstance(latents, Tensor) and latents.shape == (len(conditions), *shape)):
+            given = tuple(latents.shape) if isinstance(latents, Tensor) else f"a {type(latents).__name__}"
+            raise ConfigError(f"latents are {given}: give a tensor {(len(conditions), *shape)}")
         generators = self._generators(generator, len(conditions))
 
         # "No label" comes last, and guidance asks for it by its place.
@@ -341,13 +352,13 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         Raises:
             ConfigError: as for a call; or there are fewer than two images.
         """
-        _check_whole("num_images", num_images)
+        _check_whole("num_images", num_images, _MAX_IMAGES)
         if num_images < 2:
             raise ConfigError(f"num_images is {num_images}: the first and the last make two")
         conditions = self._conditions(class_labels)
-        if len(conditions) != 2 or len(seeds) != 2:
+        if len(conditions) != 2 or not hasattr(seeds, "__len__") or len(seeds) != 2:
             raise ConfigError(
-                f"there are {len(conditions)} class_labels and {len(seeds)} seeds: give two of each, of the first and "
+                f"there are {len(conditions)} class_labels, and seeds {seeds!r}: give two of each, of the first and "
                 "the last image"
             )
         fractions = [index / (num_images - 1) for index in range(num_images)]
@@ -485,11 +496,8 @@ class LaMambaDiffPipeline(DiffusionPipeline):
                 mend = nearest(label.lower(), lower) if lower else f"give numbers from 0 to {number - 1}"
                 raise ConfigError(f"no class is named {label!r}: {mend}")
             return found
-        try:
-            whole = operator.index(label)  # NumPy's whole numbers too, and tensors of one
-        except TypeError:
-            whole = None
-        if whole is None or isinstance(label, bool):
+        whole = as_whole(label)
+        if whole is None:
             raise ConfigError(f"label {label!r} is neither a name nor a whole number: give one of these")
         if not 0 <= whole <= number:
             allowed = f"use 0 to {number - 1}, or {number} for no label" if number else "this network is unconditional"
@@ -500,14 +508,17 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         self, generator: torch.Generator | Sequence[torch.Generator] | None, number: int
     ) -> list[torch.Generator]:
         """Make a generator for each image."""
+        given = list(generator) if isinstance(generator, Sequence) else [] if generator is None else [generator]
+        for one in given:
+            if not isinstance(one, torch.Generator):
+                raise ConfigError(f"generator is {one!r}: give torch.Generator().manual_seed(seed), or one for each")
         if isinstance(generator, Sequence):
-            if len(generator) != number:
-                raise ConfigError(f"{len(generator)} generators for {number} images: give one, or one for each")
-            return list(generator)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise ConfigError(f"generator is {generator!r}: give torch.Generator().manual_seed(seed), or one for each")
-        device = "cpu" if generator is None else generator.device
-        seeds = torch.randint(2**63 - 1, (number,), generator=generator, device=device)
+            if len(given) != number:
+                raise ConfigError(f"{len(given)} generators for {number} images: give one, or one for each")
+            return given
+        only = given[0] if given else None
+        device = "cpu" if only is None else only.device
+        seeds = torch.randint(2**63 - 1, (number,), generator=only, device=device)
         return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
 
     def _space(self) -> Pixels | Latents:

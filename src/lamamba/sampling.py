@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lamamba.captured import CapturedNetwork
 from lamamba.config import PLAIN_GUIDANCE, GuidanceOptions
+from lamamba.config.checks import check, check_seed, is_number
 from lamamba.diffusion import STOCHASTIC_SAMPLERS, Diffusion, FlowMatching, guide
 from lamamba.dit import DiT
 from lamamba.errors import ConfigError
@@ -64,7 +65,10 @@ def sample(
         ConfigError: a label or the number of steps is out of range, the sampler does not go with the objective,
             the network cannot be guided or has not learned "no label", or the weaker network does not go with it.
     """
-    check_labels(labels, network.config.num_classes)
+    labels = check_labels(labels, network.config.num_classes)
+    if not 0 < len(labels) == len(seeds):
+        raise ConfigError(f"there are {len(labels)} labels and {len(seeds)} seeds: give one of each for every image")
+    check(is_number(guidance_scale), "guidance_scale", guidance_scale, "a number, 1 for no guidance")
     if network.config.num_classes in labels:
         check_no_label(network.config)
     if weaker is not None:
@@ -100,13 +104,7 @@ def sample(
 
 def seeded(seed: int) -> torch.Generator:
     """Make the random generator of a seed; raises ConfigError unless that is a whole number from 0 to 2^64 - 1."""
-    try:
-        number = operator.index(seed)
-    except TypeError:
-        number = -1
-    if not 0 <= number < 1 << 64:
-        raise ConfigError(f"seed {seed!r} is out of range: give a whole number from 0 to {(1 << 64) - 1}")
-    return torch.Generator().manual_seed(number)
+    return torch.Generator().manual_seed(check_seed(seed))
 
 
 def _captured(network: Network) -> CapturedNetwork:
@@ -182,15 +180,29 @@ def check_no_label(config: Any) -> None:
         )
 
 
-def check_labels(labels: Sequence[int], num_classes: int) -> None:
-    """Raise ConfigError unless all labels are a class's or "no label"."""
-    wrong = [label for label in labels if not 0 <= label <= num_classes]
+def check_labels(labels: Sequence[Any], num_classes: int) -> list[int]:
+    """Return labels as ints; raise ConfigError unless all are whole numbers of a class or of "no label"."""
+    whole = [as_whole(label) for label in labels]
+    if None in whole:
+        raise ConfigError(f"label {labels[whole.index(None)]!r} is not a whole number: give the number of a class")
+    numbers = [label for label in whole if label is not None]
+    wrong = [label for label in numbers if not 0 <= label <= num_classes]
     if wrong and num_classes:
         raise ConfigError(
             f"label {wrong[0]} is out of range: use 0 to {num_classes - 1}, or {num_classes} for no label"
         )
     if wrong:
         raise ConfigError(f"label {wrong[0]} is out of range: this network is unconditional, its only label is 0")
+    return numbers
+
+
+def as_whole(value: Any) -> int | None:
+    """Return a whole number of any kind, NumPy's and tensors of one too, as an int; None where it is none."""
+    is_bool = isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
+    try:
+        return None if is_bool else operator.index(value)
+    except (TypeError, RuntimeError):  # a tensor without a value, on the meta device
+        return None
 
 
 def slerp(first: Tensor, second: Tensor, fractions: Sequence[float]) -> Tensor:

@@ -143,6 +143,10 @@ def convert_given(name: str, given: Any, channels: int, background: str = "white
             images.append(item)
         elif not isinstance(item, np.ndarray | Tensor):
             raise ConfigError(f"{name} holds a {type(item).__name__}: give PIL images, arrays or tensors")
+        elif item.ndim not in (2, 3, 4) or 0 in item.shape:
+            raise ConfigError(
+                f"{name} holds an array of shape {tuple(item.shape)}: give (h, w, c), or tensors (c, h, w)"
+            )
         elif images:
             raise ConfigError(f"{name} mixes images of 8 or 16 bits with floats: give one kind")
     if not images:
