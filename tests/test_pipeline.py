@@ -321,6 +321,13 @@ def test_16_bits_and_transparency_of_arrays_are_decoded_too() -> None:
     assert out[0].mean() > 0.5 > -0.5 > out[1].mean()
 
 
+def test_a_transparent_color_of_16_bits_is_found_in_an_image_that_is_loaded() -> None:
+    """Pillow scales the pixels to 8 bits when it loads them, but not the transparent color."""
+    image = Image.new("RGB", (8, 8), (128, 128, 128))
+    image.info["transparency"] = (0x8000, 0x8000, 0x8000)
+    assert build(in_channels=3)._encode(image, (8, 8), 1).unique().tolist() == [1.0]
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [

@@ -102,7 +102,8 @@ def _transparent_value(image: Image.Image) -> Any:
     raw_mode = tile[0][3] if tile and image.format == "PNG" else None
     if raw_mode in ("L;2", "L;4") and isinstance(value, int):
         return value * (85 if raw_mode == "L;2" else 17)
-    if raw_mode == "RGB;16B" and isinstance(value, tuple):
+    # An image that was loaded before has no raw mode, but no 8-bit value is above 255.
+    if isinstance(value, tuple) and (raw_mode == "RGB;16B" or max(value) > 255):
         return tuple(part >> 8 for part in value)
     return value
 
