@@ -26,6 +26,11 @@ from tiny_autoencoder import write_autoencoder
 FASHION_MNIST_FOLDER = fashion_mnist.FASHION_MNIST_FOLDER
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slow tests, so that none of them is left to a single process at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--screenshots", metavar="FOLDER", help="write the pictures of docs/demo.md there")
 
