@@ -26,7 +26,7 @@ from lamamba.checkpoint import locked
 from lamamba.config import EncodeConfig
 from lamamba.data import Source, open_source
 from lamamba.data.latent_files import FORMAT, INDEX, SETTINGS, are_latents, read_settings
-from lamamba.errors import ConfigError, DataError, LamambaError
+from lamamba.errors import ConfigError, DataError
 from lamamba.files import checksum, utf8_path, write_text, written_whole
 from lamamba.latents import Latents, identify
 from lamamba.output import make_console, make_progress, say
@@ -57,13 +57,7 @@ def encode(config: EncodeConfig) -> None:
             processes.wait()
             with SignalsNoted() as signals:
                 _encode_shards(config, source, space, device, processes, signals)
-                try:
-                    processes.wait()
-                except LamambaError:  # the others ended at a signal, which may have reached this one too
-                    signals.end_if_noted(
-                        "the end of its share: the same command goes on", silent=not processes.is_first
-                    )
-                    raise
+                processes.wait_at_end(signals)
             if processes.is_first:
                 _write_index(config.out, settings)
 

@@ -30,7 +30,7 @@ from lamamba.checkpoint import CheckpointInfo, LoadedDenoiser, load_denoiser, lo
 from lamamba.config import GenerateConfig, SampleConfig, SamplingConfig, nearest
 from lamamba.config.checks import MAX_GRID_PIXELS, check_seed
 from lamamba.diffusion import OBJECTIVES
-from lamamba.errors import CheckpointError, ConfigError, LamambaError
+from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import checksum, written_whole
 from lamamba.latents import IMAGE_CHANNELS, Latents, identify_autoencoder, open_space
 from lamamba.npz import opened_array
@@ -242,13 +242,7 @@ def generate(config: GenerateConfig) -> None:
             processes.wait()
             with SignalsNoted() as signals:
                 _paint_shards(config, painter, labels_of, processes, signals)
-                try:
-                    processes.wait()
-                except LamambaError:  # the others ended at a signal, which may have reached this one too
-                    signals.end_if_noted(
-                        "the end of its share: the same command goes on", silent=not processes.is_first
-                    )
-                    raise
+                processes.wait_at_end(signals)
             if processes.is_first:
                 if config.format == "npz":
                     _join(config)

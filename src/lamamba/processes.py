@@ -21,6 +21,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.distributed.distributed_c10d import _abort_process_group
 
 from lamamba.errors import ConfigError, LamambaError
+from lamamba.signals import SignalsNoted
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,14 @@ class Processes:
             dist.barrier()
         except RuntimeError as error:
             raise LamambaError("another process has ended, so this one does too: see what that one printed") from error
+
+    def wait_at_end(self, signals: SignalsNoted) -> None:
+        """Wait for all processes at the end of this one's share; raises SignalError if a signal ended them all."""
+        try:
+            self.wait()
+        except LamambaError:  # the others ended at a signal, which may have reached this one too
+            signals.end_if_noted("the end of its share: the same command goes on", silent=not self.is_first)
+            raise
 
 
 def cut_evenly(length: int, number: int) -> list[int]:
