@@ -109,18 +109,18 @@ def _narrower(batch: int, channels: int, block: int, below: int) -> int:
 
 
 def _summarise(
-    geometry: _Geometry, part: _Part, u: Tensor, plane: int,
-    low: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, backward: bool,
+    kernel: Any, geometry: _Geometry, part: _Part, num_states: int,
+    u: Tensor, plane: int, *shared: Tensor, backward: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Scan every segment of a part from a zero state; where a path is one segment there is nothing to do."""
     if part.num_segments == 1:
-        nothing = A_log.new_empty(0)
+        nothing = shared[-1].new_empty(0)
         return nothing, nothing
-    shape = (part.num_images, 4, part.num_segments, A_log.shape[2], u.shape[-1])
-    carry, decay = A_log.new_empty(shape), A_log.new_empty(shape)
+    shape = (part.num_images, 4, part.num_segments, num_states, u.shape[-1])
+    carry, decay = shared[-1].new_empty(shape), shared[-1].new_empty(shape)
     launch(
-        scan_summary_kernel, (geometry.num_blocks, 4 * (part.num_segments - 1), part.num_images),
-        u, low, weight, bias, A_log, carry, decay,
+        kernel, (geometry.num_blocks, 4 * (part.num_segments - 1), part.num_images),
+        u, *shared, carry, decay,
         plane, part.first_image, part.tiles_per_segment, part.num_segments, BACKWARD=backward, **geometry.constants,
     )  # fmt: skip
     return carry, decay
@@ -157,7 +157,7 @@ def scan_grid_triton(
     if A_log.shape[2] > 1:
         _scan_states(geometry, part, x, low, weight, bias, A_log, D, planes, states, rank, continuous)
         return planes, states
-    carry, decay = _summarise(geometry, part, x, 0, low, weight, bias, A_log, backward=False)
+    carry, decay = _summarise(scan_summary_kernel, geometry, part, 1, x, 0, low, weight, bias, A_log, backward=False)
     launch(
         scan_forward_kernel, (geometry.num_blocks, 4 * part.num_segments, batch),
         x, low, weight, bias, A_log, D, planes, states, carry, decay,
@@ -178,7 +178,9 @@ def _scan_states(
     room = states if save else A_log.new_empty(batch, 4, part.num_segments, num_states, channels)
     rows = _rows_of_weights(low, rank, num_states, continuous)
     A_log = A_log.mT.contiguous()
-    carry, decay = _summarise_states(geometry, part, x, 0, low, rows, weight, bias, A_log, backward=False)
+    carry, decay = _summarise(
+        states_summary_kernel, geometry, part, num_states, x, 0, low, rows, weight, bias, A_log, backward=False
+    )
     launch(
         states_forward_kernel, (geometry.num_blocks, 4 * part.num_segments, batch),
         x, low, rows, weight, bias, A_log, D, planes, room, carry, decay,
@@ -190,24 +192,6 @@ def _scan_states(
 def _states_at_once(num_states: int) -> int:
     """Say how many states a turn of the kernels' loop walks: two, where there is an even number of them."""
     return 1 if num_states % 2 else 2
-
-
-def _summarise_states(
-    geometry: _Geometry, part: _Part, u: Tensor, plane: int,
-    low: Tensor, rows: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, backward: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Do what `_summarise` does, for several states; here A_log is (4, n, e)."""
-    if part.num_segments == 1:
-        nothing = A_log.new_empty(0)
-        return nothing, nothing
-    shape = (part.num_images, 4, part.num_segments, A_log.shape[1], u.shape[-1])
-    carry, decay = A_log.new_empty(shape), A_log.new_empty(shape)
-    launch(
-        states_summary_kernel, (geometry.num_blocks, 4 * (part.num_segments - 1), part.num_images),
-        u, low, rows, weight, bias, A_log, carry, decay,
-        plane, part.first_image, part.tiles_per_segment, part.num_segments, BACKWARD=backward, **geometry.constants,
-    )  # fmt: skip
-    return carry, decay
 
 
 def _rows_of_weights(low: Tensor, rank: int, num_states: int, continuous: bool) -> Tensor:
@@ -276,7 +260,9 @@ def _scan_grid_backward(
     if num_states == 1:
         grad_BC = A_log.new_empty(geometry.num_blocks, batch, height * width, 4, 2)
         for part, of_part in zip(geometry.parts, grad_shared.split(num_rows), strict=True):
-            carry, decay = _summarise(geometry, part, grad_y, plane, low, weight, bias, A_log, backward=True)
+            carry, decay = _summarise(
+                scan_summary_kernel, geometry, part, 1, grad_y, plane, low, weight, bias, A_log, backward=True
+            )
             launch(
                 scan_backward_kernel, (geometry.num_blocks, 4 * part.num_segments, part.num_images),
                 x, low, weight, bias, A_log, D, grad_y, states, carry, decay, grad_x, grad_z, grad_BC, of_part,
@@ -288,9 +274,10 @@ def _scan_grid_backward(
         grad_rows = rows.new_empty(geometry.num_blocks, *rows.shape)
         A_by_state = A_log.mT.contiguous()
         for part, of_part in zip(geometry.parts, grad_shared.split(num_rows), strict=True):
-            carry, decay = _summarise_states(
-                geometry, part, grad_y, plane, low, rows, weight, bias, A_by_state, backward=True
-            )
+            carry, decay = _summarise(
+                states_summary_kernel, geometry, part, num_states,
+                grad_y, plane, low, rows, weight, bias, A_by_state, backward=True,
+            )  # fmt: skip
             grads = A_log.new_empty(part.num_images, 4, part.num_segments, num_states, channels)
             launch(
                 states_backward_kernel, (geometry.num_blocks, 4 * part.num_segments, part.num_images),
