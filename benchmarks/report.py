@@ -78,7 +78,7 @@ def fastest_dit(records: list[Record], case: str, batch: int | None = None) -> s
 def against_dit(
     case: str, metric: str, batch: int, provider: str = "lamamba"
 ) -> Callable[[list[Record]], float | None]:
-    """Make a function of records: a network's value over that of the fastest DiT of its size."""
+    """Make a function of records that divides a network's value by the value of the fastest DiT of its size."""
 
     def ratio(records: list[Record]) -> float | None:
         ours = find(records, case, provider, metric, batch)
@@ -116,7 +116,7 @@ class Target:
         return "reached" if sign * value >= sign * self.must else "short"
 
 
-# The same way everywhere: images/s of LaMamba over those of DiT, so that more than 1 is faster.
+# Each is the images/s of LaMamba over the images/s of DiT: above 1, LaMamba is faster.
 _SPEEDS = (
     ("16-states", "xl_256", 128, "training", 1.15, 1.4), ("16-states", "xl_256", 128, "inference", 1.3, 1.6),
     ("16-states", "l_256", 128, "training", 0.9, 1.2), ("16-states", "l_256", 128, "inference", 1.1, 1.5),
@@ -289,7 +289,7 @@ def plot_speed(records: list[Record], path: Path) -> bool:
         axes.set_title({"train": "training", "infer": "inference"}[kind], fontsize=9)
         axes.axhline(1, color="gray", linewidth=0.8, linestyle=":")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("speed, times that of DiT of the same size", fontsize=8)
+    figure.axes[0].set_ylabel("speed over DiT of the same size", fontsize=8)
     handles = {
         text: handle for axes in figure.axes for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
     }

@@ -150,7 +150,7 @@ def _complain(text: object) -> None:
 
 
 def _check_output(output: StandardStream, arguments: list[str]) -> None:
-    """Exit with 1 if the output could not be written and was all that was asked for; other commands write files."""
+    """Exit with 1 if the output could not be written, for commands whose output is their only result."""
     output.flush()
     if output.failure is None:
         return

@@ -63,12 +63,12 @@ def compare_origin(
             notes.append(f"{name} has moved from {was} to {given}, and is the same")
     if faults:
         names = " ".join(name for name, _ in faults)
-        mend = f"go on with this by --allow-changed {names}"
+        advice = f"go on with this by --allow-changed {names}"
         if not fits:
-            mend = f"begin a run for other classes with lamamba finetune {now['out']}"
+            advice = f"begin a run for other classes with lamamba finetune {now['out']}"
         raise CheckpointError(
             f"{now['out']} was trained on something else: {'; '.join(fault for _, fault in faults)}: give what it was "
-            f"trained on (--{faults[0][0]}), or {mend}"
+            f"trained on (--{faults[0][0]}), or {advice}"
         )
     return notes
 

@@ -172,7 +172,7 @@ class Latents:
 
 
 def check_autoencoder(folder: Path, variant: str | None = None) -> None:
-    """Raise CheckpointError unless a folder holds an autoencoder with all its weights, of which only names are read."""
+    """Raise CheckpointError unless a folder holds an autoencoder with all its weights; reads only their names."""
     from diffusers import AutoencoderKL
 
     _check_class(folder)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lamamba.errors import ConfigError, DataError
 
 Image.init()  # registers all formats
-# What Pillow recognizes but cannot decode by itself; for EPS it would start Ghostscript.
+# Formats that Pillow recognizes but cannot decode; to decode EPS, it would start Ghostscript.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 FORMATS = tuple(sorted(set(Image.OPEN) - _NOT_DECODED))
 IMAGE_SUFFIXES = tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS))

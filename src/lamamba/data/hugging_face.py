@@ -466,7 +466,7 @@ def _write_record(
 
 
 def _read_record(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Read what the folder was made of, which must be what is asked for now, wherever the dataset lies."""
+    """Read what the folder was made from, and check that it is the dataset of this command, wherever that lies."""
     mend = f"give another out (--out), or delete {folder}"
     try:
         record = read_record(folder / RECORD, dict[str, Any], DataError)

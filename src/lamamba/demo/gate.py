@@ -123,7 +123,7 @@ class Gate:
             raise _RefusedError(405, f"this address does not take {scope['method']} requests")
 
     async def _read(self, request: Request) -> bytes:
-        """Read a body within the limits; those of all requests that are on their way count too."""
+        """Read a body within the limits for one request and for all that are being received."""
         most = _MAX_UPLOAD_BYTES if request.scope["path"] == _UPLOAD else _MAX_JSON_BYTES
         body = bytearray()
         try:
