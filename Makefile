@@ -1,13 +1,13 @@
-# make demo      install, sample with the shipped weights, train from scratch for about a minute
+# make demo      install, sample from the shipped weights, train from scratch for about a minute
 # make test      install, lint, type checks, the whole test suite
 # make test-gpu  the kernels' tests at real sizes, on a machine with a GPU
-# make bench     measure against the naive ways on a CPU, against DiT-XL/2 on a GPU
-# make performance  write docs/performance.md from what was measured
-# make scaling  collect what benchmarks/scaling.py measured, for `lamamba plan` and docs/scaling.md
+# make bench     measure against naive implementations on a CPU, against DiT on a GPU
+# make performance  write docs/performance.md from the records in benchmarks/results/
+# make scaling   refit `lamamba plan` to the records of benchmarks/scaling.py, and write docs/scaling.md
 # make docs      build the site to site/, and check its links
 # make figures   draw the figures and write the tables of docs/network.md and docs/imagenet.md
-# make package  build wheel and sdist into dist/, and try the wheel in an empty environment; TESTS=1 runs all tests there
-# make clean     remove what these made
+# make package   build wheel and sdist into dist/, and try the wheel in an empty environment; TESTS=1 runs all tests there
+# make clean     remove everything that these commands made
 
 PYTHON ?= python3
 VENV := .venv
@@ -30,7 +30,9 @@ demo: $(BIN)/lamamba
 	@echo
 	@echo "sampled with the shipped weights:   demo/shipped.png"
 	@echo "a minute of training from scratch:  demo/run/loss.png, demo/run/samples/"
-	@echo "(enough on a CPU to see the loss fall; clothes take some hundred thousand images)"
+	@echo "A minute on a CPU is enough to see the loss fall. Recognizable clothes take several hundred thousand images."
+	@echo
+	@echo "To use the command lamamba in this shell:  source $(VENV)/bin/activate"
 
 lint: $(BIN)/lamamba
 	$(BIN)/ruff check .
