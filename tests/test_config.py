@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 
 from lamamba.config import (
     PRESETS,
+    SIXTEEN_STATES,
     EncodeConfig,
     EvaluateConfig,
     GenerateConfig,
@@ -237,16 +238,21 @@ def test_default_network_is_the_released_xl() -> None:
     assert count_parameters("xl-256") == 652_484_648
 
 
-def test_xl_with_sixteen_states_is_the_paper_s() -> None:
-    assert count_parameters("xl-256", ssm_state_size=16) == pytest.approx(659.7e6, rel=1e-4)
+def test_presets_with_sixteen_states_differ_in_nothing_else() -> None:
+    pairs = [(name, name.removesuffix(SIXTEEN_STATES)) for name in PRESETS if name.endswith(SIXTEEN_STATES)]
+    assert len(pairs) == 8
+    for name, other in pairs:
+        assert PRESETS[name] == replace(PRESETS[other], ssm_state_size=16), name
+        assert PRESETS[other].ssm_state_size == 1, other
 
 
 def test_nano_is_small() -> None:
     assert 2e6 < count_parameters("nano") < 7e6
 
 
-def test_there_are_nine_presets() -> None:
-    assert set(PRESETS) == {"nano"} | {f"{size}-{pixels}" for size in ("s", "b", "l", "xl") for pixels in (256, 512)}
+def test_there_are_seventeen_presets() -> None:
+    sizes = {f"{size}-{pixels}" for size in ("s", "b", "l", "xl") for pixels in (256, 512)}
+    assert set(PRESETS) == {"nano"} | sizes | {f"{name}-16-states" for name in sizes}
 
 
 @pytest.mark.parametrize(("size", "width", "heads"), [("s", 64, 4), ("b", 128, 8), ("l", 256, 16), ("xl", 320, 16)])
@@ -261,9 +267,10 @@ def test_presets_have_the_paper_s_widths(size: str, width: int, heads: int, pixe
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
-        ("xl", "xl-256 or xl-512"),
-        ("S", "s-256 or s-512"),
-        ("XL-256", "xl-256"),
+        ("xl", "xl-256 or xl-512 or xl-256-16-states"),
+        ("S", "s-256 or s-512 or s-256-16-states"),
+        ("xl-512-16", "xl-512-16-states"),
+        ("XL-256", "xl-256 or xl-256-16-states"),
         ("nanno", "nano"),
         ("xl-521", "xl-512"),
         ("l_256", "l-256"),

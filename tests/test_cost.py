@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lamamba.config import PRESETS
-from lamamba.cost import WHAT_IS_COUNTED, count
+from lamamba.config import PRESETS, InfoConfig
+from lamamba.cost import WHOSE_STATES, count, count_as_papers_on_mamba, print_info
 from lamamba.model import LaMambaDiff
 
 
@@ -100,20 +100,51 @@ def scanned_elements(options: dict[str, object]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("states", "parameters", "macs", "reported"),
-    [(1, 652_484_648, 45_719_203_840, 45.9e9), (16, 659_742_248, 48_196_464_640, 50.5e9)],
+    ("name", "parameters", "macs", "as_papers"),
+    [
+        ("s-256", 26_708_256, 1_945_055_232, 1_961_570_304),
+        ("s-256-16-states", 28_159_776, 2_440_507_392, 2_869_899_264),
+        ("b-256-16-states", 108_215_864, 8_480_407_552, 9_339_191_296),
+        ("l-256-16-states", 424_017_000, 31_358_386_176, 33_075_953_664),
+        ("xl-256", 652_484_648, 45_719_203_840, 45_801_779_200),
+        ("xl-256-16-states", 659_742_248, 48_196_464_640, 50_343_424_000),
+        ("s-512-16-states", 28_356_384, 9_735_647_232, 11_453_214_720),
+        ("xl-512", 653_467_688, 182_221_189_120, 182_551_490_560),
+        ("xl-512-16-states", 660_725_288, 192_130_232_320, 200_718_069_760),
+    ],
 )
-def test_xl_costs_what_is_reported(states: int, parameters: int, macs: int, reported: float) -> None:
-    network = build_on_meta(ssm_state_size=states)
-    assert count(network, 32, 32)["all"] == (parameters, macs)
-    # The reported numbers charge the scan 9 for each state, where this package counts 4, and 2 more a channel.
-    elements = scanned_elements(vars(PRESETS["xl-256"]))
-    assert macs + elements * (9 * states - (4 * states + 2)) == pytest.approx(reported, rel=5e-3)
+def test_presets_cost_this_much(name: str, parameters: int, macs: int, as_papers: int) -> None:
+    config = PRESETS[name]
+    network = build_on_meta(**vars(config))
+    side, states = config.sample_size, config.ssm_state_size
+    assert count(network, side, side)["all"] == (parameters, macs)
+    assert count_as_papers_on_mamba(network, side, side) == as_papers
+    assert as_papers - macs == scanned_elements(vars(config)) * (9 * states - (4 * states + 2))
 
 
-def test_what_is_said_of_the_paper_s_count_is_so() -> None:
-    ours = count(build_on_meta(ssm_state_size=16), 32, 32)["all"][1]
-    elements = scanned_elements(vars(PRESETS["xl-256"]))
-    papers = ours + elements * (9 * 16 - (4 * 16 + 2))
-    assert f"16 states takes {papers / 1e9:.1f} G instead of {ours / 1e9:.1f} G" in WHAT_IS_COUNTED
-    assert f"{1 - papers / 118.64e9:.1%} less than the 118.64 G".replace("%", " %") in WHAT_IS_COUNTED
+@pytest.mark.parametrize(("name", "dit", "saved"), [("xl-256", 118.64e9, 0.576), ("xl-512", 524.6e9, 0.616)])
+def test_the_published_savings_are_those_of_sixteen_states(name: str, dit: float, saved: float) -> None:
+    def saving(states: str) -> float:
+        config = PRESETS[name + states]
+        return 1 - count_as_papers_on_mamba(build_on_meta(**vars(config)), *2 * [config.sample_size]) / dit
+
+    assert saving("-16-states") == pytest.approx(saved, abs=1.5e-3)
+    assert saving("") > saved + 0.03
+    assert f"{saved:.1%}".replace("%", " %") in WHOSE_STATES
+    assert f"{dit / 1e9:.10g} G" in WHOSE_STATES
+
+
+@pytest.mark.parametrize("name", ["xl-256", "xl-256-16-states"])
+def test_info_shows_both_numbers_of_states_and_whose_they_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    print_info(InfoConfig(name))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "│ xl-256 │ 1 │ 652,484,648 │ 45.72 │ 45.80 │" in shown
+    assert "│ xl-256-16-states │ 16 │ 659,742,248 │ 48.20 │ 50.34 │" in shown
+    assert WHOSE_STATES in shown
+
+
+def test_info_of_nano_says_nothing_of_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    print_info(InfoConfig("nano"))
+    shown = capsys.readouterr().out
+    assert "4,284,182" in shown
+    assert "16-states" not in shown

@@ -14,7 +14,7 @@ import torch
 
 from lamamba.checkpoint import load_checkpoint
 from lamamba.config import PRESETS, DemoLimits, NetworkConfig, PlanConfig
-from lamamba.cost import count
+from lamamba.cost import count, count_as_papers_on_mamba
 from lamamba.demo.figures import draw_paths, draw_windows
 from lamamba.demo.receptive_field import draw_receptive_field, receptive_field
 from lamamba.model import LaMambaDiff
@@ -115,16 +115,19 @@ def _arrow(way: str, more: str = "") -> str:
 
 def sizes() -> str:
     """Count every preset, and lay out the table."""
-    rows = ["| preset | grid | widths | blocks | parameters | multiply-adds, G |", "| --- " + "| ---: " * 5 + "|"]
+    header = "| preset | states | grid | widths | blocks | parameters | multiply-adds, G | as Mamba papers count, G |"
+    rows = [header, "| --- " + "| ---: " * 7 + "|"]
     for name, config in PRESETS.items():
         with torch.device("meta"):
             network = LaMambaDiff(**vars(config))
         side = config.sample_size
         parameters, macs = count(network, side, side)["all"]
+        as_papers = count_as_papers_on_mamba(network, side, side)
         blocks = sum(config.depths) * 2 + 4 * config.decoder_extra_depth + config.bottleneck_depth
         widths = f"{config.embed_dim} to {4 * config.embed_dim}"
         grid = f"{side}x{side}x{config.in_channels}"
-        rows.append(f"| {name} | {grid} | {widths} | {blocks} | {parameters:,} | {macs / 1e9:.2f} |")
+        geometry = f"{name} | {config.ssm_state_size} | {grid} | {widths} | {blocks}"
+        rows.append(f"| {geometry} | {parameters:,} | {macs / 1e9:.2f} | {as_papers / 1e9:.2f} |")
     return "\n".join(rows)
 
 

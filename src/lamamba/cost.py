@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 import lamamba.ops.selective_scan
 import lamamba.ops.window_attention  # noqa: F401 - both register operations counted below
 from lamamba.checkpoint import find_checkpoint, load_checkpoint
-from lamamba.config import PRESETS, InfoConfig, NetworkConfig
+from lamamba.config import PRESETS, SIXTEEN_STATES, InfoConfig, NetworkConfig
 from lamamba.errors import ConfigError
 from lamamba.model import Block, LaMambaDiff
 from lamamba.ops.window_attention.geometry import Windows
@@ -24,8 +24,13 @@ WHAT_IS_COUNTED = (
     "Multiply-adds of linear layers, convolutions, attention (logits and sums, whole windows) and the scan (per step "
     "and channel: 4 for each state and 2 more); not norms, activations, modulation and residual sums. "
     '"GFLOPs" in papers on diffusion transformers are multiply-adds too; a FLOP count would be twice as high. '
-    "Those on Mamba charge the scan 9 for each state and nothing more: so counted, xl-256 with 16 states takes 50.3 G "
-    "instead of 48.2 G, which is the paper's 57.6 % less than the 118.64 G of DiT-XL/2."
+    "Papers on Mamba charge the scan 9 for each state and nothing more."
+)
+WHOSE_STATES = (
+    "Weights were released for XL only, and they have 1 state: xl-256 is that network. The savings that the paper "
+    "publishes for XL, 57.6 % of the operations of DiT-XL/2 at 256 px and 61.6 % at 512 px, are those of 16 states, "
+    "counted as in papers on Mamba: 50.3 G for xl-256-16-states against 118.64 G, and 201 G for xl-512-16-states "
+    "against 524.6 G."
 )
 
 
@@ -87,7 +92,11 @@ def count(network: LaMambaDiff, height: int, width: int) -> dict[str, tuple[int,
         "head": [network.head],
     }  # fmt: skip
     names = {module: name for name, module in network.named_modules()}
-    flops = _measure(network, height, width)
+    root = type(network).__name__
+    flops = {
+        name.removeprefix(root).removeprefix("."): sum(by_operation.values())
+        for name, by_operation in _flops_by_module(network, height, width).items()
+    }
     result = {}
     for stage, modules in stages.items():
         parameters = sum(p.numel() for module in modules for p in module.parameters())
@@ -96,6 +105,17 @@ def count(network: LaMambaDiff, height: int, width: int) -> dict[str, tuple[int,
     result["embeddings"] = (parameters + network.position_embedding.numel(), macs)
     result["all"] = (sum(p.numel() for p in network.parameters()), flops[""] // 2)
     return result
+
+
+def count_as_papers_on_mamba(network: LaMambaDiff, height: int, width: int) -> int:
+    """Count the multiply-adds of one image with 9 for each step, channel and state of the scan, and nothing more.
+
+    The network is on the meta device, where the scan is counted apart from the projections around it.
+    """
+    states = network.config.ssm_state_size
+    by_operation = _flops_by_module(network, height, width)[type(network).__name__]
+    scan = by_operation[torch.ops.lamamba.selective_scan]
+    return (sum(by_operation.values()) - scan + scan // (4 * states + 2) * 9 * states) // 2
 
 
 @cache  # a run in this process again, as in tests, has nothing to count
@@ -118,21 +138,15 @@ def peak_tflops(device_name: str) -> float | None:
     return next((peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
-def _measure(network: LaMambaDiff, height: int, width: int) -> dict[str, int]:
-    """Count the FLOPs of one image by module; an empty name is the network."""
+def _flops_by_module(network: LaMambaDiff, height: int, width: int) -> dict[str, dict[Any, int]]:
+    """Count the FLOPs of one image by operation, for every module; the names begin with that of the network's class."""
     device = network.device
     x_t = torch.empty(1, network.config.in_channels, height, width, device=device)
     t, y = torch.zeros(1, device=device), torch.zeros(1, dtype=torch.long, device=device)
     # Attention by its definition, which is counted on every device alike.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         network(x_t, t, y)
-    root = type(network).__name__
-    counts = {}
-    for name, by_operation in counter.get_flop_counts().items():
-        if name == "Global":
-            continue
-        counts[name.removeprefix(root).removeprefix(".")] = sum(by_operation.values())
-    return counts
+    return counter.get_flop_counts()
 
 
 def print_info(config: InfoConfig) -> None:
@@ -163,3 +177,22 @@ def print_info(config: InfoConfig) -> None:
     console = make_console()
     console.print(table)
     console.print(WHAT_IS_COUNTED)
+    pair = [config.network.removesuffix(SIXTEEN_STATES) + ending for ending in ("", SIXTEEN_STATES)]
+    if all(name in PRESETS for name in pair):
+        console.print(_states_table(pair, *size))
+        console.print(WHOSE_STATES)
+
+
+def _states_table(names: Iterable[str], height: int, width: int) -> Table:
+    """Compare presets that differ in their states."""
+    table = Table()
+    for column in ("preset", "states", "parameters", "multiply-adds (G)", "as papers on Mamba count (G)"):
+        table.add_column(column, justify="left" if column == "preset" else "right")
+    for name in names:
+        with torch.device("meta"):
+            network = LaMambaDiff.from_preset(name)
+        parameters, macs = count(network, height, width)["all"]
+        as_papers = count_as_papers_on_mamba(network, height, width)
+        states = str(network.config.ssm_state_size)
+        table.add_row(name, states, f"{parameters:,}", f"{macs / 1e9:,.2f}", f"{as_papers / 1e9:,.2f}")
+    return table

@@ -10,6 +10,7 @@ from lamamba.config.data import PrepareDatasetConfig as PrepareDatasetConfig
 from lamamba.config.data import PrepareEmojiConfig as PrepareEmojiConfig
 from lamamba.config.data import PrepareImagenetConfig as PrepareImagenetConfig
 from lamamba.config.network import PRESETS as PRESETS
+from lamamba.config.network import SIXTEEN_STATES as SIXTEEN_STATES
 from lamamba.config.network import NetworkConfig as NetworkConfig
 from lamamba.config.network import preset as preset
 from lamamba.config.planning import InfoConfig as InfoConfig

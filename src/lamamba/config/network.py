@@ -46,7 +46,7 @@ class NetworkConfig:
     ssm_ratio: float = 2.0
     """Inner channels of the scan over the width of its block."""
     ssm_state_size: int = 1
-    """States of each channel of the scan; 16 is what the paper's GFLOPs correspond to."""
+    """States of each channel of the scan: 1 in the released weights, 16 where the paper counts operations."""
     ssm_dt_rank: int | None = None
     """Rank of the scan's step size; None is a 16th of the block's width, rounded up."""
     ssm_conv_bias: bool = False
@@ -113,6 +113,7 @@ class NetworkConfig:
         )  # fmt: skip
 
 
+SIXTEEN_STATES = "-16-states"  # ends the names of the presets that have them
 _SIZES: dict[str, dict[str, Any]] = {
     "s": {"embed_dim": 64, "num_heads": 4},
     "b": {"embed_dim": 128, "num_heads": 8},
@@ -123,8 +124,9 @@ _SIZES: dict[str, dict[str, Any]] = {
 
 # Only XL was ever published in code. The widths of S, B and L are chosen so that their parameter counts match those of
 # DiT-S, -B and -L; all else follows XL. Images of 256 and 512 px are grids of 32 and 64 behind an autoencoder that
-# divides by 8. `nano` works on pixels, is the built-in demo, and is shaped for a CPU: few blocks where the grid is
-# large, and a scan no wider than its block.
+# divides by 8. The released weights have one state, but the paper counts its operations with 16: a preset that ends in
+# -16-states has 16 and is otherwise the same. `nano` works on pixels, is the built-in demo, and is shaped for a CPU:
+# few blocks where the grid is large, and a scan no wider than its block.
 PRESETS: Mapping[str, NetworkConfig] = {
     "nano": NetworkConfig(
         in_channels=1,
@@ -137,7 +139,8 @@ PRESETS: Mapping[str, NetworkConfig] = {
         ssm_ratio=1.0,
     ),
     **{
-        f"{size}-{pixels}": NetworkConfig(sample_size=pixels // 8, **options)
+        f"{size}-{pixels}{ending}": NetworkConfig(sample_size=pixels // 8, ssm_state_size=num_states, **options)
+        for ending, num_states in (("", 1), (SIXTEEN_STATES, 16))
         for pixels in (256, 512)
         for size, options in _SIZES.items()
     },

@@ -17,7 +17,7 @@ class InfoConfig:
     size: tuple[int, int] | None = None
     """Height and width of the grid the network sees, in latents or pixels; the default is the training size."""
     ssm_state_size: int | None = None
-    """Count a preset with this many states; 16 is what the paper's GFLOPs correspond to."""
+    """Count a preset with this many states instead of its own."""
 
     def __post_init__(self) -> None:
         check_size("size", self.size, most=4096)  # beyond, the order of its pixels alone takes gigabytes

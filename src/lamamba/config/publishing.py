@@ -21,8 +21,8 @@ class ConvertConfig:
     out: tyro.conf.Positional[Path]
     """The folder to write; or, of what is this package's, the .pt file."""
     preset: str = "xl-256"
-    """Of a released checkpoint: size of its network, nano, or s, b, l or xl at -256 or -512; its classes, channels and
-    grid are seen in the file."""
+    """For a released checkpoint: its network, nano, or s, b, l or xl at -256 or -512, with 16 states if -16-states
+    follows; classes, channels and grid are read from the file."""
     vae: Path | None = None
     """Of a released checkpoint: AutoencoderKL folder that decodes its latents, for lamamba sample to find."""
     network: tyro.conf.OmitArgPrefixes[NetworkConfig] = PRESETS["xl-256"]

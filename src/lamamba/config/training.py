@@ -20,7 +20,7 @@ class TrainConfig:
     out: Path
     """Run folder: checkpoints, samples, logs and the resolved configuration."""
     preset: str = "nano"
-    """Size of the network: nano, or s, b, l or xl at -256 or -512."""
+    """The network: nano, or s, b, l or xl at -256 or -512, with 16 states if -16-states follows."""
     start_from: str | None = None
     """A run, a checkpoint or shipped weights (nano, emoji-64) to begin with, as far as they fit: see lamamba
     finetune."""
