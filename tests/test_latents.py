@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +70,26 @@ def test_sizes_and_channels_that_do_not_fit_are_named(autoencoder: Path) -> None
         space.grid_size(4)
     with pytest.raises(ConfigError, match=r"1 channels, the autoencoder takes 3: set channels"):
         space.channels(1)
+
+
+def test_the_autoencoder_works_in_parts_that_fit_in_memory(autoencoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = Latents.open(autoencoder, CPU)
+    pixels = to_float(some_pixels())
+    x = space.encode_float(pixels)
+    torch.testing.assert_close(x, (space.moments(pixels)[0] - 0.3) * 0.5)
+    images = space.decode_float(x)
+    assert torch.equal(space.decode(x), to_uint8(images))
+    for name in ("encode", "decode"):
+        plain = getattr(space.autoencoder, name)
+
+        def in_little_memory(batch: torch.Tensor, plain: Callable[[torch.Tensor], Any] = plain) -> Any:
+            if len(batch) > 1:
+                raise torch.OutOfMemoryError("no more")
+            return plain(batch)
+
+        monkeypatch.setattr(space.autoencoder, name, in_little_memory)
+    torch.testing.assert_close(space.encode_float(pixels), x)
+    torch.testing.assert_close(space.decode_float(x), images)
 
 
 @pytest.mark.parametrize("number", [1, 2, 5, 6, 7])

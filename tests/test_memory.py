@@ -1,9 +1,12 @@
-"""Memory that a training step frees is there for the next one, without a fault for each page."""
+"""Freed memory is used again without page faults; work is cut into parts that fit."""
 
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from lamamba.memory import in_parts
 
 PROGRAM = """
 import resource
@@ -31,3 +34,18 @@ def test_freed_memory_is_used_again() -> None:
     given_back, kept = map(int, printed.split())
     assert given_back > 10_000
     assert kept < given_back / 20
+
+
+def test_parts_are_halved_until_they_fit() -> None:
+    asked: list[int] = []
+
+    def double(part: slice) -> torch.Tensor:
+        asked.append(part.stop - part.start)
+        if asked[-1] > 2:
+            raise torch.OutOfMemoryError("no more")
+        return 2 * torch.arange(7)[part]
+
+    assert torch.cat(list(in_parts(double, 7, 100))).tolist() == [0, 2, 4, 6, 8, 10, 12]
+    assert asked == [7, 4, 2, 2, 2, 1]
+    with pytest.raises(torch.OutOfMemoryError):
+        list(in_parts(lambda part: double(slice(0, 3)), 1, 1))

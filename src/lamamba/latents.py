@@ -6,6 +6,7 @@ The only file that knows the autoencoder.
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from lamamba.data import to_float, to_uint8
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import checksum
+from lamamba.memory import in_parts
 from lamamba.records import AutoencoderRecord
 from lamamba.weights import CONFIG, check_class, check_model, load_model
 
@@ -46,6 +48,12 @@ class Space(Protocol):
     def decode(self, x: Tensor) -> Tensor:
         """What the network samples to (b, c, h, w) uint8 images."""
 
+    def encode_float(self, images: Tensor) -> Tensor:
+        """Turn images from -1 to 1, (b, c, h, w), into what the network would sample to give them."""
+
+    def decode_float(self, x: Tensor) -> Tensor:
+        """Turn what the network samples into float32 images, about -1 to 1."""
+
 
 class Pixels:
     """The network sees pixels, scaled to -1 to 1."""
@@ -70,6 +78,14 @@ class Pixels:
     def decode(self, x: Tensor) -> Tensor:
         """Round to uint8."""
         return to_uint8(x)
+
+    def encode_float(self, images: Tensor) -> Tensor:
+        """Return the images: the network samples these."""
+        return images.float()
+
+    def decode_float(self, x: Tensor) -> Tensor:
+        """Return what was sampled: it is the images."""
+        return x.float()
 
 
 class Latents:
@@ -143,14 +159,23 @@ class Latents:
             noise: (b, c', h', w') or None.
         """
         mean, deviation = self.moments(images) if images.dtype == torch.uint8 else images.float().chunk(2, dim=1)
-        drawn = mean if noise is None else mean + deviation * noise
-        return (drawn - self.shift) * self.scale
+        return self._scaled(mean if noise is None else mean + deviation * noise)
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute mean and standard deviation of the latents of uint8 images, before they are scaled."""
-        distribution = self.autoencoder.encode(to_float(images)).latent_dist
+        """Compute mean and standard deviation of the latents of uint8 or float images, before they are scaled."""
+        pixels = to_float(images) if images.dtype == torch.uint8 else images
+        distribution = self.autoencoder.encode(pixels.to(self.autoencoder.dtype)).latent_dist
         return distribution.mean, distribution.std
+
+    def encode_float(self, images: Tensor) -> Tensor:
+        """Compute the most likely latents of images from -1 to 1, as many at once as fit in memory."""
+        at_once = max(1, _PIXELS_AT_ONCE // images[0, 0].numel())
+        means = in_parts(lambda part: self.moments(images[part])[0].float(), len(images), at_once)
+        return self._scaled(torch.cat(list(means)))
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        return (latents - self.shift) * self.scale
 
     def compile(self) -> None:
         """Have the decoder compiled at its next call: half a minute, for twice the speed on a GPU."""
@@ -159,16 +184,27 @@ class Latents:
         self.autoencoder.decoder.compile(dynamic=False)
         self._is_compiled = True
 
-    @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        """Decode latents to uint8 images, so many at once as do not fill the memory."""
+        """Decode latents to uint8 images, as many at once as fit in memory."""
+        return torch.cat([to_uint8(part) for part in self._decoded(x)])[: len(x)]
+
+    def decode_float(self, x: Tensor) -> Tensor:
+        """Decode latents to float32 images, about -1 to 1, as many at once as fit in memory."""
+        return torch.cat(list(self._decoded(x)))[: len(x)]
+
+    def _decoded(self, x: Tensor) -> Iterator[Tensor]:
         latents = (x / self.scale + self.shift).to(self.autoencoder.dtype)
         at_once = max(1, _PIXELS_AT_ONCE // (x[0, 0].numel() * self.factor**2))
         if self._is_compiled:  # for one shape: in parts as even as can be, the last one filled up
             at_once = math.ceil(len(x) / math.ceil(len(x) / at_once))
             latents = torch.cat([latents, latents[:1].expand(-len(x) % at_once, -1, -1, -1)])
-        images = [to_uint8(self.autoencoder.decode(part).sample.float()) for part in latents.split(at_once)]
-        return torch.cat(images)[: len(x)]
+
+        @torch.no_grad()
+        def decode(part: slice) -> Tensor:
+            images: Tensor = self.autoencoder.decode(latents[part]).sample
+            return images.float()
+
+        return in_parts(decode, len(latents), at_once)
 
 
 def check_autoencoder(folder: Path, variant: str | None = None) -> None:

@@ -24,6 +24,7 @@ from lamamba.errors import ConfigError
 from lamamba.files import utf8_path
 from lamamba.hub import fetch
 from lamamba.latents import IMAGE_CHANNELS, Latents, Pixels, check_autoencoder
+from lamamba.memory import in_parts
 from lamamba.model import LaMambaDiff
 from lamamba.sampling import as_whole, check_no_label, choose_guidance, seeded, slerp, slerp_weights, why_unguided
 from lamamba.schedulers import Steps, check_scheduler, open_scheduler
@@ -278,27 +279,19 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             ]) if latents is None else latents  # fmt: skip
             start = None if image is None else self._encode(image, size, len(conditions))
             mask = None if mask_image is None else self._encode_mask(mask_image, size, len(conditions))
-            at_once = min(max_batch_size or len(conditions), len(conditions))
-            parts: list[Tensor] = []
-            done = 0
-            while done < len(conditions):
-                part = slice(done, done + at_once)
-                try:
-                    x = self._denoise(
-                        denoiser, torch.arange(len(conditions))[part], noise[part], generators[part],
-                        num_inference_steps, None if start is None else start[part],
-                        None if mask is None else mask[part], taken, callback_on_step_end,
-                        callback_on_step_end_tensor_inputs,
-                    )  # fmt: skip
-                except torch.OutOfMemoryError:
-                    if at_once == 1:
-                        raise
-                    at_once = -(-at_once // 2)
-                    torch.cuda.empty_cache()
-                    continue
-                parts.append(x if output_type == "latent" else self._decode(x))
-                done += len(x)
-            images = torch.cat(parts)
+
+            def denoise(part: slice) -> Tensor:
+                return self._denoise(
+                    denoiser, torch.arange(len(conditions))[part], noise[part], generators[part],
+                    num_inference_steps, None if start is None else start[part],
+                    None if mask is None else mask[part], taken, callback_on_step_end,
+                    callback_on_step_end_tensor_inputs,
+                )  # fmt: skip
+
+            images = torch.cat([
+                x if output_type == "latent" else self._decode(x)
+                for x in in_parts(denoise, len(conditions), max_batch_size or len(conditions))
+            ])  # fmt: skip
             if output_type != "latent":
                 images = self._image_processor().postprocess(images, output_type, [False] * len(images))
             self.maybe_free_model_hooks()
@@ -533,27 +526,21 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         )
 
     def _image_processor(self, **options: Any) -> VaeImageProcessor:
-        return VaeImageProcessor(vae_scale_factor=2 * self._factor, **options)
-
-    @property
-    def _factor(self) -> int:
-        return 1 if self.vae is None else Latents(self.vae).factor
+        return VaeImageProcessor(vae_scale_factor=2 * self._space().factor, **options)
 
     def _encode(self, image: Any, size: tuple[int, int], number: int) -> Tensor:
         channels: int = self._config_of_network("in_channels") if self.vae is None else Latents(self.vae).image_channels
         if channels in IMAGE_CHANNELS:
             image = convert_given("image", image, channels)
         processor = self._image_processor(do_convert_grayscale=channels == 1)
-        pixels = processor.preprocess(image, size[0] * self._factor, size[1] * self._factor)
+        factor = self._space().factor
+        pixels = processor.preprocess(image, size[0] * factor, size[1] * factor)
         if pixels.shape[1] != channels:
             raise ConfigError(f"image has {pixels.shape[1]} channels: give {channels}, or PIL images")
         if not pixels.abs().max() <= 1 and channels in IMAGE_CHANNELS:
             raise ConfigError("image has values outside of 0 to 1: divide them by their largest, or give uint8")
-        if self.vae is not None:
-            space = Latents(self.vae)
-            mode = self.vae.encode(pixels.to(self._execution_device, self.vae.dtype)).latent_dist.mode()
-            pixels = ((mode.float() - space.shift) * space.scale).cpu()
-        return _one_each("image", pixels.float(), number)
+        pixels = self._space().encode_float(pixels.to(self._execution_device)).cpu()
+        return _one_each("image", pixels, number)
 
     def _encode_mask(self, mask: Any, size: tuple[int, int], number: int) -> Tensor:
         processor = VaeImageProcessor(
@@ -567,10 +554,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
 
     def _decode(self, x: Tensor) -> Tensor:
         """Images from 0 to 1, on the CPU."""
-        if self.vae is not None:
-            space = Latents(self.vae)
-            x = self.vae.decode((x / space.scale + space.shift).to(self.vae.dtype)).sample
-        return (x.float() / 2 + 0.5).clamp(0, 1).cpu()
+        return (self._space().decode_float(x) / 2 + 0.5).clamp(0, 1).cpu()
 
 
 def _check_whole(name: str, value: Any, most: int | None = None) -> None:
