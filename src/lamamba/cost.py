@@ -24,13 +24,13 @@ WHAT_IS_COUNTED = (
     "Multiply-adds of linear layers, convolutions, attention (logits and sums, whole windows) and the scan (per step "
     "and channel: 4 for each state and 2 more); not norms, activations, modulation and residual sums. "
     '"GFLOPs" in papers on diffusion transformers are multiply-adds too; a FLOP count would be twice as high. '
-    "Papers on Mamba charge the scan 9 for each state and nothing more."
+    "Papers on Mamba count 9 for each state of the scan and nothing more."
 )
 WHOSE_STATES = (
-    "Weights were released for XL only, and they have 1 state: xl-256 is that network. The savings that the paper "
-    "publishes for XL, 57.6 % of the operations of DiT-XL/2 at 256 px and 61.6 % at 512 px, are those of 16 states, "
-    "counted as in papers on Mamba: 50.3 G for xl-256-16-states against 118.64 G, and 201 G for xl-512-16-states "
-    "against 524.6 G."
+    "The authors' released code configures XL only, with 1 state: xl-256 is that network. The savings that the paper "
+    "reports for XL, 57.6 % of the operations of DiT-XL/2 at 256 px and 61.6 % at 512 px, are for 16 states, "
+    "counted as in papers on Mamba: 50.3 G for xl-256-16-states instead of 118.64 G, and 201 G for xl-512-16-states "
+    "instead of 524.6 G."
 )
 
 

@@ -46,7 +46,7 @@ class NetworkConfig:
     ssm_ratio: float = 2.0
     """Inner channels of the scan over the width of its block."""
     ssm_state_size: int = 1
-    """States of each channel of the scan: 1 in the released weights, 16 where the paper counts operations."""
+    """States of each channel of the scan: 1 in the authors' released code, 16 where the paper counts operations."""
     ssm_dt_rank: int | None = None
     """Rank of the scan's step size; None is a 16th of the block's width, rounded up."""
     ssm_conv_bias: bool = False
@@ -124,7 +124,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 
 # Only XL was ever published in code. The widths of S, B and L are chosen so that their parameter counts match those of
 # DiT-S, -B and -L; all else follows XL. Images of 256 and 512 px are grids of 32 and 64 behind an autoencoder that
-# divides by 8. The released weights have one state, but the paper counts its operations with 16: a preset that ends in
+# divides by 8. The authors' released code has one state, but the paper counts its operations with 16: a preset that ends in
 # -16-states has 16 and is otherwise the same. `nano` works on pixels, is the built-in demo, and is shaped for a CPU:
 # few blocks where the grid is large, and a scan no wider than its block.
 PRESETS: Mapping[str, NetworkConfig] = {
