@@ -124,8 +124,8 @@ _SIZES: dict[str, dict[str, Any]] = {
 
 # The authors' code configures XL only. We chose the widths of S, B and L so that their parameter counts match those of
 # DiT-S, -B and -L; everything else follows XL. Images of 256 and 512 px are grids of 32 and 64, because the autoencoder
-# divides by 8. The authors' code has one state, but the paper counts operations with 16: a preset that ends in -16-states
-# has 16 and is otherwise the same. `nano` works on pixels, is the built-in demo, and is shaped for a CPU: it has few
+# divides by 8. The authors' code has one state, but the paper counts operations with 16: presets that end in -16-states
+# have 16 and are otherwise the same. `nano` works on pixels, is the built-in demo, and is shaped for a CPU: it has few
 # blocks where the grid is large, and a scan no wider than its block.
 PRESETS: Mapping[str, NetworkConfig] = {
     "nano": NetworkConfig(
