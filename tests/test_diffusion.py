@@ -18,11 +18,11 @@ from lamamba.diffusion import (
     FlowMatching,
     guide,
     schedule_arrays,
-    set_timesteps,
     training_losses,
 )
 from lamamba.errors import ConfigError
 from lamamba.sampling import sample
+from lamamba.schedulers import make_scheduler, set_timesteps
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "golden_diffusion.safetensors")
 
@@ -60,7 +60,7 @@ def test_loss_terms_agree() -> None:
 @pytest.mark.parametrize("steps", ["25", "250", "ddim20"])
 def test_samples_agree(steps: str) -> None:
     num_steps = int(steps.removeprefix("ddim"))
-    scheduler = Diffusion().scheduler("ddim" if steps == "ddim20" else "ancestral", num_steps)
+    scheduler = make_scheduler(Diffusion(), "ddim" if steps == "ddim20" else "ancestral", num_steps)
     assert sorted(scheduler.timesteps.tolist()) == sorted(GOLDEN[f"respace.{steps}.timesteps"].tolist())
     x, y, noises = (GOLDEN[f"sample.{steps}.{name}"] for name in ("x_T", "y", "noise"))
     for t, noise in zip(scheduler.timesteps, noises, strict=True):
@@ -114,7 +114,7 @@ def test_samplers_reach_the_distribution_of_the_data(
 @pytest.mark.parametrize("sampler", Diffusion.samplers)
 def test_every_number_of_steps_goes_down_from_noise(sampler: str) -> None:
     for num_steps in range(1, 1001):
-        timesteps = Diffusion().scheduler(sampler, num_steps).timesteps.tolist()
+        timesteps = make_scheduler(Diffusion(), sampler, num_steps).timesteps.tolist()
         assert len(timesteps) == num_steps
         apart = sampler in ("ancestral", "ddim") or num_steps < 79  # or the nearest to two levels can be the same
         assert timesteps == sorted(set(timesteps) if apart else timesteps, reverse=True)
@@ -149,7 +149,7 @@ def test_samplers_converge_with_their_order(
     for num_steps in steps:
         x = sample(KnownDenoiser(objective, TWO_HILLS), objective, [0], [5], sampler=sampler, num_steps=num_steps)  # type: ignore[arg-type]
         start = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(5)).double()
-        first = float(objective.scheduler(sampler, num_steps).timesteps[0])
+        first = float(make_scheduler(objective, sampler, num_steps).timesteps[0])
         exact = TWO_HILLS.destination(start, *levels(objective, first))
         errors.append(float((x[0].double() - exact).square().mean().sqrt()))
     slope, _ = np.polyfit(np.log(steps), np.log(errors), 1)
@@ -164,7 +164,7 @@ def draw(denoiser: KnownDenoiser, sampler: str, num_steps: int) -> Tensor:
 
 @pytest.mark.parametrize(("data", "num_steps"), [(GAUSSIAN, 12), (TWO_HILLS, 40)], ids=["Gaussian", "two hills"])
 def test_ancestral_sampling_follows_the_learned_variance(data: Mixture, num_steps: int) -> None:
-    timesteps = Diffusion().scheduler("ancestral", num_steps).timesteps.tolist()
+    timesteps = make_scheduler(Diffusion(), "ancestral", num_steps).timesteps.tolist()
     learned = KnownDenoiser(Diffusion(), data, timesteps)
     ignorant = KnownDenoiser(Diffusion(), data)  # claims the middle of the bounds throughout
     x, wrong = draw(learned, "ancestral", num_steps), draw(ignorant, "ancestral", num_steps)
@@ -176,7 +176,7 @@ def test_ancestral_sampling_follows_the_learned_variance(data: Mixture, num_step
 @pytest.mark.parametrize("data", [GAUSSIAN, TWO_HILLS], ids=["Gaussian", "two hills"])
 @pytest.mark.parametrize(("sampler", "num_steps"), [("ancestral", 100), ("sde-dpm++", 200)])
 def test_stochastic_samplers_reach_the_distribution_of_the_data(sampler: str, num_steps: int, data: Mixture) -> None:
-    timesteps = Diffusion().scheduler(sampler, num_steps).timesteps.tolist() if sampler == "ancestral" else None
+    timesteps = make_scheduler(Diffusion(), sampler, num_steps).timesteps.tolist() if sampler == "ancestral" else None
     x = draw(KnownDenoiser(Diffusion(), data, timesteps), sampler, num_steps).double()
     assert float(x.mean()) == pytest.approx(data.mean, abs=0.02 * data.spread)
     assert float(x.std()) == pytest.approx(data.spread, rel=0.015)
@@ -203,7 +203,7 @@ class ShortSighted(KnownDenoiser):
 )
 def test_a_scheduler_made_of_a_flows_own_goes_all_the_way(name: str, num_steps: int) -> None:
     kind = getattr(diffusers, f"{name}Scheduler")
-    scheduler = kind.from_config(FlowMatching().scheduler("unipc", 25).config)
+    scheduler = kind.from_config(make_scheduler(FlowMatching(), "unipc", 25).config)
     set_timesteps(scheduler, num_steps)
     assert len(scheduler.timesteps) == (2 * num_steps - 1 if "Heun" in name else num_steps)
     assert float(scheduler.timesteps[0]) == pytest.approx(1000, abs=1.5)
@@ -214,7 +214,7 @@ def test_a_scheduler_made_of_a_flows_own_goes_all_the_way(name: str, num_steps: 
 
 
 def test_a_scheduler_that_leaves_noise_in_a_flow_is_refused() -> None:
-    own = FlowMatching().scheduler("unipc", 25).config
+    own = make_scheduler(FlowMatching(), "unipc", 25).config
     for name, options in (("DEISMultistep", {}), ("UniPCMultistep", {"final_sigmas_type": "sigma_min"})):
         scheduler = getattr(diffusers, f"{name}Scheduler").from_config(own, **options)
         with pytest.raises(ConfigError, match="leaves noise in the images of a flow"):
@@ -261,7 +261,7 @@ def test_clipping_leaves_no_specks(sampler: str) -> None:
 )
 def test_a_sampler_of_the_other_objective_is_refused(objective: str, sampler: str, mend: str) -> None:
     with pytest.raises(ConfigError) as error:
-        OBJECTIVES[objective].scheduler(sampler, 25)
+        make_scheduler(OBJECTIVES[objective], sampler, 25)
     assert repr(sampler) in str(error.value)
     assert repr(objective) in str(error.value)
     assert str(error.value).endswith(mend)

@@ -24,6 +24,7 @@ from lamamba.ops.launch import rehearse
 from lamamba.pipeline import LaMambaDiffPipeline
 from lamamba.sampling import sample
 from lamamba.saving import load_training_state
+from lamamba.schedulers import make_scheduler
 from lamamba.train import resolve
 from lamamba.trainer import Trainer
 
@@ -264,7 +265,7 @@ def test_a_pipeline_is_offloaded_to_the_cpu(space: str, autoencoder: Path) -> No
     latents = space == "latents"
     vae = AutoencoderKL.from_pretrained(autoencoder, low_cpu_mem_usage=False) if latents else None
     network, _ = build(in_channels=2 if latents else 1)
-    pipe = LaMambaDiffPipeline(network, Diffusion().scheduler("dpm++", 4), vae)
+    pipe = LaMambaDiffPipeline(network, make_scheduler(Diffusion(), "dpm++", 4), vae)
     pipe.set_progress_bar_config(disable=True)
 
     def draw() -> Tensor:

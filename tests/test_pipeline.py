@@ -18,6 +18,7 @@ from lamamba.errors import CheckpointError, ConfigError, LamambaError
 from lamamba.model import LaMambaDiff
 from lamamba.pipeline import LaMambaDiffPipeline
 from lamamba.sampling import sample, slerp
+from lamamba.schedulers import make_scheduler
 from tiny_autoencoder import write_autoencoder
 
 NAMES = ("T-shirt", "Coat", "Bag")
@@ -34,7 +35,7 @@ def build(objective: str = "diffusion", vae: Any = None, **options: Any) -> LaMa
         torch.nn.init.normal_(parameter, std=0.1)
     kind = OBJECTIVES[objective]
     names = dict(enumerate(NAMES)) if network.config.num_classes else None
-    pipe = LaMambaDiffPipeline(network, kind.scheduler(kind.default_sampler, 4), vae, names, objective)
+    pipe = LaMambaDiffPipeline(network, make_scheduler(kind, kind.default_sampler, 4), vae, names, objective)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lamamba.config import GuidanceOptions
-from lamamba.diffusion import OBJECTIVES, STOCHASTIC_SAMPLERS, Diffusion
+from lamamba.diffusion import OBJECTIVES, Diffusion
 from lamamba.errors import ConfigError
 from lamamba.model import LaMambaDiff
 from lamamba.sampling import choose_device, choose_guidance, make_grid, sample
@@ -67,7 +67,7 @@ def test_an_image_depends_on_its_seed_and_its_label(network: LaMambaDiff) -> Non
     assert torch.equal(x, sample(network, Diffusion(), [0, 0, 1, 3], [4, 5, 4, 4], num_steps=5))
 
 
-@pytest.mark.parametrize("sampler", STOCHASTIC_SAMPLERS)
+@pytest.mark.parametrize("sampler", ["ancestral", "sde-dpm++"])
 def test_sampling_neither_uses_nor_disturbs_the_global_generator(network: LaMambaDiff, sampler: str) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()

@@ -18,7 +18,7 @@ from lamamba.diffusion import OBJECTIVES, Diffusion
 from lamamba.errors import ConfigError
 from lamamba.model import LaMambaDiff
 from lamamba.pipeline import LaMambaDiffPipeline
-from lamamba.schedulers import check_scheduler
+from lamamba.schedulers import Steps, check_scheduler, make_scheduler
 
 DATA = mixture([0.4, 0.6], [-0.4, 0.4], [0.12, 0.15])  # within -1 and 1
 NUM_IMAGES, NUM_STEPS = 32, 50
@@ -36,7 +36,9 @@ def build(objective: str, forward: Callable[[Tensor, Tensor, Tensor], Tensor]) -
     )
     network.forward = forward  # type: ignore[method-assign, assignment]
     kind = OBJECTIVES[objective]
-    pipe = LaMambaDiffPipeline(network, kind.scheduler(kind.default_sampler, 25, clip_sample=True), objective=objective)
+    pipe = LaMambaDiffPipeline(
+        network, make_scheduler(kind, kind.default_sampler, 25, clip_sample=True), objective=objective
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -178,6 +180,27 @@ def test_numbers_of_steps_that_do_not_work_are_refused(name: str, num_steps: int
     pipe.scheduler = make(name, pipe, **{**PLAIN, **options})
     with pytest.raises(ConfigError, match=name):
         draw(pipe, num_steps)
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler"), [(name, sampler) for name, kind in OBJECTIVES.items() for sampler in kind.samplers]
+)
+def test_samplers_keep_their_timesteps_for_any_number_of_steps(objective: str, sampler: str) -> None:
+    kind = OBJECTIVES[objective]
+    scheduler = make_scheduler(kind, sampler, 25)
+    for num_steps in (2, 19, 25, 50):
+        wanted = make_scheduler(kind, sampler, num_steps).timesteps
+        assert torch.equal(Steps(scheduler, kind, num_steps).timesteps, wanted)
+        left_out = scheduler.order * (num_steps - max(1, round(num_steps / 2)))
+        assert torch.equal(Steps(scheduler, kind, num_steps, 0.5).timesteps, wanted[left_out:])
+
+
+def test_the_method_that_made_schedulers_still_works() -> None:
+    with pytest.warns(
+        DeprecationWarning, match=r"Diffusion.scheduler\(...\) is deprecated: call lamamba.make_scheduler"
+    ):
+        scheduler = Diffusion().scheduler("ddim", 20)
+    assert torch.equal(scheduler.timesteps, make_scheduler(Diffusion(), "ddim", 20).timesteps)
 
 
 @pytest.mark.parametrize("skip_prk_steps", [True, False])

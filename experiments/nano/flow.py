@@ -20,6 +20,7 @@ from lamamba.data import load_fashion_mnist
 from lamamba.diffusion import NUM_TIMESTEPS, Diffusion
 from lamamba.evaluation.features import open_features
 from lamamba.evaluation.metrics import Gaussian, frechet_distance
+from lamamba.schedulers import make_scheduler
 
 LEVELS = Diffusion().sigma(torch.arange(NUM_TIMESTEPS)).double().log().numpy()  # log of noise over signal
 
@@ -54,7 +55,8 @@ def schedulers(num_steps: int) -> dict[str, Any]:
     multistep = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
     multistep.set_timesteps(num_steps)
     own = {
-        name: FlowMatching().scheduler(name, half if name == "heun" else num_steps) for name in FlowMatching.samplers
+        name: make_scheduler(FlowMatching(), name, half if name == "heun" else num_steps)
+        for name in FlowMatching.samplers
     }
     return {**plain, "dpm++, diffusers'": multistep, **own}
 
@@ -90,7 +92,7 @@ def print_distances(velocity: Velocity, number: int, steps: list[int]) -> None:
         for name in FlowMatching.samplers:
             parts = []
             for seed in range(number // 100):  # a scheduler keeps its place: a new one for each hundred
-                scheduler = FlowMatching().scheduler(name, num_steps)
+                scheduler = make_scheduler(FlowMatching(), name, num_steps)
                 parts.append(to_uint8(draw(velocity, scheduler, 100, seed)))
             distance = frechet_distance(gaussian(torch.cat(parts)), reference)
             line = f"{num_steps:3} steps, {velocity.evaluations:3} evaluations, {name:6} distance {distance:6.2f}"
@@ -110,7 +112,7 @@ def main() -> None:
     if arguments.distances:
         print_distances(velocity, arguments.number, arguments.steps)
         return
-    exact = draw(velocity, FlowMatching().scheduler("unipc", 150), arguments.number)
+    exact = draw(velocity, make_scheduler(FlowMatching(), "unipc", 150), arguments.number)
     print(f"unipc of 150 steps: roughness {roughness(exact):.0f}", flush=True)
     for num_steps in arguments.steps:
         for name, scheduler in schedulers(num_steps).items():

@@ -16,6 +16,7 @@ from lamamba import Diffusion, load_checkpoint, to_uint8
 from lamamba.data import load_fashion_mnist, to_float
 from lamamba.evaluation.metrics import frechet_distance
 from lamamba.model import LaMambaDiff
+from lamamba.schedulers import make_scheduler
 
 BATCH = 100
 
@@ -42,7 +43,7 @@ class Best:
 def draw(network: LaMambaDiff, best: Best, threshold: float, seed: int) -> tuple[Tensor, int]:
     """Sample uint8 images by DPM-Solver++'s 25 steps; returns them, and of how many steps the network was asked."""
     objective, y, asked = Diffusion(), torch.arange(BATCH) % network.config.num_classes, 0
-    scheduler = objective.scheduler("dpm++", 25)
+    scheduler = make_scheduler(objective, "dpm++", 25)
     x = torch.randn((BATCH, 1, 32, 32), generator=torch.Generator().manual_seed(seed))
     for step in scheduler.timesteps:
         t = torch.full((BATCH,), float(step))

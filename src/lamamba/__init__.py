@@ -19,6 +19,7 @@ _HOMES = {
     "load_checkpoint": "lamamba.checkpoint",
     "load_denoiser": "lamamba.checkpoint",
     "load_released": "lamamba.released",
+    "make_scheduler": "lamamba.schedulers",
     "sample": "lamamba.sampling",
     "to_uint8": "lamamba.data",
     "training_losses": "lamamba.diffusion",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from lamamba.pipeline import LaMambaDiffPipeline as LaMambaDiffPipeline
     from lamamba.released import load_released as load_released
     from lamamba.sampling import sample as sample
+    from lamamba.schedulers import make_scheduler as make_scheduler
 
 
 def __getattr__(name: str) -> Any:

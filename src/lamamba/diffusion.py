@@ -1,6 +1,7 @@
-"""The objectives a denoiser is trained with, guidance, and the schedulers that sample from it.
+"""The objectives that a denoiser is trained with, and guidance.
 
-A denoiser is any callable `(x_t, t, y) -> (b, 2c, h, w)`; nothing here knows the network. Two objectives:
+A denoiser is any callable `(x_t, t, y) -> (b, 2c, h, w)`; nothing here knows the network. There are two
+objectives, see `Objective` for what they have in common:
 
 * `Diffusion`: 1000 linear steps, noise prediction with a learned variance (Nichol & Dhariwal 2021, arXiv 2102.09672),
   what LaMamba-Diff, DiT and ADM train with.
@@ -8,32 +9,89 @@ A denoiser is any callable `(x_t, t, y) -> (b, 2c, h, w)`; nothing here knows th
   direction: x_t = (1 - t/1000) x_0 + t/1000 noise.
 """
 
-import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
+from importlib import import_module
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lamamba.config import PLAIN_GUIDANCE, GuidanceOptions
-from lamamba.config.checks import is_whole
 from lamamba.errors import ConfigError
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 NUM_TIMESTEPS = 1000
 BETA_START, BETA_END = 1e-4, 2e-2
-# Their schedulers' `step` takes a generator, or one for each image.
-STOCHASTIC_SAMPLERS = ("ancestral", "sde-dpm++")
+
+
+class Objective(Protocol):
+    """What a network is trained for: how images are noised, and what the network predicts on its first c channels.
+
+    Training and sampling need no more than this. `examples/objective.py` adds a third objective in one file.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name in `OBJECTIVES` and in checkpoints."""
+
+    @property
+    def scheduler_options(self) -> Mapping[str, Any]:
+        """The noise schedule and the `prediction_type`, as the options of diffusers' schedulers."""
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        """Names of the samplers that work, see `lamamba.schedulers.make_scheduler`."""
+
+    @property
+    def default_sampler(self) -> str:
+        """One of `samplers`."""
+
+    def draw_timesteps(self, batch: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+        """Draw (b,) timesteps for training, from 0 to 1000."""
+
+    def losses(self, denoiser: Denoiser, x_0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Compute (b,) losses of clean images: `loss`, which is minimized, and its terms, among them `mse`."""
+
+    def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
+        """Compute the (b,) weights of `mse` that give the error of x_0 the weight min(SNR, gamma)."""
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the shares of the clean image and of noise in x_t, for (b,) timesteps."""
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Compute the noise level of (b,) timesteps, as noise over signal."""
+
+    def predict_x_0(self, x_t: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
+        """Compute the clean image that a prediction implies."""
+
+    def move_x_0(self, x_t: Tensor, t: Tensor, prediction: Tensor, x_0: Tensor) -> Tensor:
+        """Change a prediction so that it implies the clean image x_0 instead of its own."""
+
+
+def _deprecated_scheduler(self: Objective, *arguments: Any, **options: Any) -> Any:
+    """Call `lamamba.make_scheduler`, which replaces this method."""
+    warnings.warn(
+        f"{type(self).__name__}.scheduler(...) is deprecated: call lamamba.make_scheduler(objective, ...)",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return import_module("lamamba.schedulers").make_scheduler(self, *arguments, **options)
 
 
 class Diffusion:
     """1000 linear steps; predicts the noise and, for each value, where its log-variance lies between two bounds."""
 
     name = "diffusion"
+    scheduler_options: Mapping[str, Any] = {
+        "num_train_timesteps": NUM_TIMESTEPS, "beta_start": BETA_START, "beta_end": BETA_END,
+        "beta_schedule": "linear", "prediction_type": "epsilon",
+    }  # fmt: skip
     samplers = ("ancestral", "ddim", "dpm++", "sde-dpm++", "unipc")
     default_sampler = "dpm++"
+    scheduler = _deprecated_scheduler
 
     def draw_timesteps(self, batch: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
         """Draw (b,) integer timesteps, uniform over 0 to 999."""
@@ -118,68 +176,17 @@ class Diffusion:
         likelihood = -_discretised_gaussian_log_likelihood(x_0, mean, 0.5 * log_variance)
         return torch.where(t == 0, _mean(likelihood), _mean(divergence)) / math.log(2)
 
-    def scheduler(
-        self, sampler: str, num_steps: int, device: torch.device | None = None, clip_sample: bool = False
-    ) -> Any:
-        """Build the diffusers scheduler of one of `samplers`, with its timesteps set.
-
-        `ancestral` is that of the training process with the learned variance (arXiv 2102.09672), `ddim` is arXiv
-        2010.02502, `dpm++` and `sde-dpm++` are the multistep solvers of second order for the ordinary and for the
-        stochastic equation (DPM-Solver++, arXiv 2211.01095, 2M and SDE-2M), `unipc` is arXiv 2302.04867.
-
-        All go from 999 to 0, but for `ddim`: from 20 steps on it has its published stride, 0, 1000/n, 2000/n, ...,
-        which starts at 1000 - 1000/n. Fewer steps of that stride would start where the image is not yet drowned in
-        noise. The steps of `ancestral` and `ddim` are even in time; those of the multistep solvers are even in
-        the seventh root of noise over signal (arXiv 2206.00364, eq. 5), with the timestep nearest to each level, so
-        that from 79 steps on a timestep can be there twice.
-
-        Args:
-            sampler: its `step` takes the noise prediction, and the variance as well where its configuration's
-                `variance_type` is "learned_range".
-            num_steps: 1 to 1000.
-            device: of the timesteps; None is the CPU.
-            clip_sample: hold the clean image that each prediction implies between -1 and 1: for pixels. Without, a
-                pixel whose noise is further out than the network knows can end as a speck far outside.
-
-        Raises:
-            ConfigError: there is no such sampler, or the number of steps is out of range.
-        """
-        import diffusers
-
-        _check_scheduler(self, sampler, num_steps)
-        linear: dict[str, Any] = {
-            "num_train_timesteps": NUM_TIMESTEPS,
-            "beta_start": BETA_START,
-            "beta_end": BETA_END,
-            "beta_schedule": "linear",
-            "thresholding": clip_sample,  # whose greatest value is 1 by default: clipping
-        }
-        if sampler == "ancestral" and num_steps > 1:
-            scheduler = diffusers.DDPMScheduler(**linear, variance_type="learned_range", clip_sample=False)
-            scheduler.set_timesteps(timesteps=_descend(NUM_TIMESTEPS - 1, num_steps), device=device)
-        elif sampler in ("ancestral", "ddim"):  # a single ancestral step adds no noise either
-            # DDIM is the solver of first order (arXiv 2206.00927); diffusers' own DDIM assumes that
-            # timesteps are a whole number apart, and the same everywhere.
-            scheduler = diffusers.DPMSolverMultistepScheduler(**linear, algorithm_type="dpmsolver++", solver_order=1)
-            first = NUM_TIMESTEPS - NUM_TIMESTEPS / num_steps if num_steps >= 20 else NUM_TIMESTEPS - 1
-            scheduler.set_timesteps(timesteps=_descend(first, num_steps), device=device)
-        else:
-            linear["use_karras_sigmas"] = True
-            if sampler == "unipc":
-                scheduler = diffusers.UniPCMultistepScheduler(**linear, solver_order=2)
-            else:
-                algorithm = {"dpm++": "dpmsolver++", "sde-dpm++": "sde-dpmsolver++"}[sampler]
-                scheduler = diffusers.DPMSolverMultistepScheduler(**linear, algorithm_type=algorithm, solver_order=2)
-            set_timesteps(scheduler, num_steps, device)
-        return scheduler
-
 
 class FlowMatching:
     """The straight path between data and noise; predicts its velocity, noise - x_0, on the first c channels."""
 
     name = "flow"
+    scheduler_options: Mapping[str, Any] = {
+        "num_train_timesteps": NUM_TIMESTEPS, "prediction_type": "flow_prediction", "use_flow_sigmas": True
+    }  # fmt: skip
     samplers = ("unipc", "euler", "heun")
     default_sampler = "unipc"
+    scheduler = _deprecated_scheduler
 
     def draw_timesteps(self, batch: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
         """Draw (b,) float timesteps, uniform over 0 to 1000."""
@@ -222,107 +229,13 @@ class FlowMatching:
         mse = _mean(torch.square(noise - x_0 - velocity))
         return {"loss": mse, "mse": mse}
 
-    def scheduler(
-        self, sampler: str, num_steps: int, device: torch.device | None = None, clip_sample: bool = False
-    ) -> Any:
-        """Build the diffusers scheduler of one of `samplers`, with its timesteps set; `step` takes the velocity.
 
-        `unipc` is arXiv 2302.04867, `euler` and `heun` are the classical methods; all in steps even in time. Heun has
-        two timesteps for each step but the last.
-
-        Arguments and errors are those of `Diffusion.scheduler`, but `euler` and `heun` do not clip: no prediction is
-        divided by the little signal that is left in noise.
-        """
-        import diffusers
-
-        _check_scheduler(self, sampler, num_steps)
-        if sampler == "euler":
-            scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS)
-        elif sampler == "heun":
-            scheduler = diffusers.FlowMatchHeunDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS)
-        else:
-            scheduler = diffusers.UniPCMultistepScheduler(
-                num_train_timesteps=NUM_TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True,
-                solver_order=2, thresholding=clip_sample,
-            )  # fmt: skip
-        set_timesteps(scheduler, num_steps, device)
-        return scheduler
-
-
-OBJECTIVES: Mapping[str, Diffusion | FlowMatching] = {kind.name: kind for kind in (Diffusion(), FlowMatching())}
-
-
-def option(scheduler: Any, name: str) -> Any:
-    """Read an option of a scheduler of diffusers; None where its class does not have the option.
-
-    A configuration also keeps options of other classes, which have no effect.
-    """
-    classes: list[Any] = type(scheduler).mro()
-    has_it = any(name in inspect.signature(kind.__init__).parameters for kind in classes)
-    return scheduler.config.get(name) if has_it else None
-
-
-def has_flow_sigmas(scheduler: Any) -> bool:
-    """Say whether a scheduler of diffusers is a general one that is set to a flow's levels of noise."""
-    return bool(option(scheduler, "use_flow_sigmas"))
-
-
-def set_timesteps(scheduler: Any, num_steps: int, device: torch.device | None = None, first: int = 0) -> None:
-    """Set a scheduler's steps for sampling; those of a flow end where they should.
-
-    By themselves diffusers' Euler's and Heun's methods for flows come down to timestep 1 before the last step. There
-    too little noise is left to be told from the image, and Heun's method, which asks there, leaves noise of half the
-    step before. And its general solvers cut a flow's timesteps to whole ones.
-
-    Args:
-        scheduler: of diffusers.
-        num_steps: 1 or more.
-        device: of the timesteps; None is the CPU.
-        first: of the timesteps, at which sampling begins.
-
-    Raises:
-        ConfigError: a flow's steps would end before the noise does.
-    """
-    import diffusers
-
-    spaced = any(scheduler.config.get(f"use_{kind}_sigmas") for kind in ("karras", "exponential", "beta"))
-    if isinstance(scheduler, diffusers.FlowMatchHeunDiscreteScheduler):
-        least, scheduler.sigma_min = scheduler.sigma_min, 1 / num_steps
-        scheduler.set_timesteps(num_steps, device=device)
-        scheduler.sigma_min = least
-    elif isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler) and not spaced:
-        scheduler.set_timesteps(sigmas=[1 - step / num_steps for step in range(num_steps)], device=device)
-    else:
-        scheduler.set_timesteps(num_steps, device=device)
-        if has_flow_sigmas(scheduler):
-            if scheduler.sigmas[-1]:
-                raise ConfigError(
-                    f"the scheduler {type(scheduler).__name__} leaves noise in the images of a flow: use "
-                    'UniPCMultistepScheduler or DPMSolverMultistepScheduler, with final_sigmas_type "zero"'
-                )
-            scheduler.timesteps = scheduler.sigmas[:num_steps].to(device=device) * NUM_TIMESTEPS
-    if hasattr(scheduler, "set_begin_index"):  # or it looks for the first timestep, which can be there twice
-        scheduler.set_begin_index(first)
-
-
-def _check_scheduler(objective: Diffusion | FlowMatching, sampler: str, num_steps: int) -> None:
-    if sampler not in objective.samplers:
-        raise ConfigError(
-            f"sampler {sampler!r} does not go with the objective {objective.name!r} that the network was trained with: "
-            f"use {' or '.join(objective.samplers)}"
-        )
-    if not (is_whole(num_steps) and 1 <= num_steps <= NUM_TIMESTEPS):  # beyond the training's, levels of noise repeat
-        raise ConfigError(f"{num_steps} steps are out of range: use 1 to {NUM_TIMESTEPS}")
-
-
-def _descend(first: float, num_steps: int) -> list[int]:
-    """Space whole timesteps evenly from the first down to 0, a single one being the first."""
-    timesteps: list[int] = torch.linspace(first, 0, num_steps, dtype=torch.float64).round().long().tolist()
-    return timesteps
+OBJECTIVES: dict[str, Objective] = {kind.name: kind for kind in (Diffusion(), FlowMatching())}
+"""Every objective by its name. Code may add its own."""
 
 
 def draw_noise(
-    objective: Diffusion | FlowMatching,
+    objective: Objective,
     shape: tuple[int, ...],
     device: torch.device,
     *,
@@ -340,7 +253,7 @@ def draw_noise(
 
 
 def training_losses(
-    objective: Diffusion | FlowMatching,
+    objective: Objective,
     denoiser: Denoiser,
     x_0: Tensor,
     y: Tensor,
@@ -352,7 +265,7 @@ def training_losses(
     """Draw timesteps, noise and label dropout, and compute the losses of a batch.
 
     Args:
-        objective: `Diffusion` or `FlowMatching`.
+        objective: such as `Diffusion()` or `FlowMatching()`.
         denoiser: see the top of this file.
         x_0: (b, c, h, w) clean images.
         y: (b,) labels.

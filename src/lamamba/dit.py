@@ -14,20 +14,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from lamamba.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS
+from lamamba.diffusion import Diffusion
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.records import DiTRecord, SchedulerRecord, read_record
 from lamamba.weights import PIPELINE_INDEX, check_class, class_of, load_model
 
 # The second is how diffusers called it when the official weights were published.
 DIT_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
-_PROCESS = {
-    "num_train_timesteps": NUM_TIMESTEPS,
-    "beta_start": BETA_START,
-    "beta_end": BETA_END,
-    "beta_schedule": "linear",
-    "prediction_type": "epsilon",
-}
 
 
 @dataclass(frozen=True)
@@ -130,7 +123,7 @@ class _Index(TypedDict, total=False):
 def _check_process(path: Path) -> None:
     """A sampler of `Diffusion` reverses no other process than that."""
     process: dict[str, Any] = {**read_record(path, SchedulerRecord)} if path.is_file() else {}
-    for name, wanted in _PROCESS.items():
+    for name, wanted in Diffusion.scheduler_options.items():
         if process.get(name, wanted) != wanted:
             raise CheckpointError(f"{path} has {name} {process[name]!r}: only DiTs trained with {wanted!r} are sampled")
 

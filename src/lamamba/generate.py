@@ -46,6 +46,7 @@ from lamamba.sampling import (
     uses_bf16,
     why_unguided,
 )
+from lamamba.schedulers import make_scheduler
 from lamamba.signals import SignalsNoted
 from lamamba.streams import visible
 
@@ -104,7 +105,7 @@ class Painter:
         self.size = None if sides is None else (self.space.grid_size(sides[0]), self.space.grid_size(sides[1]))
         self.sampler = config.sampler or self.objective.default_sampler
         # Before the work: a sampler that does not fit should not cost a minute.
-        scheduler = self.objective.scheduler(self.sampler, config.steps, clip_sample=self.space.bounded)
+        scheduler = make_scheduler(self.objective, self.sampler, config.steps, clip_sample=self.space.bounded)
         self.evaluations, self.clips = len(scheduler.timesteps), bool(scheduler.config.get("thresholding"))
 
     def say_unguided(self) -> None:

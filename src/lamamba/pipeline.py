@@ -27,7 +27,7 @@ from lamamba.latents import IMAGE_CHANNELS, Latents, Pixels, check_autoencoder
 from lamamba.memory import in_parts
 from lamamba.model import LaMambaDiff
 from lamamba.sampling import as_whole, check_no_label, choose_guidance, seeded, slerp, slerp_weights, why_unguided
-from lamamba.schedulers import Steps, check_scheduler, open_scheduler
+from lamamba.schedulers import Steps, check_scheduler, make_scheduler, open_scheduler
 from lamamba.weights import PIPELINE_INDEX
 
 Label = str | int | Mapping[str | int, float] | Tensor | None
@@ -97,7 +97,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             autoencoder.requires_grad_(True)  # as `from_pretrained` leaves it: convolutions round otherwise without
         objective = OBJECTIVES[loaded.info.objective]
         pixels = autoencoder is None and loaded.network.config.in_channels in IMAGE_CHANNELS
-        scheduler = objective.scheduler(objective.default_sampler, 25, clip_sample=pixels)
+        scheduler = make_scheduler(objective, objective.default_sampler, 25, clip_sample=pixels)
         if (loaded.path / PIPELINE_INDEX).is_file():
             scheduler = open_scheduler(loaded.path)
         names = dict(enumerate(loaded.info.class_names))

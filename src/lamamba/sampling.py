@@ -12,10 +12,11 @@ from torch import Tensor
 from lamamba.captured import CapturedNetwork
 from lamamba.config import PLAIN_GUIDANCE, GuidanceOptions
 from lamamba.config.checks import check, check_seed, is_number
-from lamamba.diffusion import STOCHASTIC_SAMPLERS, Diffusion, FlowMatching, guide
+from lamamba.diffusion import Objective, guide
 from lamamba.dit import DiT
 from lamamba.errors import ConfigError
 from lamamba.model import LaMambaDiff
+from lamamba.schedulers import STOCHASTIC_SAMPLERS, make_scheduler
 
 Network = LaMambaDiff | DiT | CapturedNetwork
 
@@ -23,7 +24,7 @@ Network = LaMambaDiff | DiT | CapturedNetwork
 @torch.inference_mode()
 def sample(
     network: Network,
-    objective: Diffusion | FlowMatching,
+    objective: Objective,
     labels: Sequence[int],
     seeds: Sequence[int],
     *,
@@ -81,7 +82,7 @@ def sample(
         weaker=None if weaker is None else _captured(weaker),
     )  # fmt: skip
     sampler = sampler or objective.default_sampler
-    scheduler = objective.scheduler(sampler, num_steps, device, clip_sample=clip_sample)
+    scheduler = make_scheduler(objective, sampler, num_steps, device, clip_sample=clip_sample)
     # Only ancestral sampling knows what to do with the learned variance; for the others it is no part of the noise.
     takes_variance = scheduler.config.get("variance_type") == "learned_range"
 

@@ -1,4 +1,4 @@
-"""Schedulers of diffusers that users choose: whether one fits a network, and how a batch goes through its steps."""
+"""Schedulers of diffusers: made by name, checked where users choose them, and how a batch goes through their steps."""
 
 import copy
 import inspect
@@ -13,28 +13,154 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from lamamba.diffusion import (
-    BETA_END,
-    BETA_START,
-    NUM_TIMESTEPS,
-    Diffusion,
-    FlowMatching,
-    has_flow_sigmas,
-    option,
-    schedule_arrays,
-    set_timesteps,
-)
+from lamamba.config.checks import is_whole
+from lamamba.diffusion import NUM_TIMESTEPS, Objective
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.records import SchedulerRecord, read_record
 from lamamba.weights import PIPELINE_INDEX
 
-Objective = Diffusion | FlowMatching
+# Their schedulers' `step` takes a generator, or one for each image.
+STOCHASTIC_SAMPLERS = ("ancestral", "sde-dpm++")
+_PREDICTIONS = {
+    "epsilon": "noise", "v_prediction": "v", "sample": "the clean image", "flow_prediction": "the velocity of a flow"
+}  # fmt: skip
 
-USE = {
-    "diffusion": "DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)",
-    "flow": 'UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")',
-}
-"""What works for each objective, for messages."""
+
+def make_scheduler(
+    objective: Objective,
+    sampler: str,
+    num_steps: int,
+    device: torch.device | None = None,
+    clip_sample: bool = False,
+) -> Any:
+    """Make the diffusers scheduler of one of an objective's samplers, with its timesteps set.
+
+    | sampler | method |
+    | --- | --- |
+    | ancestral | the training process, backwards, with the learned variance (arXiv 2102.09672) |
+    | ddim | arXiv 2010.02502 |
+    | dpm++ | DPM-Solver++ of second order, 2M (arXiv 2211.01095) |
+    | sde-dpm++ | the same for the stochastic equation, SDE-2M |
+    | unipc | arXiv 2302.04867 |
+    | euler, heun | the classical methods, for flows |
+
+    For diffusion all go from 999 to 0, except `ddim`: from 20 steps on it has its published stride, 0, 1000/n,
+    2000/n, ..., which starts at 1000 - 1000/n. Fewer steps of that stride would start where noise does not hide the
+    image yet. The steps of `ancestral` and `ddim` are even in time. Those of the multistep solvers are even in the
+    seventh root of noise over signal (arXiv 2206.00364, eq. 5), rounded to whole timesteps, so that from 79 steps on
+    a timestep can occur twice. For flows all steps are even in time; Heun has two timesteps for each step but the last.
+
+    Args:
+        objective: what the network was trained with.
+        sampler: one of `objective.samplers`.
+        num_steps: 1 to 1000.
+        device: of the timesteps; None is the CPU.
+        clip_sample: hold the clean image that each prediction implies between -1 and 1: for pixels. Without it, a
+            pixel whose noise is further out than the network knows can end as a speck. `euler` and `heun` do not clip.
+
+    Raises:
+        ConfigError: there is no such sampler, or the number of steps is out of range.
+    """
+    if sampler not in objective.samplers:
+        raise ConfigError(
+            f"sampler {sampler!r} does not go with the objective {objective.name!r} that the network was trained with: "
+            f"use {' or '.join(objective.samplers)}"
+        )
+    if not (is_whole(num_steps) and 1 <= num_steps <= NUM_TIMESTEPS):  # beyond the training's, levels of noise repeat
+        raise ConfigError(f"{num_steps} steps are out of range: use 1 to {NUM_TIMESTEPS}")
+    options = {**objective.scheduler_options, "thresholding": clip_sample}  # to 1 by default: clipping
+    if sampler == "euler":
+        scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS)
+    elif sampler == "heun":
+        scheduler = diffusers.FlowMatchHeunDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS)
+    elif sampler == "ancestral" and num_steps > 1:
+        scheduler = diffusers.DDPMScheduler(**options, variance_type="learned_range", clip_sample=False)
+        scheduler.choose_timesteps = _even_timesteps
+    elif sampler in ("ancestral", "ddim"):  # a single ancestral step adds no noise either
+        # DDIM is the solver of first order (arXiv 2206.00927); diffusers' own DDIM assumes that timesteps are a whole
+        # number apart, and the same everywhere.
+        scheduler = diffusers.DPMSolverMultistepScheduler(**options, algorithm_type="dpmsolver++", solver_order=1)
+        scheduler.choose_timesteps = _ddim_timesteps
+    else:
+        if not _is_flow(objective):
+            options["use_karras_sigmas"] = True
+        if sampler == "unipc":
+            scheduler = diffusers.UniPCMultistepScheduler(**options, solver_order=2)
+        else:
+            algorithm = {"dpm++": "dpmsolver++", "sde-dpm++": "sde-dpmsolver++"}[sampler]
+            scheduler = diffusers.DPMSolverMultistepScheduler(**options, algorithm_type=algorithm, solver_order=2)
+    set_timesteps(scheduler, num_steps, device)
+    return scheduler
+
+
+def set_timesteps(scheduler: Any, num_steps: int, device: torch.device | None = None, first: int = 0) -> None:
+    """Set a scheduler's steps for sampling; those of a flow end where they should.
+
+    By themselves diffusers' Euler's and Heun's methods for flows come down to timestep 1 before the last step. There
+    too little noise is left to be told from the image, and Heun's method, which asks there, leaves noise of half the
+    step before. And its general solvers cut a flow's timesteps to whole ones.
+
+    Args:
+        scheduler: of diffusers. Some of `make_scheduler` choose their timesteps by themselves.
+        num_steps: 1 or more.
+        device: of the timesteps; None is the CPU.
+        first: of the timesteps, at which sampling begins.
+
+    Raises:
+        ConfigError: a flow's steps would end before the noise does.
+    """
+    spaced = any(scheduler.config.get(f"use_{kind}_sigmas") for kind in ("karras", "exponential", "beta"))
+    if hasattr(scheduler, "choose_timesteps"):
+        scheduler.set_timesteps(timesteps=scheduler.choose_timesteps(num_steps), device=device)
+    elif isinstance(scheduler, diffusers.FlowMatchHeunDiscreteScheduler):
+        least, scheduler.sigma_min = scheduler.sigma_min, 1 / num_steps
+        scheduler.set_timesteps(num_steps, device=device)
+        scheduler.sigma_min = least
+    elif isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler) and not spaced:
+        scheduler.set_timesteps(sigmas=[1 - step / num_steps for step in range(num_steps)], device=device)
+    else:
+        scheduler.set_timesteps(num_steps, device=device)
+        if option(scheduler, "use_flow_sigmas"):
+            if scheduler.sigmas[-1]:
+                raise ConfigError(
+                    f"the scheduler {type(scheduler).__name__} leaves noise in the images of a flow: use "
+                    'UniPCMultistepScheduler or DPMSolverMultistepScheduler, with final_sigmas_type "zero"'
+                )
+            scheduler.timesteps = scheduler.sigmas[:num_steps].to(device=device) * NUM_TIMESTEPS
+    if hasattr(scheduler, "set_begin_index"):  # or it looks for the first timestep, which can be there twice
+        scheduler.set_begin_index(first)
+
+
+def _even_timesteps(num_steps: int, first: float = NUM_TIMESTEPS - 1) -> list[int]:
+    """Space whole timesteps evenly from the first down to 0, a single one being the first."""
+    timesteps: list[int] = torch.linspace(first, 0, num_steps, dtype=torch.float64).round().long().tolist()
+    return timesteps
+
+
+def _ddim_timesteps(num_steps: int) -> list[int]:
+    published = NUM_TIMESTEPS - NUM_TIMESTEPS / num_steps
+    return _even_timesteps(num_steps, published if num_steps >= 20 else NUM_TIMESTEPS - 1)
+
+
+def option(scheduler: Any, name: str) -> Any:
+    """Read an option of a scheduler of diffusers; None where its class does not have the option.
+
+    A configuration also keeps options of other classes, which have no effect.
+    """
+    classes: list[Any] = type(scheduler).mro()
+    has_it = any(name in inspect.signature(kind.__init__).parameters for kind in classes)
+    return scheduler.config.get(name) if has_it else None
+
+
+def _is_flow(objective: Objective) -> bool:
+    return bool(objective.scheduler_options.get("use_flow_sigmas"))
+
+
+def _working(objective: Objective) -> str:
+    """Name a scheduler that works for an objective, for messages."""
+    if _is_flow(objective):
+        return 'UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")'
+    return "DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)"
 
 
 class Steps:
@@ -69,7 +195,7 @@ class Steps:
         if first and len(self.scheduler.timesteps) > num_steps * getattr(scheduler, "order", 1):
             raise ConfigError(
                 f"the scheduler {type(scheduler).__name__} begins with steps of another kind, which cannot be left out "
-                f"to begin with an image: use {USE[objective.name]}"
+                f"to begin with an image: use {_working(objective)}"
             )
         self.timesteps: Tensor = self.scheduler.timesteps[first:]
         self._takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
@@ -149,43 +275,44 @@ def check_scheduler(
 def _check_options(scheduler: Any, objective: Objective, pixels: bool) -> None:
     name = type(scheduler).__name__
     if not callable(getattr(scheduler, "step", None)):
-        raise ConfigError(f"the scheduler {name} has no steps to sample with: use {USE[objective.name]}")
+        raise ConfigError(f"the scheduler {name} has no steps to sample with: use {_working(objective)}")
     if not pixels and any(option(scheduler, key) for key in ("clip_sample", "thresholding")):
         raise ConfigError(
             f"the scheduler {name} clips to -1 to 1, as some do by default, and latents go further: make it with "
             f"{name}.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)"
         )
-    flows = name.startswith("FlowMatch") or has_flow_sigmas(scheduler)
+    flows = name.startswith("FlowMatch") or bool(option(scheduler, "use_flow_sigmas"))
     alpha_bars = getattr(scheduler, "alphas_cumprod", None)
-    predicts = option(scheduler, "prediction_type")
-    if objective.name == "flow":
+    takes, wanted_prediction = option(scheduler, "prediction_type"), objective.scheduler_options["prediction_type"]
+    predicts = f"this network predicts {_PREDICTIONS[wanted_prediction]}"
+    if _is_flow(objective):
         if not flows and alpha_bars is not None:
             raise ConfigError(
                 f"the scheduler {name} is not for flow matching, which this network was trained with: "
                 "use FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler or one with use_flow_sigmas"
             )
-        if predicts not in (None, "flow_prediction"):
+        if takes not in (None, wanted_prediction):
             raise ConfigError(
-                f"the scheduler {name} takes {predicts}, and this network predicts the velocity of a flow: make it "
-                'with prediction_type="flow_prediction"'
+                f"the scheduler {name} takes {takes}, and {predicts}: make it with "
+                f'prediction_type="{wanted_prediction}"'
             )
         return
-    if flows or predicts not in (None, "epsilon"):
+    if flows or takes not in (None, wanted_prediction):
         raise ConfigError(
-            f"the scheduler {name} {'is for flow matching' if flows else f'takes {predicts}'}, and this network "
-            'predicts noise: use one with prediction_type "epsilon"'
+            f"the scheduler {name} {'is for flow matching' if flows else f'takes {takes}'}, and {predicts}: use one "
+            f'with prediction_type "{wanted_prediction}"'
         )
     if alpha_bars is None:
         raise ConfigError(
             f"the scheduler {name} is not of the noise schedule that this network was trained with, it has noise "
-            f"levels of its own: use {USE[objective.name]}"
+            f"levels of its own: use {_working(objective)}"
         )
-    ours, theirs = schedule_arrays()["alpha_bar"], torch.as_tensor(alpha_bars).detach().double().cpu()
+    ours = objective.levels(torch.arange(NUM_TIMESTEPS))[0].double().square()
+    theirs = torch.as_tensor(alpha_bars).detach().double().cpu()
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-7):
         wanted = {
-            "beta_schedule": "linear", "beta_start": BETA_START, "beta_end": BETA_END,
-            "num_train_timesteps": NUM_TIMESTEPS, "trained_betas": None, "rescale_betas_zero_snr": False,
-            "snr_shift_scale": 1.0,
+            "trained_betas": None, "rescale_betas_zero_snr": False, "snr_shift_scale": 1.0,
+            **objective.scheduler_options,
         }  # fmt: skip
         given = {key: option(scheduler, key) for key in wanted}
         other = [key for key, value in given.items() if value is not None and value != wanted[key]]
@@ -193,7 +320,7 @@ def _check_options(scheduler: Any, objective: Objective, pixels: bool) -> None:
         raise ConfigError(
             f"the scheduler {name} has other noise levels than the network was trained with "
             f"({said or 'alphas_cumprod'}): make it with {name}.from_config(pipe.scheduler.config), or "
-            f"use {USE[objective.name]}"
+            f"use {_working(objective)}"
         )
 
 
@@ -210,7 +337,7 @@ def _try(scheduler: Any, objective: Objective, channels: int, num_steps: int, st
     something else, or does not begin at the level that an image was noised to. In few steps most schedulers only lose
     contrast: errors below 1. In greater ones noise is amplified.
     """
-    name, use = type(scheduler).__name__, f"use {USE[objective.name]}"
+    name, use = type(scheduler).__name__, f"use {_working(objective)}"
     from_image = f" from an image at strength {strength:g}" if strength < 1 else ""
 
     def trial(spread: float, num_steps: int, strength: float) -> float:

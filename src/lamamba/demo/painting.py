@@ -28,6 +28,7 @@ from lamamba.latents import Latents, Space
 from lamamba.model import LaMambaDiff
 from lamamba.pipeline import LaMambaDiffPipeline
 from lamamba.sampling import choose_device, seeded, why_unguided
+from lamamba.schedulers import make_scheduler
 from lamamba.streams import visible
 
 
@@ -239,7 +240,7 @@ def _pipeline(painter: Painter) -> LaMambaDiffPipeline:
         raise ConfigError("this model is a DiT, which is sampled alone: choose another model")
     objective = painter.objective
     vae = getattr(painter.space, "autoencoder", None)
-    scheduler = objective.scheduler(painter.sampler, painter.config.steps, clip_sample=painter.space.bounded)
+    scheduler = make_scheduler(objective, painter.sampler, painter.config.steps, clip_sample=painter.space.bounded)
     pipe = LaMambaDiffPipeline(painter.network.network, scheduler, vae, objective=objective.name)
     pipe.set_progress_bar_config(disable=True)
     pipe._captured = [painter.network]  # recorded passes, in the painter's precision
