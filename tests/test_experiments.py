@@ -381,7 +381,7 @@ def test_the_page_is_made_of_records_and_names_what_is_missing(tmp_path: Path, w
     assert f"| {make_page.number(record['evaluations'][-1]['distance'])} |" in text
     several = "dit-s-2-seed-1, s-seed-2, dit-s-2-seed-2, s-longer, dit-s-2-longer, dit-s-2-longer-seed-1, b, dit-b-2"
     assert f"Not measured yet: s-seed-1, {several}, " in text
-    assert "### LaMamba-S, 64 images, by flow matching" in text
+    assert "### LaMamba-S, 64 images, flow matching" in text
     assert "| distance at | 0.02 | 0.05 | 0.1 | 0.2 |" in text
     assert "Not measured yet: memorisation-dit-s-2, memorisation-nano, memorisation-emoji-64." in text
     assert "Not measured yet: speed." in text
@@ -527,7 +527,7 @@ def test_speed_is_that_of_a_gpu(whole: settings.Setting) -> None:
     shared = {**record, "curve": curve, "parts": parts}
     assert make_page.speed(shared) == 10.0
     lines = make_page.ablations({"s-flow": shared}, lambda name, draw: "")
-    assert any(line.startswith("| s-flow, by 1 and 4 GPUs | 1 | 10 |") for line in lines)
+    assert any(line.startswith("| s-flow, on 1 and 4 GPUs | 1 | 10 |") for line in lines)
     with pytest.raises(SystemExit, match="trained by several GPUs, and not to be compared by time"):
         make_page.comparison({"s-seed-0": shared}, lambda name, draw: "")
 
