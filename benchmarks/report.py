@@ -3,8 +3,7 @@
     python benchmarks/report.py             from the newest file of each device
     python benchmarks/report.py FILE...     from these files
 
-No number on the page is typed by hand. What the profile means is said in benchmarks/profile_notes.md, which the page
-takes in where there is a profile.
+No number on the page is typed by hand. benchmarks/profile_notes.md explains the profile, and is included after it.
 """
 
 import argparse
@@ -101,7 +100,7 @@ def growth(provider: str) -> Callable[[list[Record]], float | None]:
 
 @dataclass(frozen=True)
 class Target:
-    """A ratio to reach: at least `must`, or at most where `aim` is below it."""
+    """A ratio to reach: at least `must`, or at most `must` if `aim` is smaller."""
 
     what: str
     measure: Callable[[list[Record]], float | None]
@@ -109,11 +108,11 @@ class Target:
     aim: float
 
     def verdict(self, value: float) -> str:
-        """Say whether a value reaches what it must, or also what is aimed at."""
+        """Return "goal met", "target met" or "not yet"."""
         sign = 1 if self.aim > self.must else -1
         if sign * value >= sign * self.aim:
-            return "aim reached"
-        return "reached" if sign * value >= sign * self.must else "short"
+            return "goal met"
+        return "target met" if sign * value >= sign * self.must else "not yet"
 
 
 # Each is the images/s of LaMamba over the images/s of DiT: above 1, LaMamba is faster.
@@ -154,7 +153,7 @@ TARGETS = (
         )
         for case, batch in _MEMORY
     ),
-    Target("XL, time of a pixel, the longest up to 2048 px over 256 px", growth("lamamba"), 1.08, 1.0),
+    Target("XL, inference: longest time per pixel up to 2048 px, over that at 256 px", growth("lamamba"), 1.08, 1.0),
 )  # fmt: skip
 
 
@@ -177,7 +176,7 @@ def cell(record: Record | None) -> str:
 
 
 def target_table(records: list[Record]) -> list[str]:
-    """Hold what was measured against the targets; nothing where none of it was measured."""
+    """Compare the records with the targets; empty if none of the targets was measured."""
     rows = []
     for target in TARGETS:
         value = target.measure(records)
@@ -185,7 +184,7 @@ def target_table(records: list[Record]) -> list[str]:
             bound = "at least" if target.aim > target.must else "at most"
             must, aim = f"{bound} {target.must:.2f}", f"{target.aim:.2f}"
             rows.append([target.what, f"{value:.2f}", must, aim, target.verdict(value)])
-    return table(["", "measured", "target", "aim", ""], rows) if rows else []
+    return table(["", "measured", "target", "goal", "status"], rows) if rows else []
 
 
 def network_tables(records: list[Record]) -> list[str]:
@@ -254,7 +253,7 @@ def profile_table(records: list[Record]) -> list[str]:
         rows.append(row + ([number(least), f"{record.value / least:.1f}"] if least else ["", ""]))
     rows.append(["all", number(total), "100%", "", ""])
     lines = table(["operations", "ms", "share", "limit, ms", "times the limit"], rows)
-    return lines + ([f"The step takes {number(whole.value)} ms by the clock.", ""] if whole else [])
+    return lines + ([f"Measured as a whole, the step takes {number(whole.value)} ms.", ""] if whole else [])
 
 
 def cpu_table(records: list[Record]) -> list[str]:
@@ -265,7 +264,7 @@ def cpu_table(records: list[Record]) -> list[str]:
             ours = find(records, record.case, "lamamba", "ms")
             times = f"{record.value / ours.value:.1f}" if ours and ours is not record else ""
             rows.append([record.case, record.provider, str(record.batch), record.dtype, cell(record), times])
-    return table(["case", "way", "batch", "dtype", "ms", "times lamamba's"], rows)
+    return table(["case", "implementation", "batch", "dtype", "ms", "times as long as lamamba"], rows)
 
 
 def plot_speed(records: list[Record], path: Path) -> bool:
@@ -344,7 +343,9 @@ def gpu_section(run: Run, docs: Path, notes: str) -> list[str]:
         lines += [
             "### Targets",
             "",
-            'What this project wants to reach. "Short" means that it does not yet.',
+            "Each row compares LaMamba with a DiT of the same size in the same run, or LaMamba at two image sizes. A",
+            "speed over DiT of 2 means twice as many images/s. The target is what the project wants to reach next, and",
+            'the goal is what it wants in the end. "Not yet" means that the measured value does not reach the target.',
             "",
             *targets,
         ]
@@ -353,21 +354,27 @@ def gpu_section(run: Run, docs: Path, notes: str) -> list[str]:
     if resolution:
         picture = docs / "performance" / f"{run.slug}-resolution.png"
         plot_resolution(records, picture)
-        lines += ["### Resolution", "", "Inference of batches with equally many pixels at every size.", "", *resolution]
+        said = "Time of inference per image pixel. Batches have the same number of pixels at every image size."
+        lines += ["### Resolution", "", said, "", *resolution]
         lines += [f"![Time of a pixel over the size of the image](performance/{picture.name})", ""]
     scans = scan_table(records)
     if scans:
         copy = find(records, "copy", "pytorch", "gb_per_s")
         lines += ["### The scan alone", ""]
-        lines += ["GB/s counts the bytes that must move: every input and output once, over all four paths."]
-        lines += [f"A copy moves {cell(copy)} GB/s on this machine." if copy else "", "", *scans]
+        lines += [
+            "GB/s counts each input and output of all four paths once, which is the least that a scan has to move."
+        ]
+        lines += [f"On this machine, a plain copy reaches {cell(copy)} GB/s." if copy else "", "", *scans]
     profiled = profile_table(records)
     if profiled:
         lines += ["### Where a training step's time goes", ""]
         lines += [
-            "XL-256 by groups of operations. A limit is the time to move each operation's inputs and outputs once"
+            "A training step of XL-256, by groups of operations. The limit of a group is the time to move the inputs",
+            "and outputs of each operation once at the speed of a copy, or to compute its matrix products at the",
+            "measured peak.",
+            "",
+            *profiled,
         ]
-        lines += ["at the copy bandwidth, or to do its matrix products at the measured peak.", "", *profiled]
         lines += [notes.strip(), ""] if notes.strip() else []
     return lines
 
@@ -385,8 +392,8 @@ def write_page(runs: list[Run], docs: Path, notes: str = "") -> Path:
     """Write performance.md and its plots into a folder."""
     lines = [
         "# Performance", "",
-        "Made by `make performance` from the records in `benchmarks/results/`, which `make bench` writes.",
-        "Values are medians; in brackets, the 20th and 80th percentile of the repetitions.", "",
+        "`make performance` generates this page from the records in `benchmarks/results/`, which `make bench` writes.",
+        "Values are medians. Brackets show the 20th and 80th percentiles of the repetitions, where they differ.", "",
     ]  # fmt: skip
     for run in runs:
         lines += [*heading(run), *cpu_table(run.records)] if run.on_cpu else gpu_section(run, docs, notes)
