@@ -7,6 +7,8 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,10 @@ from PIL import Image
 from forked import run_python
 from lamamba import __version__
 from lamamba.checkpoint import checkpoints_in
-from lamamba.cli import main, read_train_config
-from lamamba.config import PRESETS
+from lamamba.cli import COMMANDS, main
+from lamamba.config import PRESETS, OptionReader, TrainConfig
+from lamamba.config.options import read_docstrings
+from lamamba.records import read_train_config
 
 TINY = [
     *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
@@ -91,19 +95,19 @@ def test_a_preset_sets_the_network_and_options_refine_it(tmp_path: Path, capsys:
         (["train", "--out", "OUT", "--batch-size", "0"], "batch_size is 0: it must be 1 or more"),
         (["train", "--out", "OUT", "--accumulate", "65"], "accumulate is 65: it must be at most batch_size 64"),
         (["train", "--out", "OUT", "--learning-rate", "0"], "learning_rate is 0"),
-        (["train", "--out", "OUT", "--scan", "spiral"], "spiral"),
+        (["train", "--out", "OUT", "--scan", "spiral"], "--scan takes continuous or raster, not 'spiral'"),
         (["train", "--out", "OUT", "--num-image", "5"], "--num-image"),
         (["train", "--out", "OUT", "stray"], "stray"),
         (["train", "--out"], "--out"),
         (["train"], "--out"),
-        (["sample"], "run folder"),
+        (["sample"], "CHECKPOINT"),
         (["train", "--out", "OUT", "--data", "OUT/none"], "OUT/none' is neither a known name nor an existing folder"),
         (["train", "--out", "OUT", "--data", "bultin"], "did you mean 'builtin'?"),
         (["train", "--out", "OUT", "--image-size", "64"], "image_size 64 does not fit data 'builtin'"),
         (["train", "--out", "OUT", "--channels", "2"], "--channels"),
         (["train", "--out", "OUT", "--device", "gpu"], "device 'gpu' cannot be used here"),
-        (["sample", "nano", "--size", "31"], "--size takes INT INT, not ['31'] (see lamamba sample --help)"),
-        (["sample", "nano", "--guidance", "x"], "--guidance takes FLOAT, not ['x']"),
+        (["sample", "nano", "--size", "31"], "--size takes 2 values (see lamamba sample --help)"),
+        (["sample", "nano", "--guidance", "x"], "--guidance takes a number, not 'x'"),
         (["sample", "nano", "--steps", "a"], "--steps takes a whole number, not 'a'"),
         (["train", "--out", "OUT", "--learning-rate", "b"], "--learning-rate takes a number, not 'b'"),
         (["sample", "nanno"], "'nanno' is neither a folder nor a preset: did you mean nano?"),
@@ -226,9 +230,13 @@ def test_a_terminal_is_told_of_loading(monkeypatch: pytest.MonkeyPatch, rank: st
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     main([])
-    assert "usage: lamamba COMMAND" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "usage: lamamba COMMAND" in shown
+    assert all(f"  {name} " in shown and command.summary in shown for name, command in COMMANDS.items())
     main(["prepare", "--help"])
-    assert "lamamba prepare dataset" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "lamamba prepare dataset" in shown
+    assert "finetune" not in shown
     main(["--version"])
     assert capsys.readouterr().out.strip() == __version__
     for command, option in (
@@ -287,8 +295,55 @@ print("heavy:", sorted({{"torch", "diffusers", "numpy", "matplotlib", "datasets"
     assert result.stderr == ""
 
 
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_help_is_well_set(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    command = COMMANDS[name]
+    with pytest.raises(SystemExit, match="0"):
+        OptionReader(command.config, name, command.example).read(["--help"])
+    shown = capsys.readouterr().out
+    assert f"example: {command.example}" in " ".join(shown.split())
+    assert re.search(r"default: (True|False|None|\))|{None", shown) is None
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= 80
+    for line, following in pairwise(lines):  # no line breaks where the next word would have fitted
+        words = following.split()
+        if line.startswith(" " * 26) and following.startswith(" " * 26):
+            assert len(line) + 1 + len(words[0]) > 78, (line, following)
+
+
+def test_a_default_is_shown_or_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "AdamW learning rate. (default: 0.0001)" in shown
+    assert "images seen. (default: 100,000)" in shown
+    assert "--cuda-graph, --no-cuda-graph On CUDA, launch the kernels of a step as one CUDA graph" in shown
+    assert "(default: on)" in shown
+    assert "log; the default is a 100th of the run. --sample-every" in shown
+    for command in COMMANDS.values():
+        texts, reader = read_docstrings(command.config), OptionReader(command.config, "")
+        unset = [entry.name for entry in fields(command.config) if entry.default is None and entry.name in texts]
+        silent = [name for name in unset if not re.search("default|[Ww]ithout", texts[name])]
+        assert (silent, bool(reader.choices)) == ([], True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "values"),
+    [
+        (["--num-images=2,000", "--batch_size", "5"], {"num_images": 2000, "batch_size": 5}),
+        (["--no-cuda-graph", "--cuda-graph", "--shard"], {"cuda_graph": True, "shard": True}),
+        (["--power-averages", "0.05", "0.1", "--channels", "3"], {"power_averages": (0.05, 0.1), "channels": 3}),
+        (["--power-averages", "--vae", "None"], {"power_averages": (), "vae": None}),
+    ],
+)
+def test_options_become_values(arguments: list[str], values: dict[str, object]) -> None:
+    config = OptionReader(TrainConfig, "train", defaults={"vae": Path("v")}).read(["--out", "x", *arguments])
+    assert config == TrainConfig(**{"out": Path("x"), "vae": Path("v"), **values})
+
+
 def test_importing_the_package_loads_nothing_and_prints_nothing() -> None:
-    script = "import lamamba, sys; print(sorted({'torch', 'diffusers', 'tyro', 'datasets'} & set(sys.modules)))"
+    script = "import lamamba, sys; print(sorted({'torch', 'diffusers', 'datasets'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert (result.stdout, result.stderr) == ("[]\n", "")
 

@@ -223,7 +223,7 @@ def test_resuming_names_what_the_run_began_with(
         with pytest.raises(SystemExit):
             main(["finetune", "nano", *options, "--out", str(tmp_path / "run"), "--resume"])
         said = capsys.readouterr().err
-        assert f"{tmp_path / 'run'} began with {tmp_path / 'before'}, not with nano" in said
+        assert f"{tmp_path / 'run'} started from {tmp_path / 'before'}, not from nano" in said
     main(["finetune", str(tmp_path / "before"), *options, "--out", str(tmp_path / "run"), "--resume"])
     assert f"starts from the averaged weights of {tmp_path / 'before'}" in capsys.readouterr().out
     assert len(checkpoints_in(tmp_path / "run")) > 0

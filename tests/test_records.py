@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from lamamba.checkpoint import CheckpointInfo, find_checkpoint, load_checkpoint, load_denoiser, shipped_weights
-from lamamba.cli import read_train_config
 from lamamba.config import TrainConfig
 from lamamba.errors import CheckpointError, DataError
 from lamamba.latents import Latents
 from lamamba.log import read_log
 from lamamba.model import LaMambaDiff
-from lamamba.records import MAX_BYTES, SchedulerRecord, parse_record, read_record
+from lamamba.records import MAX_BYTES, SchedulerRecord, parse_record, read_record, read_train_config
 from lamamba.saving import save_checkpoint
 from lamamba.train import plain
 from test_weights import TINY, build_autoencoder, build_dit

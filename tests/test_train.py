@@ -15,10 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lamamba import train as training
 from lamamba.checkpoint import checkpoints_in, load_checkpoint
-from lamamba.cli import main, read_train_config
+from lamamba.cli import main
 from lamamba.config import PRESETS, TrainConfig
 from lamamba.diffusion import Diffusion
 from lamamba.errors import LamambaError
+from lamamba.records import read_train_config
 from lamamba.train import _set_aside
 from lamamba.trainer import describe_weight_decay
 from steps import Replayed
@@ -130,11 +131,10 @@ def test_an_infinite_loss_stops_the_run_and_names_the_last_checkpoint(
 
     real = Diffusion.losses
     monkeypatch.setattr(Diffusion, "losses", losses_that_break)
-    from lamamba.cli import _parse, _train_defaults
-    from lamamba.config import TrainConfig
+    from lamamba.config import OptionReader, TrainConfig
 
     arguments = ["--out", str(tmp_path / "run"), *TINY, "--num-images", "16", "--max-skipped-steps", "1"]
-    config = _parse(TrainConfig, "train", arguments, _train_defaults(arguments))
+    config = OptionReader(TrainConfig, "train").read(arguments)
     with pytest.raises(LamambaError, match=r"gradient was not finite in 1 step in a row, at image 12.*000000000008"):
         module.train(config)
 

@@ -5,7 +5,9 @@ so that files of later versions and of diffusers can be read.
 """
 
 import json
+import os
 import re
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
@@ -14,6 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 from typing_extensions import TypedDict
 
+from lamamba.config import TrainConfig
 from lamamba.errors import CheckpointError, ConfigError, LamambaError
 
 MAX_BYTES = 64 << 20  # an index of a million shards or class names; also bounds what parsing allocates
@@ -120,6 +123,30 @@ def is_run(folder: Path) -> bool:
     """Say whether a folder is that of a run, with or without checkpoints; a network's has a config.json too."""
     path = folder / "config.json"
     return path.is_file() and _RunRecord.__optional_keys__ <= read_record(path, _RunRecord).keys()
+
+
+def read_train_config(path: Path) -> TrainConfig:
+    """Read the resolved configuration that a run wrote; raises CheckpointError."""
+    if not is_run(path.parent):
+        raise CheckpointError(f"{path} is not a run's configuration: it has no network, or no num_images")
+    config = read_record(path, TrainConfig)
+    moved = _find_paths(config, read_record(path, OriginRecord).get("paths", {}))
+    # What this command asks for, and not the run.
+    return replace(config, **moved, resume=False, fall_back=False, allow_changed=(), dry_run=False)
+
+
+def _find_paths(config: TrainConfig, recorded: Mapping[Any, str]) -> dict[str, Any]:
+    """Find the paths in a run's configuration that do not lead from this folder to where they did.
+
+    A relative path starts in the folder that the run was started in, whose place is recorded.
+    """
+    found = {}
+    for name, place in recorded.items():
+        value = getattr(config, name)
+        here = None if value is None else Path(value).expanduser()
+        if here and os.path.abspath(here) != place and (Path(place).exists() or not here.exists()):
+            found[name] = type(value)(place)
+    return found
 
 
 def _first_fault(fault: ValidationError) -> str:

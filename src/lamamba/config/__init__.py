@@ -13,6 +13,8 @@ from lamamba.config.network import PRESETS as PRESETS
 from lamamba.config.network import SIXTEEN_STATES as SIXTEEN_STATES
 from lamamba.config.network import NetworkConfig as NetworkConfig
 from lamamba.config.network import preset as preset
+from lamamba.config.options import Option as Option
+from lamamba.config.options import OptionReader as OptionReader
 from lamamba.config.planning import InfoConfig as InfoConfig
 from lamamba.config.planning import PlanConfig as PlanConfig
 from lamamba.config.publishing import ConvertConfig as ConvertConfig
@@ -30,6 +32,7 @@ from lamamba.config.tools import DoctorConfig as DoctorConfig
 from lamamba.config.tools import GridConfig as GridConfig
 from lamamba.config.tools import PlotConfig as PlotConfig
 from lamamba.config.training import AverageConfig as AverageConfig
+from lamamba.config.training import FinetuneConfig as FinetuneConfig
 from lamamba.config.training import Objective as Objective
 from lamamba.config.training import TrainConfig as TrainConfig
 from lamamba.config.training import WatchConfig as WatchConfig

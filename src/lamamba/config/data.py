@@ -4,30 +4,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
 from lamamba.config.checks import MAX_SIDE, check_range
+from lamamba.config.options import Option
 
 
 @dataclass(frozen=True)
 class PrepareImagenetConfig:
-    """Extract the official ImageNet files to folders that can be trained on; run again, it goes on."""
+    """Extract the official ImageNet files to folders for training; run the command again to continue."""
 
     out: Path
-    """Folder for train/ and validation/, with a folder for each class."""
+    """Folder for train/ and validation/, each with one folder per class."""
     train: Path | None = None
-    """ILSVRC2012_img_train.tar."""
+    """ILSVRC2012_img_train.tar; by default no training images are extracted."""
     validation: Path | None = None
-    """ILSVRC2012_img_val.tar."""
+    """ILSVRC2012_img_val.tar; by default no validation images are extracted."""
     devkit: Path | None = None
-    """ILSVRC2012_devkit_t12.tar.gz, which knows the classes of the validation images."""
+    """ILSVRC2012_devkit_t12.tar.gz, which lists the classes of the validation images; --validation requires it, without
+    it the default checks no class names."""
 
 
 @dataclass(frozen=True)
 class PrepareDatasetConfig:
     """Write a Hugging Face dataset's images to folders that can be trained on; run again, it goes on."""
 
-    dataset: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME|FOLDER")]
+    dataset: Annotated[str, Option(positional=True, metavar="NAME|FOLDER")]
     """A dataset of the hub, or a folder that datasets opens: parquet files, what save_to_disk wrote. A folder of images
     needs no preparing."""
     out: Path
@@ -35,7 +35,7 @@ class PrepareDatasetConfig:
     split: str = "train"
     """The split."""
     subset: str | None = None
-    """The subset (configuration), of a dataset that has several."""
+    """Subset (configuration) of a dataset that has several; the default is the only one."""
     image_column: str | None = None
     """Column with the images; the default is the only one of the type Image."""
     label_column: str | None = "auto"
@@ -49,32 +49,30 @@ class PrepareDatasetConfig:
 
 @dataclass(frozen=True)
 class PrepareEmojiConfig:
-    """Write the Noto emoji, 64 x 64 pixels on white, to folders that can be trained on; run again, it goes on."""
+    """Write the Noto emoji, 64x64 pixels on white, to folders for training; run the command again to continue."""
 
     out: Path
-    """Folder for the categories, a folder each."""
+    """Folder for the images, with one folder per category."""
     source: Path | None = None
-    """The tarball of the npm package emoji-datasource-google, or the folder it unpacks to; the default is to fetch it,
-    74 MB."""
+    """Tarball of the npm package emoji-datasource-google, or the unpacked folder; the default downloads it (74 MB)."""
 
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """Encode images to latents once, to train on them many times."""
+    """Encode images to latents once, to train on the latents."""
 
     data: str
-    """A folder of images, one subfolder a class or flat; or builtin, fashion-mnist."""
+    """A folder of images, flat or with one subfolder per class; builtin or fashion-mnist."""
     vae: Path
     """AutoencoderKL folder, as diffusers saves it."""
     out: Path
-    """Folder for the latents: shards and an index. Run again, what is missing in it is done."""
+    """Folder for the latents: shards and an index. Run the command again to write missing shards."""
     image_size: int | None = None
-    """Crop a folder's images to this many pixels square."""
+    """Crop the images of a folder to this many pixels square; the built-in images are 32 by default."""
     mirrored: bool = True
-    """Encode every image mirrored too, for --horizontal-flip in training, in twice as many files and as much time;
-    --no-mirrored leaves that out."""
+    """Also encode each image mirrored, for --horizontal-flip in training; this doubles the time and the files."""
     skip_bad_images: bool = False
-    """Leave images out that cannot be read, instead of stopping at the first."""
+    """Leave out images that cannot be read, instead of stopping at the first."""
     images_per_shard: int = 2048
     """Images in a file."""
     batch_size: int = 32
@@ -82,7 +80,7 @@ class EncodeConfig:
     num_workers: int = 4
     """Threads that read and decode images."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto takes the best there is."""
+    """cpu, cuda, cuda:1 or mps; auto uses the fastest one available."""
 
     def __post_init__(self) -> None:
         check_range("images_per_shard", self.images_per_shard, 1, 1_000_000)

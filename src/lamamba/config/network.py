@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import tyro
-
 from lamamba.config.checks import check, is_number, is_whole, nearest
+from lamamba.config.options import Option
 from lamamba.errors import ConfigError
 
 # Far beyond any network that was trained: they keep a wrong number, in an option or in a file, from taking hours or all
@@ -25,11 +24,11 @@ class NetworkConfig:
     """Geometry of the network; the defaults are the released XL at 256 px (LaMamba-Diff, arXiv 2408.02615)."""
 
     # What a training run takes from its data is not an option of the command line.
-    in_channels: Annotated[int, tyro.conf.Suppress] = 4
+    in_channels: Annotated[int, Option(hidden=True)] = 4
     """Channels of an image or latent."""
-    sample_size: Annotated[int, tyro.conf.Suppress] = 32
+    sample_size: Annotated[int, Option(hidden=True)] = 32
     """Height and width of the grid at training, in pixels of the image or latent."""
-    num_classes: Annotated[int, tyro.conf.Suppress] = 1000
+    num_classes: Annotated[int, Option(hidden=True)] = 1000
     """Classes; 0 is an unconditional network."""
     embed_dim: int = 320
     """Width of the first stage; the stages are 1, 2, 4 and 4 times as wide."""
@@ -48,21 +47,21 @@ class NetworkConfig:
     ssm_state_size: int = 1
     """States of each channel of the scan: 1 in the authors' released code, 16 where the paper counts operations."""
     ssm_dt_rank: int | None = None
-    """Rank of the scan's step size; None is a 16th of the block's width, rounded up."""
+    """Rank of the scan's step size; the default is a 16th of the block's width, rounded up."""
     ssm_conv_bias: bool = False
-    """Bias of the scan branch's 3x3 convolution."""
+    """Add a bias to the 3x3 convolution of the scan branch."""
     scan: Literal["continuous", "raster"] = "continuous"
     """Paths of the scan: serpentine, or row and column order."""
     mlp_ratio: float = 4.0
     """Hidden channels of the MLP over the width of its block."""
     downsample: Literal["merge", "conv"] = "merge"
-    """Merge 2x2 neighbours by norm and linear layer, or by a strided convolution."""
+    """Merge 2x2 neighbors with a norm and a linear layer, or with a strided convolution."""
     label_dropout: float = 0.1
     """Probability that training replaces a label by "no label", which guidance needs; 0 turns guidance off for good."""
     use_ssm: bool = True
-    """The scan branch of every block; --no-use-ssm leaves it out, for ablations."""
+    """Use the scan branch in every block; turn it off for ablations."""
     use_attention: bool = True
-    """The window attention branch of every block; --no-use-attention leaves it out, for ablations."""
+    """Use the window attention branch in every block; turn it off for ablations."""
 
     def __post_init__(self) -> None:
         for name, (least, most) in _RANGES.items():

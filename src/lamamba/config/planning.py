@@ -1,23 +1,23 @@
 """What is known before a run: `lamamba info` and `lamamba plan`."""
 
 from dataclasses import dataclass
-
-import tyro
+from typing import Annotated
 
 from lamamba.config.checks import MAX_IMAGES, check, check_range, check_size
+from lamamba.config.options import Option
 
 
 @dataclass(frozen=True)
 class InfoConfig:
     """Count parameters and multiply-adds, stage by stage."""
 
-    network: tyro.conf.Positional[str]
-    """A preset; or a run, a checkpoint, shipped weights (nano, emoji-64), a pipeline's folder, or user/name on the
-    hub."""
+    network: Annotated[str, Option(positional=True)]
+    """A preset, a run folder, a checkpoint folder, shipped weights (nano, emoji-64), a pipeline folder, or user/name on
+    the hub."""
     size: tuple[int, int] | None = None
-    """Height and width of the grid the network sees, in latents or pixels; the default is the training size."""
+    """Height and width of the network's input, in latents or pixels; the default is the training size."""
     ssm_state_size: int | None = None
-    """Count a preset with this many states instead of its own."""
+    """States of each channel of the scan, for a preset; the default is the preset's."""
 
     def __post_init__(self) -> None:
         check_size("size", self.size, most=4096)  # beyond, the order of its pixels alone takes gigabytes
@@ -25,34 +25,34 @@ class InfoConfig:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Predict the speed, memory and length of a training on a cluster, from what was measured on one and two GPUs."""
+    """Predict the speed, duration and memory of training on a cluster, from measurements on one and two GPUs."""
 
-    preset: tyro.conf.Positional[str]
-    """The network: nano, or s, b, l or xl at -256 or -512."""
+    preset: Annotated[str, Option(positional=True)]
+    """The network: nano, or s, b, l or xl with -256 or -512."""
     gpus: int = 8
-    """GPUs in all."""
+    """Total number of GPUs."""
     gpus_per_host: int = 8
-    """GPUs that NVLink joins."""
+    """GPUs in a host, connected by NVLink."""
     batch_size: int | None = None
-    """Images in a step of the optimizer, over all GPUs; the default is 32 a GPU."""
+    """Images per optimizer step over all GPUs; the default is 32 per GPU."""
     num_images: int = 400_000_000
-    """Length of the training: images seen in all."""
+    """Length of the training, in images seen."""
     shard: bool = False
-    """Share parameters, moments and averages among all GPUs."""
+    """Shard weights, optimizer state and EMAs across all GPUs."""
     power_averages: int = 0
-    """Averages that train --power-averages keeps."""
+    """Number of EMAs that train --power-averages keeps."""
     gpu: str = "H100"
-    """Words of the GPU's name; times are scaled by its peak TFLOP/s where it is not the measured one."""
+    """Part of the GPU's name. For other GPUs than the measured one, times are scaled by peak TFLOP/s."""
     gpu_memory_gib: float = 79.0
-    """Memory of a GPU, of which an H100 of 80 GB has 79."""
+    """Memory of a GPU; an 80 GB H100 has 79 GiB."""
     images_per_s: float | None = None
-    """Speed of one such GPU with its share of the batch, if you measured it."""
+    """Measured speed of one such GPU with its share of the batch; the default is predicted."""
     link_gbytes_per_s: float | None = None
-    """What a GPU sends to others in its host in a second; the default was measured, between two."""
+    """Bandwidth from a GPU to others in its host, in GB/s; the default was measured between two GPUs."""
     network_gbytes_per_s: float = 40.0
-    """What a GPU sends to other hosts in a second; 40 is four fifths of a card of 400 Gbit/s for each GPU."""
+    """Bandwidth from a GPU to other hosts, in GB/s; 40 is four fifths of one 400 Gbit/s card per GPU."""
     data_gbytes_per_s: float | None = None
-    """What a host reads of its disk or network in a second; the default is enough."""
+    """Bandwidth of a host's disk or network storage, in GB/s; by default reading is never the limit."""
 
     def __post_init__(self) -> None:
         for name, most in (("gpus", 1_000_000), ("gpus_per_host", 1_000_000), ("num_images", MAX_IMAGES)):

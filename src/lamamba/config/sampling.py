@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
 from lamamba.config.checks import MAX_IMAGES, MAX_SIDE, check, check_range, check_seed, check_size, is_number
+from lamamba.config.options import Option
 
 Sampler = Literal["ancestral", "ddim", "dpm++", "sde-dpm++", "unipc", "euler", "heun"]
 
@@ -16,12 +15,13 @@ Sampler = Literal["ancestral", "ddim", "dpm++", "sde-dpm++", "unipc", "euler", "
 class GuidanceOptions:
     """What guidance has beside its scale; the equations are at `lamamba.diffusion.guide`."""
 
-    interval: Annotated[tuple[float, float] | None, tyro.conf.arg(name="guidance-interval")] = None
-    """Guide only between these two noise levels, as noise over signal (arXiv 2404.07724)."""
-    cosine_power: Annotated[float, tyro.conf.arg(name="guidance-cosine-power")] = 0.0
+    interval: Annotated[tuple[float, float] | None, Option(name="guidance-interval")] = None
+    """Guide only between these two noise levels, given as noise over signal (arXiv 2404.07724); the default guides at
+    all levels."""
+    cosine_power: Annotated[float, Option(name="guidance-cosine-power")] = 0.0
     """Let guidance grow from none at full noise to its scale at none, along a cosine of this power: the higher, the
     later (MDT, arXiv 2303.14389, by default 4 there); 0 is the same scale throughout."""
-    rescale: Annotated[float, tyro.conf.arg(name="guidance-rescale")] = 0.0
+    rescale: Annotated[float, Option(name="guidance-rescale")] = 0.0
     """Bring the deviation of guided predictions back to that of unguided ones, by this much from 0, not at all, to 1
     (arXiv 2305.08891)."""
 
@@ -42,7 +42,7 @@ PLAIN_GUIDANCE = GuidanceOptions()
 class SamplingConfig:
     """What is sampled from, and how."""
 
-    checkpoint: tyro.conf.Positional[str]
+    checkpoint: Annotated[str, Option(positional=True)]
     """A run folder (its newest checkpoint), a checkpoint folder, shipped weights (nano, emoji-64); a folder that
     diffusers saved of a LaMambaDiffPipeline, a DiTPipeline or a DiTTransformer2DModel; or user/name, such a folder on
     the Hugging Face hub."""
@@ -52,15 +52,15 @@ class SamplingConfig:
     steps: int = 25
     """Steps of the sampler."""
     guidance: float | None = None
-    """Scale of classifier-free guidance, 1 is none; the default is 2, or 1 for a network that is
-    unconditional or was trained with --label-dropout 0."""
+    """Scale of classifier-free guidance; 1 turns it off. The default is 2, or 1 if the network is unconditional or was
+    trained with --label-dropout 0."""
     guidance_checkpoint: str | None = None
-    """Guide away from this weaker checkpoint, smaller or trained for less long, instead of away from the same network
-    without a label (autoguidance, arXiv 2406.02507)."""
-    guidance_options: tyro.conf.OmitArgPrefixes[GuidanceOptions] = PLAIN_GUIDANCE
-    """What guidance has beside its scale."""
+    """Guide away from this weaker checkpoint, which is smaller or less trained (autoguidance, arXiv 2406.02507). The
+    default guides away from the same network without a label."""
+    guidance_options: GuidanceOptions = PLAIN_GUIDANCE
+    """Guidance beyond its scale."""
     seed: int = 0
-    """Of the first image; image i has seed + i, up to 2^64 - 1."""
+    """Seed of the first image; image i uses seed + i, up to 2^64 - 1."""
     size: tuple[int, int] | None = None
     """Height and width in pixels; the default is the training size."""
     batch_size: int = 50
@@ -68,9 +68,9 @@ class SamplingConfig:
     vae: Path | None = None
     """AutoencoderKL folder that decodes latents; the default is the one the run was trained with."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
-    """Of the network's and the autoencoder's arithmetic; auto is bf16 on GPUs that have it."""
+    """Precision of the network and the autoencoder; auto uses bf16 on GPUs that support it."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto takes the best there is."""
+    """cpu, cuda, cuda:1 or mps; auto uses the fastest one available."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
@@ -93,7 +93,7 @@ class SampleConfig(SamplingConfig):
     out: Path = Path("grid.png")
     """The grid, a row for each class."""
     images_out: Path | None = None
-    """Folder for the single images too, each with its settings in the PNG's metadata."""
+    """Also write each image to this folder, with its settings in the PNG metadata; the default writes only the grid."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,9 +129,9 @@ class GenerateConfig(SamplingConfig):
 class EvaluateConfig:
     """Score generated images against a reference: FID and its relatives; docs/evaluation.md says what is measured."""
 
-    generated: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="GENERATED")]
+    generated: Annotated[str, Option(positional=True)]
     """A folder of images or a .npz of them (arr_0), as lamamba generate writes."""
-    reference: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="REFERENCE")]
+    reference: Annotated[str, Option(positional=True)]
     """A folder of images, a .npz of images or of published statistics (mu, sigma), or builtin (10,000 training images),
     fashion-mnist (60,000), fashion-mnist-test (the 10,000 others)."""
     features: str = "inception"
@@ -140,17 +140,17 @@ class EvaluateConfig:
     pixels: Literal["uint8", "float"] = "uint8"
     """What a TorchScript file takes: 0 to 255, or float32 from 0 to 1."""
     image_size: int | None = None
-    """Crop a folder's images to this many pixels square, as lamamba train does."""
+    """Crop the images of a folder to this many pixels square; the default is their own size."""
     nearest_images: int = 50_000
     """Images of each set, at most, for precision, recall, density and coverage: a choice by the seed."""
     seed: int = 0
-    """Of the subsets for the kernel distance and the parts for the inception score."""
+    """Seed of the subsets for KID and of the splits for the Inception score."""
     batch_size: int = 50
     """Images in the network at once."""
     out: Path = Path("scores.json")
     """The scores and what they are of."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto takes the best there is."""
+    """cpu, cuda, cuda:1 or mps; auto uses the fastest one available."""
 
     def __post_init__(self) -> None:
         check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
@@ -179,7 +179,7 @@ class DemoLimits:
 class DemoConfig:
     """Serve a page that samples in the browser and shows what the network sees, until Ctrl-C."""
 
-    checkpoints: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[CHECKPOINT ...]")] = (
+    checkpoints: Annotated[tuple[str, ...], Option(positional=True, metavar="[CHECKPOINT ...]")] = (
         "nano",
         "emoji-64",
     )
@@ -191,11 +191,11 @@ class DemoConfig:
     allowed_hosts: tuple[str, ...] = ()
     """Names by which browsers reach the page, such as demo.example.org, if it is behind another server."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto takes the best there is."""
+    """cpu, cuda, cuda:1 or mps; auto uses the fastest one available."""
     at_once: int = 2
     """Requests that run at the same time; others wait their turn."""
-    limits: tyro.conf.OmitArgPrefixes[DemoLimits] = DemoLimits()
-    """What a visitor can ask for at once."""
+    limits: DemoLimits = DemoLimits()
+    """Limits for each visitor."""
 
     def __post_init__(self) -> None:
         check(self.at_once >= 1, "at_once", self.at_once, "1 or more")

@@ -4,30 +4,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
 from lamamba.config.checks import check, check_range
+from lamamba.config.options import Option
 from lamamba.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """Say what of lamamba works on this machine, what does not, and what would help; exit code 1 is a fault."""
+    """Check what works on this machine and suggest what would help; the exit code is 1 if something is broken."""
 
     json: bool = False
-    """Print JSON, an object for each line: name, state (ok, note or fault), says, mend."""
+    """Print JSON, an object for each check, with name, state (ok, note or fault), says and mend."""
 
 
 @dataclass(frozen=True)
 class PlotConfig:
-    """Draw runs as they went: curves of all in one picture, and each one's samples as a filmstrip and a GIF."""
+    """Draw the curves of runs in one picture, and the samples of each run over time as a filmstrip and a GIF."""
 
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Run folders; they may still go on."""
+    runs: Annotated[tuple[Path, ...], Option(positional=True, metavar="RUN [RUN ...]")]
+    """Run folders; the runs may still be training."""
     out: Path = Path("plots")
-    """Folder for curves.png, and of each run with samples samples-NAME.png and samples-NAME.gif."""
+    """Folder for curves.png and, for each run with samples, samples-NAME.png and samples-NAME.gif."""
     frames: int = 8
-    """Sample grids in a filmstrip, at most."""
+    """Largest number of sample grids in a filmstrip."""
 
     def __post_init__(self) -> None:
         if not self.runs:
@@ -39,16 +38,16 @@ class PlotConfig:
 class GridConfig:
     """Arrange images of one size in a grid."""
 
-    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FOLDER|IMAGE ...")]
-    """Images, and folders with any number of them at any depth, in the order of their names."""
+    images: Annotated[tuple[Path, ...], Option(positional=True, metavar="FOLDER|IMAGE ...")]
+    """Images, and folders that are searched for images at any depth, sorted by name."""
     out: Path = Path("images.png")
     """The grid, a PNG file."""
     columns: int | None = None
-    """Images in a row; the default is about as many as there are rows."""
+    """Images in a row; by default the grid is about square."""
     rows: int | None = None
-    """Rows; the default is as many as the images need, and more images than fit are left out."""
+    """Rows; images that do not fit are left out. By default all images fit."""
     scale: int = 1
-    """How many times larger each pixel is drawn."""
+    """Factor by which to enlarge each pixel."""
     captions: bool = False
     """Write each image's name below it."""
 

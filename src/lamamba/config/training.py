@@ -1,14 +1,13 @@
 """`lamamba train` and what goes with a run: `finetune`, `average`, `watch`."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
-
-import tyro
+from typing import Annotated, Literal
 
 from lamamba.config.checks import MAX_IMAGES, MAX_SIDE, check, check_seed
 from lamamba.config.network import PRESETS, NetworkConfig
+from lamamba.config.options import Option
 
 Objective = Literal["diffusion", "flow"]
 
@@ -18,79 +17,80 @@ class TrainConfig:
     """Train a network on images; watch it in the run folder's loss.png and samples/."""
 
     out: Path
-    """Run folder: checkpoints, samples, logs and the resolved configuration."""
+    """Run folder for checkpoints, samples, logs and the resolved configuration."""
     preset: str = "nano"
-    """The network: nano, or s, b, l or xl at -256 or -512, with 16 states if -16-states follows."""
+    """The network: nano, or s, b, l or xl with -256 or -512, and -16-states for 16 states."""
     start_from: str | None = None
-    """A run, a checkpoint or shipped weights (nano, emoji-64) to begin with, as far as they fit: see lamamba
-    finetune."""
+    """Copy the weights that fit from this run, checkpoint or shipped weights (nano, emoji-64), as lamamba finetune
+    does; the default is fresh weights."""
     data: str = "builtin"
-    """builtin (10,000 Fashion-MNIST images), fashion-mnist (60,000), or a folder: of images, one subfolder a class or
-    flat, or of latents, by lamamba encode."""
+    """builtin (10,000 Fashion-MNIST images), fashion-mnist (60,000), a folder of images, flat or with one subfolder per
+    class, or a folder of latents that lamamba encode wrote."""
     data_folder: Path | None = None
-    """Where the files of fashion-mnist are; else Debian's package, else the Hugging Face hub."""
+    """Folder with the files of fashion-mnist; by default Debian's package, or a download from the Hugging Face hub."""
     image_size: int | None = None
-    """Crop a folder's images to this many pixels square."""
+    """Crop the images of a folder to this many pixels square; the default with --vae is the preset's size."""
     channels: Literal[1, 3] | None = None
-    """1 is grey, 3 colour; the default is colour for a folder or with --vae, else grey."""
+    """1 for grey, 3 for color; the default is color for a folder or with --vae, otherwise grey."""
     skip_bad_images: bool = False
     """Count and report images that cannot be read, instead of stopping at the first."""
     horizontal_flip: bool = False
-    """Mirror every other image, at random."""
+    """Mirror half of the images, chosen at random."""
     vae: Path | None = None
-    """Train on latents of this AutoencoderKL folder, as diffusers saves it; the default is pixels, or what --data was
-    encoded with."""
+    """Train on latents of this AutoencoderKL folder, as saved by diffusers; the default is pixels, or the autoencoder
+    that encoded --data."""
     objective: Objective = "diffusion"
-    """Noise prediction with learned variance, or flow matching."""
+    """diffusion predicts noise with learned variance; flow is flow matching."""
     min_snr_gamma: float = 0.0
-    """Weigh timesteps by their signal-to-noise ratio, up to this one (min-SNR, 5 in the paper); 0 weighs all alike."""
+    """Weight timesteps by their signal-to-noise ratio, clipped at this value (min-SNR; the paper uses 5); 0 weights all
+    equally."""
     num_images: int = 100_000
-    """Length of the training: images seen in all."""
+    """Length of the training, in images seen."""
     batch_size: int = 64
-    """Images in a step of the optimizer."""
+    """Images per optimizer step."""
     accumulate: int = 1
-    """Parts a batch is computed in, one after the other, to save memory; with several ranks, parts of each rank's
-    share. The gradient is the same."""
+    """Compute each batch in this many parts, one after the other, to save memory; with several ranks, each rank splits
+    its share. The gradient is the same."""
     learning_rate: float = 1e-4
-    """Of AdamW."""
+    """AdamW learning rate."""
     warmup_images: int = 0
-    """Images over which the learning rate rises from nothing, in equal steps."""
+    """Images over which the learning rate rises linearly from 0."""
     decay: Literal["none", "linear", "cosine"] = "none"
-    """How the learning rate falls from the end of its warm-up, to nothing at num_images; none keeps it."""
+    """Shape in which the learning rate falls to 0 between the warmup and --num-images; none keeps it constant."""
     weight_decay: float = 0.0
     """AdamW weight decay of matrices and convolution kernels; biases, norms, embeddings, A_log and D have none."""
     max_grad_norm: float = 1.0
-    """Clip the gradient to this norm; 0 never clips."""
+    """Clip the gradient to this norm; 0 turns clipping off."""
     max_skipped_steps: int = 10
-    """Steps are left out whose gradient is not finite; after so many in a row the run stops."""
+    """Stop after this many steps in a row whose gradient was not finite; such steps are skipped."""
     ema_decay: float = 0.9999
-    """Of the averaged weights, per step; starts lower, so that short runs average too."""
+    """Decay of the EMA of the weights per step; it starts lower, so that short runs are averaged too."""
     power_averages: tuple[float, ...] = ()
-    """Keep snapshots of averages of these relative lengths; say 0.05 0.1, of which lamamba average makes any other."""
+    """Keep snapshots of EMAs with these relative lengths, such as 0.05 0.1; lamamba average makes an EMA of any length
+    from them. The default keeps none."""
     snapshot_every: int | None = None
     """Images between two of these snapshots; the default is a 20th of the run."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
-    """Of the network's arithmetic; auto is bf16 on GPUs that have it. Weights are always float32."""
+    """Precision of the network; auto uses bf16 on GPUs that support it. Weights are always float32."""
     shard: bool = False
-    """Leave each process a part of the weights, their gradients, moments and averages (FSDP2), for networks that do not
-    fit one GPU otherwise; slower, and without CUDA graphs."""
+    """Shard weights, gradients, optimizer state and EMAs across ranks (FSDP2), for networks that do not fit on one GPU;
+    slower, and without CUDA graphs."""
     cuda_graph: bool = True
-    """On CUDA, launch a step's kernels all at once, so that the GPU never waits for Python; --no-cuda-graph launches
-    them one by one."""
+    """On CUDA, launch the kernels of a step as one CUDA graph, so that the GPU never waits for Python."""
     compile: bool = False
-    """torch.compile the network too; the first step then takes minutes."""
+    """Also compile the network with torch.compile; the first step then takes minutes."""
     gradient_checkpointing: bool = False
-    """Keep fewer activations and compute them twice."""
+    """Save memory by computing activations twice."""
     seed: int = 0
-    """Of initialisation, order of the images, and noise."""
+    """Seed of the initial weights, the order of images, and the noise."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto takes the best there is."""
+    """cpu, cuda, cuda:1 or mps; auto uses the fastest one available."""
     num_workers: int = 0
-    """Processes that read and decode the images of a folder."""
+    """Processes that read and decode images of a folder."""
     tracker: Literal["none", "wandb", "trackio"] = "none"
-    """Log to Weights & Biases or trackio too, where that is installed; TensorBoard's files are always written."""
+    """Also log to Weights & Biases or trackio, which must be installed; TensorBoard files are always written."""
     project: str = "lamamba"
-    """The tracker's project."""
+    """Project name for the tracker."""
     log_every: int | None = None
     """Images between two lines of the log; the default is a 100th of the run."""
     sample_every: int | None = None
@@ -98,21 +98,21 @@ class TrainConfig:
     checkpoint_every: int | None = None
     """Images between two checkpoints; the default is a 10th of the run."""
     keep_checkpoints: int = 2
-    """Checkpoints to keep, the newest; 0 keeps all."""
+    """Number of newest checkpoints to keep; 0 keeps all."""
     sample_steps: int = 25
-    """Steps of the sampler for sample grids."""
+    """Sampler steps for sample grids."""
     sample_guidance: float = 2.0
     """Guidance scale of sample grids."""
     resume: bool = False
     """Continue the run in --out from its last checkpoint, if there is one; options not given again are the run's."""
     allow_changed: tuple[Literal["data", "vae"], ...] = ()
-    """Resume although the data, or the autoencoder, differ from those at the start of the run."""
+    """Resume even if the data or the autoencoder changed since the start of the run; the default refuses."""
     fall_back: bool = False
-    """Resume from the newest checkpoint that is whole, where the last one is damaged."""
+    """Resume from the newest intact checkpoint if the last one is damaged."""
     dry_run: bool = False
     """Print the resolved configuration and stop."""
-    network: tyro.conf.OmitArgPrefixes[NetworkConfig] = PRESETS["nano"]
-    """The preset's options, each of which can be given."""
+    network: NetworkConfig = PRESETS["nano"]
+    """Network options; --preset sets their defaults."""
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -152,30 +152,42 @@ class TrainConfig:
         )  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainConfig):
+    """Train a network, starting from the weights of a checkpoint, which also sets the network options."""
+
+    start_from: Annotated[str, Option(positional=True, metavar="CHECKPOINT")] = field()
+    """A run, a checkpoint, shipped weights (nano, emoji-64), a pipeline folder, or user/name on the hub."""
+    preset: Annotated[str, Option(hidden=True)] = "nano"
+    """Where the network is from."""
+    network: NetworkConfig = PRESETS["nano"]
+    """Network options; CHECKPOINT sets their defaults (below: those of nano)."""
+
+
 @dataclass(frozen=True)
 class AverageConfig:
-    """Make an average of the weights of any length from a run's snapshots (train --power-averages)."""
+    """Make an EMA of any length from the snapshots of a run (train --power-averages)."""
 
-    run: tyro.conf.Positional[Path]
-    """The run folder; the run may still go on."""
+    run: Annotated[Path, Option(positional=True)]
+    """Run folder; the run may still be training."""
     sigma_rel: float
-    """Standard deviation of the average's profile over the training up to there, such as 0.07."""
+    """Length of the EMA: the standard deviation of its weights over the training so far, such as 0.07."""
     out: Path
-    """Folder for the weights, for lamamba sample."""
+    """Folder for the weights, which lamamba sample reads."""
     images: int | None = None
-    """Images seen at one of the snapshots; the default is the newest."""
+    """Number of images seen at the snapshot to end with; the default is the newest snapshot."""
 
 
 @dataclass(frozen=True)
 class WatchConfig:
-    """Follow a run: its loss, speed and last checkpoint."""
+    """Show the loss, speed and last checkpoint of a run, and keep them up to date."""
 
-    run: tyro.conf.Positional[Path]
-    """The run folder."""
+    run: Annotated[Path, Option(positional=True)]
+    """Run folder."""
     every: float = 2.0
-    """Seconds between two looks at it."""
+    """Seconds between two updates."""
     once: bool = False
-    """Show it once and stop."""
+    """Show the state once and stop."""
 
     def __post_init__(self) -> None:
         check(0 < self.every <= 86400, "every", self.every, "above 0, at most 86,400")

@@ -26,10 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from lamamba.config import PrepareEmojiConfig
 from lamamba.data.decoding import decode_image
 from lamamba.data.preparing import SplitCounts, is_there, list_names, make_folder, progress_bars, rename, using
 from lamamba.errors import DataError
 from lamamba.files import TEMPORARY
+from lamamba.output import say
 
 PACKAGE = "emoji-datasource-google"
 REGISTRY = "https://registry.npmjs.org"
@@ -68,6 +70,13 @@ class EmojiCounts(SplitCounts):
     """
 
     images_of_class: dict[str, int]
+
+
+def prepare(config: PrepareEmojiConfig) -> None:
+    """Run `lamamba prepare emoji`: write the emoji, and print the counts; raises as `prepare_emoji` does."""
+    counts = prepare_emoji(**vars(config))
+    say(f"{config.out}: {counts.num_classes} classes, {counts.describe_images()}")
+    say(", ".join(f"{name} {number:,}" for name, number in counts.images_of_class.items()))
 
 
 def prepare_emoji(out: Path, *, source: Path | None = None, expected: Expected = NOTO) -> EmojiCounts:

@@ -24,12 +24,13 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from lamamba.config import PrepareDatasetConfig
 from lamamba.data.decoding import FORMATS, decode_image
 from lamamba.data.folders import list_images_below
 from lamamba.data.preparing import SplitCounts, is_there, list_names, make_folder, progress_bars, rename, using
 from lamamba.errors import ConfigError, DataError
 from lamamba.files import TEMPORARY, flush, write_text, written_whole
-from lamamba.output import make_console
+from lamamba.output import make_console, say
 from lamamba.records import read_record
 
 RECORD = "dataset.json"
@@ -66,6 +67,17 @@ class _Classes:
     names: dict[int, str]
     folders: dict[int, str]
     labels: list[int]
+
+
+def prepare(config: PrepareDatasetConfig) -> None:
+    """Run `lamamba prepare dataset`: write the images, and print the counts; raises as `prepare_dataset` does."""
+    counts = prepare_dataset(**vars(config))
+    folder = config.out / config.split
+    classes = {0: "no classes", 1: "1 class"}.get(counts.num_classes, f"{counts.num_classes:,} classes")
+    left_out = f", {len(counts.left_out):,} left out ({RECORD} says why)" if counts.left_out else ""
+    say(f"{folder}: {classes}, {counts.describe_images()}{left_out}")
+    if counts.renumbered:
+        say(f"training numbers classes in the order of their folders, unlike the dataset: {folder / RECORD} has both")
 
 
 def prepare_dataset(

@@ -24,8 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from lamamba.config import PrepareImagenetConfig
 from lamamba.data.preparing import SplitCounts, is_there, list_names, make_folder, progress_bars, rename, using
 from lamamba.errors import ConfigError, DataError
+from lamamba.output import say
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VALIDATION_TAR = "ILSVRC2012_img_val.tar"
@@ -51,6 +53,12 @@ class Expected:
 
 
 ILSVRC2012 = Expected(num_classes=1000, num_train=1_281_167, num_validation_per_class=50)
+
+
+def prepare(config: PrepareImagenetConfig) -> None:
+    """Run `lamamba prepare imagenet`: extract, and print the counts; raises as `prepare_imagenet` does."""
+    for split, count in prepare_imagenet(**vars(config)).items():
+        say(f"{config.out / split}: {count.num_classes:,} classes, {count.describe_images()}")
 
 
 def prepare_imagenet(
