@@ -1,7 +1,6 @@
 """`lamamba sample`: from a checkpoint to PNG files that say how they were made."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,7 @@ from lamamba.cli import main
 from lamamba.config import SamplingConfig
 from lamamba.demo.settings import label_names, read_guidance
 from lamamba.diffusion import Diffusion
-from lamamba.errors import ConfigError
-from lamamba.generate import Painter, parse_labels
+from lamamba.generate import Painter
 from lamamba.latents import Pixels
 from lamamba.model import LaMambaDiff
 from lamamba.pipeline import LaMambaDiffPipeline
@@ -278,25 +276,6 @@ def test_places_that_cannot_be_written_are_one_line(
     (tmp_path / "grid.png").mkdir()
     refused(capsys, run, tmp_path, "--labels", "0", message=f"{tmp_path / 'grid.png'} could not be written")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "grid.png"], "no temporary file is left"
-
-
-def test_labels_by_number_and_name() -> None:
-    assert parse_labels("2, cat,DOG,3", 3, CLASS_NAMES) == [2, 0, 1, 3]
-    assert parse_labels(None, 1000, ()) == list(range(10))
-    assert parse_labels(None, 0, ()) == [0]
-    with pytest.raises(ConfigError, match="give numbers from 0 to 999"):
-        parse_labels("cat", 1000, ())
-
-
-def test_a_name_wins_over_a_number() -> None:
-    assert parse_labels("7,3", 2, ("3", "7")) == [1, 0]
-    assert parse_labels("0,2,3", 3, ("2", "1", "0")) == [2, 0, 3], "3 is no name, and the number of no label"
-    assert parse_labels("a,A,b", 3, ("A", "B", "a")) == [2, 0, 1], "the case decides where it must"
-    for part, hint in (("0", "there are 3, 7"), ("17", "did you mean 7?"), ("-1", "there are 3, 7")):
-        with pytest.raises(ConfigError, match=f"no class is named '{part}': .*{re.escape(hint)}$"):
-            parse_labels(part, 2, ("3", "7"))
-    with pytest.raises(ConfigError, match="a number is a name"):
-        parse_labels("0", 2, ("3", "cat"))
 
 
 def test_classes_named_by_numbers_are_shown_with_their_labels(

@@ -10,8 +10,9 @@ from torch import Tensor
 from lamamba.config import GuidanceOptions
 from lamamba.diffusion import OBJECTIVES, Diffusion
 from lamamba.errors import ConfigError
+from lamamba.labels import choose_guidance
 from lamamba.model import LaMambaDiff
-from lamamba.sampling import choose_device, choose_guidance, make_grid, sample
+from lamamba.sampling import choose_device, make_grid, sample
 
 LABELS, SEEDS = [0, 1, 2, 0, 1, 2, 3, 1], [5, 6, 7, 8, 9, 10, 11, 12]
 

@@ -196,9 +196,7 @@ def test_samplers_keep_their_timesteps_for_any_number_of_steps(objective: str, s
 
 
 def test_the_method_that_made_schedulers_still_works() -> None:
-    with pytest.warns(
-        DeprecationWarning, match="deprecated: call lamamba.make_scheduler"
-    ):
+    with pytest.warns(DeprecationWarning, match="deprecated: call lamamba.make_scheduler"):
         scheduler = Diffusion().scheduler("ddim", 20)
     assert torch.equal(scheduler.timesteps, make_scheduler(Diffusion(), "ddim", 20).timesteps)
 

@@ -27,28 +27,25 @@ from torch import Tensor
 from lamamba import __version__
 from lamamba.captured import CapturedNetwork
 from lamamba.checkpoint import CheckpointInfo, LoadedDenoiser, load_denoiser, locked, write_json
-from lamamba.config import GenerateConfig, SampleConfig, SamplingConfig, nearest
+from lamamba.config import GenerateConfig, SampleConfig, SamplingConfig
 from lamamba.config.checks import MAX_GRID_PIXELS, check_seed
 from lamamba.diffusion import OBJECTIVES
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import checksum, written_whole
+from lamamba.labels import Labels, choose_guidance, why_unguided
 from lamamba.latents import IMAGE_CHANNELS, Latents, identify_autoencoder, open_space
 from lamamba.npz import opened_array
 from lamamba.output import make_console, make_progress, say
 from lamamba.processes import Processes, joined
 from lamamba.records import read_record
 from lamamba.sampling import (
-    check_labels,
     choose_device,
-    choose_guidance,
     make_grid,
     sample,
     uses_bf16,
-    why_unguided,
 )
 from lamamba.schedulers import make_scheduler
 from lamamba.signals import SignalsNoted
-from lamamba.streams import visible
 
 SAMPLES, GENERATION = "samples.npz", "generation.json"
 COMPILE_FROM = 10_000 * 256**2  # decoded pixels; benchmarks/sampling.py has what a start takes
@@ -107,6 +104,11 @@ class Painter:
         # Before the work: a sampler that does not fit should not cost a minute.
         scheduler = make_scheduler(self.objective, self.sampler, config.steps, clip_sample=self.space.bounded)
         self.evaluations, self.clips = len(scheduler.timesteps), bool(scheduler.config.get("thresholding"))
+
+    @property
+    def labels(self) -> Labels:
+        """The labels by name and number."""
+        return Labels(self.num_classes, dict(enumerate(self.info.class_names)))
 
     def say_unguided(self) -> None:
         """Print why there is no guidance by default, though there are labels."""
@@ -179,7 +181,7 @@ def sample_grid(config: SampleConfig) -> None:
         LamambaError: the checkpoint, a label, the sampler or a path is at fault.
     """
     painter = Painter(config, choose_device(config.device))
-    classes = parse_labels(config.labels, painter.num_classes, painter.info.class_names)
+    classes = painter.labels.parse(config.labels)
     sides = painter.size or (painter.network.config.sample_size,) * 2
     pixels_of_grid = len(classes) * config.num_per_label * sides[0] * sides[1] * painter.space.factor**2
     if pixels_of_grid > MAX_GRID_PIXELS:
@@ -201,7 +203,7 @@ def sample_grid(config: SampleConfig) -> None:
         for index, (image, label, seed) in enumerate(zip(pixels, labels, seeds, strict=True)):
             path = config.images_out / f"{index:06d}.png"
             _save(_picture(image), path, {**settings, "label": label, "seed": seed})
-    named = ", ".join(label_name(label, painter.num_classes, painter.info) for label in classes)
+    named = ", ".join(painter.labels.name(label) for label in classes)
     drawn = f"{len(labels)} image{'s' * (len(labels) != 1)} ({named})"
     say(f"{drawn} · {painter.sampler}, {config.steps} steps", f"grid   {config.out}")
     if config.images_out is not None:
@@ -268,7 +270,7 @@ def _labels_of_set(config: GenerateConfig, painter: Painter) -> Callable[[range]
     if config.labels in ("balanced", "random"):
         classes = list(range(max(1, painter.num_classes)))
     else:
-        classes = parse_labels(config.labels, painter.num_classes, painter.info.class_names)
+        classes = painter.labels.parse(config.labels)
     return lambda places: [classes[place % len(classes)] for place in places]
 
 
@@ -436,45 +438,6 @@ def _load_weaker(checkpoint: str, info: CheckpointInfo) -> LoadedDenoiser:
             f"{info.objective!r}: guide by one trained alike"
         )
     return weaker
-
-
-def parse_labels(text: str | None, num_classes: int, class_names: tuple[str, ...]) -> list[int]:
-    """Read labels given by name or number, separated by commas; None is all classes, at most the first 10.
-
-    A name wins over a number. Where a class is named by a number, numbers are names throughout, but for the number of
-    "no label": in folders 1, 2 and 3, "2" is not the third.
-
-    Raises:
-        ConfigError: a label is unknown or out of range.
-    """
-    if text is None:
-        return list(range(min(num_classes, 10))) if num_classes else [0]
-    if not text.strip():
-        raise ConfigError("labels is empty: give names or numbers, separated by commas")
-    exact = {visible(name): index for index, name in enumerate(class_names)}  # as they are printed
-    lower = {name.lower(): index for name, index in exact.items()}
-    numbers_are_names = any(name.isdecimal() for name in class_names)
-    labels = []
-    for part in (visible(part.strip()) for part in text.split(",")):
-        named = exact.get(part, lower.get(part.lower()))
-        if named is not None:
-            labels.append(named)
-        elif part.removeprefix("-").isdecimal() and (not numbers_are_names or int(part) == num_classes):
-            labels.append(int(part))
-        else:
-            numbers = f"give numbers from 0 to {num_classes - 1}" if num_classes else "this network is unconditional"
-            why = "classes are named by numbers here, so a number is a name; " if part.isdecimal() else ""
-            raise ConfigError(f"no class is named {part!r}: {why + nearest(part, lower) if lower else numbers}")
-    check_labels(labels, num_classes)
-    return labels
-
-
-def label_name(label: int, num_classes: int, info: CheckpointInfo) -> str:
-    """Name a label for people, with its number where the name is another number."""
-    if label == num_classes:
-        return "no label"
-    name = visible(info.class_names[label]) if label < len(info.class_names) else str(label)
-    return f"{name} = label {label}" if name.isdecimal() and name != str(label) else name
 
 
 def _make_folders(config: SampleConfig) -> None:

@@ -1,6 +1,5 @@
 """The pipeline for diffusers: a network, a scheduler, perhaps an autoencoder, and the names of the labels."""
 
-import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,22 +15,22 @@ from torch import Tensor
 
 from lamamba.captured import CapturedNetwork
 from lamamba.checkpoint import load_checkpoint, locate
-from lamamba.config import GuidanceOptions, nearest
+from lamamba.config import GuidanceOptions
 from lamamba.config.checks import MAX_SIDE, check, is_number, is_whole
 from lamamba.data.decoding import convert_given
 from lamamba.diffusion import NUM_TIMESTEPS, OBJECTIVES, guide
 from lamamba.errors import ConfigError
 from lamamba.files import utf8_path
 from lamamba.hub import fetch
+from lamamba.labels import Labels, check_no_label, choose_guidance, why_unguided
 from lamamba.latents import IMAGE_CHANNELS, Latents, Pixels, check_autoencoder
 from lamamba.memory import in_parts
 from lamamba.model import LaMambaDiff
-from lamamba.sampling import as_whole, check_no_label, choose_guidance, seeded, slerp, slerp_weights, why_unguided
+from lamamba.sampling import seeded, slerp, slerp_weights
 from lamamba.schedulers import Steps, check_scheduler, make_scheduler, open_scheduler
 from lamamba.weights import PIPELINE_INDEX
 
 Label = str | int | Mapping[str | int, float] | Tensor | None
-Labels = Label | Sequence[Label] | np.ndarray
 _MAX_IMAGES = 10_000  # of a label in one call, which holds all of them in memory
 _MOVING = threading.RLock()  # held while models move between devices during a call
 
@@ -151,7 +150,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Labels = None,
+        class_labels: Label | Sequence[Label] | np.ndarray = None,
         num_inference_steps: int = 25,
         guidance_scale: float | None = None,
         *,
@@ -443,7 +442,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
     def _config_of_network(self, name: str) -> int:
         return int(self.network.config[name])
 
-    def _conditions(self, labels: Labels) -> list[list[float]]:
+    def _conditions(self, labels: Label | Sequence[Label] | np.ndarray) -> list[list[float]]:
         """Weights of each label's row, the last being "no label", for each image."""
         if isinstance(labels, np.ndarray):
             labels = torch.from_numpy(labels) if labels.dtype.kind in "iuf" else labels.tolist()
@@ -452,50 +451,13 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         several = labels if isinstance(labels, Sequence) and not isinstance(labels, str) else [labels]
         if not several:
             raise ConfigError("class_labels is empty: give one or more, or None for no label")
-        conditions = [self._condition(label) for label in several]
+        known = Labels(
+            self._config_of_network("num_classes"), {int(k): name for k, name in self.config.id2label.items()}
+        )
+        conditions = [known.weights(label) for label in several]
         if any(row[-1] for row in conditions):
             check_no_label(self.network.config)
         return conditions
-
-    def _condition(self, label: Label) -> list[float]:
-        number = self._config_of_network("num_classes")
-        if isinstance(label, np.ndarray | Tensor) and label.ndim:
-            row = torch.as_tensor(label)
-            if row.shape != (number + 1,) or not row.isfinite().all():
-                raise ConfigError(
-                    f"a label's weights are {tuple(row.shape)}: give {(number + 1,)} finite ones, or labels as whole "
-                    "numbers"
-                )
-            return [float(weight) for weight in row]
-        weights = [0.0] * (number + 1)
-        if label is None:
-            weights[number] = 1.0
-        elif isinstance(label, Mapping):
-            total = sum(map(float, label.values())) if all(map(_is_weight, label.values())) else 0.0
-            if not 0 < total < math.inf:
-                raise ConfigError(f"the mixture {dict(label)} has no weights: give each label one, 0 or more")
-            for part, weight in label.items():
-                weights[self._number(part)] += float(weight) / total
-        else:
-            weights[self._number(label)] = 1.0
-        return weights
-
-    def _number(self, label: Any) -> int:
-        number = self._config_of_network("num_classes")
-        if isinstance(label, str):
-            lower = {name.lower(): value for name, value in self.labels.items()}
-            found = self.labels.get(label, lower.get(label.lower()))
-            if found is None:
-                mend = nearest(label.lower(), lower) if lower else f"give numbers from 0 to {number - 1}"
-                raise ConfigError(f"no class is named {label!r}: {mend}")
-            return found
-        whole = as_whole(label)
-        if whole is None:
-            raise ConfigError(f"label {label!r} is neither a name nor a whole number: give one of these")
-        if not 0 <= whole <= number:
-            allowed = f"use 0 to {number - 1}, or {number} for no label" if number else "this network is unconditional"
-            raise ConfigError(f"label {whole} is out of range: {allowed}")
-        return whole
 
     def _generators(
         self, generator: torch.Generator | Sequence[torch.Generator] | None, number: int
@@ -562,13 +524,6 @@ def _check_whole(name: str, value: Any, most: int | None = None) -> None:
     check(is_whole(value), name, value, "a whole number")
     check(value >= 1, name, value, "1 or more")
     check(most is None or value <= most, name, value, f"{most} or less")
-
-
-def _is_weight(value: Any) -> bool:
-    try:
-        return 0 <= float(value) < math.inf
-    except (TypeError, ValueError):
-        return False
 
 
 def _one_each(name: str, tensors: Tensor, number: int) -> Tensor:

@@ -22,13 +22,14 @@ from lamamba.config import PushConfig, SamplingConfig
 from lamamba.data.fashion_mnist import HUB_REPOSITORY
 from lamamba.errors import CheckpointError, ConfigError, DataError
 from lamamba.files import TEMPORARY, permit, write_text
-from lamamba.generate import Painter, paint_with_bar, parse_labels
+from lamamba.generate import Painter, paint_with_bar
 from lamamba.hub import make_repository, send
+from lamamba.labels import why_unguided
 from lamamba.latents import IMAGE_CHANNELS, Latents
 from lamamba.output import say
 from lamamba.pipeline import LaMambaDiffPipeline
 from lamamba.records import read_record
-from lamamba.sampling import choose_device, make_grid, why_unguided
+from lamamba.sampling import choose_device, make_grid
 from lamamba.streams import visible
 from lamamba.weights import PIPELINE_INDEX, class_of
 
@@ -122,7 +123,7 @@ def _draw(folder: Path, config: PushConfig) -> list[int]:
         return []
     painter = Painter(SamplingConfig(checkpoint=str(folder)), choose_device(config.device))
     painter.say_unguided()
-    rows = parse_labels(None, painter.num_classes, ())
+    rows = painter.labels.parse(None)
     labels = [label for label in rows for _ in range(config.num_per_label)]
     pixels = paint_with_bar(painter, labels, range(len(labels)))
     make_grid(pixels, config.num_per_label, scale=max(1, 64 // pixels.shape[-1])).save(folder / PICTURE)

@@ -1,8 +1,7 @@
 """From labels and seeds to images: the loop around a scheduler, and pictures to look at."""
 
-import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from lamamba.config.checks import check, check_seed, is_number
 from lamamba.diffusion import Objective, guide
 from lamamba.dit import DiT
 from lamamba.errors import ConfigError
+from lamamba.labels import check_no_label, check_numbers, choose_guidance
 from lamamba.model import LaMambaDiff
 from lamamba.schedulers import STOCHASTIC_SAMPLERS, make_scheduler
 
@@ -66,7 +66,7 @@ def sample(
         ConfigError: a label or the number of steps is out of range, the sampler does not go with the objective,
             the network cannot be guided or has not learned "no label", or the weaker network does not go with it.
     """
-    labels = check_labels(labels, network.config.num_classes)
+    labels = check_numbers(labels, network.config.num_classes)
     if not 0 < len(labels) == len(seeds):
         raise ConfigError(f"there are {len(labels)} labels and {len(seeds)} seeds: give one of each for every image")
     check(is_number(guidance_scale), "guidance_scale", guidance_scale, "a number, 1 for no guidance")
@@ -141,69 +141,6 @@ def uses_bf16(precision: Literal["auto", "float32", "bf16"], device: torch.devic
     """Say whether to compute in bfloat16: "auto" does on GPUs that have it."""
     has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return precision == "bf16" or (precision == "auto" and has_it)
-
-
-DEFAULT_GUIDANCE = 2.0
-
-
-def why_unguided(config: Any) -> str | None:
-    """Say why a network of this configuration cannot be guided away from "no label"; None if it can."""
-    if not config.num_classes:
-        return "guidance needs labels, and this network is unconditional"
-    if not getattr(config, "label_dropout", True):  # what has no such option was trained with some
-        return 'this network was trained with label_dropout 0, so it has never seen "no label", which guidance needs'
-    return None
-
-
-def choose_guidance(config: Any, scale: float | None, by_weaker: bool = False) -> float:
-    """Choose the guidance scale.
-
-    Args:
-        config: the network's.
-        scale: wanted, 1 for none; None is the default, none for a network that cannot be guided.
-        by_weaker: guide away from a weaker network, not from "no label".
-
-    Raises:
-        ConfigError: guidance is wanted of a network that cannot be guided.
-    """
-    why = None if by_weaker else why_unguided(config)
-    if why and scale not in (None, 1):
-        raise ConfigError(f"{why}: leave guidance_scale at 1, or guide by a weaker network, not {scale}")
-    return scale if scale is not None else 1.0 if why else DEFAULT_GUIDANCE
-
-
-def check_no_label(config: Any) -> None:
-    """Raise ConfigError where "no label" is wanted of a network that has labels and was never trained without."""
-    if config.num_classes and why_unguided(config):
-        raise ConfigError(
-            'this network was trained with label_dropout 0, so it has never seen "no label": give one of its '
-            f"{config.num_classes} classes"
-        )
-
-
-def check_labels(labels: Sequence[Any], num_classes: int) -> list[int]:
-    """Return labels as ints; raise ConfigError unless all are whole numbers of a class or of "no label"."""
-    whole = [as_whole(label) for label in labels]
-    if None in whole:
-        raise ConfigError(f"label {labels[whole.index(None)]!r} is not a whole number: give the number of a class")
-    numbers = [label for label in whole if label is not None]
-    wrong = [label for label in numbers if not 0 <= label <= num_classes]
-    if wrong and num_classes:
-        raise ConfigError(
-            f"label {wrong[0]} is out of range: use 0 to {num_classes - 1}, or {num_classes} for no label"
-        )
-    if wrong:
-        raise ConfigError(f"label {wrong[0]} is out of range: this network is unconditional, its only label is 0")
-    return numbers
-
-
-def as_whole(value: Any) -> int | None:
-    """Return a whole number of any kind, NumPy's and tensors of one too, as an int; None where it is none."""
-    is_bool = isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
-    try:
-        return None if is_bool else operator.index(value)
-    except (TypeError, RuntimeError):  # a tensor without a value, on the meta device
-        return None
 
 
 def slerp(first: Tensor, second: Tensor, fractions: Sequence[float]) -> Tensor:

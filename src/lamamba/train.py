@@ -27,13 +27,14 @@ from lamamba.data import NAMED_SOURCES, LatentSource, Source, open_source
 from lamamba.data.latent_files import are_latents
 from lamamba.errors import CheckpointError, ConfigError, DataError, LamambaError, OtherProcessError, SignalError
 from lamamba.identity import compare_origin, describe_origin, is_same_place
+from lamamba.labels import why_unguided
 from lamamba.latents import Latents, Space, identify, open_space
 from lamamba.log import SilentLog, TrainingLog
 from lamamba.memory import keep_freed_memory
 from lamamba.output import say
 from lamamba.processes import Processes, joined
 from lamamba.records import OriginRecord, is_run, read_record
-from lamamba.sampling import choose_device, why_unguided
+from lamamba.sampling import choose_device
 from lamamba.signals import SignalsNoted, WaitInterrupted
 from lamamba.trainer import Trainer, describe_weight_decay, learning_rate
 from lamamba.weights import PIPELINE_INDEX

@@ -21,12 +21,13 @@ from lamamba.data import Source, batches
 from lamamba.diffusion import OBJECTIVES, draw_noise
 from lamamba.errors import CheckpointError
 from lamamba.finetune import take_over
+from lamamba.labels import why_unguided
 from lamamba.latents import Space
 from lamamba.model import LaMambaDiff
 from lamamba.ops.backend import use_backend
 from lamamba.ops.launch import rehearse
 from lamamba.processes import GradientSums, Processes, cut_evenly
-from lamamba.sampling import make_grid, sample, uses_bf16, why_unguided
+from lamamba.sampling import make_grid, sample, uses_bf16
 from lamamba.saving import CheckpointWriter, describe_training_state, load_training_state
 from lamamba.sharding import gather, load, local, shard, whole
 from lamamba.weights import check_weights

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from lamamba.config.checks import MAX_IMAGES, MAX_SIDE, check, check_range, check_seed, check_size, is_number
 from lamamba.config.options import Option
 
+DEFAULT_GUIDANCE = 2.0  # scale of classifier-free guidance
 Sampler = Literal["ancestral", "ddim", "dpm++", "sde-dpm++", "unipc", "euler", "heun"]
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from lamamba.config.checks import MAX_IMAGES, MAX_SIDE, check, check_seed
 from lamamba.config.network import PRESETS, NetworkConfig
 from lamamba.config.options import Option
+from lamamba.config.sampling import DEFAULT_GUIDANCE
 
 Objective = Literal["diffusion", "flow"]
 
@@ -101,7 +102,7 @@ class TrainConfig:
     """Number of newest checkpoints to keep; 0 keeps all."""
     sample_steps: int = 25
     """Sampler steps for sample grids."""
-    sample_guidance: float = 2.0
+    sample_guidance: float = DEFAULT_GUIDANCE
     """Guidance scale of sample grids."""
     resume: bool = False
     """Continue the run in --out from its last checkpoint, if there is one; options not given again are the run's."""

@@ -32,9 +32,9 @@ from lamamba.demo.settings import (
 )
 from lamamba.demo.uploads import FOLDER, Uploads, read_drawing
 from lamamba.errors import ConfigError, LamambaError
-from lamamba.generate import Painter, label_name
+from lamamba.generate import Painter
+from lamamba.labels import choose_guidance, why_unguided
 from lamamba.model import LaMambaDiff
-from lamamba.sampling import choose_guidance, why_unguided
 
 _TITLE = """
 # LaMamba-Diff
@@ -510,7 +510,7 @@ def _describe(painter: Painter) -> str:
 
 
 def _label_and_seed(painter: Painter, made: dict[str, Any]) -> str:
-    return f"{label_name(made['label'], painter.num_classes, painter.info)} · seed {made['seed']}"
+    return f"{painter.labels.name(made['label'])} · seed {made['seed']}"
 
 
 def _to_editor(image: np.ndarray | None) -> dict[str, Any]:

@@ -24,10 +24,11 @@ from lamamba.data.decoding import convert_image
 from lamamba.demo.settings import MAX_GUIDANCE, Request, check_pixels, read_number, read_seed, read_whole
 from lamamba.errors import ConfigError
 from lamamba.generate import Painter
+from lamamba.labels import why_unguided
 from lamamba.latents import Latents, Space
 from lamamba.model import LaMambaDiff
 from lamamba.pipeline import LaMambaDiffPipeline
-from lamamba.sampling import choose_device, seeded, why_unguided
+from lamamba.sampling import choose_device, seeded
 from lamamba.schedulers import make_scheduler
 from lamamba.streams import visible
 

@@ -8,10 +8,9 @@ from typing import Any, cast
 from lamamba.config import DemoLimits, GuidanceOptions, Sampler, SamplingConfig, nearest
 from lamamba.config.checks import check_seed
 from lamamba.errors import ConfigError
-from lamamba.generate import Painter, label_name
-from lamamba.sampling import DEFAULT_GUIDANCE, why_unguided
+from lamamba.generate import Painter
+from lamamba.labels import NO_LABEL, choose_guidance, why_unguided
 
-NO_LABEL = "no label"
 MAX_GUIDANCE = 20.0
 
 
@@ -31,7 +30,7 @@ class Request:
 
 def label_names(painter: Painter) -> list[str]:
     """Name every class, in order, and last "no label", if the model has seen that, as `read_request` takes them."""
-    names = [label_name(label, painter.num_classes, painter.info) for label in range(painter.num_classes)]
+    names = [painter.labels.name(label) for label in range(painter.num_classes)]
     return names if names and why_unguided(painter.network.config) else [*names, NO_LABEL]
 
 
@@ -86,21 +85,15 @@ def read_request(values: Mapping[str, Any], painter: Painter, limits: DemoLimits
 
 def read_guidance(value: Any, painter: Painter) -> float:
     """Check a scale of guidance, None being the model's default; a model that cannot be guided has 1."""
-    if why_unguided(painter.network.config):
-        return 1.0
-    return DEFAULT_GUIDANCE if value is None else read_number("guidance", value, 0, MAX_GUIDANCE)
+    config = painter.network.config
+    if value is None or why_unguided(config):
+        return choose_guidance(config, None)
+    return read_number("guidance", value, 0, MAX_GUIDANCE)
 
 
 def read_label(name: Any, painter: Painter) -> int:
     """Look up a label by its name, whatever its case; raises ConfigError where there is none."""
-    if not painter.num_classes:
-        return 0
-    names = {known: label for label, known in enumerate(label_names(painter))}
-    lower = {known.lower(): label for known, label in names.items()}
-    found = names.get(name, lower.get(name.strip().lower())) if isinstance(name, str) else None
-    if found is None:
-        raise ConfigError(f"no class is named {name!r}: {nearest(str(name), lower)}")
-    return found
+    return painter.labels.find(str(name))
 
 
 def read_side(name: str, value: Any, painter: Painter) -> int:
