@@ -120,10 +120,12 @@ def test_what_cannot_be_is_one_line(released: Path, tmp_path: Path, capsys: pyte
     out = tmp_path / "out"
     assert "does not fit this network, give its options" in refused(capsys, released, out)
     assert "no preset is named 'xl': did you mean" in refused(capsys, released, out, "--preset", "xl")
-    assert "a released checkpoint becomes a folder" in refused(capsys, released, tmp_path / "out.pt", *OPTIONS)
+    assert "is the name of a file, but the result is a folder" in refused(
+        capsys, released, tmp_path / "out.pt", *OPTIONS
+    )
     assert "holds no autoencoder" in refused(capsys, released, out, *OPTIONS, "--vae", tmp_path)
-    assert "is not a .pt file" in refused(capsys, "nano", out)
-    assert "preset is of released checkpoints, and nano is none" in refused(
+    assert "does not end in .pt" in refused(capsys, "nano", out)
+    assert "preset applies only to checkpoints of the authors' code, and nano is not one" in refused(
         capsys, "nano", tmp_path / "out.pt", "--preset", "nano"
     )
     assert "did you mean nano?" in refused(capsys, "nanno", tmp_path / "out.pt")

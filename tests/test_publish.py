@@ -272,7 +272,7 @@ for name in ("tester/foreign", "tester/none"):
     assert f"{hub.endpoint}/tester/tiny\n" in said
     assert "'objective': 'flow'" in said.replace('"', "'"), "what is finetuned is the pipeline's"
     assert "tester/foreign on the Hugging Face hub holds a StableDiffusionPipeline: only LaMambaDiffPipeline, " in said
-    assert "tester/none, which is no path here, is not on http://127.0.0.1" in said
+    assert "tester/none, which is not a local path, does not exist on http://127.0.0.1" in said
     assert not [request for request in hub.requests if "unet" in request]
     repository = hub.repositories["tester/tiny"]
     assert repository.private
@@ -321,17 +321,17 @@ def test_a_folder_with_a_card_is_sent_as_it_is(
         path.relative_to(written).as_posix(): path.read_bytes() for path in written.rglob("*") if path.is_file()
     }
     capsys.readouterr()
-    assert "tester/asis is there already and public" in fails(capsys, str(written), "tester/asis", "--private")
+    assert "tester/asis exists and is public" in fails(capsys, str(written), "tester/asis", "--private")
 
 
 @pytest.mark.parametrize(
     ("name", "token", "said"),
     [
-        ("tester/x", None, "takes nothing without a token: log in (`hf auth login`), or set HF_TOKEN"),
-        ("tester/x", "hf_old", "your token is not accepted for tester/x"),
-        ("somebody/x", TOKEN, "your token is not accepted for somebody/x: give a name of your own"),
-        ("tester/x--y", TOKEN, "'tester/x--y' cannot be a name on the Hugging Face hub"),
-        ("x", TOKEN, "repository 'x' is no USER/NAME"),
+        ("tester/x", None, "needs a token: log in (`hf auth login`), or set HF_TOKEN"),
+        ("tester/x", "hf_old", "your token has no access to tester/x"),
+        ("somebody/x", TOKEN, "your token has no access to somebody/x: use a repository of your own"),
+        ("tester/x--y", TOKEN, "'tester/x--y' is not a valid name on the Hugging Face hub"),
+        ("x", TOKEN, "repository 'x' is not of the form USER/NAME"),
     ],
 )
 def test_refusals_are_one_line_before_any_work(
@@ -350,12 +350,15 @@ def test_a_hub_that_cannot_be_reached_is_named(
 ) -> None:
     client.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     said = fails(capsys, str(run), "tester/x")
-    assert "tester/x cannot be asked of http://127.0.0.1:9 (" in said
-    assert "write the folder with --out, and send it later" in said
+    assert "tester/x could not be requested from http://127.0.0.1:9 (" in said
+    assert "write the folder with --out, and upload it later" in said
     client.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SystemExit):
         main(["sample", "tester/unheard-of"])
-    assert "tester/unheard-of, which is no path here, is not at hand, and HF_HUB_OFFLINE" in capsys.readouterr().err
+    assert (
+        "tester/unheard-of, which is not a local path, is not in the cache, and HF_HUB_OFFLINE"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_card_that_the_hub_refuses_is_said(

@@ -1,4 +1,4 @@
-"""The command `lamamba convert`: a checkpoint of the authors' code to a folder of this package, or the way back."""
+"""The command `lamamba convert`: between checkpoints of the authors' code and folders of this package."""
 
 import shlex
 import shutil
@@ -14,27 +14,29 @@ from lamamba.released import load_released, read_released, save_released, sizes_
 
 
 def convert(config: ConvertConfig) -> None:
-    """Convert what the configuration names: a file is taken for a released checkpoint, anything else is this package's.
+    """Convert a checkpoint. A file is a checkpoint of the authors' code; anything else is one of this package.
 
     Raises:
-        LamambaError: the checkpoint, an option that does not go with it, or the path to write to is at fault.
+        LamambaError: the checkpoint is invalid, an option does not apply to it, or the output path is invalid.
     """
     if config.out.exists():
-        raise ConfigError(f"out {config.out} is there already: give another, or move it away")
+        raise ConfigError(f"out {config.out} exists already: choose another path, or move it away")
     source = Path(config.checkpoint)
     if source.is_file():
         _from_released(source, config)
-        say(f"wrote {config.out}, to be sampled with: lamamba sample {shlex.quote(str(config.out))}")
+        say(f"wrote {config.out}; sample it with: lamamba sample {shlex.quote(str(config.out))}")
     elif source.suffix in (".pt", ".pth"):
-        raise CheckpointError(f"{source} does not exist: give a released checkpoint")
+        raise CheckpointError(f"{source} does not exist: give a checkpoint of the authors' code")
     else:
         _to_released(config)
-        say(f"wrote {config.out}: weights under the names of the released code")
+        say(f"wrote {config.out}, a checkpoint for the authors' code")
 
 
 def _from_released(source: Path, config: ConvertConfig) -> None:
     if config.out.suffix in (".pt", ".pth"):
-        raise ConfigError(f"out {config.out} is a file's name: a released checkpoint becomes a folder")
+        raise ConfigError(
+            f"out {config.out} is the name of a file, but the result is a folder: choose a name without .pt"
+        )
     states = read_released(source)
     vae = None
     if config.vae is not None:
@@ -59,9 +61,12 @@ def _to_released(config: ConvertConfig) -> None:
     defaults = ConvertConfig(config.checkpoint, config.out)
     for name in ("preset", "vae", "network"):
         if getattr(config, name) != getattr(defaults, name):
-            raise ConfigError(f"{name} is of released checkpoints, and {config.checkpoint} is none: leave it out")
+            raise ConfigError(
+                f"{name} applies only to checkpoints of the authors' code, and {config.checkpoint} is not one: leave "
+                "it out"
+            )
     if config.out.suffix not in (".pt", ".pth"):
-        raise ConfigError(f"out {config.out} is not a .pt file, which released checkpoints are")
+        raise ConfigError(f"out {config.out} does not end in .pt, as checkpoints of the authors' code do")
     path = find_checkpoint(config.checkpoint)
     if not (path / "checkpoint.json").is_file():
         network = load_network(locate(path)[0])

@@ -1,35 +1,35 @@
-"""What can go wrong, by kind. The command line prints any of these as one line and exits with 2."""
+"""The errors that lamamba raises. The command line prints each as one line and exits with code 2."""
 
 import signal
 
 
 class LamambaError(Exception):
-    """Base of every error that lamamba raises on purpose; its message names the thing, the fault and the mend."""
+    """Base class of all errors that lamamba raises. The message says what is wrong and what to do."""
 
 
-class ConfigError(LamambaError):  # no ValueError, which the option parser would wrap in a text of its own
-    """An option has a value that cannot work."""
+class ConfigError(LamambaError):  # not a ValueError: the option parser would wrap its message
+    """The value of an option is invalid."""
 
 
 class DataError(LamambaError, ValueError):
-    """Images or labels cannot be read or do not fit what was asked."""
+    """Images or labels cannot be read, or do not fit the options."""
 
 
 class CheckpointError(LamambaError, RuntimeError):
-    """A checkpoint is missing, damaged, foreign, or could not be written."""
+    """A checkpoint is missing, damaged, of another kind, or could not be written."""
 
 
 class OtherProcessError(LamambaError):
-    """Another of the processes that train together failed; that one says why."""
+    """Another rank failed and reports why."""
 
 
 class SignalError(LamambaError):
-    """Work ended because of a signal, and lost nothing.
+    """A signal ended the work; nothing is lost.
 
     Args:
-        number: of the signal, the attribute `signal`.
-        where: it stands, and how it goes on.
-        silent: another process says so.
+        number: the signal; available as the attribute `signal`.
+        where: where the work stopped, and how to continue it.
+        silent: do not print this error, because another process does.
     """
 
     def __init__(self, number: int, where: str, silent: bool = False) -> None:

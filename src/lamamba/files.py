@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and their checksums."""
+"""Atomic writes and checksums of files."""
 
 import os
 import tempfile
@@ -8,18 +8,18 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
-# How the name of what is not whole yet begins; it is hidden, and nothing reads it.
+# Prefix of files that are not complete yet. They are hidden, and nothing reads them.
 TEMPORARY = ".incomplete-"
-_UMASK = os.umask(0o022)  # it can only be read by being set
+_UMASK = os.umask(0o022)  # reading the umask requires setting it
 os.umask(_UMASK)
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to, which is flushed to disk and takes its name once all is written.
+    """Write a file atomically: yield a temporary path, then flush it to disk and rename it to `path`.
 
     Raises:
-        OSError: it cannot be written; a file that was there before is as it was.
+        OSError: the file cannot be written. An existing file stays unchanged.
     """
     temporary = path.with_name(TEMPORARY + path.name)
     try:
@@ -33,14 +33,14 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    r"""Write UTF-8, whatever the locale says; a byte of a file name that is not UTF-8 becomes `\udcff`, as in JSON."""
+    r"""Write text as UTF-8, whatever the locale. A byte of a name that is not UTF-8 becomes `\udcff`, as in JSON."""
     path.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def utf8_path(path: Path) -> Path:
-    """Name a file or folder in UTF-8, for libraries that take no other path: by a link, where its own path is not.
+    """Return a UTF-8 path to a file or folder, for libraries that accept no other paths.
 
-    Links are removed when the process ends.
+    If the path itself is not UTF-8, this is a symbolic link, which is removed when the process ends.
     """
     try:
         str(path).encode()
@@ -58,9 +58,9 @@ def _links() -> tempfile.TemporaryDirectory[str]:
 
 
 def permit(*paths: Path) -> None:
-    """Let others read files as they may read any new one, where the file system knows of that.
+    """Give files the permissions of any new file, if the file system has permissions.
 
-    safetensors writes for the owner alone.
+    safetensors makes files that only the owner can read.
     """
     for path in paths:
         with suppress(OSError):
@@ -68,11 +68,11 @@ def permit(*paths: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file is on the disk; for a folder, until its list of files is, where the system can do that.
+    """Flush a file to disk. For a folder, flush its list of files if the system supports that.
 
     Raises:
-        OSError: a file could not be written. A folder raises nothing: network file systems refuse to sync one, Windows
-            cannot even open one, and the files in it are written either way.
+        OSError: a file could not be written. For a folder, errors are ignored: network file systems refuse to sync
+            folders, Windows cannot open them, and the files inside are written either way.
     """
     if path.is_dir():
         with suppress(OSError):
@@ -90,7 +90,7 @@ def _sync(path: Path) -> None:
 
 
 def checksum(*paths: Path) -> str:
-    """Compute the SHA-256 of files, one after the other."""
+    """Compute the SHA-256 of the concatenated contents of files."""
     together = sha256()
     for path in paths:
         with path.open("rb") as file:

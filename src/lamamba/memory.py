@@ -12,10 +12,10 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
-    """Let memory that is freed stay with this process, to be used again: with the GNU C library, else do nothing.
+    """Keep freed memory in this process for reuse. Does nothing without the GNU C library.
 
-    That library gives large blocks back at once and gets them anew as pages of zeros, one fault each. In a training
-    step, whose tensors have the same sizes every time, that takes about as long as a tenth of the work.
+    By default, that library returns large blocks to the system at once and gets new pages of zeros later, with one page
+    fault each. In a training step, whose tensors always have the same sizes, this costs about a tenth of the time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -24,15 +24,15 @@ def keep_freed_memory() -> None:
 
 
 def in_parts(work: Callable[[slice], Tensor], number: int, at_once: int) -> Iterator[Tensor]:
-    """Do work on parts of a batch; whenever GPU memory runs out, go on with parts half as large.
+    """Process a batch in parts. Whenever GPU memory runs out, continue with parts half as large.
 
     Args:
-        work: takes a slice of the batch and returns a result for each of its items.
-        number: items of the batch.
-        at_once: items of a part, at most.
+        work: takes a slice of the batch and returns one result per item.
+        number: number of items in the batch.
+        at_once: maximum number of items in a part.
 
     Raises:
-        torch.OutOfMemoryError: not even a single item fits.
+        torch.OutOfMemoryError: a single item does not fit.
     """
     done, at_once = 0, min(at_once, number)
     while done < number:

@@ -1,6 +1,6 @@
-"""What commands print: lines, tables and progress bars in which text is shown as it is.
+"""Output of commands: lines, tables and progress bars that show text literally.
 
-Paths and class names come from users and file systems: nothing in them is markup, an emoji code, or a terminal command.
+Paths and class names come from users and file systems. Nothing in them is markup, an emoji code, or a terminal command.
 """
 
 from typing import Any, TextIO, cast
@@ -13,13 +13,13 @@ from lamamba.streams import unfailing, visible
 
 
 def say(*lines: object, console: Console | None = None) -> None:
-    """Print lines as they are, unwrapped, each on one line whatever is in it; a console shows them above its bars."""
+    """Print each argument literally on one line, without wrapping. A console shows it above its progress bars."""
     for line in lines:
         (console or make_console()).print(Text(visible(line)), soft_wrap=True)
 
 
 def make_console() -> Console:
-    """Make a console that interprets nothing in strings; it prints on standard output."""
+    """Make a console that prints strings literally on standard output."""
     return _PlainConsole(markup=False, highlight=False, emoji=False, file=cast(TextIO, unfailing("stdout")))
 
 

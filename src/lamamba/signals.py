@@ -1,4 +1,4 @@
-"""Signals that ask a process to end: its work is saved first, and worker processes leave the signal to their parent."""
+"""Terminating signals: a process saves its work first, and worker processes leave the signal to their parent."""
 
 import multiprocessing
 import os
@@ -11,27 +11,27 @@ from typing import Any, Self
 
 from lamamba.errors import SignalError
 
-# Sent by Ctrl-C and Ctrl-\, by whoever ends a job, by a terminal that closes, by schedulers that warn before they kill,
-# at a limit on time, and before the power goes.
+# Sent by Ctrl-C and Ctrl-\, when a job is terminated, when a terminal closes, by schedulers before they kill a job, at
+# a time limit, and before a power failure.
 NAMES = ("SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU", "SIGPWR")
 NUMBERS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
-# Sent by someone at a keyboard, who sees what the process does.
+# Sent from a keyboard, by someone who sees what the process does.
 _FROM_KEYBOARD = ("SIGINT", "SIGQUIT")
 
 
 class WaitInterrupted(BaseException):
-    """A signal came while something was waited for; no Exception, which what is waited for might catch."""
+    """A signal arrived during a wait. Not an Exception, because the interrupted code might catch those."""
 
 
 class SignalsNoted:
-    """A context in which a signal to end is noted, for a loop to look at; a later Ctrl-C ends the process as usual.
+    """A context that records a terminating signal, for a loop to check.
 
-    A Ctrl-C that follows at once does not: whoever signals all processes of a job reaches some of them twice, directly
-    and through torchrun, which forwards signals. No other signal ends the process while it saves: schedulers send
-    several in a row (SIGUSR1 as a warning, then SIGTERM) and SIGKILL when time is up.
+    A second Ctrl-C ends the process as usual, unless it follows within `AT_ONCE_S`: a signal to all processes of a job
+    reaches some of them twice, directly and forwarded by torchrun. Other signals do not end the process while it saves:
+    schedulers send several in a row (SIGUSR1 as a warning, then SIGTERM), and SIGKILL when time is up.
 
-    A signal that is ignored stays so, as nohup wants it, except SIGINT, which shells ignore in whatever they start in
-    the background. Handlers of a program around this one are left alone.
+    Ignored signals stay ignored, as nohup requires, except SIGINT, which shells ignore in background jobs. Handlers of
+    a surrounding program are kept.
     """
 
     AT_ONCE_S = 2.0
@@ -54,18 +54,18 @@ class SignalsNoted:
         self._restore()
 
     def end_if_noted(self, where: str, silent: bool = False) -> None:
-        """Raise SignalError if a signal came.
+        """Raise SignalError if a signal has arrived.
 
         Args:
-            where: the work stands, and how it goes on.
-            silent: another process says so.
+            where: where the work stopped, and how to continue it.
+            silent: do not print the error, because another process does.
         """
         if self.number:
             raise SignalError(self.number, where, silent)
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Raise WaitInterrupted in this context as soon as a signal comes, or at once if one came before.
+        """Raise WaitInterrupted in this context when a signal arrives, or at once if one has arrived.
 
         For waits that may never end, such as reading from a file server that is down.
         """
@@ -94,14 +94,14 @@ class SignalsNoted:
 
 
 def leave_signals_to_parent(*_: object) -> None:
-    """Block the signals to end in this worker process, but for a SIGTERM from the process that started it.
+    """Block terminating signals in this worker process, except SIGTERM from its parent.
 
-    A signal to the whole process group, or to all processes of a job, must not end a worker from which its parent still
-    waits for a batch. By SIGTERM multiprocessing ends workers.
+    A signal to the whole process group, or to all processes of a job, must not end a worker while its parent waits for
+    a batch from it. multiprocessing ends workers with SIGTERM.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # on Windows, where no such signal is sent
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, which has no such signals
         return
-    if not hasattr(signal, "sigwaitinfo"):  # on macOS, where nobody can tell who sent a signal
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, which does not tell who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {*NUMBERS} - {signal.SIGTERM})
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)

@@ -1,7 +1,7 @@
-"""Standard streams that cannot fail, and text that a terminal shows as it is.
+"""Standard streams that never fail, and text that a terminal shows literally.
 
-Commands must not depend on a terminal's encoding, on which standard streams are open, or on whether anyone still reads
-what they print; and names of files and classes must not command the terminal.
+Commands must not depend on the encoding of a terminal, on which standard streams are open, or on whether anyone still
+reads their output. And names of files and classes must not control the terminal.
 """
 
 import os
@@ -11,17 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
-# Control characters, line separators and bidirectional overrides, which a terminal obeys; and surrogates that no file
-# name holds (U+DC80 to U+DCFF stand for a name's bytes that are not UTF-8).
+# Control characters, line separators and bidirectional overrides, which a terminal would interpret; and surrogates that
+# cannot occur in file names (U+DC80 to U+DCFF represent bytes of a name that are not UTF-8).
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udc7f\udd00-\udfff]")
-# The symbols of our own texts, for terminals that lack them.
+# Replacements for the symbols in our own output, for encodings that lack them.
 _IN_ASCII = str.maketrans(dict(zip("·–—×±…▁▂▃▄▅▆▇█", ["-", "-", "-", "x", "+-", "...", *"_.:-=+*#"], strict=True)))
 
 
 def visible(text: object) -> str:
-    r"""Escape what a terminal would obey and what cannot be encoded: `\n`, `\x1b`, or `\xff` for a byte of a name."""
+    r"""Escape control characters and what cannot be encoded: `\n`, `\x1b`, or `\xff` for a byte of a file name."""
     escaped = _CONTROL.sub(_escape, str(text))
-    # Python reads names as another encoding where the locale says so: valid UTF-8 in them is text all the same.
+    # Depending on the locale, Python decodes file names with another encoding. Valid UTF-8 in them is text anyway.
     decoded = escaped.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return _CONTROL.sub(_escape, decoded)
 
@@ -31,10 +31,12 @@ def _escape(found: re.Match[str]) -> str:
 
 
 class StandardStream:
-    """A standard stream on which writing never fails; `failure` is the last error, of a reader that is gone, say.
+    """A standard stream on which writing never fails.
+
+    `failure` is the last error, for example because the reader is gone.
 
     Args:
-        stream: what is written to; characters that its encoding lacks are replaced.
+        stream: the stream to write to. Characters that its encoding lacks are replaced.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -67,7 +69,7 @@ class StandardStream:
             self.failure = error
 
     def settle(self) -> None:
-        """Flush; what cannot be written is dropped, so that Python does not fail on it when it ends."""
+        """Flush, and drop what cannot be written, so that Python does not fail on it at exit."""
         self.flush()
         if self.failure is None:
             return
@@ -80,7 +82,7 @@ class StandardStream:
 
 @contextmanager
 def standard_streams() -> Iterator[StandardStream]:
-    """Make standard streams that cannot fail out of whatever this process was started with; gives standard output."""
+    """Replace the standard streams by ones that never fail, and yield standard output."""
     _open_descriptors()
     if sys.stdin is None or sys.stdin.closed:
         sys.stdin = _open_nothing("r")
@@ -96,7 +98,7 @@ def standard_streams() -> Iterator[StandardStream]:
 
 
 def unfailing(name: str) -> StandardStream:
-    """Give "stdout" or "stderr" as a stream that cannot fail."""
+    """Return "stdout" or "stderr" as a stream that never fails."""
     stream = getattr(sys, name)
     if isinstance(stream, StandardStream):
         return stream
@@ -109,13 +111,13 @@ def _open_nothing(mode: str) -> TextIO:
 
 
 def _open_descriptors() -> None:
-    """Open the null device in place of standard streams that are closed.
+    """Open the null device in place of closed standard streams.
 
-    Otherwise the next file that is opened, such as a checkpoint, would get the number of standard error, and whatever a
-    library prints would be written into it.
+    Otherwise the next file, such as a checkpoint, could get the descriptor of standard error, and a library's warnings
+    would be written into that file.
     """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it takes the lowest number, which is this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number is this one

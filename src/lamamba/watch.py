@@ -1,4 +1,4 @@
-"""The command `lamamba watch`: follow a run from its folder, on this machine or wherever that is mounted."""
+"""The command `lamamba watch`: follow a run by reading its folder, on this machine or on a mounted file system."""
 
 import time
 from pathlib import Path
@@ -15,22 +15,22 @@ from lamamba.output import make_console
 from lamamba.streams import visible
 
 BARS = "▁▂▃▄▅▆▇█"
-# What is shown, if the log has it: name, unit, and how.
+# Values to show, if the log has them: name, unit, format.
 SHOWN = (
     ("loss", "", ".4f"), ("mse", "", ".4f"), ("vb", "", ".4f"),
     ("loss_q1", "timesteps 0 to 250", ".4f"), ("loss_q2", "250 to 500", ".4f"),
     ("loss_q3", "500 to 750", ".4f"), ("loss_q4", "750 to 1000", ".4f"),
     ("grad_norm", "", ".3f"), ("learning_rate", "", ".2e"), ("images_per_s", "images/s", ",.1f"),
-    ("data_wait", "of the time, for images", ".1%"), ("mfu", "of the GPU's peak", ".1%"),
+    ("data_wait", "of the time, waiting for data", ".1%"), ("mfu", "of the GPU's peak", ".1%"),
     ("peak_gib", "GiB", ".1f"), ("skipped_steps", "", ".0f"),
 )  # fmt: skip
 
 
 def watch(config: WatchConfig) -> None:
-    """Show a run's log until it ends or Ctrl-C; where the output is no terminal, or with `once`, show it once.
+    """Show a run's log until the run ends or Ctrl-C. Without a terminal, or with `once`, show it once.
 
     Raises:
-        CheckpointError: the folder holds no run.
+        CheckpointError: the folder does not contain a run.
     """
     console = make_console()
     if config.once or not console.is_terminal:
@@ -46,7 +46,7 @@ def watch(config: WatchConfig) -> None:
 
 
 def _picture(run: Path, width: int) -> tuple[Group, bool]:
-    """Draw the run as it stands; also say whether it is at its end."""
+    """Draw the current state of the run; also return whether the run has ended."""
     records, total = read_log(run)
     if not records:
         return Group(Text(f"{visible(run)}: nothing logged yet")), False
@@ -71,7 +71,7 @@ def _picture(run: Path, width: int) -> tuple[Group, bool]:
 
 
 def _line(values: list[float], width: int) -> str:
-    """Draw values as a line of bars, each the mean of its share of them."""
+    """Draw values as a line of bars. Each bar is the mean of several consecutive values."""
     if not values:
         return ""
     width = max(1, min(width, len(values)))
