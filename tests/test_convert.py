@@ -132,7 +132,7 @@ def test_what_cannot_be_is_one_line(released: Path, tmp_path: Path, capsys: pyte
     (tmp_path / "text.pt").write_text("no checkpoint")
     assert "cannot be read as a PyTorch checkpoint" in refused(capsys, tmp_path / "text.pt", out)
     assert [path.name for path in tmp_path.iterdir()] == ["text.pt"]
-    assert "is there already" in refused(capsys, released, tmp_path, *OPTIONS)
+    assert "exists already" in refused(capsys, released, tmp_path, *OPTIONS)
 
 
 def test_names_that_wrappers_prefix_are_read(released: Path) -> None:

@@ -33,23 +33,23 @@ def test_this_machine_is_at_no_fault(capsys: pytest.CaptureFixture[str], monkeyp
     shown = capsys.readouterr()
     found = {entry["name"]: entry for entry in json.loads(shown.out)}
     assert set(OPERATIONS) < found.keys()
-    assert [entry for entry in found.values() if entry["state"] == "fault"] == []
-    assert found["torch"]["says"].startswith(torch.__version__)
-    assert found["hub"]["says"].endswith("with a token")
+    assert [entry for entry in found.values() if entry["state"] == "broken"] == []
+    assert found["torch"]["detail"].startswith(torch.__version__)
+    assert found["hub"]["detail"].endswith("with a token")
     assert "secret" not in shown.out + shown.err
 
 
 def test_lines_say_what_helps_and_a_fault_is_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    findings = [Finding("first", "ok", "works"), Finding("second", "fault", "does not", "pip install second")]
+    findings = [Finding("first", "ok", "works"), Finding("second", "broken", "does not", "pip install second")]
     monkeypatch.setattr(doctors, "examine", lambda parts: iter(findings))
     with pytest.raises(SystemExit, match="1"):
         main(["doctor"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines == [
-        ["ok", "first", "works"], ["fault", "second", "does", "not"], ["pip", "install", "second"],
-        ["1", "fault:", "see", "above", "for", "what", "helps"],
+        ["ok", "first", "works"], ["broken", "second", "does", "not"], ["pip", "install", "second"],
+        ["1", "broken:", "see", "above", "for", "what", "to", "do"],
     ]  # fmt: skip
 
 
@@ -62,10 +62,10 @@ def test_a_part_that_ends_its_process_is_a_finding_and_the_rest_is_looked_at(
     monkeypatch.syspath_prepend(tmp_path)  # which the other process takes over
     found = list(examine(["Python", "numba", "diffusers", "packages"], limit_s=10))
     assert [(one.name, one.state) for one in found] == [
-        ("lamamba", "ok"), ("Python", "ok"), ("numba", "fault"), ("diffusers", "fault"), ("packages", "ok"),
+        ("lamamba", "ok"), ("Python", "ok"), ("numba", "broken"), ("diffusers", "broken"), ("packages", "ok"),
     ]  # fmt: skip
-    assert found[2].says == "ended the process that looked at it (SIGILL)"
-    assert found[3].says == "did not answer for 10 s"
+    assert found[2].detail == "ended the process that checked it (SIGILL)"
+    assert found[3].detail == "did not answer for 10 s"
 
 
 def test_where_there_can_be_no_other_process_this_one_looks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,9 +81,9 @@ def test_without_torch_every_part_still_has_its_line(tmp_path: Path, monkeypatch
     monkeypatch.syspath_prepend(tmp_path)
     found = {one.name: one for one in examine(list(doctors.PARTS), limit_s=60)}
     says = "cannot be imported (ImportError: libtorch.so: cannot open shared object file)"
-    assert found["torch"] == Finding("torch", "fault", says, "pip install --force-reinstall torch")
+    assert found["torch"] == Finding("torch", "broken", says, "pip install --force-reinstall torch")
     for name in ("GPU", "bf16", "threads", *OPERATIONS):
-        assert "libtorch.so" in found[name].says, name
+        assert "libtorch.so" in found[name].detail, name
     assert found["packages"].state == found["extra cpu"].state == "ok"
 
 
@@ -99,7 +99,7 @@ def test_what_is_missing_or_too_old_is_said(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     says = "torch is 2.8.0, and lamamba needs >=2.9"
-    assert the_only("packages") == Finding("packages", "fault", says, "pip install 'torch>=2.9'")
+    assert the_only("packages") == Finding("packages", "broken", says, "pip install 'torch>=2.9'")
     extras = {one.name: one for one in look("extras")}
     assert extras["extra evaluate"] == Finding(
         "extra evaluate", "note", "torchmetrics is not installed", "pip install 'lamamba[evaluate]'"
@@ -126,26 +126,26 @@ def on_nvidia(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
 
 def test_a_gpu_that_torch_cannot_use_is_a_fault(on_nvidia: Callable[[str | None], None]) -> None:
     on_nvidia(None)
-    assert the_only("GPU").state == "fault"
-    assert the_only("GPU").says == "NVIDIA H100 80GB HBM3 is there, and this torch is built without CUDA"
-    assert "pip install --force-reinstall torch" in the_only("GPU").mend
+    assert the_only("GPU").state == "broken"
+    assert the_only("GPU").detail == "NVIDIA H100 80GB HBM3 is present, but this torch is built without CUDA"
+    assert "pip install --force-reinstall torch" in the_only("GPU").fix
     on_nvidia("13.0")
-    assert "torch cannot use it: RuntimeError: The NVIDIA driver on your system is too old" in the_only("GPU").says
-    assert "a newer driver than 470.1, for CUDA 13.0" in the_only("GPU").mend
+    assert "torch cannot use it: RuntimeError: The NVIDIA driver on your system is too old" in the_only("GPU").detail
+    assert "a newer driver than 470.1, for CUDA 13.0" in the_only("GPU").fix
 
 
 def test_missing_compilers_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert the_only("numba").mend == "pip install 'lamamba[cpu]'"
+    assert the_only("numba").fix == "pip install 'lamamba[cpu]'"
     assert the_only("Triton").state == "note"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert (the_only("Triton").state, the_only("Triton").mend) == ("fault", "pip install triton")
+    assert (the_only("Triton").state, the_only("Triton").fix) == ("broken", "pip install triton")
 
 
 def test_more_threads_than_cores_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
-    assert the_only("threads").state == "fault"
-    assert the_only("threads").mend.startswith("OMP_NUM_THREADS=")
+    assert the_only("threads").state == "broken"
+    assert the_only("threads").fix.startswith("set OMP_NUM_THREADS=")
 
 
 def test_many_threads_are_a_note_where_the_cpu_is_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,8 +154,8 @@ def test_many_threads_are_a_note_where_the_cpu_is_all_there_is(monkeypatch: pyte
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert the_only("threads").state == "note"
-    assert "64 of torch on 64 cores" in the_only("threads").says
-    assert the_only("threads").mend.startswith("OMP_NUM_THREADS=8")
+    assert "torch uses 64 on 64 cores" in the_only("threads").detail
+    assert the_only("threads").fix.startswith("set OMP_NUM_THREADS=8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert the_only("threads").state == "ok"
 
@@ -194,7 +194,7 @@ def test_an_operation_that_computes_something_else_is_a_fault(monkeypatch: pytes
             broken = operation._replace(run=lambda *inputs, run=operation.run, wrong=wrong: wrong(run(*inputs)))
             monkeypatch.setattr(selfcheck, "OPERATIONS", {**OPERATIONS, name: broken})
             assert not check_operation(name, CPU, torch.float32).holds, name
-            assert the_only(name).state == "fault"
+            assert the_only(name).state == "broken"
 
 
 def test_the_names_of_operations_are_the_selfcheck_s() -> None:

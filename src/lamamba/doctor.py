@@ -1,7 +1,7 @@
-"""The command `lamamba doctor`: what works on this machine, what does not, and what would help.
+"""The command `lamamba doctor`: check what works on this machine, and suggest fixes.
 
-Each part is looked at in another process, which reports one after the other. Where one of them ends that process, with
-an illegal instruction in compiled code say, that is what is reported of it, and a new process goes on with the rest.
+Another process checks one part after the other and reports the results. If a part ends that process, for example with
+an illegal instruction in compiled code, that is its result, and a new process checks the remaining parts.
 """
 
 import importlib
@@ -27,8 +27,8 @@ from lamamba import __version__
 from lamamba.config import DoctorConfig
 from lamamba.output import say
 
-LIMIT_S = 300.0  # for one part: what has not answered by then never will
-OPERATIONS = (  # those of lamamba.selfcheck, which only the other process can import
+LIMIT_S = 300.0  # for one part; a check that takes longer hangs
+OPERATIONS = (  # as in lamamba.selfcheck, which only the other process imports
     "scan_grid", "scan_grid, 4 states", "window_attention", "depthwise_convolution",
     "gated_norm", "residual_norm", "linear_gelu",
 )  # fmt: skip
@@ -37,52 +37,52 @@ _OTHER_TORCH = (
     "pip install --force-reinstall torch --index-url URL, with the URL that pytorch.org/get-started/locally names"
 )
 _FOR_DEVELOPERS = ("dev", "bench")
-_MANY_THREADS = 16  # more made small networks slow beside other programs: benchmarks/results/2026-11-27_many_cores.txt
+_MANY_THREADS = 16  # with more, other programs slow small networks: benchmarks/results/2026-11-27_many_cores.txt
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A line of the report."""
+    """One line of the report."""
 
     name: str
-    """What was looked at."""
-    state: Literal["ok", "note", "fault"]
-    """A note is something that could be better, or of which there is no need here; a fault, what should be mended."""
-    says: str
-    """What there is."""
-    mend: str = ""
-    """What would help, a command where there is one."""
+    """The part that was checked."""
+    state: Literal["ok", "note", "broken"]
+    """A note is optional or not needed on this machine; what is broken should be fixed."""
+    detail: str
+    """What was found."""
+    fix: str = ""
+    """What would help; a command if possible."""
 
 
 def doctor(config: DoctorConfig) -> bool:
-    """Print what was found, line by line; returns whether nothing is at fault."""
+    """Print the findings line by line, and return whether nothing is broken."""
     findings = []
     for finding in examine(list(PARTS)):
         findings.append(finding)
         if not config.json:
-            say(f"{finding.state:<6} {finding.name:<22} {finding.says}")
-            if finding.mend:
-                say(f"{'':<29} {finding.mend}")
-    faults = sum(finding.state == "fault" for finding in findings)
+            say(f"{finding.state:<6} {finding.name:<22} {finding.detail}")
+            if finding.fix:
+                say(f"{'':<29} {finding.fix}")
+    broken = sum(finding.state == "broken" for finding in findings)
     if config.json:
         say(*json.dumps([asdict(finding) for finding in findings], indent=2).splitlines())
     else:
-        say("no faults" if not faults else f"{faults} fault{'s' * (faults > 1)}: see above for what helps")
-    return not faults
+        say(f"{broken} broken: see above for what to do" if broken else "nothing is broken")
+    return not broken
 
 
 def examine(parts: Sequence[str], limit_s: float = LIMIT_S) -> Iterator[Finding]:
-    """Look at parts of the machine, names of `PARTS`, each for so many seconds at most; raises nothing."""
+    """Check parts of the machine (names in `PARTS`), each for at most `limit_s` seconds. Raises nothing."""
     left, context = list(parts), multiprocessing.get_context("spawn")
     while left:
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_report, args=(left, sender), daemon=True)
         try:
             process.start()
-        except OSError:  # there can be no other process
+        except OSError:  # no other process can be started
             yield from look(left.pop(0))
             continue
-        sender.close()  # so that the end of the process is the end of what it says
+        sender.close()  # so that reading ends when the process ends
         fault = ""
         while left and not fault:
             try:
@@ -93,24 +93,24 @@ def examine(parts: Sequence[str], limit_s: float = LIMIT_S) -> Iterator[Finding]
                     fault = f"did not answer for {limit_s:g} s"
             except (EOFError, OSError):
                 process.join()
-                fault = f"ended the process that looked at it ({_describe_end(process.exitcode)})"
+                fault = f"ended the process that checked it ({_describe_end(process.exitcode)})"
         if fault:
-            yield Finding(left.pop(0), "fault", fault)
+            yield Finding(left.pop(0), "broken", fault)
         process.kill()
         process.join()
 
 
 def look(part: str) -> list[Finding]:
-    """Look at one part, in this process; what goes wrong is a finding."""
+    """Check one part in this process. An error becomes a finding."""
     try:
         return list(PARTS[part]())
     except (Exception, SystemExit) as error:
-        return [Finding(part, "fault", f"cannot be looked at ({_describe(error)})")]
+        return [Finding(part, "broken", f"cannot be checked ({_describe(error)})")]
 
 
 def _report(parts: list[str], sender: Connection) -> None:
     silence = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):  # libraries warn of what is a finding here
+    for descriptor in (1, 2):  # libraries would print warnings about what is reported here anyway
         os.dup2(silence, descriptor)
     for part in parts:
         sender.send(look(part))
@@ -134,15 +134,15 @@ def _look_at_python() -> Iterator[Finding]:
 
 
 def _look_at_packages() -> Iterator[Finding]:
-    """Compare what is installed with the versions that this one asks for."""
+    """Compare the installed packages with the required versions."""
     faults = [fault for name, wanted in _requirements("") for fault in _check_version(name, wanted)]
-    yield from (Finding("packages", "fault", says, mend) for says, mend in faults)
+    yield from (Finding("packages", "broken", detail, fix) for detail, fix in faults)
     if not faults:
-        yield Finding("packages", "ok", f"{len(_requirements(''))} that lamamba needs, in versions that it can use")
+        yield Finding("packages", "ok", f"all {len(_requirements(''))} required packages have suitable versions")
 
 
 def _requirements(extra: str) -> list[tuple[str, str]]:
-    """List the packages of an extra, or with "" those always needed, each with the versions that will do."""
+    """List the packages of an extra, or with "" those always required, each with its version specifier."""
     from packaging.requirements import Requirement
 
     listed = [Requirement(text) for text in importlib.metadata.requires("lamamba") or ()]
@@ -153,17 +153,17 @@ def _requirements(extra: str) -> list[tuple[str, str]]:
 
 
 def _check_version(name: str, wanted: str) -> Iterator[tuple[str, str]]:
-    """Say what is wrong with a package and what helps, if anything is."""
+    """If something is wrong with a package, yield what it is and how to fix it."""
     from packaging.specifiers import SpecifierSet
 
-    mend = f"pip install '{name}{wanted}'"
+    fix = f"pip install '{name}{wanted}'"
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        yield f"{name} is not installed", mend
+        yield f"{name} is not installed", fix
         return
     if not SpecifierSet(wanted).contains(version, prereleases=True):
-        yield f"{name} is {version}, and lamamba needs {wanted}", mend
+        yield f"{name} is {version}, and lamamba needs {wanted}", fix
 
 
 def _look_at_import(name: str) -> Iterator[Finding]:
@@ -173,7 +173,7 @@ def _look_at_import(name: str) -> Iterator[Finding]:
         line = (str(error).splitlines() or [""])[0]
         yield Finding(
             name,
-            "fault",
+            "broken",
             f"cannot be imported ({type(error).__name__}: {line})",
             f"pip install --force-reinstall {name}",
         )
@@ -200,38 +200,38 @@ def _look_at_gpus() -> Iterator[Finding]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)
-            says = (
+            detail = (
                 f"{device.name}, {device.total_memory / 2**30:.0f} GiB, compute capability "
                 f"{device.major}.{device.minor}" + (f", driver {seen[0][1]}" if seen else "")
             )
             try:
                 torch.ones(2, device=f"cuda:{index}").sum().item()
-                yield Finding(f"GPU {index}", "ok", says)
-            except RuntimeError as error:  # such as a torch that has no kernels for this GPU
-                yield Finding(f"GPU {index}", "fault", f"{says}: {_describe(error)}", _OTHER_TORCH)
+                yield Finding(f"GPU {index}", "ok", detail)
+            except RuntimeError as error:  # for example, torch has no kernels for this GPU
+                yield Finding(f"GPU {index}", "broken", f"{detail}: {_describe(error)}", _OTHER_TORCH)
     elif seen and torch.version.cuda is None:
         yield Finding(
-            "GPU", "fault", f"{seen[0][0]} is there, and this torch is built without CUDA",
+            "GPU", "broken", f"{seen[0][0]} is present, but this torch is built without CUDA",
             _OTHER_TORCH,
         )  # fmt: skip
     elif seen:
         try:
             torch.cuda.init()
-            reason = "it does not say why"
+            reason = "unknown reason"
         except (RuntimeError, AssertionError) as error:
             reason = _describe(error)
         yield Finding(
-            "GPU", "fault", f"{seen[0][0]} is there, and torch cannot use it: {reason}",
-            f"a newer driver than {seen[0][1]}, for CUDA {torch.version.cuda}; or {_OTHER_TORCH}",
+            "GPU", "broken", f"{seen[0][0]} is present, but torch cannot use it: {reason}",
+            f"install a newer driver than {seen[0][1]}, for CUDA {torch.version.cuda}; or {_OTHER_TORCH}",
         )  # fmt: skip
     elif torch.backends.mps.is_available():
-        yield Finding("GPU", "ok", "Apple's, by Metal (MPS)")
+        yield Finding("GPU", "ok", "Apple GPU, through Metal (MPS)")
     else:
-        yield Finding("GPU", "note", "none that torch can use: lamamba runs on the CPU")
+        yield Finding("GPU", "note", "no GPU that torch can use; lamamba runs on the CPU")
 
 
 def _ask_nvidia_smi() -> list[tuple[str, str]]:
-    """Ask NVIDIA's driver, not torch, for the names of its GPUs and its version; nothing where there is none."""
+    """Ask NVIDIA's driver, not torch, for the names of the GPUs and its version. Empty without a driver."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
@@ -255,7 +255,7 @@ def _look_at_cuda_graphs() -> Iterator[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        yield Finding("CUDA graphs", "note", "not without CUDA: operations are launched one by one")
+        yield Finding("CUDA graphs", "note", "not used without CUDA; operations are launched one by one")
         return
     from lamamba.captured import Captured
 
@@ -263,16 +263,16 @@ def _look_at_cuda_graphs() -> Iterator[Finding]:
     found = float(captured(torch.ones(1, device="cuda"))["y"])
     captured.forget()
     if found == 2:
-        yield Finding("CUDA graphs", "ok", "a step is launched as one")
+        yield Finding("CUDA graphs", "ok", "a training step is launched as one graph")
     else:
-        yield Finding("CUDA graphs", "fault", "what is recorded computes something else", "train --no-cuda-graph")
+        yield Finding("CUDA graphs", "broken", "a recorded graph gives a wrong result", "train with --no-cuda-graph")
 
 
 def _look_at_distributed() -> Iterator[Finding]:
     import torch
 
     if not torch.distributed.is_available():
-        yield Finding("torch.distributed", "note", "not in this torch: one process alone can train")
+        yield Finding("torch.distributed", "note", "not included in this torch; training uses a single process")
         return
     backends = (
         [f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"] if torch.distributed.is_nccl_available() else []
@@ -281,8 +281,8 @@ def _look_at_distributed() -> Iterator[Finding]:
     num_gpus = torch.cuda.device_count()
     lacks_nccl = num_gpus > 1 and not torch.distributed.is_nccl_available()
     yield Finding(
-        "torch.distributed", "fault" if lacks_nccl else "ok", f"by {' and '.join(backends) or 'no backend'}",
-        f"a torch with NCCL, for {num_gpus} GPUs to train together" if lacks_nccl else "",
+        "torch.distributed", "broken" if lacks_nccl else "ok", f"with {' and '.join(backends) or 'no backend'}",
+        f"install a torch with NCCL, to train on all {num_gpus} GPUs" if lacks_nccl else "",
     )  # fmt: skip
 
 
@@ -293,35 +293,35 @@ def _look_at_triton() -> Iterator[Finding]:
     if importlib.util.find_spec("triton") is None:
         if on_cuda:
             yield Finding(
-                "Triton", "fault", "not installed: on this GPU lamamba runs without its kernels, and slower",
+                "Triton", "broken", "not installed; on this GPU lamamba runs without its kernels, and slower",
                 "pip install triton",
             )  # fmt: skip
         else:
-            yield Finding("Triton", "note", "not installed, nor needed without an NVIDIA GPU")
+            yield Finding("Triton", "note", "not installed, and not needed without an NVIDIA GPU")
         return
     import triton
     from triton import knobs
 
     if knobs.runtime.interpret:
-        yield Finding("Triton", "note", "TRITON_INTERPRET is set, for tests: kernels run in Python", "unset it")
+        yield Finding("Triton", "note", "TRITON_INTERPRET is set, for tests; kernels run in Python", "unset it")
     elif on_cuda:
-        yield Finding("Triton", "ok", f"{triton.__version__}: on this GPU lamamba runs in its kernels")
+        yield Finding("Triton", "ok", f"{triton.__version__}; lamamba uses its kernels on this GPU")
     else:
         yield Finding("Triton", "note", f"{triton.__version__}, not used without an NVIDIA GPU")
 
 
 def _look_at_numba() -> Iterator[Finding]:
     if importlib.util.find_spec("numba") is None:
-        says = "not installed: on a CPU the scan and the norms run in plain PyTorch, and slower"
-        yield Finding("numba", "note", says, "pip install 'lamamba[cpu]'")
+        detail = "not installed; on a CPU the scan and the norms run in plain PyTorch, which is slower"
+        yield Finding("numba", "note", detail, "pip install 'lamamba[cpu]'")
         return
     try:
         version = importlib.import_module("numba").__version__
     except ImportError as error:
-        says = f"cannot be imported ({error}): on a CPU the scan and the norms run in plain PyTorch, and slower"
-        yield Finding("numba", "fault", says, "pip install --upgrade 'lamamba[cpu]'")
+        detail = f"cannot be imported ({error}); on a CPU the scan and the norms run in plain PyTorch, which is slower"
+        yield Finding("numba", "broken", detail, "pip install --upgrade 'lamamba[cpu]'")
         return
-    yield Finding("numba", "ok", f"{version}: on a CPU the scan and the norms run in its loops")
+    yield Finding("numba", "ok", f"{version}; compiles the loops of the scan and the norms on a CPU")
 
 
 def _look_at_operation(name: str) -> Iterator[Finding]:
@@ -333,14 +333,14 @@ def _look_at_operation(name: str) -> Iterator[Finding]:
     device = choose_device("auto")
     dtype = torch.bfloat16 if uses_bf16("auto", device) else torch.float32
     agreement = check_operation(name, device, dtype)
-    says = (
-        f"{agreement.version} on {device}, {str(dtype).removeprefix('torch.')}: result and gradients are within "
+    detail = (
+        f"{agreement.version} on {device}, {str(dtype).removeprefix('torch.')}; result and gradients are within "
         f"{agreement.error:.0e} of plain float64"
     )
     if agreement.holds:
-        yield Finding(name, "ok", says)
+        yield Finding(name, "ok", detail)
     else:
-        yield Finding(name, "fault", f"{says}, which is wrong", "another version of torch, Triton or numba")
+        yield Finding(name, "broken", f"{detail}, which is wrong", "install another version of torch, Triton or numba")
 
 
 def _look_at_weights() -> Iterator[Finding]:
@@ -348,7 +348,7 @@ def _look_at_weights() -> Iterator[Finding]:
 
     for folder in set(shipped_weights().values()):
         verify(folder)
-    yield Finding("shipped weights", "ok", f"of {', '.join(shipped_weights())}, as they were published")
+    yield Finding("shipped weights", "ok", f"{', '.join(shipped_weights())}; checksums match")
 
 
 def _look_at_extras() -> Iterator[Finding]:
@@ -357,8 +357,8 @@ def _look_at_extras() -> Iterator[Finding]:
             continue
         faults = [fault for name, wanted in _requirements(extra) for fault in _check_version(name, wanted)]
         if faults:
-            says = "; ".join(says for says, _ in faults)
-            yield Finding(f"extra {extra}", "note", says, f"pip install 'lamamba[{extra}]'")
+            detail = "; ".join(detail for detail, _ in faults)
+            yield Finding(f"extra {extra}", "note", detail, f"pip install 'lamamba[{extra}]'")
         else:
             yield Finding(f"extra {extra}", "ok", ", ".join(name for name, _ in _requirements(extra)))
     for tracker in TRACKERS:
@@ -369,42 +369,42 @@ def _look_at_extras() -> Iterator[Finding]:
 
 
 def _look_at_hub() -> Iterator[Finding]:
-    """Say what would be used of the Hugging Face hub; it is not asked."""
+    """Report the settings of the Hugging Face hub, without contacting it."""
     from huggingface_hub import constants, get_token
 
-    offline = ", not asked for anything (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else ""
+    offline = ", never contacted (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else ""
     if get_token() is None:
-        yield Finding("hub", "note", f"{constants.ENDPOINT}{offline}, no token: what is public can be fetched, and "
-                      "nothing sent", "hf auth login")  # fmt: skip
+        detail = f"{constants.ENDPOINT}{offline}, without a token; you can download public models, but not upload"
+        yield Finding("hub", "note", detail, "hf auth login")
     else:
         yield Finding("hub", "ok", f"{constants.ENDPOINT}{offline}, with a token")
     cache = Path(constants.HF_HUB_CACHE)
     there = next(path for path in (cache, *cache.parents) if path.exists())
-    says = f"{cache}, {shutil.disk_usage(there).free / 2**30:.0f} GiB free"
+    detail = f"{cache}, {shutil.disk_usage(there).free / 2**30:.0f} GiB free"
     if os.access(there, os.W_OK):
-        yield Finding("hub's cache", "ok", says)
+        yield Finding("hub cache", "ok", detail)
     else:
-        yield Finding("hub's cache", "fault", f"{says}, and cannot be written", "HF_HOME=FOLDER, one that can")
+        yield Finding("hub cache", "broken", f"{detail}, not writable", "set HF_HOME to a writable folder")
 
 
 def _look_at_threads() -> Iterator[Finding]:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, ValueError):  # of a container
+    with suppress(OSError, ValueError):  # the limit of a container
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
         cores = min(cores, max(1, round(int(quota) / int(period))))
     names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_PROC_BIND", "MKL_NUM_THREADS", "KMP_AFFINITY")
     settings = "".join(f", {name}={os.environ[name]}" for name in names if name in os.environ)
-    says = f"{torch.get_num_threads()} of torch on {cores} core{'s' * (cores > 1)}{settings}"
+    detail = f"torch uses {torch.get_num_threads()} on {cores} core{'s' * (cores > 1)}{settings}"
     has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     if torch.get_num_threads() > cores:
-        yield Finding("threads", "fault", f"{says}: they wait for each other", f"OMP_NUM_THREADS={cores}")
+        yield Finding("threads", "broken", f"{detail}; they wait for each other", f"set OMP_NUM_THREADS={cores}")
     elif torch.get_num_threads() > _MANY_THREADS and not has_gpu:
-        slow = f"{says}: slow where other programs use the cores too"
-        yield Finding("threads", "note", slow, "OMP_NUM_THREADS=8, for small networks")
+        slow = f"{detail}; slow if other programs use the cores too"
+        yield Finding("threads", "note", slow, "set OMP_NUM_THREADS=8 for small networks")
     else:
-        yield Finding("threads", "ok", says)
+        yield Finding("threads", "ok", detail)
 
 
 PARTS: dict[str, Callable[[], Iterator[Finding]]] = {

@@ -1,4 +1,4 @@
-"""Arrays in .npz files. What a header claims is compared with the file's size before anything is allocated."""
+"""Read arrays from .npz files. The size in a header is checked against the file before memory is allocated."""
 
 import math
 import zipfile
@@ -15,16 +15,16 @@ from lamamba.errors import DataError
 
 @dataclass(frozen=True)
 class OpenedArray:
-    """An array whose bytes are still to be read.
+    """An array whose values have not been read yet.
 
     Attributes:
-        path: of the file.
-        name: of the array in it.
-        shape: as the header has it.
-        dtype: of plain values, no objects.
-        is_fortran: whether the first index runs fastest.
-        file: at the first byte of the values.
-        what: the values are, for errors.
+        path: the .npz file.
+        name: name of the array.
+        shape: shape according to the header.
+        dtype: dtype of the values; never objects.
+        is_fortran: whether the first index varies fastest.
+        file: the open file, positioned at the first value.
+        what: what the values are, for errors.
     """
 
     path: Path
@@ -37,7 +37,7 @@ class OpenedArray:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all values."""
+        """Size of all values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
@@ -62,10 +62,10 @@ def list_arrays(path: Path) -> list[str]:
 
 @contextmanager
 def opened_array(path: Path, name: str, what: str = "values") -> Iterator[OpenedArray]:
-    """Open an array, to be read at once or a part at a time.
+    """Open an array, to read it at once or in parts.
 
     Raises:
-        DataError: there is none of that name, its header is damaged, or it has not the bytes that the header claims.
+        DataError: there is no array with that name, its header is damaged, or its size does not match the header.
     """
     with ExitStack() as stack:
         with _reading(f"{path} cannot be read as a .npz file"):
@@ -80,27 +80,27 @@ def _read_header(path: Path, name: str, info: zipfile.ZipInfo, file: IO[bytes], 
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, is_fortran, dtype = read_header(file)
     array = OpenedArray(path, name, shape, dtype, is_fortran, file, what)
-    if not all(type(side) is int and side >= 0 for side in shape):  # NumPy lets True and negative numbers through
+    if not all(type(side) is int and side >= 0 for side in shape):  # NumPy accepts True and negative numbers
         raise ValueError(f"{name} has the shape {shape}")
     if dtype.hasobject or not dtype.itemsize:
         raise ValueError(f"{name} holds {dtype}, not numbers")
     there = info.file_size - file.tell()
     if array.num_bytes != there:
         raise ValueError(f"{name} claims {array.num_bytes:,} bytes for {dtype} {shape}, but has {there:,}")
-    # The directory may lie too. Deflate, which NumPy compresses with, cannot make more than 1,032 bytes of one.
+    # The archive's directory may be wrong too. Deflate, NumPy's compression, expands one byte to at most 1,032.
     most = info.compress_size * (1 if info.compress_type == zipfile.ZIP_STORED else 1032)
     if info.compress_size > path.stat().st_size or info.file_size > most:
-        raise ValueError(f"{name} claims {array.num_bytes:,} bytes, more than the file can hold")
+        raise ValueError(f"{name} claims {array.num_bytes:,} bytes, more than the file can contain")
     return array
 
 
 @contextmanager
 def _reading(fault: str) -> Iterator[None]:
-    """Turn whatever a damaged file raises into a DataError."""
+    """Turn any error of a damaged file into a DataError."""
     try:
         yield
     except MemoryError:
         raise
-    except Exception as error:  # zipfile, zlib and NumPy's parser raise nearly everything, even SyntaxError
+    except Exception as error:  # zipfile, zlib and NumPy's parser raise many kinds of errors, even SyntaxError
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{fault} ({said}): fetch or make it again") from error
+        raise DataError(f"{fault} ({said}): download or create it again") from error

@@ -1,4 +1,4 @@
-"""Whether each operation, as it runs on this machine, agrees with its meaning: on a tiny input, in moments."""
+"""Compare each operation, as it runs on this machine, with its reference, on a tiny input."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -22,41 +22,41 @@ from lamamba.ops.window_attention import window_attention
 from lamamba.ops.window_attention.reference import window_attention_reference
 
 _BATCH, _SIDE, _CHANNELS, _RANK, _HEADS, _WINDOW, _EPS = 2, 6, 16, 3, 2, 4, 1e-5
-# A wrong result is off by a tenth and more; rounding, by some units of the last place.
+# Wrong results differ by a tenth or more; rounding changes only the last digits.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 class Operation(NamedTuple):
-    """An operation as it is called, what it means, and the shapes of what both take."""
+    """An operation, its reference, and the shapes of their inputs."""
 
     run: Callable[..., Tensor]
     meaning: Callable[..., Tensor]
     shapes: tuple[tuple[int, ...], ...]
     takes_loops: Callable[[Tensor], bool] = lambda x: False
-    """Whether loops that numba compiles run for such an input, where there are any."""
+    """Return whether loops compiled by numba run for such an input."""
 
 
 class Agreement(NamedTuple):
-    """How an operation ran and how far that is from what it means."""
+    """Which version of an operation ran, and how far its results are from the reference."""
 
     version: str
     """Triton kernels, compiled loops or PyTorch."""
     error: float
-    """The largest relative error, of the result and of each gradient: the norm of the difference over the norm."""
+    """The largest relative error of the result and the gradients: norm of the difference over norm of the reference."""
     holds: bool
-    """Whether that is within rounding."""
+    """Whether the error is within rounding."""
 
 
 def check_operation(name: str, device: torch.device, dtype: torch.dtype) -> Agreement:
-    """Run an operation forwards and backwards as "auto" chooses on a device, and its meaning in float64 on the CPU.
+    """Run an operation forward and backward on a device, and compare it with its reference in float64 on the CPU.
 
     Args:
-        name: of `OPERATIONS`.
-        device: to run on.
-        dtype: of its inputs, one of `TOLERANCES`.
+        name: a name in `OPERATIONS`.
+        device: where the operation runs, in the version that "auto" selects.
+        dtype: dtype of the inputs, one of `TOLERANCES`.
 
     Returns:
-        Which version ran, and how well the two agree.
+        Which version ran, and how well it agrees with the reference.
     """
     operation = OPERATIONS[name]
     generator = torch.Generator().manual_seed(0)

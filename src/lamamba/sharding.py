@@ -1,6 +1,6 @@
-"""Networks of which every process holds a part only: PyTorch's FSDP2, and what has to know of it.
+"""Sharded networks (PyTorch's FSDP2): each rank holds only a part of every parameter.
 
-What belongs to the parameters is cut as they are: gradients, the optimizer's moments, averages of the weights.
+Gradients, optimizer moments and EMAs are sharded like the parameters they belong to.
 """
 
 from collections.abc import Iterable, Mapping, MutableMapping
@@ -18,12 +18,12 @@ from lamamba.ops.residual_norm import Residual
 
 
 def shard(network: LaMambaDiff, number: int, compile: bool = False) -> None:
-    """Leave this process its part of every parameter; those of a block are put together while it runs.
+    """Shard the parameters of a network over all ranks. The parameters of a block are gathered while it runs.
 
     Args:
-        network: on this process's device, the same in all of them.
-        number: of the processes, each of which does this.
-        compile: each block by itself, between which parameters are put together.
+        network: the complete network on this rank's device, equal on all ranks.
+        number: the number of ranks; all of them call this.
+        compile: compile each block by itself; parameters are gathered between blocks.
     """
     mesh = init_device_mesh(network.device.type, (number,))
     for block in network.modules():
@@ -36,18 +36,18 @@ def shard(network: LaMambaDiff, number: int, compile: bool = False) -> None:
 
 
 def _copy_bias(block: nn.Module, inputs: Any, outputs: tuple[Tensor, Residual]) -> tuple[Tensor, Residual]:
-    """Copy the parameter that a block leaves to the next one, which runs when its own parameters are gone."""
+    """Copy the bias that a block passes on, because the block's parameters are freed before the next block runs."""
     x, residual = outputs
     return x, residual._replace(bias=residual.bias if residual.bias is None else residual.bias.clone())
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Give what this process holds of tensors."""
+    """Return this rank's parts of tensors."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Put a tensor together; all processes do so at the same time."""
+    """Gather a complete tensor. All ranks must call this together."""
     full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full
 
@@ -56,13 +56,13 @@ def whole(tensor: Tensor) -> Tensor:
 def gather(
     tensors: Mapping[str, Tensor], keep: bool = True, memory: MutableMapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Copy whole tensors to the CPU, one after the other; all processes do so, also those that keep none.
+    """Copy complete tensors to the CPU, one after the other. All ranks must call this, even those that keep no copies.
 
     Args:
-        tensors: by name; of CUDA's, those that are in parts are put together there.
-        keep: whether this process wants the copies.
-        memory: copies of an earlier time, which are written over; empty at first. Of what is on CUDA they are pinned,
-            which takes a while once, and from then on copying is as fast as the bus.
+        tensors: tensors by name; sharded ones are gathered on their device.
+        keep: whether this rank keeps the copies.
+        memory: earlier copies to overwrite; empty at first. For CUDA tensors they are pinned, which takes a while once
+            and then makes copying as fast as the bus.
     """
     copies = {}
     for name, tensor in tensors.items():
@@ -81,7 +81,7 @@ def gather(
 
 
 def _memory_for(tensor: Tensor) -> Tensor:
-    """Take memory on the CPU; for what is on CUDA pinned, where there is enough that can be."""
+    """Allocate CPU memory for a tensor; pinned for CUDA tensors, if enough memory can be pinned."""
     if tensor.is_cuda:
         with suppress(RuntimeError):
             return torch.empty_like(tensor, device="cpu", pin_memory=True)
@@ -90,9 +90,9 @@ def _memory_for(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def load(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Set a network's parameters to those of whole weights, which every process has."""
+    """Set the parameters of a network from complete weights, which every rank has."""
     for name, parameter in network.named_parameters():
         value = weights[name].to(parameter.device)
-        if isinstance(parameter, DTensor):  # each cuts out its own, nothing is sent
+        if isinstance(parameter, DTensor):  # each rank takes its own part; nothing is sent
             value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.copy_(value)

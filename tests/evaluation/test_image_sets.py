@@ -185,7 +185,7 @@ def header(shape: str, dtype: str = "|u1", fortran: bool = False) -> str:
         ("(1.0, 8, 8, 3)", "cannot be read as a .npz file"),
         ("192", "cannot be read as a .npz file"),
         ("(((((((", "cannot be read as a .npz file"),
-        ("(2," * 5000 + ")" * 5000, "is large and may not be safe to load securely.): fetch"),
+        ("(2," * 5000 + ")" * 5000, "is large and may not be safe to load securely.): download"),
         ("(0, 8, 8, 3)", "claims 0 bytes for uint8 (0, 8, 8, 3), but has 192"),
     ],
 )
@@ -227,7 +227,7 @@ def test_a_directory_that_lies_about_sizes_is_refused(tmp_path: Path) -> None:
     true, claimed = ((length + size).to_bytes(4, "little") for size in (192, 300_000_000))
     assert content.count(true) == 4  # compressed and not, in front of the file and in the directory
     path.write_bytes(content.replace(true, claimed))
-    with pytest.raises(DataError, match="arr_0 claims 300,000,000 bytes, more than the file can hold"):
+    with pytest.raises(DataError, match="arr_0 claims 300,000,000 bytes, more than the file can contain"):
         open_images(str(path))
 
 
