@@ -14,7 +14,6 @@ import triton.language as tl
 from lamamba.ops.selective_scan.kernels import (
     LN_2,
     _below,
-    _exp,
     _exp2,
     _is_reversed,
     _load_expansion,
@@ -133,7 +132,7 @@ def _walk_segments(p_carry, p_decay, o_first, STRIDE: tl.constexpr, count, m_d):
 
 @triton.jit(do_not_specialize=["plane", "first_image", "tiles_per_segment", "num_segments"])
 def states_summary_kernel(
-    p_u, p_low, p_rows, p_weight, p_bias, p_A_log, p_carry, p_decay,
+    p_u, p_low, p_rows, p_weight, p_bias, p_rates, p_carry, p_decay,
     plane, first_image, tiles_per_segment, num_segments,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr,
     CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr,
@@ -153,7 +152,7 @@ def states_summary_kernel(
     segment = tl.program_id(1) // 4
     segment = tl.where(_is_reversed(path, CONTINUOUS), num_segments - 2 - segment, segment) + (1 if BACKWARD else 0)
     b_bias = tl.load(p_bias + path * CHANNELS + o_d, mask=m_d, other=0.0)
-    p_A_log += path * STATES * CHANNELS + o_d
+    p_rates += path * STATES * CHANNELS + o_d
     p_u += image * LENGTH * CHANNELS + path.to(tl.int64) * plane
     p_low += image * LENGTH * LOW + path * (LOW // 4)
     p_rows += (image * 4 + path) * NUM_TILES * 2 * STATES * TILE
@@ -177,7 +176,7 @@ def states_summary_kernel(
             b_inputs = b_inputs + (b_u if BACKWARD else b_ms[step] * b_u * LN_2,)
             b_total += b_ms[step]
         for state in range(0, STATES):
-            b_A = -_exp(tl.load(p_A_log + state * CHANNELS, mask=m_d, other=0.0), PRECISE)
+            b_A = -tl.load(p_rates + state * CHANNELS, mask=m_d, other=0.0)
             p_end = p_carry + o_end + state * CHANNELS
             b_h = tl.load(p_end, mask=m_d & (count > first), other=0.0)
             BC = _numbers(tl.load(p_rows + (tile * STATES + state) * 2 * TILE + tl.arange(0, 32)))
@@ -190,13 +189,13 @@ def states_summary_kernel(
             tl.store(p_end, b_h, mask=m_d)
         tl.debug_barrier()
     for state in range(0, STATES):
-        b_A = -_exp(tl.load(p_A_log + state * CHANNELS, mask=m_d, other=0.0), PRECISE)
+        b_A = -tl.load(p_rates + state * CHANNELS, mask=m_d, other=0.0)
         tl.store(p_decay + o_end + state * CHANNELS, _exp2(b_A * b_total, PRECISE), mask=m_d)
 
 
 @triton.jit(do_not_specialize=["batch", "tiles_per_segment", "num_segments"])
 def states_forward_kernel(
-    p_x, p_low, p_rows, p_weight, p_bias, p_A_log, p_D, p_y, p_states, p_carry, p_decay,
+    p_x, p_low, p_rows, p_weight, p_bias, p_rates, p_D, p_y, p_states, p_carry, p_decay,
     batch, tiles_per_segment, num_segments,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr,
     CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr,
@@ -217,7 +216,7 @@ def states_forward_kernel(
     segment = tl.where(_is_reversed(path, CONTINUOUS), num_segments - 1 - segment, segment)
     b_bias = tl.load(p_bias + path * CHANNELS + o_d, mask=m_d, other=0.0)
     b_D = tl.load(p_D + path * CHANNELS + o_d, mask=m_d, other=0.0)
-    p_A_log += path * STATES * CHANNELS + o_d
+    p_rates += path * STATES * CHANNELS + o_d
     p_x += image * LENGTH * CHANNELS
     p_y += (path * batch + image) * LENGTH * CHANNELS
     p_low += image * LENGTH * LOW + path * (LOW // 4)
@@ -235,18 +234,18 @@ def states_forward_kernel(
         tl.store(p_state + state * CHANNELS, b_h, mask=m_d)
 
     b_lows = _load_low(p_low, first * TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
+    b_rows = ()
+    b_rates = ()
+    b_starts = ()
+    for i in tl.static_range(AT_ONCE):
+        b_rows = b_rows + (tl.load(p_row + i * 2 * TILE),)
+        b_rates = b_rates + (tl.load(p_rates + i * CHANNELS, mask=m_d, other=0.0),)
+        b_starts = b_starts + (tl.load(p_state + i * CHANNELS, mask=m_d, other=0.0),)
     for tile in range(first, last):
         start = tile * TILE
-        # What starts the work on a tile is loaded with the one before, and the rest while that work goes on.
+        is_last = tile + 1 == last
         o_pixels, m_pixels = _pixels(start, path, o_d, m_d, HEIGHT, WIDTH, CONTINUOUS, CHANNELS, TILE)
         b_xs = _rows(tl.load(p_x + o_pixels, mask=m_pixels, other=0.0))
-        b_rows = ()
-        b_A_logs = ()
-        b_hs = ()
-        for i in tl.static_range(AT_ONCE):
-            b_rows = b_rows + (tl.load(p_row + i * 2 * TILE),)
-            b_A_logs = b_A_logs + (tl.load(p_A_log + i * CHANNELS, mask=m_d, other=0.0),)
-            b_hs = b_hs + (tl.load(p_state + i * CHANNELS, mask=m_d, other=0.0),)
         b_ms = _steps(b_lows, weights, b_bias, start, LENGTH, RANK, PRECISE)
         b_lows = _load_low(p_low, start + TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
         b_inputs = ()
@@ -256,25 +255,28 @@ def states_forward_kernel(
             b_inputs = b_inputs + (b_ms[step] * b_x * LN_2,)
             b_ys = b_ys + (b_D * b_x,)
         for turn in range(0, STATES, AT_ONCE):
+            # Load what the next turn begins with, be it of the next tile. The compiler would do so at the end of this
+            # turn, too late, but it moves no load across the barriers in `_numbers`.
+            wraps = turn + AT_ONCE == STATES
+            to_come = tl.where(wraps, 0, turn + AT_ONCE)
+            p_row += tl.where(wraps & is_last, 0, AT_ONCE * 2 * TILE)
+            p_start = p_state + to_come * CHANNELS + tl.where(wraps & (not is_last), TO_NEXT, 0)
             b_new_rows = ()
-            b_new_A_logs = ()
-            b_new_hs = ()
+            b_new_rates = ()
+            b_new_starts = ()
             for i in tl.static_range(AT_ONCE):
-                b_h, b_A, BC = b_hs[i], -_exp(b_A_logs[i], PRECISE), _numbers(b_rows[i])
+                b_new_rows = b_new_rows + (tl.load(p_row + i * 2 * TILE),)
+                b_new_rates = b_new_rates + (tl.load(p_rates + (to_come + i) * CHANNELS, mask=m_d, other=0.0),)
+                b_new_starts = b_new_starts + (tl.load(p_start + i * CHANNELS, mask=m_d, other=0.0),)
+            for i in tl.static_range(AT_ONCE):
+                b_h, b_A, BC = b_starts[i], -b_rates[i], _numbers(b_rows[i])
                 b_sums = ()
                 for step in tl.static_range(TILE):
                     b_h = tl.fma(_exp2(b_A * b_ms[step], PRECISE), b_h, BC[step] * b_inputs[step])
                     b_sums = b_sums + (b_ys[step] + BC[TILE + step] * b_h,)
                 b_ys = b_sums
-                tl.store(p_state + (turn + i) * CHANNELS + TO_NEXT, b_h, mask=m_d & (tile + 1 < last))
-                if i == 0:  # what the next turn begins with, while there is still something to do
-                    for j in tl.static_range(AT_ONCE):
-                        to_come = tl.minimum(turn + AT_ONCE, STATES - AT_ONCE) + j
-                        b_new_rows = b_new_rows + (tl.load(p_row + to_come * 2 * TILE),)
-                        b_new_A_logs = b_new_A_logs + (tl.load(p_A_log + to_come * CHANNELS, mask=m_d, other=0.0),)
-                        b_new_hs = b_new_hs + (tl.load(p_state + to_come * CHANNELS, mask=m_d, other=0.0),)
-            b_rows, b_A_logs, b_hs = b_new_rows, b_new_A_logs, b_new_hs
-        p_row += 2 * STATES * TILE
+                tl.store(p_state + (turn + i) * CHANNELS + TO_NEXT, b_h, mask=m_d & (not is_last))
+            b_rows, b_rates, b_starts = b_new_rows, b_new_rates, b_new_starts
         p_state += TO_NEXT
         b_new_ys = ()
         for step in tl.static_range(TILE):
@@ -286,7 +288,7 @@ def states_forward_kernel(
 
 @triton.jit(do_not_specialize=["plane", "batch", "first_image", "tiles_per_segment", "num_segments"])
 def states_backward_kernel(
-    p_x, p_low, p_rows, p_weight, p_bias, p_A_log, p_D, p_grad_y, p_states, p_carry, p_decay,
+    p_x, p_low, p_rows, p_weight, p_bias, p_rates, p_D, p_grad_y, p_states, p_carry, p_decay,
     p_grads, p_grad_x, p_grad_z, p_grad_rows, p_grad_shared,
     plane, batch, first_image, tiles_per_segment, num_segments,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr,
@@ -310,7 +312,7 @@ def states_backward_kernel(
     o_path = path * CHANNELS + o_d
     b_bias = tl.load(p_bias + o_path, mask=m_d, other=0.0)
     b_D = tl.load(p_D + o_path, mask=m_d, other=0.0)
-    p_A_log += path * STATES * CHANNELS + o_d
+    p_rates += path * STATES * CHANNELS + o_d
     p_x += image * LENGTH * CHANNELS
     p_grad_y += image * LENGTH * CHANNELS + path.to(tl.int64) * plane
     p_grad_x += (path * batch + image) * LENGTH * CHANNELS
@@ -345,13 +347,13 @@ def states_backward_kernel(
         p_row = p_rows + tile * 2 * STATES * TILE
         p_state = p_states + ((image * 4 + path) * NUM_TILES + tile) * STATES * CHANNELS + o_d
         b_rows = ()
-        b_A_logs = ()
+        b_rates = ()
         b_starts = ()
         b_gs = ()
         b_grad_As = ()
         for i in tl.static_range(AT_ONCE):
             b_rows = b_rows + (tl.load(p_row + i * 2 * TILE),)
-            b_A_logs = b_A_logs + (tl.load(p_A_log + i * CHANNELS, mask=m_d, other=0.0),)
+            b_rates = b_rates + (tl.load(p_rates + i * CHANNELS, mask=m_d, other=0.0),)
             b_starts = b_starts + (tl.load(p_state + i * CHANNELS, mask=m_d, other=0.0),)
             b_gs = b_gs + (tl.load(p_grad + i * CHANNELS, mask=m_d, other=0.0),)
             b_grad_As = b_grad_As + (tl.load(p_grad_A + i * 4 * CHANNELS, mask=m_d, other=0.0),)
@@ -368,14 +370,14 @@ def states_backward_kernel(
             b_exponents = b_exponents + (tl.zeros([1, BLOCK], tl.float32),)
         for turn in range(0, STATES, AT_ONCE):
             b_new_rows = ()
-            b_new_A_logs = ()
+            b_new_rates = ()
             b_new_starts = ()
             b_new_gs = ()
             b_new_grad_As = ()
             for i in tl.static_range(AT_ONCE):
                 current = turn + i
                 b_h, b_g, b_grad_A = b_starts[i], b_gs[i], b_grad_As[i]
-                b_A, BC = -_exp(b_A_logs[i], PRECISE), _numbers(b_rows[i])
+                b_A, BC = -b_rates[i], _numbers(b_rows[i])
                 b_hs = (b_h,)
                 b_as = ()
                 for step in tl.static_range(TILE):
@@ -409,12 +411,12 @@ def states_backward_kernel(
                     for j in tl.static_range(AT_ONCE):
                         to_come = tl.minimum(turn + AT_ONCE, STATES - AT_ONCE) + j
                         b_new_rows = b_new_rows + (tl.load(p_row + to_come * 2 * TILE),)
-                        b_new_A_logs = b_new_A_logs + (tl.load(p_A_log + to_come * CHANNELS, mask=m_d, other=0.0),)
+                        b_new_rates = b_new_rates + (tl.load(p_rates + to_come * CHANNELS, mask=m_d, other=0.0),)
                         b_new_starts = b_new_starts + (tl.load(p_state + to_come * CHANNELS, mask=m_d, other=0.0),)
                         b_new_gs = b_new_gs + (tl.load(p_grad + to_come * CHANNELS, mask=m_d, other=0.0),)
                         b_of_A = tl.load(p_grad_A + to_come * 4 * CHANNELS, mask=m_d, other=0.0)
                         b_new_grad_As = b_new_grad_As + (b_of_A,)
-            b_rows, b_A_logs, b_starts = b_new_rows, b_new_A_logs, b_new_starts
+            b_rows, b_rates, b_starts = b_new_rows, b_new_rates, b_new_starts
             b_gs, b_grad_As = b_new_gs, b_new_grad_As
 
         # Read x again: meanwhile the registers had a better use.

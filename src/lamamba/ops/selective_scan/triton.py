@@ -32,6 +32,7 @@ TILE = 16  # steps; the smallest side of a matrix product on tensor cores
 # fewer where there are fewer programs than these; not where paths are cut.
 BLOCK, NARROWER_BELOW, NARROWER_BACKWARD_BELOW = 64, 800, 1024
 STEPS = 64  # of a program that copies B and C into the order of the paths, or their gradients back
+STATES_REGISTERS = 128  # of a thread that scans several states forward: 16 warps run at once on a multiprocessor
 MAX_BATCH = 65535  # of CUDA, for the third axis of a grid of programs
 
 
@@ -57,8 +58,8 @@ def _geometry(x: Tensor, low: Tensor, rank: int, A_log: Tensor, continuous: bool
     if batch > MAX_BATCH:
         raise ValueError(f"scan_grid: a batch of {batch} is too large for the kernels: split it, {MAX_BATCH} at most")
     states = A_log.shape[2]
-    # Backward with several states, what is loaded ahead takes the registers of a lane's second channel.
-    block = 32 if backward and states > 1 else max(32, min(BLOCK, triton.next_power_of_2(channels)))
+    # With several states, what is loaded ahead takes the registers of a lane's second channel.
+    block = 32 if states > 1 else max(32, min(BLOCK, triton.next_power_of_2(channels)))
     num_tiles = triton.cdiv(height * width, TILE)
     block, cuts = (_cut_backward if backward else _cut_forward)(batch, channels, num_tiles, block)
     parts, first_image = [], 0
@@ -177,21 +178,27 @@ def _scan_states(
     save = states.numel() > 0
     room = states if save else A_log.new_empty(batch, 4, part.num_segments, num_states, channels)
     rows = _rows_of_weights(low, rank, num_states, continuous)
-    A_log = A_log.mT.contiguous()
+    rates = _rates(A_log)
     carry, decay = _summarise(
-        states_summary_kernel, geometry, part, num_states, x, 0, low, rows, weight, bias, A_log, backward=False
+        states_summary_kernel, geometry, part, num_states, x, 0, low, rows, weight, bias, rates, backward=False
     )
     launch(
         states_forward_kernel, (geometry.num_blocks, 4 * part.num_segments, batch),
-        x, low, rows, weight, bias, A_log, D, planes, room, carry, decay,
+        x, low, rows, weight, bias, rates, D, planes, room, carry, decay,
         batch, part.tiles_per_segment, part.num_segments,
-        SAVE=save, AT_ONCE=_states_at_once(num_states), **geometry.constants,
+        SAVE=save, AT_ONCE=_states_at_once(num_states), maxnreg=STATES_REGISTERS, **geometry.constants,
     )  # fmt: skip
 
 
+def _rates(A_log: Tensor) -> Tensor:
+    """Compute exp(A_log), (4, e, n), with channels as neighbors: (4, n, e)."""
+    paths, channels, num_states = A_log.shape
+    return torch.exp(A_log.mT, out=A_log.new_empty(paths, num_states, channels))
+
+
 def _states_at_once(num_states: int) -> int:
-    """Say how many states a turn of the kernels' loop walks: two, where there is an even number of them."""
-    return 1 if num_states % 2 else 2
+    """Say how many states a turn of the kernels' loop walks: two, where that leaves several turns of two."""
+    return 2 if num_states % 2 == 0 and num_states > 2 else 1
 
 
 def _rows_of_weights(low: Tensor, rank: int, num_states: int, continuous: bool) -> Tensor:
@@ -272,16 +279,16 @@ def _scan_grid_backward(
     else:
         rows = _rows_of_weights(low, rank, num_states, continuous)
         grad_rows = rows.new_empty(geometry.num_blocks, *rows.shape)
-        A_by_state = A_log.mT.contiguous()
+        rates = _rates(A_log)
         for part, of_part in zip(geometry.parts, grad_shared.split(num_rows), strict=True):
             carry, decay = _summarise(
                 states_summary_kernel, geometry, part, num_states,
-                grad_y, plane, low, rows, weight, bias, A_by_state, backward=True,
+                grad_y, plane, low, rows, weight, bias, rates, backward=True,
             )  # fmt: skip
             grads = A_log.new_empty(part.num_images, 4, part.num_segments, num_states, channels)
             launch(
                 states_backward_kernel, (geometry.num_blocks, 4 * part.num_segments, part.num_images),
-                x, low, rows, weight, bias, A_by_state, D, grad_y, states, carry, decay,
+                x, low, rows, weight, bias, rates, D, grad_y, states, carry, decay,
                 grads, grad_x, grad_z, grad_rows, of_part,
                 plane, batch, part.first_image, part.tiles_per_segment, part.num_segments,
                 AT_ONCE=_states_at_once(num_states), **geometry.constants,
