@@ -239,7 +239,7 @@ class TestFashionMnistFromTheHub:
         with pytest.raises(DataError, match="hub did not give fashion_mnist/train-00000-of-00001") as caught:
             open_source("fashion-mnist")
         message = str(caught.value)
-        for words in (type(fault).__name__, "apt install dataset-fashion-mnist", "--data-folder", "data 'builtin'"):
+        for words in (type(fault).__name__, "apt install dataset-fashion-mnist", "--data-folder", "use 'builtin'"):
             assert words in message
         assert "\n" not in message
         assert len(message) < 1000

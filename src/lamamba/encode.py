@@ -69,6 +69,7 @@ def _open(config: EncodeConfig, space: Latents) -> Source:
         config.data,
         image_size=config.image_size,
         channels=space.image_channels,
+        folder=config.data_folder,
         skip_bad_images=config.skip_bad_images,
     )
     space.grid_size(source.image_size)

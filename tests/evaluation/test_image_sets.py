@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from lamamba.config import EvaluateConfig
 from lamamba.data import fashion_mnist, load_fashion_mnist
-from lamamba.errors import DataError
+from lamamba.errors import ConfigError, DataError
 from lamamba.evaluation.image_sets import ImageSet, open_images, open_reference, read_settings
 
 
@@ -85,6 +86,10 @@ def test_fashion_mnist_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         assert images.num_images == number
         (_, batch), _ = images.batches(3, 1)
         np.testing.assert_array_equal(batch, load_fashion_mnist(split).images[:3])
+    monkeypatch.setattr(fashion_mnist, "FASHION_MNIST_FOLDER", tmp_path / "missing")
+    assert open_images("fashion-mnist-test", data_folder=tmp_path).num_images == 5
+    with pytest.raises(ConfigError, match="left out without fashion-mnist"):
+        EvaluateConfig("samples", "builtin", data_folder=tmp_path)
 
 
 def test_all_of_fashion_mnist_by_name(whole_fashion_mnist: None) -> None:

@@ -67,6 +67,8 @@ class EncodeConfig:
     """AutoencoderKL folder, as diffusers saves it."""
     out: Path
     """Folder for the latents: shards and an index. Run the command again to write missing shards."""
+    data_folder: Path | None = None
+    """Folder with the files of fashion-mnist; by default Debian's package, or a download from the Hugging Face hub."""
     image_size: int | None = None
     """Crop the images of a folder to this many pixels square; the built-in images are 32 by default."""
     mirrored: bool = True

@@ -140,6 +140,8 @@ class EvaluateConfig:
     TorchScript file that turns images into features."""
     pixels: Literal["uint8", "float"] = "uint8"
     """What a TorchScript file takes: 0 to 255, or float32 from 0 to 1."""
+    data_folder: Path | None = None
+    """Folder with the files of fashion-mnist and fashion-mnist-test; by default Debian's package, or a download."""
     image_size: int | None = None
     """Crop the images of a folder to this many pixels square; the default is their own size."""
     nearest_images: int = 50_000
@@ -154,6 +156,8 @@ class EvaluateConfig:
     """cpu, cuda, cuda:1 or mps; auto uses the fastest one available."""
 
     def __post_init__(self) -> None:
+        named = any(name.startswith("fashion-mnist") for name in (self.generated, self.reference))
+        check(self.data_folder is None or named, "data_folder", str(self.data_folder), "left out without fashion-mnist")
         check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         check(self.nearest_images >= 6, "nearest_images", self.nearest_images, "6 or more")
         check_seed(self.seed)

@@ -30,8 +30,8 @@ HUB_REVISION = "531be5e2ccc9dba0c201ad3ae567a4f3d16ecdd2"
 
 _WAYS_WITHOUT_HUB = (
     "on Debian or Ubuntu run 'apt install dataset-fashion-mnist'; or download the four .gz files from "
-    "github.com/zalandoresearch/fashion-mnist (data/fashion) and give their folder (folder=, or lamamba train "
-    "--data-folder); or use data 'builtin'"
+    "github.com/zalandoresearch/fashion-mnist (data/fashion) and give their folder (folder=, or "
+    "--data-folder); or use 'builtin'"
 )
 
 

@@ -60,8 +60,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     device = choose_device(config.device)
     network = open_features(config.features, device, config.pixels)
-    generated = open_images(config.generated, config.image_size)
-    reference = open_reference(config.reference, config.image_size)
+    generated = open_images(config.generated, config.image_size, config.data_folder)
+    reference = open_reference(config.reference, config.image_size, config.data_folder)
     for images in (generated, reference.images):
         if images is not None and images.num_images < 2:
             raise DataError(f"{images.name} has {images.num_images} image: statistics need 2, and good ones thousands")

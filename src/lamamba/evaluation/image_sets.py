@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ from lamamba.files import checksum
 from lamamba.generate import SAMPLES, read_generation
 from lamamba.npz import list_arrays, opened_array
 
-_NAMED: Mapping[str, Callable[[], ArraySource]] = {
-    "builtin": load_builtin,
-    "fashion-mnist": load_fashion_mnist,
-    "fashion-mnist-test": partial(load_fashion_mnist, "test"),
+_NAMED: Mapping[str, Callable[[Path | None], ArraySource]] = {
+    "builtin": lambda _: load_builtin(),
+    "fashion-mnist": lambda folder: load_fashion_mnist("train", folder=folder),
+    "fashion-mnist-test": lambda folder: load_fashion_mnist("test", folder=folder),
 }
 _MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**26)  # of an image in a .npz: what Pillow allows one in a file
 _MOST_FEATURES = 16_384  # of statistics: their covariance has 2 GiB
@@ -109,19 +108,24 @@ class Reference:
     sha256: str | None = None
 
 
-def open_images(name: str, image_size: int | None = None) -> ImageSet:
+def open_images(name: str, image_size: int | None = None, data_folder: Path | None = None) -> ImageSet:
     """Open a folder of images (at any depth), a .npz of them, or what goes by a name; folders can be cropped.
+
+    Args:
+        name: of the folder or file, or builtin, fashion-mnist or fashion-mnist-test.
+        image_size: to crop a folder's images to.
+        data_folder: where the files of Fashion-MNIST are.
 
     Raises:
         DataError: there is no such thing, or no image in it.
     """
-    reference = open_reference(name, image_size)
+    reference = open_reference(name, image_size, data_folder)
     if reference.images is None:
         raise DataError(f"{name} has statistics but no images (arr_0): give the generated images themselves")
     return reference.images
 
 
-def open_reference(name: str, image_size: int | None = None) -> Reference:
+def open_reference(name: str, image_size: int | None = None, data_folder: Path | None = None) -> Reference:
     """Open what `open_images` does, or a .npz of statistics (mu, sigma, mu_s, sigma_s), of images (arr_0), or of both.
 
     Raises:
@@ -131,7 +135,7 @@ def open_reference(name: str, image_size: int | None = None) -> Reference:
     if (path / SAMPLES).is_file():  # as `lamamba generate --format npz` leaves it
         path = path / SAMPLES
     if name in _NAMED:
-        images = _NAMED[name]().images.transpose(0, 2, 3, 1)
+        images = _NAMED[name](data_folder).images.transpose(0, 2, 3, 1)
         return Reference(name, ImageSet(name, len(images), lambda: _enumerate(name, iter(images))))
     if path.is_dir():
         return Reference(name, _open_folder(path, image_size))
