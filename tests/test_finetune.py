@@ -73,10 +73,13 @@ def test_another_resolution_predicts_what_the_network_did_there() -> None:
 def test_what_does_not_fit_is_named() -> None:
     after = build(1, in_channels=3, ssm_conv_bias=True)
     notes = take_over(after, build(0), (), ())
-    assert len(notes) == 1
-    assert "weights do not fit and begin anew: " in notes[0]
+    assert len(notes) == 2
+    assert notes[0].startswith(
+        "the images have 3 channels and the weights are for 1: the first and the last layer start"
+    )
+    assert "weights do not fit and begin anew: " in notes[1]
     for name in ("patch_projection.weight", "head.output.weight", "encoder.0.0.ssm.convolution.bias"):
-        assert name in notes[0]
+        assert name in notes[1]
     assert take_over(build(1), build(0, ssm_conv_bias=True), (), ())[0].startswith("13 weights have no place here: ")
     with pytest.raises(CheckpointError, match=r"only [\d,]+ of [\d,]+ parameters fit"):
         take_over(build(1, embed_dim=16), build(0), (), ())

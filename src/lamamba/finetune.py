@@ -57,6 +57,12 @@ def take_over(
         raise CheckpointError(
             f"only {num_copied:,} of {number:,} parameters fit, the network is built otherwise: leave its options out"
         )
+    channels, other_channels = network.config.in_channels, other.config.in_channels
+    if channels != other_channels:
+        notes.append(
+            f"the images have {channels} channel{'s' * (channels > 1)} and the weights are for {other_channels}: the "
+            "first and the last layer start over, so expect noise at first, as in a new run"
+        )
     if anew:
         notes.append(f"{len(anew)} weights do not fit and begin anew: {', '.join(anew)}")
     if theirs:
