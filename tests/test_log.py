@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -19,8 +20,9 @@ from lamamba import watch as watching
 from lamamba.cli import main
 from lamamba.config import NetworkConfig, TrainConfig, preset
 from lamamba.cost import peak_tflops, training_flops
+from lamamba.output import describe_duration
 from lamamba.trainer import Trainer
-from lamamba.watch import _duration, _line
+from lamamba.watch import _line
 
 TINY = [
     *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
@@ -34,6 +36,33 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "first"
     main(["train", "--out", str(out), "--num-images", "6", *TINY])
     return out
+
+
+def test_the_time_left_and_what_took_it_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = TrainConfig(out=tmp_path, num_images=100, batch_size=10)
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(logging_of_runs, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    terms = {"loss": torch.tensor(0.5), "mse": torch.tensor(0.5), "skipped": torch.tensor(0.0)}
+    terms |= {f"{kind}_q{quarter}": torch.tensor(1.0) for kind in ("loss", "share") for quarter in range(1, 5)}
+    with logging_of_runs.TrainingLog(config, 50, torch.device("cpu")) as log:
+        with log.first_step(minutes=False):
+            clock.now += 100
+        clock.now += 10
+        log.step(10, terms)
+        with log.pause("sample"):
+            clock.now += 290
+        log.write(60, 6, 1e-4)
+        with log.pause("save"):
+            clock.now += 3
+        log.finish(60)
+    shown = capsys.readouterr().out
+    assert "60 of 100 images · loss 0.5000 · 1.0 images/s · 20 minutes left" in shown  # 300 s for 10 images
+    assert (
+        "time        7 minutes, of which preparing the first step 100 seconds, sample grids 5 minutes, check" in shown
+    )
+    assert "rough samples are normal after 10 steps" in shown
 
 
 def test_training_counts_three_forward_passes() -> None:
@@ -280,6 +309,6 @@ def test_a_curve_fits_its_line() -> None:
     assert _line([4.0] * 5, 3) == "▁▁▁"
     assert len(_line([float(value) for value in range(1000)], 40)) == 40
     assert _line([], 40) == ""
-    assert [_duration(seconds) for seconds in (5, 300, 9000, 500_000)] == [
+    assert [describe_duration(seconds) for seconds in (5, 300, 9000, 500_000)] == [
         "5 seconds", "5 minutes", "2.5 hours", "5.8 days",
     ]  # fmt: skip

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -368,7 +369,9 @@ def test_records_and_pictures_say_what_happened(tmp_path: Path) -> None:
         assert min(quarters) <= record["loss"] <= max(quarters)
     assert records[1]["seconds"] > records[0]["seconds"]
     with Image.open(tmp_path / "run" / "samples" / f"{16:012d}.png") as grid:
-        assert (grid.mode, grid.size) == ("L", (2 * (10 * 34 + 2), 2 * (2 * 34 + 2)))
+        assert (grid.mode, grid.height) == ("L", 2 * (10 * 34 + 2))  # one row per class, after its name
+        names = np.asarray(grid)[:, : -2 * (2 * 34 + 2)]
+        assert all((names[68 * row : 68 * row + 68] < 128).any() for row in range(10))
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     shown = [(event.step, event.value) for event in board.Scalars("train/loss")]
     assert shown == [(record["images"], pytest.approx(record["loss"])) for record in records]
@@ -468,3 +471,22 @@ def test_what_earlier_starts_left_is_moved_and_not_lost(tmp_path: Path) -> None:
         assert (aside / "log.jsonl").read_text() == str(number)
         assert (aside / "checkpoints" / ".incomplete-8").is_dir()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier-1", "earlier-2", "notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "warns"),
+    [
+        ({}, True),
+        ({"num_images": 10_000_000}, False),
+        ({"learning_rate": 5e-4}, False),
+        ({"batch_size": 8, "num_images": 40_000}, False),
+    ],
+)
+def test_a_short_run_at_the_rate_of_a_long_one_is_warned(options: dict[str, Any], warns: bool) -> None:
+    advice = training.advise_short_run(TrainConfig(out=Path("run"), **options))
+    assert ("learning rate 0.0001 suits long runs: after 1,562 steps" in advice, bool(advice)) == (warns, warns)
+
+
+def test_a_cpu_draws_fewer_grids(tmp_path: Path) -> None:
+    config, *_ = training.resolve(TrainConfig(out=tmp_path, device="cpu", num_images=10_000))
+    assert (config.sample_every, config.checkpoint_every) == (2500, 1000)

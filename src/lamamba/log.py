@@ -26,11 +26,12 @@ from lamamba.data import Source
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import utf8_path, write_text, written_whole
 from lamamba.model import LaMambaDiff
-from lamamba.output import make_console, make_progress, say
+from lamamba.output import describe_duration, make_console, make_progress, say
 from lamamba.records import read_record
 from lamamba.streams import visible
 
 SHOWN_EVERY_S = 5.0  # beside the bar, on a terminal; to read it waits for the device
+SHORT_RUN_STEPS = 5000  # of training from fresh weights
 MAX_LINE_BYTES = 1 << 16  # of log.jsonl; a longer line is damaged, and not worth the memory
 MAX_VALUE = 1e100  # in log.jsonl; a larger one is damaged, and sums of it would not be finite
 # For texts of matplotlib with names in them, in which "$" and "_" are no formulas.
@@ -69,6 +70,8 @@ class TrainingLog:
         self.steps = self.images = 0
         self.started = self.since = self.shown = time.perf_counter()
         self.paused_s = self.waited_s = 0.0
+        self.images_before = images
+        self.seconds_of: dict[str, float] = {}  # what interrupts training: "sample", "save", "compile"
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -96,7 +99,7 @@ class TrainingLog:
         self.tflop_per_image = training_flops(self.config.network) / 1e12
         peak = peak_tflops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         self.peak_tflops = peak * num_processes if peak and uses_bf16 else None
-        kind = "grey" if source.channels == 1 else "colour"
+        kind = "grey" if source.channels == 1 else "color"
         classes = f"{source.num_classes} classes" if source.num_classes else "no classes"
         self.note(
             f"{len(source):,} {kind} images of {source.name}, {source.image_size}x{source.image_size}, {classes} · "
@@ -183,11 +186,18 @@ class TrainingLog:
         if skipped:
             self.note(f"{skipped} of {self.steps} steps skipped: their gradient was not finite")
         if self.progress.disable:
-            self.note(f"{images:,} of {self.config.num_images:,} images · loss {means['loss']:.4f} · {speed} images/s")
+            left = f" · {self._time_left(images)} left" if images < self.config.num_images else ""
+            done = f"{images:,} of {self.config.num_images:,} images"
+            self.note(f"{done} · loss {means['loss']:.4f} · {speed} images/s{left}")
         self.sums, self.steps, self.images = {}, 0, 0
         self.paused_s = self.waited_s = 0.0
         self.since = time.perf_counter()
         return means["loss"]
+
+    def _time_left(self, images: int) -> str:
+        """Estimate the time left from the speed of this command so far, sample grids and checkpoints included."""
+        seconds = time.perf_counter() - self.started - self.seconds_of.get("compile", 0.0)
+        return describe_duration(seconds / (images - self.images_before) * max(0, self.config.num_images - images))
 
     def _show(self, loss: float, images_per_s: float) -> str:
         """Show these beside the bar; returns the speed as it is shown."""
@@ -202,7 +212,9 @@ class TrainingLog:
         self.progress.update(self.task, description=doing)
         yield
         self.progress.update(self.task, description="train")
-        self.paused_s += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.paused_s += seconds
+        self.seconds_of[doing] = self.seconds_of.get(doing, 0.0) + seconds
 
     @contextmanager
     def first_step(self, minutes: bool) -> Iterator[None]:
@@ -233,11 +245,19 @@ class TrainingLog:
         names = [path.stem for path in (out / "samples").glob("*.png")]
         seen = [name for name in names if name.isdecimal() and int(name) <= images]
         self.note(f"done: {images:,} images seen")
+        kinds = {"compile": "preparing the first step", "sample": "sample grids", "save": "checkpoints"}
+        spent = {kinds[key]: describe_duration(seconds) for key, seconds in self.seconds_of.items()}
+        parts = [f"{kind} {duration}" for kind, duration in spent.items()]
+        took = describe_duration(time.perf_counter() - self.started)
+        self.note(f"time        {took}{', of which ' * bool(parts)}{', '.join(parts)}")
         if seen:
             self.note(f"samples     {out / 'samples' / max(seen, key=int)}.png")
         if (out / "loss.png").is_file():
             self.note(f"loss curve  {out / 'loss.png'}")
         self.note(f"sample more with: lamamba sample {shlex.quote(str(out))} --out grid.png")
+        steps = self.config.num_images // self.config.batch_size
+        if steps < SHORT_RUN_STEPS and self.config.start_from is None:
+            self.note(f"rough samples are normal after {steps:,} steps; docs/own_images.md shows what to expect when")
 
     def _plot(self) -> None:
         from matplotlib.figure import Figure

@@ -49,3 +49,13 @@ def make_progress(
         disable=not (console.is_terminal and shows),
         transient=transient,
     )
+
+
+def describe_duration(seconds: float) -> str:
+    """Write a duration in the unit that suits it, such as 3 minutes."""
+    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
+    if days >= 2:
+        return f"{days:.1f} days"
+    if hours >= 2:
+        return f"{hours:.1f} hours"
+    return f"{minutes:.0f} minutes" if minutes >= 2 else f"{seconds:.0f} seconds"

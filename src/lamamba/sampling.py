@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from lamamba.captured import CapturedNetwork
@@ -17,6 +17,7 @@ from lamamba.errors import ConfigError
 from lamamba.labels import check_no_label, check_numbers, choose_guidance
 from lamamba.model import LaMambaDiff
 from lamamba.schedulers import STOCHASTIC_SAMPLERS, make_scheduler
+from lamamba.streams import visible
 
 Network = LaMambaDiff | DiT | CapturedNetwork
 
@@ -168,7 +169,12 @@ def slerp_weights(first: Tensor, second: Tensor, fractions: Sequence[float]) -> 
     return torch.stack([((1 - way) * angle).sin(), (way * angle).sin()], dim=1) / angle.sin()
 
 
-def make_grid(images: np.ndarray, columns: int, padding: int = 2, scale: int = 1) -> Image.Image:
+MAX_ROW_NAME = 24  # characters
+
+
+def make_grid(
+    images: np.ndarray, columns: int, padding: int = 2, scale: int = 1, row_names: Sequence[str] = ()
+) -> Image.Image:
     """Arrange images in rows on white.
 
     Args:
@@ -176,6 +182,7 @@ def make_grid(images: np.ndarray, columns: int, padding: int = 2, scale: int = 1
         columns: images in a row.
         padding: white pixels around each.
         scale: how many times larger each pixel is drawn.
+        row_names: what to write to the left of each row; long names are cut off.
     """
     number, channels, height, width = images.shape
     rows = -(-number // columns)
@@ -186,4 +193,14 @@ def make_grid(images: np.ndarray, columns: int, padding: int = 2, scale: int = 1
         top, left = (padding + place * (side + padding) for place, side in places)
         canvas[top : top + height, left : left + width] = image.transpose(1, 2, 0)
     picture = Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    if not row_names:
+        return picture
+    font, texts = ImageFont.load_default(), [visible(name)[:MAX_ROW_NAME] for name in row_names]
+    left = round(max(map(font.getlength, texts))) + 10
+    named = Image.new(picture.mode, (left + picture.width, picture.height), "white")
+    named.paste(picture, (left, 0))
+    for row, text in enumerate(texts):
+        middle = scale * (padding + row * (height + padding) + height / 2)
+        ImageDraw.Draw(named).text((5, middle), text, fill="black", font=font, anchor="lm")
+    return named

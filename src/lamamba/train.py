@@ -29,7 +29,7 @@ from lamamba.errors import CheckpointError, ConfigError, DataError, LamambaError
 from lamamba.identity import compare_origin, describe_origin, is_same_place
 from lamamba.labels import why_unguided
 from lamamba.latents import Latents, Space, identify, open_space
-from lamamba.log import SilentLog, TrainingLog
+from lamamba.log import SHORT_RUN_STEPS, SilentLog, TrainingLog
 from lamamba.memory import keep_freed_memory
 from lamamba.output import say
 from lamamba.processes import Processes, joined
@@ -92,7 +92,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Source, Space, torch.devi
         config,
         network=network,
         log_every=every(config.log_every, 100),
-        sample_every=every(config.sample_every, 10),
+        sample_every=every(config.sample_every, 4 if device.type == "cpu" else 10),  # a CPU samples slowly
         checkpoint_every=every(config.checkpoint_every, 10),
         snapshot_every=every(config.snapshot_every, 20),
     )
@@ -224,6 +224,8 @@ def _check_can_begin(out: Path) -> None:
     if not foreign and (out / "config.json").is_file() and not is_run(out):
         foreign = ["config.json"]
     if foreign:
+                    if not saved and config.start_from is None and (advice := advise_short_run(config)):
+                        log.note(advice)
         raise CheckpointError(f"{out} holds something else than a run ({foreign[0]}): choose another --out")
 
 
@@ -233,6 +235,17 @@ def _set_aside(out: Path) -> Path | None:
     if all(path.name == "config.json" for path in left):  # it ended before anything else was written
         return None
     aside = next(path for number in count(1) if not (path := out / f"earlier-{number}").exists())
+def advise_short_run(config: TrainConfig) -> str:
+    """Advise a higher learning rate where a short run has that of a long one; "" where there is nothing to advise."""
+    steps = config.num_images // config.batch_size
+    if steps >= SHORT_RUN_STEPS or config.learning_rate > 1e-4:
+        return ""
+    return (
+        f"learning rate {config.learning_rate:g} suits long runs: after {steps:,} steps samples may still be noise. "
+        f"Try --learning-rate 0.001 --warmup-images {max(1, config.num_images // 25)}"
+    )
+
+
     aside.mkdir()
     for path in left:
         path.rename(aside / path.name)

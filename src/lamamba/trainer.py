@@ -358,24 +358,28 @@ class Trainer:
             load(own, network.state_dict())
         return notes
 
-    def draw_samples(self, on_step: Callable[[int], None] | None = None, columns: int = 10) -> Any:
-        """Sample a grid from the averaged weights, the same seeds every time; `on_step` is that of `sample`."""
-        num_classes = self.config.network.num_classes
-        number = 2 * columns
-        labels = [index % columns % max(num_classes, 1) for index in range(number)]
+    def draw_samples(self, on_step: Callable[[int], None] | None = None) -> Any:
+        """Sample a grid from the EMA, with the same seeds every time; `on_step` is that of `sample`.
+
+        There is one row for each of the first ten classes, with its name; without classes there are two rows.
+        """
+        rows = min(self.config.network.num_classes, 10)
+        columns = max(2, min(10, 20 // max(rows, 1)))
+        labels = [row for row in range(rows) for _ in range(columns)] or [0] * 2 * columns
         with self.backend():
             x = sample(
                 CapturedNetwork(self.average, captures=False),
                 self.objective,
                 labels,
-                list(range(number)),
+                list(range(len(labels))),
                 num_steps=self.config.sample_steps,
                 guidance_scale=1.0 if why_unguided(self.config.network) else self.config.sample_guidance,
                 clip_sample=self.space.bounded,
                 on_step=on_step,
             )
         images = self.space.decode(x).cpu().numpy()
-        return make_grid(images, columns, scale=max(1, 64 // images.shape[-1]))
+        names = self.source.class_names[:rows]
+        return make_grid(images, columns, scale=max(1, 64 // images.shape[-1]), row_names=names)
 
 
 def weights_decayed(network: nn.Module) -> dict[str, bool]:

@@ -11,7 +11,7 @@ from rich.text import Text
 from lamamba.checkpoint import checkpoints_in
 from lamamba.config import WatchConfig
 from lamamba.log import read_log
-from lamamba.output import make_console
+from lamamba.output import describe_duration, make_console
 from lamamba.streams import visible
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -53,14 +53,18 @@ def _picture(run: Path, width: int) -> tuple[Group, bool]:
     last = records[-1]
     share, speed = last["images"] / max(1, total), last.get("images_per_s", 0)
     ended = last["images"] >= total
-    left = f"{_duration((total - last['images']) / speed)} left at this speed" if speed > 0 else "no speed in the log"
+    left = (
+        f"{describe_duration((total - last['images']) / speed)} left at this speed"
+        if speed > 0
+        else "no speed in the log"
+    )
     until = "done" if ended else left
     table = Table(box=None, show_header=False)
     for name, unit, style in SHOWN:
         if name in last:
             table.add_row(name, format(last[name], style), Text(unit, style="dim"))
     saved = checkpoints_in(run)
-    age = _duration(time.time() - (saved[-1] / "checkpoint.json").stat().st_mtime) if saved else ""
+    age = describe_duration(time.time() - (saved[-1] / "checkpoint.json").stat().st_mtime) if saved else ""
     checkpoint = f"checkpoint of {int(saved[-1].name):,} images, {age} ago" if saved else "no checkpoint yet"
     return Group(
         Text(f"{visible(run)}: {last['images']:,} of {total:,} images, {share:.0%}, {until}", style="bold"),
@@ -79,12 +83,3 @@ def _line(values: list[float], width: int) -> str:
     means = [sum(part) / len(part) for part in parts]
     low, high = min(means), max(means)
     return "".join(BARS[round((mean - low) / (high - low or 1) * (len(BARS) - 1))] for mean in means)
-
-
-def _duration(seconds: float) -> str:
-    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
-    if days >= 2:
-        return f"{days:.1f} days"
-    if hours >= 2:
-        return f"{hours:.1f} hours"
-    return f"{minutes:.0f} minutes" if minutes >= 2 else f"{seconds:.0f} seconds"

@@ -95,7 +95,7 @@ class TrainConfig:
     log_every: int | None = None
     """Images between two lines of the log; the default is a 100th of the run."""
     sample_every: int | None = None
-    """Images between two sample grids; the default is a 10th of the run."""
+    """Images between two sample grids; the default is a 10th of the run, on a CPU a quarter."""
     checkpoint_every: int | None = None
     """Images between two checkpoints; the default is a 10th of the run."""
     keep_checkpoints: int = 2
