@@ -26,7 +26,7 @@ def attempt(out: Path, arguments: list[str]) -> int:
     child = os.fork()
     if child == 0:
         try:
-            main(["train", "--out", str(out), "--resume", *arguments])
+            main(["train", "--out", str(out), "--resume-or-start", *arguments])
         except BaseException:
             sys.excepthook(*sys.exc_info())
             os._exit(1)
@@ -59,7 +59,7 @@ if __name__ == "__main__":
     report = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     for num_images in ("4", "8"):
-        main(["train", "--out", str(folder / "first"), "--resume", *arguments, "--num-images", num_images])
+        main(["train", "--out", str(folder / "first"), "--resume-or-start", *arguments, "--num-images", num_images])
     shutil.rmtree(folder / "first")
     assert threading.active_count() == 1, f"threads are left: {threading.enumerate()}"
 

@@ -270,7 +270,7 @@ def test_where_one_dies_the_others_end_and_a_restart_goes_on(tmp_path: Path, tin
     assert [path.name for path in checkpoints_in(tmp_path / "dead")] == [f"{24:012d}"]
     again = tmp_path / "again"
     done = train_together(
-        2, "--out", str(again), "--resume", *tiny, "--num-images", "40", program=program, restarts=1
+        2, "--out", str(again), "--resume-or-start", *tiny, "--num-images", "40", program=program, restarts=1
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for ours, wanted in zip(curve(again), curve(alone), strict=True):

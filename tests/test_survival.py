@@ -168,12 +168,11 @@ def test_a_signal_that_came_before_samples_leaves_them_out(tmp_path: Path, monke
     assert int(checkpoints_in(tmp_path / "run")[-1].name) == 8
 
 
-def test_a_run_that_is_not_there_and_nothing_else_to_train_is_a_mistake(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(["train", "--out", str(tmp_path / "mistyped"), "--resume"])
-    assert "mistyped holds no run to resume: correct --out, or say what to train" in capsys.readouterr().err
+def test_resuming_what_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more in ([], [*TINY, "--data", str(tmp_path / "also mistyped")]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["train", "--out", str(tmp_path / "mistyped"), "--resume", *more])
+        assert f"no checkpoint in {tmp_path / 'mistyped'}: correct --out" in capsys.readouterr().err
     assert not (tmp_path / "mistyped").exists()
 
 
@@ -188,9 +187,13 @@ def test_others_may_read_what_is_saved(tmp_path: Path) -> None:
     assert [path for path in saved if path.stat().st_mode & 0o777 != 0o666 & ~before] == []
 
 
-def test_resuming_before_there_is_a_checkpoint_begins(tmp_path: Path) -> None:
-    train(tmp_path / "first", "--resume", "--num-images", "8")
+def test_one_command_starts_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tmp_path / "second", "--num-images", "8")
+    capsys.readouterr()
+    train(tmp_path / "first", "--resume-or-start", "--num-images", "4")
+    assert capsys.readouterr().out.startswith(f"no checkpoint in {tmp_path / 'first'}: starting a new run\n")
+    train(tmp_path / "first", "--resume-or-start", "--num-images", "8")
+    assert "no checkpoint" not in capsys.readouterr().out
     assert same(tmp_path / "first", tmp_path / "second")
 
 

@@ -42,7 +42,7 @@ _AT_SIZE = """\
     torchrun --nproc-per-node 8 -m lamamba encode --data imagenet/train --vae sd-vae-ft-ema \\
         --image-size {size} --out latents-{size}
     torchrun --nproc-per-node 8 -m lamamba train --preset xl-{size} --data latents-{size} --horizontal-flip \\
-        --batch-size 256 --num-images 400000000 --out runs/xl-{size} --resume
+        --batch-size 256 --num-images 400000000 --out runs/xl-{size} --resume-or-start
     torchrun --nproc-per-node 8 -m lamamba generate runs/xl-{size} --sampler ancestral --steps 250 \\
         --guidance 1.5 --out samples-{size}
     lamamba evaluate samples-{size} {reference} --out scores-{size}.json

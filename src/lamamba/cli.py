@@ -283,23 +283,22 @@ def _loading() -> Iterator[None]:
 
 def _train_defaults(arguments: list[str]) -> dict[str, Any]:
     """Make the defaults of `lamamba train`: the network's are the preset's; with --resume, all are the run's own."""
-    out, name = _peek(arguments, "--out"), _peek(arguments, "--preset")
-    if "--resume" in arguments and out is not None:
-        if (Path(out) / "config.json").is_file():
-            started = _run_defaults(out)
-            return started if name == started["preset"] else started | _network_defaults(name)
-        if not {*arguments} - {"--resume", "--out", f"--out={out}", out}:
-            raise ConfigError(
-                f"{out} holds no run to resume: correct --out, or say what to train, such as --data photos"
-            )
-    return _network_defaults(name)
+    name = _peek(arguments, "--preset")
+    started = _run_defaults(arguments)
+    return started if name == started.get("preset") else started | _network_defaults(name)
 
 
 def _network_defaults(name: str | None) -> dict[str, Any]:
     return {} if name is None else {"preset": name, "network": preset(name)}
 
 
-def _run_defaults(out: str) -> dict[str, Any]:
+def _run_defaults(arguments: list[str]) -> dict[str, Any]:
+    """Read the options of the run that is to be resumed; none if there is none."""
+    out = _peek(arguments, "--out")
+    if out is None or not {"--resume", "--resume-or-start"} & {*arguments}:
+        return {}
+    if not (Path(out) / "config.json").is_file():
+        return {}
     from lamamba.records import read_train_config
 
     return vars(read_train_config(Path(out) / "config.json"))
@@ -312,10 +311,8 @@ def _finetune_defaults(arguments: list[str]) -> dict[str, Any]:
         return {}
     if not name or name.startswith("-"):
         raise LamambaError(f"give a checkpoint first: {COMMANDS['finetune'].example}")
-    out = _peek(arguments, "--out")
-    if "--resume" in arguments and out is not None and (Path(out) / "config.json").is_file():
-        started = _run_defaults(out)
-        began_with = started["start_from"]
+    if started := _run_defaults(arguments):
+        out, began_with = _peek(arguments, "--out"), started["start_from"]
         if began_with is None or os.path.abspath(began_with) != os.path.abspath(name):
             raise ConfigError(
                 f"{out} started from {began_with or 'fresh weights'}, not from {name}: resume it with lamamba train, "

@@ -131,8 +131,15 @@ def read_train_config(path: Path) -> TrainConfig:
         raise CheckpointError(f"{path} is not a run's configuration: it has no network, or no num_images")
     config = read_record(path, TrainConfig)
     moved = _find_paths(config, read_record(path, OriginRecord).get("paths", {}))
-    # What this command asks for, and not the run.
-    return replace(config, **moved, resume=False, fall_back=False, allow_changed=(), dry_run=False)
+    # These belong to the command that started the run, not to the run.
+    asked: dict[str, Any] = {
+        "resume": False,
+        "resume_or_start": False,
+        "fall_back": False,
+        "allow_changed": (),
+        "dry_run": False,
+    }
+    return replace(config, **moved, **asked)
 
 
 def _find_paths(config: TrainConfig, recorded: Mapping[Any, str]) -> dict[str, Any]:

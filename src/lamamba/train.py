@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import asdict, replace
 from itertools import count
@@ -102,10 +102,10 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Source, Space, torch.devi
 # What may change from one part of a run to the next without changing what it computes up to there; data and autoencoder
 # are compared by what they hold.
 _FREE_TO_CHANGE = {
-    "out", "num_images", "device", "cuda_graph", "compile", "num_workers", "resume", "fall_back", "dry_run",
-    "allow_changed", "data", "data_folder", "vae", "keep_checkpoints", "shard", "max_skipped_steps", "tracker",
-    "project", "accumulate", "log_every", "sample_every", "checkpoint_every", "snapshot_every", "sample_steps",
-    "sample_guidance",
+    "out", "num_images", "device", "cuda_graph", "compile", "num_workers", "resume", "resume_or_start", "fall_back",
+    "dry_run", "allow_changed", "data", "data_folder", "vae", "keep_checkpoints", "shard", "max_skipped_steps",
+    "tracker", "project", "accumulate", "log_every", "sample_every", "checkpoint_every", "snapshot_every",
+    "sample_steps", "sample_guidance",
 }  # fmt: skip
 
 
@@ -160,20 +160,43 @@ def train(config: TrainConfig) -> None:
         LamambaError: the options, the data or the run folder are at fault, or the loss stopped being finite.
     """
     with joined(config.device) as (processes, device_name):
+        saved = [] if config.dry_run else _find_checkpoints(config, processes.is_first)
         opened = resolve(replace(config, device=device_name))
-        _train(replace(opened[0], device=config.device), *opened[1:], processes)
+        _train(replace(opened[0], device=config.device), *opened[1:], processes, saved)
 
 
-def _train(config: TrainConfig, source: Source, space: Space, device: torch.device, processes: Processes) -> None:
+def _find_checkpoints(config: TrainConfig, says: bool) -> list[Path]:
+    """List the checkpoints to resume from, oldest first; none where a run starts.
+
+    Raises:
+        CheckpointError: a run would be mixed up with what the folder holds, or there is none to resume.
+    """
+    saved = checkpoints_in(config.out)
+    if saved and not config.resumes:
+        raise CheckpointError(f"{config.out} already holds a run: add --resume to continue it, or choose another --out")
+    if not saved:
+        _check_can_begin(config.out)
+        if config.resume and not config.resume_or_start and not is_run(config.out):
+            raise CheckpointError(
+                f"no checkpoint in {config.out}: correct --out, or start a new run there with --resume-or-start"
+            )
+        if config.resumes and says:
+            say(f"no checkpoint in {config.out}: starting a new run")
+    return saved
+
+
+def _train(
+    config: TrainConfig,
+    source: Source,
+    space: Space,
+    device: torch.device,
+    processes: Processes,
+    saved: Sequence[Path],
+) -> None:
     if config.dry_run:
         if processes.is_first:
             say(*json.dumps(plain(config), indent=2).splitlines())
         return
-    saved = checkpoints_in(config.out)
-    if not saved:
-        _check_can_begin(config.out)
-    if saved and not config.resume:
-        raise CheckpointError(f"{config.out} already holds a run: add --resume to continue it, or choose another --out")
     resumed = (newest_whole(saved) if config.fall_back else saved[-1]) if saved else None
     origin = describe_origin(config, source) if processes.is_first else {}
     moved = check_resumable(config, origin, resumed) if resumed and processes.is_first else []
@@ -190,8 +213,6 @@ def _train(config: TrainConfig, source: Source, space: Space, device: torch.devi
             return
         try:
             with locked(config.out):
-                if config.resume and not saved:
-                    say(f"{config.out} holds no checkpoint: the run begins")
                 if not saved and (aside := _set_aside(config.out)):
                     say(f"moved what an earlier start left in {config.out} to {aside}")
                 write_json(config.out / "config.json", {**plain(config), **origin})
@@ -203,6 +224,8 @@ def _train(config: TrainConfig, source: Source, space: Space, device: torch.devi
                         log.note(describe_weight_decay(trainer.network, config.weight_decay))
                     if config.network.num_classes and (why := why_unguided(config.network)):
                         log.note(f"sample grids are without guidance: {why}")
+                    if not saved and config.start_from is None and (advice := advise_short_run(config)):
+                        log.note(advice)
                     for note in moved:
                         log.note(note)
                     if config.start_from is not None and not saved:
@@ -210,6 +233,17 @@ def _train(config: TrainConfig, source: Source, space: Space, device: torch.devi
                     _run(trainer, log, signals)
         except OSError as error:
             raise CheckpointError(f"run folder {config.out} could not be written ({error}): free some space") from error
+
+
+def advise_short_run(config: TrainConfig) -> str:
+    """Advise a higher learning rate where a short run has that of a long one; "" where there is nothing to advise."""
+    steps = config.num_images // config.batch_size
+    if steps >= SHORT_RUN_STEPS or config.learning_rate > 1e-4:
+        return ""
+    return (
+        f"learning rate {config.learning_rate:g} suits long runs: after {steps:,} steps samples may still be noise. "
+        f"Try --learning-rate 0.001 --warmup-images {max(1, config.num_images // 25)}"
+    )
 
 
 # What a run writes. An earlier start that saved no checkpoint leaves it, and it is not this run's.
@@ -224,8 +258,6 @@ def _check_can_begin(out: Path) -> None:
     if not foreign and (out / "config.json").is_file() and not is_run(out):
         foreign = ["config.json"]
     if foreign:
-                    if not saved and config.start_from is None and (advice := advise_short_run(config)):
-                        log.note(advice)
         raise CheckpointError(f"{out} holds something else than a run ({foreign[0]}): choose another --out")
 
 
@@ -235,17 +267,6 @@ def _set_aside(out: Path) -> Path | None:
     if all(path.name == "config.json" for path in left):  # it ended before anything else was written
         return None
     aside = next(path for number in count(1) if not (path := out / f"earlier-{number}").exists())
-def advise_short_run(config: TrainConfig) -> str:
-    """Advise a higher learning rate where a short run has that of a long one; "" where there is nothing to advise."""
-    steps = config.num_images // config.batch_size
-    if steps >= SHORT_RUN_STEPS or config.learning_rate > 1e-4:
-        return ""
-    return (
-        f"learning rate {config.learning_rate:g} suits long runs: after {steps:,} steps samples may still be noise. "
-        f"Try --learning-rate 0.001 --warmup-images {max(1, config.num_images // 25)}"
-    )
-
-
     aside.mkdir()
     for path in left:
         path.rename(aside / path.name)

@@ -105,7 +105,9 @@ class TrainConfig:
     sample_guidance: float = DEFAULT_GUIDANCE
     """Guidance scale of sample grids."""
     resume: bool = False
-    """Continue the run in --out from its last checkpoint, if there is one; options not given again are the run's."""
+    """Continue the run in --out from its last checkpoint; options that are not given again are those of the run."""
+    resume_or_start: bool = False
+    """Resume if --out holds a run, otherwise start one: for jobs that a cluster repeats with the same command."""
     allow_changed: tuple[Literal["data", "vae"], ...] = ()
     """Resume even if the data or the autoencoder changed since the start of the run; the default refuses."""
     fall_back: bool = False
@@ -114,6 +116,11 @@ class TrainConfig:
     """Print the resolved configuration and stop."""
     network: NetworkConfig = PRESETS["nano"]
     """Network options; --preset sets their defaults."""
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a run in --out is continued."""
+        return self.resume or self.resume_or_start
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
