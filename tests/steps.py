@@ -19,8 +19,8 @@ from lamamba import trainer as training
 from lamamba.config import PRESETS, TrainConfig
 from lamamba.processes import GradientSums, Processes, joined
 from lamamba.sharding import whole
-from lamamba.train import resolve
 from lamamba.trainer import Trainer
+from lamamba.training import resolve
 
 # Batch and parts, for two ranks: more parts than a share has images; uneven shares and parts; a share of one image.
 CUTS = ((8, 8), (7, 2), (3, 3))

@@ -22,7 +22,7 @@ from lamamba.errors import CheckpointError, ConfigError
 from lamamba.model import LaMambaDiff
 from lamamba.pipeline import LaMambaDiffPipeline
 from lamamba.saving import save_checkpoint
-from lamamba.train import plain
+from lamamba.training import plain
 
 TINY = {"embed_dim": 8, "num_heads": 2, "in_channels": 1, "sample_size": 8, "num_classes": 2, "depths": (1, 1, 1, 1)}
 

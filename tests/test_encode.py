@@ -21,7 +21,7 @@ from lamamba.data import LatentSource, batches, open_source
 from lamamba.encode import encode
 from lamamba.errors import ConfigError, DataError
 from lamamba.latents import Latents
-from lamamba.train import resolve
+from lamamba.training import resolve
 from test_latents import CPU, TINY
 from tiny_autoencoder import write_autoencoder
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lamamba import train as training
+from lamamba import training
 from lamamba.cli import main
 from lamamba.data import ArraySource, FolderSource
 from lamamba.errors import CheckpointError

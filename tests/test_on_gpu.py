@@ -25,8 +25,8 @@ from lamamba.pipeline import LaMambaDiffPipeline
 from lamamba.sampling import sample
 from lamamba.saving import load_training_state
 from lamamba.schedulers import make_scheduler
-from lamamba.train import resolve
 from lamamba.trainer import Trainer
+from lamamba.training import resolve
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -15,7 +15,7 @@ from lamamba.log import read_log
 from lamamba.model import LaMambaDiff
 from lamamba.records import MAX_BYTES, SchedulerRecord, parse_record, read_record, read_train_config
 from lamamba.saving import save_checkpoint
-from lamamba.train import plain
+from lamamba.training import plain
 from test_weights import TINY, build_autoencoder, build_dit
 
 

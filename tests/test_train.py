@@ -14,15 +14,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lamamba import train as training
+import lamamba
+from lamamba import training
 from lamamba.checkpoint import checkpoints_in, load_checkpoint
 from lamamba.cli import main
-from lamamba.config import PRESETS, TrainConfig
+from lamamba.config import PRESETS, NetworkConfig, TrainConfig
 from lamamba.diffusion import Diffusion
 from lamamba.errors import LamambaError
 from lamamba.records import read_train_config
-from lamamba.train import _set_aside
 from lamamba.trainer import describe_weight_decay
+from lamamba.training import _set_aside
 from steps import Replayed
 
 TINY = [
@@ -120,7 +121,7 @@ def test_a_run_is_neither_overwritten_nor_changed(
 def test_an_infinite_loss_stops_the_run_and_names_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lamamba import train as module
+    from lamamba import training as module
 
     calls = 0
 
@@ -135,7 +136,7 @@ def test_an_infinite_loss_stops_the_run_and_names_the_last_checkpoint(
     from lamamba.config import OptionReader, TrainConfig
 
     arguments = ["--out", str(tmp_path / "run"), *TINY, "--num-images", "16", "--max-skipped-steps", "1"]
-    config = OptionReader(TrainConfig, "train").read(arguments)
+    config = OptionReader(TrainConfig, "train", defaults={"network": PRESETS["nano"]}).read(arguments)
     with pytest.raises(LamambaError, match=r"gradient was not finite in 1 step in a row, at image 12.*000000000008"):
         module.train(config)
 
@@ -490,3 +491,23 @@ def test_a_short_run_at_the_rate_of_a_long_one_is_warned(options: dict[str, Any]
 def test_a_cpu_draws_fewer_grids(tmp_path: Path) -> None:
     config, *_ = training.resolve(TrainConfig(out=tmp_path, device="cpu", num_images=10_000))
     assert (config.sample_every, config.checkpoint_every) == (2500, 1000)
+
+
+def test_python_trains_and_gets_the_run(tmp_path: Path) -> None:
+    network = replace(PRESETS["nano"], embed_dim=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1)
+    options = {"batch_size": 4, "device": "cpu", "network": network, "sample_steps": 1}
+    run = lamamba.train(lamamba.TrainConfig(out=str(tmp_path / "run"), num_images=8, **options))
+    assert isinstance(run, lamamba.Run)
+    assert [record["images"] for record in run.records] == [4, 8]
+    assert run.checkpoint == checkpoints_in(tmp_path / "run")[-1]
+    more = lamamba.train(replace(run.config, num_images=12, resume=True))
+    assert (more, int(more.checkpoint.name), more.config.num_images) == (run, 12, 12)
+    with pytest.raises(LamambaError, match="already holds a run"):
+        lamamba.train(run.config)
+
+
+def test_the_preset_decides_the_network_in_python_too() -> None:
+    assert TrainConfig(out=Path("run"), preset="b-256").network == PRESETS["b-256"]
+    assert TrainConfig(out=Path("run")).network == PRESETS["nano"]
+    own = NetworkConfig(embed_dim=8, num_heads=2)
+    assert TrainConfig(out=Path("run"), preset="b-256", network=own).network == own

@@ -16,7 +16,7 @@ import torch.distributed.launcher.api
 import lamamba.encode
 import lamamba.evaluation.evaluate
 import lamamba.generate
-import lamamba.train  # noqa: F401 - what commands import when they are called
+import lamamba.training  # noqa: F401 - what commands import when they are called
 from lamamba.cli import main
 
 TINY = [

@@ -15,6 +15,8 @@ _HOMES = {
     "LaMambaDiff": "lamamba.model",
     "LaMambaDiffPipeline": "lamamba.pipeline",
     "LamambaError": "lamamba.errors",
+    "Run": "lamamba.training",
+    "TrainConfig": "lamamba.config",
     "guide": "lamamba.diffusion",
     "load_checkpoint": "lamamba.checkpoint",
     "load_denoiser": "lamamba.checkpoint",
@@ -22,6 +24,7 @@ _HOMES = {
     "make_scheduler": "lamamba.schedulers",
     "sample": "lamamba.sampling",
     "to_uint8": "lamamba.data",
+    "train": "lamamba.training",
     "training_losses": "lamamba.diffusion",
 }
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from lamamba.checkpoint import load_checkpoint as load_checkpoint
     from lamamba.checkpoint import load_denoiser as load_denoiser
     from lamamba.config import GuidanceOptions as GuidanceOptions
+    from lamamba.config import TrainConfig as TrainConfig
     from lamamba.data import to_uint8 as to_uint8
     from lamamba.diffusion import Diffusion as Diffusion
     from lamamba.diffusion import FlowMatching as FlowMatching
@@ -45,6 +49,8 @@ if TYPE_CHECKING:
     from lamamba.released import load_released as load_released
     from lamamba.sampling import sample as sample
     from lamamba.schedulers import make_scheduler as make_scheduler
+    from lamamba.training import Run as Run
+    from lamamba.training import train as train
 
 
 def __getattr__(name: str) -> Any:

@@ -52,11 +52,11 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command(
-        TrainConfig, "lamamba.train:train", "train a network on images",
+        TrainConfig, "lamamba.training:train", "train a network on images",
         "lamamba train --preset nano --data builtin --out runs/first",
     ),
     "finetune": Command(
-        FinetuneConfig, "lamamba.train:train", "train from a checkpoint's weights",
+        FinetuneConfig, "lamamba.training:train", "train from a checkpoint's weights",
         "lamamba finetune nano --data photos --image-size 32 --out runs/photos",
     ),
     "encode": Command(
@@ -285,7 +285,9 @@ def _train_defaults(arguments: list[str]) -> dict[str, Any]:
     """Make the defaults of `lamamba train`: the network's are the preset's; with --resume, all are the run's own."""
     name = _peek(arguments, "--preset")
     started = _run_defaults(arguments)
-    return started if name == started.get("preset") else started | _network_defaults(name)
+    if started:
+        return started if name == started["preset"] else started | _network_defaults(name)
+    return _network_defaults(name or TrainConfig.preset)
 
 
 def _network_defaults(name: str | None) -> dict[str, Any]:

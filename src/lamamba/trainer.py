@@ -37,7 +37,7 @@ class Trainer:
     """One run: the network, its average, the optimizer and the random state, and how to take a step.
 
     Args:
-        config: resolved, see `lamamba.train.resolve`.
+        config: resolved, see `lamamba.training.resolve`.
         source: the images.
         space: pixels or latents.
         device: to work on.

@@ -233,7 +233,9 @@ def _build(kind: type[Config], given: Mapping[str, Any], defaults: Mapping[str, 
     values = dict(defaults)
     for entry, type_, _ in _list_fields(kind):
         if isinstance(type_, type) and is_dataclass(type_):
-            values[entry.name] = _build(type_, given, vars(_default_of(entry, defaults)))
+            default = _default_of(entry, defaults)
+            changes = {inner.name for inner in fields(type_)} & given.keys()
+            values[entry.name] = _build(type_, given, vars(default)) if changes else default
         elif entry.name in given:
             value = given[entry.name]
             values[entry.name] = tuple(value) if isinstance(value, list) else value

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from lamamba.config.checks import MAX_IMAGES, MAX_SIDE, check, check_seed
-from lamamba.config.network import PRESETS, NetworkConfig
+from lamamba.config.network import PRESETS, NetworkConfig, preset
 from lamamba.config.options import Option
 from lamamba.config.sampling import DEFAULT_GUIDANCE
 
 Objective = Literal["diffusion", "flow"]
+_OF_PRESET = NetworkConfig()  # this very object stands for the network of the preset
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class TrainConfig:
     """Resume from the newest intact checkpoint if the last one is damaged."""
     dry_run: bool = False
     """Print the resolved configuration and stop."""
-    network: NetworkConfig = PRESETS["nano"]
+    network: NetworkConfig = _OF_PRESET
     """Network options; --preset sets their defaults."""
 
     @property
@@ -123,6 +124,11 @@ class TrainConfig:
         return self.resume or self.resume_or_start
 
     def __post_init__(self) -> None:
+        if self.network is _OF_PRESET:
+            object.__setattr__(self, "network", preset(self.preset))
+        for name in ("out", "data_folder", "vae"):  # in Python, paths may be strings
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, Path(value))
         check_seed(self.seed)
         check(math.isfinite(self.sample_guidance), "sample_guidance", self.sample_guidance, "a number")
         for name in ("batch_size", "accumulate", "max_skipped_steps", "sample_steps", "num_images"):

@@ -1,10 +1,10 @@
-"""The command `lamamba train`: what is trained on what, and the loop around a trainer's steps."""
+"""`lamamba.train` and the command `lamamba train`: opens the data, builds the trainer, and loops over its steps."""
 
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,11 @@ from lamamba.errors import CheckpointError, ConfigError, DataError, LamambaError
 from lamamba.identity import compare_origin, describe_origin, is_same_place
 from lamamba.labels import why_unguided
 from lamamba.latents import Latents, Space, identify, open_space
-from lamamba.log import SHORT_RUN_STEPS, SilentLog, TrainingLog
+from lamamba.log import SHORT_RUN_STEPS, SilentLog, TrainingLog, read_log
 from lamamba.memory import keep_freed_memory
 from lamamba.output import say
 from lamamba.processes import Processes, joined
-from lamamba.records import OriginRecord, is_run, read_record
+from lamamba.records import OriginRecord, is_run, read_record, read_train_config
 from lamamba.sampling import choose_device
 from lamamba.signals import SignalsNoted, WaitInterrupted
 from lamamba.trainer import Trainer, describe_weight_decay, learning_rate
@@ -151,18 +151,51 @@ def plain(config: TrainConfig) -> dict[str, Any]:
     return content
 
 
-def train(config: TrainConfig) -> None:
-    """Train as configured, from the start or, with `resume`, from the run's newest checkpoint.
+@dataclass(frozen=True)
+class Run:
+    """A training run, read from its folder."""
 
-    Started by torchrun, all its processes train together, each on its share of every batch.
+    folder: Path
+
+    @property
+    def config(self) -> TrainConfig:
+        """The resolved configuration; `replace(run.config, resume=True, num_images=...)` continues the run."""
+        return read_train_config(self.folder / "config.json")
+
+    @property
+    def records(self) -> list[dict[str, float]]:
+        """The lines of log.jsonl, each with the images seen, the loss, the speed and others."""
+        return read_log(self.folder)[0]
+
+    @property
+    def checkpoint(self) -> Path:
+        """The newest checkpoint. Functions that take a checkpoint take the folder of the run too."""
+        saved = checkpoints_in(self.folder)
+        if not saved:
+            raise CheckpointError(f"{self.folder} holds no checkpoint yet")
+        return saved[-1]
+
+
+def train(config: TrainConfig) -> Run:
+    """Train as configured: a new run or, with `resume`, from the newest checkpoint of the run in `config.out`.
+
+        run = lamamba.train(lamamba.TrainConfig(out=Path("runs/first"), num_images=20_000, learning_rate=1e-3))
+        run.records[-1]["loss"], lamamba.load_checkpoint(run.folder).network
+
+    Under torchrun, all ranks train together, each on its share of every batch.
+
+    Returns:
+        The run.
 
     Raises:
-        LamambaError: the options, the data or the run folder are at fault, or the loss stopped being finite.
+        LamambaError: the options, the data or the run folder are wrong, or the loss is no longer finite.
+        SignalError: a signal such as Ctrl-C ended the run; a checkpoint was saved.
     """
     with joined(config.device) as (processes, device_name):
         saved = [] if config.dry_run else _find_checkpoints(config, processes.is_first)
         opened = resolve(replace(config, device=device_name))
         _train(replace(opened[0], device=config.device), *opened[1:], processes, saved)
+    return Run(config.out)
 
 
 def _find_checkpoints(config: TrainConfig, says: bool) -> list[Path]:
