@@ -169,7 +169,7 @@ def test_a_corrupt_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.Capture
     weights = checkpoints_in(run)[-1] / "ema" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     arguments = ["sample", str(run), "--steps", "1", "--out", str(tmp_path / "grid.png")]
-    assert f"{weights} is not what was written" in refused(capsys, arguments)
+    assert f"{weights} is damaged: its checksum does not match" in refused(capsys, arguments)
     assert str(weights) in refused(capsys, ["train", "--out", str(run), "--resume"])
     (run / "config.json").write_text("{")
     assert f"{run / 'config.json'} is not valid JSON" in refused(capsys, ["train", "--out", str(run), "--resume"])

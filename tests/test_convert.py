@@ -168,7 +168,7 @@ def test_a_pickle_that_names_code_is_refused_in_our_words(tmp_path: Path, capsys
     path = tmp_path / "evil.pt"
     path.write_bytes(b"cos\nsystem\n(S'touch " + bytes(tmp_path / "done") + b"'\ntR.")
     said = refused(capsys, path, tmp_path / "folder", *OPTIONS)
-    assert f"{path} names os.system, which is code and has no place among weights: nothing of it was run" in said
+    assert f"{path} refers to os.system, which is code and does not belong in weights: it was not run" in said
     assert "weights_only" not in said
     assert sorted(tmp_path.iterdir()) == [path]
 

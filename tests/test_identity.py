@@ -151,7 +151,9 @@ def test_a_run_goes_on_wherever_its_data_are_and_with_no_others(
     assert "photos' is neither a known name nor an existing folder" in refused(capsys, run)
     monkeypatch.chdir(tmp_path)
     resume(run, "--data", "pictures")
-    assert f"data has moved from {photos} to {tmp_path}/pictures, and is the same\n" in capsys.readouterr().out
+    assert (
+        f"data has moved from {photos} to {tmp_path}/pictures; its contents are the same\n" in capsys.readouterr().out
+    )
     rename_class(tmp_path / "pictures")
     error = refused(capsys, run)
     assert "data pictures has no class 'bird' and a new class 'zebra'" in error
@@ -171,7 +173,7 @@ def test_a_run_goes_on_with_its_autoencoder_wherever_it_is(
     vae.rename(moved)
     assert f"{vae} holds no autoencoder" in refused(capsys, run)
     resume(run, "--vae", str(moved))
-    assert f"vae has moved from {vae} to {moved}, and is the same\n" in capsys.readouterr().out
+    assert f"vae has moved from {vae} to {moved}; its contents are the same\n" in capsys.readouterr().out
     config = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.25}))
     assert "--allow-changed vae" in refused(capsys, run)
@@ -209,7 +211,7 @@ def origin(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"digest": "2"}, "data d has as many images, but other names or sizes of files"),
+        ({"digest": "2"}, "data d has as many images, but their file names or sizes differ"),
         ({"digest": "2", "images": 1234}, "data d has 1,234 images, not 6"),
         ({"digest": "2", "class_names": "ba"}, "data d has its classes in another order"),
         ({"digest": "2", "class_names": ""}, "data d has no class 'a', 'b': give"),
@@ -224,7 +226,7 @@ def test_what_differs_is_said(changes: dict[str, Any], message: str) -> None:
         return
     # A network has a row for each class, so another number of them cannot be allowed.
     for allowed in ((), ("data",)):
-        with pytest.raises(CheckpointError, match="or begin a run for other classes with lamamba finetune run"):
+        with pytest.raises(CheckpointError, match="or start a run with other classes by lamamba finetune run"):
             compare_origin(origin(), origin(**changes), ("a", "b"), allowed)
 
 
@@ -235,7 +237,7 @@ def test_runs_of_earlier_versions_go_on_with_the_same_path_and_classes(
     before = {"out": "run", "data": "d", "vae": None}
     for data in ("d", "./d", str(tmp_path / "d")):
         assert compare_origin(before, origin(data=data, paths={"data": str(tmp_path / "d")}), ("a", "b"), ()) == []
-    with pytest.raises(CheckpointError, match="data was d, now e: give what it was trained on"):
+    with pytest.raises(CheckpointError, match="data was d, now e: give the original"):
         compare_origin(before, origin(data="e"), ("a", "b"), ())
     with pytest.raises(CheckpointError, match="data d has no class 'x' and a new class 'a'"):
         compare_origin(before, origin(), ("x", "b"), ())

@@ -101,7 +101,7 @@ def test_an_older_log_is_drawn_without_what_it_lacks() -> None:
 def test_what_is_no_run_is_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "holds no run of lamamba" in refused(capsys, "plot", str(tmp_path))
     (tmp_path / "config.json").write_text((run / "config.json").read_text())
-    assert "has nothing in its log yet" in refused(capsys, "plot", str(tmp_path))
+    assert "is still empty" in refused(capsys, "plot", str(tmp_path))
     assert "frames is 1: it must be 2 or more" in refused(capsys, "plot", str(run), "--frames", "1")
 
 
@@ -174,5 +174,5 @@ def test_images_that_do_not_fit_are_said(
     monkeypatch.undo()
     assert "must be a .png file" in refused(capsys, "grid", str(folder), "--out", "grid.jpg")
     Image.new("RGB", (9, 6)).save(folder / "0" / "9.png")
-    assert "9.png is 9x6 and" in refused(capsys, "grid", str(folder), "--out", str(tmp_path / "grid.png"))
+    assert "9.png is 9x6, but" in refused(capsys, "grid", str(folder), "--out", str(tmp_path / "grid.png"))
     assert not (tmp_path / "grid.png").exists()

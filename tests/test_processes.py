@@ -200,11 +200,11 @@ PLACE = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.
         ({"RANK": "2"}, r"RANK is 2: it must be less than WORLD_SIZE 2"),
         ({"MASTER_ADDR": None}, r"WORLD_SIZE is 2 but MASTER_ADDR is not set"),
         ({"MASTER_ADDR": ""}, r"WORLD_SIZE is 2 but MASTER_ADDR is not set"),
-        ({"MASTER_ADDR": "no such host"}, r"2 processes could not meet at no such host:29500 \(.*check MASTER_ADDR"),
+        ({"MASTER_ADDR": "no such host"}, r"2 processes could not connect at no such host:29500 \(.*check MASTER_ADDR"),
         ({"MASTER_PORT": None}, r"WORLD_SIZE is 2 but MASTER_PORT is not set"),
         ({"MASTER_PORT": "http"}, r"MASTER_PORT is 'http': it must be a whole number, from 1 to 65535"),
         ({"MASTER_PORT": "65536"}, r"MASTER_PORT is '65536': it must be"),
-        ({"MASTER_PORT": "taken"}, r"MASTER_PORT \d+ is taken by another program: use another one"),
+        ({"MASTER_PORT": "taken"}, r"another program uses MASTER_PORT \d+: choose another port"),
     ],
     ids=str,
 )
@@ -227,14 +227,17 @@ def test_a_wrong_local_rank_is_one_line(monkeypatch: pytest.MonkeyPatch, local_r
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, value in {**PLACE, "LOCAL_RANK": local_rank}.items():
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=r"LOCAL_RANK is (not set|'x'|7 and this machine has 2 GPUs)"), joined("cuda"):
+    with (
+        pytest.raises(ConfigError, match=r"LOCAL_RANK is (not set|'x'|7, but this machine has 2 GPUs)"),
+        joined("cuda"),
+    ):
         pytest.fail("it was accepted")
 
 
 def test_a_device_that_processes_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ConfigError, match=r"device 'mps' is not for 2 processes"), joined("mps"):
+    with pytest.raises(ConfigError, match=r"device 'mps' does not support 2 processes"), joined("mps"):
         pass
 
 

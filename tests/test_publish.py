@@ -114,7 +114,7 @@ def test_the_card_says_what_is_known_and_its_commands_work(
     }  # fmt: skip
     number = sum(parameter.numel() for parameter in tiny_network(in_channels=2).parameters())
     for said in (
-        f"{number:,} parameters", "| weights | float32 |", "16x16, colour; the network works on latents",
+        f"{number:,} parameters", "| weights | float32 |", "16x16, color; the network works on latents",
         "2 times smaller",
         "flow matching", "12,345 images seen", "| classes | bird, large, fish\\|flat, newt |",
     ):  # fmt: skip
@@ -149,7 +149,7 @@ def test_weights_beyond_float16_are_not_halved(tmp_path: Path, capsys: pytest.Ca
     network.patch_norm.weight.data[0] = 1e5
     write_weights(tmp_path / "large", network, CheckpointInfo())
     said = fails(capsys, str(tmp_path / "large"), "--out", str(tmp_path / "out"), "--half")
-    assert "weights of the network are beyond the range of float16: leave half out" in said
+    assert "weights of the network exceed the range of float16: leave half out" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -170,13 +170,13 @@ def test_scores_are_told_with_what_makes_them_comparable(tmp_path: Path, capsys:
     for said in (
         "of 100 generated images (sampler ddim, steps 20, guidance 3.0) against 2,000 images of birds, with the "
         "features clothes (sha256 0123456789ab)", "| fd | 12.346 |", "| precision | 0.75 |", "* only 100 images",
-        "8x8, grey", "| classes | 0, 1, 2 |",
+        "8x8, gray", "| classes | 0, 1, 2 |",
     ):  # fmt: skip
         assert said in text
     assert "/home" not in text
     scores.write_text(json.dumps({**result, "generation": {"images_seen": 400}}))
     said = fails(capsys, *arguments, "--out", str(tmp_path / "other"))
-    assert "of weights that had seen 400 images, these have seen 500" in said
+    assert "of weights that had seen 400 images, but these have seen 500" in said
     scores.write_text("{}")
     assert "scores.json: scores is missing" in fails(capsys, *arguments, "--out", str(tmp_path / "other"))
 
@@ -271,7 +271,7 @@ for name in ("tester/foreign", "tester/none"):
     assert f"{hub.endpoint}/tester/tiny/tree/early\n" in said
     assert f"{hub.endpoint}/tester/tiny\n" in said
     assert "'objective': 'flow'" in said.replace('"', "'"), "what is finetuned is the pipeline's"
-    assert "tester/foreign on the Hugging Face hub holds a StableDiffusionPipeline: only LaMambaDiffPipeline, " in said
+    assert "tester/foreign on the Hugging Face hub is a StableDiffusionPipeline: only LaMambaDiffPipeline, " in said
     assert "tester/none, which is not a local path, does not exist on http://127.0.0.1" in said
     assert not [request for request in hub.requests if "unet" in request]
     repository = hub.repositories["tester/tiny"]
@@ -313,7 +313,7 @@ def client(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.
 def test_a_folder_with_a_card_is_sent_as_it_is(
     hub: Hub, client: pytest.MonkeyPatch, written: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "half is of what is yet to be written" in fails(capsys, str(written), "tester/asis", "--half")
+    assert "half has no effect" in fails(capsys, str(written), "tester/asis", "--half")
     main(["push", str(written), "tester/asis"])
     repository = hub.repositories["tester/asis"]
     assert not repository.private
@@ -383,10 +383,10 @@ def test_a_path_below_a_folder_never_asks_the_hub(
 
 def test_what_cannot_be_pushed_is_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "give --out FOLDER to write the pipeline there, or USER/NAME of a repository" in fails(capsys, str(run))
-    assert f"out {tmp_path} is there already" in fails(capsys, str(run), "--out", str(tmp_path))
+    assert f"out {tmp_path} exists already" in fails(capsys, str(run), "--out", str(tmp_path))
     write_weights(tmp_path / "latents", tiny_network(in_channels=2), CheckpointInfo())
     said = fails(capsys, str(tmp_path / "latents"), "--out", str(tmp_path / "out"))
-    assert "samples latents, of 2 channels: give (--vae) the folder" in said
+    assert "samples latents with 2 channels: give the folder" in said
 
 
 def test_commands_take_a_pipeline_whose_scheduler_is_another(run: Path, written: Path, tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_names_of_classes_are_those_of_the_network(checkpoint: Path) -> None:
     path = checkpoint / "checkpoint.json"
     before = path.read_text()
     edit(path, class_names=["a", "b", "c"])
-    with pytest.raises(CheckpointError, match="names 3 classes, and its network has 2"):
+    with pytest.raises(CheckpointError, match="names 3 classes, but its network has 2"):
         load_checkpoint(checkpoint)
     path.write_text(before)
     assert find_checkpoint("nano") == shipped_weights()["nano"]

@@ -99,7 +99,7 @@ def test_a_checkpoint_that_could_not_be_written_is_said_when_asked_for(tmp_path:
     writer = CheckpointWriter(tmp_path)
     (tmp_path / "checkpoints").write_text("in the way")
     writer.begin(CheckpointInfo(8), {}, {"x": torch.zeros(2)})
-    with pytest.raises(CheckpointError, match=r"000000000008 could not be written .*none was saved before"):
+    with pytest.raises(CheckpointError, match=r"000000000008 could not be written .*there is no earlier one"):
         writer.finish()
     assert writer.finish() is None
     (tmp_path / "checkpoints").unlink()

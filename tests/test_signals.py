@@ -390,5 +390,5 @@ def test_a_signal_to_ranks_that_wait_for_others_is_told(
     monkeypatch.setattr(Processes, "wait", wait)
     with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
         main([command, *options, "--device", "cpu", "--out", str(tmp_path / "out")])
-    said = "stopped by SIGTERM at the end of its share: the same command goes on"
+    said = "stopped by SIGTERM at the end of its share: the same command continues"
     assert capsys.readouterr().err == f"lamamba: {said}\n"

@@ -255,8 +255,8 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_used_if_asked(
     before, last = checkpoints_in(tmp_path / "damaged")
     flip_a_bit(last / file)
     line = refused(capsys, tmp_path / "damaged", "--resume", "--num-images", "16")
-    assert f"{last / file} is not what was written" in line
-    assert f"the one before is {before}; train --resume --fall-back goes on from that" in line
+    assert f"{last / file} is damaged: its checksum does not match" in line
+    assert f"the previous one is {before}; train --resume --fall-back continues from it" in line
     train(tmp_path / "damaged", "--resume", "--fall-back", "--num-images", "16")
     train(tmp_path / "whole", "--resume", "--num-images", "16")
     assert same(tmp_path / "damaged", tmp_path / "whole")
@@ -267,7 +267,7 @@ def test_where_no_checkpoint_is_whole_that_is_said(tmp_path: Path, capsys: pytes
     for checkpoint in checkpoints_in(tmp_path / "run"):
         (checkpoint / TRAINING).unlink()
     line = refused(capsys, tmp_path / "run", "--resume", "--fall-back", "--num-images", "16")
-    assert "no checkpoint is whole; of the oldest: " in line
+    assert "all checkpoints are damaged; the oldest one: " in line
     assert f"{TRAINING} is missing" in line
 
 

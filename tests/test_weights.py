@@ -225,7 +225,7 @@ def test_another_model_is_no_autoencoder_and_no_network(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("../weights.safetensors", "which is no file beside it"), ("gone.safetensors", "gone.safetensors is missing")],
+    [("../weights.safetensors", "which is not a file beside it"), ("gone.safetensors", "gone.safetensors is missing")],
 )
 def test_an_index_names_files_beside_it(name: str, said: str, tmp_path: Path) -> None:
     build_network().save_pretrained(tmp_path, max_shard_size="5KB")
@@ -256,10 +256,10 @@ def test_a_pickle_gives_tensors_and_runs_nothing(is_new: bool, tmp_path: Path) -
     assert (read["model"]["b"].dtype, read["args"], read["print"]) == (torch.bfloat16, {}, {})
     for function, name in ((os.system, "os.system"), (eval, "builtins.eval")):
         torch.save({**content, "x": Runs(function, f"touch {done}")}, path, _use_new_zipfile_serialization=is_new)
-        with pytest.raises(CheckpointError, match=rf"^{path} names {name}, which is code .* nothing of it was run"):
+        with pytest.raises(CheckpointError, match=rf"^{path} refers to {name}, which is code .* it was not run"):
             read_pickle(path)
     torch.save({**content, "x": torch.ones(1).expand(9, 9)}, path, _use_new_zipfile_serialization=is_new)
-    with pytest.raises(CheckpointError, match=r"holds a tensor of \(9, 9\) with fewer values"):
+    with pytest.raises(CheckpointError, match=r"contains a tensor of shape \(9, 9\) with fewer values"):
         read_pickle(path)
     endless = {"a": torch.ones(1)}
     endless["again"] = endless  # type: ignore[assignment]

@@ -1,16 +1,15 @@
-"""Everything lamamba writes to disk to read again.
+"""The checkpoint format: save and load networks, and find checkpoints by path, name or hub address.
 
 A run folder holds `config.json` and `checkpoints/`, one folder each, named by the images seen:
 
     checkpoint.json         format, images, objective, class names, autoencoder; the SHA-256 of every other file
-    network/  ema/          weights and averaged weights, each a diffusers folder: config.json and safetensors
-    training/               optimizer, random state, power function averages, by torch.distributed.checkpoint: a
-                            safetensors file from each process that holds a part of them
+    network/  ema/          weights and EMA weights, each a diffusers folder: config.json and safetensors
+    training/               optimizer, random state, power-function EMAs, by torch.distributed.checkpoint: one
+                            safetensors file from each rank that holds a part of them
 
-A checkpoint is written under a temporary name, flushed to disk and renamed, so that what has its final name is whole;
-what a disk does to it later shows in the checksums. Nothing is pickled. The weights shipped with the package are such a
-folder too, with `ema/` only. Read, and not written here, are the folders of a `LaMambaDiffPipeline`, on disk or on the
-Hugging Face hub.
+A checkpoint is written under a temporary name, flushed to disk and renamed, so a checkpoint with its final name is
+complete. Checksums detect later damage. Nothing is pickled. The shipped weights are such folders too, with `ema/` only.
+This module also reads, but does not write, the folders of a `LaMambaDiffPipeline`, on disk or on the Hugging Face hub.
 """
 
 import json
@@ -56,21 +55,21 @@ _WRITE_ERRORS = (OSError, SafetensorError)
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint says of itself beside its weights."""
+    """What a checkpoint records beside its weights."""
 
     images: int = 0
-    """Images seen in training."""
+    """Number of images seen in training."""
     step: int = 0
-    """Steps of the optimizer."""
+    """Number of optimizer steps."""
     objective: str = "diffusion"
     class_names: tuple[str, ...] = ()
     vae: str | None = None
-    """Folder of the autoencoder whose latents the network works on; None is pixels."""
+    """Folder of the autoencoder of the network's latents; None for a network of pixels."""
 
 
 @dataclass(frozen=True)
 class LoadedDenoiser:
-    """A network to sample from, and where it came from."""
+    """A network to sample from, and where it was loaded from."""
 
     network: LaMambaDiff | DiT
     info: CheckpointInfo
@@ -79,29 +78,29 @@ class LoadedDenoiser:
 
 @dataclass(frozen=True)
 class LoadedCheckpoint(LoadedDenoiser):
-    """A network of this package, and where it came from."""
+    """A network of this package, and where it was loaded from."""
 
     network: LaMambaDiff
 
 
 def checkpoints_in(run: Path) -> list[Path]:
-    """List a run's whole checkpoints, oldest first."""
+    """List the complete checkpoints of a run, oldest first."""
     folders = (run / "checkpoints").glob("*/checkpoint.json")
     return sorted((path.parent for path in folders if path.parent.name.isdigit()), key=lambda path: int(path.name))
 
 
 def save_network(network: LaMambaDiff, folder: Path) -> None:
-    """Write a network as diffusers does."""
+    """Write a network in diffusers' format."""
     network.save_pretrained(folder)
     permit(*folder.glob("*.safetensors"))
     path = folder / "config.json"
     config = json.loads(path.read_bytes())
-    config.pop("_name_or_path", None)  # where it was loaded from is of this machine, not of the network
+    config.pop("_name_or_path", None)  # a local path
     write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def write_info(checkpoint: Path, info: CheckpointInfo) -> None:
-    """Write what a checkpoint says of itself, and the checksums of all that is there."""
+    """Write checkpoint.json, with the checksums of all files in the checkpoint."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != RECORD)
     checksums = {path.relative_to(checkpoint).as_posix(): checksum(path) for path in files}
     record = {"format": FORMAT, "lamamba": __version__, **asdict(info), "sha256": checksums}
@@ -109,10 +108,10 @@ def write_info(checkpoint: Path, info: CheckpointInfo) -> None:
 
 
 def verify(checkpoint: Path, part: str = "") -> None:
-    """Compare a checkpoint's files, or those of the folder `part` in it, with the checksums it was written with.
+    """Compare the files of a checkpoint, or of the folder `part` in it, with their checksums.
 
     Raises:
-        CheckpointError: a file is damaged or missing; the message names it and the checkpoint before.
+        CheckpointError: a file is damaged or missing. The message names it and the previous checkpoint.
     """
     for name, wanted in _read_record(checkpoint).get("sha256", {}).items():
         path = checkpoint / name
@@ -122,15 +121,15 @@ def verify(checkpoint: Path, part: str = "") -> None:
             continue
         if not path.is_file() or checksum(path) != wanted:
             earlier = [other for other in checkpoints_in(checkpoint.parent.parent) if other < checkpoint]
-            mend = "there is none before it"
+            advice = "there is no earlier checkpoint"
             if earlier:
-                mend = f"the one before is {earlier[-1]}; train --resume --fall-back goes on from that"
-            fault = "is not what was written" if path.is_file() else "is missing"
-            raise CheckpointError(f"{path} {fault}, so the checkpoint cannot be used: {mend}")
+                advice = f"the previous one is {earlier[-1]}; train --resume --fall-back continues from it"
+            fault = "is damaged: its checksum does not match" if path.is_file() else "is missing"
+            raise CheckpointError(f"{path} {fault}, so the checkpoint cannot be used: {advice}")
 
 
 def newest_whole(checkpoints: Sequence[Path]) -> Path:
-    """Choose the newest of a run's checkpoints that is not damaged; raises CheckpointError where all are."""
+    """Return the newest undamaged checkpoint; raises CheckpointError if all are damaged."""
     for checkpoint in reversed(checkpoints):
         try:
             read_info(checkpoint)
@@ -139,15 +138,15 @@ def newest_whole(checkpoints: Sequence[Path]) -> Path:
             fault = error
             continue
         return checkpoint
-    raise CheckpointError(f"no checkpoint is whole; of the oldest: {fault}")
+    raise CheckpointError(f"all checkpoints are damaged; the oldest one: {fault}")
 
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Make a run folder and keep other processes from training into it.
+    """Create a run folder, and lock it against other trainings.
 
     Raises:
-        CheckpointError: another one does, or the folder cannot be made.
+        CheckpointError: another process trains into it, or the folder cannot be created.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -156,7 +155,7 @@ def locked(run: Path) -> Iterator[None]:
     except Timeout:
         raise CheckpointError(f"another process trains into {run}: wait for it, or choose another --out") from None
     except OSError as error:
-        raise CheckpointError(f"run folder {run} cannot be made: {error}") from error
+        raise CheckpointError(f"run folder {run} cannot be created: {error}") from error
     try:
         yield
     finally:
@@ -164,10 +163,10 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def read_info(checkpoint: Path) -> CheckpointInfo:
-    """Read what a checkpoint says of itself.
+    """Read checkpoint.json.
 
     Raises:
-        CheckpointError: it is damaged, or of a later format than this version knows.
+        CheckpointError: it is damaged, or has a later format than this version reads.
     """
     record = _read_record(checkpoint)
     return CheckpointInfo(
@@ -213,14 +212,14 @@ def _read_record(checkpoint: Path) -> _Record:
 
 
 def locate(path: Path, weights: str = "ema") -> tuple[Path, CheckpointInfo]:
-    """Tell where in a folder that `find_checkpoint` found the network is, and what the folder says of it.
+    """Return the network's folder inside a folder that `find_checkpoint` found, and what is recorded about it.
 
     Args:
-        path: a checkpoint folder, a saved `LaMambaDiffPipeline`, or a network folder, which says nothing.
-        weights: "ema" or "network", of a checkpoint.
+        path: a checkpoint folder, a saved `LaMambaDiffPipeline`, or a network folder, which records nothing.
+        weights: "ema" or "network"; for checkpoints.
 
     Raises:
-        CheckpointError: it is damaged, of a later format than this version knows, or another pipeline.
+        CheckpointError: it is damaged, has a later format than this version reads, or is another pipeline.
     """
     if (path / RECORD).is_file():
         return path / weights, read_info(path)
@@ -244,16 +243,16 @@ def _read_pipeline_info(folder: Path) -> CheckpointInfo:
 
 
 def read_network_config(folder: Path) -> NetworkConfig:
-    """Read what options a network folder's network was built with; raises CheckpointError."""
+    """Read the options of the network in a network folder; raises CheckpointError."""
     check_class(folder, ("LaMambaDiff",))
     return read_record(folder / CONFIG, NetworkConfig)
 
 
 def check_network(folder: Path) -> NetworkConfig:
-    """Read a network's options and check that its weight files have these sizes, without reading their values.
+    """Read a network's options, and check that its weight files have matching shapes, without reading values.
 
     Raises:
-        CheckpointError: an option is wrong, or weights are missing, unexpected or misshaped.
+        CheckpointError: an option is wrong, or weights are missing, unexpected or of the wrong shape.
     """
     config = read_network_config(folder)
     with torch.device("meta"):
@@ -263,24 +262,24 @@ def check_network(folder: Path) -> NetworkConfig:
 
 
 def load_network(folder: Path) -> LaMambaDiff:
-    """Load the network that `save_pretrained` wrote, in any of its forms, in float32 on the CPU.
+    """Load a network that `save_pretrained` wrote, in any of its formats, in float32 on the CPU.
 
     Raises:
-        CheckpointError: the folder is missing, damaged or another model's, or has not all weights or others too.
+        CheckpointError: the folder is missing, damaged or of another model, or weights are missing or unexpected.
     """
     config = read_network_config(folder)
     found = find_weights(folder)
-    with torch.device("meta"):  # drawing what is overwritten would take longer than reading it
+    with torch.device("meta"):  # initializing weights would take longer than reading them
         network = LaMambaDiff(**vars(config))
     fill(network, read_weights(found), folder)
     return network.eval()
 
 
 def load_checkpoint(name: str | Path, weights: str = "ema") -> LoadedCheckpoint:
-    """Load the network of a run (its newest checkpoint), a checkpoint, a pipeline, a network folder, or shipped ones.
+    """Load a network: of a run (its newest checkpoint), a checkpoint, a pipeline, a network folder, or shipped weights.
 
     Args:
-        name: a path, shipped weights by their name, or "user/name" on the Hugging Face hub, see `find_checkpoint`.
+        name: a path, the name of shipped weights, or "user/name" on the Hugging Face hub; see `find_checkpoint`.
         weights: "ema" or "network".
 
     Raises:
@@ -299,12 +298,13 @@ def load_checkpoint(name: str | Path, weights: str = "ema") -> LoadedCheckpoint:
 def _check_names(info: CheckpointInfo, num_classes: int, path: Path) -> None:
     if info.class_names and len(info.class_names) != num_classes:
         raise CheckpointError(
-            f"{path} names {len(info.class_names)} classes, and its network has {num_classes}: they are of two runs"
+            f"{path} names {len(info.class_names)} classes, but its network has {num_classes}: they belong to "
+            "different runs"
         )
 
 
 def load_denoiser(name: str | Path) -> LoadedDenoiser:
-    """Load what `load_checkpoint` does or, to be sampled alike, a DiT that diffusers saved: its pipeline or itself.
+    """Load what `load_checkpoint` loads, or a DiT that diffusers saved: a pipeline or the model alone.
 
     Raises:
         CheckpointError: nothing loadable is there; the message says what was looked for.
@@ -323,13 +323,13 @@ def load_denoiser(name: str | Path) -> LoadedDenoiser:
 def find_checkpoint(name: str | Path) -> Path:
     """Find the folder that `load_checkpoint` reads.
 
-    A name that is no path here, of the form "user/name" with no folder "user" here, is a model on the Hugging Face hub:
-    it is fetched to huggingface_hub's cache, and found there without a network the next time. A mistyped path in a
-    folder that exists never asks the hub.
+    A name of the form "user/name" is a model on the Hugging Face hub if there is neither such a path nor a local folder
+    "user". It is downloaded to huggingface_hub's cache, where it is found later without a network. A mistyped path in
+    an existing folder never contacts the hub.
 
     Raises:
-        CheckpointError: there is none, or the hub cannot be asked.
-        ConfigError: neither a path nor a name that is known.
+        CheckpointError: there is no such checkpoint, or the hub cannot be reached.
+        ConfigError: the name is neither a path nor known.
     """
     path = Path(name)
     if not path.exists():
@@ -346,7 +346,7 @@ def find_checkpoint(name: str | Path) -> Path:
             raise CheckpointError(f"{path} does not exist")
         path = _fetch(str(name))
     if path.is_file():
-        raise CheckpointError(f"{path} is a file: give a folder; lamamba convert makes one of a released checkpoint")
+        raise CheckpointError(f"{path} is a file: give a folder; lamamba convert makes one from a released checkpoint")
     if any((path / record).is_file() for record in (RECORD, PIPELINE_INDEX)):
         return path
     saved = checkpoints_in(path)
@@ -365,28 +365,28 @@ def find_checkpoint(name: str | Path) -> Path:
 
 
 def _fetch(name: str) -> Path:
-    """Fetch a model from the hub, once its records, which are small, say that it is one to be loaded here."""
+    """Download a model from the hub, after its small JSON files show that this package can load it."""
     folder = fetch(name, "*.json")
     if not (folder / RECORD).is_file() and class_of(folder) not in _LOADABLE:
         raise CheckpointError(
-            f"{name} on the Hugging Face hub holds a {class_of(folder)}: only {', '.join(_LOADABLE)} can be loaded"
+            f"{name} on the Hugging Face hub is a {class_of(folder)}: only {', '.join(_LOADABLE)} can be loaded"
         )
-    return fetch(name, "*.json", "*.safetensors", "*.bin")  # the official DiT's weights are .bin
+    return fetch(name, "*.json", "*.safetensors", "*.bin")  # the official DiT has .bin weights
 
 
 def shipped_weights() -> dict[str, Path]:
-    """Find the weights that come with the package, by their names: of a preset, or of what they were trained on."""
+    """Return the folders of the shipped weights by name: the name of a preset or of the training data."""
     return {"nano": SHIPPED / "nano", "fashion-mnist": SHIPPED / "nano", "emoji-64": SHIPPED / "emoji-64"}
 
 
 def export(checkpoint: Path, folder: Path) -> None:
-    """Write a checkpoint's averaged weights alone, in float16, in the layout of a checkpoint."""
+    """Write only the EMA weights of a checkpoint, in float16, in the layout of a checkpoint."""
     loaded = load_checkpoint(checkpoint)
     write_weights(folder, loaded.network.half(), loaded.info)
 
 
 def write_weights(folder: Path, network: LaMambaDiff, info: CheckpointInfo, trained: LaMambaDiff | None = None) -> None:
-    """Write weights alone in the layout of a checkpoint, averaged and maybe those trained; raises CheckpointError."""
+    """Write EMA weights, and optionally trained ones, in the layout of a checkpoint; raises CheckpointError."""
     try:
         save_network(network, folder / "ema")
         if trained is not None:
@@ -397,7 +397,7 @@ def write_weights(folder: Path, network: LaMambaDiff, info: CheckpointInfo, trai
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a small JSON file whole or not at all."""
+    """Write a JSON file atomically; raises CheckpointError."""
     try:
         with written_whole(path) as temporary:
             write_text(temporary, json.dumps(content, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""What a run trains on, recognized wherever it lies: by its contents, not by its path."""
+"""Recognize the data and the autoencoder of a run by their contents, not by their paths."""
 
 import os
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ from lamamba.errors import CheckpointError
 from lamamba.latents import identify_autoencoder
 
 PATH_OPTIONS = ("data", "data_folder", "vae", "start_from")
-_MOST_NAMED = 3  # classes that differ, in a message
+_MOST_NAMED = 3  # differing classes listed in a message
 
 
 def describe_origin(config: TrainConfig, source: Source) -> dict[str, Any]:
-    """Describe data and autoencoder for a run's config.json, so that they are recognized when it is resumed.
+    """Describe data and autoencoder for a run's config.json, to recognize them when the run is resumed.
 
     Returns:
-        "identity" of "data" (images, class names, digest) and of "vae" (digest, or None); and "paths", the absolute
+        "identity", with "data" (images, class names, digest) and "vae" (digest, or None), and "paths", the absolute
         paths of the options that name existing files or folders.
     """
     data = {"images": len(source), "class_names": list(source.class_names), "digest": source.identify()}
@@ -36,22 +36,22 @@ def describe_origin(config: TrainConfig, source: Source) -> dict[str, Any]:
 def compare_origin(
     started: Mapping[str, Any], now: Mapping[str, Any], class_names: tuple[str, ...], allowed: tuple[str, ...]
 ) -> list[str]:
-    """Compare what a run was started with and what it is to go on with.
+    """Compare the data and autoencoder of a run with those of the command that resumes it.
 
     Args:
-        started: content of its config.json, maybe of a version that described no origin.
-        now: the same of the present command.
-        class_names: of its checkpoint.
-        allowed: which may differ, "data" and "vae".
+        started: content of the run's config.json; early versions did not describe data and autoencoder.
+        now: the same for the current command.
+        class_names: class names in the run's checkpoint.
+        allowed: which of "data" and "vae" may differ.
 
     Returns:
-        Lines on what has moved, or differs and is allowed to.
+        Messages about what has moved, and about allowed differences.
 
     Raises:
-        CheckpointError: something else is given; the message says what differs.
+        CheckpointError: something differs that may not; the message describes the difference.
     """
     notes, faults = [], []
-    fits = len(now["identity"]["data"]["class_names"]) == len(class_names)  # the network has a row for each class
+    fits = len(now["identity"]["data"]["class_names"]) == len(class_names)  # the network has one embedding per class
     for name in ("data", "vae"):
         fault = _compare(name, started, now, class_names)
         was, given = _place(name, started), _place(name, now)
@@ -60,21 +60,21 @@ def compare_origin(
         elif fault:
             faults.append((name, fault))
         elif was != given and "paths" in started:
-            notes.append(f"{name} has moved from {was} to {given}, and is the same")
+            notes.append(f"{name} has moved from {was} to {given}; its contents are the same")
     if faults:
         names = " ".join(name for name, _ in faults)
-        advice = f"go on with this by --allow-changed {names}"
+        advice = f"continue anyway with --allow-changed {names}"
         if not fits:
-            advice = f"begin a run for other classes with lamamba finetune {now['out']}"
+            advice = f"start a run with other classes by lamamba finetune {now['out']}"
         raise CheckpointError(
-            f"{now['out']} was trained on something else: {'; '.join(fault for _, fault in faults)}: give what it was "
-            f"trained on (--{faults[0][0]}), or {advice}"
+            f"{now['out']} was trained on something else: {'; '.join(fault for _, fault in faults)}: give the original "
+            f"(--{faults[0][0]}), or {advice}"
         )
     return notes
 
 
 def is_same_place(name: str, started: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Say whether a path option names the same place as at the start of the run, maybe spelled otherwise."""
+    """Return whether a path option leads to the same place as at the start of the run, however it is written."""
     return name in PATH_OPTIONS and _place(name, started) == _place(name, now)
 
 
@@ -83,9 +83,9 @@ def _place(name: str, content: Mapping[str, Any]) -> Any:
 
 
 def _compare(name: str, started: Mapping[str, Any], now: Mapping[str, Any], class_names: tuple[str, ...]) -> str | None:
-    """Say how data or autoencoder differ; None if they are the same."""
+    """Describe how data or autoencoder differ; None if they are the same."""
     given = now["identity"][name]
-    if "identity" not in started:  # an earlier version's run: there are only the path and the names of the classes
+    if "identity" not in started:  # a run of an early version, which recorded only the path and the class names
         if name == "data" and list(class_names) != given["class_names"]:
             return f"data {now['data']} has {_differ(list(class_names), given['class_names'])}"
         places = {value and os.path.abspath(Path(value).expanduser()) for value in (started.get(name), now[name])}
@@ -94,16 +94,16 @@ def _compare(name: str, started: Mapping[str, Any], now: Mapping[str, Any], clas
     if was == given:
         return None
     if name == "vae":
-        return f"vae {now['vae']} has other weights or another configuration than {started['vae']}"
+        return f"vae {now['vae']} differs from {started['vae']} in weights or configuration"
     if was["class_names"] != given["class_names"]:
         return f"data {now['data']} has {_differ(was['class_names'], given['class_names'])}"
     if was["images"] != given["images"]:
         return f"data {now['data']} has {given['images']:,} images, not {was['images']:,}"
-    return f"data {now['data']} has as many images, but other names or sizes of files"
+    return f"data {now['data']} has as many images, but their file names or sizes differ"
 
 
 def _differ(was: list[str], given: list[str]) -> str:
-    """Say how two lists of class names differ."""
+    """Describe how two lists of class names differ."""
     gone = [name for name in was if name not in given]
     new = [name for name in given if name not in was]
     parts = [

@@ -1,4 +1,4 @@
-"""The commands `lamamba plot` and `lamamba grid`: runs and images -> pictures."""
+"""The commands `lamamba plot` and `lamamba grid`: draw runs, and arrange images in a grid."""
 
 import math
 import re
@@ -20,28 +20,28 @@ from lamamba.output import say
 from lamamba.sampling import make_grid
 from lamamba.streams import visible
 
-# What the log has of each quarter of the timesteps: what it is, and how its line is drawn.
+# The loss of each quarter of the timesteps: its key in the log, its label, and its line style.
 QUARTERS = {
     "loss_q1": ("timesteps 0 to 250", "-"), "loss_q2": ("250 to 500", "--"),
     "loss_q3": ("500 to 750", "-."), "loss_q4": ("750 to 1000", ":"),
 }  # fmt: skip
-MAX_FRAME_WIDTH = 1280  # pixels of a sample grid, which is made smaller beyond
+MAX_FRAME_WIDTH = 1280  # in pixels; wider sample grids are scaled down
 MAX_GIF_FRAMES = 100
 _FRAME_MS, _LAST_FRAME_MS = 250, 2000
 _CAPTION_HEIGHT = 14
 
 
 def plot(config: PlotConfig) -> None:
-    """Draw runs' curves over each other, and of each run its samples over time; say what was written.
+    """Draw the curves of runs in one figure, and the samples of each run over time. Print the files written.
 
     Raises:
-        CheckpointError: a folder holds no run or an empty log, or nothing can be written.
+        CheckpointError: a folder is not a run or its log is empty, or a file cannot be written.
     """
     names = name_runs(config.runs)
     records = {name: read_log(run)[0] for name, run in names.items()}
     for name, run in names.items():
         if not records[name]:
-            raise CheckpointError(f"{run} has nothing in its log yet: wait for the first line of log.jsonl")
+            raise CheckpointError(f"the log of {run} is still empty: wait for the first line of log.jsonl")
     written = [config.out / "curves.png"]
     figure = draw_curves(records)
     _write(written[0], lambda path: save_figure(figure, path))
@@ -50,7 +50,7 @@ def plot(config: PlotConfig) -> None:
         if not frames:
             continue
         stem = "samples-" + re.sub(r"[^\w.-]+", "-", name).strip("-")
-        if config.out / f"{stem}.png" in written:  # of another run, whose name differs in what is replaced
+        if config.out / f"{stem}.png" in written:  # taken by another run whose name differs only in replaced characters
             stem += f"-{list(names).index(name)}"
         chosen = choose_evenly(frames, config.frames)
         strip = make_grid(np.stack([np.asarray(frame).transpose(2, 0, 1) for frame in chosen]), columns=1)
@@ -61,17 +61,17 @@ def plot(config: PlotConfig) -> None:
 
 
 def name_runs(runs: Iterable[Path]) -> dict[str, Path]:
-    """Name runs by their folders, and by their whole paths where two of these have the same name."""
+    """Name runs by their folders, or by their full paths if two folders have the same name."""
     runs = list(dict.fromkeys(runs))
-    short = [run.resolve().name or str(run.resolve()) for run in runs]  # the root has no name
+    short = [run.resolve().name or str(run.resolve()) for run in runs]  # the root folder has no name
     return {name if short.count(name) == 1 else str(run.resolve()): run for name, run in zip(short, runs, strict=True)}
 
 
 def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
-    """Draw the logs of runs over each other: loss, loss by quarters of the timesteps, images/s, gradient norm.
+    """Draw the logs of runs in one figure: loss, loss by quarter of the timesteps, images/s, gradient norm.
 
     Args:
-        runs: the records of log.jsonl, by the run's name; what one of them does not have is left out.
+        runs: the records of log.jsonl by run. Missing values are skipped.
 
     Returns:
         A `matplotlib.figure.Figure` of four panels.
@@ -91,7 +91,7 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
             label = timesteps if alone else f"{timesteps}, {run}"
             draw_lines(quarters, records, {name: {"label": label, **own}})
     for axes, title in zip(
-        (losses, quarters, speed, gradient), ("loss", "loss by timestep", "images/s", "norm of the gradient"),
+        (losses, quarters, speed, gradient), ("loss", "loss by timestep", "images/s", "gradient norm"),
         strict=True,
     ):  # fmt: skip
         axes.set(xlabel="images seen", title=title)
@@ -107,7 +107,7 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
 
 
 def read_frames(run: Path) -> list[Image.Image]:
-    """Read a run's sample grids, oldest first, with the images seen below each; what cannot be read is left out."""
+    """Read a run's sample grids, oldest first, and caption them with the images seen. Unreadable files are skipped."""
     frames = []
     for path in sorted((run / "samples").glob("*.png")):
         if not path.stem.isdigit():
@@ -115,7 +115,7 @@ def read_frames(run: Path) -> list[Image.Image]:
         try:
             grid = read_image(path, 3)
         except DataError:
-            continue  # it is being written
+            continue  # it is still being written
         if grid.width > MAX_FRAME_WIDTH:
             size = MAX_FRAME_WIDTH, round(grid.height * MAX_FRAME_WIDTH / grid.width)
             grid = grid.resize(size, Image.Resampling.LANCZOS)
@@ -124,14 +124,14 @@ def read_frames(run: Path) -> list[Image.Image]:
 
 
 def choose_evenly(items: Sequence[Any], number: int) -> list[Any]:
-    """Choose at most so many, 2 or more, at even distances: the first, the last, and some between."""
+    """Choose at most `number` items (at least 2), evenly spaced, including the first and the last."""
     if len(items) <= number:
         return list(items)
     return [items[round(index * (len(items) - 1) / (number - 1))] for index in range(number)]
 
 
 def add_caption(image: Image.Image, text: str) -> Image.Image:
-    """Put a line of text, cut off where it is too long, on white below an image."""
+    """Add a line of text on white below an image. Text that is too long is cut off."""
     font, text = ImageFont.load_default(), visible(text)
     while text and font.getlength(text) > image.width:
         text = text[:-1]
@@ -142,12 +142,12 @@ def add_caption(image: Image.Image, text: str) -> Image.Image:
 
 
 def grid(config: GridConfig) -> None:
-    """Arrange images in a grid, and say what was written.
+    """Arrange images in a grid, and print the file written.
 
     Raises:
-        DataError: an image or folder is missing or cannot be read, or images have several sizes.
-        ConfigError: the grid would be very large.
-        CheckpointError: it cannot be written.
+        DataError: an image or folder is missing or unreadable, or the images differ in size.
+        ConfigError: the grid would be too large.
+        CheckpointError: the grid cannot be written.
     """
     paths = _list_images(config.images)
     columns = config.columns or (math.ceil(len(paths) / config.rows) if config.rows else math.isqrt(len(paths) - 1) + 1)
@@ -156,15 +156,15 @@ def grid(config: GridConfig) -> None:
     if len(shown) * first.width * first.height * config.scale**2 > MAX_GRID_PIXELS:
         raise ConfigError(
             f"a grid of {len(shown):,} images of {first.width}x{first.height} would be too large: "
-            "give fewer rows (--rows) and columns (--columns)"
+            "use fewer rows (--rows) and columns (--columns)"
         )
     tiles = []
     for path in shown:
         tile = read_image(path, 3)
         if tile.size != first.size:
             raise DataError(
-                f"{path} is {tile.width}x{tile.height} and {shown[0]} is {first.width}x{first.height}: "
-                "give images of one size"
+                f"{path} is {tile.width}x{tile.height}, but {shown[0]} is {first.width}x{first.height}: "
+                "give images of the same size"
             )
         tile = tile.resize((tile.width * config.scale, tile.height * config.scale), Image.Resampling.NEAREST)
         tiles.append(np.asarray(add_caption(tile, Path(path).stem) if config.captions else tile).transpose(2, 0, 1))

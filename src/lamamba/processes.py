@@ -1,8 +1,7 @@
-"""The processes that train together: started by torchrun, one for each device; a single process without it.
+"""The ranks that train together: torchrun starts one process per device; without it there is a single process.
 
-Every process does the same at the same time but for its share of a batch, and the first one alone writes to disk.
-Shares may differ by an image. Losses are summed and divided by the size of the whole batch, so every image counts the
-same.
+All ranks do the same at the same time, each on its share of a batch. Only rank 0 writes to disk. Shares may differ by
+one image. Losses are summed and divided by the size of the whole batch, so all images have the same weight.
 """
 
 import os
@@ -26,21 +25,21 @@ from lamamba.signals import SignalsNoted
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that train together."""
+    """This process's rank, and the number of ranks."""
 
     rank: int = 0
     number: int = 1
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes and prints."""
+        """Whether this is rank 0, which writes and prints."""
         return self.rank == 0
 
     def share(self, length: int) -> slice:
-        """Cut a batch of so many images into shares, one a process, and return this process's.
+        """Split a batch of `length` images over the ranks, and return this rank's share.
 
         Raises:
-            ConfigError: there are fewer images than processes.
+            ConfigError: there are fewer images than ranks.
         """
         if length < self.number:
             raise ConfigError(
@@ -51,7 +50,7 @@ class Processes:
         return slice(start, start + shares[self.rank])
 
     def add_up(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sum numbers of the same names over the processes."""
+        """Sum values with the same name over all ranks."""
         if self.number == 1:
             return values
         together = torch.stack([value.float() for value in values.values()])
@@ -59,7 +58,7 @@ class Processes:
         return dict(zip(values, together, strict=True))
 
     def largest(self, number: int) -> int:
-        """Return the largest of the processes' numbers."""
+        """Return the largest number of all ranks."""
         if self.number == 1:
             return number
         together = torch.tensor(number)
@@ -67,36 +66,36 @@ class Processes:
         return int(together)
 
     def wait(self) -> None:
-        """Go on once all processes are here; raises LamambaError if one of them has ended."""
+        """Wait for all ranks (a barrier); raises LamambaError if one of them has ended."""
         if self.number == 1:
             return
         try:
             dist.barrier()
         except RuntimeError as error:
-            raise LamambaError("another process has ended, so this one does too: see what that one printed") from error
+            raise LamambaError("another rank has ended, so this one ends too: see the output of that rank") from error
 
     def wait_at_end(self, signals: SignalsNoted) -> None:
-        """Wait for all processes at the end of this one's share; raises SignalError if a signal ended them all."""
+        """Wait for all ranks at the end of this rank's share; raises SignalError if a signal ended all of them."""
         try:
             self.wait()
-        except LamambaError:  # the others ended at a signal, which may have reached this one too
-            signals.end_if_noted("the end of its share: the same command goes on", silent=not self.is_first)
+        except LamambaError:  # a signal ended the others, and may have reached this one too
+            signals.end_if_noted("the end of its share: the same command continues", silent=not self.is_first)
             raise
 
 
 def cut_evenly(length: int, number: int) -> list[int]:
-    """Cut a length into so many parts that differ by one at most, from a smallest to a largest one."""
+    """Split a length into `number` parts that differ by at most one; the last part is a largest one."""
     ends = [length * index // number for index in range(number + 1)]
     return [end - start for start, end in pairwise(ends)]
 
 
 class GradientSums:
-    """Adds up parameters' gradients over the processes as a backward pass leaves them, beside the rest of it.
+    """All-reduces gradients during the backward pass, as soon as they are computed.
 
-    What it launches can be recorded in a CUDA graph, other than what DistributedDataParallel does.
+    Unlike DistributedDataParallel, its operations can be recorded in a CUDA graph.
 
     Args:
-        parameters: of this process; the others have the same, and leave gradients in the same order.
+        parameters: this rank's parameters. The other ranks compute the same gradients in the same order.
     """
 
     AT_A_TIME = 256 << 20  # bytes
@@ -130,14 +129,14 @@ class GradientSums:
         self.left, self.bytes_left = [], 0
 
     def add_up(self, gradients: Iterable[Tensor]) -> None:
-        """Add up gradients that are there already."""
+        """All-reduce gradients that are already computed."""
         with self.added_up():
             for gradient in gradients:
                 self._take(gradient)
 
     @contextmanager
     def added_up(self) -> Iterator[None]:
-        """Add up the gradients of a backward pass in this context; after it they are there."""
+        """All-reduce the gradients of a backward pass in this context; it ends when all are reduced."""
         self.adding_up = True
         try:
             yield
@@ -150,10 +149,10 @@ class GradientSums:
 
 @contextmanager
 def joined(device: str) -> Iterator[tuple[Processes, str]]:
-    """Join the processes that torchrun started; gives this process's place, and its device for that of all.
+    """Join the ranks that torchrun started; yield this process's rank and its device.
 
     Raises:
-        ConfigError: the environment variables that torchrun sets are wrong, or the processes cannot meet.
+        ConfigError: torchrun's environment variables are wrong, or the ranks cannot connect.
     """
     number = _read_variable("WORLD_SIZE", least=1, default=1)
     rank = _read_variable("RANK", default=0 if number == 1 else None)
@@ -168,18 +167,18 @@ def joined(device: str) -> Iterator[tuple[Processes, str]]:
         local_rank, num_gpus = _read_variable("LOCAL_RANK"), torch.cuda.device_count()
         if local_rank >= num_gpus:
             raise ConfigError(
-                f"LOCAL_RANK is {local_rank} and this machine has {num_gpus} GPUs: start a process for each GPU, or "
-                "give --device cpu"
+                f"LOCAL_RANK is {local_rank}, but this machine has {num_gpus} GPUs: start one process per GPU, or use "
+                "--device cpu"
             )
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
     elif device != "cpu":
-        raise ConfigError(f"device {device!r} is not for {number} processes: use auto, cuda or cpu")
+        raise ConfigError(f"device {device!r} does not support {number} processes: use auto, cuda or cpu")
     _meet("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", rank, number)
     try:
         yield Processes(rank, number), device
     except BaseException:
-        # The others may be waiting for this process: to end as usual would be to wait for them.
+        # The others may be waiting for this process, so a normal end would wait for them forever.
         _abort_process_group()
         raise
     dist.destroy_process_group()
@@ -211,23 +210,23 @@ def _meet(backend: str, rank: int, number: int) -> None:
     if not host:
         raise ConfigError(f"WORLD_SIZE is {number} but MASTER_ADDR is not set, {_START_BY_TORCHRUN}")
     try:
-        socket.getaddrinfo(host, port)  # PyTorch would try for half an hour
+        socket.getaddrinfo(host, port)  # PyTorch would retry for half an hour
         dist.init_process_group(backend, rank=rank, world_size=number, store=_open_store(host, port))
     except (OSError, RuntimeError, ValueError) as error:
         if "EADDRINUSE" in str(error):
-            raise ConfigError(f"MASTER_PORT {port} is taken by another program: use another one") from error
+            raise ConfigError(f"another program uses MASTER_PORT {port}: choose another port") from error
         cause = str(error).splitlines()[0]
         raise ConfigError(
-            f"{number} processes could not meet at {host}:{port} ({cause}): check MASTER_ADDR and MASTER_PORT, and "
+            f"{number} processes could not connect at {host}:{port} ({cause}): check MASTER_ADDR and MASTER_PORT, and "
             "that all processes were started"
         ) from error
 
 
 def _open_store(host: str, port: int) -> Any:
-    """Open the store where processes find each other, if not the one that PyTorch would open.
+    """Open the store in which ranks find each other, or return None for PyTorch's own.
 
-    That is a store which torchrun keeps over restarts, with the addresses of processes that are gone
-    (github.com/pytorch/pytorch/issues/135712): so each restart has a part of it to itself.
+    torchrun keeps its store over restarts, with the addresses of processes that have ended
+    (github.com/pytorch/pytorch/issues/135712). So each restart uses a separate part of it.
     """
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restart == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":

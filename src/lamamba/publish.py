@@ -1,7 +1,7 @@
-"""The command `lamamba push`: a checkpoint to a pipeline of diffusers with a model card, in a folder or on the hub.
+"""The command `lamamba push`: write a checkpoint as a diffusers pipeline with a model card, to a folder or the hub.
 
-Weights are float32, so that images of the pipeline are those of the checkpoint to the bit and training goes on from it
-as from that; float16 is an option, because of large networks it saves gigabytes and costs the last grey levels.
+Weights are float32 by default, so the pipeline gives bitwise the images of the checkpoint, and training can continue
+from it. With float16, large networks take gigabytes less, and images may differ in the last gray levels.
 """
 
 import json
@@ -34,7 +34,7 @@ from lamamba.streams import visible
 from lamamba.weights import PIPELINE_INDEX, class_of
 
 CARD, PICTURE = "README.md", "samples.png"
-_MOST_NAMES = 20  # of classes, in the card
+_MOST_NAMES = 20  # class names listed in the card
 _OBJECTIVES = {
     "diffusion": "noise prediction with learned variance, 1000 linear steps",
     "flow": "flow matching: velocity on the straight path from data to noise",
@@ -43,10 +43,10 @@ _OF_WRITING = ("license", "dataset", "scores", "vae", "half", "num_per_label")
 
 
 def push(config: PushConfig) -> None:
-    """Write the pipeline that the configuration asks for, and send it where a repository is named.
+    """Write the pipeline, and upload it if the configuration names a repository.
 
     Raises:
-        LamambaError: the checkpoint, an option or a file is at fault, or the hub refuses it or cannot be reached.
+        LamambaError: the checkpoint, an option or a file is invalid, or the hub refuses it or cannot be reached.
     """
     source = Path(config.checkpoint)
     if config.out is None and (source / PIPELINE_INDEX).is_file() and (source / CARD).is_file():
@@ -55,16 +55,16 @@ def push(config: PushConfig) -> None:
         _send(config, source)
         return
     if config.out is not None and config.out.exists():
-        raise ConfigError(f"out {config.out} is there already: give another, or move it away")
+        raise ConfigError(f"out {config.out} exists already: choose another path, or move it away")
     path = find_checkpoint(config.checkpoint)
     pipe = LaMambaDiffPipeline.from_checkpoint(path, config.vae)
     if pipe.vae is None and pipe.network.config.in_channels not in IMAGE_CHANNELS:
         raise ConfigError(
-            f"{config.checkpoint} samples latents, of {pipe.network.config.in_channels} channels: give (--vae) the "
-            "folder of the AutoencoderKL that decodes them"
+            f"{config.checkpoint} samples latents with {pipe.network.config.in_channels} channels: give the folder of "
+            "their AutoencoderKL (--vae)"
         )
     scores = None if config.scores is None else _read_scores(config.scores, pipe.config.images_seen)
-    _make_repository(config)  # before the work: a name that is refused should not cost an hour
+    _make_repository(config)  # before the work, so that a refused name costs no time
     parent = None if config.out is None else config.out.absolute().parent
     if parent is not None:
         parent.mkdir(parents=True, exist_ok=True)
@@ -76,17 +76,17 @@ def push(config: PushConfig) -> None:
         write_text(folder / CARD, _card(pipe, config, rows, dataset, scores))
         if config.out is not None:
             folder = folder.replace(config.out)
-            say(f"wrote {folder}, to be sampled with: lamamba sample {shlex.quote(str(folder))}")
+            say(f"wrote {folder}; sample it with: lamamba sample {shlex.quote(str(folder))}")
         _send(config, folder)
 
 
 def _check_is_written(config: PushConfig) -> None:
-    """Refuse options of writing where there is nothing to write."""
+    """Refuse options for writing a pipeline if an existing one is uploaded."""
     defaults = PushConfig(config.checkpoint, config.repository)
     for name in _OF_WRITING:
         if getattr(config, name) != getattr(defaults, name):
             raise ConfigError(
-                f"{name} is of what is yet to be written, and {config.checkpoint} has a card and is sent as it is: "
+                f"{name} has no effect, because {config.checkpoint} already has a card and is uploaded as it is: "
                 f"leave it out and edit {CARD}, or write another folder with --out"
             )
 
@@ -108,17 +108,17 @@ def _write_pipeline(pipe: LaMambaDiffPipeline, folder: Path, *, half: bool) -> N
             if isinstance(module, torch.nn.Module) and not all(
                 bool(weight.isfinite().all()) for weight in module.half().state_dict().values()
             ):
-                raise CheckpointError(f"weights of the {name} are beyond the range of float16: leave half out")
+                raise CheckpointError(f"weights of the {name} exceed the range of float16: leave half out")
     pipe.save_pretrained(folder)
     permit(*folder.rglob("*.safetensors"))
     for path in folder.rglob("*.json"):
         record = json.loads(path.read_bytes())
-        if record.pop("_name_or_path", None) is not None:  # where it was on this machine, which is nobody's business
+        if record.pop("_name_or_path", None) is not None:  # a local path, which is private
             write_text(path, json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
 def _draw(folder: Path, config: PushConfig) -> list[int]:
-    """Sample the picture from what was written, as `lamamba sample` does, and return the labels of its rows."""
+    """Sample the card's picture from the written folder, as `lamamba sample` does; return the labels of its rows."""
     if not config.num_per_label:
         return []
     painter = Painter(SamplingConfig(checkpoint=str(folder)), choose_device(config.device))
@@ -131,12 +131,12 @@ def _draw(folder: Path, config: PushConfig) -> list[int]:
 
 
 def _dataset_of(path: Path) -> str | None:
-    """Tell the hub's name of the dataset that a checkpoint was trained on, where its run says so."""
+    """Return the hub's name of the dataset that a checkpoint was trained on, if its run records it."""
     if path == shipped_weights()["fashion-mnist"]:
         return HUB_REPOSITORY
     try:
         data = read_record(path.parent.parent / "config.json", _Trained)["data"]
-    except CheckpointError:  # no run, or weights alone
+    except CheckpointError:  # not a run, or only weights
         return None
     return HUB_REPOSITORY if data in ("builtin", "fashion-mnist") else None
 
@@ -171,7 +171,7 @@ class _Generation(TypedDict, total=False):
 
 
 class _Scores(TypedDict):
-    """What of scores.json goes into the card."""
+    """The parts of scores.json that go into the card."""
 
     scores: dict[str, float]
     features: _Features
@@ -183,12 +183,13 @@ class _Scores(TypedDict):
 
 
 def _read_scores(path: Path, images_seen: int) -> _Scores:
-    """Read what `lamamba evaluate` wrote, which must be of the same weights as far as it can be told."""
+    """Read scores of `lamamba evaluate`, and check as far as possible that they are of the same weights."""
     scores = read_record(path, _Scores, DataError)
     theirs = (scores["generation"] or {}).get("images_seen", images_seen)
     if theirs != images_seen:
         raise ConfigError(
-            f"scores {path} are of weights that had seen {theirs} images, these have seen {images_seen}: score these"
+            f"scores {path} are of weights that had seen {theirs} images, but these have seen {images_seen}: score "
+            "these"
         )
     return scores
 
@@ -200,7 +201,7 @@ def _card(
     dataset: str | None,
     scores: _Scores | None,
 ) -> str:
-    """Write the model card: what is known of the network, how to sample it, and what was measured."""
+    """Write the model card: facts about the network, how to sample it, and its scores."""
     name = config.repository or Path(config.out or "").name
     header = ModelCardData(
         license=config.license,
@@ -219,13 +220,13 @@ def _card(
 
 
 def _in_python(value: str | int) -> str:
-    """Write a name or a number as Python reads it."""
+    """Write a name or a number as a Python literal."""
     written = json.dumps(value, ensure_ascii=False)
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in written)
 
 
 def _in_shell(name: str) -> str:
-    """Write a name as a shell takes it."""
+    """Quote a name for a shell."""
     return shlex.quote(visible(name))
 
 
@@ -242,10 +243,10 @@ def _table_lines(pipe: LaMambaDiffPipeline, dataset: str | None, *, half: bool) 
     number = sum(parameter.numel() for parameter in network.parameters())
     factor, channels = (1, network.config.in_channels) if vae is None else (Latents(vae).factor, vae.config.in_channels)
     side = factor * network.config.sample_size
-    kind = {1: "grey", 3: "colour"}.get(channels, f"of {channels} channels")
+    kind = {1: "gray", 3: "color"}.get(channels, f"{channels} channels")
     images = f"{side}x{side}, {kind}"
     if vae is not None:
-        images += f"; the network works on latents of the AutoencoderKL in vae/, {factor} times smaller"
+        images += f"; the network works on latents of the AutoencoderKL in vae/, which are {factor} times smaller"
     names = _names(pipe)
     classes = ", ".join(names[:_MOST_NAMES]) if names else "none: the network is unconditional"
     if len(names) > _MOST_NAMES:
@@ -270,24 +271,24 @@ def _no_guidance(pipe: LaMambaDiffPipeline) -> str | None:
 
 
 def _sampling_lines(pipe: LaMambaDiffPipeline, name: str) -> list[str]:
-    # The first class, by its name if the option can hold it.
+    # The first class, by its name if `--labels` can express it.
     names = [name for name in list(pipe.labels)[:1] if "," not in name and visible(name) == name]
     label: str | int | None = names[0] if names else 0 if pipe.network.config.num_classes else None
     option = "" if label is None else f"--labels {_in_shell(str(label))} "
     return [
-        "## Sample", "", "With the package `lamamba`, in Python, where it is a pipeline of diffusers:", "",
+        "## Sample", "", "In Python, with the package `lamamba` (this is a diffusers pipeline):", "",
         "```python", "from lamamba import LaMambaDiffPipeline", "",
         f"pipe = LaMambaDiffPipeline.from_pretrained({_in_python(name)})  # .to(\"cuda\") for a GPU",
         f"images = pipe({'' if label is None else f'class_labels=[{_in_python(label)}], '}"
         "num_inference_steps=25).images",
-        "```", "", "and from the shell, any number of images or a grid:", "",
+        "```", "", "From the shell, as files or as a grid:", "",
         f"    lamamba generate {_in_shell(name)} --num-images 1000 --out images",
         f"    lamamba sample {_in_shell(name)} {option}--out grid.png", "",
     ]  # fmt: skip
 
 
 def _score_lines(scores: _Scores) -> list[str]:
-    """What `lamamba evaluate` measured, and what tells it from other numbers; names of files without their folders."""
+    """Write the scores and the settings that they depend on. File names are given without folders."""
     generated, reference, features = scores["generated"], scores["reference"], scores["features"]
     against = f"{reference['images']:,} images" if reference.get("images") else "published statistics"
     how = {
@@ -299,8 +300,8 @@ def _score_lines(scores: _Scores) -> list[str]:
     made = ", ".join(_escaped(f"{key.replace('_', ' ')} {value}") for key, value in how.items())
     return [
         "## Scores", "",
-        f"By `lamamba evaluate`, of {generated['images']:,} generated images ({made or 'made in ways not recorded'}) "
-        f"against {against} of {_escaped(Path(reference['name']).name)}, with the features "
+        f"`lamamba evaluate` compared {generated['images']:,} generated images ({made or 'settings not recorded'}) "
+        f"with {against} of {_escaped(Path(reference['name']).name)}, using the features "
         f"{_escaped(features['name'])} (sha256 {_escaped(features['sha256'][:12])}), lamamba "
         f"{_escaped(str(scores.get('lamamba')))}.", "",
         "| score | value |", "| --- | --- |",
@@ -310,13 +311,13 @@ def _score_lines(scores: _Scores) -> list[str]:
 
 
 def _names(pipe: LaMambaDiffPipeline) -> list[str]:
-    """Name each class, by its number where it has no name, as a table of Markdown can hold it."""
+    """Return the name of each class, escaped for a Markdown table; its number if it has no name."""
     names = {label: name for name, label in pipe.labels.items()}
     return [_escaped(names.get(label, str(label))) for label in range(pipe.network.config.num_classes)]
 
 
 def _escaped(text: str) -> str:
-    """Write text in Markdown that shows it as it is: no formatting, links, HTML, formulas or emoji codes."""
+    """Escape text for Markdown, so that it is shown literally: no formatting, links, HTML, formulas or emoji codes."""
     return re.sub(r"([\\|*_`<>\[\]&~$#:@!])|^([-+=]|\d+[.)])", _escape, visible(text))
 
 
@@ -325,7 +326,7 @@ def _escape(found: re.Match[str]) -> str:
 
 
 def _code(text: str) -> str:
-    """Write text as code in a line of Markdown, in which nothing else is read."""
+    """Write text as inline code in Markdown."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * (longest + 1)
     space = " " if "`" in text else ""

@@ -1,7 +1,7 @@
-"""Read JSON that others may have written: bounded, parsed once, and every value checked against a schema.
+"""Read JSON files that others may have written: limit their size, and check every value against a schema.
 
-A schema is a dataclass (the configurations of `lamamba.config`) or a TypedDict. Keys that it does not name are ignored,
-so that files of later versions and of diffusers can be read.
+A schema is a dataclass (the configurations of `lamamba.config`) or a TypedDict. Unknown keys are ignored, so that files
+of later versions and of diffusers can be read.
 """
 
 import json
@@ -19,28 +19,30 @@ from typing_extensions import TypedDict
 from lamamba.config import TrainConfig
 from lamamba.errors import CheckpointError, ConfigError, LamambaError
 
-MAX_BYTES = 64 << 20  # an index of a million shards or class names; also bounds what parsing allocates
+MAX_BYTES = 64 << 20  # enough for a million shards or class names; also limits the memory for parsing
 _MAX_SHOWN = 60
 
 Schema = TypeVar("Schema")
 
 
 def read_record(path: Path, schema: type[Schema], error: type[LamambaError] = CheckpointError) -> Schema:
-    """Read a JSON file whose content a schema describes.
+    """Read a JSON file and check it against a schema.
 
     Args:
         path: the file.
-        schema: a dataclass or TypedDict; types are taken literally, so that "8" and true are no integers.
+        schema: a dataclass or TypedDict. Types are strict: "8" and true are not integers.
         error: the kind of error to raise.
 
     Raises:
-        LamambaError: of kind `error`. The file is missing, too large, not UTF-8 or JSON, nested more than 200 deep, or
-            a value is not what the schema says; the message names the file and the key.
+        LamambaError: of kind `error`. The file is missing, too large, not UTF-8 or JSON, nested more than 200 levels,
+            or a value does not match the schema. The message names the file and the key.
     """
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
-            raise error(f"{path} has {size:,} bytes, and at most {MAX_BYTES:,} are read: it is no file of this kind")
+            raise error(
+                f"{path} has {size:,} bytes, more than the limit of {MAX_BYTES:,}: it is not a file of this kind"
+            )
         raw = path.read_bytes()
     except OSError as fault:
         raise error(f"{path} cannot be read: {fault.strerror or fault}") from fault
@@ -48,12 +50,12 @@ def read_record(path: Path, schema: type[Schema], error: type[LamambaError] = Ch
 
 
 def parse_record(raw: bytes | str, name: str, schema: type[Schema], error: type[LamambaError]) -> Schema:
-    """Do what `read_record` does with text that was read already; `name` says in errors where it came from."""
+    """Check JSON text as `read_record` does. `name` is its source, for errors."""
     try:
         text = raw if isinstance(raw, str) else raw.decode("utf-8")
         hidden = _ESCAPES.sub(_hide, text)
-        # pydantic would accept NaN and infinity, which JSON does not have. diffusers writes them, but only to keys that
-        # no schema names, such as lambda_min_clipped of schedulers.
+        # pydantic accepts NaN and infinity, which JSON does not allow. diffusers writes them, but only for keys that
+        # are in no schema, such as lambda_min_clipped of schedulers.
         parsed = from_json(hidden)
         read = parsed
         if isinstance(parsed, dict) and get_origin(schema) is None:
@@ -65,13 +67,13 @@ def parse_record(raw: bytes | str, name: str, schema: type[Schema], error: type[
         checked: Schema = TypeAdapter(schema).validate_json(hidden, strict=True)
     except ValidationError as fault:
         raise error(f"{name}: {_first_fault(fault)}") from fault
-    except ConfigError as fault:  # a configuration checks the ranges of its options itself
+    except ConfigError as fault:  # configurations check the ranges of their options themselves
         raise error(f"{name}: {fault}") from fault
     return checked if hidden == text else _show(checked)
 
 
-# Names of files need not be UTF-8. Python has such a byte as a lone surrogate, U+DC80 and up, and writes it to JSON so,
-# which pydantic refuses. While it checks them, they are characters of private use that nobody has in a name.
+# File names need not be UTF-8. Python represents such bytes as lone surrogates (U+DC80 and up) and writes them to JSON,
+# but pydantic refuses them. So they are replaced by private-use characters during the check.
 _ESCAPES = re.compile(r"(?i)\\ud[89ab]..\\ud[c-f]..|\\u(?P<alone>dc[89a-f].)|\\.")
 _BYTES = {0x10DC00 + byte: 0xDC00 + byte for byte in range(0x80, 0x100)}
 
@@ -82,7 +84,7 @@ def _hide(escape: re.Match[str]) -> str:
 
 
 def _show(value: Any) -> Any:
-    """Put the bytes back that `_hide` took out."""
+    """Restore the surrogates that `_hide` replaced."""
     if isinstance(value, str):
         return value.translate(_BYTES)
     if isinstance(value, Path):
@@ -113,22 +115,22 @@ class _Identity(TypedDict):
 
 
 class OriginRecord(TypedDict, total=False):
-    """What config.json of a run says of its data and autoencoder beside the configuration; early versions did not."""
+    """What a run's config.json records about data and autoencoder beside the options; early versions lack it."""
 
     identity: _Identity
     paths: dict[Literal["data", "data_folder", "vae", "start_from"], str]
 
 
 def is_run(folder: Path) -> bool:
-    """Say whether a folder is that of a run, with or without checkpoints; a network's has a config.json too."""
+    """Return whether a folder is a run, with or without checkpoints. Network folders have a config.json too."""
     path = folder / "config.json"
     return path.is_file() and _RunRecord.__optional_keys__ <= read_record(path, _RunRecord).keys()
 
 
 def read_train_config(path: Path) -> TrainConfig:
-    """Read the resolved configuration that a run wrote; raises CheckpointError."""
+    """Read the resolved configuration of a run; raises CheckpointError."""
     if not is_run(path.parent):
-        raise CheckpointError(f"{path} is not a run's configuration: it has no network, or no num_images")
+        raise CheckpointError(f"{path} is not the configuration of a run: it lacks network or num_images")
     config = read_record(path, TrainConfig)
     moved = _find_paths(config, read_record(path, OriginRecord).get("paths", {}))
     # These belong to the command that started the run, not to the run.
@@ -143,9 +145,9 @@ def read_train_config(path: Path) -> TrainConfig:
 
 
 def _find_paths(config: TrainConfig, recorded: Mapping[Any, str]) -> dict[str, Any]:
-    """Find the paths in a run's configuration that do not lead from this folder to where they did.
+    """Find the paths in a run's configuration that no longer lead to the recorded places.
 
-    A relative path starts in the folder that the run was started in, whose place is recorded.
+    A relative path is relative to the folder in which the run was started; its absolute path is recorded.
     """
     found = {}
     for name, place in recorded.items():
@@ -167,7 +169,7 @@ def _first_fault(fault: ValidationError) -> str:
 
 
 def _key(places: tuple[str | int, ...]) -> str:
-    """Write the way to a value as one would in Python: class_names[3], network.depths."""
+    """Write the location of a value as in Python: class_names[3], network.depths."""
     text = "".join(f"[{place}]" if isinstance(place, int) else f".{place}" for place in places)
     return text.removeprefix(".") or "the content"
 
@@ -177,7 +179,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
 
 
-# What diffusers builds from its files, limited to far beyond any model that was trained: it builds whatever they say.
+# Limits for what diffusers builds from its files, far beyond any trained model. diffusers itself has no limits.
 _Channels = Annotated[int, Field(ge=1, le=8192)]
 _Names = Annotated[list[str], Field(min_length=1, max_length=16)]
 _Widths = Annotated[list[_Channels], Field(min_length=1, max_length=16)]
@@ -218,7 +220,7 @@ class DiTRecord(TypedDict, total=False):
     dropout: Annotated[float, Field(ge=0, lt=1)]
     norm_num_groups: _Channels
     attention_bias: bool
-    sample_size: Annotated[int, Field(ge=1, le=512)]  # of a table that is computed, not read
+    sample_size: Annotated[int, Field(ge=1, le=512)]  # size of a table that is computed, not read
     patch_size: Annotated[int, Field(ge=1, le=64)]
     activation_fn: str
     num_embeds_ada_norm: Annotated[int, Field(ge=1, le=1_000_000)]
@@ -229,7 +231,7 @@ class DiTRecord(TypedDict, total=False):
 
 
 class SchedulerRecord(TypedDict, total=False):
-    """scheduler_config.json: what decides the noise levels and how many there are."""
+    """scheduler_config.json: what determines the noise levels and their number."""
 
     num_train_timesteps: Annotated[int, Field(ge=1, le=100_000)]
     beta_start: Annotated[float, Field(ge=0, le=1)]

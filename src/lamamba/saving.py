@@ -1,6 +1,6 @@
-"""Checkpoints of a run: written beside training, by all processes that hold a part, and its state read back.
+"""Write a run's checkpoints while training continues, on all ranks that hold a part, and read its state back.
 
-For their layout, and to load what is in them, see `lamamba.checkpoint`.
+`lamamba.checkpoint` describes the format and loads networks.
 """
 
 import shutil
@@ -26,7 +26,7 @@ from lamamba.errors import CheckpointError
 from lamamba.files import TEMPORARY, flush, utf8_path
 from lamamba.model import LaMambaDiff
 
-# PyTorch's exception of several processes is no Exception.
+# PyTorch's CheckpointException is not an Exception.
 _ERRORS = (OSError, SafetensorError, CheckpointException)
 
 
@@ -38,18 +38,19 @@ def save_checkpoint(
     keep: int = 0,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Write a checkpoint whole or not at all, then delete the oldest beyond `keep` (0 keeps all).
+    """Write a checkpoint atomically, then delete all but the newest `keep` (0 keeps all).
 
     Args:
         run: the run folder.
-        info: what the checkpoint says of itself.
-        networks: folders of the checkpoint and what goes there; the first process's are written.
-        training_state: plain tensors, of which the first process's are written, and parts of tensors from all.
-        keep: how many checkpoints stay.
-        group: of the processes that hold parts and all call this; None is this process alone.
+        info: what checkpoint.json records.
+        networks: networks by their folder in the checkpoint; rank 0 writes them.
+        training_state: plain tensors, which rank 0 writes, and sharded tensors, whose parts all ranks write.
+        keep: how many checkpoints to keep.
+        group: the ranks that hold parts; all of them call this. None is this process alone.
 
     Raises:
-        CheckpointError: it could not be written, for want of space say; earlier checkpoints are untouched.
+        CheckpointError: it could not be written, for example because the disk is full. Earlier checkpoints are
+            untouched.
     """
     final = run / "checkpoints" / f"{info.images:012d}"
     temporary = final.with_name(TEMPORARY + final.name)
@@ -67,7 +68,7 @@ def save_checkpoint(
     except _ERRORS as error:
         shutil.rmtree(temporary, ignore_errors=True)
         whole = checkpoints_in(run)
-        kept = f"the last whole one is {whole[-1]}" if whole else "none was saved before"
+        kept = f"the last complete one is {whole[-1]}" if whole else "there is no earlier one"
         raise CheckpointError(
             f"checkpoint {final} could not be written ({_cause(error)}): free some space; {kept}"
         ) from error
@@ -79,7 +80,7 @@ def save_checkpoint(
 def _save_parts(state: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a process alone is meant to be
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended for a single process
         save(dict(state), storage_writer=writer, process_group=group, no_dist=group is None)
 
 
@@ -88,7 +89,7 @@ def _give_name(temporary: Path, final: Path) -> None:
         flush(path)
     replaced = final.with_name(f"{temporary.name}-replaced")
     shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():  # the same images again: the older goes only once the newer has its place
+    if final.exists():  # the same number of images: remove the old one only after the new one is in place
         final.rename(replaced)
     temporary.rename(final)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -96,19 +97,19 @@ def _give_name(temporary: Path, final: Path) -> None:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Find what went wrong first, in any process, behind the collective error."""
+    """Return the first error of any rank behind a collective error."""
     if isinstance(error, CheckpointException) and error.failures:
         return next(iter(error.failures.values()))[0]
     return error
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints while training goes on, one after the other.
+    """Writes a run's checkpoints while training continues, one at a time.
 
     Args:
         run: the run folder.
         keep: see `save_checkpoint`.
-        group: see `save_checkpoint`; of no other use meanwhile.
+        group: see `save_checkpoint`. Do not use it for anything else meanwhile.
     """
 
     def __init__(self, run: Path, keep: int = 0, group: dist.ProcessGroup | None = None) -> None:
@@ -122,10 +123,10 @@ class CheckpointWriter:
     def begin(
         self, info: CheckpointInfo, networks: Mapping[str, LaMambaDiff], training_state: Mapping[str, Tensor]
     ) -> None:
-        """Copy the state, which may change afterwards, and begin to write it and the networks, which may not.
+        """Copy the state and start writing it and the networks. The networks must not change until that is done.
 
         Raises:
-            CheckpointError: the one before could not be written.
+            CheckpointError: the previous checkpoint could not be written.
         """
         self.finish()
         state = self._stage(dict(training_state))
@@ -134,36 +135,36 @@ class CheckpointWriter:
         )
 
     def _stage(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copy to the CPU; what comes from CUDA to pinned memory, which is kept for the next checkpoint."""
+        """Copy tensors to the CPU; CUDA tensors to pinned memory, which is kept for the next checkpoint."""
         shapes = {name: tensor.shape for name, tensor in state.items()}
-        if shapes != self._staged:  # the stager's memory is of one set of tensors
+        if shapes != self._staged:  # the stager's memory fits one set of tensors
             keeps = any(tensor.device.type == "cuda" for tensor in state.values())
             self._stager, self._staged = BlockingAsyncStager(cache_staged_state_dict=keeps), shapes
         try:
             staged: dict[str, Tensor] = self._stager.stage(state)
-        except RuntimeError:  # there is no more memory to be pinned
+        except RuntimeError:  # no more memory can be pinned
             self._stager = BlockingAsyncStager()
             staged = self._stager.stage(state)
         return staged
 
     def finish(self, wait: bool = True) -> Path | None:
-        """Say where the checkpoint is that was begun and not asked for yet, or None; raises CheckpointError."""
+        """Return the path of the checkpoint that `begin` started, once, or None; raises CheckpointError."""
         under_way = self._under_way
         if under_way is None or not (wait or under_way.done()):
             return None
         try:
             return under_way.result()
         finally:
-            if under_way.done():  # and not only the waiting has ended, by Ctrl-C
+            if under_way.done():  # not if Ctrl-C ended only the waiting
                 self._under_way = None
 
     def close(self) -> None:
-        """End with the checkpoint that is being written."""
+        """Wait for the checkpoint that is being written, and stop."""
         self._executor.shutdown()
 
 
 def describe_training_state(checkpoint: Path) -> dict[str, Tensor]:
-    """List what a checkpoint holds of optimizer, random state and averages, as tensors on the meta device."""
+    """Describe the training state in a checkpoint, as tensors on the meta device."""
     with _training_state_read(checkpoint):
         metadata = _training_reader(checkpoint).read_metadata().state_dict_metadata
         return {
@@ -174,11 +175,11 @@ def describe_training_state(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def load_training_state(checkpoint: Path, state: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Read of a checkpoint's optimizer, random state and averages what is named.
+    """Read the training state of a checkpoint into the tensors in `state`.
 
     Args:
-        checkpoint: written by any number of processes.
-        state: to be filled, tensors or this process's parts of them.
+        checkpoint: a checkpoint written by any number of ranks.
+        state: tensors to fill, or this rank's parts of them.
         group: see `save_checkpoint`.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Read a model's weights in every form that `save_pretrained` of diffusers writes, and check that they are complete.
+"""Read a model's weights in every format that diffusers' `save_pretrained` writes, and check that they are complete.
 
-The forms: safetensors or pickles (`.bin`), in one file or several with an index, each also as a variant (fp16, bf16).
-Pickles are read by PyTorch's restricted reader, which makes tensors and runs nothing.
+The formats: safetensors or pickles (`.bin`), in one file or several with an index, each also as a variant (fp16, bf16).
+Pickles are read with PyTorch's restricted reader, which creates tensors and runs no code.
 """
 
 import io
@@ -28,7 +28,8 @@ from lamamba.errors import CheckpointError
 from lamamba.files import utf8_path
 from lamamba.records import read_record
 
-_NAME = re.compile(  # of a whole file or an index; a variant can have any name, but numbered parts are only in an index
+# Name of a complete file or an index. A variant may have any name; numbered parts are listed in an index.
+_NAME = re.compile(
     r"(?!.*-\d+-of-\d+\.)"
     r"diffusion_pytorch_model(?:\.(?P<file_variant>.+?))?\.(?P<kind>safetensors|bin)"
     r"(?P<index>\.index\.(?:(?P<variant>.+)\.)?json|\.(?P<old_variant>.+)\.index\.json)?"
@@ -36,7 +37,7 @@ _NAME = re.compile(  # of a whole file or an index; a variant can have any name,
 CONFIG, PIPELINE_INDEX = "config.json", "model_index.json"  # of a model's folder, and of a pipeline's
 _VARIANTS = ("", "fp16", "bf16")  # the one with the most bits first
 _NUM_LISTED = 5
-# What a pickle may name beside tensors is never called, but a file that names these was made to do harm.
+# No global of a pickle is ever called, but a file that refers to one of these was made to do harm.
 _CODE_MODULES = {
     "os", "posix", "nt", "sys", "subprocess", "pty", "shutil", "socket", "runpy", "importlib", "ctypes", "code", "pdb",
     "webbrowser", "multiprocessing", "timeit", "pip",
@@ -46,7 +47,7 @@ _CODE_BUILTINS = {"eval", "exec", "compile", "open", "__import__", "getattr", "s
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The files that hold one set of a model's weights, and how diffusers is asked for them."""
+    """The files with one set of a model's weights, and the options with which diffusers finds them."""
 
     files: tuple[Path, ...]
     variant: str | None
@@ -63,10 +64,10 @@ class _ClassRecord(TypedDict, total=False):
 
 
 def class_of(folder: Path) -> str | None:
-    """Read the class of the pipeline or model that diffusers, or transformers, saved to a folder.
+    """Read the class name of the pipeline or model that diffusers or transformers saved to a folder.
 
     Raises:
-        CheckpointError: a file that says it is damaged.
+        CheckpointError: the JSON file is damaged.
     """
     for name in (PIPELINE_INDEX, CONFIG):
         if (folder / name).is_file():
@@ -88,11 +89,11 @@ def find_weights(folder: Path, variant: str | None = None) -> WeightFiles:
     """Find a model's weights in a folder.
 
     Args:
-        folder: of the model.
-        variant: the one wanted; by default the one with the most bits.
+        folder: the model's folder.
+        variant: which variant to find; by default the one with the most bits.
 
     Raises:
-        CheckpointError: there are none, or a file that the index names is missing.
+        CheckpointError: there are none, or a file listed in the index is missing.
     """
     matches = [(_NAME.fullmatch(path.name), path) for path in folder.glob("diffusion_pytorch_model*")]
     found = [
@@ -107,7 +108,7 @@ def find_weights(folder: Path, variant: str | None = None) -> WeightFiles:
     def preference(candidate: tuple[re.Match[str], Path]) -> tuple[int, str, bool, bool]:
         match, variant = candidate[0], _variant_of(candidate[0])
         rank = _VARIANTS.index(variant) if variant in _VARIANTS else len(_VARIANTS)
-        return rank, variant, match["kind"] == "bin", match["index"] is None  # as diffusers, which looks for an index
+        return rank, variant, match["kind"] == "bin", match["index"] is None  # like diffusers, prefer an index
 
     match, path = min(found, key=preference)
     files = [path]
@@ -115,12 +116,12 @@ def find_weights(folder: Path, variant: str | None = None) -> WeightFiles:
         names = sorted(set(read_record(path, _Index)["weight_map"].values()))
         outside = [name for name in names if not _is_plain(name)]
         if outside or not names:
-            raise CheckpointError(f"{path} names {outside[0]!r}, which is no file beside it" if outside else
+            raise CheckpointError(f"{path} names {outside[0]!r}, which is not a file beside it" if outside else
                                   f"{path} names no files: its weight_map is empty")  # fmt: skip
         files = [folder / name for name in names]
     missing = [file for file in files if not file.is_file()]
     if missing:
-        raise CheckpointError(f"{missing[0]} is missing, and {path} names it: copy or download the whole folder again")
+        raise CheckpointError(f"{missing[0]} is missing, but {path} lists it: copy or download the whole folder again")
     return WeightFiles(tuple(files), _variant_of(match) or None, match["kind"] == "safetensors")
 
 
@@ -133,16 +134,16 @@ def _is_plain(name: str) -> bool:
 
 
 def read_weights(found: WeightFiles) -> dict[str, Tensor]:
-    """Read weights to the CPU; those of pickles stay on the disk until they are used, where the format allows.
+    """Read weights to the CPU. Pickles are memory-mapped if their format allows that.
 
     Raises:
-        CheckpointError: a file is damaged or holds something else.
+        CheckpointError: a file is damaged or contains something else.
     """
     return _join(found, partial(_of_safetensors, load=lambda path: load_file(utf8_path(path))))
 
 
 def describe_weights(found: WeightFiles) -> dict[str, Tensor]:
-    """Do what `read_weights` does, but give tensors on the meta device: names, shapes and dtypes."""
+    """Like `read_weights`, but return tensors on the meta device: names, shapes and dtypes."""
     return {name: value.to("meta") for name, value in _join(found, partial(_of_safetensors, load=_read_header)).items()}
 
 
@@ -174,12 +175,12 @@ def _read_header(path: Path) -> dict[str, Tensor]:
 def _of_pickle(path: Path) -> dict[str, Tensor]:
     content = read_pickle(path)
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{path} holds no weights: expected tensors by name")
+        raise CheckpointError(f"{path} does not contain weights: expected tensors by name")
     return {str(name): value for name, value in content.items()}
 
 
 class _Inert(dict[Any, Any]):
-    """Stands in for any object a pickle names beside tensors, and does nothing."""
+    """An inert replacement for any object in a pickle that is not a tensor."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__()
@@ -189,12 +190,12 @@ class _Inert(dict[Any, Any]):
 
 
 def read_pickle(path: Path) -> Any:
-    """Read what `torch.save` wrote, in its present format or the one before 1.6, and run nothing.
+    """Read a file that `torch.save` wrote, in the current format or that before PyTorch 1.6, without running code.
 
-    Tensors stay on the disk until they are used, where the format allows. Any other object becomes an inert one.
+    Tensors are memory-mapped if the format allows that. Any other object becomes an inert placeholder.
 
     Raises:
-        CheckpointError: the file is damaged, names code, or holds tensors that claim more values than it has.
+        CheckpointError: the file is damaged, refers to code, or has tensors that claim more values than it contains.
     """
     try:
         names = _globals_in(path)
@@ -202,16 +203,17 @@ def read_pickle(path: Path) -> Any:
         if dangerous:
             name = re.sub(r"^(posix|nt)\.", "os.", dangerous[0])
             raise CheckpointError(
-                f"{path} names {name}, which is code and has no place among weights: nothing of it was run, but do not "
-                "trust this file or where it came from"
+                f"{path} refers to {name}, which is code and does not belong in weights: it was not run, but do not "
+                "trust this file or its source"
             )
         with torch.serialization.safe_globals([(_Inert, name) for name in names]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # if it cannot be read, we say so
+            # We report unreadable files ourselves.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except CheckpointError:
         raise
     except Exception as error:  # a damaged file can fail anywhere in the unpickler
-        # PyTorch's own message advises to load the file without restrictions, which would run what is in it.
+        # PyTorch's own message advises loading without restrictions, which would run code in the file.
         detail = re.search(r"WeightsUnpickler error: (.*?)(?= Please use|, but got|$)", str(error), re.MULTILINE)
         said = detail[1] if detail and detail[1] else first_line(error)
         said = type(error).__name__ if "weights_only" in said else said
@@ -224,15 +226,15 @@ def read_pickle(path: Path) -> Any:
 
 
 def _globals_in(path: Path) -> set[str]:
-    """List what a file's pickles name, running nothing."""
+    """List the globals that a file's pickles refer to, without running anything."""
     names: set[str] = set()
-    with _opened_pickles(path) as (file, number), suppress(ValueError):  # what cannot be read fails again on loading
+    with _opened_pickles(path) as (file, number), suppress(ValueError):  # unreadable files fail again on loading
         for _ in range(number):
             strings: list[str] = []
             for operation, argument, _place in pickletools.genops(file):
                 if operation.name == "GLOBAL":
                     module, _, name = str(argument).partition(" ")
-                    # As the reader does: protocol 2 writes the names of Python 2.
+                    # As the reader does: protocol 2 writes Python 2 names.
                     module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
                     names.add(f"{module}.{name}")
                 elif operation.name == "STACK_GLOBAL":
@@ -244,10 +246,10 @@ def _globals_in(path: Path) -> set[str]:
 
 @contextmanager
 def _opened_pickles(path: Path) -> Iterator[tuple[IO[bytes], int]]:
-    """Open a file where its pickles begin, and say how many there are one after the other."""
+    """Open a file at its first pickle, and yield the number of consecutive pickles."""
     if not zipfile.is_zipfile(path):
         with path.open("rb") as file:
-            yield file, 4  # magic number, protocol, machine, content; the bytes of tensors follow
+            yield file, 4  # magic number, protocol, machine, content; then the tensor data
         return
     with zipfile.ZipFile(path) as archive:
         members = [name for name in archive.namelist() if name.endswith("/data.pkl")]
@@ -262,29 +264,31 @@ def _is_code(name: str) -> bool:
 
 
 def _check_storage(content: Any, path: Path) -> None:
-    """A pickle can give a tensor of any size a storage of one value, which only a copy would notice."""
-    waiting, known = [content], set[int]()  # a pickle can nest any number of dicts, and a dict in itself
+    """Refuse tensors that are larger than their storage. A pickle can contain these, and only a copy would fail."""
+    waiting, known = [content], set[int]()  # a pickle can nest dicts to any depth, and a dict inside itself
     while waiting:
         value = waiting.pop()
         if isinstance(value, Tensor):
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                raise CheckpointError(f"{path} holds a tensor of {tuple(value.shape)} with fewer values than that")
+                raise CheckpointError(
+                    f"{path} contains a tensor of shape {tuple(value.shape)} with fewer values than that"
+                )
         elif isinstance(value, Mapping) and id(value) not in known:
             known.add(id(value))
             waiting += value.values()
 
 
 def check_weights(source: str | Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Compare the weights that were found with those that a model has; any device will do.
+    """Compare loaded weights with those that a model needs, on any device.
 
     Args:
-        source: where they were found, for the error.
+        source: where the weights came from, for the error.
         wanted: the model's state dict.
         found: tensors by name.
 
     Raises:
-        CheckpointError: weights are missing, unexpected, of another shape or no floating point numbers, or, off the
-            meta device, not finite. The message has the first few of each and how many there are.
+        CheckpointError: weights are missing, unexpected, of the wrong shape, not floating point numbers, or not finite
+            (unless on the meta device). The message lists the first few of each kind, and how many there are.
     """
     both = [name for name in wanted if name in found]
     shapes = [name for name in both if wanted[name].shape != found[name].shape]
@@ -304,7 +308,7 @@ def check_weights(source: str | Path, wanted: Mapping[str, Tensor], found: Mappi
 
 
 def check_loaded(source: str | Path, model: nn.Module, info: Mapping[str, Sequence[str]]) -> None:
-    """Do what `check_weights` does, with what diffusers says of a model that it loaded (`output_loading_info`)."""
+    """Like `check_weights`, for a model that diffusers loaded, with its `output_loading_info`."""
     faults = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"]}
     _raise(source, faults if any(faults.values()) else {"not finite": _not_finite(model.state_dict())})
 
@@ -328,12 +332,12 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Take the first line of an error's text, or its kind where it has none."""
+    """Return the first line of an error's message, or its class name if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def fill(network: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
-    """Give a network on the meta device its weights, converted to its dtypes; raises CheckpointError."""
+    """Load weights into a network on the meta device, converted to its dtypes; raises CheckpointError."""
     wanted = network.state_dict()
     check_weights(source, wanted, weights)
     own = {name: weights[name].to(value.dtype).contiguous() for name, value in wanted.items()}
@@ -341,19 +345,20 @@ def fill(network: nn.Module, weights: Mapping[str, Tensor], source: str | Path) 
 
 
 def check_model(kind: Any, folder: Path, schema: type[Any], variant: str | None = None) -> WeightFiles:
-    """Check that a folder holds a model of diffusers whole, before it is built: its configuration and its weights.
+    """Check the configuration and the weights of a diffusers model before it is built.
 
     Args:
         kind: the class, such as AutoencoderKL.
-        folder: where `save_pretrained` wrote it.
-        schema: of its config.json, with limits.
-        variant: of the weights, see `find_weights`.
+        folder: the folder that `save_pretrained` wrote.
+        schema: the schema of its config.json, with limits.
+        variant: variant of the weights; see `find_weights`.
 
     Returns:
         The files with its weights.
 
     Raises:
-        CheckpointError: a value of the configuration is wrong, or weights are missing, unexpected or misshaped.
+        CheckpointError: a value of the configuration is wrong, or weights are missing, unexpected or of the wrong
+            shape.
     """
     config = folder / CONFIG
     read_record(config, schema)
@@ -362,22 +367,22 @@ def check_model(kind: Any, folder: Path, schema: type[Any], variant: str | None 
     try:
         with torch.device("meta"):
             model = kind.from_config(json.loads(config.read_text(encoding="utf-8")))
-    except Exception as error:  # diffusers raises many kinds for options that do not fit each other
-        raise CheckpointError(f"{config} describes no {kind.__name__} ({first_line(error)})") from error
-    model._fix_state_dict_keys_on_load(weights)  # names of attention layers in autoencoders of 2022
+    except Exception as error:  # diffusers raises many kinds of errors for inconsistent options
+        raise CheckpointError(f"{config} is not a valid {kind.__name__} configuration ({first_line(error)})") from error
+    model._fix_state_dict_keys_on_load(weights)  # autoencoders of 2022 have other names for attention layers
     check_weights(folder, model.state_dict(), weights)
     return found
 
 
 def load_model(kind: Any, folder: Path, schema: type[Any]) -> Any:
-    """Load a model of diffusers to the CPU in float32, checked as `check_model` does; raises CheckpointError."""
+    """Load a diffusers model to the CPU in float32, with the checks of `check_model`; raises CheckpointError."""
     found = check_model(kind, folder, schema)
     try:
         model = kind.from_pretrained(
             utf8_path(folder), local_files_only=True, low_cpu_mem_usage=False, torch_dtype=torch.float32,
             variant=found.variant, use_safetensors=found.use_safetensors,
         )  # fmt: skip
-    except Exception as error:  # diffusers raises many kinds for a damaged folder
+    except Exception as error:  # diffusers raises many kinds of errors for damaged folders
         raise CheckpointError(f"{folder} cannot be read as a {kind.__name__}: {first_line(error)}") from error
     _raise(folder, {"not finite": _not_finite(model.state_dict())})
     return model
