@@ -168,8 +168,8 @@ def test_scores_are_told_with_what_makes_them_comparable(tmp_path: Path, capsys:
     header, text = card_of(tmp_path / "out")
     assert header["datasets"] == ["somebody/birds"]
     for said in (
-        "of 100 generated images (sampler ddim, steps 20, guidance 3.0) against 2,000 images of birds, with the "
-        "features clothes (sha256 0123456789ab)", "| fd | 12.346 |", "| precision | 0.75 |", "* only 100 images",
+        "100 generated images (sampler ddim, steps 20, guidance 3.0) with 2,000 images of birds, using the features "
+        "clothes (sha256 0123456789ab)", "| fd | 12.346 |", "| precision | 0.75 |", "* only 100 images",
         "8x8, gray", "| classes | 0, 1, 2 |",
     ):  # fmt: skip
         assert said in text
