@@ -84,7 +84,7 @@ def test_docstrings_are_shown(site: Path) -> None:
     page = (site / "api.html").read_text()
     for name in ("lamamba.sample", "lamamba.LaMambaDiffPipeline.interpolate", "lamamba.Diffusion.losses"):
         assert f'id="{name}"' in page
-    assert "clean images that the guided prediction implies" in page
+    assert "what it raises ends the sampling" in page
 
 
 def test_a_link_that_is_broken_is_left_to_mkdocs() -> None:

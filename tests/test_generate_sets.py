@@ -230,7 +230,7 @@ def test_a_decoder_is_compiled_where_images_are_many(autoencoder: Path) -> None:
     def compiled(device: str, grid: int, number: int) -> bool:
         space = Latents.open(autoencoder, torch.device("cpu"))  # of factor 2
         network = SimpleNamespace(device=torch.device(device), config=SimpleNamespace(sample_size=grid))
-        painter: Any = SimpleNamespace(space=space, network=network, size=None)
+        painter: Any = SimpleNamespace(space=space, network=network, grid_size=(grid, grid))
         module.Painter.prepare(painter, number)
         return space._is_compiled
 

@@ -58,10 +58,14 @@ def latents_of(pipe: LaMambaDiffPipeline, labels: Any = None, num_steps: int = 4
         ("flow", None, None),
         ("flow", "euler", diffusers.FlowMatchEulerDiscreteScheduler),
         ("flow", "heun", diffusers.FlowMatchHeunDiscreteScheduler),
+        ("diffusion", "ancestral", None),
+        ("diffusion", "ddim", None),
     ],
 )
 def test_it_samples_what_sample_does(objective: str, sampler: str | None, scheduler: Any) -> None:
     pipe = build(objective)
+    if sampler:
+        pipe.scheduler = make_scheduler(OBJECTIVES[objective], sampler, 25)
     if scheduler:
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     ours = latents_of(pipe, ["Coat", 2, None], guidance_scale=3.0, generator=seeds(5, 6, 7))

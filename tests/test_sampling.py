@@ -12,7 +12,8 @@ from lamamba.diffusion import OBJECTIVES, Diffusion
 from lamamba.errors import ConfigError
 from lamamba.labels import choose_guidance
 from lamamba.model import LaMambaDiff
-from lamamba.sampling import choose_device, make_grid, sample
+from lamamba.sampling import Start, Step, choose_device, make_grid, sample
+from lamamba.schedulers import check_scheduler, make_scheduler
 
 LABELS, SEEDS = [0, 1, 2, 0, 1, 2, 3, 1], [5, 6, 7, 8, 9, 10, 11, 12]
 
@@ -182,10 +183,80 @@ def test_a_sampler_that_does_not_fit_is_named(network: LaMambaDiff) -> None:
 
 
 def test_other_sizes_and_progress(network: LaMambaDiff) -> None:
-    counts: list[int] = []
-    x = sample(network, Diffusion(), [0, 1], [1, 2], num_steps=4, size=(6, 10), on_step=counts.append)
+    seen: list[tuple[int, int]] = []
+    x = sample(
+        network, Diffusion(), [0, 1], [1, 2], num_steps=4, size=(6, 10),
+        callback=lambda step: seen.append((step.index, step.num_steps)),
+    )  # fmt: skip
     assert x.shape == (2, 1, 6, 10)
-    assert counts == [2, 2, 2, 2]
+    assert seen == [(0, 4), (1, 4), (2, 4), (3, 4)]
+
+
+def test_a_callback_sees_what_is_predicted_and_can_change_or_end_the_sampling(network: LaMambaDiff) -> None:
+    steps: list[Step] = []
+
+    def change(step: Step) -> None:
+        steps.append(step)
+        if step.index == 2:
+            step.x, step.ends = torch.full_like(step.x, 7.0), True
+
+    x = sample(network, Diffusion(), [0, 1], [1, 2], num_steps=4, callback=change)
+    assert len(steps) == 3
+    assert bool((x == 7).all())
+    x = sample(network, Diffusion(), [0, 1], [1, 2], num_steps=4, callback=steps.append)
+    torch.testing.assert_close(steps[-1].x_0, x, atol=1e-3, rtol=1e-3)  # the last step goes to what is predicted
+
+
+def test_earlier_callbacks_still_work(network: LaMambaDiff) -> None:
+    counts: list[int] = []
+    previews: list[Tensor] = []
+    with pytest.warns(DeprecationWarning, match="on_step and on_preview are deprecated: give callback"):
+        x = sample(network, Diffusion(), [0, 1], [1, 2], num_steps=2, on_step=counts.append, on_preview=previews.append)
+    assert counts == [2, 2]
+    torch.testing.assert_close(previews[-1], x, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_a_sampler_can_be_a_scheduler_of_diffusers(network: LaMambaDiff, objective: str) -> None:
+    kind = OBJECTIVES[objective]
+    for sampler in kind.samplers:
+        x, wanted = (
+            sample(network, kind, [0, 1], [1, 2], sampler=given, num_steps=4)
+            for given in (make_scheduler(kind, sampler, 25), sampler)
+        )
+        assert torch.equal(x, wanted), sampler
+    other = OBJECTIVES["flow" if objective == "diffusion" else "diffusion"]
+    with pytest.raises(ConfigError, match="flow"):
+        sample(network, kind, [0], [1], sampler=make_scheduler(other, "unipc", 4), num_steps=4)
+
+
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_every_sampler_starts_from_an_image_and_keeps_what_is_not_masked(network: LaMambaDiff, objective: str) -> None:
+    kind = OBJECTIVES[objective]
+    x_0 = torch.linspace(-0.9, 0.9, 64).reshape(1, 1, 8, 8).expand(2, -1, -1, -1)
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[..., :4] = 1
+    for sampler in kind.samplers:
+        check_scheduler(make_scheduler(kind, sampler, 25), kind, 1, pixels=False, num_steps=50, strength=0.5)
+        options = {"sampler": sampler, "num_steps": 50}
+        near = sample(network, kind, [0, 1], [1, 2], start=Start(x_0, 0.02), **options)
+        far = sample(network, kind, [0, 1], [1, 2], start=Start(x_0, 0.6), **options)
+        assert float((near - x_0).norm()) < 0.2 * float(x_0.norm()) < float((far - x_0).norm()), sampler
+        painted = sample(network, kind, [0, 1], [1, 2], start=Start(x_0, 1.0, mask), **options)
+        torch.testing.assert_close(painted[..., 4:], x_0[..., 4:])
+        assert float((painted - x_0)[..., :4].norm()) > 0.2
+
+
+def test_weights_of_labels_are_labels_and_their_mixtures(network: LaMambaDiff) -> None:
+    rows = torch.tensor([[0.0, 1, 0, 0], [0, 0, 0, 1]])
+    x = sample(network, Diffusion(), rows, [1, 2], num_steps=3, guidance_scale=2.0)
+    assert torch.equal(x, sample(network, Diffusion(), [1, 3], [1, 2], num_steps=3, guidance_scale=2.0))
+    beside = torch.cat([rows[:1], torch.tensor([[0.5, 0.5, 0, 0]])])
+    mixed = sample(network, Diffusion(), beside, [1, 2], num_steps=3, guidance_scale=2.0)
+    torch.testing.assert_close(mixed[0], x[0], atol=1e-4, rtol=1e-4)
+    for wrong in (torch.ones(1, 3), torch.full((1, 4), float("nan")), torch.ones(4)):
+        with pytest.raises(ConfigError, match=r"weights of labels are .*: give \(b, 4\) finite ones"):
+            sample(network, Diffusion(), wrong, [1], num_steps=1)
 
 
 def test_a_device_that_is_not_there_is_named() -> None:

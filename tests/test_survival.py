@@ -22,7 +22,7 @@ from lamamba.checkpoint import checkpoints_in, load_checkpoint, locked
 from lamamba.cli import main
 from lamamba.diffusion import Diffusion
 from lamamba.errors import CheckpointError
-from lamamba.sampling import sample
+from lamamba.sampling import Step, sample
 from lamamba.trainer import Trainer
 
 TINY = [
@@ -133,13 +133,13 @@ def test_a_signal_ends_the_drawing_of_samples_and_saves(
 ) -> None:
     asked: list[int] = []
 
-    def draw(*arguments: Any, on_step: Callable[[int], None], **options: Any) -> Any:
-        def note(number: int) -> None:
-            asked.append(number)
+    def draw(*arguments: Any, callback: Callable[[Step], None], **options: Any) -> Any:
+        def note(step: Step) -> None:
+            asked.append(step.index)
             signal.raise_signal(signal.SIGTERM)
-            on_step(number)
+            callback(step)
 
-        return sample(*arguments, on_step=note, **options)
+        return sample(*arguments, callback=note, **options)
 
     monkeypatch.setattr("lamamba.trainer.sample", draw)
     options = [*TINY, "--sample-every", "8", "--sample-steps", "50", "--log-every", "4", "--num-images", "40"]

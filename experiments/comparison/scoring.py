@@ -64,7 +64,7 @@ class Denoiser:
             labels = [seed % self.network.config.num_classes for seed in seeds]
             x = sample(
                 network, OBJECTIVES[self.objective], labels, list(seeds), sampler=sampler, num_steps=steps,
-                guidance_scale=guidance, clip_sample=clip_sample, on_step=setting.clock.check,
+                guidance_scale=guidance, clip_sample=clip_sample, callback=setting.clock.check,
             )  # fmt: skip
             images.append(to_uint8(x))
         return torch.cat(images)

@@ -8,8 +8,9 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lamamba.diffusion import Denoiser
 from lamamba.ops.launch import LOCK, rehearse
 
 
@@ -96,8 +97,7 @@ class CapturedNetwork:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        device: torch.device = self.network.device
-        return device
+        return device_of(self.network)
 
     @torch.inference_mode()
     def __call__(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -143,3 +143,15 @@ class CapturedNetwork:
         """Free what was recorded."""
         while self._passes:
             self._drop_oldest()
+
+
+def capture(network: Denoiser) -> Denoiser:
+    """Record a network's passes on CUDA, unless it is compiled, moves between devices, or is no module at all."""
+    fits = isinstance(network, nn.Module) and not hasattr(network, "_hf_hook") and not hasattr(network, "_orig_mod")
+    return CapturedNetwork(network) if fits else network
+
+
+def device_of(network: Any) -> torch.device:
+    """Return the device that a network computes on, even if accelerate keeps its weights on another."""
+    device = getattr(getattr(network, "_hf_hook", None), "execution_device", None)
+    return torch.device(network.device if device is None else device)

@@ -22,9 +22,36 @@ from torch import Tensor
 from lamamba.config import PLAIN_GUIDANCE, GuidanceOptions
 from lamamba.errors import ConfigError
 
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""A denoiser: `(x_t, t, y) -> (b, 2c, h, w)`."""
 NUM_TIMESTEPS = 1000
 BETA_START, BETA_END = 1e-4, 2e-2
+
+
+class Denoiser(Protocol):
+    """A network that can be sampled. `examples/network.py` adds another one in one file.
+
+    On CUDA, `sample` records an `nn.Module` as a CUDA graph; wrap one that cannot be recorded,
+    `CapturedNetwork(network, captures=False)`.
+    """
+
+    @property
+    def config(self) -> Any:
+        """Has `in_channels`, `sample_size` and `num_classes`; and `label_dropout`, 0 if it never saw "no label"."""
+
+    @property
+    def null_label(self) -> int:
+        """The label that means "no label"."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, y: Tensor, /) -> Tensor:
+        """Predict (b, 2c, h, w) from (b, c, h, w) noised images, (b,) timesteps from 0 to 1000, and (b,) labels.
+
+        The objective says what the first c channels predict; of the others, only ancestral sampling takes notice.
+        """
 
 
 class Objective(Protocol):
@@ -52,7 +79,7 @@ class Objective(Protocol):
     def draw_timesteps(self, batch: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
         """Draw (b,) timesteps for training, from 0 to 1000."""
 
-    def losses(self, denoiser: Denoiser, x_0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def losses(self, denoiser: Predict, x_0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Compute (b,) losses of clean images: `loss`, which is minimized, and its terms, among them `mse`."""
 
     def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
@@ -137,7 +164,7 @@ class Diffusion:
         """
         return (gamma * self.sigma(t).square()).clamp(max=1)
 
-    def losses(self, denoiser: Denoiser, x_0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def losses(self, denoiser: Predict, x_0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Compute the hybrid loss (arXiv 2102.09672, eq. 16, with the weights of DiT).
 
         Args:
@@ -218,7 +245,7 @@ class FlowMatching:
         fraction = t / NUM_TIMESTEPS
         return torch.minimum(1 - fraction, math.sqrt(gamma) * fraction).square()
 
-    def losses(self, denoiser: Denoiser, x_0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def losses(self, denoiser: Predict, x_0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Compute the squared error of the velocity (arXiv 2401.08740, eq. 8); arguments as `Diffusion.losses`.
 
         Returns:
@@ -254,7 +281,7 @@ def draw_noise(
 
 def training_losses(
     objective: Objective,
-    denoiser: Denoiser,
+    denoiser: Predict,
     x_0: Tensor,
     y: Tensor,
     *,
@@ -283,14 +310,14 @@ def training_losses(
 
 
 def guide(
-    denoiser: Denoiser,
+    denoiser: Predict,
     scale: float,
     null_label: int,
     options: GuidanceOptions = PLAIN_GUIDANCE,
     *,
     sigma: Callable[[Tensor], Tensor] | None = None,
-    weaker: Denoiser | None = None,
-) -> Denoiser:
+    weaker: Predict | None = None,
+) -> Predict:
     """Wrap a denoiser in guidance on all of its channels: predictions move away from those of a worse denoiser.
 
         guided = worse + s(t) (labelled - worse),        s(t) = 1 + (scale - 1) (1 - cos(pi (1 - t/1000)^power)) / 2
@@ -331,12 +358,19 @@ def guide(
             strength = torch.where((level >= interval[0]) & (level <= interval[1]), strength, 0.0)
         return (1 + (scale - 1) * strength)[:, None, None, None]
 
+    def unlabeled(y: Tensor) -> Tensor:
+        if not y.is_floating_point():
+            return torch.full_like(y, null_label)
+        weights = torch.zeros_like(y)
+        weights[:, null_label] = 1
+        return weights
+
     def guided(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         scale_of = scales(t).to(x_t.dtype)
         if interval is not None and bool((scale_of == 1).all()):  # outside of it the network is asked once, not twice
             return denoiser(x_t, t, y)
         if weaker is None:
-            doubled = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null_label)])
+            doubled = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, unlabeled(y)])
             labelled, other = denoiser(*doubled).chunk(2)
         else:
             labelled, other = denoiser(x_t, t, y), weaker(x_t, t, y)

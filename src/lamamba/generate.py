@@ -8,6 +8,7 @@ import copy
 import importlib.util
 import io
 import json
+import math
 import tarfile
 import zipfile
 from collections import deque
@@ -38,12 +39,7 @@ from lamamba.npz import opened_array
 from lamamba.output import make_console, make_progress, say
 from lamamba.processes import Processes, joined
 from lamamba.records import read_record
-from lamamba.sampling import (
-    choose_device,
-    make_grid,
-    sample,
-    uses_bf16,
-)
+from lamamba.sampling import Callback, Start, choose_device, make_grid, sample, uses_bf16
 from lamamba.schedulers import make_scheduler
 from lamamba.signals import SignalsNoted
 
@@ -117,26 +113,33 @@ class Painter:
 
     def prepare(self, number: int) -> None:
         """Get ready for a number of images: for many, on a GPU, it pays to compile the autoencoder's decoder."""
-        sides = self.size or (self.network.config.sample_size,) * 2
-        pixels = number * sides[0] * sides[1] * self.space.factor**2
+        pixels = number * math.prod(self.grid_size) * self.space.factor**2
         can_compile = self.network.device.type == "cuda" and importlib.util.find_spec("triton") is not None
         if isinstance(self.space, Latents) and can_compile and pixels >= COMPILE_FROM:
             self.space.compile()
 
+    @property
+    def image_channels(self) -> int:
+        """Channels of the images."""
+        return self.space.image_channels if isinstance(self.space, Latents) else int(self.network.config.in_channels)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Height and width of what the network samples."""
+        return self.size or (int(self.network.config.sample_size),) * 2
+
     def paint(
         self,
-        labels: Sequence[int],
-        seeds: Sequence[int],
-        on_step: Callable[[int], None] | None = None,
-        on_preview: Callable[[Tensor], None] | None = None,
+        labels: Sequence[int] | Tensor,
+        seeds: Sequence[int | torch.Generator],
+        callback: Callback | None = None,
+        noise: Tensor | None = None,
+        start: Start | None = None,
     ) -> np.ndarray:
-        """Sample images of labels and seeds, (b, c, h, w) uint8, as many at once as configured.
-
-        What is called is as in `lamamba.sample`.
-        """
+        """Sample images, (b, c, h, w) uint8, as many at once as configured; arguments as in `lamamba.sample`."""
         images = []
-        for start in range(0, len(labels), self.config.batch_size):
-            part = slice(start, start + self.config.batch_size)
+        for first in range(0, len(labels), self.config.batch_size):
+            part = slice(first, first + self.config.batch_size)
             x = sample(
                 self.network,
                 self.objective,
@@ -149,8 +152,9 @@ class Painter:
                 weaker=self.weaker,
                 size=self.size,
                 clip_sample=self.space.bounded,
-                on_step=on_step,
-                on_preview=on_preview,
+                noise=None if noise is None else noise[part],
+                start=start and start[part],
+                callback=callback,
             )
             images.append(self.space.decode(x).cpu().numpy())
         return np.concatenate(images)
@@ -182,8 +186,7 @@ def sample_grid(config: SampleConfig) -> None:
     """
     painter = Painter(config, choose_device(config.device))
     classes = painter.labels.parse(config.labels)
-    sides = painter.size or (painter.network.config.sample_size,) * 2
-    pixels_of_grid = len(classes) * config.num_per_label * sides[0] * sides[1] * painter.space.factor**2
+    pixels_of_grid = len(classes) * config.num_per_label * math.prod(painter.grid_size) * painter.space.factor**2
     if pixels_of_grid > MAX_GRID_PIXELS:
         raise ConfigError(
             f"num_per_label {config.num_per_label} of {len(classes)} classes makes {pixels_of_grid:,} pixels, and a "
@@ -217,7 +220,7 @@ def paint_with_bar(painter: Painter, labels: Sequence[int], seeds: Sequence[int]
     """Do what `Painter.paint` does, and show how far it is."""
     with make_progress(make_console(), "{task.percentage:3.0f} %") as progress:
         task = progress.add_task("sample", total=painter.evaluations * len(labels))
-        return painter.paint(labels, seeds, lambda number: progress.advance(task, number))
+        return painter.paint(labels, seeds, lambda step: progress.advance(task, len(step.x)))
 
 
 def generate(config: GenerateConfig) -> None:
@@ -349,7 +352,7 @@ def _paint_shards(
                     continue
                 own = labels_of(places)
                 seeds = range(config.seed + places.start, config.seed + places.stop)
-                images = painter.paint(own, seeds, lambda number: advance(number / painter.evaluations))
+                images = painter.paint(own, seeds, lambda step: advance(len(step.x) / painter.evaluations))
                 settings = [
                     {**painter.settings, "label": label, "seed": seed} for label, seed in zip(own, seeds, strict=True)
                 ]

@@ -13,12 +13,12 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, Sch
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
-from lamamba.captured import CapturedNetwork
+from lamamba.captured import CapturedNetwork, capture
 from lamamba.checkpoint import load_checkpoint, locate
 from lamamba.config import GuidanceOptions
 from lamamba.config.checks import MAX_SIDE, check, is_number, is_whole
 from lamamba.data.decoding import convert_given
-from lamamba.diffusion import NUM_TIMESTEPS, OBJECTIVES, guide
+from lamamba.diffusion import NUM_TIMESTEPS, OBJECTIVES, Denoiser
 from lamamba.errors import ConfigError
 from lamamba.files import utf8_path
 from lamamba.hub import fetch
@@ -26,8 +26,8 @@ from lamamba.labels import Labels, check_no_label, choose_guidance, why_unguided
 from lamamba.latents import IMAGE_CHANNELS, Latents, Pixels, check_autoencoder
 from lamamba.memory import in_parts
 from lamamba.model import LaMambaDiff
-from lamamba.sampling import seeded, slerp, slerp_weights
-from lamamba.schedulers import Steps, check_scheduler, make_scheduler, open_scheduler
+from lamamba.sampling import Start, Step, check_strength, interpolate, sample, seeded_noise
+from lamamba.schedulers import check_scheduler, make_scheduler, open_scheduler
 from lamamba.weights import PIPELINE_INDEX
 
 Label = str | int | Mapping[str | int, float] | Tensor | None
@@ -238,13 +238,15 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         check(is_scale, "guidance_scale", guidance_scale, "a number, 1 for no guidance")
         if mask_image is not None and image is None:
             raise ConfigError("mask_image needs the image that it is a mask of: give image")
-        if image is not None and not (is_number(strength) and 0 < strength <= 1):
-            raise ConfigError(f"strength {strength} is out of range: give more than 0, up to 1")
+        if image is not None:
+            check_strength(strength)
         objective, channels = OBJECTIVES[self.config.objective], self._config_of_network("in_channels")
         pixels = self.vae is None and channels in IMAGE_CHANNELS
-        taken = 1.0 if image is None else strength
-        check_scheduler(self.scheduler, objective, channels, pixels, num_inference_steps, taken)
-        conditions = [condition for condition in self._conditions(class_labels) for _ in range(num_images_per_label)]
+        # Before an image is encoded; and None would be the default sampler for `sample`.
+        check_scheduler(
+            self.scheduler, objective, channels, pixels, num_inference_steps, 1.0 if image is None else strength
+        )
+        rows = [row for row in self._conditions(class_labels) for _ in range(num_images_per_label)]
         why = why_unguided(self.network.config) if weaker_network is None else None
         if why and guidance_scale is None and self._config_of_network("num_classes"):
             warnings.warn(f"guidance is off: {why}", stacklevel=3)
@@ -253,43 +255,44 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         guidance_scale = choose_guidance(self.network.config, guidance_scale, weaker_network is not None)
         size = self._grid_size(height, width)
         shape = (channels, *size)
-        if latents is not None and not (isinstance(latents, Tensor) and latents.shape == (len(conditions), *shape)):
+        if latents is not None and not (isinstance(latents, Tensor) and latents.shape == (len(rows), *shape)):
             given = tuple(latents.shape) if isinstance(latents, Tensor) else f"a {type(latents).__name__}"
-            raise ConfigError(f"latents are {given}: give a tensor {(len(conditions), *shape)}")
-        generators = self._generators(generator, len(conditions))
+            raise ConfigError(f"latents are {given}: give a tensor {(len(rows), *shape)}")
+        generators = self._generators(generator, len(rows))
+        options = GuidanceOptions(guidance_interval, guidance_cosine_power, guidance_rescale)
+        labels = torch.tensor(rows)
+        network, weaker = self._captures(self.network), weaker_network and self._captures(weaker_network)
 
-        # "No label" comes last, and guidance asks for it by its place.
-        null = [0.0] * self._config_of_network("num_classes") + [1.0]
-        table = torch.tensor([*conditions, null], device=self._execution_device)
-        if all(max(row) == 1 and row.count(0) == len(row) - 1 for row in conditions):  # none is mixed: look them up
-            table = table.argmax(dim=1)
-        network, weaker = self._launched_whole(self.network), self._launched_whole(weaker_network)
-        denoiser = guide(
-            lambda x_t, t, y: network(x_t, t, table[y]),
-            guidance_scale,
-            len(conditions),
-            GuidanceOptions(guidance_interval, guidance_cosine_power, guidance_rescale),
-            sigma=objective.sigma,
-            weaker=None if weaker is None else lambda x_t, t, y: weaker(x_t, t, table[y]),
-        )
         with self._call():
-            noise = torch.stack([
-                torch.randn(shape, generator=own, device=own.device).to("cpu") for own in generators
-            ]) if latents is None else latents  # fmt: skip
-            start = None if image is None else self._encode(image, size, len(conditions))
-            mask = None if mask_image is None else self._encode_mask(mask_image, size, len(conditions))
+            noise = seeded_noise(generators, shape) if latents is None else latents
+            start = None
+            if image is not None:
+                mask = None if mask_image is None else self._encode_mask(mask_image, size, len(rows))
+                start = Start(self._encode(image, size, len(rows)), strength, mask)
 
-            def denoise(part: slice) -> Tensor:
-                return self._denoise(
-                    denoiser, torch.arange(len(conditions))[part], noise[part], generators[part],
-                    num_inference_steps, None if start is None else start[part],
-                    None if mask is None else mask[part], taken, callback_on_step_end,
-                    callback_on_step_end_tensor_inputs,
-                )  # fmt: skip
+            def draw(part: slice) -> Tensor:
+                if self._interrupt:
+                    return noise[part].to(self._execution_device, torch.float32)
+                with self.progress_bar(total=num_inference_steps) as bar:
+
+                    def after(step: Step) -> None:
+                        if callback_on_step_end is not None:
+                            names = callback_on_step_end_tensor_inputs
+                            step.x = self._call_back(callback_on_step_end, names, step)
+                        bar.total = step.num_steps
+                        bar.update()
+                        step.ends = self._interrupt
+
+                    return sample(
+                        network, objective, labels[part], generators[part], sampler=self.scheduler,
+                        num_steps=num_inference_steps, guidance_scale=guidance_scale, guidance_options=options,
+                        weaker=weaker, size=size, clip_sample=pixels,
+                        noise=noise[part], start=start and start[part], callback=after,
+                    )  # fmt: skip
 
             images = torch.cat([
                 x if output_type == "latent" else self._decode(x)
-                for x in in_parts(denoise, len(conditions), max_batch_size or len(conditions))
+                for x in in_parts(draw, len(rows), max_batch_size or len(rows))
             ])  # fmt: skip
             if output_type != "latent":
                 images = self._image_processor().postprocess(images, output_type, [False] * len(images))
@@ -335,7 +338,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
 
         Args:
             class_labels: of the first image and of the last, which may be the same.
-            seeds: likewise. A sampler that adds noise does so by the first one's throughout.
+            seeds: of the first image and of the last. A sampler that adds noise adds that of the first seed to all.
             num_images: with both ends, 2 or more.
             height: in pixels; the default is the training size.
             width: in pixels; the default is the training size.
@@ -353,89 +356,33 @@ class LaMambaDiffPipeline(DiffusionPipeline):
                 f"there are {len(conditions)} class_labels, and seeds {seeds!r}: give two of each, of the first and "
                 "the last image"
             )
-        fractions = [index / (num_images - 1) for index in range(num_images)]
-        shape = (self._config_of_network("in_channels"), *self._grid_size(height, width))
-        ends = [torch.randn(shape, generator=seeded(seed)) for seed in seeds]
-        first, last = torch.tensor(conditions)
-        if first.equal(last):
-            labels = first.expand(num_images, -1)
-        else:
-            table = self.network.label_embedding.weight.detach().float().cpu()
-            labels = slerp_weights(first @ table, last @ table, fractions).float() @ torch.stack([first, last])
-        return self(
-            list(labels),
-            generator=[seeded(seeds[0]) for _ in fractions],
-            latents=slerp(ends[0], ends[1], fractions),
-            height=height,
-            width=width,
-            **options,
-        )
-
-    def _denoise(
-        self,
-        denoiser: Callable[[Tensor, Tensor, Tensor], Tensor],
-        y: Tensor,
-        noise: Tensor,
-        generators: Sequence[torch.Generator],
-        num_steps: int,
-        start: Tensor | None,
-        mask: Tensor | None,
-        strength: float,
-        callback: Callable[..., Mapping[str, Tensor] | None] | None,
-        callback_inputs: Sequence[str],
-    ) -> Tensor:
-        """Go from noise, or a noised image, to images or latents."""
-        device, objective = self._execution_device, OBJECTIVES[self.config.objective]
-        steps = Steps(self.scheduler, objective, num_steps, 1.0 if start is None else strength, device)
-        y, noise = y.to(device), noise.to(device, torch.float32)
-        start = None if start is None else start.to(device)
-        mask = None if mask is None else mask.to(device)
-        x = steps.begin(noise, start)
-        timesteps = steps.timesteps
-        with self.progress_bar(total=len(timesteps)) as bar:
-            for index, t in enumerate(timesteps):
-                if self._interrupt:
-                    break
-                x_t, times = steps.scaled(x, t), t.expand(len(x))
-                out = steps.clipped(x_t, t, denoiser(x_t, times, y))
-                x = steps.step(out, t, x, generators)
-                if start is not None and mask is not None:
-                    known = start if index + 1 == len(timesteps) else steps.noised(start, noise, timesteps[index + 1])
-                    x = mask * x + (1 - mask) * known
-                if callback is not None:
-                    values = {"latents": x}
-                    if "x_0" in callback_inputs:
-                        values["x_0"] = objective.predict_x_0(x_t, times, out.chunk(2, dim=1)[0])
-                    x = self._call_back(callback, index, t, {name: values[name] for name in callback_inputs}, x)
-                bar.update()
-        return x
+        size = self._grid_size(height, width)
+        labels, noise, generators = interpolate(self.network, torch.tensor(conditions), seeds, num_images, size)
+        return self(list(labels), generator=generators, latents=noise, height=height, width=width, **options)
 
     def _call_back(
-        self,
-        callback: Callable[..., Mapping[str, Tensor] | None],
-        index: int,
-        t: Tensor,
-        values: dict[str, Tensor],
-        x: Tensor,
+        self, callback: Callable[..., Mapping[str, Tensor] | None], names: Sequence[str], step: Step
     ) -> Tensor:
         """Call after a step, and return the latents to go on with."""
-        changed = callback(self, index, t, values)
+        values = {name: step.x_0 if name == "x_0" else step.x for name in names}
+        changed = callback(self, step.index, step.t, values)
         if changed is not None and not isinstance(changed, Mapping):
             raise ConfigError(
                 f"callback_on_step_end returned {type(changed).__name__}: it must return a dict such as "
                 '{"latents": latents}, or None'
             )
-        x_after = (changed or {}).get("latents", x)
-        if not isinstance(x_after, Tensor) or x_after.shape != x.shape:
-            given = tuple(x_after.shape) if isinstance(x_after, Tensor) else type(x_after).__name__
-            raise ConfigError(f"callback_on_step_end returned latents {given}: return a tensor {tuple(x.shape)}")
-        return x_after
+        x = (changed or {}).get("latents", step.x)
+        if not isinstance(x, Tensor) or x.shape != step.x.shape:
+            given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ConfigError(f"callback_on_step_end returned latents {given}: return a tensor {tuple(step.x.shape)}")
+        return x
 
-    def _launched_whole(self, network: Any) -> Any:
-        """Record a network's passes on CUDA, unless it is compiled, or moves between devices."""
-        if not isinstance(network, LaMambaDiff) or hasattr(network, "_hf_hook"):
+    def _captures(self, network: Denoiser) -> Denoiser:
+        """Record a network's passes on CUDA where that works; what was recorded is kept for the next call."""
+        captured = capture(network)
+        if not isinstance(captured, CapturedNetwork):
             return network
-        captured = next((known for known in self._captured if known.network is network), CapturedNetwork(network))
+        captured = next((known for known in self._captured if known.network is network), captured)
         self._captured = [captured, *(known for known in self._captured if known is not captured)][:2]
         return captured
 

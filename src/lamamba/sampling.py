@@ -1,64 +1,158 @@
-"""From labels and seeds to images: the loop around a scheduler, and pictures to look at."""
+"""From labels and seeds to images: the one loop over a scheduler's steps, interpolation, and grids of images."""
 
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from lamamba.captured import CapturedNetwork
+from lamamba.captured import capture, device_of
 from lamamba.config import PLAIN_GUIDANCE, GuidanceOptions
 from lamamba.config.checks import check, check_seed, is_number
-from lamamba.diffusion import Objective, guide
-from lamamba.dit import DiT
+from lamamba.diffusion import Denoiser, Objective, Predict, guide
 from lamamba.errors import ConfigError
 from lamamba.labels import check_no_label, check_numbers, choose_guidance
-from lamamba.model import LaMambaDiff
-from lamamba.schedulers import STOCHASTIC_SAMPLERS, make_scheduler
+from lamamba.schedulers import Steps, choose_scheduler
 from lamamba.streams import visible
 
-Network = LaMambaDiff | DiT | CapturedNetwork
+
+@dataclass
+class Step:
+    """A step of sampling, as a callback sees it once it is taken."""
+
+    index: int
+    """Number of the step, from 0."""
+    num_steps: int
+    """Steps in all."""
+    t: Tensor
+    """Timestep at which the step began, a scalar."""
+    x: Tensor
+    """(b, c, h, w) after the step. A callback may replace it."""
+    predict_x_0: Callable[[], Tensor]
+    ends: bool = False
+    """A callback may set this to end sampling with `x`."""
+
+    @cached_property
+    def x_0(self) -> Tensor:
+        """The clean images that the step's prediction implies, (b, c, h, w)."""
+        return self.predict_x_0()
 
 
-@torch.inference_mode()
+Callback = Callable[[Step], object]
+
+
+def denoise(
+    denoiser: Predict,
+    steps: Steps,
+    x: Tensor,
+    y: Tensor,
+    generators: Sequence[torch.Generator],
+    callback: Callback | None = None,
+) -> Tensor:
+    """Take all steps of a scheduler, from noise or a noised image to clean images.
+
+    Args:
+        denoiser: `(x_t, t, y) -> (b, 2c, h, w)`, with guidance if wanted.
+        steps: of the scheduler, for this batch.
+        x: (b, c, h, w) what `steps.begin` returned.
+        y: (b,) labels, or (b, n) weights of labels.
+        generators: one for each image, for samplers that add noise.
+        callback: called after each step. What it raises ends the sampling.
+
+    Returns:
+        (b, c, h, w) images or latents.
+    """
+    for index, t in enumerate(steps.timesteps):
+        x_t, times = steps.scaled(x, t), t.expand(len(x))
+        out = steps.clipped(x_t, t, denoiser(x_t, times, y))
+
+        def predict_x_0(x_t: Tensor = x_t, times: Tensor = times, out: Tensor = out) -> Tensor:
+            return steps.objective.predict_x_0(x_t, times, out.chunk(2, dim=1)[0])
+
+        step = Step(index, len(steps.timesteps), t, steps.step(out, t, x, generators), predict_x_0)
+        if callback is not None:
+            callback(step)
+        x = step.x
+        if step.ends:
+            break
+    return x
+
+
+@dataclass(frozen=True)
+class Start:
+    """Images to start from, instead of noise alone."""
+
+    x_0: Tensor
+    """(b, c, h, w) clean images or latents, as the network sees them."""
+    strength: float = 1.0
+    """How far towards noise they are taken, more than 0, up to 1 (SDEdit, Meng et al. 2021, arXiv 2108.01073)."""
+    mask: Tensor | None = None
+    """(b, 1, h, w), 1 where the image is painted anew. Where it is 0, the image is put back at the noise level of each
+    step (Lugmayr et al. 2022, arXiv 2201.09865, eq. 8)."""
+
+    def __post_init__(self) -> None:
+        check_strength(self.strength)
+
+    def __getitem__(self, part: slice) -> "Start":
+        """Return some of the images."""
+        return Start(self.x_0[part], self.strength, None if self.mask is None else self.mask[part])
+
+
+def check_strength(strength: Any) -> None:
+    """Raise ConfigError unless a strength is more than 0, up to 1."""
+    if not (is_number(strength) and 0 < strength <= 1):
+        raise ConfigError(f"strength {strength} is out of range: give more than 0, up to 1")
+
+
+@torch.no_grad()
 def sample(
-    network: Network,
+    network: Denoiser,
     objective: Objective,
-    labels: Sequence[int],
-    seeds: Sequence[int],
+    labels: Sequence[int] | Tensor,
+    seeds: Sequence[int | torch.Generator],
     *,
-    sampler: str | None = None,
+    sampler: Any = None,
     num_steps: int = 25,
     guidance_scale: float = 1.0,
     guidance_options: GuidanceOptions = PLAIN_GUIDANCE,
-    weaker: Network | None = None,
+    weaker: Denoiser | None = None,
     size: tuple[int, int] | None = None,
     clip_sample: bool = False,
-    on_step: Callable[[int], None] | None = None,
-    on_preview: Callable[[Tensor], None] | None = None,
+    noise: Tensor | None = None,
+    start: Start | None = None,
+    callback: Callback | None = None,
+    on_step: Callable[[int], object] | None = None,
+    on_preview: Callable[[Tensor], object] | None = None,
 ) -> Tensor:
     """Sample one batch of images or latents.
 
-    Each image has a random generator of its own, so it depends on its seed and label, not on its neighbours.
+    Each image has a random generator of its own, so it depends on its seed and label, not on its neighbors.
 
     Args:
         network: on the device to work on; a GPU samples several batches faster with one `CapturedNetwork` of it.
         objective: what the network was trained with.
-        labels: (b,) from 0 to num_classes - 1, or num_classes for "no label".
-        seeds: (b,) of the images.
-        sampler: one of `objective.samplers`; None is its default.
+        labels: (b,) from 0 to num_classes - 1, or num_classes for "no label"; or (b, num_classes + 1) floating point
+            weights of their embeddings, for a network that takes those.
+        seeds: (b,) of the images, or generators.
+        sampler: one of `objective.samplers`, None being its default; or a scheduler of diffusers, which is tried on
+            known data first.
         num_steps: steps of the sampler. Heun evaluates the network twice in each but the last.
         guidance_scale: 1 is no guidance.
         guidance_options: what else guidance has, see `lamamba.diffusion.guide`.
         weaker: a network to guide away from, with the same label; None is the network itself without a label.
         size: height and width of the grid; None is the network's `sample_size`.
         clip_sample: hold the clean image that each prediction implies between -1 and 1: for pixels, which have specks
-            otherwise, not for latents. Euler's and Heun's methods do not.
-        on_step: called after each scheduler step with the number of images, for progress.
-        on_preview: called before each scheduler step with the clean images that the guided prediction implies,
-            (b, c, h, w); what it raises ends the sampling.
+            otherwise, not for latents. Euler's and Heun's methods do not. A scheduler must not clip unless this is set.
+        noise: (b, c, h, w) standard normal noise to begin with; None draws it from the seeds.
+        start: images to start from; None starts from noise alone.
+        callback: called after each step with a `Step`; what it raises ends the sampling.
+        on_step: deprecated: called after each step with the number of images.
+        on_preview: deprecated: called after each step with `x_0` of the `Step`.
 
     Returns:
         (b, c, h, w) float32, for pixels about -1 to 1, and never further where predictions are clipped.
@@ -67,53 +161,78 @@ def sample(
         ConfigError: a label or the number of steps is out of range, the sampler does not go with the objective,
             the network cannot be guided or has not learned "no label", or the weaker network does not go with it.
     """
-    labels = check_numbers(labels, network.config.num_classes)
-    if not 0 < len(labels) == len(seeds):
-        raise ConfigError(f"there are {len(labels)} labels and {len(seeds)} seeds: give one of each for every image")
+    y = _read_labels(labels, network.config)
+    if not 0 < len(y) == len(seeds):
+        raise ConfigError(f"there are {len(y)} labels and {len(seeds)} seeds: give one of each for every image")
     check(is_number(guidance_scale), "guidance_scale", guidance_scale, "a number, 1 for no guidance")
-    if network.config.num_classes in labels:
-        check_no_label(network.config)
     if weaker is not None:
         _check_weaker(network, weaker)
     choose_guidance(network.config, guidance_scale, by_weaker=weaker is not None)
     height, width = size or (network.config.sample_size, network.config.sample_size)
-    device = network.device
+    device, channels = device_of(network), int(network.config.in_channels)
     denoiser = guide(
-        _captured(network), guidance_scale, network.null_label, guidance_options, sigma=objective.sigma,
-        weaker=None if weaker is None else _captured(weaker),
+        capture(network), guidance_scale, network.null_label, guidance_options, sigma=objective.sigma,
+        weaker=None if weaker is None else capture(weaker),
     )  # fmt: skip
-    sampler = sampler or objective.default_sampler
-    scheduler = make_scheduler(objective, sampler, num_steps, device, clip_sample=clip_sample)
-    # Only ancestral sampling knows what to do with the learned variance; for the others it is no part of the noise.
-    takes_variance = scheduler.config.get("variance_type") == "learned_range"
+    strength = 1.0 if start is None else start.strength
+    scheduler = choose_scheduler(sampler, objective, channels, num_steps, strength, clip_sample)
+    steps = Steps(scheduler, objective, num_steps, strength, device)
 
-    # Noise comes from the CPU's generator, so that every device draws the same.
     generators = [seeded(seed) for seed in seeds]
-    shape = (network.config.in_channels, height, width)
-    x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-    y = torch.as_tensor(labels, dtype=torch.long, device=device)
-    options = {"generator": generators} if sampler in STOCHASTIC_SAMPLERS else {}
-    for t in scheduler.timesteps:
-        out = denoiser(x, t.expand(len(x)), y)
-        if on_preview is not None:
-            on_preview(objective.predict_x_0(x, t.expand(len(x)), out.chunk(2, dim=1)[0]))
-        prediction = out if takes_variance else out.chunk(2, dim=1)[0]
-        x = scheduler.step(prediction, t, x, **options, return_dict=False)[0]
+    if noise is None:  # from the CPU's generators, so that every device draws the same
+        noise = seeded_noise(generators, (channels, height, width))
+    noise = noise.to(device, torch.float32)
+    x_0 = None if start is None else start.x_0.to(device)
+    mask = None if start is None or start.mask is None else start.mask.to(device)
+
+    def after(step: Step) -> None:
+        if x_0 is not None and mask is not None:
+            is_last = step.index + 1 == step.num_steps
+            known = x_0 if is_last else steps.noised(x_0, noise, steps.timesteps[step.index + 1])
+            step.x = mask * step.x + (1 - mask) * known
+        if callback is not None:
+            callback(step)
         if on_step is not None:
-            on_step(len(x))
-    return x
+            on_step(len(step.x))
+        if on_preview is not None:
+            on_preview(step.x_0)
+
+    if on_step is not None or on_preview is not None:
+        warnings.warn("on_step and on_preview are deprecated: give callback", DeprecationWarning, stacklevel=3)
+    return denoise(denoiser, steps, steps.begin(noise, x_0), y.to(device), generators, after)
 
 
-def seeded(seed: int) -> torch.Generator:
+def seeded(seed: int | torch.Generator) -> torch.Generator:
     """Make the random generator of a seed; raises ConfigError unless that is a whole number from 0 to 2^64 - 1."""
-    return torch.Generator().manual_seed(check_seed(seed))
+    return seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(check_seed(seed))
 
 
-def _captured(network: Network) -> CapturedNetwork:
-    return network if isinstance(network, CapturedNetwork) else CapturedNetwork(network)
+def seeded_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> Tensor:
+    """Draw standard normal noise (b, *shape) on the CPU, each image's from its own generator."""
+    return torch.stack([
+        torch.randn(shape, generator=generator, device=generator.device).to("cpu") for generator in generators
+    ])  # fmt: skip
 
 
-def _check_weaker(network: Network, weaker: Network) -> None:
+def _read_labels(labels: Sequence[int] | Tensor, config: Any) -> Tensor:
+    """Check labels or weights of labels; a network looks up labels that are not mixed."""
+    if not (isinstance(labels, Tensor) and labels.is_floating_point()):
+        y = torch.tensor(check_numbers(labels, config.num_classes), dtype=torch.long)  # type: ignore[arg-type]
+        unlabeled = bool((y == config.num_classes).any())
+    else:
+        if labels.ndim != 2 or labels.shape[1] != config.num_classes + 1 or not labels.isfinite().all():
+            raise ConfigError(
+                f"weights of labels are {tuple(labels.shape)}: give (b, {config.num_classes + 1}) finite ones"
+            )
+        is_one = (labels == 1).sum(1).eq(1) & (labels != 0).sum(1).eq(1)
+        unlabeled = bool(labels[:, -1].any())
+        y = labels.argmax(dim=1) if bool(is_one.all()) else labels.float()
+    if unlabeled:
+        check_no_label(config)
+    return y
+
+
+def _check_weaker(network: Denoiser, weaker: Denoiser) -> None:
     for name in ("in_channels", "num_classes"):
         ours, other = getattr(network.config, name), getattr(weaker.config, name)
         if ours != other:
@@ -142,6 +261,40 @@ def uses_bf16(precision: Literal["auto", "float32", "bf16"], device: torch.devic
     """Say whether to compute in bfloat16: "auto" does on GPUs that have it."""
     has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return precision == "bf16" or (precision == "auto" and has_it)
+
+
+def interpolate(
+    network: Denoiser, labels: Tensor, seeds: Sequence[int], num_images: int, size: tuple[int, int]
+) -> tuple[Tensor, Tensor, list[torch.Generator]]:
+    """Interpolate spherically between two images' noise and labels, for `sample`.
+
+    Args:
+        network: which the labels belong to. For two different ones it must have a table `label_embedding`.
+        labels: (2, num_classes + 1) weights of labels, of the first and the last image.
+        seeds: of the first and the last image.
+        num_images: with both ends, 2 or more.
+        size: height and width of the grid.
+
+    Returns:
+        Weights of labels (num_images, num_classes + 1), noise (num_images, c, h, w), and a generator for each image,
+        all alike: a sampler that adds noise adds that of the first seed to all.
+
+    Raises:
+        ConfigError: the network takes no mixtures of labels.
+    """
+    fractions = [index / (num_images - 1) for index in range(num_images)]
+    ends = [seeded(seed) for seed in seeds]
+    first, last = seeded_noise(ends, (int(network.config.in_channels), *size))
+    noise = slerp(first, last, fractions)
+    generators = [ends[0].clone_state() for _ in fractions]
+    if labels[0].equal(labels[1]):
+        return labels[0].expand(num_images, -1), noise, generators
+    embedding = getattr(getattr(network, "network", network), "label_embedding", None)
+    if embedding is None:
+        raise ConfigError("this network takes no mixtures of labels: interpolate between two images of one label")
+    table = embedding.weight.detach().float().cpu()
+    weights = slerp_weights(labels[0] @ table, labels[1] @ table, fractions).float()
+    return weights @ labels, noise, generators
 
 
 def slerp(first: Tensor, second: Tensor, fractions: Sequence[float]) -> Tensor:

@@ -19,8 +19,6 @@ from lamamba.errors import CheckpointError, ConfigError
 from lamamba.records import SchedulerRecord, read_record
 from lamamba.weights import PIPELINE_INDEX
 
-# Their schedulers' `step` takes a generator, or one for each image.
-STOCHASTIC_SAMPLERS = ("ancestral", "sde-dpm++")
 _PREDICTIONS = {
     "epsilon": "noise", "v_prediction": "v", "sample": "the clean image", "flow_prediction": "the velocity of a flow"
 }  # fmt: skip
@@ -198,6 +196,9 @@ class Steps:
                 f"to begin with an image: use {_working(objective)}"
             )
         self.timesteps: Tensor = self.scheduler.timesteps[first:]
+        self._takes_variance = option(self.scheduler, "variance_type") == "learned_range"
+        self._thresholds = bool(option(self.scheduler, "thresholding"))
+        self._clips = self._thresholds or bool(option(self.scheduler, "clip_sample"))
         self._takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
 
     def begin(self, noise: Tensor, start: Tensor | None = None) -> Tensor:
@@ -232,25 +233,37 @@ class Steps:
             t: timestep, a scalar.
             out: (b, 2c, h, w) output of the network.
         """
-        thresholds, clips = option(self.scheduler, "thresholding"), option(self.scheduler, "clip_sample")
-        if not (thresholds or clips):
+        if not self._clips:
             return out
         (prediction, variance), times = out.chunk(2, dim=1), t.expand(len(x_t))
         x_0 = self.objective.predict_x_0(x_t, times, prediction)
-        if thresholds and self.scheduler.config.sample_max_value != 1:  # a limit for each image, by its values
+        if self._thresholds and self.scheduler.config.sample_max_value != 1:  # a limit for each image, by its values
             within = self.scheduler._threshold_sample(x_0)
         else:
-            limit = 1.0 if thresholds else self.scheduler.config.get("clip_sample_range", 1.0)
+            limit = 1.0 if self._thresholds else self.scheduler.config.get("clip_sample_range", 1.0)
             within = x_0.clamp(-limit, limit)
         return torch.cat([self.objective.move_x_0(x_t, times, prediction, within), variance], dim=1)
 
     def step(self, out: Tensor, t: Tensor, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """Take the step that begins at a timestep; `out` is (b, 2c, h, w), one generator for each image."""
-        takes_variance = option(self.scheduler, "variance_type") == "learned_range"
-        prediction = out if takes_variance else out.chunk(2, dim=1)[0]
+        prediction = out if self._takes_variance else out.chunk(2, dim=1)[0]
         options = {"generator": list(generators)} if self._takes_generator else {}
         after: Tensor = self.scheduler.step(prediction, t, x, return_dict=False, **options)[0]
         return after
+
+
+def choose_scheduler(
+    sampler: Any, objective: Objective, channels: int, num_steps: int, strength: float, clip_sample: bool
+) -> Any:
+    """Make the scheduler of a sampler's name, None being the objective's default; or check one of diffusers.
+
+    Raises:
+        ConfigError: there is no such sampler, or the scheduler would not sample what the network was trained for.
+    """
+    if sampler is None or isinstance(sampler, str):
+        return make_scheduler(objective, sampler or objective.default_sampler, num_steps, clip_sample=clip_sample)
+    check_scheduler(sampler, objective, channels, clip_sample, num_steps, strength)
+    return sampler
 
 
 def check_scheduler(

@@ -1,7 +1,7 @@
 """One run's state, and how to take a step: batch, loss, gradient, optimizer, average; checkpoints and samples of it."""
 
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import cached_property, partial
@@ -27,7 +27,7 @@ from lamamba.model import LaMambaDiff
 from lamamba.ops.backend import use_backend
 from lamamba.ops.launch import rehearse
 from lamamba.processes import GradientSums, Processes, cut_evenly
-from lamamba.sampling import make_grid, sample, uses_bf16
+from lamamba.sampling import Callback, make_grid, sample, uses_bf16
 from lamamba.saving import CheckpointWriter, describe_training_state, load_training_state
 from lamamba.sharding import gather, load, local, shard, whole
 from lamamba.weights import check_weights
@@ -358,8 +358,8 @@ class Trainer:
             load(own, network.state_dict())
         return notes
 
-    def draw_samples(self, on_step: Callable[[int], None] | None = None) -> Any:
-        """Sample a grid from the EMA, with the same seeds every time; `on_step` is that of `sample`.
+    def draw_samples(self, callback: Callback | None = None) -> Any:
+        """Sample a grid from the EMA, with the same seeds every time; `callback` is that of `sample`.
 
         There is one row for each of the first ten classes, with its name; without classes there are two rows.
         """
@@ -375,7 +375,7 @@ class Trainer:
                 num_steps=self.config.sample_steps,
                 guidance_scale=1.0 if why_unguided(self.config.network) else self.config.sample_guidance,
                 clip_sample=self.space.bounded,
-                on_step=on_step,
+                callback=callback,
             )
         images = self.space.decode(x).cpu().numpy()
         names = self.source.class_names[:rows]

@@ -357,7 +357,7 @@ def _take_steps(
     first_step: AbstractContextManager[None] = log.first_step(config.compile) if prepares else nullcontext()
     is_first = trainer.processes.is_first
 
-    def give_up(_: int) -> None:
+    def give_up(_: object) -> None:
         """Draw samples no further when a signal asks to end: saving is what there is time for."""
         if signals.number and not trainer.shards:  # whose processes draw together, and to the end
             raise SignalError(signals.number, "its samples")

@@ -18,6 +18,7 @@ from lamamba.checkpoint import CheckpointInfo, write_weights
 from lamamba.config import DemoLimits, SampleConfig, SamplingConfig
 from lamamba.demo.painting import Models, Pictures, Preview, compare_guidance, inpaint, interpolate, paint
 from lamamba.demo.settings import Request, read_request
+from lamamba.diffusion import Diffusion
 from lamamba.errors import ConfigError
 from lamamba.generate import Painter, encode_png, sample_grid
 from lamamba.model import LaMambaDiff
@@ -128,16 +129,18 @@ def test_scales_are_held_to_the_limits(painter: Painter, scales: list[Any]) -> N
         list(compare_guidance(painter, ask(painter), scales, LIMITS))
 
 
-def test_interpolation_goes_from_one_image_to_the_other(painter: Painter) -> None:
-    request = ask(painter, guidance=2.0)
+@pytest.mark.parametrize("sampler", Diffusion.samplers)
+def test_interpolation_goes_from_one_image_to_the_other(painter: Painter, sampler: str) -> None:
+    request = ask(painter, guidance=2.0, sampler=sampler)
     previews, made = finish(interpolate(painter, request, end_seed=9, end_label=8, num_images=3, limits=LIMITS))
     assert [preview.done for preview in previews] == [0.25, 0.5, 0.75, 1.0]
     assert roughness(previews[1].images) < 40
     first = finish(paint(painter, request))[1].images[0]
-    last = finish(paint(painter, ask(painter, labels=["Bag"], seed=9, guidance=2.0)))[1].images[0]
+    last = finish(paint(painter, ask(painter, labels=["Bag"], seed=9, guidance=2.0, sampler=sampler)))[1].images[0]
     # A batch adds up in another order than a single image: levels may differ by rounding.
     assert np.abs(made.images[0].astype(int) - first).max() <= 2
-    assert np.abs(made.images[2].astype(int) - last).max() <= 2
+    if sampler not in ("ancestral", "sde-dpm++"):  # these add the noise of the first seed throughout
+        assert np.abs(made.images[2].astype(int) - last).max() <= 2
     assert [own["fraction"] for own in made.settings] == [0.0, 0.5, 1.0]
 
 
@@ -150,11 +153,13 @@ def test_interpolation_is_held_to_the_limits(painter: Painter, number: int, seed
         list(interpolate(painter, ask(painter), end_seed=seed, end_label=8, num_images=number, limits=limits))
 
 
-def test_inpainting_changes_what_is_masked_alone(painter: Painter) -> None:
+@pytest.mark.parametrize("sampler", Diffusion.samplers)
+def test_inpainting_changes_what_is_masked_alone(painter: Painter, sampler: str) -> None:
     image = Image.fromarray(finish(paint(painter, ask(painter)))[1].images[0, 0]).resize((64, 64), Image.Resampling.BOX)
     mask = Image.new("L", (64, 64))
     mask.paste(255, (0, 0, 32, 64))
-    previews, made = finish(inpaint(painter, ask(painter, labels=["Bag"], steps=8), image, mask, strength=1.0))
+    request = ask(painter, labels=["Bag"], steps=8, sampler=sampler)
+    previews, made = finish(inpaint(painter, request, image, mask, strength=1.0))
     assert [preview.done for preview in previews] == [step / 8 for step in range(1, 9)]
     assert roughness(previews[1].images) < 40
     kept = np.asarray(image.resize((32, 32), Image.Resampling.LANCZOS))[:, 16:]

@@ -480,9 +480,7 @@ def _of_model(painter: Painter, limits: DemoLimits) -> dict[str, dict[str, Any]]
     return {
         "model": {"info": _describe(painter)},
         "labels": {"choices": names, "value": labels},
-        "sampler": {
-            "choices": samplers, "value": default, "info": f"Interpolation and inpainting always use {default}."
-        },
+        "sampler": {"choices": samplers, "value": default},
         "guidance": {
             "value": choose_guidance(config, None), "interactive": not why_unguided(config),
         },

@@ -12,24 +12,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from lamamba.config import DemoLimits, SamplingConfig, nearest
+from lamamba.data import to_float
 from lamamba.data.decoding import convert_image
 from lamamba.demo.settings import MAX_GUIDANCE, Request, check_pixels, read_number, read_seed, read_whole
 from lamamba.errors import ConfigError
 from lamamba.generate import Painter
 from lamamba.labels import why_unguided
 from lamamba.latents import Latents, Space
-from lamamba.model import LaMambaDiff
-from lamamba.pipeline import LaMambaDiffPipeline
-from lamamba.sampling import choose_device, seeded
-from lamamba.schedulers import make_scheduler
+from lamamba.sampling import Callback, Start, Step, choose_device
+from lamamba.sampling import interpolate as interpolated
 from lamamba.streams import visible
 
 
@@ -97,14 +95,10 @@ def paint(painter: Painter, request: Request) -> Iterator[Preview | Pictures]:
         _settings(own, label=label, seed=seed) for label, seed in zip(request.labels, request.seeds, strict=True)
     ]
 
-    def work(show: _Show) -> np.ndarray:
-        steps = iter(range(1, own.evaluations + 1))
-        return own.paint(
-            request.labels, request.seeds,
-            on_preview=lambda x_0: show(own.space, x_0, next(steps) / own.evaluations),
-        )  # fmt: skip
+    def work(callback: Callback) -> np.ndarray:
+        return own.paint(request.labels, request.seeds, callback)
 
-    yield from _in_steps(work, settings)
+    yield from _in_steps(work, own.space, settings)
 
 
 def compare_guidance(
@@ -140,8 +134,6 @@ def interpolate(
 ) -> Iterator[Preview | Pictures]:
     """Go from a request's first image to that of another seed and label, as `LaMambaDiffPipeline.interpolate` does.
 
-    The scheduler is the default one of the objective.
-
     Args:
         painter: the model.
         request: seed and label of the first image, and what else there is to set.
@@ -151,7 +143,7 @@ def interpolate(
         limits: of images and of pixels.
 
     Raises:
-        ConfigError: there are more images or pixels than are allowed, or the model is no LaMamba-Diff.
+        ConfigError: there are more images or pixels than are allowed, or the model takes no mixtures of labels.
     """
     config, start_label = request.config, request.labels[0]
     number = read_whole("num_images", num_images, 2, limits.max_images)
@@ -159,26 +151,26 @@ def interpolate(
     height, width = config.size or (0, 0)
     check_pixels(number, height, width, limits)
     fractions = torch.linspace(0, 1, number).tolist()
-    own = painter.with_config(replace(config, sampler=None))
+    own = painter.with_config(replace(config, batch_size=number))
     settings = [
         _settings(
             own, label=start_label, seed=config.seed, end_label=end_label, end_seed=end_seed, fraction=fraction
         )
         for fraction in fractions
     ]  # fmt: skip
-    options = {
-        "class_labels": (start_label, end_label), "seeds": (config.seed, end_seed), "num_images": number
-    }  # fmt: skip
-    pipe = _pipeline(own)
-    yield from _in_steps(lambda show: _run(pipe.interpolate, pipe, own, show, **options), settings)
+    rows = torch.tensor([own.labels.weights(label) for label in (start_label, end_label)])
+    labels, noise, generators = interpolated(own.network, rows, (config.seed, end_seed), number, own.grid_size)
+
+    def work(callback: Callback) -> np.ndarray:
+        return own.paint(labels, generators, callback, noise)
+
+    yield from _in_steps(work, own.space, settings)
 
 
 def inpaint(
     painter: Painter, request: Request, image: Image.Image, mask: Image.Image, strength: float
 ) -> Iterator[Preview | Pictures]:
     """Paint the white part of a mask anew, with the label of a request; the rest of the image stays.
-
-    The scheduler is the default one of the objective.
 
     Args:
         painter: the model.
@@ -188,30 +180,28 @@ def inpaint(
         strength: how far towards noise the part is taken, more than 0 up to 1.
 
     Raises:
-        ConfigError: nothing is masked, the sizes differ, or the model is no LaMamba-Diff.
+        ConfigError: nothing is masked, or the sizes differ.
     """
     if image.size != mask.size:
         raise ConfigError(f"the mask is {mask.size} and the image {image.size}: draw the mask on the image")
-    image, mask = convert_image(image, 3), convert_image(mask, 1, "black")
+    image, mask = convert_image(image, painter.image_channels), convert_image(mask, 1, "black")
     if not np.asarray(mask).any():
         raise ConfigError("nothing is masked: draw over what is to be painted anew")
     config = request.config
     read_number("strength", strength, 0, 1)
-    height, width = config.size or (0, 0)
+    own = painter.with_config(config)
     # Here, since shrinking an image later would take a pixel of it for each of the mask's.
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
-    mask = mask.resize((width, height), Image.Resampling.BOX).point(lambda level: 255 * (level >= 64))
-    own = painter.with_config(replace(config, sampler=None))
+    height, width = config.size or (0, 0)
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS)).reshape(1, height, width, -1)
+    masked = np.asarray(mask.resize(own.grid_size[::-1], Image.Resampling.BOX)) >= 64
     settings = _settings(own, label=request.labels[0], seed=config.seed, strength=strength, inpainted=True)
-    options = {
-        "class_labels": request.labels[0], "image": image, "mask_image": mask, "strength": strength,
-        "latents": torch.randn(
-            (1, int(painter.network.config.in_channels), *_grid(painter, config)),
-            generator=seeded(config.seed),
-        ),
-    }  # fmt: skip
-    pipe = _pipeline(own)
-    yield from _in_steps(lambda show: _run(pipe, pipe, own, show, **options), [settings])
+
+    def work(callback: Callback) -> np.ndarray:
+        x_0 = own.space.encode_float(to_float(torch.tensor(pixels).permute(0, 3, 1, 2).to(own.network.device)))
+        start = Start(x_0, strength, torch.from_numpy(masked).float()[None, None])
+        return own.paint(request.labels[:1], request.seeds[:1], callback, start=start)
+
+    yield from _in_steps(work, own.space, [settings])
 
 
 def _settings(painter: Painter, **more: Any) -> dict[str, Any]:
@@ -221,53 +211,13 @@ def _settings(painter: Painter, **more: Any) -> dict[str, Any]:
     return {**settings, **folders}
 
 
-class _Show(Protocol):
-    def __call__(self, space: Space, x_0: Tensor, done: float) -> None:
-        """Hand over what the network predicts, (b, c, h, w) in its space, this fraction of the steps being done."""
-
-
 class _Stopped(Exception):  # noqa: N818 - nothing went wrong
     """Nobody reads on."""
 
 
-def _grid(painter: Painter, config: SamplingConfig) -> tuple[int, int]:
-    height, width = config.size or (0, 0)
-    return painter.space.grid_size(height), painter.space.grid_size(width)
-
-
-def _pipeline(painter: Painter) -> LaMambaDiffPipeline:
-    """Make a pipeline of a request's own, with its number of steps and its precision."""
-    if not isinstance(painter.network.network, LaMambaDiff):
-        raise ConfigError("this model is a DiT, which is sampled alone: choose another model")
-    objective = painter.objective
-    vae = getattr(painter.space, "autoencoder", None)
-    scheduler = make_scheduler(objective, painter.sampler, painter.config.steps, clip_sample=painter.space.bounded)
-    pipe = LaMambaDiffPipeline(painter.network.network, scheduler, vae, objective=objective.name)
-    pipe.set_progress_bar_config(disable=True)
-    pipe._captured = [painter.network]  # recorded passes, in the painter's precision
-    return pipe
-
-
-def _run(
-    sample: Callable[..., Any], pipe: LaMambaDiffPipeline, painter: Painter, show: _Show, **options: Any
-) -> np.ndarray:
-    total = max(1, round(painter.evaluations * options.get("strength", 1.0)))
-
-    def shown(pipe: LaMambaDiffPipeline, index: int, t: Tensor, values: dict[str, Tensor]) -> None:
-        show(painter.space, values["x_0"], min(1.0, (index + 1) / total))
-
-    config = painter.config
-    height, width = config.size or (None, None)
-    x = sample(
-        num_inference_steps=config.steps, guidance_scale=painter.guidance, output_type="latent", height=height,
-        width=width, guidance_interval=config.guidance_options.interval,
-        guidance_rescale=config.guidance_options.rescale, return_dict=False, callback_on_step_end=shown,
-        callback_on_step_end_tensor_inputs=("x_0",), **options,
-    )[0]  # fmt: skip
-    return painter.space.decode(x).cpu().numpy()
-
-
-def _in_steps(work: Callable[[_Show], np.ndarray], settings: list[dict[str, Any]]) -> Iterator[Preview | Pictures]:
+def _in_steps(
+    work: Callable[[Callback], np.ndarray], space: Space, settings: list[dict[str, Any]]
+) -> Iterator[Preview | Pictures]:
     """Turn work that calls back at every step into a generator; closing that makes the next call raise."""
     shown: queue.Queue[Preview | Pictures | Exception] = queue.Queue(maxsize=1)  # a slow reader has no backlog
     stopped = threading.Event()
@@ -282,16 +232,17 @@ def _in_steps(work: Callable[[_Show], np.ndarray], settings: list[dict[str, Any]
             return
         raise _Stopped
 
-    def show(space: Space, x_0: Tensor, done: float) -> None:
+    def show(step: Step) -> None:
         nonlocal due
+        done = (step.index + 1) / step.num_steps
         if stopped.is_set():
             raise _Stopped
-        if x_0.is_cuda:  # or steps that nobody looks at would be queued far ahead, out of reach of who stops them
-            torch.cuda.current_stream(x_0.device).synchronize()
+        if step.x.is_cuda:  # or steps that nobody looks at would be queued far ahead, out of reach of who stops them
+            torch.cuda.current_stream(step.x.device).synchronize()
         begun = time.monotonic()
         if begun < due and done < 1:
             return
-        images = space.decode(x_0).cpu().numpy()
+        images = space.decode(step.x_0).cpu().numpy()
         if isinstance(space, Latents):  # decoding takes longer than a step: a quarter of the time is for it
             due = time.monotonic() + 3 * (time.monotonic() - begun)
         hand_over(Preview(images, done))
