@@ -67,7 +67,9 @@ def test_the_present_format_is_kept() -> None:
 
 
 def test_it_samples_what_it_did(kept: Path) -> None:
-    torch.testing.assert_close(paint(kept), load_file(kept / "expected.safetensors")["images"], rtol=0, atol=1e-4)
+    expected = load_file(kept / "expected.safetensors")["images"]
+    # After four steps of training values reach hundreds: versions of the operations differ by rounding of those.
+    torch.testing.assert_close(paint(kept), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_it_trains_on_as_it_did(kept: Path, tmp_path: Path) -> None:

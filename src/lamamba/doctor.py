@@ -312,16 +312,16 @@ def _look_at_triton() -> Iterator[Finding]:
 
 def _look_at_numba() -> Iterator[Finding]:
     if importlib.util.find_spec("numba") is None:
-        detail = "not installed; on a CPU the scan and the norms run in plain PyTorch, which is slower"
+        detail = "not installed; on a CPU scan, attention and norms run in plain PyTorch, which is slower"
         yield Finding("numba", "note", detail, "pip install 'lamamba[cpu]'")
         return
     try:
         version = importlib.import_module("numba").__version__
     except ImportError as error:
-        detail = f"cannot be imported ({error}); on a CPU the scan and the norms run in plain PyTorch, which is slower"
+        detail = f"cannot be imported ({error}); on a CPU scan, attention and norms run in plain PyTorch, slowly"
         yield Finding("numba", "broken", detail, "pip install --upgrade 'lamamba[cpu]'")
         return
-    yield Finding("numba", "ok", f"{version}; compiles the loops of the scan and the norms on a CPU")
+    yield Finding("numba", "ok", f"{version}; compiles the loops of scan, attention and norms on a CPU")
 
 
 def _look_at_operation(name: str) -> Iterator[Finding]:

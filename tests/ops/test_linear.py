@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lamamba.ops.linear import _Linear, linear, linear_in_halves
+from lamamba.ops.linear import _is_faster_as_convolution, _Linear, linear, linear_in_halves
 
 # The first thing that a GPU is asked to do in a thread may be a product.
 pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
@@ -69,3 +69,38 @@ def test_autocast_in_the_backward_pass_alone_rounds_nothing(name: str) -> None:
     with torch.autocast(DEVICE, torch.bfloat16):
         ours = torch.autograd.grad(outs, leaves, grads, allow_unused=True)
     torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
+
+
+# --- pixels of a grid on a CPU, which oneDNN multiplies as a 1x1 convolution -------------------------------------
+
+GRIDS = {
+    "contiguous": lambda x: x,
+    "strided": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "one image": lambda x: x[:1],
+    "one channel": lambda x: x[..., :1],
+}
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("name", ["halves", "as chosen"])
+def test_pixels_of_a_grid_are_as_exact(name: str, grid: str) -> None:
+    """At most twice the error of PyTorch's, against float64."""
+    layer, plain_layer = LAYERS[name]
+    generator = torch.Generator().manual_seed(0)
+    x = GRIDS[grid](torch.randn(2, 9, 11, 40, generator=generator))
+    weight, bias = torch.randn(48, x.shape[-1], generator=generator), torch.randn(48, generator=generator)
+    inputs = [x, weight, bias]
+    exact = outputs_and_gradients(plain_layer, [tensor.double() for tensor in inputs], None)
+    ours, plain = (outputs_and_gradients(which, inputs, None) for which in (layer, plain_layer))
+    for value, reference, wanted in zip(ours, plain, exact, strict=True):
+        assert value.shape == wanted.shape
+        assert (value - wanted).norm() <= 2 * (reference - wanted).norm() + 1e-7 * wanted.norm()
+
+
+def test_only_float32_pixels_of_a_grid_on_a_cpu_are_convolved() -> None:
+    x = torch.randn(2, 4, 4, 8)
+    there = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    assert _is_faster_as_convolution(x) == there
+    assert not any(map(_is_faster_as_convolution, (x[0], x.double(), x.bfloat16(), x.to("meta"))))
+    assert linear(x, torch.randn(5, 8)).is_contiguous()
+    assert all(half.is_contiguous() for half in linear_in_halves(x, torch.randn(6, 8)))

@@ -1,9 +1,10 @@
-"""Attention in windows on a CPU, by tiles, against its meaning."""
+"""Attention in windows on a CPU, by tiles and by compiled loops, against its meaning."""
 
 import pytest
 import torch
 from torch import Tensor
 
+from lamamba.ops.backend import Backend, use_backend
 from lamamba.ops.window_attention import cpu, window_attention
 from lamamba.ops.window_attention.cpu import window_attention_cpu
 from lamamba.ops.window_attention.reference import window_attention_reference
@@ -16,6 +17,7 @@ SHAPES = {
     "odd sides": (2, 5, 7, 2, 3, 4),
     "one window": (2, 3, 5, 2, 4, 8),
     "one row of windows": (1, 4, 12, 1, 20, 4),
+    "more queries than lanes": (2, 9, 20, 1, 7, 9),
 }
 Shape = tuple[int, int, int, int, int, int]
 
@@ -54,18 +56,49 @@ def test_tiles_agree_with_the_reference(
         assert relative_error(value, wanted) < 1e-13, name
 
 
+@pytest.mark.parametrize("backend", ["auto", "pytorch"])  # by compiled loops, where numba is installed, and by tiles
 @pytest.mark.parametrize("case", SHAPES)
-def test_float32_error_is_at_most_twice_the_reference_s(case: str) -> None:
+def test_float32_error_is_at_most_twice_the_reference_s(case: str, backend: Backend) -> None:
     shape = SHAPES[case]
     single = make_inputs(shape, torch.float32)
     exact = output_and_gradients(
         window_attention_reference, [x.detach().double().requires_grad_() for x in single], shape, True
     )
-    ours = output_and_gradients(window_attention, single, shape, True)
+    with use_backend(backend):
+        ours = output_and_gradients(window_attention, single, shape, True)
     plain = output_and_gradients(window_attention_reference, single, shape, True)
     rounding = torch.finfo(torch.float32).eps
     for name, value, reference, wanted in zip(NAMES, ours, plain, exact, strict=True):
         assert relative_error(value, wanted) <= 2 * relative_error(reference, wanted) + rounding, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_nan_stays_in_its_window(dtype: torch.dtype) -> None:
+    shape = SHAPES["whole windows"]
+    inputs = make_inputs(shape, dtype)
+    with torch.no_grad():
+        inputs[0][1, 5, 2, 0] = torch.nan  # a query of the first head
+    out, grad_qkv, _ = output_and_gradients(window_attention, inputs, shape, False)
+    assert bool(out[1, 5, 2, :5].isnan().all())
+    assert int(out.isnan().sum()) == 5
+    assert bool(grad_qkv[1, 5, 2, :5].isnan().all())
+    assert bool(grad_qkv[0].isfinite().all())
+    assert bool(grad_qkv[1, :4].isfinite().all())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_share_the_windows(threads: int) -> None:
+    shape = SHAPES["padding"]
+    inputs = make_inputs(shape, torch.float32)
+    exact = output_and_gradients(window_attention_reference, inputs, shape, True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ours = output_and_gradients(window_attention, inputs, shape, True)
+    finally:
+        torch.set_num_threads(before)
+    for name, value, wanted in zip(NAMES, ours, exact, strict=True):
+        assert relative_error(value, wanted) < 1e-6, name
 
 
 def test_every_value_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,8 +110,10 @@ def test_every_value_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Tensor, "new_empty", poisoned)
     shape = SHAPES["odd sides"]
-    for name, value in zip(NAMES, output_and_gradients(window_attention, make_inputs(shape), shape, True), strict=True):
-        assert bool(value.isfinite().all()), name
+    for dtype in (torch.float32, torch.float64):
+        values = output_and_gradients(window_attention, make_inputs(shape, dtype), shape, True)
+        for name, value in zip(NAMES, values, strict=True):
+            assert bool(value.isfinite().all()), (name, dtype)
 
 
 def test_input_need_not_be_contiguous() -> None:

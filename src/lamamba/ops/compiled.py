@@ -32,7 +32,7 @@ f32 = np.float32
 @njit(inline="always")
 def exp(x):
     """e^x for x up to 0, to a unit in the last place: 2^n e^r, with |r| below ln(2) / 2."""
-    x = max(x, f32(-87))
+    x = f32(-87) if x < f32(-87) else x  # not `max`, which would take NaN for the smaller one
     n = np.floor(x * f32(1.44269504) + f32(0.5))
     r = x - n * f32(0.693359375) + n * f32(2.12194440e-4)  # ln 2 in two parts: the first product is exact
     p = f32(1 / 5040)

@@ -1,19 +1,25 @@
-"""Attention in windows on a CPU: a few images and one head at a time, so that logits stay in cache and none are kept.
+"""Attention in windows on a CPU, in pieces whose logits stay in cache: none are kept for the backward pass.
 
-Heads are narrow, and a matrix product with few columns takes many times as long as one with few rows: so what a head
-leaves is computed transposed, (c, pixels), and turned when it is written to the grid.
+In float32 the compiled loops of `loops.py` run where numba is installed. Otherwise PyTorch works on a few images and
+one head at a time. Heads are narrow, and a matrix product with few columns takes many times as long as one with few
+rows: so the result of a head is computed transposed, (c, pixels), and turned when it is written to the grid.
 """
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from lamamba.ops.backend import choose_loops
+from lamamba.ops.threads import array, share_images
 from lamamba.ops.window_attention.geometry import Windows, window_geometry
 
-# Logits of one head that are held at once.
+# Queries that the loops work on at once: they fill up those of a window to a multiple.
+LANES = 64
+# Logits of one head that PyTorch holds at once.
 TILE_ELEMENTS = 1 << 18
 
 
@@ -23,6 +29,13 @@ def window_attention_cpu(qkv: Tensor, bias: Tensor, num_heads: int, window_size:
     windows = Windows.of(qkv.shape[1], qkv.shape[2], window_size, shifted)
     added = _added_to_logits(qkv, bias, window_size, shifted)
     out = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+    if choose_loops(qkv, "auto"):
+        from lamamba.ops.window_attention.loops import attention_forward
+
+        shared = _shared_by_loops(qkv, added, num_heads, window_size, shifted)
+        heads = out.view(len(out), -1, num_heads, out.shape[3] // num_heads)
+        share_images(attention_forward, (_parts(len(qkv) * windows.number),), (*shared, heads.numpy()), ())
+        return out
     with torch.autocast("cpu", enabled=False):
         for tile in _tiles(len(qkv), windows):
             parts = _cut(qkv[tile], windows).unflatten(2, (3, num_heads, -1)).unbind(2)
@@ -48,6 +61,18 @@ def _backward(
     windows = Windows.of(qkv.shape[1], qkv.shape[2], window_size, shifted)
     added = _added_to_logits(qkv, bias, window_size, shifted)
     grad_qkv = qkv.new_empty(qkv.shape)
+    offsets = window_geometry(qkv.shape[1], qkv.shape[2], window_size, shifted, qkv.device).offsets
+    if choose_loops(qkv, "auto"):
+        from lamamba.ops.window_attention.loops import attention_backward
+
+        parts = _parts(len(qkv) * windows.number)
+        shared = _shared_by_loops(qkv, added, num_heads, window_size, shifted)
+        grads = array(grad_out).reshape(*shared[0].shape[:2], num_heads, -1)
+        written = grad_qkv.view(shared[0].shape).numpy()
+        of_parts = qkv.new_empty(len(parts), num_heads, *shared[2].shape[2:])
+        share_images(attention_backward, (parts,), (grads, *shared, written), (of_parts.numpy(),))
+        grad_added = of_parts.sum(dim=0)[..., : len(offsets)].mT
+        return grad_qkv, _grad_bias(grad_added, offsets, bias)
     grad_added = qkv.new_zeros(num_heads, *added.shape[2:])
     with torch.autocast("cpu", enabled=False):
         for tile in _tiles(len(qkv), windows):
@@ -70,9 +95,7 @@ def _backward(
                 torch.bmm(query.mT, grad_logits, out=grad_key)
             result[:2] *= query.shape[2] ** -0.5
             _paste(result.flatten(0, 1), windows, out=grad_qkv[tile])
-    offsets = window_geometry(qkv.shape[1], qkv.shape[2], window_size, shifted, qkv.device).offsets
-    grad_bias = qkv.new_zeros(bias.shape).index_add_(0, offsets.flatten(), grad_added.flatten(1).mT)
-    return grad_qkv, grad_bias.to(bias.dtype)
+    return grad_qkv, _grad_bias(grad_added, offsets, bias)
 
 
 @_backward.register_fake
@@ -92,6 +115,30 @@ def _autograd(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 
 
 window_attention_cpu.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _grad_bias(grad_added: Tensor, offsets: Tensor, bias: Tensor) -> Tensor:
+    """Add up the gradients of logits, (heads, query, key), whose relative position is the same."""
+    grad_bias = grad_added.new_zeros(bias.shape).index_add_(0, offsets.flatten(), grad_added.flatten(1).mT)
+    return grad_bias.to(bias.dtype)
+
+
+def _parts(num_windows: int) -> np.ndarray:
+    """Share all windows of a batch among PyTorch's threads: (parts, 2), first and last."""
+    bounds = np.linspace(0, num_windows, min(torch.get_num_threads(), num_windows) + 1).astype(int)
+    return np.stack([bounds[:-1], bounds[1:]], axis=1)
+
+
+def _shared_by_loops(
+    qkv: Tensor, added: Tensor, num_heads: int, window_size: int, shifted: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.float32]:
+    """Lay out what all threads read: qkv, the pixels of windows, what is added to logits, by key, and their scale."""
+    batch, height, width, channels = qkv.shape
+    channels //= 3 * num_heads
+    pixels = window_geometry(height, width, window_size, shifted, qkv.device).pixels
+    added = F.pad(added.mT, (0, -added.shape[3] % LANES))
+    by_head = array(qkv).reshape(batch, height * width, 3, num_heads, channels)
+    return by_head, array(pixels), array(added), np.float32(channels**-0.5)
 
 
 def _tiles(batch: int, windows: Windows) -> list[slice]:

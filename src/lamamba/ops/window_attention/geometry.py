@@ -5,6 +5,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -34,6 +35,7 @@ class WindowGeometry:
         offsets: (pixels, pixels) row of the relative position table for each query and key of a window.
         mask: (windows, pixels, pixels) to add to the logits, or None where all may see all: -100 between regions that
             only the cyclic shift brought together, minus infinity on padded keys.
+        pixels: (windows, pixels) which pixel of the grid each place of a window is, -1 where it is padding.
     """
 
     def __init__(self, height: int, width: int, window_size: int, shifted: bool, device: str) -> None:
@@ -43,6 +45,12 @@ class WindowGeometry:
         dx = (dx[:, None] - dx)[None, :, None, :] + window_size - 1
         offsets = dy * (2 * window_size - 1) + dx
         self.offsets = offsets.reshape(side_y * side_x, side_y * side_x).to(device)
+        grid = F.pad(
+            torch.arange(height * width).view(height, width), (0, -width % side_x, 0, -height % side_y), value=-1
+        )
+        self.pixels = (
+            self._partition(grid.roll((-shift_y, -shift_x), dims=(0, 1)), side_y, side_x).contiguous().to(device)
+        )
         self.mask: Tensor | None = None
         if shift_y or shift_x or height % side_y or width % side_x:
             region_y, padding_y = self._regions(height, side_y, shift_y)
