@@ -115,12 +115,11 @@ def test_a_preset_sets_the_network_and_options_refine_it(tmp_path: Path, capsys:
         (["sample", "OUT/none"], "OUT/none does not exist"),
         (["info", "xl-265"], "'xl-265' is neither a folder nor a preset: did you mean xl-256?"),
         (["info", "OUT/none"], "OUT/none does not exist"),
-        (["prepare"], "give what to prepare first, imagenet or dataset or emoji"),
+        (["prepare"], "give what to prepare first, imagenet or emoji"),
         (["prepare", "imagnet"], "nothing to prepare is named 'imagnet': did you mean imagenet?"),
         (["prepare", "imagenet"], "--out"),
         (["prepare", "imagenet", "--out", "OUT"], "no ImageNet file is given"),
-        (["prepare", "dataset", "OUT/none", "--out", "OUT"], "OUT/none is missing: give an existing folder"),
-        (["prepare", "dataset", "x", "--out", "OUT", "--splt", "a"], "no option is named --splt: did you mean --split"),
+        (["train", "--data", "x/y", "--out", "OUT", "--splt", "a"], "no option is named --splt: did you mean --split"),
         (["demo", "--port", "65536"], "port is 65536: it must be 0 to 65535"),
         (["demo", "--max-steps", "0"], "max_steps is 0: it must be 1 or more"),
         (["demo", "nano", "nano", "--port", "0"], "must be one or more, named apart"),
@@ -235,7 +234,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"  {name} " in shown and command.summary in shown for name, command in COMMANDS.items())
     main(["prepare", "--help"])
     shown = capsys.readouterr().out
-    assert "lamamba prepare dataset" in shown
+    assert "lamamba prepare emoji" in shown
     assert "finetune" not in shown
     main(["--version"])
     assert capsys.readouterr().out.strip() == __version__
@@ -243,7 +242,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("train", "--num-images"),
         ("sample", "--guidance-interval"),
         ("prepare imagenet", "--devkit"),
-        ("prepare dataset", "--number-classes"),
+        ("encode", "--label-column"),
         ("evaluate", "--nearest-images"),
         ("plan", "--shard"),
         ("demo", "--max-pixels"),
@@ -268,7 +267,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         "['train', '--help']",
         "['sample', '--help']",
         "['prepare', '--help']",
-        "['prepare', 'dataset', '--help']",
+        "['encode', '--help']",
         "['evaluate', '--help']",
         "['plan', '--help']",
         "['demo', '--help']",

@@ -30,13 +30,13 @@ def complete(script: Path, *words: str) -> set[str]:
 def test_commands_options_and_values_are_completed(script: Path) -> None:
     assert complete(script, "") == {*(name.split()[0] for name in COMMANDS), "completion"}
     assert complete(script, "pl") == {"plan", "plot"}
-    assert complete(script, "prepare", "") == {"imagenet", "dataset", "emoji"}
+    assert complete(script, "prepare", "") == {"imagenet", "emoji"}
     assert complete(script, "completion", "z") == {"zsh"}
     assert complete(script, "train", "--num-i") == {"--num-images"}
     assert complete(script, "sample", "nano", "--guidance-") == {
         "--guidance-checkpoint", "--guidance-interval", "--guidance-cosine-power", "--guidance-rescale",
     }  # fmt: skip
-    assert complete(script, "prepare", "dataset", "x", "--number") == {"--number-classes"}
+    assert complete(script, "prepare", "imagenet", "--dev") == {"--devkit"}
     assert complete(script, "finetune", "nano", "--objective", "") == {"diffusion", "flow"}
     assert complete(script, "train", "--no-c") == {"--no-cuda-graph"}
 

@@ -95,7 +95,9 @@ class TestOpenSource:
 
     @pytest.mark.parametrize("name", ["/no/such/place", ""])
     def test_lists_the_names_when_none_is_near(self, name):
-        with pytest.raises(DataError, match=rf"data '{name}' is neither .*give 'builtin', 'fashion-mnist' or a folder"):
+        with pytest.raises(
+            DataError, match=rf"data '{name}' is neither .*give 'builtin', 'fashion-mnist', a folder or user/name"
+        ):
             open_source(name, image_size=8)
 
     def test_refuses_a_folder_for_another_source(self, tmp_path):

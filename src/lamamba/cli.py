@@ -26,7 +26,6 @@ from lamamba.config import (
     OptionReader,
     PlanConfig,
     PlotConfig,
-    PrepareDatasetConfig,
     PrepareEmojiConfig,
     PrepareImagenetConfig,
     PushConfig,
@@ -66,10 +65,6 @@ COMMANDS = {
     "prepare imagenet": Command(
         PrepareImagenetConfig, "lamamba.data.imagenet:prepare", "extract the ImageNet files",
         "lamamba prepare imagenet --train ILSVRC2012_img_train.tar --out imagenet",
-    ),
-    "prepare dataset": Command(
-        PrepareDatasetConfig, "lamamba.data.hugging_face:prepare", "extract a Hugging Face dataset",
-        "lamamba prepare dataset ylecun/mnist --split train --out mnist",
     ),
     "prepare emoji": Command(
         PrepareEmojiConfig, "lamamba.data.emoji:prepare", "download the Noto emoji",
@@ -180,6 +175,8 @@ def _dispatch(arguments: list[str]) -> None:
     elif kinds and second in ("-h", "--help"):
         rows = {f"{first} {kind}": COMMANDS[f"{first} {kind}"] for kind in kinds}
         sys.stdout.write(_list_commands(rows, list(rows)))
+    elif (first, second) == ("prepare", "dataset"):
+        raise LamambaError("a dataset needs no preparing any more: lamamba train --data NAME reads it as it is")
     elif kinds:
         fault = (
             f"nothing to {first} is named {second!r}: {nearest(second, kinds)}"

@@ -71,6 +71,7 @@ def _open(config: EncodeConfig, space: Latents) -> Source:
         channels=space.image_channels,
         folder=config.data_folder,
         skip_bad_images=config.skip_bad_images,
+        dataset=config.dataset,
     )
     space.grid_size(source.image_size)
     return source

@@ -77,6 +77,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Source, Space, torch.devi
         channels=channels,
         folder=config.data_folder,
         skip_bad_images=config.skip_bad_images,
+        dataset=config.dataset,
     )
     network = replace(
         config.network,
@@ -103,9 +104,9 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Source, Space, torch.devi
 # are compared by what they hold.
 _FREE_TO_CHANGE = {
     "out", "num_images", "device", "cuda_graph", "compile", "num_workers", "resume", "resume_or_start", "fall_back",
-    "dry_run", "allow_changed", "data", "data_folder", "vae", "keep_checkpoints", "shard", "max_skipped_steps",
-    "tracker", "project", "accumulate", "log_every", "sample_every", "checkpoint_every", "snapshot_every",
-    "sample_steps", "sample_guidance",
+    "dry_run", "allow_changed", "data", "dataset", "data_folder", "vae", "keep_checkpoints", "shard",
+    "max_skipped_steps", "tracker", "project", "accumulate", "log_every", "sample_every", "checkpoint_every",
+    "snapshot_every", "sample_steps", "sample_guidance",
 }  # fmt: skip
 
 

@@ -5,8 +5,9 @@ Imports neither torch nor diffusers, so that `lamamba --help` answers at once.
 
 from lamamba.config.checks import closest as closest
 from lamamba.config.checks import nearest as nearest
+from lamamba.config.data import WHOLE_DATASET as WHOLE_DATASET
+from lamamba.config.data import DatasetOptions as DatasetOptions
 from lamamba.config.data import EncodeConfig as EncodeConfig
-from lamamba.config.data import PrepareDatasetConfig as PrepareDatasetConfig
 from lamamba.config.data import PrepareEmojiConfig as PrepareEmojiConfig
 from lamamba.config.data import PrepareImagenetConfig as PrepareImagenetConfig
 from lamamba.config.network import PRESETS as PRESETS

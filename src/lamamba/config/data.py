@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 from lamamba.config.checks import MAX_SIDE, check_range
-from lamamba.config.options import Option
 
 
 @dataclass(frozen=True)
@@ -24,27 +22,21 @@ class PrepareImagenetConfig:
 
 
 @dataclass(frozen=True)
-class PrepareDatasetConfig:
-    """Write a Hugging Face dataset's images to folders that can be trained on; run again, it goes on."""
+class DatasetOptions:
+    """Which part of a Hugging Face dataset is read."""
 
-    dataset: Annotated[str, Option(positional=True, metavar="NAME|FOLDER")]
-    """A dataset of the hub, or a folder that datasets opens: parquet files, what save_to_disk wrote. A folder of images
-    needs no preparing."""
-    out: Path
-    """Folder for the split, such as train/, with a folder for each class; without classes, images."""
     split: str = "train"
-    """The split."""
+    """Split of the dataset."""
     subset: str | None = None
     """Subset (configuration) of a dataset that has several; the default is the only one."""
     image_column: str | None = None
-    """Column with the images; the default is the only one of the type Image."""
+    """Column with the images; the default is the only column of type Image."""
     label_column: str | None = "auto"
-    """Column with the classes: ClassLabel, strings or integers. auto is the only ClassLabel, if there is any, None is
-    no classes."""
-    number_classes: bool = False
-    """Begin the names of class folders with the dataset's numbers, as 007_cat, which keeps their order."""
-    skip_bad_images: bool = False
-    """Leave out images that cannot be read, instead of failing once all others are written."""
+    """Column with the classes: ClassLabel, strings or integers. auto is the only ClassLabel column, if there is one;
+    None trains without classes."""
+
+
+WHOLE_DATASET = DatasetOptions()
 
 
 @dataclass(frozen=True)
@@ -62,7 +54,8 @@ class EncodeConfig:
     """Encode images to latents once, to train on the latents."""
 
     data: str
-    """A folder of images, flat or with one subfolder per class; builtin or fashion-mnist."""
+    """A folder of images, flat or with one subfolder per class; a Hugging Face dataset, as a folder of save_to_disk,
+    parquet files, or its name on the hub; builtin or fashion-mnist."""
     vae: Path
     """AutoencoderKL folder, as diffusers saves it."""
     out: Path
@@ -79,6 +72,8 @@ class EncodeConfig:
     """Images in a file."""
     batch_size: int = 32
     """Images encoded at once."""
+    dataset: DatasetOptions = WHOLE_DATASET
+    """Options for a Hugging Face dataset."""
     num_workers: int = 4
     """Threads that read and decode images."""
     device: str = "auto"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from lamamba.config.checks import MAX_IMAGES, MAX_SIDE, check, check_seed
+from lamamba.config.data import WHOLE_DATASET, DatasetOptions
 from lamamba.config.network import PRESETS, NetworkConfig, preset
 from lamamba.config.options import Option
 from lamamba.config.sampling import DEFAULT_GUIDANCE
@@ -27,7 +28,8 @@ class TrainConfig:
     does; the default is fresh weights."""
     data: str = "builtin"
     """builtin (10,000 Fashion-MNIST images), fashion-mnist (60,000), a folder of images, flat or with one subfolder per
-    class, or a folder of latents that lamamba encode wrote."""
+    class, a Hugging Face dataset, as a folder of save_to_disk, parquet files, or its name on the hub, or a folder of
+    latents that lamamba encode wrote."""
     data_folder: Path | None = None
     """Folder with the files of fashion-mnist; by default Debian's package, or a download from the Hugging Face hub."""
     image_size: int | None = None
@@ -115,6 +117,8 @@ class TrainConfig:
     """Resume from the newest intact checkpoint if the last one is damaged."""
     dry_run: bool = False
     """Print the resolved configuration and stop."""
+    dataset: DatasetOptions = WHOLE_DATASET
+    """Options for a Hugging Face dataset."""
     network: NetworkConfig = _OF_PRESET
     """Network options; --preset sets their defaults."""
 

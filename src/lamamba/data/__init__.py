@@ -3,23 +3,24 @@
     open_source(...) -> Source -> batches(...) -> uint8 (b, c, h, w), labels (b,) -> to_float -> [-1, 1]
 
 A source is the built-in set, Fashion-MNIST, or a folder of images: one subfolder a class, or flat without classes. What
-`lamamba encode` made of one is a source too, of the distributions of latents.
+`lamamba encode` made of one is a source too, of the distributions of latents, and so is a Hugging Face dataset.
 
     opening.py        a name or a path -> a source
     fashion_mnist.py  the shipped images, the idx files, the hub
     sources.py        what a source is; images in memory, files in a folder
     folders.py        finds the images in a folder, each real folder once
     latent_files.py   latents that were encoded before
+    hugging_face.py   Hugging Face datasets
     imagenet.py       the official ImageNet files -> folders
-    hugging_face.py   a Hugging Face dataset -> folders
     emoji.py          the Noto emoji -> folders
-    preparing.py      what these three share
+    preparing.py      what these two share
     decoding.py       a file -> pixels of one size; uint8 <-> float
     order.py          which image is read when; batches
 """
 
 from lamamba.data.decoding import IMAGE_SUFFIXES, crop_centre, read_image, to_float, to_uint8
 from lamamba.data.fashion_mnist import FASHION_MNIST_CLASSES, FASHION_MNIST_FOLDER, load_builtin, load_fashion_mnist
+from lamamba.data.hugging_face import DatasetSource
 from lamamba.data.latent_files import LatentSource
 from lamamba.data.opening import NAMED_SOURCES, open_source
 from lamamba.data.order import batches, flip_choices, permutation, reading_order
@@ -31,6 +32,7 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "NAMED_SOURCES",
     "ArraySource",
+    "DatasetSource",
     "FolderSource",
     "ImageSource",
     "LatentSource",

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lamamba.config import WHOLE_DATASET, DatasetOptions
 from lamamba.data.fashion_mnist import load_builtin, load_fashion_mnist
+from lamamba.data.hugging_face import DatasetSource, is_dataset
 from lamamba.data.latent_files import LatentSource, are_latents
 from lamamba.data.sources import ArraySource, FolderSource, Source
 from lamamba.errors import ConfigError, DataError
@@ -20,17 +22,21 @@ def open_source(
     channels: int | None = None,
     folder: Path | None = None,
     skip_bad_images: bool = False,
+    dataset: DatasetOptions = WHOLE_DATASET,
 ) -> Source:
     """Open a source to train on.
 
     Args:
-        data: "builtin" (10,000 Fashion-MNIST images shipped with the package), "fashion-mnist" (all 60,000), or the
-            path of a folder of images, or of one that `lamamba encode` wrote.
+        data: "builtin" (10,000 Fashion-MNIST images shipped with the package), "fashion-mnist" (all 60,000), the path
+            of a folder of images, or of one that `lamamba encode` wrote, or a Hugging Face dataset: a folder of
+            `save_to_disk`, parquet files, or a name on the hub.
         image_size: pixels, needed for a folder; the named sources are 32.
         channels: 1 (grey) or 3 (colour, the default for a folder); the named sources are grey, and with 3 have their
             grey three times.
         folder: where the idx files of "fashion-mnist" are, if not in Debian's place or on the hub.
-        skip_bad_images: for a folder, leave unreadable files out and list them in `bad_files`.
+        skip_bad_images: for a folder or a dataset, leave unreadable images out and list them in `bad_files`.
+        dataset: which part of a Hugging Face dataset is read. Given for a folder of images, datasets opens the folder,
+            with the labels that its metadata files have.
 
     Raises:
         ConfigError: image_size does not fit, channels is neither 1 nor 3, or `folder` comes with something else than
@@ -55,9 +61,10 @@ def open_source(
         in_colour = np.broadcast_to(source.images, (len(source), 3, *source.images.shape[2:]))  # takes no memory
         return ArraySource(source.name, in_colour, source.labels, source.class_names)
     path = Path(data).expanduser()
-    if not data or not path.exists():
+    of_hugging_face = bool(data) and (is_dataset(data) or (path.is_dir() and dataset != WHOLE_DATASET))
+    if not of_hugging_face and not (data and path.exists()):
         close = difflib.get_close_matches(data.lower().replace("_", "-"), NAMED_SOURCES, n=1)
-        mend = f"did you mean {close[0]!r}?" if close else "give 'builtin', 'fashion-mnist' or a folder of images"
+        mend = f"did you mean {close[0]!r}?" if close else "give 'builtin', 'fashion-mnist', a folder or user/name"
         raise DataError(f"data {data!r} is neither a known name nor an existing folder: {mend}")
     if are_latents(path):
         latents = LatentSource(path)
@@ -67,7 +74,10 @@ def open_source(
     if image_size is None or image_size < 1:
         fault = "not set" if image_size is None else f"{image_size}, not positive,"
         raise ConfigError(
-            f"image_size is {fault} for the folder {data}: give image_size (--image-size), the pixels to crop to, "
-            "for example 256"
+            f"image_size is {fault} for {data}: give image_size (--image-size), the pixels to crop to, for example 256"
+        )
+    if of_hugging_face:
+        return DatasetSource(
+            data, dataset, image_size=image_size, channels=channels or 3, skip_bad_images=skip_bad_images
         )
     return FolderSource(path, image_size=image_size, channels=channels or 3, skip_bad_images=skip_bad_images)
