@@ -74,7 +74,7 @@ def test_the_denoiser_answers_noise_and_variance(pipeline: Path) -> None:
     assert out.shape == (2, 4, 8, 8)
     assert torch.equal(out, network(x, t, y)), "no label is dropped at random"
     assert bool((network(x, t, torch.tensor([2, 1000]))[0] != out[0]).any())
-    with pytest.raises(ConfigError, match="squares whose sides are multiples of 2 in latents, not 8 by 6"):
+    with pytest.raises(ConfigError, match="square latents whose side is a multiple of 2, not 8 by 6"):
         network(x[..., :6], t, y)
 
 
@@ -113,7 +113,7 @@ def test_a_transformer_alone_needs_an_autoencoder(
     assert "samples latents, of 2 channels: give (--vae) the folder" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         draw(pipeline, "wide.png", "--size", "16", "32")
-    assert "a DiT samples squares" in capsys.readouterr().err
+    assert "a DiT samples square latents" in capsys.readouterr().err
 
 
 def test_the_layout_of_the_official_weights_is_read(pipeline: Path, tmp_path: Path) -> None:
@@ -132,7 +132,9 @@ def test_the_layout_of_the_official_weights_is_read(pipeline: Path, tmp_path: Pa
 
 def test_what_cannot_be_sampled_is_named(tmp_path: Path) -> None:
     folder = write_pipeline(tmp_path / "fixed variance", out_channels=2)
-    with pytest.raises(CheckpointError, match="2 output channels for 2 of input: only those that learned the variance"):
+    with pytest.raises(
+        CheckpointError, match="2 input and 2 output channels: only DiTs that also predict the variance"
+    ):
         load_denoiser(folder)
     edit(folder / "model_index.json", id2label={"0": "cat", "2": "dog"})
     with pytest.raises(CheckpointError, match="names 2 classes, but not 1"):
@@ -141,9 +143,7 @@ def test_what_cannot_be_sampled_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="prediction_type 'v_prediction': only DiTs trained with 'epsilon'"):
         load_denoiser(folder)
     edit(folder / "model_index.json", _class_name="StableDiffusionPipeline")
-    with pytest.raises(
-        CheckpointError, match="holds a StableDiffusionPipeline: of pipelines, only LaMambaDiffPipeline and DiT"
-    ):
+    with pytest.raises(CheckpointError, match="is a StableDiffusionPipeline: only LaMambaDiffPipeline and DiT"):
         load_denoiser(folder)
     edit(folder / "transformer" / "config.json", _class_name="UNet2DModel")
     with pytest.raises(CheckpointError, match="holds a UNet2DModel, and no LaMambaDiff"):

@@ -146,7 +146,7 @@ def test_other_options_do_not_mix(
 
 def test_shards_of_which_nothing_is_known_do_not_mix(images: Path, autoencoder: Path, tmp_path: Path) -> None:
     (tmp_path / "shard-00000.safetensors").touch()
-    with pytest.raises(DataError, match=f"{tmp_path} holds shard-00000.safetensors, and no settings.json"):
+    with pytest.raises(DataError, match=f"{tmp_path} contains shard-00000.safetensors but no settings.json"):
         encoded(images, autoencoder, tmp_path)
 
 
@@ -364,7 +364,7 @@ def test_training_on_them_is_training_on_the_images(
 
 
 def test_what_does_not_fit_is_said(images: Path, autoencoder: Path, latents: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds latents already"):
+    with pytest.raises(ConfigError, match="contains latents"):
         encoded(latents, autoencoder, tmp_path / "out")
     with pytest.raises(ConfigError, match="image_size 8 is not that of"):
         open_source(str(latents), image_size=8)

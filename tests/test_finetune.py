@@ -47,7 +47,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_classes_are_told_apart_by_name() -> None:
     before, after = build(0), build(1, num_classes=4)
     notes = take_over(after, before, ("ant", "cat", "dog", "eel"), ("dog", "cat", "owl"))
-    assert notes == ["2 of 4 classes are new and begin as no label: ant, eel"]
+    assert notes == ["2 of 4 classes are new and start as no label: ant, eel"]
     table = before.label_embedding.weight
     assert torch.equal(after.label_embedding.weight, table[[3, 1, 0, 3, 3]])
     for name, value in before.named_parameters():
@@ -77,10 +77,10 @@ def test_what_does_not_fit_is_named() -> None:
     assert notes[0].startswith(
         "the images have 3 channels and the weights are for 1: the first and the last layer start"
     )
-    assert "weights do not fit and begin anew: " in notes[1]
+    assert "weights do not fit and start from scratch: " in notes[1]
     for name in ("patch_projection.weight", "head.output.weight", "encoder.0.0.ssm.convolution.bias"):
         assert name in notes[1]
-    assert take_over(build(1), build(0, ssm_conv_bias=True), (), ())[0].startswith("13 weights have no place here: ")
+    assert take_over(build(1), build(0, ssm_conv_bias=True), (), ())[0].startswith("13 weights are not used: ")
     with pytest.raises(CheckpointError, match=r"only [\d,]+ of [\d,]+ parameters fit"):
         take_over(build(1, embed_dim=16), build(0), (), ())
 
@@ -93,7 +93,7 @@ def test_a_run_starts_from_the_averaged_weights(
     main(["finetune", str(checkpoint), *data, *RUN, "--learning-rate", "1e-9", "--ema-decay", "0"])
     said = capsys.readouterr().out
     assert f"starts from the averaged weights of {checkpoint}" in said
-    assert "1 of 2 classes are new and begin as no label: bat" in said
+    assert "1 of 2 classes are new and start as no label: bat" in said
     assert "the position embedding is resized from 8x8 to 12x12" in said
     before, after = load_checkpoint(checkpoint), load_checkpoint(tmp_path / "run")
     assert after.info.class_names == ("bat", "cat")

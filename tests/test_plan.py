@@ -144,7 +144,7 @@ def test_another_gpu_is_slower_by_its_peak_or_as_measured() -> None:
     config = PlanConfig("xl-512", gpus=1, batch_size=20)
     assert predict(replace(config, gpu="A100"), MODEL).ms == pytest.approx(90 * 989 / 312)
     assert predict(replace(config, gpu="Mine", images_per_s=40.0), MODEL).ms == pytest.approx(500)
-    with pytest.raises(ConfigError, match=r"gpu 'Mine' is not known: give images_per_s, .* or one of B200"):
+    with pytest.raises(ConfigError, match=r"gpu 'Mine' is unknown: give images_per_s, .* or use one of B200"):
         predict(replace(config, gpu="Mine"), MODEL)
 
 
@@ -231,26 +231,26 @@ def test_the_command_prints_what_is_predicted_and_on_what_it_rests(capsys: pytes
     shown = " ".join(capsys.readouterr().out.split())
     config = PlanConfig("xl-512", gpus=64, batch_size=2048, shard=True)
     plan = predict(config)
-    assert "xl-512 on 64 H100 in 8 hosts, batches of 2,048, 32 a GPU, sharded" in shown
+    assert "xl-512 on 64 H100 in 8 hosts, batches of 2,048, 32 per GPU, sharded" in shown
     speed = plan.images_per_s(64)
     assert f"images/s │ {speed:,.0f}" in shown
     assert f"GPU-hours for 36,000,000 images │ {64 * 36e6 / speed / 3600:,.0f}" in shown
-    assert f"memory of a GPU, GiB of 79 │ {plan.memory_gib:.1f}, fits" in shown
+    assert f"memory per GPU, GiB of 79 │ {plan.memory_gib:.1f}, fits" in shown
     assert "Measured: xl-512 with " in shown
-    assert "40 GB/s of each GPU's network card" in shown
-    assert "that sharded training hides as much as whole" in shown
+    assert "40 GB/s from each GPU's network card" in shown
+    assert "the same overlap in sharded as in unsharded training" in shown
 
 
 def test_the_command_says_what_does_not_fit_and_what_is_stretched(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "l-512", "--gpus", "1", "--batch-size", "1024", "--gpu", "A100"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "does not fit" in shown
-    assert "as l-512 was not measured" in shown
-    assert "times by peak TFLOP/s, of A100" in shown
+    assert "because l-512 was not measured" in shown
+    assert "times scaled by peak TFLOP/s from NVIDIA H100" in shown
     assert "network card" not in shown
     main(["plan", "xl-512", "--gpus", "1", "--batch-size", "1024", "--images-per-s", "100"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "that the line goes on to 1024 images" in shown
+    assert "linear time up to 1024 images" in shown
     assert "Given: images_per_s 100." in shown
 
 

@@ -199,14 +199,14 @@ def test_a_truncated_file_is_refused(released: tuple[dict, dict], tmp_path: Path
 
 def test_a_file_without_the_weights_asked_for_says_what_it_holds(tmp_path: Path) -> None:
     torch.save({"model": {}, "args": {}}, tmp_path / "model_only.pt")
-    with pytest.raises(CheckpointError, match="holds no 'ema' weights, only model"):
+    with pytest.raises(CheckpointError, match="has no 'ema' weights, only model"):
         load_released(tmp_path / "model_only.pt")
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"ema": 3}, {"ema": {"pos_embed": "text"}}, {"a": 1}], ids=str)
 def test_a_file_without_tensors_by_name_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match="holds no state dict"):
+    with pytest.raises(CheckpointError, match="has no state dict"):
         load_released(tmp_path / "other.pt")
 
 
@@ -226,7 +226,7 @@ def test_missing_and_unknown_names_and_wrong_shapes_are_all_listed(released: tup
     assert "head.output.bias is missing" in message
     assert "encoder.0.0.ssm.D is missing" in message
     assert "layers.9.surprise is unknown" in message
-    assert f"patch_embed.norm.weight is (5,), the network's is ({width},)" in message
+    assert f"patch_embed.norm.weight is (5,), but the network needs ({width},)" in message
     assert f"layers.0.blocks.0.attn.qkv.weight is ({width}, {3 * width})" in message
 
 
@@ -238,7 +238,7 @@ def test_a_long_list_of_problems_is_cut(released: tuple[dict, dict]) -> None:
 
 def test_an_option_of_another_network_is_noticed(released: tuple[dict, dict]) -> None:
     state, options = released
-    with pytest.raises(CheckpointError, match=r"A_logs.*the network's is \(4, \d+, 1\)"):
+    with pytest.raises(CheckpointError, match=r"A_logs.*but the network needs \(4, \d+, 1\)"):
         load_released(state, **{**options, "ssm_state_size": 1})
 
 
@@ -316,7 +316,7 @@ def test_a_network_that_the_released_code_lacks_has_no_way_back(tmp_path: Path) 
     with torch.device("meta"):
         lacking = LaMambaDiff(**small, use_attention=False)
         narrow = LaMambaDiff(**small, sample_size=16)
-    with pytest.raises(ConfigError, match="no network without scans or attention"):
+    with pytest.raises(ConfigError, match="always has scans and attention"):
         released_state(lacking)
     with pytest.raises(ConfigError, match="windows of 8 do not fill all grids of a network of sample_size 16"):
         save_released(tmp_path / "narrow.pt", narrow, narrow)

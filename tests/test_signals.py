@@ -358,7 +358,7 @@ def test_encoding_stops_at_a_signal_and_goes_on(
     monkeypatch.setattr(encoding, "_encode_batch", interrupt)
     with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
         main([*command, str(tmp_path / "parts")])
-    said = "stopped by SIGTERM at shard 2 of 2: the same command goes on from there"
+    said = "stopped by SIGTERM at shard 2 of 2: the same command continues there"
     assert capsys.readouterr().err == f"lamamba: {said}\n"
     for name in ("parts", "whole"):
         main([*command, str(tmp_path / name)])

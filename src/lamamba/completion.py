@@ -1,11 +1,11 @@
-"""The command `lamamba completion`: a script by which a shell completes commands, options and values."""
+"""The command `lamamba completion`: write a script that completes commands, options and values in a shell."""
 
 from collections.abc import Mapping, Sequence
 
 from lamamba.errors import ConfigError
 
 _HEADS = {"bash": "", "zsh": "autoload -U +X compinit bashcompinit\ncompinit\nbashcompinit\n"}
-# Whatever is neither a command nor an option, nor one of an option's few values, is a file.
+# Everything else is completed as a file name.
 _SCRIPT = """\
 {head}_lamamba() {{
     local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}} command=${{COMP_WORDS[1]}} words=
@@ -33,11 +33,11 @@ def write_completion(shell: str, commands: Mapping[str, Mapping[str, Sequence[st
 
     Args:
         shell: "bash" or "zsh".
-        commands: the options of each command, and the few values that an option takes; a command such as
+        commands: the options of each command, with the values of options that have only a few. A command such as
             "prepare emoji" is completed word by word.
 
     Raises:
-        ConfigError: there is none for that shell.
+        ConfigError: the shell is not supported.
     """
     if shell not in _HEADS:
         raise ConfigError(f"there is no completion for the shell {shell!r}: use {' or '.join(_HEADS)}")

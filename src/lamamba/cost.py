@@ -1,4 +1,4 @@
-"""What a network costs: parameters and multiply-adds, stage by stage, counted on tensors without storage."""
+"""Count the parameters and multiply-adds of a network, stage by stage, on the meta device."""
 
 import re
 from collections.abc import Iterable
@@ -63,15 +63,15 @@ def _width(blocks: nn.ModuleList) -> int:
 
 
 def count(network: LaMambaDiff, height: int, width: int) -> dict[str, tuple[int, int]]:
-    """Count one forward pass of one image.
+    """Count the parameters, and the multiply-adds of one image's forward pass.
 
     Args:
-        network: on any device, the meta device included.
-        height: of the grid the network sees.
-        width: of the grid the network sees.
+        network: the network, on any device including meta.
+        height: height of the network's input grid.
+        width: width of the network's input grid.
 
     Returns:
-        Parameters and multiply-adds of each part, in the order they run, and of "all".
+        Parameters and multiply-adds of each stage, in the order in which they run, and of "all".
     """
     stages = {
         "embeddings": [
@@ -118,15 +118,15 @@ def count_as_papers_on_mamba(network: LaMambaDiff, height: int, width: int) -> i
     return (sum(by_operation.values()) - scan + scan // (4 * states + 2) * 9 * states) // 2
 
 
-@cache  # a run in this process again, as in tests, has nothing to count
+@cache  # for several runs in one process, as in tests
 def training_flops(config: NetworkConfig) -> float:
-    """Count the FLOPs of a training step for each image: three times those of a forward pass, two a multiply-add."""
+    """Count the FLOPs of a training step per image: three forward passes, and two FLOPs per multiply-add."""
     with torch.device("meta"):
         network = LaMambaDiff(**vars(config))
     return 3.0 * 2 * count(network, config.sample_size, config.sample_size)["all"][1]
 
 
-# Dense bfloat16 TFLOP/s of NVIDIA's data sheets, by words of the name that PyTorch gives; the first that fits.
+# Dense bfloat16 TFLOP/s from NVIDIA's data sheets, by words in the GPU's name; the first match counts.
 PEAK_TFLOPS = {
     "B200": 2250.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "GH200": 989.0, "A100": 312.0,
     "L40S": 362.0, "A10G": 70.0, "A10": 125.0, "L4": 121.0, "RTX 4090": 165.0, "RTX 3090": 71.0,
@@ -134,23 +134,23 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Look up what a GPU multiplies at most, in bfloat16; None where it is not known."""
+    """Look up a GPU's peak bfloat16 TFLOP/s; None if unknown."""
     return next((peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def _flops_by_module(network: LaMambaDiff, height: int, width: int) -> dict[str, dict[Any, int]]:
-    """Count the FLOPs of one image by operation, for every module; the names begin with that of the network's class."""
+    """Count the FLOPs of one image by module and operation. Module names start with the network's class name."""
     device = network.device
     x_t = torch.empty(1, network.config.in_channels, height, width, device=device)
     t, y = torch.zeros(1, device=device), torch.zeros(1, dtype=torch.long, device=device)
-    # Attention by its definition, which is counted on every device alike.
+    # Plain attention is counted in the same way on every device.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         network(x_t, t, y)
     return counter.get_flop_counts()
 
 
 def print_info(config: InfoConfig) -> None:
-    """Print the table of `count`; raises LamambaError where the name or the size cannot be."""
+    """Print the table of `count`; raises LamambaError if the name or the size is invalid."""
     if config.network in PRESETS:
         options = {} if config.ssm_state_size is None else {"ssm_state_size": config.ssm_state_size}
         with torch.device("meta"):
@@ -184,7 +184,7 @@ def print_info(config: InfoConfig) -> None:
 
 
 def _states_table(names: Iterable[str], height: int, width: int) -> Table:
-    """Compare presets that differ in their states."""
+    """Compare presets that differ in their number of states."""
     table = Table()
     for column in ("preset", "states", "parameters", "multiply-adds (G)", "as papers on Mamba count (G)"):
         table.add_column(column, justify="left" if column == "preset" else "right")

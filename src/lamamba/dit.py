@@ -1,8 +1,7 @@
-"""DiT (Peebles & Xie 2022, arXiv 2212.09748) as diffusers saves it, to be sampled as this package's network is.
+"""Sample a DiT (Peebles & Xie 2022, arXiv 2212.09748) that diffusers saved, like a network of this package.
 
-The network is diffusers' own; here it is only found, loaded and called as `(x_t, t, y) -> (b, 2c, h, w)`. It was
-trained with the process of `lamamba.diffusion.Diffusion`, noise and variance, so that all its samplers and guidance
-apply.
+The network is diffusers' own. This module finds it, loads it, and calls it as `(x_t, t, y) -> (b, 2c, h, w)`. DiT was
+trained with the objective of `lamamba.diffusion.Diffusion`, so all its samplers and guidance work.
 """
 
 from collections import Counter
@@ -19,13 +18,13 @@ from lamamba.errors import CheckpointError, ConfigError
 from lamamba.records import DiTRecord, SchedulerRecord, read_record
 from lamamba.weights import PIPELINE_INDEX, check_class, class_of, load_model
 
-# The second is how diffusers called it when the official weights were published.
+# The second is diffusers' name for it when the official weights were published.
 DIT_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """What sampling asks of a network."""
+    """The options of a network that sampling needs."""
 
     in_channels: int
     sample_size: int
@@ -36,7 +35,7 @@ class DiT(nn.Module):
     """A denoiser around diffusers' DiTTransformer2DModel.
 
     Raises:
-        CheckpointError: it learned no variance.
+        CheckpointError: it does not predict the variance.
     """
 
     def __init__(self, transformer: Any) -> None:
@@ -44,8 +43,8 @@ class DiT(nn.Module):
         channels, out_channels = transformer.config.in_channels, transformer.config.out_channels
         if out_channels != 2 * channels:
             raise CheckpointError(
-                f"this DiT has {out_channels} output channels for {channels} of input: only those that learned the "
-                f"variance, with {2 * channels}, can be sampled"
+                f"this DiT has {channels} input and {out_channels} output channels: only DiTs that also predict the "
+                f"variance, with {2 * channels} output channels, can be sampled"
             )
         self.transformer = transformer
         self.config = DiTConfig(channels, transformer.config.sample_size, transformer.config.num_embeds_ada_norm)
@@ -57,21 +56,21 @@ class DiT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         device: torch.device = self.transformer.device
         return device
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Predict noise and variance, (b, 2c, h, w), of (b, c, h, w) latents with timesteps and labels (b,).
+        """Predict noise and variance, (b, 2c, h, w), for latents (b, c, h, w), timesteps (b,) and labels (b,).
 
         Raises:
-            ConfigError: the latents are not square, or no multiple of the patch size.
+            ConfigError: the latents are not square, or not a multiple of the patch size.
         """
         height, width = x_t.shape[2:]
         patch = self.transformer.config.patch_size
         if height != width or height % patch:
             raise ConfigError(
-                f"a DiT samples squares whose sides are multiples of {patch} in latents, not {height} by {width}"
+                f"a DiT samples square latents whose side is a multiple of {patch}, not {height} by {width}"
             )
         out: Tensor = self.transformer(x_t, timestep=t, class_labels=y, return_dict=False)[0]
         return out
@@ -79,7 +78,7 @@ class DiT(nn.Module):
 
 @dataclass(frozen=True)
 class DiTFolder:
-    """Where the parts of a DiT are: in a DiTPipeline's folder, or a transformer alone."""
+    """The parts of a DiT: a DiTPipeline's folders, or a transformer alone."""
 
     transformer: Path
     vae: Path | None = None
@@ -87,11 +86,11 @@ class DiTFolder:
 
     @classmethod
     def find(cls, path: Path) -> "DiTFolder | None":
-        """Recognise a folder that diffusers wrote of a DiT; None is anything else.
+        """Recognize a DiT that diffusers saved; return None for anything else.
 
         Raises:
-            CheckpointError: it holds another pipeline than the two that are sampled here, or was trained with another
-                process than `Diffusion`.
+            CheckpointError: it is another pipeline, which cannot be sampled here, or was trained with another objective
+                than `Diffusion`.
         """
         kind = class_of(path)
         if not (path / PIPELINE_INDEX).is_file():
@@ -99,9 +98,7 @@ class DiTFolder:
         if kind == "LaMambaDiffPipeline":
             return None
         if kind != "DiTPipeline":
-            raise CheckpointError(
-                f"{path} holds a {kind}: of pipelines, only LaMambaDiffPipeline and DiTPipeline are sampled"
-            )
+            raise CheckpointError(f"{path} is a {kind}: only LaMambaDiffPipeline and DiTPipeline can be sampled")
         names = read_record(path / PIPELINE_INDEX, _Index).get("id2label")
         _check_process(path / "scheduler" / "scheduler_config.json")
         vae = path / "vae"
@@ -113,7 +110,7 @@ class DiTFolder:
 
         check_class(self.transformer, DIT_CLASSES)
         transformer = load_model(DiTTransformer2DModel, self.transformer, DiTRecord)
-        return DiT(transformer).eval()  # in training its label embedding would drop labels
+        return DiT(transformer).eval()  # in training mode its label embedding drops labels
 
 
 class _Index(TypedDict, total=False):
@@ -121,15 +118,17 @@ class _Index(TypedDict, total=False):
 
 
 def _check_process(path: Path) -> None:
-    """A sampler of `Diffusion` reverses no other process than that."""
+    """Refuse other noise schedules, because samplers of `Diffusion` cannot reverse them."""
     process: dict[str, Any] = {**read_record(path, SchedulerRecord)} if path.is_file() else {}
     for name, wanted in Diffusion.scheduler_options.items():
         if process.get(name, wanted) != wanted:
-            raise CheckpointError(f"{path} has {name} {process[name]!r}: only DiTs trained with {wanted!r} are sampled")
+            raise CheckpointError(
+                f"{path} has {name} {process[name]!r}: only DiTs trained with {wanted!r} can be sampled"
+            )
 
 
 def _class_names(names_of: dict[str, str], path: Path) -> tuple[str, ...]:
-    """Choose a name for each class from several, separated by commas: the first that no other class has."""
+    """Choose the name of each class from a comma-separated list: the first that no other class has."""
     missing = [label for label in map(str, range(len(names_of))) if label not in names_of]
     if missing:
         raise CheckpointError(f"{path / PIPELINE_INDEX} names {len(names_of)} classes, but not {missing[0]}")

@@ -1,7 +1,7 @@
-"""The command `lamamba encode`: images to the distributions of their latents, each once, on any number of processes.
+"""The command `lamamba encode`: compute the distributions of images' latents once, on any number of ranks.
 
-Shards belong to processes in turn, and one that is there is whole: run again after an interruption, what is missing is
-done. `lamamba.data.latent_files` says what is in them.
+Ranks take shards in turn, and each shard is written atomically, so the same command continues after an interruption.
+`lamamba.data.latent_files` describes the format.
 """
 
 import json
@@ -37,18 +37,18 @@ from lamamba.signals import SignalsNoted
 
 
 def encode(config: EncodeConfig) -> None:
-    """Encode all images of a source; started by torchrun, its processes share them.
+    """Encode all images of a source. Under torchrun, the ranks share them.
 
     Raises:
-        LamambaError: the data, the autoencoder or the folder are at fault, or the folder holds latents of other
-            images, or made otherwise.
+        LamambaError: the data, the autoencoder or the folder is invalid, or the folder has latents of other images or
+            settings.
     """
     with joined(config.device) as (processes, device_name):
         device = choose_device(device_name)
         space = Latents.open(config.vae, device)
         source = _open(config, space)
         settings = describe(config, source, space) if processes.is_first else {}
-        # Others wait, so that the folder is there, and is the right one.
+        # The others wait until rank 0 has created or checked the folder.
         with locked(config.out) if processes.is_first else nullcontext():
             if processes.is_first:
                 _begin(config.out, settings)
@@ -64,7 +64,7 @@ def encode(config: EncodeConfig) -> None:
 
 def _open(config: EncodeConfig, space: Latents) -> Source:
     if are_latents(config.data):
-        raise ConfigError(f"{config.data} holds latents already: give the images")
+        raise ConfigError(f"{config.data} contains latents: give a folder of images")
     source = open_source(
         config.data,
         image_size=config.image_size,
@@ -78,7 +78,7 @@ def _open(config: EncodeConfig, space: Latents) -> Source:
 
 
 def describe(config: EncodeConfig, source: Source, space: Latents) -> dict[str, Any]:
-    """Say what decides the contents of the shards; latents can be told apart by it."""
+    """Describe everything that determines the contents of the shards."""
     grid = space.grid_size(source.image_size)
     return {
         "source": source.name, "digest": source.identify(), "images": len(source),
@@ -91,11 +91,11 @@ def describe(config: EncodeConfig, source: Source, space: Latents) -> dict[str, 
 
 
 def _begin(folder: Path, settings: dict[str, Any]) -> None:
-    """Note the settings in a new folder, or compare them with those of one that was begun."""
+    """Record the settings in a new folder, or compare them with those of an existing one."""
     path = folder / SETTINGS
     if path.is_file():
         begun = read_settings(path)
-        # Images and autoencoder may have moved: it is what they hold that counts. Earlier versions kept no digest.
+        # Images and autoencoder may have moved; only their contents count. Earlier versions recorded no digest.
         ignored = {"autoencoder", "digest", *(["source"] if "digest" in begun else [])}
         changed = [
             f"{name} was {begun.get(name)}, now {value}"
@@ -107,11 +107,11 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
         if begun["autoencoder"]["sha256"] != settings["autoencoder"]["sha256"]:
             changed.append("the autoencoder has other weights")
         if changed:
-            raise DataError(f"{folder} was begun with other options, choose another --out: {'; '.join(changed)}")
+            raise DataError(f"{folder} was started with other options, choose another --out: {'; '.join(changed)}")
         return
     left = [other.name for pattern in ("shard-*", INDEX) for other in folder.glob(pattern)]
     if left:
-        raise DataError(f"{folder} holds {min(left)}, and no {SETTINGS} that says of what: choose another --out")
+        raise DataError(f"{folder} contains {min(left)} but no {SETTINGS} that describes it: choose another --out")
     try:
         with written_whole(path) as temporary:
             write_text(temporary, json.dumps({"format": FORMAT, "settings": settings}, indent=2) + "\n")
@@ -135,7 +135,7 @@ def _encode_shards(
                 continue
             parts = []
             for pixels, labels in _read(source, images, config):
-                where = f"shard {shard + 1} of {len(shards)}: the same command goes on from there"
+                where = f"shard {shard + 1} of {len(shards)}: the same command continues there"
                 signals.end_if_noted(where, silent=not processes.is_first)
                 parts.append(_encode_batch(space, torch.from_numpy(pixels).to(device), config.mirrored))
                 parts[-1]["labels"] = torch.from_numpy(labels)
@@ -148,7 +148,7 @@ def _shard_path(folder: Path, shard: int) -> Path:
 
 
 def _read(source: Source, indices: range, config: EncodeConfig) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Read batches in threads, a few ahead."""
+    """Read batches in threads, a few of them ahead."""
     waiting: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
     with ThreadPoolExecutor(max(1, config.num_workers)) as threads:
         for first in range(0, len(indices), config.batch_size):
@@ -161,12 +161,12 @@ def _read(source: Source, indices: range, config: EncodeConfig) -> Iterator[tupl
 
 
 def _encode_batch(space: Latents, images: Tensor, mirrored: bool) -> dict[str, Tensor]:
-    """Compute the moments of images, and the sums over them of what the index says of all."""
+    """Compute the moments of images, and their sums for the statistics in the index."""
     views = [images, images.flip(-1)] if mirrored else [images]
     moments = torch.stack([torch.cat(space.moments(view), dim=1) for view in views], dim=1)
     rounded = moments.half().cpu()
     if not bool(rounded.isfinite().all()):
-        raise DataError("latents of these images are beyond float16: this autoencoder cannot be used on them")
+        raise DataError("latents of these images exceed the range of float16: use another autoencoder")
     mean, deviation = moments.double().chunk(2, dim=2)
     sums = torch.stack([mean.sum((0, 1, 3, 4)), (mean**2 + deviation**2).sum((0, 1, 3, 4))])
     return {"moments": rounded, "sums": sums.cpu()}
@@ -183,12 +183,12 @@ def _write_shard(path: Path, parts: list[dict[str, Tensor]]) -> None:
             save_file(tensors, temporary, {"sums": json.dumps(sums.tolist())})
     except (OSError, SafetensorError) as error:
         raise DataError(
-            f"{path} cannot be written ({error}): free some space and run the same command again, it goes on"
+            f"{path} cannot be written ({error}): free some space and run the same command again to continue"
         ) from error
 
 
 def _write_index(folder: Path, settings: dict[str, Any]) -> None:
-    """List the shards with their checksums, and what all latents together are like."""
+    """Write the list of shards with their checksums, and the statistics of all latents."""
     shards, sums = [], np.zeros((2, settings["shape"][0]))
     for shard in range(-(-settings["images"] // settings["images_per_shard"])):
         path = _shard_path(folder, shard)
@@ -197,7 +197,7 @@ def _write_index(folder: Path, settings: dict[str, Any]) -> None:
                 num_images = file.get_slice("labels").get_shape()[0]
                 own = parse_record(file.metadata()["sums"], str(path), list[list[float]], DataError)
                 if [len(row) for row in own] != [sums.shape[1]] * 2:
-                    raise IndexError("its sums are of other channels")
+                    raise IndexError("its sums have another number of channels")
                 sums += own
         except (OSError, SafetensorError, KeyError, TypeError, IndexError) as error:
             raise DataError(f"{path} is damaged ({error}): delete it and run the same command again") from error
@@ -215,4 +215,4 @@ def _write_index(folder: Path, settings: dict[str, Any]) -> None:
     with written_whole(folder / INDEX) as temporary:
         write_text(temporary, json.dumps(index, indent=2) + "\n")
     number = f"{len(shards)} shard{'s' * (len(shards) > 1)}"
-    say(f"{settings['images']:,} images in {number}: train with --data {shlex.quote(str(folder))}")
+    say(f"encoded {settings['images']:,} images in {number}; train with --data {shlex.quote(str(folder))}")

@@ -1,4 +1,4 @@
-"""Beginning with the weights of another network: what fits is taken over, and what does not is named."""
+"""Transfer weights from another network as far as they fit, and describe what does not fit."""
 
 from collections.abc import Sequence
 
@@ -17,16 +17,16 @@ def take_over(
 ) -> list[str]:
     """Copy weights from another network, as far as they fit.
 
-    Classes are told apart by name, if both networks have names; one that the other does not know begins as "no label".
-    The position embedding of another size is resized.
+    Classes are matched by name, if both networks have class names. An unknown class starts as "no label". A position
+    embedding of another size is resized.
 
     Args:
-        network: what is written to.
-        other: what is read.
-        class_names, other_class_names: of their labels, in order; empty where there are none.
+        network: the network to initialize.
+        other: the network to read from.
+        class_names, other_class_names: their class names by label; empty if there are none.
 
     Returns:
-        A line for everything that is not simply copied.
+        A message about everything that is not simply copied.
 
     Raises:
         CheckpointError: less than half of the parameters fit.
@@ -55,7 +55,7 @@ def take_over(
     number = sum(value.numel() for value in network.parameters())
     if num_copied < number / 2:
         raise CheckpointError(
-            f"only {num_copied:,} of {number:,} parameters fit, the network is built otherwise: leave its options out"
+            f"only {num_copied:,} of {number:,} parameters fit this network: leave out the options of the network"
         )
     channels, other_channels = network.config.in_channels, other.config.in_channels
     if channels != other_channels:
@@ -64,16 +64,16 @@ def take_over(
             "first and the last layer start over, so expect noise at first, as in a new run"
         )
     if anew:
-        notes.append(f"{len(anew)} weights do not fit and begin anew: {', '.join(anew)}")
+        notes.append(f"{len(anew)} weights do not fit and start from scratch: {', '.join(anew)}")
     if theirs:
-        notes.append(f"{len(theirs)} weights have no place here: {', '.join(theirs)}")
+        notes.append(f"{len(theirs)} weights are not used: {', '.join(theirs)}")
     return notes
 
 
 def _rows_of(
     names: Sequence[str], other_names: Sequence[str], num_classes: int, other_num_classes: int
 ) -> tuple[Tensor, str]:
-    """Choose, for each label and then for "no label", a row of the other network's table."""
+    """Choose a row of the other network's label table for each label, and then for "no label"."""
     none = other_num_classes
     if not (names and other_names):
         known = num_classes == other_num_classes
@@ -86,5 +86,5 @@ def _rows_of(
     note = ""
     if new:
         named = ", ".join(new[:5]) + (f" and {len(new) - 5} more" if len(new) > 5 else "")
-        note = f"{len(new)} of {num_classes} classes are new and begin as no label: {named}"
+        note = f"{len(new)} of {num_classes} classes are new and start as no label: {named}"
     return torch.tensor([*rows, none]), note

@@ -1,20 +1,20 @@
-"""What training a preset takes on a cluster, before it is rented: the command `lamamba plan`.
+"""The command `lamamba plan`: predict what training a preset needs on a cluster.
 
 A small model of the time of a step on n GPUs with b images on each, in h hosts of g GPUs:
 
-    compute       = fixed + slope b                      a line through measured steps of one GPU
+    compute       = fixed + slope b                      a line fitted to steps measured on one GPU
     pass          = S (g - 1) / g / link + S / g (h - 1) / h / network         S: bytes of all gradients, float32
     communication = 2 passes, of an all-reduce; sharded 3, of two all-gathers and a reduce-scatter
-    exposed       = max(latency + share communication, communication - overlap)        a line through two GPUs' steps
-    noise         = numbers drawn for the other GPUs' images / speed
-    step          = max(compute + exposed + noise, reading, launching)         launching: of sharded steps, by Python
+    exposed       = max(latency + share communication, communication - overlap)        a line fitted to two GPUs
+    noise         = random numbers drawn for the other GPUs' images / speed
+    step          = max(compute + exposed + noise, reading, launching)         launching: only for sharded steps
 
-and of the memory of a GPU, which holds weights, their average, two moments and p more averages, S bytes each:
+and of the memory of a GPU, which holds weights, EMA, two moments and p power-function EMAs, S bytes each:
 
     memory        = (4 + p) S + rest + slope b + NCCL + noise for the others   rest and slope: a line, as above
     sharded       = (4 + p) S / n + blocks gathered + the same
 
-docs/scaling.md says what was measured, how well this fits it, and what is assumed.
+docs/scaling.md describes the measurements, the fit, and the assumptions.
 """
 
 import json
@@ -37,18 +37,18 @@ from lamamba.output import make_console
 
 MEASURED = Path(__file__).with_name("assets") / "scaling.json"
 BACKWARD_SHARE = 2 / 3
-"""Of the time that grows with the images: a backward pass multiplies twice as much as a forward pass."""
+"""Share of the time per image: a backward pass has twice the multiplications of a forward pass."""
 BLOCKS_GATHERED = 3
-"""Whole blocks there are at once where parameters are sharded: one computed, one gathered, gradients of one."""
+"""Complete blocks in memory with sharding: one computed, one gathered, and the gradients of one."""
 NOT_COUNTED = (
-    "latency and waiting for the slowest GPU, which grow with their number; samples, checkpoints and starts; "
-    "what larger batches do to learning"
+    "latency and waiting for the slowest GPU, which grow with the number of GPUs; sample grids, checkpoints and "
+    "startup; the effect of larger batches on learning"
 )
 
 
 @dataclass(frozen=True)
 class Network:
-    """What the model asks of a preset."""
+    """The facts about a preset that the model needs."""
 
     config: NetworkConfig
     parameters: int
@@ -57,33 +57,33 @@ class Network:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of one float32 number a parameter, such as the gradients."""
+        """Bytes of one float32 number per parameter, for example of all gradients."""
         return 4 * self.parameters
 
     @property
     def pixels(self) -> int:
-        """Positions of the grid."""
+        """Number of positions in the grid."""
         return self.config.sample_size**2
 
     @property
     def is_of_latents(self) -> bool:
-        """Whether images are latents, read as mean and deviation in float16, else pixels in uint8."""
+        """Whether images are latents (mean and deviation in float16) or pixels (uint8)."""
         return self.config.in_channels == 4
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that a step reads of an image."""
+        """Bytes that a step reads per image."""
         return self.config.in_channels * self.pixels * (4 if self.is_of_latents else 1)
 
     @property
     def noise_numbers(self) -> int:
-        """Numbers that a step draws for an image: its noise, and what makes a latent of mean and deviation."""
+        """Random numbers per image: its noise and, for latents, the sample from mean and deviation."""
         return self.config.in_channels * self.pixels * (2 if self.is_of_latents else 1)
 
 
 @cache
 def network_of(name: str) -> Network:
-    """Count a preset; raises ConfigError where there is none of that name."""
+    """Count a preset's parameters and multiply-adds; raises ConfigError if there is no such preset."""
     config = preset(name)
     with torch.device("meta"):
         network = LaMambaDiff(**vars(config))
@@ -95,7 +95,7 @@ def network_of(name: str) -> Network:
 
 @dataclass(frozen=True)
 class Point:
-    """A measured step on so many GPUs of one host, with so many images on each."""
+    """A measured step on `gpus` GPUs of one host, with `images` images on each."""
 
     preset: str
     gpus: int
@@ -107,14 +107,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """A value that grows evenly with another, such as the images of a GPU."""
+    """A linear function, for example of the images per GPU."""
 
     fixed: float
     slope: float
 
     @classmethod
     def through(cls, points: Iterable[tuple[float, float]], relative: bool = True) -> "Line":
-        """Fit by least squares of (relative) errors; through the origin where all points are above the same place."""
+        """Fit by least squares of (relative) errors; through the origin if all points have the same place."""
         places, values = np.array(list(points), dtype=float).T
         columns = np.stack([np.ones_like(places), places] if len(set(places)) > 1 else [0 * places, places], axis=1)
         scale = values if relative else np.ones_like(values)
@@ -122,32 +122,32 @@ class Line:
         return cls(float(fixed), float(slope))
 
     def at(self, place: float) -> float:
-        """Evaluate it."""
+        """Evaluate the line."""
         return self.fixed + self.slope * place
 
 
 @dataclass(frozen=True)
 class Model:
-    """What benchmarks/scaling.py measured, and what follows from it."""
+    """The measurements of benchmarks/scaling.py, and what is derived from them."""
 
     gpu: str
     versions: str
     points: tuple[Point, ...]
     sent_gb_per_s: dict[str, float]
-    """What each of two GPUs sends to the other, by kind of collective."""
+    """Bandwidth from each of two GPUs to the other, by kind of collective."""
     noise_numbers_per_ns: float
     latents_per_s: dict[str, float]
-    """What a process reads of files in memory, by the side of their grid."""
+    """Latents per second that a process reads from cached files, by the side of their grid."""
 
     @classmethod
     @cache
     def shipped(cls) -> "Model":
-        """Read the measurements that come with the package."""
+        """Read the shipped measurements."""
         return cls.read(json.loads(MEASURED.read_bytes()))
 
     @classmethod
     def read(cls, content: dict[str, Any]) -> "Model":
-        """Take measurements as JSON holds them."""
+        """Build a model from the content of the JSON file."""
         return cls(**{**content, "points": tuple(Point(**point) for point in content["points"])})
 
     def of(self, name: str, gpus: int) -> list[Point]:
@@ -163,7 +163,7 @@ class Model:
         return min(measured, key=lambda other: abs(math.log(network_of(other).parameters / own)))
 
     def milliseconds(self, name: str) -> Line:
-        """Fit the time of one GPU; of a preset not measured, by its parameters and, at the same MFU, multiply-adds."""
+        """Fit the time on one GPU. An unmeasured preset is scaled by parameters and, at equal MFU, multiply-adds."""
         other = self.reference(name)
         line = Line.through((point.images, point.ms) for point in self.of(other, gpus=1))
         ours, theirs = network_of(name), network_of(other)
@@ -172,7 +172,7 @@ class Model:
         )
 
     def other_gib(self, name: str) -> Line:
-        """Fit the memory beside weights, average and moments; of a preset not measured, by its width and pixels."""
+        """Fit the memory beside weights, EMA and moments. An unmeasured preset is scaled by width and pixels."""
         other = self.reference(name)
         ours, theirs = network_of(name), network_of(other)
         held = 4 * theirs.state_bytes / 2**30
@@ -182,7 +182,7 @@ class Model:
 
     @cached_property
     def exposed_ms(self) -> Line:
-        """Fit the time by which two GPUs take longer than one to that of the bare all-reduce."""
+        """Fit the additional time of two GPUs over one, as a function of the time of the bare all-reduce."""
         pairs = []
         for point in self.points:
             if point.gpus == 2 and not point.shard:
@@ -193,12 +193,12 @@ class Model:
 
     @cached_property
     def launching_ms(self) -> float:
-        """Average how long Python takes for a sharded step, which is not recorded: the same in every preset."""
+        """Average the time of sharded steps, which Python launches without a CUDA graph: equal for all presets."""
         return float(np.mean([point.ms for point in self.points if point.shard] or [0.0]))
 
     @cached_property
     def together_gib(self) -> float:
-        """Average the memory that NCCL takes: what is in use on two GPUs beyond what it would be on one."""
+        """Average the memory of NCCL: what two GPUs have in use beyond one GPU."""
         return float(
             np.mean([
                 point.memory_gib
@@ -210,7 +210,7 @@ class Model:
         )  # fmt: skip
 
     def communication(self, config: PlanConfig) -> tuple[float, float, float]:
-        """Compute how long bare collectives of a step take, in ms, and the GB that a GPU sends in its host and out."""
+        """Compute the time of a step's bare collectives in ms, and the GB sent per GPU inside and outside its host."""
         state = network_of(config.preset).state_bytes / 1e9
         in_host, hosts = config.gpus_in_host, config.hosts
         inside, between = state * (in_host - 1) / in_host, state / in_host * (hosts - 1) / hosts
@@ -223,45 +223,45 @@ class Model:
 
 
 def point_plan(point: Point) -> PlanConfig:
-    """Describe a measured step as what is predicted."""
+    """Describe a measured step as a plan."""
     return PlanConfig(point.preset, gpus=point.gpus, batch_size=point.images * point.gpus, shard=point.shard)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a step takes on each GPU, and the cluster gives."""
+    """The predicted time and memory of a step on each GPU."""
 
     images: int
-    """Of a GPU."""
+    """Images per GPU."""
     compute_ms: float
     exposed_ms: float
-    """By which communication makes it longer."""
+    """Additional time because of communication."""
     communication_ms: float
-    """Of communication if nothing else was done."""
+    """Time of communication alone."""
     noise_ms: float
     launching_ms: float
     reading_ms: float
     read_mb: float
-    """By a host."""
+    """MB that a host reads in a step."""
     sent_in_host_gb: float
     sent_out_gb: float
     held_gib: float
-    """Weights, averages, moments."""
+    """Memory of weights, EMAs and moments."""
     memory_gib: float
 
     @property
     def ms(self) -> float:
-        """Milliseconds of a step."""
+        """Time of a step in milliseconds."""
         return max(self.compute_ms + self.exposed_ms + self.noise_ms, self.launching_ms, self.reading_ms)
 
     @property
     def efficiency(self) -> float:
-        """Speed of a GPU over that of one alone with as many images."""
+        """Speed per GPU, divided by the speed of a single GPU with as many images."""
         return self.compute_ms / self.ms
 
     @property
     def limit(self) -> str:
-        """What takes most of a step."""
+        """What limits the speed of a step."""
         if self.reading_ms == self.ms:
             return "reading"
         if self.launching_ms == self.ms:
@@ -269,7 +269,7 @@ class Prediction:
         return "communication" if self.exposed_ms > self.compute_ms else "computing"
 
     def images_per_s(self, gpus: int) -> float:
-        """Speed of them all."""
+        """Speed of all GPUs together."""
         return 1e3 * self.images * gpus / self.ms
 
 
@@ -277,7 +277,7 @@ def predict(config: PlanConfig, model: Model | None = None) -> Prediction:
     """Predict a step.
 
     Raises:
-        ConfigError: no preset has that name, a batch or the GPUs cannot be shared, or the GPU is not known.
+        ConfigError: the preset or the GPU is unknown, or the batch or the GPUs cannot be divided.
     """
     model = model or Model.shipped()
     network, images = network_of(config.preset), config.images_of_a_gpu
@@ -309,20 +309,20 @@ def predict(config: PlanConfig, model: Model | None = None) -> Prediction:
 
 
 def _slower(config: PlanConfig, model: Model, ms: float) -> float:
-    """Compute how many times as long a step takes as on the measured GPU: by what was given, else by peak TFLOP/s."""
+    """Compute the time of a step relative to the measured GPU: from the given speed, else from peak TFLOP/s."""
     if config.images_per_s:
         return 1e3 * config.images_of_a_gpu / config.images_per_s / ms
     ours, theirs = peak_tflops(config.gpu), peak_tflops(model.gpu)
     if ours is None or theirs is None:
         raise ConfigError(
-            f"gpu {config.gpu!r} is not known: give images_per_s, measured on one of them, or one of "
+            f"gpu {config.gpu!r} is unknown: give images_per_s, measured on one of these GPUs, or use one of "
             f"{', '.join(PEAK_TFLOPS)}"
         )
     return theirs / ours
 
 
 def print_plan(config: PlanConfig) -> None:
-    """Print a prediction, and what it rests on; raises ConfigError as `predict` does."""
+    """Print a prediction and its basis; raises ConfigError as `predict` does."""
     predicted, model, console = predict(config), Model.shipped(), make_console()
     speed = predicted.images_per_s(config.gpus)
     hours = config.num_images / speed / 3600
@@ -335,16 +335,16 @@ def print_plan(config: PlanConfig) -> None:
         "images/s": f"{speed:,.0f}",
         "scaling efficiency": f"{predicted.efficiency:.1%}",
         "limited by": predicted.limit,
-        "a step, ms": f"{predicted.ms:.1f}",
+        "time of a step, ms": f"{predicted.ms:.1f}",
         "  computing": f"{predicted.compute_ms:.1f}",
-        f"  not hidden of {predicted.communication_ms:.1f} of communication": f"{predicted.exposed_ms:.1f}",
+        f"  communication, of {predicted.communication_ms:.1f} not hidden": f"{predicted.exposed_ms:.1f}",
         "  noise for the other GPUs' images": f"{predicted.noise_ms:.1f}",
-        **({"  or launching, by Python": f"{predicted.launching_ms:.1f}"} if config.shard else {}),
-        "sent by a GPU in a step, GB, in its host": f"{predicted.sent_in_host_gb:.2f}",
+        **({"  or launching by Python": f"{predicted.launching_ms:.1f}"} if config.shard else {}),
+        "sent per GPU and step, GB, inside its host": f"{predicted.sent_in_host_gb:.2f}",
         "  to other hosts": f"{predicted.sent_out_gb:.2f}",
-        "read by a host, MB/s": f"{1e3 * predicted.read_mb / predicted.ms:,.1f}",
-        f"memory of a GPU, GiB of {config.gpu_memory_gib:g}": f"{predicted.memory_gib:.1f}, {fits}",
-        "  weights, averages, moments": f"{predicted.held_gib:.1f}",
+        "read per host, MB/s": f"{1e3 * predicted.read_mb / predicted.ms:,.1f}",
+        f"memory per GPU, GiB of {config.gpu_memory_gib:g}": f"{predicted.memory_gib:.1f}, {fits}",
+        "  weights, EMAs, moments": f"{predicted.held_gib:.1f}",
         f"GPU-hours for {config.num_images:,} images": f"{hours * config.gpus:,.0f}",
         "days": f"{hours / 24:,.1f}",
     }
@@ -352,7 +352,7 @@ def print_plan(config: PlanConfig) -> None:
         table.add_row(what, value)
     console.print(
         f"{config.preset} on {config.gpus} {config.gpu} in {hosts}, batches of {predicted.images * config.gpus:,}, "
-        f"{predicted.images} a GPU{', sharded' * config.shard}"
+        f"{predicted.images} per GPU{', sharded' * config.shard}"
     )
     console.print(table)
     for line in basis(config, model):
@@ -360,7 +360,7 @@ def print_plan(config: PlanConfig) -> None:
 
 
 def basis(config: PlanConfig, model: Model) -> list[str]:
-    """Say what a prediction rests on: a line each of what was measured, what is assumed, and what is left out."""
+    """Describe the basis of a prediction: one line each for what was measured, given, assumed and not counted."""
     other = model.reference(config.preset)
     measured = sorted({point.images for point in model.of(other, gpus=1)})
     given = [
@@ -370,21 +370,21 @@ def basis(config: PlanConfig, model: Model) -> list[str]:
     ]
     assumed = []
     if other != config.preset and not config.images_per_s:
-        assumed.append(f"the MFU of {other}, as {config.preset} was not measured")
+        assumed.append(f"the MFU of {other}, because {config.preset} was not measured")
     elif not min(measured) <= config.images_of_a_gpu <= max(measured):
-        assumed.append(f"that the line goes on to {config.images_of_a_gpu} images")
+        assumed.append(f"linear time up to {config.images_of_a_gpu} images per GPU, which was not measured")
     if peak_tflops(config.gpu) != peak_tflops(model.gpu) and not config.images_per_s:
-        assumed.append(f"times by peak TFLOP/s, of {config.gpu} over {model.gpu}")
+        assumed.append(f"times scaled by peak TFLOP/s from {model.gpu} to {config.gpu}")
     if config.gpus > 2:
-        assumed.append("links and what hides behind computing as on two GPUs")
+        assumed.append("the same link speed and overlap as on two GPUs")
     if config.hosts > 1:
-        assumed.append(f"{config.network_gbytes_per_s:g} GB/s of each GPU's network card")
+        assumed.append(f"{config.network_gbytes_per_s:g} GB/s from each GPU's network card")
     if config.shard:
-        assumed.append("that sharded training hides as much as whole, and is launched as fast as on two GPUs")
+        assumed.append("the same overlap in sharded as in unsharded training, and launching as fast as on two GPUs")
     if not config.data_gbytes_per_s:
-        assumed.append("images never waited for")
+        assumed.append("no waiting for data")
     return [
-        f"Measured: {other} with {min(measured)} to {max(measured)} images on a GPU, one and two {model.gpu}.",
+        f"Measured: {other} with {min(measured)} to {max(measured)} images per GPU, on one and two {model.gpu}.",
         *([f"Given: {', '.join(given)}."] if given else []),
         f"Assumed: {'; '.join(assumed) or 'nothing'}.",
         f"Not counted: {NOT_COUNTED}. docs/scaling.md has the model and its fit.",

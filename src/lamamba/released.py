@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' released LaMamba-Diff code: read by name and shape, running nothing, and written."""
+"""Read and write checkpoints of the authors' LaMamba-Diff code, without running their pickles."""
 
 import re
 from collections import Counter
@@ -15,7 +15,7 @@ from lamamba.model import LaMambaDiff
 from lamamba.ops.window_attention.geometry import WindowGeometry
 from lamamba.weights import check_weights, read_pickle
 
-# Released name and this package's, for whole beginnings of names; # is a number. The first that fits counts.
+# Pairs of prefixes: the name in the authors' code and in this package. # is a number. The first match counts.
 _Rules = tuple[tuple[str, str], ...]
 _ROOTS: _Rules = (
     ("pos_embed", "position_embedding"),
@@ -58,35 +58,37 @@ _IN_BLOCK: _Rules = (
     ("mlp.fc1", "mlp.linear_1"),
     ("mlp.fc2", "mlp.linear_2"),
 )
-# Derived from the geometry, which this package computes for any size.
+# Prefixes that torch.compile, FSDP and checkpointing insert.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# Buffers that the authors' code derives from the geometry; this package computes them for any size.
 _DERIVED = re.compile(r"(attn\.relative_position_index|attn_mask)$")
 
 
 def load_released(
     path_or_state_dict: str | Path | Mapping[str, Tensor], weights: Literal["model", "ema"] = "ema", **config: Any
 ) -> LaMambaDiff:
-    """Load a checkpoint of the released code into a network of this package.
+    """Load a checkpoint of the authors' code into a network of this package.
 
-    Only tensors are taken from the file; whatever else its pickle names is replaced by an inert object, never called.
+    Only tensors are read from the file. Any other object in its pickle becomes an inert placeholder and is never
+    called.
 
     Args:
-        path_or_state_dict: a checkpoint file, or a state dict under the released names.
-        weights: which of the two a checkpoint file holds to take; ignored for a plain state dict.
-        **config: the network's options where they differ from the released XL at 256 px.
+        path_or_state_dict: a checkpoint file, or a state dict with the authors' names.
+        weights: which weights of a checkpoint file to load; ignored for a plain state dict.
+        **config: options of the network that differ from XL at 256 px.
 
     Raises:
-        CheckpointError: it cannot be read, or does not fit; every name that is missing, unknown or of another shape is
-            listed.
+        CheckpointError: it cannot be read, or does not fit the network. The message lists the first names that are
+            missing, unknown or of another shape.
     """
     if isinstance(path_or_state_dict, Mapping):
         released, source = _state_in(path_or_state_dict, "the state dict"), "the state dict"
     else:
         states, source = read_released(path_or_state_dict), str(path_or_state_dict)
         if weights not in states:
-            raise CheckpointError(f"{source} holds no {weights!r} weights, only {', '.join(states)}")
+            raise CheckpointError(f"{source} has no {weights!r} weights, only {', '.join(states)}")
         released = states[weights]
-    with torch.device("meta"):  # nothing is drawn that would be overwritten
+    with torch.device("meta"):  # no weights are initialized, since they would be overwritten
         network = LaMambaDiff(**config)
     wanted = network.state_dict()
     state: dict[str, Tensor] = {}
@@ -101,7 +103,7 @@ def load_released(
         shape = wanted[name].shape
         state[name] = value.reshape(shape) if value.numel() == shape.numel() and _reshapes(name) else value
         if state[name].shape != shape:
-            problems.append(f"{released_name} is {tuple(value.shape)}, the network's is {tuple(shape)}")
+            problems.append(f"{released_name} is {tuple(value.shape)}, but the network needs {tuple(shape)}")
     problems += [f"{name} is missing" for name in wanted if name not in state]
     if problems:
         listed = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
@@ -114,21 +116,21 @@ def load_released(
 
 
 def released_state(network: LaMambaDiff) -> dict[str, Tensor]:
-    """Give a network's parameters the released names and layouts, in float32, with the buffers that go with them.
+    """Return a network's state dict in float32 with the names, layouts and buffers of the authors' code.
 
-    Those are what the released code derives from the geometry and keeps: the row of the relative position table for
-    each pair of pixels, and the mask of shifted windows. `load_released` takes the result back to the same values.
+    The buffers are what that code derives from the geometry: the row of the relative position table for each pair of
+    pixels, and the mask of shifted windows. `load_released` restores the same values.
 
     Raises:
-        ConfigError: the released code has no such network, without a branch or with windows that do not fill its grids.
+        ConfigError: the authors' code cannot build this network: a branch is missing, or windows do not fill the grids.
     """
     config = network.config
     if not (config.use_ssm and config.use_attention):
-        raise ConfigError("the released code has no network without scans or attention: it cannot read this one")
+        raise ConfigError("the authors' code always has scans and attention: it cannot read this network")
     if config.sample_size % (4 * config.window_size):
         raise ConfigError(
-            f"windows of {config.window_size} do not fill all grids of a network of sample_size {config.sample_size}, "
-            f"as the released code needs: it cannot read a sample_size that is no multiple of {4 * config.window_size}"
+            f"windows of {config.window_size} do not fill all grids of a network of sample_size {config.sample_size}: "
+            f"the authors' code needs a sample_size that is a multiple of {4 * config.window_size}"
         )
     roots = [
         (ours, theirs) for theirs, ours in _ROOTS if config.downsample != "conv" or "downsample.norm" not in theirs
@@ -153,7 +155,7 @@ def released_state(network: LaMambaDiff) -> dict[str, Tensor]:
 
 
 def _stages(network: LaMambaDiff) -> Iterator[tuple[str, int]]:
-    """Name the stacks of blocks, with how many times smaller than the network's input their grid is."""
+    """Yield each stack of blocks, and by which factor its grid is smaller than the network's input."""
     for index, shrunk in enumerate((1, 2, 4, 4)):
         yield f"encoder.{index}", shrunk
         yield f"decoder.{3 - index}", shrunk
@@ -161,10 +163,10 @@ def _stages(network: LaMambaDiff) -> Iterator[tuple[str, int]]:
 
 
 def save_released(path: Path, model: LaMambaDiff, ema: LaMambaDiff) -> None:
-    """Write a checkpoint that the released code's loading takes: a pickle with `model` and `ema`, tensors by name.
+    """Write a checkpoint that the authors' code can load: a pickle with `model` and `ema`, tensors by name.
 
     Raises:
-        ConfigError: the released code has no such network, see `released_state`.
+        ConfigError: the authors' code cannot build this network; see `released_state`.
         CheckpointError: it could not be written.
     """
     states = {"model": released_state(model)}
@@ -172,22 +174,22 @@ def save_released(path: Path, model: LaMambaDiff, ema: LaMambaDiff) -> None:
     try:
         with written_whole(path) as temporary:
             torch.save(states, temporary)
-    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch.save
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
         raise CheckpointError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
 
 
 def translate(released_name: str) -> str:
-    """Translate a parameter's released name into this package's; a name that no rule knows comes back unchanged."""
+    """Translate a parameter's name in the authors' code to this package's; unknown names stay unchanged."""
     return _rename(released_name, _ROOTS, _IN_BLOCK)
 
 
 def _rename(name: str, rules: _Rules, in_block: _Rules) -> str:
-    """Replace the beginning of a name by the first rule that fits it and, behind a block's, what follows likewise."""
+    """Replace the prefix of a name by the first matching rule; inside a block, also the rest, by `in_block`."""
     for old, new in rules:
         match = re.match(re.escape(old).replace(r"\#", r"(\d+)") + r"(?=\.|$)", name)
         if match:
             numbers, rest = iter(match.groups()), name[match.end() + 1 :]
-            begin = re.sub("#", lambda _: next(numbers), new)  # noqa: B023 - it is called here and now
+            begin = re.sub("#", lambda _: next(numbers), new)  # noqa: B023 - it is called at once
             if "blocks" in old + new:
                 rest = _rename(rest, in_block, ())
             return ".".join(part for part in (begin, rest) if part)
@@ -195,17 +197,17 @@ def _rename(name: str, rules: _Rules, in_block: _Rules) -> str:
 
 
 def _reshapes(name: str) -> bool:
-    """Whether a parameter's released layout differs: (k e, n) or (k e,) paths and the 1x1 patch convolution."""
+    """Return whether the authors' layout differs: paths as (k e, n) or (k e,), and the 1x1 patch convolution."""
     return name.endswith((".A_log", ".D")) or name == "patch_projection.weight"
 
 
 def read_released(path: str | Path) -> dict[str, Mapping[str, Tensor]]:
-    """Read the tensors of a checkpoint file, running nothing: `model` and `ema`, both the same for a plain state dict.
+    """Read `model` and `ema` from a checkpoint file without running code. For a plain state dict, both are the same.
 
-    Tensors stay on the disk until they are used, where the file's layout allows.
+    Tensors are memory-mapped if the file's format allows that.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or holds something else.
+        CheckpointError: the file is missing or damaged, or contains something else.
     """
     path = Path(path)
     if not path.is_file():
@@ -218,7 +220,7 @@ def read_released(path: str | Path) -> dict[str, Mapping[str, Tensor]]:
 
 def _state_in(content: Any, source: str | Path) -> Mapping[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{source} holds no state dict: expected 'model' or 'ema' with tensors by name")
+        raise CheckpointError(f"{source} has no state dict: expected 'model' or 'ema' with tensors by name")
     state = {_unwrapped(str(name)): value for name, value in content.items()}
     if len(state) < len(content):
         both = next(name for name, uses in Counter(map(_unwrapped, map(str, content))).items() if uses > 1)
@@ -227,7 +229,7 @@ def _state_in(content: Any, source: str | Path) -> Mapping[str, Tensor]:
 
 
 def _unwrapped(name: str) -> str:
-    """Take out of a name what torch.compile, DDP and FSDP put in where they wrap a network or parts of it."""
+    """Remove the prefixes that torch.compile, DDP and FSDP insert into names."""
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     while parts[:1] == ["module"]:
         parts = parts[1:]
@@ -235,7 +237,7 @@ def _unwrapped(name: str) -> str:
 
 
 def sizes_in(released: Mapping[str, Tensor]) -> dict[str, int]:
-    """Tell the options of the network that its training data decided from a state dict under the released names."""
+    """Infer the options that depend on the training data from a state dict with the authors' names."""
     found = {
         "in_channels": ("patch_embed.proj.weight", lambda shape: shape[1]),
         "sample_size": ("pos_embed", lambda shape: shape[1]),
