@@ -1,10 +1,10 @@
 """LaMamba-Diff (Fu, Chen, Yu 2024, arXiv 2408.02615): the whole network, top to bottom.
 
-A U-Net over a grid of pixels or latents. Each block mixes the image globally by a state-space scan along four paths,
-locally by attention in windows, and per pixel by an MLP, each modulated by the timestep and the label. Activations
-are channels-last, (b, h, w, c), from the patch embedding to the output.
+A U-Net over a grid of pixels or latents. Each block mixes the image globally with a state-space scan along four paths,
+locally with window attention, and per pixel with an MLP. All three are modulated by the timestep and the label.
+Activations are channels-last, (b, h, w, c), from the patch embedding to the output.
 
-Initialisation (`LaMambaDiff.reset_parameters`):
+Initialization (`LaMambaDiff.reset_parameters`):
 
     linear layers, patch embedding      Xavier uniform, bias 0
     label table, timestep layers        normal(0, 0.02), bias 0
@@ -13,7 +13,7 @@ Initialisation (`LaMambaDiff.reset_parameters`):
     relative_position_bias              normal(0, 0.02), truncated
     SS2D A_log, D                       log(1..n), 1
     SS2D dt_weight, dt_bias             uniform +-rank^-0.5; inverse softplus of a log-uniform step in [1e-3, 1e-1]
-    SS2D x_proj_weight, convolutions    PyTorch's default of the same shape
+    SS2D x_proj_weight, convolutions    PyTorch's default for the same shape
 """
 
 import math
@@ -43,16 +43,16 @@ from lamamba.weights import CONFIG, check_loaded
 
 
 class LaMambaDiff(ModelMixin, ConfigMixin):
-    """The denoising network: a noised image, its timestep and its label in, two channels for each of its channels out.
+    """The denoising network. It maps a noisy image, its timestep and its label to two channels per input channel.
 
-    The arguments are `lamamba.config.NetworkConfig`'s, explained there; the defaults are the released XL at 256 px.
+    The arguments are those of `lamamba.config.NetworkConfig`; the defaults are the authors' XL at 256 px.
 
     Raises:
-        ConfigError: an argument cannot work; the message names it and the mend.
+        ConfigError: an argument is invalid; the message says what to do.
     """
 
     _supports_gradient_checkpointing = True
-    _supports_group_offloading = False  # its operations read the weights of several modules at once
+    _supports_group_offloading = False  # operations read the weights of several modules at once
     _no_split_modules = ("Block",)
 
     @register_to_config
@@ -109,29 +109,29 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:
-        """Build a network with fresh parameters from `lamamba.config.PRESETS`, some options replaced.
+        """Build a network with new parameters from a preset in `lamamba.config.PRESETS`, with some options replaced.
 
         Raises:
-            ConfigError: the name is no preset's (the message says the nearest), or an option cannot work.
+            ConfigError: there is no such preset (the message suggests the nearest), or an option is invalid.
         """
         return cls(**{**vars(preset(name)), **overrides})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Self:
-        """Load what `save_pretrained` wrote; options as in diffusers.
+        """Load a network that `save_pretrained` wrote, with diffusers' options.
 
-        With `torch_dtype=torch.bfloat16`, say, the parameters of the scan's state, `A_log`, `D` and `dt_bias`, stay
-        float32, as the state itself does. `.to(torch.bfloat16)` rounds them too, as `.to` does in any module.
+        With `torch_dtype=torch.bfloat16`, the parameters of the scan's state (`A_log`, `D` and `dt_bias`) stay float32,
+        like the state itself. `.to(torch.bfloat16)` rounds them too, as in any module.
 
         Raises:
             CheckpointError: a value of config.json is wrong, or weights are missing, unexpected or not finite.
         """
-        # diffusers' default needs accelerate, as does its way to keep parameters in float32, and warns without it; the
-        # network fits in memory twice.
+        # diffusers' default, and its way to keep parameters in float32, need accelerate and warn without it. The
+        # network fits into memory twice.
         options.setdefault("low_cpu_mem_usage", False)
         dtype = options.pop("dtype", None) or options.pop("torch_dtype", None)
         wants_info = options.pop("output_loading_info", False)
-        place = pretrained_model_name_or_path  # on the hub, or a folder
+        place = pretrained_model_name_or_path  # a name on the hub, or a folder
         if Path(place).is_dir():
             read_record(Path(place) / (options.get("subfolder") or "") / CONFIG, NetworkConfig)
             place = utf8_path(Path(place))
@@ -146,22 +146,23 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
 
     @property
     def null_label(self) -> int:
-        """The label that means "no label": the last row of the table."""
+        """The label that means "no label": the last row of the label table."""
         return int(self.config.num_classes)
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Predict from a noised image.
+        """Predict noise and variance, or the velocity, from a noisy image.
 
         Args:
-            x_t: (b, c, h, w) noised images or latents; h and w even, at least 4, and not necessarily `sample_size`.
+            x_t: (b, c, h, w) noisy images or latents. h and w are even and at least 4; they may differ from
+                `sample_size`.
             t: (b,) timesteps, integer or float, from 0 to 1000.
-            y: (b,) labels from 0 to num_classes, the last being "no label"; not needed by an unconditional network.
-                Labels are taken as they are: replacing some of them in training is the objective's work. Or
-                (b, num_classes + 1) floating point weights of labels, whose embeddings are added up so.
+            y: (b,) labels from 0 to num_classes, where num_classes means "no label"; not needed by an unconditional
+                network. The network drops no labels; the objective does that in training. Alternatively
+                (b, num_classes + 1) floating point weights, for a weighted sum of the label embeddings.
 
         Returns:
-            (b, 2c, h, w) in the dtype of x_t. For noise prediction: the noise, then the position of the log-variance
-            between its bounds, -1 to 1 (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15).
+            (b, 2c, h, w) in the dtype of x_t. For noise prediction: the noise, then the log-variance as a position from
+            -1 to 1 between its bounds (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15).
 
         Raises:
             ValueError: a shape, a size or (on a CPU) a label is out of range.
@@ -204,7 +205,7 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         return x if residual is None else add_gated(x, residual)
 
     def _modulate_ahead(self, condition: Tensor) -> "Ahead":
-        """In CUDA graphs for inference, compute modulations beside the blocks, which leave room in small batches."""
+        """In CUDA graphs for inference, compute modulations beside the blocks, which leave parts of it idle."""
         eager = condition.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if not (eager and torch.cuda.is_current_stream_capturing()):
             return {}
@@ -247,7 +248,7 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
             return y
         if y.shape != (batch,):
             raise ValueError(f"y is {tuple(y.shape)}: give ({batch},), one label for each image of x_t")
-        # Looking at the labels would make a GPU wait; there the embedding's own assertion has to do.
+        # Checking labels on a GPU would wait for it; there, the embedding's own assertion has to suffice.
         on_cpu = y.device.type == "cpu" and not torch.compiler.is_compiling()
         if on_cpu and batch and not 0 <= int(y.min()) <= int(y.max()) <= num_classes:
             raise ValueError(f"y goes from {int(y.min())} to {int(y.max())}: labels go from 0 to {num_classes}")
@@ -255,7 +256,7 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, as the table at the top of this file says."""
+        """Initialize all parameters as in the table at the top of this file."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -269,17 +270,17 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         self.position_embedding.copy_(_sine_cosine_positions(size, channels))
 
 
-# Modulations that are being computed, and the events after which they are there.
+# Modulations that are being computed, and the events that mark their completion.
 Ahead = dict[nn.Module, tuple[Tensor, torch.cuda.Event]]
 
 
 def _stages(stages: nn.ModuleList) -> Iterable[nn.ModuleList]:
-    """Say to the type checker what a list of stages holds: lists of blocks."""
+    """Tell the type checker that a list of stages contains lists of blocks."""
     return cast(Iterable[nn.ModuleList], stages)
 
 
 class Linear(nn.Linear):
-    """PyTorch's, but for how gradients of float32 weights come about in mixed precision; see `lamamba.ops.linear`."""
+    """PyTorch's linear layer with faster gradients of float32 weights in mixed precision; see `lamamba.ops.linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., i) to (..., o)."""
@@ -287,7 +288,7 @@ class Linear(nn.Linear):
 
 
 class TimestepEmbedding(nn.Module):
-    """(b,) timesteps to (b, width): 256 sinusoids, then two linear layers."""
+    """Embed timesteps (b,) as (b, width): 256 sinusoids, then two linear layers."""
 
     num_sinusoids = 256
 
@@ -312,13 +313,13 @@ class TimestepEmbedding(nn.Module):
 class Block(nn.Module):
     """Scan, window attention and MLP, each a residual branch with shift, scale and gate from the condition.
 
-    A branch gives what it leaves to be added, and the bias of its last layer apart, or None: see `Residual`.
+    A branch returns its output without the bias of its last layer, and that bias or None separately; see `Residual`.
 
     Args:
-        config: the network's.
-        width: channels c of this block.
-        shifted: attention windows are shifted by half a window.
-        project: the condition (b, 4 embed_dim) goes through a linear layer to (b, c) first.
+        config: options of the network.
+        width: number of channels c of this block.
+        shifted: whether attention windows are shifted by half a window.
+        project: whether a linear layer first maps the condition (b, 4 embed_dim) to (b, c).
     """
 
     def __init__(self, config: NetworkConfig, width: int, shifted: bool, project: bool) -> None:
@@ -340,17 +341,17 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation.weight)
 
     def modulate(self, condition: Tensor) -> Tensor:
-        """Compute every branch's shift, scale and gate, side by side, from the condition, (b, 4 embed_dim)."""
+        """Compute the concatenated shifts, scales and gates of all branches from the condition (b, 4 embed_dim)."""
         modulation: Tensor = self.modulation(F.silu(self.condition_projection(condition)))
         return modulation
 
     def forward(
         self, x: Tensor, condition: Tensor, residual: Residual | None = None, modulation: Tensor | None = None
     ) -> tuple[Tensor, Residual]:
-        """Take x and what the block before has left to add to it, and return both of this block.
+        """Run the block on x and the previous block's residual, not added yet; return both for the next block.
 
-        A branch is added where the next one normalizes: the stream is read once for both. What `modulate` gives may be
-        known already.
+        Each branch's output is added together with the next normalization, so x is read only once for both. Pass
+        `modulation` if `modulate` has already run.
         """
         modulation = self.modulate(condition) if modulation is None else modulation
         parts = iter(modulation.unflatten(1, (-1, x.shape[-1])).unbind(1))
@@ -363,17 +364,17 @@ class Block(nn.Module):
                 x, normed = residual_norm(x, residual, norm.weight, norm.bias, shift_scale, norm.eps, dtype)
             out, bias = branch(normed)
             residual = Residual(out, gate, bias)
-        assert residual is not None  # a block has an MLP at least
+        assert residual is not None  # every block has an MLP
         return x, residual
 
 
 def normalize(x: Tensor, norm: nn.LayerNorm, modulation: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Normalize (b, h, w, c) as `norm` says, then shift and scale, each (b, c): x (1 + scale) + shift."""
+    """Apply `norm` to (b, h, w, c), then shift and scale, each (b, c): x (1 + scale) + shift."""
     return layer_norm(x, norm.weight, norm.bias, modulation, norm.eps, compute_dtype(x))
 
 
 class SS2D(nn.Module):
-    """Four selective scans over the grid, added up: every pixel sees every other, at linear cost."""
+    """The sum of four selective scans over the grid: every pixel sees every other pixel, at linear cost."""
 
     def __init__(self, config: NetworkConfig, width: int) -> None:
         super().__init__()
@@ -402,7 +403,7 @@ class SS2D(nn.Module):
         nn.init.ones_(self.D)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """Mix (b, h, w, c) globally; there is no bias to be added."""
+        """Mix (b, h, w, c) globally; return the result and None, because there is no bias."""
         x, z = linear_in_halves(x, self.in_proj.weight)
         x = depthwise_convolution(x, self.convolution.weight, self.convolution.bias)
         planes = project_and_scan(x, self.x_proj_weight, self.dt_weight, self.dt_bias, self.A_log, self.D, self.scan)
@@ -411,7 +412,7 @@ class SS2D(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Attention among the pixels of a window, see `lamamba.ops.window_attention`, between two linear layers."""
+    """Attention inside windows (see `lamamba.ops.window_attention`), between two linear layers."""
 
     def __init__(self, config: NetworkConfig, width: int, shifted: bool) -> None:
         super().__init__()
@@ -426,7 +427,7 @@ class WindowAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias, std=0.02)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix (b, h, w, c) locally; the bias of the result is given beside it."""
+        """Mix (b, h, w, c) locally; return the result without its bias, and the bias."""
         x = project_and_attend(
             x, self.qkv.weight, self.qkv.bias,
             self.relative_position_bias, self.num_heads, self.window_size, self.shifted,
@@ -435,7 +436,7 @@ class WindowAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an exact GELU between."""
+    """Two linear layers with an exact GELU between them."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -443,18 +444,18 @@ class Mlp(nn.Module):
         self.linear_2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map every pixel's channels; the bias of the result is given beside it."""
+        """Map the channels of every pixel; return the result without its bias, and the bias."""
         x = linear_gelu(x, self.linear_1.weight, self.linear_1.bias)
         return linear(x, self.linear_2.weight), self.linear_2.bias
 
 
 def _pad_to_even(x: Tensor) -> Tensor:
-    """Add a row or column of zeros where a stage's grid is odd; the decoder cuts it off again."""
+    """Pad an odd grid with a row or column of zeros, which the decoder crops again."""
     return F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
 
 
 class MergeDownsample(nn.Module):
-    """Halve a grid, double its channels: 2x2 neighbours side by side, norm, linear layer."""
+    """Halve a grid and double its channels: concatenate 2x2 neighbors, normalize, linear layer."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -468,7 +469,7 @@ class MergeDownsample(nn.Module):
 
 
 class ConvDownsample(nn.Module):
-    """Halve a grid, double its channels: 2x2 convolution with stride 2, norm."""
+    """Halve a grid and double its channels: 2x2 convolution with stride 2, then norm."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -481,7 +482,7 @@ class ConvDownsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double a grid, halve its channels: linear layer, unfold, norm."""
+    """Double a grid and halve its channels: linear layer, unfold, norm."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -494,7 +495,7 @@ class Upsample(nn.Module):
 
 
 class Head(nn.Module):
-    """From the last stage to the output channels, modulated by the condition."""
+    """Map the last stage to the output channels, modulated by the condition."""
 
     def __init__(self, width: int, condition_width: int, out_channels: int) -> None:
         super().__init__()
@@ -515,7 +516,7 @@ class Head(nn.Module):
 
 
 def _sine_cosine_positions(size: int, channels: int) -> Tensor:
-    """(size, size, channels): the first half of the channels encodes the column, the second the row."""
+    """Return (size, size, channels), where the first half of the channels encodes the column and the second the row."""
     quarter = channels // 4
     frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = torch.arange(size, dtype=torch.float64)[:, None] * frequencies
