@@ -3,7 +3,8 @@
 import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -107,8 +108,10 @@ class CapturedNetwork:
         network = self.network  # what is recorded must not refer to this object, or nobody frees the two of them
 
         def forward(*inputs: Tensor) -> dict[str, Tensor]:
+            is_recorded = kind == "cuda" and torch.cuda.is_current_stream_capturing()
+            ahead = modulations_ahead(network) if is_recorded else nullcontext()
             # Without its cache, whose copies of the weights would be gone when the pass is launched again.
-            with torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False):
+            with ahead, torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False):
                 return {"out": network(*inputs)}
 
         if kind != "cuda":
@@ -143,6 +146,37 @@ class CapturedNetwork:
         """Free what was recorded."""
         while self._passes:
             self._drop_oldest()
+
+
+@contextmanager
+def modulations_ahead(network: nn.Module) -> Iterator[None]:
+    """While a pass is recorded, compute all blocks' modulations on a second stream, for which small batches have room.
+
+    Blocks are modules with a method `modulate`, of a condition that is the same for all.
+    """
+    blocks: list[Any] = [module for module in network.modules() if callable(getattr(module, "modulate", None))]
+    plain = {block: block.modulate for block in blocks}
+    ahead: dict[Any, tuple[Tensor, torch.cuda.Event]] = {}
+
+    def modulate_ahead(block: Any, condition: Tensor) -> Any:
+        if not torch.cuda.is_current_stream_capturing():  # another thread, which computes as usual
+            return plain[block](condition)
+        if not ahead:
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                ahead.update((other, (modulate(condition), beside.record_event())) for other, modulate in plain.items())
+        modulation, is_there = ahead[block]
+        is_there.wait()
+        return modulation
+
+    for block in plain:
+        block.modulate = partial(modulate_ahead, block)
+    try:
+        yield
+    finally:
+        for block in plain:
+            del block.modulate
 
 
 def capture(network: Denoiser) -> Denoiser:

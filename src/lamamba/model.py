@@ -174,46 +174,30 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         x = normalize(self.patch_projection(rearrange(x_t, "b c h w -> b h w c").to(dtype)), self.patch_norm)
         x = x + self._position_embedding(height, width).to(x.dtype)
         condition = self.timestep_embedding(t) + self._embed(y)
-        ahead = self._modulate_ahead(condition)
 
         skips = []
         for index, blocks in enumerate(_stages(self.encoder)):
-            x = self._run(blocks, x, condition, ahead)
+            x = self._run(blocks, x, condition)
             skips.append(x)
             if index < len(self.downsamples):
                 x = self.downsamples[index](x)
-        x = x + self._run(self.bottleneck, x, condition, ahead)
+        x = x + self._run(self.bottleneck, x, condition)
         for index, blocks in enumerate(_stages(self.decoder)):
             skip = skips.pop()
             if index >= 2:
                 x = self.upsamples[index - 2](x)[:, : skip.shape[1], : skip.shape[2]]
-            x = self._run(blocks, x + skip, condition, ahead)
+            x = self._run(blocks, x + skip, condition)
         out: Tensor = rearrange(self.head(x, condition), "b h w c -> b c h w").to(x_t.dtype).contiguous()
         return out
 
-    def _run(self, blocks: Iterable[nn.Module], x: Tensor, condition: Tensor, ahead: "Ahead") -> Tensor:
+    def _run(self, blocks: Iterable[nn.Module], x: Tensor, condition: Tensor) -> Tensor:
         residual: Residual | None = None
         for block in blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x, residual = self._gradient_checkpointing_func(block, x, condition, residual)
             else:
-                modulation = None
-                if block in ahead:
-                    modulation, is_there = ahead[block]
-                    is_there.wait()
-                x, residual = block(x, condition, residual, modulation)
+                x, residual = block(x, condition, residual)
         return x if residual is None else add_gated(x, residual)
-
-    def _modulate_ahead(self, condition: Tensor) -> "Ahead":
-        """In CUDA graphs for inference, compute modulations beside the blocks, which leave parts of it idle."""
-        eager = condition.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if not (eager and torch.cuda.is_current_stream_capturing()):
-            return {}
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            blocks = [block for stage in (*self.encoder, self.bottleneck, *self.decoder) for block in cast(Any, stage)]
-            return {block: (block.modulate(condition), beside.record_event()) for block in blocks}
 
     def _embed(self, y: Tensor) -> Tensor:
         table = self.label_embedding.weight
@@ -268,10 +252,6 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         nn.init.normal_(self.label_embedding.weight, std=0.02)
         _, size, _, channels = self.position_embedding.shape
         self.position_embedding.copy_(_sine_cosine_positions(size, channels))
-
-
-# Modulations that are being computed, and the events that mark their completion.
-Ahead = dict[nn.Module, tuple[Tensor, torch.cuda.Event]]
 
 
 def _stages(stages: nn.ModuleList) -> Iterable[nn.ModuleList]:
