@@ -11,7 +11,7 @@ import torch
 
 from lamamba import LaMambaDiff
 from lamamba.checkpoint import CheckpointInfo, verify
-from lamamba.files import flush, written_whole
+from lamamba.files import atomic_write, flush
 from lamamba.saving import save_checkpoint
 
 SYNC, OPEN = os.fsync, os.open
@@ -42,7 +42,7 @@ def without_folder_sync(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("without_folder_sync")
 def test_files_are_written_where_folders_cannot_be_synced(tmp_path: Path) -> None:
-    with written_whole(tmp_path / "a.txt") as temporary:
+    with atomic_write(tmp_path / "a.txt") as temporary:
         temporary.write_text("all of it")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.txt", "all of it")]
     flush(tmp_path)
@@ -65,6 +65,6 @@ def test_a_file_that_cannot_be_synced_is_an_error(tmp_path: Path, monkeypatch: p
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"), written_whole(tmp_path / "a.txt") as temporary:
+    with pytest.raises(OSError, match="No space left"), atomic_write(tmp_path / "a.txt") as temporary:
         temporary.write_text("after")
     assert (tmp_path / "a.txt").read_text() == "before"

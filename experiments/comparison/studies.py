@@ -14,7 +14,7 @@ from torch import Tensor
 from contestants import DIT
 from lamamba.data import ArraySource
 from lamamba.diffusion import OBJECTIVES
-from lamamba.files import written_whole
+from lamamba.files import atomic_write
 from lamamba.sampling import make_grid
 from pieces import Clipping, Memorisation, Speed, Steps, Training
 from scoring import extract
@@ -131,7 +131,7 @@ def _draw(
     """Draw a row of samples and, for each kind of neighbour, a row of those."""
     chosen = chosen.to(samples.device)
     rows = [samples[chosen], *(training[indices[chosen]] for indices in neighbours)]
-    with written_whole(record.folder / f"{name}.png") as temporary:
+    with atomic_write(record.folder / f"{name}.png") as temporary:
         make_grid(torch.cat(rows).cpu().numpy(), len(chosen)).save(temporary, "PNG")
 
 

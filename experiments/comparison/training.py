@@ -18,7 +18,7 @@ from contestants import build, cost, network_config
 from lamamba.config import NetworkConfig, TrainConfig
 from lamamba.data import ArraySource
 from lamamba.errors import CheckpointError, LamambaError
-from lamamba.files import written_whole
+from lamamba.files import atomic_write
 from lamamba.latents import Pixels
 from lamamba.sampling import make_grid
 from lamamba.trainer import Trainer
@@ -59,7 +59,7 @@ class ComparisonTrainer(Trainer):
         for name, parameter in self.network.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"optimizer.{key}.{name}"] = value
-        with written_whole(self.path) as temporary:
+        with atomic_write(self.path) as temporary:
             save_file(state, temporary, {"images": str(self.images), "step": str(self.step)})
 
     def restore(self, checkpoint: Path) -> None:
@@ -350,5 +350,5 @@ def _conclude(
         columns, classes = setting.scale.num_grid, source.num_classes
         images = trainer.denoiser.draw(setting, columns * classes, guidance=2.0)
         by_class = images.view(columns, classes, *images.shape[1:]).transpose(0, 1).flatten(0, 1)  # a class a row
-        with written_whole(grid) as temporary:
+        with atomic_write(grid) as temporary:
             make_grid(by_class.cpu().numpy(), columns).save(temporary, "PNG")

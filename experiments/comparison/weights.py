@@ -17,7 +17,7 @@ from contestants import LAMAMBA
 from lamamba.checkpoint import CheckpointInfo, write_weights
 from lamamba.config import NetworkConfig
 from lamamba.data import FASHION_MNIST_CLASSES
-from lamamba.files import written_whole
+from lamamba.files import atomic_write
 from lamamba.model import LaMambaDiff
 from training import CHECKPOINT, read_average
 
@@ -51,7 +51,7 @@ def unpack(folder: Path, run: Path) -> Path:
         raise SystemExit(f"{folder} has {len(paths)} of {number} parts: fetch all that weights.py pack wrote")
     weights = {name: tensor for path in paths for name, tensor in load_file(path).items()}
     run.mkdir(parents=True, exist_ok=True)
-    with written_whole(run / CHECKPOINT) as temporary:
+    with atomic_write(run / CHECKPOINT) as temporary:
         save_file(weights, temporary)
     shutil.copy(folder / "record.json", run / "record.json")
     return run / CHECKPOINT

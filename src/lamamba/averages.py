@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from lamamba.checkpoint import find_checkpoint, read_info, read_network_config, write_weights
 from lamamba.config import AverageConfig
 from lamamba.errors import CheckpointError, ConfigError
-from lamamba.files import utf8_path, written_whole
+from lamamba.files import atomic_write, utf8_path
 from lamamba.model import LaMambaDiff
 from lamamba.output import say
 from lamamba.records import parse_record
@@ -211,7 +211,7 @@ def save_snapshot(
         checksum.add(name, tensors[name])
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(final) as temporary:
+        with atomic_write(final) as temporary:
             save_file(tensors, temporary, {**record, "sha256": checksum.hexdigest()})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(

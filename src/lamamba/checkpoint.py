@@ -30,7 +30,7 @@ from lamamba import __version__
 from lamamba.config import PRESETS, NetworkConfig, Objective, nearest
 from lamamba.dit import DIT_CLASSES, DiT, DiTFolder
 from lamamba.errors import CheckpointError, ConfigError
-from lamamba.files import checksum, permit, write_text, written_whole
+from lamamba.files import atomic_write, checksum, permit, write_text
 from lamamba.hub import fetch, is_repository
 from lamamba.model import LaMambaDiff
 from lamamba.records import is_run, read_record
@@ -128,7 +128,7 @@ def verify(checkpoint: Path, part: str = "") -> None:
             raise CheckpointError(f"{path} {fault}, so the checkpoint cannot be used: {advice}")
 
 
-def newest_whole(checkpoints: Sequence[Path]) -> Path:
+def newest_undamaged(checkpoints: Sequence[Path]) -> Path:
     """Return the newest undamaged checkpoint; raises CheckpointError if all are damaged."""
     for checkpoint in reversed(checkpoints):
         try:
@@ -399,7 +399,7 @@ def write_weights(folder: Path, network: LaMambaDiff, info: CheckpointInfo, trai
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file atomically; raises CheckpointError."""
     try:
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             write_text(temporary, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise CheckpointError(f"{path} could not be written: {error}") from error

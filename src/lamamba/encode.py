@@ -27,7 +27,7 @@ from lamamba.config import EncodeConfig
 from lamamba.data import Source, open_source
 from lamamba.data.latent_files import FORMAT, INDEX, SETTINGS, are_latents, read_settings
 from lamamba.errors import ConfigError, DataError
-from lamamba.files import checksum, utf8_path, write_text, written_whole
+from lamamba.files import atomic_write, checksum, utf8_path, write_text
 from lamamba.latents import Latents, identify
 from lamamba.output import make_console, make_progress, say
 from lamamba.processes import Processes, joined
@@ -113,7 +113,7 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
     if left:
         raise DataError(f"{folder} contains {min(left)} but no {SETTINGS} that describes it: choose another --out")
     try:
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             write_text(temporary, json.dumps({"format": FORMAT, "settings": settings}, indent=2) + "\n")
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error}): free some space, or choose another --out") from error
@@ -179,7 +179,7 @@ def _write_shard(path: Path, parts: list[dict[str, Tensor]]) -> None:
     )
     sums = torch.stack([part["sums"] for part in parts]).sum(dim=0)
     try:
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             save_file(tensors, temporary, {"sums": json.dumps(sums.tolist())})
     except (OSError, SafetensorError) as error:
         raise DataError(
@@ -212,7 +212,7 @@ def _write_index(folder: Path, settings: dict[str, Any]) -> None:
         "format": FORMAT, "lamamba": __version__, "settings": settings, "channel_statistics": statistics,
         "shards": shards,
     }  # fmt: skip
-    with written_whole(folder / INDEX) as temporary:
+    with atomic_write(folder / INDEX) as temporary:
         write_text(temporary, json.dumps(index, indent=2) + "\n")
     number = f"{len(shards)} shard{'s' * (len(shards) > 1)}"
     say(f"encoded {settings['images']:,} images in {number}; train with --data {shlex.quote(str(folder))}")

@@ -15,7 +15,7 @@ os.umask(_UMASK)
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path, then flush it to disk and rename it to `path`.
 
     Raises:

@@ -32,7 +32,7 @@ from lamamba.config import GenerateConfig, SampleConfig, SamplingConfig
 from lamamba.config.checks import MAX_GRID_PIXELS, check_seed
 from lamamba.diffusion import OBJECTIVES
 from lamamba.errors import CheckpointError, ConfigError
-from lamamba.files import checksum, written_whole
+from lamamba.files import atomic_write, checksum
 from lamamba.labels import Labels, choose_guidance, why_unguided
 from lamamba.latents import IMAGE_CHANNELS, Latents, identify_autoencoder, open_space
 from lamamba.npz import opened_array
@@ -383,7 +383,7 @@ def write_pngs(out: Path, places: range, images: np.ndarray, settings: Sequence[
     """Write a file for each image, (b, c, h, w) uint8, named by its place."""
 
     def write(place: int, image: np.ndarray, own: dict[str, Any]) -> None:
-        with written_whole(out / f"{place:08d}.png") as temporary:
+        with atomic_write(out / f"{place:08d}.png") as temporary:
             temporary.write_bytes(encode_png(image, own))
 
     with ThreadPoolExecutor() as threads:
@@ -392,7 +392,7 @@ def write_pngs(out: Path, places: range, images: np.ndarray, settings: Sequence[
 
 def _write_tar(out: Path, places: range, images: np.ndarray, settings: Sequence[dict[str, Any]]) -> None:
     with (
-        written_whole(out / f"shard-{places.start:08d}.tar") as temporary,
+        atomic_write(out / f"shard-{places.start:08d}.tar") as temporary,
         tarfile.open(temporary, "w") as tar,
         ThreadPoolExecutor() as threads,
     ):
@@ -405,7 +405,7 @@ def _write_tar(out: Path, places: range, images: np.ndarray, settings: Sequence[
 
 def _write_npz(out: Path, places: range, images: np.ndarray, settings: Sequence[dict[str, Any]]) -> None:
     labels = np.array([own["label"] for own in settings], dtype=np.int64)
-    with written_whole(out / f"shard-{places.start:08d}.npz") as temporary, temporary.open("wb") as file:
+    with atomic_write(out / f"shard-{places.start:08d}.npz") as temporary, temporary.open("wb") as file:
         np.savez(file, arr_0=images.transpose(0, 2, 3, 1), arr_1=labels)
 
 
@@ -418,7 +418,7 @@ def _join(config: GenerateConfig) -> None:
     """Make one file of all shards, a shard at a time, and remove them."""
     shards = sorted(config.out.glob("shard-*.npz"))
     if not (config.out / SAMPLES).exists():
-        with written_whole(config.out / SAMPLES) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with atomic_write(config.out / SAMPLES) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             for name in ("arr_0", "arr_1"):
                 with opened_array(shards[0], name) as first:
                     shape, dtype = first.shape[1:], first.dtype
@@ -473,7 +473,7 @@ def _metadata(settings: dict[str, Any]) -> PngInfo:
 
 def _save(picture: Image.Image, path: Path, settings: dict[str, Any]) -> None:
     try:
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             picture.save(temporary, format="PNG", pnginfo=_metadata(settings))
     except OSError as error:
         raise CheckpointError(f"{path} could not be written: {error}") from error

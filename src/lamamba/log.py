@@ -24,7 +24,7 @@ from lamamba.config import TrainConfig
 from lamamba.cost import peak_tflops, training_flops
 from lamamba.data import Source
 from lamamba.errors import CheckpointError, ConfigError
-from lamamba.files import utf8_path, write_text, written_whole
+from lamamba.files import atomic_write, utf8_path, write_text
 from lamamba.model import LaMambaDiff
 from lamamba.output import describe_duration, make_console, make_progress, say
 from lamamba.records import read_record
@@ -90,7 +90,7 @@ class TrainingLog:
             return [], 0
         records, damaged_lines = _read_records(self.path)
         records = [record for record in records if record["images"] <= images]
-        with written_whole(self.path) as temporary:  # killed here, the run still has all of it
+        with atomic_write(self.path) as temporary:  # killed here, the run still has all of it
             write_text(temporary, "".join(json.dumps(record) + "\n" for record in records))
         return records, damaged_lines
 

@@ -14,7 +14,7 @@ from lamamba.config.checks import MAX_GRID_PIXELS
 from lamamba.data import read_image
 from lamamba.data.folders import list_images_below, no_images
 from lamamba.errors import CheckpointError, ConfigError, DataError
-from lamamba.files import written_whole
+from lamamba.files import atomic_write
 from lamamba.log import draw_legend, draw_lines, read_log, save_figure
 from lamamba.output import say
 from lamamba.sampling import make_grid
@@ -205,7 +205,7 @@ def _saving_animation(frames: Sequence[Image.Image]) -> Callable[[Path], None]:
 def _write(path: Path, save: Callable[[Path], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             save(temporary)
     except OSError as error:
         raise CheckpointError(f"{path} could not be written: {error}") from error

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lamamba.errors import CheckpointError, ConfigError
-from lamamba.files import written_whole
+from lamamba.files import atomic_write
 from lamamba.model import LaMambaDiff
 from lamamba.ops.window_attention.geometry import WindowGeometry
 from lamamba.weights import check_weights, read_pickle
@@ -172,7 +172,7 @@ def save_released(path: Path, model: LaMambaDiff, ema: LaMambaDiff) -> None:
     states = {"model": released_state(model)}
     states["ema"] = states["model"] if ema is model else released_state(ema)
     try:
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             torch.save(states, temporary)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
         raise CheckpointError(f"{path} could not be written: {str(error).splitlines()[0]}") from error

@@ -18,7 +18,7 @@ from lamamba.checkpoint import (
     RECORD,
     checkpoints_in,
     locked,
-    newest_whole,
+    newest_undamaged,
     read_info,
     write_json,
 )
@@ -231,7 +231,7 @@ def _train(
         if processes.is_first:
             say(*json.dumps(plain(config), indent=2).splitlines())
         return
-    resumed = (newest_whole(saved) if config.fall_back else saved[-1]) if saved else None
+    resumed = (newest_undamaged(saved) if config.fall_back else saved[-1]) if saved else None
     origin = describe_origin(config, source) if processes.is_first else {}
     moved = check_resumable(config, origin, resumed) if resumed and processes.is_first else []
     trainer = Trainer(config, source, space, device, processes)

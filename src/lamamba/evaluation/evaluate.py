@@ -22,7 +22,7 @@ from lamamba.evaluation import metrics
 from lamamba.evaluation.features import FeatureNetwork, open_features
 from lamamba.evaluation.image_sets import ImageSet, Reference, open_images, open_reference, read_settings, show_size
 from lamamba.evaluation.metrics import Gaussian, Moments
-from lamamba.files import write_text, written_whole
+from lamamba.files import atomic_write, write_text
 from lamamba.output import make_console, make_progress, say
 from lamamba.sampling import choose_device
 
@@ -110,7 +110,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "torch": torch.__version__,
         "torchmetrics": version("torchmetrics") if metrics.HAS_TORCHMETRICS else None,
     }  # fmt: skip
-    with written_whole(config.out) as temporary:
+    with atomic_write(config.out) as temporary:
         write_text(temporary, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     _print(result, network)
     say(f"scores {config.out}")

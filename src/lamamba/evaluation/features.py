@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lamamba.errors import ConfigError
 from lamamba.evaluation.clothes import ClothesNetwork
-from lamamba.files import checksum, written_whole
+from lamamba.files import atomic_write, checksum
 from lamamba.weights import check_weights
 
 INCEPTION_URL = (
@@ -216,7 +216,7 @@ def _fetched_inception() -> Path:
     if not path.is_file():
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            with written_whole(path) as temporary:
+            with atomic_write(path) as temporary:
                 with urllib.request.urlopen(INCEPTION_URL, timeout=60) as answer, temporary.open("wb") as file:
                     shutil.copyfileobj(answer, file)
                 if checksum(temporary) != INCEPTION_SHA256:
