@@ -1,4 +1,4 @@
-"""Every option of lamamba in one place: the network's, its presets, and the commands'.
+"""All options of the network and of the commands, and the presets.
 
 Imports neither torch nor diffusers, so that `lamamba --help` answers at once.
 """

@@ -1,4 +1,4 @@
-"""What every option is held to, and how a mistake is answered."""
+"""Check the values of options, and suggest corrections."""
 
 import difflib
 import operator
@@ -9,29 +9,29 @@ from lamamba.errors import ConfigError
 
 
 def is_whole(value: object) -> bool:
-    """Say whether a value is a whole number."""
-    return isinstance(value, int) and not isinstance(value, bool)  # to Python, True is 1
+    """Return whether a value is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)  # in Python, True is an int
 
 
 def is_number(value: object) -> bool:
-    """Say whether a value is a whole number or a float."""
+    """Return whether a value is a whole number or a float."""
     return isinstance(value, float) or is_whole(value)
 
 
 def check(holds: bool, name: str, value: object, wanted: str) -> None:
-    """Raise ConfigError unless an option is as it must be."""
+    """Raise ConfigError unless a condition on an option holds."""
     if not holds:
         raise ConfigError(f"{name} is {value!r}: it must be {wanted}")
 
 
-MAX_SEED = 2**64 - 1  # the largest that torch's generators take
-MAX_IMAGES = 10**12  # of one run or set
-MAX_SIDE = 1 << 14  # pixels
-MAX_GRID_PIXELS = 1 << 28  # of one picture; Pillow refuses to open larger ones
+MAX_SEED = 2**64 - 1  # the largest seed that torch's generators accept
+MAX_IMAGES = 10**12  # in one run or set
+MAX_SIDE = 1 << 14  # in pixels
+MAX_GRID_PIXELS = 1 << 28  # in one picture; Pillow refuses to open larger ones
 
 
 def check_range(name: str, value: Any, least: float, most: float) -> None:
-    """Raise ConfigError unless a number lies between two limits; None, where nothing is chosen, may stand for one."""
+    """Raise ConfigError unless a number is within limits. None, an option that is not set, is accepted."""
     if value is not None:
         check(value >= least, name, value, f"{least:,} or more")
         check(value <= most, name, value, f"at most {most:,}")
@@ -41,12 +41,12 @@ def check_seed(seed: Any, num_images: int = 1, name: str = "seed") -> int:
     """Return a seed as an int; raise ConfigError unless it is a whole number of 64 bits.
 
     Args:
-        seed: of the first image.
-        num_images: each image after the first has the next seed, which must fit too.
-        name: of the option.
+        seed: seed of the first image.
+        num_images: number of images; the following images have the following seeds, which must be in range too.
+        name: name of the option.
     """
     try:
-        whole = -1 if isinstance(seed, bool) else operator.index(seed)  # NumPy's whole numbers too
+        whole = -1 if isinstance(seed, bool) else operator.index(seed)  # also accepts NumPy's integers
     except TypeError:
         whole = -1
     most = MAX_SEED - num_images + 1
@@ -56,20 +56,20 @@ def check_seed(seed: Any, num_images: int = 1, name: str = "seed") -> int:
 
 
 def check_size(name: str, size: tuple[int, int] | None, most: int = MAX_SIDE) -> None:
-    """Raise ConfigError unless height and width, if chosen, lie between 1 and a limit."""
+    """Raise ConfigError unless height and width, if given, are from 1 to `most`."""
     fits = size is None or all(1 <= side <= most for side in size)
     check(fits, name, size, f"a height and a width from 1 to {most:,}")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Phrase a hint for a name that does not exist: three that begin so, or the likeliest, or all there are."""
+    """Suggest names for one that does not exist: up to three with this prefix, or the closest, or all names."""
     names = list(names)
     close = closest(name, names)
     return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"
 
 
 def closest(name: str, names: Iterable[str]) -> list[str]:
-    """Find three names that begin as one that does not exist, or the likeliest, or none."""
+    """Find up to three names with this prefix, or the closest name, or none."""
     names, name = list(names), name.lower()
     begun = [longer for longer in names if name and longer.startswith(name)][:3]
     return begun or difflib.get_close_matches(name, names, n=1, cutoff=0.5)

@@ -1,4 +1,4 @@
-"""The geometry of a network, and the table of presets."""
+"""Options of the network, and the table of presets."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from lamamba.config.checks import check, is_number, is_whole, nearest
 from lamamba.config.options import Option
 from lamamba.errors import ConfigError
 
-# Far beyond any network that was trained: they keep a wrong number, in an option or in a file, from taking hours or all
-# memory before it is noticed.
+# Limits far beyond any trained network. They prevent a wrong number, in an option or a file, from taking hours or all
+# memory.
 MAX_BLOCKS = 256
 MAX_RATIO = 64
 _RANGES = {
@@ -21,9 +21,9 @@ _RANGES = {
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Geometry of the network; the defaults are the released XL at 256 px (LaMamba-Diff, arXiv 2408.02615)."""
+    """Options of the network; the defaults are the authors' XL at 256 px (LaMamba-Diff, arXiv 2408.02615)."""
 
-    # What a training run takes from its data is not an option of the command line.
+    # Training infers these from the data, so they are hidden on the command line.
     in_channels: Annotated[int, Option(hidden=True)] = 4
     """Channels of an image or latent."""
     sample_size: Annotated[int, Option(hidden=True)] = 32
@@ -82,7 +82,7 @@ class NetworkConfig:
         )
         check(self.window_size % 2 == 0, "window_size", self.window_size, "even: windows shift by half")
         check(
-            # A list is what a configuration read from JSON has.
+            # A configuration from JSON has a list.
             isinstance(self.depths, (tuple, list)) and len(self.depths) == 4
             and all(is_whole(depth) and depth >= 1 for depth in self.depths),
             "depths", self.depths, "four whole numbers, each 1 or more",
@@ -112,7 +112,7 @@ class NetworkConfig:
         )  # fmt: skip
 
 
-SIXTEEN_STATES = "-16-states"  # ends the names of the presets that have them
+SIXTEEN_STATES = "-16-states"  # suffix of presets with 16 states
 _SIZES: dict[str, dict[str, Any]] = {
     "s": {"embed_dim": 64, "num_heads": 4},
     "b": {"embed_dim": 128, "num_heads": 8},
@@ -150,7 +150,7 @@ def preset(name: str) -> NetworkConfig:
     """Look up a preset.
 
     Raises:
-        ConfigError: there is none of that name; the message says the nearest.
+        ConfigError: there is no such preset; the message suggests the nearest.
     """
     if name not in PRESETS:
         raise ConfigError(f"no preset is named {name!r}: {nearest(name, PRESETS)}")

@@ -1,4 +1,4 @@
-"""What is known before a run: `lamamba info` and `lamamba plan`."""
+"""Options of `lamamba info` and `lamamba plan`."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -20,7 +20,7 @@ class InfoConfig:
     """States of each channel of the scan, for a preset; the default is the preset's."""
 
     def __post_init__(self) -> None:
-        check_size("size", self.size, most=4096)  # beyond, the order of its pixels alone takes gigabytes
+        check_size("size", self.size, most=4096)  # for larger sizes, the scan order alone takes gigabytes
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,15 @@ class PlanConfig:
 
     @property
     def images_of_a_gpu(self) -> int:
-        """Images of a step on one GPU."""
+        """Images per GPU in a step."""
         return 32 if self.batch_size is None else self.batch_size // self.gpus
 
     @property
     def hosts(self) -> int:
-        """Hosts that the GPUs are in."""
+        """Number of hosts."""
         return max(1, self.gpus // self.gpus_per_host)
 
     @property
     def gpus_in_host(self) -> int:
-        """GPUs of a host that are used."""
+        """GPUs used in each host."""
         return self.gpus // self.hosts

@@ -1,4 +1,4 @@
-"""What turns weights into other layouts: `lamamba convert` and `lamamba push`."""
+"""Options of `lamamba convert` and `lamamba push`."""
 
 from dataclasses import dataclass
 from pathlib import Path

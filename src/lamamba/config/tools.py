@@ -1,4 +1,4 @@
-"""What looks at a machine, at runs and at pictures: `lamamba doctor`, `plot`, `grid`."""
+"""Options of `lamamba doctor`, `plot` and `grid`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ class DoctorConfig:
     """Check what works on this machine and suggest what would help; the exit code is 1 if something is broken."""
 
     json: bool = False
-    """Print JSON, an object for each check, with name, state (ok, note or fault), says and mend."""
+    """Print JSON: one object per check, with name, state (ok, note or broken), detail and fix."""
 
 
 @dataclass(frozen=True)
