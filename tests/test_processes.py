@@ -66,9 +66,9 @@ rank, restart = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_CO
 draw = Trainer._draw
 
 def broken(trainer, images, labels):
-    x_0, t, y, noise = draw(trainer, images, labels)
+    x_0, *others = draw(trainer, images, labels)
 {fault}
-    return x_0, t, y, noise
+    return x_0, *others
 
 Trainer._draw = broken
 main()

@@ -288,8 +288,10 @@ def training_losses(
     null_label: int,
     label_dropout: float,
     generator: torch.Generator | None = None,
+    drawn: tuple[Tensor, Tensor, Tensor] | None = None,
+    min_snr_gamma: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Draw timesteps, noise and label dropout, and compute the losses of a batch.
+    """Draw timesteps, noise and label dropout, and compute the losses of a batch: the losses that training minimizes.
 
     Args:
         objective: such as `Diffusion()` or `FlowMatching()`.
@@ -299,14 +301,19 @@ def training_losses(
         null_label: the label that means "no label".
         label_dropout: probability that a label becomes the null label, which guidance needs (arXiv 2207.12598).
         generator: draws everything random, on the device of x_0.
+        drawn: what `draw_noise` drew for these images, which is then not drawn here.
+        min_snr_gamma: weight timesteps by min-SNR with this gamma (arXiv 2303.09556); 0 weights all equally.
 
     Returns:
-        (b,) each, see `losses` of the objective.
+        (b,) each, see `losses` of the objective; `loss` is the weighted one.
     """
-    t, noise, dropped = draw_noise(
+    t, noise, dropped = drawn or draw_noise(
         objective, tuple(x_0.shape), x_0.device, label_dropout=label_dropout, generator=generator
     )
-    return objective.losses(denoiser, x_0, t, torch.where(dropped, null_label, y), noise.to(x_0.dtype))
+    losses = objective.losses(denoiser, x_0, t, torch.where(dropped, null_label, y), noise.to(x_0.dtype))
+    if min_snr_gamma:
+        losses["loss"] = losses["loss"] + (objective.min_snr_weight(t, min_snr_gamma) - 1) * losses["mse"]
+    return losses
 
 
 def guide(

@@ -1,7 +1,7 @@
 """One run's state, and how to take a step: batch, loss, gradient, optimizer, average; checkpoints and samples of it."""
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import cached_property, partial
@@ -18,7 +18,7 @@ from lamamba.captured import Captured, CapturedNetwork
 from lamamba.checkpoint import CheckpointInfo, load_checkpoint, load_network, read_info, verify
 from lamamba.config import TrainConfig
 from lamamba.data import Source, batches
-from lamamba.diffusion import OBJECTIVES, draw_noise
+from lamamba.diffusion import OBJECTIVES, draw_noise, training_losses
 from lamamba.errors import CheckpointError
 from lamamba.finetune import take_over
 from lamamba.labels import why_unguided
@@ -97,9 +97,7 @@ class Trainer:
         sums_up = processes.number > 1 and not self.shards
         self.gradient_sums = GradientSums(self.network.parameters()) if sums_up else None
         self.captures = config.cuda_graph and device.type == "cuda" and not self.shards
-        self.graphs: dict[int, Captured] = {}  # by the images in a part
-        self.is_prepared = False
-        self.adds_up = False  # over the processes, in the backward pass that comes next
+        self.gradients: Gradients | None = None  # chosen at the first step
 
     def build(self) -> LaMambaDiff:
         """Build the network with fresh parameters; override this, `save` and `restore` to train another one alike."""
@@ -121,32 +119,17 @@ class Trainer:
         """Step the optimizer once.
 
         Args:
-            images: (b, c, h, w) uint8, this process's share of a batch.
+            images: (b, c, h, w) uint8, this rank's share of a batch.
             labels: (b,).
 
         Returns:
-            The means of the loss terms over the whole batch, the norm of its gradient, and 1 where that was not finite,
-            so that weights and optimizer were left alone. It is so in all processes, which share the gradient.
+            The means of the loss terms over the whole batch; `grad_norm`, the norm of its gradient; and `skipped`, 1 if
+            that is not finite, so that the weights did not change. All ranks return the same, as they share gradients.
         """
         inputs = self._draw(images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
-        if not self.is_prepared:
-            self._prepare(inputs)
-        if not self._has_one_graph:  # which begins by itself
-            self.optimizer.zero_grad(set_to_none=not self.captures)
-        terms: dict[str, Tensor] = {}
-        for index, part in enumerate(zip(*(tensor.split(self.parts) for tensor in inputs), strict=True)):
-            # The last part's backward pass leaves the sum over all parts. A graph may be that of several parts.
-            is_last = index + 1 == len(self.parts)
-            self.adds_up = self.processes.number > 1 and is_last and (self._has_one_graph or not self.captures)
-            if self.shards:
-                self.network.set_requires_gradient_sync(self.adds_up)  # FSDP's
-            with self.backend():
-                sums = self._graph_of(part)(*part) if self.captures else self._find_gradients(*part)
-            terms = {name: terms.get(name, 0) + value for name, value in sums.items()}
-        if self.gradient_sums and not self.adds_up:
-            self.gradient_sums.add_up(value.grad for value in self.network.parameters() if value.grad is not None)
-        self.adds_up = False
-        terms = self.processes.add_up(terms)
+        if self.gradients is None:
+            self.gradients = choose_gradients(self, inputs)
+        terms = self.processes.add_up(self.gradients(*inputs))
         limit = self.config.max_grad_norm or math.inf
         terms["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit))
         self.images += self.config.batch_size
@@ -157,33 +140,44 @@ class Trainer:
         self._update_average()
         return terms
 
-    @property
-    def _has_one_graph(self) -> bool:
-        """Whether a step is one CUDA graph, with gradients of its own; several add to the same gradients."""
-        return self.captures and len(self.parts) == 1
+    def add_gradients(
+        self, x_0: Tensor, y: Tensor, t: Tensor, noise: Tensor, dropped: Tensor, *, reduces: bool = False
+    ) -> dict[str, Tensor]:
+        """Add the gradients of a part of the batch to those of the parameters.
 
-    def _prepare(self, inputs: tuple[Tensor, ...]) -> None:
-        """Compile what the first step launches and record its graphs, for parts of every size."""
-        self.is_prepared = True
-        # The largest and the smallest. All processes prepare as many, since with sharded weights they meet in each.
-        sizes = (self.parts[-1], self.parts[0])[: len(self.parts)]
-        parts = [tuple(tensor[:size] for tensor in inputs) for size in sizes]
-        if self.device.type == "cuda":
-            for part in parts:
-                rehearse(self._find_gradients, *part)
-        if self.captures and not self._has_one_graph:
-            self.optimizer.zero_grad(set_to_none=False)  # those of the rehearsal: a graph adds to what is there
-            for part in parts:
-                self._graph_of(part)(*part)
-        else:
-            self.optimizer.zero_grad(set_to_none=True)
+        Args:
+            x_0: the images or latents; of `_draw`, like all others.
+            y: labels.
+            t, noise, dropped: see `draw_noise`.
+            reduces: sum all gradients over the ranks, during the backward pass.
 
-    def _graph_of(self, part: tuple[Tensor, ...]) -> Captured:
-        size = len(part[0])
-        if size not in self.graphs:
-            another = next(iter(self.graphs.values()), None)
-            self.graphs[size] = Captured(self._find_gradients, shares_memory_with=another)
-        return self.graphs[size]
+        Returns:
+            What the part adds to the means of the loss terms: sums over its images, divided by the size of the whole
+            batch, so that the sizes of the parts do not matter.
+        """
+        number = self.config.batch_size
+        # FSDP takes the mean over the ranks by itself.
+        scale = self.processes.number if self.shards else 1
+        if self.shards:
+            self.network.set_requires_gradient_sync(reduces)
+        with self.backend(), self.gradient_sums.added_up() if self.gradient_sums and reduces else nullcontext():
+            losses = training_losses(
+                self.objective,
+                self._denoise,
+                x_0,
+                y,
+                null_label=self.network.null_label,
+                label_dropout=self.config.network.label_dropout,
+                drawn=(t, noise, dropped),
+                min_snr_gamma=self.config.min_snr_gamma,
+            )
+            (losses["loss"].sum() * (scale / number)).backward()
+        sums = {name: loss.detach().sum() / number for name, loss in losses.items()}
+        for quarter in range(4):  # of the timesteps, 0 to 1000; the loss is that of a quarter over its share
+            here = ((t * (4 / 1000)).clamp(max=3.5).floor() == quarter).float()
+            sums[f"loss_q{quarter + 1}"] = (losses["loss"].detach() * here).sum() / number
+            sums[f"share_q{quarter + 1}"] = here.sum() / number
+        return sums
 
     def _step_if_finite(self, grad_norm: Tensor) -> Tensor:
         """Step the optimizer, without waiting for the device, unless the gradient is not finite; returns 1 if so."""
@@ -196,45 +190,20 @@ class Trainer:
             self.optimizer.step()
         return skipped
 
-    def _draw(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Draw what is random in a step on this process's images and labels: x_0, t, y and noise.
+    def _draw(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """Encode this rank's images, and draw what is random in a step: x_0, y, t, noise, dropped.
 
-        It is drawn for the whole batch, so that neither the number of processes nor that of parts has a say in it.
+        It is drawn for the whole batch, so that it does not depend on the number of ranks or parts.
         """
         network = self.config.network
         shape = (self.config.batch_size, network.in_channels, network.sample_size, network.sample_size)
         latent_noise = None
         if self.space.draws:
             latent_noise = torch.randn(shape, device=self.device, generator=self.generator)[self.share]
-        t, noise, dropped = draw_noise(
+        drawn = draw_noise(
             self.objective, shape, self.device, label_dropout=network.label_dropout, generator=self.generator
         )
-        x_0 = self.space.encode(images, latent_noise)
-        y = torch.where(dropped[self.share], self.network.null_label, labels)
-        return x_0, t[self.share], y, noise[self.share]
-
-    def _find_gradients(self, x_0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Add a part's gradients to the parameters', and return what it adds to the means of the loss terms.
-
-        Sums over the part are divided by the size of the whole batch. Added up over parts and processes they are the
-        batch's means, whatever the sizes of the parts.
-        """
-        if self._has_one_graph:
-            self.optimizer.zero_grad(set_to_none=True)
-        losses = self.objective.losses(self._denoise, x_0, t, y, noise)
-        if self.config.min_snr_gamma:
-            weight = self.objective.min_snr_weight(t, self.config.min_snr_gamma)
-            losses["loss"] = losses["loss"] + (weight - 1) * losses["mse"]
-        number = self.config.batch_size
-        scale = self.processes.number if self.shards else 1  # FSDP takes the processes' mean by itself
-        with self.gradient_sums.added_up() if self.gradient_sums and self.adds_up else nullcontext():
-            (losses["loss"].sum() * (scale / number)).backward()
-        sums = {name: loss.detach().sum() / number for name, loss in losses.items()}
-        for quarter in range(4):  # of the timesteps, 0 to 1000; the loss is that of a quarter over its share
-            here = ((t * (4 / 1000)).clamp(max=3.5).floor() == quarter).float()
-            sums[f"loss_q{quarter + 1}"] = (losses["loss"].detach() * here).sum() / number
-            sums[f"share_q{quarter + 1}"] = here.sum() / number
-        return sums
+        return self.space.encode(images, latent_noise), labels, *(tensor[self.share] for tensor in drawn)
 
     def _denoise(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         with self.autocast:
@@ -252,7 +221,7 @@ class Trainer:
     def close(self) -> None:
         """Wait for the checkpoint that is written; free the recorded step, since NCCL waits for graphs that use it."""
         self.writer.close()
-        for graph in self.graphs.values():
+        for graph in self.gradients.graphs.values() if self.gradients else ():
             graph.forget()
 
     def is_finite(self) -> bool:
@@ -380,6 +349,93 @@ class Trainer:
         images = self.space.decode(x).cpu().numpy()
         names = self.source.class_names[:rows]
         return make_grid(images, columns, scale=max(1, 64 // images.shape[-1]), row_names=names)
+
+
+class Gradients:
+    """Computes the gradients of a batch by calling the network for each of its parts.
+
+    Called with what `Trainer._draw` returns, it leaves the gradients of the whole batch in the parameters, summed over
+    the ranks, and returns what this rank's images add to the means of the loss terms.
+
+    Args:
+        trainer: whose network, optimizer and ranks these are.
+        inputs: of the first step. On CUDA, the kernels for parts of every size are compiled now, all at once.
+    """
+
+    keeps_tensors = False  # gradients are zeroed, instead of freed, before a step
+
+    def __init__(self, trainer: Trainer, inputs: Sequence[Tensor]) -> None:
+        self.trainer = trainer
+        self.graphs: dict[int, Captured] = {}  # by the images in a part
+        # All ranks compile as many, since with sharded weights they meet in each.
+        if trainer.device.type == "cuda":
+            for part in self.largest_and_smallest(inputs):
+                rehearse(partial(trainer.add_gradients, reduces=trainer.shards), *part)
+        self.zero()
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        self.zero()
+        *first, last = self.cut(inputs)
+        terms = _sum(self.trainer.add_gradients(*part) for part in first)
+        return _sum([terms, self.trainer.add_gradients(*last, reduces=True)])
+
+    def zero(self) -> None:
+        """Start with no gradients."""
+        self.trainer.optimizer.zero_grad(set_to_none=not self.keeps_tensors)
+
+    def cut(self, inputs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """Cut a batch into its parts."""
+        return list(zip(*(tensor.split(self.trainer.parts) for tensor in inputs), strict=True))
+
+    def largest_and_smallest(self, inputs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """Cut a part of the largest and one of the smallest size from a batch; just one where there is one part."""
+        sizes = (self.trainer.parts[-1], self.trainer.parts[0])[: len(self.trainer.parts)]
+        return [tuple(tensor[:size] for tensor in inputs) for size in sizes]
+
+
+class RecordedGradients(Gradients):
+    """The same for a batch in one part, as one CUDA graph: zero, forward, backward, and the sum over the ranks."""
+
+    def __init__(self, trainer: Trainer, inputs: Sequence[Tensor]) -> None:
+        super().__init__(trainer, inputs)
+        self.graphs[len(inputs[0])] = Captured(super().__call__)
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        return _sum([self.graphs[len(inputs[0])](*inputs)])  # copies, as the next step writes to the same tensors
+
+
+class RecordedPartGradients(Gradients):
+    """The same for a batch in several parts: each is a CUDA graph that adds to the same gradients."""
+
+    keeps_tensors = True
+
+    def __init__(self, trainer: Trainer, inputs: Sequence[Tensor]) -> None:
+        super().__init__(trainer, inputs)
+        for part in self.largest_and_smallest(inputs):
+            another = next(iter(self.graphs.values()), None)
+            self.graphs.setdefault(len(part[0]), Captured(trainer.add_gradients, shares_memory_with=another))(*part)
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        self.zero()
+        terms = _sum(self.graphs[len(part[0])](*part) for part in self.cut(inputs))
+        if sums := self.trainer.gradient_sums:
+            sums.add_up(value.grad for value in self.trainer.network.parameters() if value.grad is not None)
+        return terms
+
+
+def choose_gradients(trainer: Trainer, inputs: Sequence[Tensor]) -> Gradients:
+    """Choose how gradients are computed, and prepare it for the inputs of the first step."""
+    if not trainer.captures:
+        return Gradients(trainer, inputs)
+    return (RecordedGradients if len(trainer.parts) == 1 else RecordedPartGradients)(trainer, inputs)
+
+
+def _sum(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Sum terms of the same names, each before the next is computed: graphs write to the same tensors again."""
+    terms: dict[str, Tensor] = {}
+    for part in parts:
+        terms = {name: terms.get(name, 0) + value for name, value in part.items()}
+    return terms
 
 
 def weights_decayed(network: nn.Module) -> dict[str, bool]:

@@ -346,11 +346,6 @@ def _take_steps(
     trainer: Trainer, reader: Iterator[tuple[Tensor, Tensor]], log: TrainingLog | SilentLog, signals: SignalsNoted
 ) -> None:
     config = trainer.config
-    # `resolve` fills these in
-    assert config.log_every is not None
-    assert config.sample_every is not None
-    assert config.checkpoint_every is not None
-    assert config.snapshot_every is not None
     if trainer.device.type == "cpu":
         keep_freed_memory()
     before = started = trainer.images
@@ -385,8 +380,8 @@ def _take_steps(
         log.step(config.batch_size, terms)
         last = trainer.images >= config.num_images
 
-        def due(interval: int, before: int = before, last: bool = last) -> bool:
-            return last or trainer.images // interval > before // interval
+        def due(interval: int | None, before: int = before, last: bool = last) -> bool:
+            return last or (interval is not None and trainer.images // interval > before // interval)
 
         if due(config.log_every):
             loss = log.write(trainer.images, trainer.step, learning_rate(config, trainer.images))
