@@ -1,8 +1,8 @@
-"""Draw the figures and write the tables of docs/network.md and docs/imagenet.md, from what the package computes.
+"""Draw the figures and write the tables of docs/network.md and docs/imagenet.md, from the package's own results.
 
     python docs/make/draw.py
 
-The text of pages is written by hand; a table stands between <!-- NAME --> and <!-- end NAME -->.
+The text of pages is written by hand. Tables are between <!-- NAME --> and <!-- end NAME -->.
 """
 
 import re
@@ -26,7 +26,7 @@ FIELD = "network/receptive_field.png"
 
 
 def figures() -> dict[str, str]:
-    """Draw what is drawn by arithmetic alone: SVG by the name of its file, below docs/."""
+    """Draw the figures that need only arithmetic: SVG by file name, below docs/."""
     return {
         "network/unet.svg": for_a_file(draw_unet(PRESETS["xl-256"])),
         "network/paths.svg": for_a_file(draw_paths(8, 8, "continuous")),
@@ -36,14 +36,14 @@ def figures() -> dict[str, str]:
 
 
 def for_a_file(svg: str) -> str:
-    """Give a figure that is shown as an image its size, and a colour of lines that is seen on white and on black."""
+    """Give a figure its size as an image, and a line color that is visible on white and on black."""
     size = re.search(r'viewBox="0 0 (\S+) (\S+)"', svg)
     assert size is not None
     return re.sub(r'style="[^"]*"', f'width="{size[1]}" height="{size[2]}" color="#808080"', svg, count=1) + "\n"
 
 
 def draw_unet(config: NetworkConfig) -> str:
-    """Draw the stages of a network: a box each, lower where the grid is smaller, and the skips."""
+    """Draw the stages of a network as boxes, lower for smaller grids, and the skips."""
     widths = [config.embed_dim * factor for factor in (1, 2, 4, 4)]
     grids = [config.sample_size // factor for factor in (1, 2, 4, 4)]
     depths = [*config.depths, config.bottleneck_depth, *(n + config.decoder_extra_depth for n in config.depths[::-1])]
@@ -100,7 +100,7 @@ def draw_unet(config: NetworkConfig) -> str:
 
 
 def _arrow(way: str, more: str = "") -> str:
-    """Draw a line with a head at its end, which points the way that its last piece goes."""
+    """Draw a line with an arrowhead in the direction of its last piece."""
     points = [(0.0, 0.0)]
     for letter, numbers in re.findall(r"([MHV])([\d. ]+)", way):
         values = [float(number) for number in numbers.split()]
@@ -114,7 +114,7 @@ def _arrow(way: str, more: str = "") -> str:
 
 
 def sizes() -> str:
-    """Count every preset, and lay out the table."""
+    """Lay out the table of all presets and their counts."""
     header = "| preset | states | grid | widths | blocks | parameters | multiply-adds, G | as Mamba papers count, G |"
     rows = [header, "| --- " + "| ---: " * 7 + "|"]
     for name, config in PRESETS.items():
@@ -132,7 +132,7 @@ def sizes() -> str:
 
 
 def plans() -> str:
-    """Predict trainings of 400 million images, and lay out the table."""
+    """Lay out the table of predicted trainings of 400 million images."""
     rows = ["| network | GPUs | batch | images/s | GiB a GPU | GPU-hours | days |", "| --- " + "| ---: " * 6 + "|"]
     for name, gpus, batch in (("s-256", 1, 256), ("b-256", 8, 1024), ("xl-256", 8, 256), ("xl-512", 8, 256)):
         config = PlanConfig(name, gpus=gpus, batch_size=batch)
@@ -147,7 +147,7 @@ def plans() -> str:
 
 
 def filled(name: str, lay_out: Callable[[], str]) -> str:
-    """Read a page and put its table where it belongs."""
+    """Read a page and insert its table."""
     page, table = (DOCS / f"{name}.md").read_text(), lay_out.__name__
     begin, end = f"<!-- {table} -->\n", f"<!-- end {table} -->"
     return f"{page[: page.index(begin)]}{begin}\n{lay_out()}\n\n{page[page.index(end) :]}"
@@ -157,7 +157,7 @@ TABLES = {"network": sizes, "imagenet": plans}
 
 
 def draw_fields() -> None:
-    """Measure on the shipped weights what a pixel in the middle sees by the scan, by attention and by both."""
+    """Draw what a pixel in the middle depends on through the scan, attention and both, in the shipped weights."""
     network = load_checkpoint("nano").network
     pictures = [
         draw_receptive_field(receptive_field(network, 32, 32, (14, 14), branches, DemoLimits()), (14, 14))

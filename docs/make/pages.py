@@ -1,7 +1,7 @@
-"""What mkdocs reads beside docs/: pages that are elsewhere in the repository, and the files that pages link to.
+"""Add pages from outside docs/ to the site, and the files that pages link to.
 
-Documents link to one another, and to code, by relative paths, as GitHub shows them. The site keeps these links: what is
-not a page of it is copied to source/. `external_links.txt`, in the built site, lists the links that leave it.
+Documents link to each other and to code with relative paths, which work on GitHub. The site keeps these links: files
+that are not pages are copied to source/. `external_links.txt` in the built site lists the links that leave it.
 """
 
 import json
@@ -33,7 +33,7 @@ _LINK = re.compile(r"\]\((?![a-z]+:|#)([^)\s#]+)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that are elsewhere, and let every page link as the site is laid out."""
+    """Add pages from outside docs/, and adapt the links of every page to the layout of the site."""
     pages = {f"docs/{file.src_uri}": file.src_uri for file in files.documentation_pages()} | ELSEWHERE
     for path, uri in pages.items():
         text = (ROOT / path).read_text()
@@ -50,12 +50,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def follow_links(text: str, path: str, pages: dict[str, str]) -> tuple[str, set[str]]:
-    """Turn links between files of the repository into links between those of the site.
+    """Turn links between files of the repository into links between pages of the site.
 
     Args:
         text: Markdown.
-        path: of the file that it is from, from the repository's root.
-        pages: files of the repository that are pages of the site, and where they are there.
+        path: path of its file, from the repository's root.
+        pages: files of the repository that are pages, and their places in the site.
 
     Returns:
         The Markdown, and the other files that it links to.
@@ -65,7 +65,7 @@ def follow_links(text: str, path: str, pages: dict[str, str]) -> tuple[str, set[
     def replace(link: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(path), link[1]))
         if target not in pages and not (ROOT / target).is_file():
-            return link[0]  # mkdocs says what is wrong with it
+            return link[0]  # mkdocs reports what is wrong with it
         if target in pages:
             uri = pages[target]
         elif target.startswith("docs/") and not target.startswith("docs/make/"):
@@ -79,7 +79,7 @@ def follow_links(text: str, path: str, pages: dict[str, str]) -> tuple[str, set[
 
 
 def as_markdown(notebook: str, link: str) -> str:
-    """Turn a notebook into a page: text as it is, code in fences, and a link to the notebook after the title."""
+    """Turn a notebook into a page: text, fenced code, and a link to the notebook after the title."""
     cells = json.loads(notebook)["cells"]
     parts = ["".join(cell["source"]) for cell in cells]
     shown = [
@@ -91,7 +91,7 @@ def as_markdown(notebook: str, link: str) -> str:
 
 
 class _Links(HTMLParser):
-    """Collects where a page's links go."""
+    """Collects the targets of a page's links."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
 """Train the small feature network of `lamamba evaluate --features clothes`.
 
-    python experiments/clothes_features/train.py          minutes, on one CPU core
+    python experiments/clothes_features/train.py          takes minutes on one CPU core
 
 It learns the ten classes of the 60,000 Fashion-MNIST training images; the network is lamamba/evaluation/clothes.py.
-Written are the weights in float16 and log.jsonl: a line for each epoch, then how well the rounded weights classify the
-10,000 test images, and distances by their features.
+It writes the weights in float16, and log.jsonl: one line per epoch, then the accuracy of the rounded weights on the
+10,000 test images, and distances with their features.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def load(split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
 
 
 def shift_and_mirror(images: Tensor) -> Tensor:
-    """Move a batch by up to two pixels each way, which the black border allows, and mirror half of it."""
+    """Shift a batch by up to two pixels in each direction, which the black border allows, and mirror half of it."""
     rows, columns = torch.randint(-2, 3, (2,)).tolist()
     moved = images.roll((rows, columns), dims=(2, 3))
     mirrored = torch.rand(len(images)) < 0.5
@@ -63,7 +63,7 @@ def train(images: Tensor, labels: Tensor, log: list[dict[str, Any]]) -> ClothesN
 
 @torch.no_grad()
 def evaluate(network: ClothesNetwork, images: Tensor) -> tuple[Gaussian, Tensor]:
-    """Return the statistics of the features, and the classes that the network sees."""
+    """Return the statistics of the features, and the predicted classes."""
     moments, classes = Moments(), []
     for part in images.split(500):
         features, logits = network(part)

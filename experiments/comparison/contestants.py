@@ -1,10 +1,10 @@
 """The networks that are compared, all called as (x_t, t, y) -> (b, 2c, h, w).
 
-s, b            LaMamba-S and -B of the paper's geometry, on pixels
-dit-s-2, ...    DiT-S/2 and DiT-B/2 in their authors' layout, of diffusers' modules
-s-...           LaMamba-S with one thing changed
-nano            the shipped network's geometry, whose weights are small enough to ship
-emoji-64        likewise, for 64x64: narrower, and deeper where pixels are few
+s, b            LaMamba-S and -B, on pixels
+dit-s-2, ...    DiT-S/2 and DiT-B/2 in their authors' layout, made of diffusers' modules
+s-...           LaMamba-S with one change
+nano            the shipped network for 32x32
+emoji-64        the shipped network for 64x64: narrower, and deeper where the grid is small
 """
 
 from collections.abc import Mapping
@@ -52,18 +52,18 @@ _QUICK_DIT = DiTGeometry(2, 16, 2)
 
 
 class _Given(nn.Module):
-    """Stands in for the embedding of a DiT block, and returns the one made for all blocks."""
+    """Replaces the embedding in a DiT block, and returns the one that all blocks share."""
 
     def forward(self, timestep: Tensor, class_labels: Tensor, hidden_dtype: torch.dtype | None = None) -> Tensor:
         return timestep
 
 
 class DiT(SampledDiT):
-    """DiT in its authors' layout and initialisation, of diffusers' modules; attention by SDPA.
+    """DiT in its authors' layout and initialization, made of diffusers' modules; attention by SDPA.
 
-    diffusers gives every block an embedding of timestep and label of its own; the authors' layout has one for all, as
-    the paper's numbers of parameters say. And diffusers leaves PyTorch's initialisation, with which a DiT trains badly:
-    here blocks begin as the identity (adaLN-Zero), as in the paper. Labels are dropped by whoever trains.
+    In diffusers, every block has its own embedding of timestep and label. In the authors' layout all blocks share one,
+    as the paper's parameter counts show. diffusers also keeps PyTorch's initialization, with which a DiT trains badly;
+    here blocks start as the identity (adaLN-Zero), as in the paper. The trainer drops labels, not the network.
     """
 
     def __init__(self, geometry: DiTGeometry, in_channels: int, sample_size: int, num_classes: int) -> None:
@@ -75,11 +75,11 @@ class DiT(SampledDiT):
             )
         )  # fmt: skip
         self.embedding = CombinedTimestepLabelEmbeddings(num_classes, geometry.width)
-        # Else it would drop labels a second time, in training; the table keeps its row for "no label".
+        # Otherwise it would drop labels a second time. The table keeps its row for "no label".
         self.embedding.class_embedder.dropout_prob = 0.0
         for block in self.transformer.transformer_blocks:
             block.norm1.emb = _Given()
-        # They come transposed out of the convolution, and a block would be compiled once more for the first of them.
+        # The convolution returns a transposed tensor, for which the first block would be compiled again.
         self.transformer.pos_embed.register_forward_hook(lambda module, inputs, tokens: tokens.contiguous())
         self.reset_parameters()
 
@@ -89,7 +89,7 @@ class DiT(SampledDiT):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Linear layers and patches Xavier uniform, tables normal(0, 0.02), modulation and output 0, every bias 0."""
+        """Linear layers and patches: Xavier uniform; tables: normal(0, 0.02); modulation, output, biases: 0."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
@@ -102,29 +102,29 @@ class DiT(SampledDiT):
             nn.init.zeros_(layer.weight)
 
     def compile_blocks(self) -> None:
-        """Compile a block, which serves for all as they are alike: the speed of the whole network compiled, sooner."""
-        # What inductor would do to a CPU is not of interest: there, tracing shows that a block compiles.
+        """Compile one block, which serves all of them: as fast as compiling the network, but quicker to compile."""
+        # On a CPU, tracing is enough to show that a block compiles.
         backend = "inductor" if self.device.type == "cuda" else "eager"
         for block in self.transformer.transformer_blocks:
             block.compile(fullgraph=True, dynamic=False, backend=backend)
 
 
 def network_config(name: str, channels: int, size: int, num_classes: int, quick: bool = False) -> NetworkConfig:
-    """Return the options of a network of this package; of a DiT, those that a trainer and a sampler ask for."""
+    """Return the options of a network; for a DiT, those that trainer and sampler need."""
     config = LAMAMBA.get(name, NetworkConfig())
     small = _QUICK_LAMAMBA if quick else {}
     return replace(config, in_channels=channels, sample_size=size, num_classes=num_classes, **small)
 
 
 def build(name: str, config: NetworkConfig, quick: bool = False) -> Any:
-    """Build a network with fresh parameters, by its name and `network_config`."""
+    """Build a network with new parameters, from its name and `network_config`."""
     if name in LAMAMBA:
         return LaMambaDiff(**vars(config))
     return DiT(_QUICK_DIT if quick else DIT[name], config.in_channels, config.sample_size, config.num_classes)
 
 
 def cost(name: str, config: NetworkConfig, quick: bool = False) -> dict[str, int]:
-    """Count parameters, and multiply-adds of a forward pass of one image."""
+    """Count parameters, and the multiply-adds of one image's forward pass."""
     with torch.device("meta"):
         network = build(name, config, quick)
         parameters = sum(parameter.numel() for parameter in network.parameters())

@@ -29,8 +29,8 @@ NOTES = HERE / "notes.md"
 _NEAREST = """\
 These are distances to the nearest training image: the root mean square difference of pixels, in levels of 0 to 255, and
 of features. "Nearer" is the share of samples that are nearer than the nearest 1 % of the test images. About 1 % is
-expected of a network that copies nothing. There are no test images of emoji, so for emoji "nearer" compares with the
-nearest 1 % of the training images and their nearest other training image."""
+expected of a network that copies nothing. There are no test images of emoji. For emoji, "nearer" is the share of
+samples that are nearer than the nearest 1 % of training images are to another training image."""
 _IMAGENET = """\
 No network of this package has been trained on ImageNet, and we do not know whether the results above hold there. These
 commands go from the official files to a score, at 256 px and 512 px; [ImageNet](imagenet.md) explains them:

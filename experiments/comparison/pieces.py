@@ -1,6 +1,6 @@
-"""What there is to run: pieces of some minutes on one H100, in lists.
+"""All pieces, in lists. A piece takes a few minutes on one H100.
 
-A piece leaves one record, by its name, in the folder of results. Lists are run in order: `run.py LIST`.
+Each piece writes one record, named after it, to the folder of results. Lists run in order: `run.py LIST`.
 """
 
 from collections.abc import Mapping
@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 NUM_IMAGES = 1_228_800  # four times 30 intervals of the log
-LENGTHS = (0.02, 0.05, 0.1, 0.2)  # of averages; the trainer's own, of 0.9999 with a warm-up, has 0.09 in so few steps
+LENGTHS = (0.02, 0.05, 0.1, 0.2)  # of EMAs; the trainer's own, 0.9999 with warm-up, has length 0.09 in so few steps
 
 
 @dataclass(frozen=True)
 class Training:
-    """Train a network and score it on the way; at the end draw a grid."""
+    """Train a network, score it at intervals, and draw a grid at the end."""
 
     name: str
     network: str
@@ -23,18 +23,18 @@ class Training:
     num_images: int = NUM_IMAGES
     learning_rate: float = 5e-4
     num_scores: int = 4
-    """Scores without guidance on the way, at equal distances; the last at the end."""
+    """Number of scores without guidance, at equal intervals; the last one at the end."""
     sweep: bool = False
-    """Score other scales of guidance at the end."""
+    """Score other guidance scales at the end."""
     averages: tuple[float, ...] = ()
-    """Relative lengths of averages of the weights to score at the end, beside the usual one."""
+    """Relative lengths of further EMAs to score at the end."""
     compile: bool = False
-    """A DiT's blocks, for steps and scores, by torch.compile; this package's network has kernels of its own."""
+    """Compile a DiT's blocks for training and scoring; this package's network has its own kernels."""
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Score every sampler at 5 to 250 steps, of one that was trained."""
+    """Score every sampler with 5 to 250 steps on a trained network."""
 
     name: str
     of: Training
@@ -42,7 +42,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Clipping:
-    """Score one that was trained with and without clipping of what it predicts; all other scores are without."""
+    """Score a trained network with and without clipping; all other scores are without."""
 
     name: str
     of: Training
@@ -50,7 +50,7 @@ class Clipping:
 
 @dataclass(frozen=True)
 class Memorisation:
-    """Look for the training images nearest to samples of one that was trained."""
+    """Find the training images nearest to samples of a trained network."""
 
     name: str
     of: Training
@@ -58,7 +58,7 @@ class Memorisation:
 
 @dataclass(frozen=True)
 class Speed:
-    """Time the training step of networks, launched as a CUDA graph or not, compiled or not."""
+    """Time the training step of networks, with and without CUDA graph and compilation."""
 
     name: str = "speed"
     networks: tuple[str, ...] = ("s", "dit-s-2", "b", "dit-b-2")
@@ -70,32 +70,32 @@ Piece = Training | Study | Speed
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything: the numbers of the experiments, or of a quick look whether all of it runs."""
+    """Sizes of the experiments, or of a quick test that everything runs."""
 
     quick: bool = False
     num_images: int | None = None
-    """In place of a piece's own."""
+    """Replaces the piece's own value."""
     batch_size: int = 256
     log_every: int = 10_240
     num_samples: int = 10_000
-    """For a score that is reported."""
+    """Samples for a reported score."""
     num_sweep_samples: int = 2_500
-    """For each scale of the sweep; the best is scored again with `num_samples`."""
+    """Samples for each scale of the sweep; the best scale is scored again with `num_samples`."""
     num_steps_samples: int = 5_000
     num_nearest: int = 1_000
-    """Samples whose nearest training images are looked for."""
+    """Samples whose nearest training images are searched."""
     num_training_images: int | None = None
-    """Of the data, the first; None is all."""
+    """Use only the first images of the data; None uses all."""
     num_test_images: int | None = None
     num_timed_steps: int = 100
     steps: int = 50
-    """Of the sampler, for scores."""
+    """Sampler steps for scores."""
     sweep: tuple[float, ...] = (1.25, 1.5, 2.0, 3.0)
     step_counts: tuple[int, ...] = (5, 10, 20, 50, 250)
     sample_batch_size: int = 1000
     checkpoint_every_s: float = 120.0
     num_grid: int = 10
-    """Samples of each class in the grid."""
+    """Samples per class in the grid."""
 
 
 FULL = Scale()
@@ -107,7 +107,7 @@ QUICK = Scale(
 
 
 def _train(name: str, network: str, **options: object) -> Training:
-    # The fastest way of a DiT, which the piece `speed` is there to confirm.
+    # The fastest configuration of a DiT; the piece `speed` confirms this.
     return replace(Training(name, network, compile=network.startswith("dit")), **options)
 
 
@@ -115,22 +115,22 @@ _S, _DIT_S = _train("s-seed-0", "s", sweep=True), _train("dit-s-2-seed-0", "dit-
 _S_1 = _train("s-seed-1", "s", seed=1)
 _B, _DIT_B = _train("b", "b", sweep=True), _train("dit-b-2", "dit-b-2", sweep=True)
 _FLOW = _train("s-flow", "s", objective="flow", sweep=True)
-# Small enough to ship; at the learning rate of the weights that were shipped before.
+# Small enough to ship, with the learning rate of the previously shipped weights.
 _NANO = _train("nano", "nano", num_images=4_915_200, learning_rate=6e-4, sweep=True)
 _EMOJI = _train("emoji-64", "emoji-64", data="emoji", num_images=2_457_600, learning_rate=6e-4)
 
 LISTS: Mapping[str, tuple[Piece, ...]] = {
     "speed": (Speed(),),
-    # Which learning rate is each network's best? 1e-3 gains most so far, but over the whole length (`high-rate`) DiT-S
-    # had a spike at it, from which it had not recovered at the end; all others take 5e-4.
+    # Which learning rate is best for each network? In short runs it is 1e-3, but at full length (`high-rate`) DiT-S had
+    # a spike from which it did not recover. So all others use 5e-4.
     "rates": tuple(
         _train(f"rate-{network}-{rate:g}", network, learning_rate=rate, num_images=307_200, num_scores=1)
         for rate in (1e-4, 3e-4, 1e-3)
         for network in ("s", "dit-s-2")
     ),
     "high-rate": tuple(_train(f"{network}-at-0.001", network, learning_rate=1e-3) for network in ("s", "dit-s-2")),
-    # What is asked of their weights comes right after them, while these are there: those of seed 0 were gone when
-    # steps were to be scored.
+    # Studies of their weights follow at once, while the weights exist: those of seed 0 were lost before steps were
+    # scored.
     "seed-0": (
         _S, _DIT_S, Memorisation("memorisation-s", _S), Memorisation("memorisation-dit-s-2", _DIT_S)
     ),
@@ -138,7 +138,7 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
         _S_1, Steps("steps-s", _S_1), _train("dit-s-2-seed-1", "dit-s-2", seed=1),
         *(_train(f"{network}-seed-2", network, seed=2) for network in ("s", "dit-s-2")),
     ),
-    # Both networks by the other objective, which is an ablation too.
+    # Both networks with the other objective, which is also an ablation.
     "flow": (
         _FLOW, Steps("steps-s-flow", _FLOW), _train("dit-s-2-flow", "dit-s-2", objective="flow", sweep=True),
         *(
@@ -151,12 +151,13 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
         _train(f"{network}-flow-longer", network, objective="flow", num_images=3 * NUM_IMAGES)
         for network in ("s", "dit-s-2")
     ),
-    # Compared at the end alone.
+    # Compared only at the end.
     "ablations": tuple(
         _train(network, network, num_scores=1)
         for network in ("s-scan-only", "s-attention-only", "s-raster", "s-state-16", "s-window-4")
     ),
-    # Whether small differences are more than seeds', and what twice as fast a network makes of the same time.
+    # Are small differences larger than those between seeds, and what does a network that is twice as fast reach in the
+    # same time?
     "more-ablations": (
         _train("s-attention-only-longer", "s-attention-only", num_images=2 * NUM_IMAGES, num_scores=1),
         *(
@@ -165,7 +166,7 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
             for network in ("s-raster", "s-window-4", "s-state-16")
         ),
     ),
-    # Does it last? DiT-S/2 was still getting better. The second seed is there for averages too.
+    # Does the result hold in longer training? DiT-S/2 was still improving. The second seed also scores EMAs.
     "longer": (
         *(_train(f"{network}-longer", network, num_images=3 * NUM_IMAGES) for network in ("s", "dit-s-2")),
         *(

@@ -1,15 +1,15 @@
-"""Run the comparison of LaMamba with DiT, piece by piece; what is finished is skipped, what was stopped goes on.
+"""Run the comparison of LaMamba with DiT, piece by piece. Finished pieces are skipped, and stopped ones continue.
 
-    python experiments/comparison/run.py                            list what there is, and what is done
-    python experiments/comparison/run.py seed-0 --seconds 540    a list, or pieces by name, as far as time goes
+    python experiments/comparison/run.py                            list all pieces, and which are done
+    python experiments/comparison/run.py seed-0 --seconds 540    a list, or pieces by name, within this time
     python experiments/comparison/run.py seed-0 --quick --out demo/comparison --results demo/comparison
 
-Several processes with the same folders share the pieces: one on each GPU, by CUDA_VISIBLE_DEVICES. Started by torchrun,
-they share each training instead, to the same numbers but for rounding, which grows:
+Several processes with the same folders share the pieces, one process per GPU (CUDA_VISIBLE_DEVICES). Under torchrun,
+they share each training instead. The numbers are the same except for rounding, whose effect grows:
 
     torchrun --nproc-per-node 2 experiments/comparison/run.py s-state-16
 
-README.md beside this file has the commands for a GPU that is there for ten minutes at a time.
+README.md in this folder has the commands for a GPU that is available for ten minutes at a time.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def read_arguments() -> argparse.Namespace:
 
 
 def chosen(names: list[str]) -> list[Piece]:
-    """Look pieces up by their names and lists; raises SystemExit with what there is."""
+    """Find pieces by their names and lists; raises SystemExit with suggestions."""
     pieces: list[Piece] = []
     for name in names:
         if name not in LISTS and name not in PIECES:
@@ -69,9 +69,9 @@ def show(setting: Setting) -> None:
 
 
 def main() -> int:
-    """Run what is asked for: 0 all is done, 1 a piece failed, 3 the time was over before all was done.
+    """Run the requested pieces. Return 0 if all are done, 1 if a piece failed, 3 if time ran out.
 
-    torchrun makes 1 of both.
+    torchrun turns both into 1.
     """
     clock = Clock(start=time.monotonic())
     arguments = read_arguments()
@@ -92,7 +92,7 @@ def main() -> int:
 
 
 def run(setting: Setting, pieces: Sequence[Piece], learning_rate: float | None = None) -> int:
-    """Run all that no other process runs, and wait for what others do."""
+    """Run all pieces that no other process runs, and wait for those of the others."""
     for piece in pieces:
         if is_finished(setting, piece):
             print(f"{piece.name}: done before", flush=True)
@@ -102,14 +102,14 @@ def run(setting: Setting, pieces: Sequence[Piece], learning_rate: float | None =
         names = {piece.name for piece in left}
         for piece in left:
             if isinstance(piece, Study) and piece.of.name in names:
-                continue  # what it is asked of is not trained yet
+                continue  # the network that it needs is not trained yet
             lock = FileLock(setting.out / f".{piece.name}.lock")
             try:
                 lock.acquire(timeout=0)
             except Timeout:
                 continue  # another process runs it
             try:
-                if not is_finished(setting, piece):  # just now, by another process
+                if not is_finished(setting, piece):  # another process may just have finished it
                     setting.clock.check_to_begin()
                     FUNCTIONS[type(piece)](setting, of_learning_rate(piece, learning_rate))
                     print(f"{piece.name}: done", flush=True)
@@ -133,11 +133,11 @@ def run(setting: Setting, pieces: Sequence[Piece], learning_rate: float | None =
 
 
 def run_together(setting: Setting, pieces: Sequence[Piece], learning_rate: float | None = None) -> int:
-    """Run trainings, each by all processes that torchrun started; the first of them decides, writes and prints.
+    """Run trainings, each on all ranks. Rank 0 decides, writes and prints.
 
     Raises:
         OutOfTimeError: there was no time for the rest.
-        SystemExit: something else is asked for, or a training failed.
+        SystemExit: a requested piece is not a training, or a training failed.
     """
     is_first = setting.processes.is_first
     others = [piece.name for piece in pieces if not isinstance(piece, Training)]

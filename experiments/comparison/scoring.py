@@ -1,4 +1,4 @@
-"""Images of a trained network and their scores: Fréchet distance with the shipped clothes features, and neighbours."""
+"""Sample a trained network, and score the samples with the shipped clothes features."""
 
 import time
 from contextlib import AbstractContextManager
@@ -17,12 +17,12 @@ from lamamba.evaluation.metrics import Gaussian, Moments, compare_neighbours, fr
 from lamamba.sampling import sample
 from setting import Setting, rounded
 
-# Of second order, so that what is left of the error of the steps is far below the differences of networks.
+# Second order, so that the error of the steps is far smaller than the differences between networks.
 SAMPLERS = {"diffusion": "dpm++", "flow": "unipc"}
 
 
 class InAutocast(nn.Module):
-    """A network that computes in bf16 where training did, for a sampler that computes in float32."""
+    """A network that computes in bf16 as in training, for a sampler in float32."""
 
     def __init__(self, network: Any, autocast: AbstractContextManager[Any]) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class InAutocast(nn.Module):
 
 @dataclass(frozen=True)
 class Denoiser:
-    """What is sampled from: a network, and the objective it was trained with."""
+    """A network to sample from, and its objective."""
 
     network: InAutocast
     objective: str
@@ -51,10 +51,10 @@ class Denoiser:
         steps: int | None = None,
         clip_sample: bool = False,
     ) -> Tensor:
-        """Sample (n, c, h, w) uint8 images on the device, the classes in turn; image i has seed i.
+        """Sample uint8 images (n, c, h, w) on the device, the classes in turn. Image i has seed i.
 
         Raises:
-            OutOfTimeError: there is no time for all of them.
+            OutOfTimeError: there is not enough time.
         """
         sampler = sampler or SAMPLERS[self.objective]
         steps = steps or setting.scale.steps
@@ -70,7 +70,7 @@ class Denoiser:
         return torch.cat(images)
 
     def score(self, setting: Setting, number: int, **options: Any) -> dict[str, Any]:
-        """Score samples against the test images; options are those of `draw`.
+        """Compare samples with the test images; options as for `draw`.
 
         Returns:
             The distance, precision, recall, density and coverage, and the seconds that sampling took.
@@ -83,7 +83,7 @@ class Denoiser:
 
 
 def score(setting: Setting, images: Tensor) -> dict[str, float]:
-    """Score uint8 images against the test images."""
+    """Compare uint8 images with the test images."""
     features, gaussian = extract(setting, images)
     reference, reference_gaussian = _reference(setting)
     neighbours = compare_neighbours(features, reference)

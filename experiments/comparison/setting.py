@@ -1,4 +1,4 @@
-"""Where pieces run and what they share: folders, the device, the time left, data, and records that say all of it."""
+"""The environment of pieces: folders, device, time left, data, and records."""
 
 import json
 import math
@@ -29,22 +29,22 @@ _LEAST_S = 90.0
 
 
 class OutOfTimeError(Exception):
-    """The time that was given is over; all but the work since the last checkpoint is kept."""
+    """Time ran out. Only the work since the last checkpoint is lost."""
 
 
 @dataclass
 class Clock:
-    """The time that may be taken, from when it is made."""
+    """A time limit that starts when this is created."""
 
     seconds: float = math.inf
     start: float = field(default_factory=time.monotonic)
 
     def check(self, *_: object) -> None:
-        """Raise OutOfTimeError when it is over."""
+        """Raise OutOfTimeError if the time is over."""
         self._check(0.0)
 
     def check_to_begin(self) -> None:
-        """Raise OutOfTimeError when too little is left to begin with a network: compiling it cannot be stopped."""
+        """Raise OutOfTimeError if too little time is left to start a network, because compilation cannot be stopped."""
         self._check(_LEAST_S)
 
     def _check(self, needed: float) -> None:
@@ -54,18 +54,18 @@ class Clock:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where pieces run.
+    """The environment of pieces.
 
     Attributes:
-        out: folder for checkpoints and unfinished records, a folder a piece.
-        results: folder for records, small files to keep.
-        scale: how much of everything.
-        device: to work on.
+        out: folder for checkpoints and unfinished records, with one folder per piece.
+        results: folder for finished records, which are small.
+        scale: sizes of the experiments.
+        device: the device to use.
         clock: the time left.
-        data_folder: the idx files of Fashion-MNIST; None is Debian's place.
+        data_folder: folder of Fashion-MNIST's idx files; None is Debian's.
         emoji: the folder that `lamamba prepare emoji` made.
-        commit: stands in for the checkout's, where there is a copy without history.
-        processes: those of torchrun, which train together; one without it.
+        commit: the commit, for a copy without history.
+        processes: this rank and the number of ranks.
     """
 
     out: Path
@@ -79,7 +79,7 @@ class Setting:
     processes: Processes = field(default_factory=Processes)
 
     def check_time(self, to_begin: bool = False) -> None:
-        """Raise OutOfTimeError in all processes when the time is over for one, or too short to begin with a network."""
+        """Raise OutOfTimeError on all ranks if time is over for one of them, or too short to start a network."""
         try:
             if to_begin:
                 self.clock.check_to_begin()
@@ -92,7 +92,7 @@ class Setting:
             raise OutOfTimeError
 
     def open_training_images(self, data: str) -> ArraySource:
-        """Hold the images in memory, those of a folder too: decoded once, no process has to read them again."""
+        """Decode all images into memory once, also those of a folder."""
         if data == "fashion-mnist":
             return _first(load_fashion_mnist("train", folder=self.data_folder), self.scale.num_training_images)
         if self.emoji is None:
@@ -110,7 +110,7 @@ class Setting:
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        """What one process is, for the record."""
+        """Describe the process for the record."""
         on_cuda = self.device.type == "cuda"
         return {
             "started": datetime.now(UTC).isoformat(timespec="seconds"), "commit": self.commit or _commit(),
@@ -141,10 +141,10 @@ def _commit() -> str:
 
 
 class Record:
-    """What a piece leaves, a JSON file: written whole at every step, beside the checkpoint and, finished, to results.
+    """A piece's JSON record, written atomically: beside the checkpoint and, when finished, to the results.
 
     Raises:
-        ConfigError: there is an unfinished one that was begun with other settings.
+        ConfigError: there is an unfinished record with other settings.
     """
 
     def __init__(self, setting: Setting, piece: Piece, settings: Mapping[str, Any]) -> None:
@@ -165,17 +165,17 @@ class Record:
         return self.content[name]
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """Return the list of this name, which can be added to; empty at first."""
+        """Return the list with this name, to append to; empty at first."""
         rows: list[dict[str, Any]] = self.content.setdefault(name, [])
         return rows
 
     def write(self, **changed: Any) -> None:
-        """Keep what has been found out so far."""
+        """Write the results so far."""
         self.content.update(changed)
         write_json(self.path, self.content)
 
     def finish(self) -> None:
-        """Say that this is all, and keep it among the results."""
+        """Mark the record as finished, and copy it to the results."""
         self.write(finished=True)
         keep(self.folder, self.result)
 
@@ -189,7 +189,7 @@ def keep(folder: Path, result: Path) -> None:
 
 
 def is_finished(setting: Setting, piece: Piece) -> bool:
-    """Say whether a piece need not be run; what a lost results folder lacks is put there again."""
+    """Return whether a piece is finished; restore its record if the results folder lacks it."""
     result, own = setting.results / f"{piece.name}.json", setting.out / piece.name / "record.json"
     for path in (result, own):
         content = json.loads(path.read_text()) if path.is_file() else {}
@@ -201,12 +201,12 @@ def is_finished(setting: Setting, piece: Piece) -> bool:
 
 
 def rounded(value: float, digits: int = 6) -> float:
-    """Keep so many digits that count, for records to stay small."""
+    """Round to a few significant digits, to keep records small."""
     return float(f"{value:.{digits}g}")
 
 
 def of_learning_rate(piece: Piece, learning_rate: float | None) -> Piece:
-    """Replace the learning rate of a piece's training, where one is given."""
+    """Replace the learning rate of a training piece, if one is given."""
     if learning_rate is None:
         return piece
     if hasattr(piece, "learning_rate"):

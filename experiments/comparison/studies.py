@@ -1,4 +1,4 @@
-"""What is asked of a network that was trained: samples against steps, memorisation; and how fast networks train."""
+"""Studies of trained networks: samples against steps, clipping, memorization; and the speed of training."""
 
 import json
 import statistics
@@ -27,7 +27,7 @@ _BLOCK = 500  # rows of a block of distances
 
 
 def score_steps(setting: Setting, piece: Steps) -> None:
-    """Score each sampler at each number of steps; a point that is there is not computed again."""
+    """Score each sampler with each number of steps; existing points are not computed again."""
     denoiser, _ = load_trained(setting, piece.of)
     record = Record(setting, piece, {})
     points = record.rows("points")
@@ -44,7 +44,7 @@ def score_steps(setting: Setting, piece: Steps) -> None:
 
 
 def score_clipping(setting: Setting, piece: Clipping) -> None:
-    """Score the same seeds with and without holding each predicted image between -1 and 1."""
+    """Score the same seeds with and without clipping predicted images to -1 to 1."""
     denoiser, _ = load_trained(setting, piece.of)
     record = Record(setting, piece, {})
     points = record.rows("points")
@@ -56,10 +56,10 @@ def score_clipping(setting: Setting, piece: Clipping) -> None:
 
 
 def look_for_copies(setting: Setting, piece: Memorisation) -> None:
-    """Compare the distances of samples to their nearest training images with those of images that were not trained on.
+    """Compare the distances of samples to their nearest training images with the distances of unseen images.
 
-    Of Fashion-MNIST these are the test images; emoji have none: there each training image is held against the others.
-    Distances are root mean squares of the pixels' differences, in levels of 0 to 255, and of the clothes features.
+    For Fashion-MNIST, unseen images are the test images. There are none for emoji, so each training image is compared
+    with the others. Distances are root mean square differences of pixels, in levels of 0 to 255, and of features.
     """
     denoiser, source = load_trained(setting, piece.of)
     record = Record(setting, piece, {})
@@ -92,21 +92,21 @@ def look_for_copies(setting: Setting, piece: Memorisation) -> None:
 
 
 def find_nearest(queries: Tensor, known: Tensor, is_same: bool = False) -> tuple[Tensor, Tensor]:
-    """Find the nearest of (m, d) for each of (n, d).
+    """Find the nearest row of (m, d) for each row of (n, d).
 
     Args:
         queries: (n, d).
         known: (m, d).
-        is_same: the two are the same, and no row is a neighbour of itself.
+        is_same: the two are equal, and no row is its own neighbor.
 
     Returns:
-        Root mean squares of the differences (n,), and indices (n,).
+        Root mean square differences (n,), and indices (n,).
     """
     distances, indices = [], []
     squares = known.square().sum(dim=1)
     for start in range(0, len(queries), _BLOCK):
         block = queries[start : start + _BLOCK]
-        apart = squares - 2 * block @ known.T  # and the block's own squares, which decide nothing
+        apart = squares - 2 * block @ known.T  # without the block's own squares, which do not affect the order
         if is_same:
             rows = torch.arange(len(block), device=block.device)
             apart[rows, start + rows] = torch.inf
@@ -128,7 +128,7 @@ def _summary(distances: Tensor) -> dict[str, float]:
 def _draw(
     record: Record, name: str, samples: Tensor, training: Tensor, chosen: Tensor, neighbours: Sequence[Tensor]
 ) -> None:
-    """Draw a row of samples and, for each kind of neighbour, a row of those."""
+    """Draw a row of samples, and a row of neighbors for each kind of distance."""
     chosen = chosen.to(samples.device)
     rows = [samples[chosen], *(training[indices[chosen]] for indices in neighbours)]
     with atomic_write(record.folder / f"{name}.png") as temporary:
@@ -136,13 +136,13 @@ def _draw(
 
 
 def time_steps(setting: Setting, piece: Speed) -> None:
-    """Time the training step of each network, compiled or not, as a CUDA graph or not; what fails is recorded too."""
+    """Time the training step of each network, with and without compilation and CUDA graph. Failures are recorded."""
     record = Record(setting, piece, {})
     cases = record.rows("cases")
     there = {(case["network"], case["compile"], case["cuda_graph"]) for case in cases}
     source: ArraySource = setting.open_training_images("fashion-mnist")
     for network in piece.networks:
-        # The package's own network is not compiled: its kernels are written, and compiling it was measured before.
+        # The package's own network has its own kernels; compiling it was measured before.
         ways = ((True, True), (True, False), (False, True)) if network in DIT else ((False, True), (False, False))
         for compile, cuda_graph in ways:
             case: dict[str, Any] = {"network": network, "compile": compile, "cuda_graph": cuda_graph}
@@ -152,7 +152,7 @@ def time_steps(setting: Setting, piece: Speed) -> None:
             trained = Training(f"{piece.name}-{network}", network, compile=compile)
             try:
                 case |= _time(setting, trained, source, cuda_graph)
-            except Exception as error:  # a compiler's, a graph's or for want of memory: the others can still be timed
+            except Exception as error:  # from the compiler, a graph, or lack of memory; the others can still be timed
                 traceback.print_exc()
                 case["failed"] = f"{type(error).__name__}: {error}"[:500]
             cases.append(case)
@@ -163,7 +163,7 @@ def time_steps(setting: Setting, piece: Speed) -> None:
 
 
 def _time(setting: Setting, piece: Training, source: ArraySource, cuda_graph: bool) -> dict[str, Any]:
-    """Time all of a step: reading, drawing noise, gradients, optimizer, average."""
+    """Time a complete step: reading, noise, gradients, optimizer, EMA."""
     trainer = ComparisonTrainer(setting, piece, source, cuda_graph)
     on_cuda = setting.device.type == "cuda"
     if on_cuda:

@@ -1,4 +1,4 @@
-"""Train a network, LaMamba or DiT, with one and the same loop: the package's own trainer."""
+"""Train a LaMamba or a DiT with the same loop: the package's own trainer."""
 
 import gc
 import json
@@ -30,13 +30,13 @@ CHECKPOINT = "checkpoint.safetensors"
 
 
 class ComparisonTrainer(Trainer):
-    """The package's trainer for any network of `contestants.py`; a checkpoint is one file.
+    """The package's trainer, for any network of `contestants.py`. A checkpoint is one file.
 
     Args:
         setting: device and scale.
-        piece: what is trained, on what.
-        source: its images.
-        cuda_graph: launch a step as one, on CUDA.
+        piece: the training piece.
+        source: the images.
+        cuda_graph: launch a step as one CUDA graph.
     """
 
     def __init__(self, setting: Setting, piece: Training, source: ArraySource, cuda_graph: bool = True) -> None:
@@ -54,7 +54,7 @@ class ComparisonTrainer(Trainer):
         return build(self.name, self.config.network, self.quick)
 
     def save(self) -> None:
-        """Write a checkpoint whole or not at all."""
+        """Write a checkpoint atomically."""
         state = self._state()
         for name, parameter in self.network.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -63,7 +63,7 @@ class ComparisonTrainer(Trainer):
             save_file(state, temporary, {"images": str(self.images), "step": str(self.step)})
 
     def restore(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint; raises CheckpointError."""
+        """Continue from a checkpoint; raises CheckpointError."""
         with safe_open(checkpoint, "pt", device=str(self.device)) as file:
             saved, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
         if "random_state" not in saved:
@@ -79,7 +79,7 @@ class ComparisonTrainer(Trainer):
         self.images, self.step = int(metadata["images"]), int(metadata["step"])
 
     def _state(self) -> dict[str, Tensor]:
-        """Name what is saved beside the optimizer's state: weights, averaged weights, the generator's state."""
+        """Return what is saved beside the optimizer's state: weights, EMA weights, the generator's state."""
         parts = {"network": self.network, "ema": self.average}
         weights = {f"{part}.{name}": value for part, own in parts.items() for name, value in own.state_dict().items()}
         power = self.power_averages.state_dict() if self.power_averages else {}
@@ -88,7 +88,7 @@ class ComparisonTrainer(Trainer):
 
     @contextmanager
     def with_average(self, sigma_rel: float) -> Iterator[None]:
-        """Put another average in the place of the one that is sampled from."""
+        """Replace the EMA weights that are sampled from."""
         assert self.power_averages is not None
         prefix, own = f"{sigma_rel:.3f}.", {name: value.clone() for name, value in self.average.state_dict().items()}
         other = {name.removeprefix(prefix): value for name, value in self.power_averages.state_dict().items()
@@ -101,7 +101,7 @@ class ComparisonTrainer(Trainer):
 
 
 def train_config(scale: Scale, piece: Training, source: ArraySource) -> TrainConfig:
-    """Make the configuration of the package's trainer, the same for all networks."""
+    """Make the trainer's configuration, which is the same for all networks."""
     network = network_config(piece.network, source.channels, source.image_size, source.num_classes, scale.quick)
     return TrainConfig(
         out=Path(), data=piece.data, objective=piece.objective, num_images=scale.num_images or piece.num_images,
@@ -111,16 +111,16 @@ def train_config(scale: Scale, piece: Training, source: ArraySource) -> TrainCon
 
 
 def load_trained(setting: Setting, piece: Training) -> tuple[Denoiser, ArraySource]:
-    """Load the averaged weights of a piece that was trained, or brought back by `weights.py`, and open its images.
+    """Load the EMA weights of a trained piece, or those that `weights.py` unpacked, and open its images.
 
     Raises:
-        CheckpointError: they are not there.
+        CheckpointError: there are no weights.
     """
     path = setting.out / piece.name / CHECKPOINT
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: run {piece.name} first, or bring its weights back with weights.py")
     source = setting.open_training_images(piece.data)
-    # Without training: a trainer knows how to build it all, and what of it is in bf16.
+    # No training: the trainer builds everything, and knows what runs in bf16.
     trainer = ComparisonTrainer(setting, replace(piece, compile=False), source)
     weights = read_average(path)
     trainer.average.load_state_dict({name: value.float() for name, value in weights.items()})
@@ -129,16 +129,16 @@ def load_trained(setting: Setting, piece: Training) -> tuple[Denoiser, ArraySour
 
 
 def read_average(path: Path) -> dict[str, Tensor]:
-    """Read the averaged weights of a checkpoint, by their names in the network."""
+    """Read the EMA weights of a checkpoint, by their names in the network."""
     with safe_open(path, "pt") as file:
         return {name[4:]: file.get_tensor(name) for name in file.keys() if name.startswith("ema.")}  # noqa: SIM118
 
 
 def train(setting: Setting, piece: Training) -> None:
-    """Run a piece from where it stands to its end.
+    """Run a piece from its current state to the end.
 
     Raises:
-        OutOfTimeError: there was no time for the rest; what there is was saved.
+        OutOfTimeError: time ran out; the work so far was saved.
     """
     source = setting.open_training_images(piece.data)
     config = train_config(setting.scale, piece, source)
@@ -161,7 +161,7 @@ def train(setting: Setting, piece: Training) -> None:
 
 
 def _follow(setting: Setting, piece: Training, source: ArraySource) -> None:
-    """Take this process's share of every step; the first process scores, and writes all there is to write."""
+    """Run this rank's share of every step; rank 0 scores and writes."""
     trainer = ComparisonTrainer(setting, piece, source)
     try:
         if trainer.path.is_file():
@@ -174,20 +174,20 @@ def _follow(setting: Setting, piece: Training, source: ArraySource) -> None:
             try:
                 setting.check_time()
             except OutOfTimeError:
-                setting.processes.wait()  # while the first saves: torchrun ends all as soon as one has ended so
+                setting.processes.wait()  # while rank 0 saves, because torchrun ends all ranks when one has failed
                 raise
     finally:
         trainer.close()
 
 
 def _next_line(setting: Setting, trainer: ComparisonTrainer) -> int:
-    """Say after how many images the next line of the curve is due."""
+    """Return after how many images the next point of the curve is due."""
     every = setting.scale.log_every
     return min(trainer.config.num_images, (trainer.images // every + 1) * every)
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
-    """Choose of a configuration what decides the numbers."""
+    """Select the options that determine the numbers."""
     names = ("objective", "num_images", "batch_size", "learning_rate", "weight_decay", "max_grad_norm", "ema_decay",
              "warmup_images", "precision", "horizontal_flip", "seed", "network")  # fmt: skip
     content: dict[str, Any] = json.loads(json.dumps({name: getattr(config, name) for name in names}, default=vars))
@@ -207,14 +207,14 @@ def _introduction(
 
 
 def _forget_what_was_lost(record: Record, images: int) -> None:
-    """Leave in the record what was there at the checkpoint; the rest is about to be done again."""
+    """Reduce the record to its state at the checkpoint, because the rest will be repeated."""
     for name in ("curve", "evaluations"):
         rows = record.rows(name)
         rows[:] = [row for row in rows if row["images"] <= images]
 
 
 def _train(setting: Setting, trainer: ComparisonTrainer, record: Record, num_scores: int) -> None:
-    """Train to the end, a line of the curve each interval and scores on the way; the clock is read at their ends."""
+    """Train to the end, with a point of the curve per interval and scores; check the time after each."""
     total = trainer.config.num_images
     curve, evaluations = record.rows("curve"), record.rows("evaluations")
     meter = _Meter(trainer, curve[-1]["seconds"] if curve else 0.0)
@@ -224,7 +224,7 @@ def _train(setting: Setting, trainer: ComparisonTrainer, record: Record, num_sco
     def save() -> None:
         nonlocal saved_at, saved_images
         if saved_images < trainer.images:
-            record.write()  # before the checkpoint, than which it may be newer but not older
+            record.write()  # before the checkpoint: the record may be newer than the checkpoint, but not older
             trainer.save()
         saved_at, saved_images = time.monotonic(), trainer.images
 
@@ -234,7 +234,7 @@ def _train(setting: Setting, trainer: ComparisonTrainer, record: Record, num_sco
         scored = evaluations[-1]["images"] if evaluations else 0
         due = trainer.images * num_scores // total > scored * num_scores // total
         if due and trainer.config.data == "fashion-mnist":
-            save()  # a score takes its time, and may be the last that there is time for
+            save()  # scoring takes long, and time may run out meanwhile
             seconds = curve[-1]["seconds"]
             scores = trainer.denoiser.score(setting, setting.scale.num_samples, guidance=1.0)
             evaluations.append({"images": trainer.images, "seconds": seconds, **scores})
@@ -260,19 +260,19 @@ def _train(setting: Setting, trainer: ComparisonTrainer, record: Record, num_sco
 
 
 _QUARTERS = (1, 2, 3, 4)  # of the timesteps
-# The trainer has the losses of each quarter as their share of the batch's, and that share.
+# For each quarter, the trainer returns its share of the batch's loss, and its share of the images.
 _SUMS = tuple(f"{name}_q{quarter}" for quarter in _QUARTERS for name in ("loss", "share"))
 
 
 class _Meter:
-    """Takes steps, and measures loss and speed: seconds of training alone, without the first step, which compiles."""
+    """Takes steps, and measures loss and speed. Seconds exclude the first step, which compiles."""
 
     def __init__(self, trainer: ComparisonTrainer, seconds: float) -> None:
         self.trainer, self.seconds = trainer, seconds
         self.compiles = True
 
     def train_to(self, end: int, reader: Any) -> dict[str, Any]:
-        """Train to so many images seen; returns the line of the curve."""
+        """Train until `images` images are seen; return the point of the curve."""
         trainer = self.trainer
         sums: dict[str, Tensor] = {}
         steps = timed = 0
@@ -288,7 +288,9 @@ class _Meter:
             if self.compiles:
                 synchronize(trainer.device)
                 compile_s, start, timed, self.compiles = time.perf_counter() - start, time.perf_counter(), 0, False
-        means: dict[str, Any] = {name: rounded(float(value) / steps) for name, value in sums.items()}  # waits for it
+        means: dict[str, Any] = {
+            name: rounded(float(value) / steps) for name, value in sums.items()
+        }  # waits for the device
         passed = time.perf_counter() - start
         if means["skipped"] or not means["loss"] < float("inf"):
             raise LamambaError(f"a gradient was not finite before image {trainer.images}: lower learning_rate")
@@ -303,13 +305,13 @@ class _Meter:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device, before a clock is read."""
+    """Wait for the device before reading a clock."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def forget(device: torch.device) -> None:
-    """Give memory and compiled code back: a trainer and the graph of its step refer to each other."""
+    """Free memory and compiled code; a trainer and its recorded step refer to each other."""
     gc.collect()
     torch.compiler.reset()
     if device.type == "cuda":
@@ -318,7 +320,7 @@ def forget(device: torch.device) -> None:
 
 
 def _score_training_images(setting: Setting, trainer: ComparisonTrainer) -> dict[str, float] | None:
-    """Score as many training images as there are samples: what a network that is perfect would get."""
+    """Score as many training images as samples: the score of a perfect network."""
     if trainer.config.data != "fashion-mnist":
         return None
     return score(setting, torch.from_numpy(trainer.source.images[: setting.scale.num_samples]))
@@ -327,7 +329,7 @@ def _score_training_images(setting: Setting, trainer: ComparisonTrainer) -> dict
 def _conclude(
     setting: Setting, trainer: ComparisonTrainer, record: Record, piece: Training, source: ArraySource
 ) -> None:
-    """Sweep guidance, score other averages and draw a grid; each is done once."""
+    """Sweep guidance, score further EMAs and draw a grid, each once."""
     scored = piece.data == "fashion-mnist"
     if piece.sweep and scored:
         sweep = record.rows("sweep")
@@ -349,6 +351,6 @@ def _conclude(
     if not grid.is_file():
         columns, classes = setting.scale.num_grid, source.num_classes
         images = trainer.denoiser.draw(setting, columns * classes, guidance=2.0)
-        by_class = images.view(columns, classes, *images.shape[1:]).transpose(0, 1).flatten(0, 1)  # a class a row
+        by_class = images.view(columns, classes, *images.shape[1:]).transpose(0, 1).flatten(0, 1)  # one class per row
         with atomic_write(grid) as temporary:
             make_grid(by_class.cpu().numpy(), columns).save(temporary, "PNG")

@@ -1,4 +1,4 @@
-"""Averaged weights of a trained piece as files that travel: float16, in parts of at most 15 MiB.
+"""Pack the EMA weights of a trained piece for transport: float16, in parts of at most 15 MiB.
 
 python experiments/comparison/weights.py pack runs/comparison/s-seed-0 $OUT/s-seed-0       where it was trained
 python experiments/comparison/weights.py unpack s-seed-0 runs/comparison/s-seed-0          for run.py's studies
@@ -25,7 +25,7 @@ MOST_BYTES = 15 << 20
 
 
 def pack(run: Path, out: Path, most_bytes: int = MOST_BYTES) -> list[Path]:
-    """Write parts of the averaged weights, and the record beside them."""
+    """Write the EMA weights in parts, and the record beside them."""
     parts: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in read_average(run / CHECKPOINT).items():
@@ -44,7 +44,7 @@ def pack(run: Path, out: Path, most_bytes: int = MOST_BYTES) -> list[Path]:
 
 
 def unpack(folder: Path, run: Path) -> Path:
-    """Join the parts to a file that studies read; training cannot go on from it."""
+    """Join the parts into a file for studies. Training cannot continue from it."""
     paths = sorted(folder.glob("part-*.safetensors"))
     number = int(paths[0].stem.rsplit("-", 1)[1]) if paths else 1
     if len(paths) != number:
@@ -58,7 +58,7 @@ def unpack(folder: Path, run: Path) -> Path:
 
 
 def release(run: Path, folder: Path, class_names: tuple[str, ...] = FASHION_MNIST_CLASSES) -> None:
-    """Write a folder that `lamamba sample` and `lamamba finetune` take, in float16."""
+    """Write a folder for `lamamba sample` and `lamamba finetune`, in float16."""
     settings = json.loads((run / "record.json").read_text())["settings"]
     if settings["network"] not in LAMAMBA:
         raise SystemExit(f"{run} is a {settings['network']}: only networks of this package are released")

@@ -1,10 +1,10 @@
-"""Which sampler for flow matching? Images of a known velocity, and how far they are from those of many steps.
+"""Which sampler is best for flow matching? Compare samplers with many steps, for a known velocity.
 
 python experiments/nano/flow.py --number 30 --steps 5 10 20 40
 python experiments/nano/flow.py --distances --number 500 --steps 5 10 20 50
 
-No flow-matching network is shipped, but a network that predicts noise says a velocity too: the straight path is its own
-process with another scale, x / (1 - s) = x_t / alpha where s / (1 - s) = sigma / alpha.
+No flow-matching network is shipped, but a network that predicts noise also defines a velocity: the straight path is the
+diffusion process with another scale, x / (1 - s) = x_t / alpha where s / (1 - s) = sigma / alpha.
 """
 
 import argparse
@@ -26,7 +26,7 @@ LEVELS = Diffusion().sigma(torch.arange(NUM_TIMESTEPS)).double().log().numpy()  
 
 
 class Velocity:
-    """The velocity that a network's prediction of noise implies; counts what it is asked."""
+    """The velocity that a noise-prediction network implies; counts evaluations."""
 
     def __init__(self, network: Any) -> None:
         self.network, self.evaluations = network, 0
@@ -44,7 +44,7 @@ class Velocity:
 
 
 def schedulers(num_steps: int) -> dict[str, Any]:
-    """Build the package's own, those of diffusers as they come, and one more; Heun of half the steps costs the same."""
+    """Build the package's samplers, diffusers' own ones, and one more. Heun gets half the steps, at equal cost."""
     half, plain = (num_steps + 1) // 2, {}
     for name, kind, steps in (
         ("euler, diffusers'", FlowMatchEulerDiscreteScheduler, num_steps),
@@ -63,7 +63,7 @@ def schedulers(num_steps: int) -> dict[str, Any]:
 
 @torch.inference_mode()
 def draw(velocity: Velocity, scheduler: Any, number: int, seed: int = 0) -> Tensor:
-    """Sample (n, c, h, w), the classes in turn, of the same noise for all schedulers."""
+    """Sample (n, c, h, w), the classes in turn, from the same noise for all schedulers."""
     config = velocity.network.config
     shape = (number, config.in_channels, config.sample_size, config.sample_size)
     x, y = torch.randn(shape, generator=torch.Generator().manual_seed(seed)), torch.arange(number) % config.num_classes
@@ -74,24 +74,24 @@ def draw(velocity: Velocity, scheduler: Any, number: int, seed: int = 0) -> Tens
 
 
 def roughness(x: Tensor) -> float:
-    """Mean squared difference of neighbours in a column, in levels of 0 to 255."""
+    """Return the mean squared difference of neighbors in a column, in levels of 0 to 255."""
     return float((x[:, :, 1:] - x[:, :, :-1]).square().mean()) * 127.5**2
 
 
 def gaussian(images: Tensor) -> Gaussian:
-    """Take the statistics of uint8 images' clothes features."""
+    """Compute the statistics of the clothes features of uint8 images."""
     network = open_features("clothes", torch.device("cpu"))
     features = torch.cat([network(part).features for part in images.split(500)]).double()
     return Gaussian(features.mean(dim=0), features.T.cov())
 
 
 def print_distances(velocity: Velocity, number: int, steps: list[int]) -> None:
-    """Score the package's own samplers by the distance that experiments/comparison takes."""
+    """Score the package's samplers with the distance of experiments/comparison."""
     reference = gaussian(torch.from_numpy(load_fashion_mnist("test").images))
     for num_steps in steps:
         for name in FlowMatching.samplers:
             parts = []
-            for seed in range(number // 100):  # a scheduler keeps its place: a new one for each hundred
+            for seed in range(number // 100):  # schedulers have state, so each hundred gets a new one
                 scheduler = make_scheduler(FlowMatching(), name, num_steps)
                 parts.append(to_uint8(draw(velocity, scheduler, 100, seed)))
             distance = frechet_distance(gaussian(torch.cat(parts)), reference)

@@ -1,9 +1,9 @@
-"""How much of samples' distance comes from what the network predicts at high noise?
+"""How much of the samples' distance comes from predictions at high noise?
 
 python experiments/nano/high_noise.py --number 1000 inf 20 5 1.5
 
-What is best to predict is known: the mean of the class's training images, each weighted by how well it explains the
-noisy one. At high noise, where that is no single image, it takes the network's place, above a level of noise to signal.
+The best prediction is known: the mean of the class's training images, each weighted by how well it explains the noisy
+image. Above a noise-to-signal ratio, where this is not a single image, it replaces the network's prediction.
 """
 
 import argparse
@@ -22,7 +22,7 @@ BATCH = 100
 
 
 class Best:
-    """The prediction of the least squared error, for images like those trained on."""
+    """The prediction with the smallest squared error, for images like those in training."""
 
     def __init__(self) -> None:
         source = load_fashion_mnist("train")
@@ -30,7 +30,7 @@ class Best:
         self.of_class = [images[labels == label] for label in range(source.num_classes)]
 
     def __call__(self, noisy: Tensor, sigma: float, y: Tensor) -> Tensor:
-        """Return the clean images, (b, c, h, w), of those with noise of this deviation."""
+        """Predict clean images (b, c, h, w) from images with noise of this standard deviation."""
         clean = torch.empty_like(noisy)
         for label, images in enumerate(self.of_class):
             own = y == label
@@ -41,7 +41,7 @@ class Best:
 
 @torch.inference_mode()
 def draw(network: LaMambaDiff, best: Best, threshold: float, seed: int) -> tuple[Tensor, int]:
-    """Sample uint8 images by DPM-Solver++'s 25 steps; returns them, and of how many steps the network was asked."""
+    """Sample uint8 images with 25 steps of DPM-Solver++; also return in how many steps the network was used."""
     objective, y, asked = Diffusion(), torch.arange(BATCH) % network.config.num_classes, 0
     scheduler = make_scheduler(objective, "dpm++", 25)
     x = torch.randn((BATCH, 1, 32, 32), generator=torch.Generator().manual_seed(seed))

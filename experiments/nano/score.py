@@ -1,9 +1,9 @@
-"""How many of 1,000 samples of `nano` show the class that was asked for, as a small classifier sees it.
+"""Count how many of 1,000 samples of `nano` a small classifier assigns to the requested class.
 
-    python experiments/nano/score.py --guidance 1 2        of the shipped weights, to score.json
+    python experiments/nano/score.py --guidance 1 2        scores the shipped weights, writes score.json
 
-Trains a convolutional classifier on the 60,000 Fashion-MNIST training images, tests it on the 10,000 test images, and
-samples 100 images of each class at several scales of guidance. About a minute on an H100.
+It trains a convolutional classifier on the 60,000 Fashion-MNIST training images, tests it on the 10,000 test images,
+and samples 100 images of each class at several guidance scales. This takes about a minute on an H100.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Which timesteps for DPM-Solver++(2M)? Images and their distance to the test images, for the same noise.
+"""Which timesteps are best for DPM-Solver++(2M)? Compare distances to the test images, for the same noise.
 
 python experiments/nano/timesteps.py nano --number 400 power-1.5:100 linspace:20 karras:20 lu:20 power-1:20
 """
@@ -22,7 +22,7 @@ BATCH = 100
 
 
 def scheduler(kind: str, num_steps: int) -> Any:
-    """Build it: a flag of diffusers', its spacing, or `power-p` for timesteps 999 (1 - i/(n-1))^p."""
+    """Build the scheduler with a flag or a spacing of diffusers, or `power-p` for timesteps 999 (1 - i/(n-1))^p."""
     options: dict[str, Any] = {"beta_start": 1e-4, "beta_end": 0.02, "algorithm_type": "dpmsolver++"}
     if kind.startswith("power-"):
         left = np.arange(num_steps)[::-1]
@@ -38,7 +38,7 @@ def scheduler(kind: str, num_steps: int) -> Any:
 
 @torch.inference_mode()
 def draw(network: Any, kind: str, num_steps: int, number: int) -> Tensor:
-    """Sample (n, c, h, w), the classes in turn; image i has seed i."""
+    """Sample (n, c, h, w), the classes in turn. Image i has seed i."""
     config, parts = network.config, []
     shape = (config.in_channels, config.sample_size, config.sample_size)
     for seeds in torch.arange(number).split(BATCH):

@@ -1,8 +1,8 @@
-"""Does a network predict the noise in images that it was trained on better than in others?
+"""Does a network predict noise better in its training images than in other images?
 
 python experiments/nano/unseen.py --number 2000 20 100 200 400 600 800
 
-The same noise for both, at each timestep. A loss well below the others' would say: learned by heart.
+Both get the same noise at each timestep. A much smaller loss on training images would indicate memorization.
 """
 
 import argparse
