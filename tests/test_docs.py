@@ -87,6 +87,16 @@ def test_docstrings_are_shown(site: Path) -> None:
     assert "what it raises ends the sampling" in page
 
 
+def test_the_map_of_the_code_names_every_module() -> None:
+    page = (DOCS / "code.md").read_text()
+    package = ROOT / "src" / "lamamba"
+    modules = {path.name for path in package.glob("[a-z]*.py")}
+    named = set(re.findall(r"^      ([a-z_]+\.py) ", page, re.MULTILINE))
+    assert named == modules
+    folders = {path.name for path in package.iterdir() if path.is_dir() and not path.name.startswith("_")}
+    assert folders == set(re.findall(r"^      ([a-z_]+)/ ", page, re.MULTILINE))
+
+
 def test_a_link_that_is_broken_is_left_to_mkdocs() -> None:
     pages = load("pages")
     known = {"docs/a.md": "a.md", "README.md": "index.md"}
