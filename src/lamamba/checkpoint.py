@@ -22,12 +22,14 @@ from typing import Annotated, Any, Literal, NotRequired
 
 import torch
 from filelock import FileLock, Timeout
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 from safetensors import SafetensorError
 from typing_extensions import TypedDict
 
 from lamamba import __version__
-from lamamba.config import PRESETS, NetworkConfig, Objective, nearest
+from lamamba.config import PRESETS, NetworkConfig, nearest
+from lamamba.diffusion import OBJECTIVES
 from lamamba.dit import DIT_CLASSES, DiT, DiTFolder
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import atomic_write, checksum, permit, write_text
@@ -178,6 +180,15 @@ _Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 _ClassNames = Annotated[list[str], Field(max_length=1_000_000)]
 
 
+def _known_objective(name: str) -> str:
+    if name not in OBJECTIVES:
+        raise PydanticCustomError("objective", "it should be {known}", {"known": " or ".join(map(repr, OBJECTIVES))})
+    return name
+
+
+_Objective = Annotated[str, AfterValidator(_known_objective)]
+
+
 class _Format(TypedDict):
     format: Annotated[int, Field(ge=1)]
 
@@ -187,7 +198,7 @@ class _Record(_Format):
 
     images: _Count
     step: _Count
-    objective: Objective
+    objective: _Objective
     class_names: _ClassNames
     vae: str | None
     sha256: NotRequired[dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]]
@@ -196,7 +207,7 @@ class _Record(_Format):
 class _PipelineRecord(TypedDict):
     """model_index.json of a LaMambaDiffPipeline."""
 
-    objective: Objective
+    objective: _Objective
     id2label: NotRequired[Annotated[dict[str, str], Field(max_length=1_000_000)] | None]
     images_seen: NotRequired[_Count]
     network: tuple[str, Literal["LaMambaDiff"]]

@@ -1,0 +1,79 @@
+"""A third network and a third objective take one file each."""
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from PIL import Image
+
+import lamamba
+from lamamba.checkpoint import CheckpointInfo
+from lamamba.config import NetworkConfig
+from lamamba.data import FASHION_MNIST_CLASSES
+from lamamba.diffusion import OBJECTIVES
+from lamamba.schedulers import check_scheduler, make_scheduler
+
+
+def load(name: str) -> ModuleType:
+    path = Path(__file__).parent.parent / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"example_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_network_is_added_in_one_file(tmp_path: Path) -> None:
+    losses = load("network").main(tmp_path / "grid.png", num_images=640)
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    assert Image.open(tmp_path / "grid.png").width == 2 * (10 * 34 + 2)
+
+
+@pytest.fixture
+def objective() -> Iterator[ModuleType]:
+    yield load("objective")
+    del OBJECTIVES["v"]
+
+
+def test_the_equations_of_the_objective_fit_together(objective: ModuleType) -> None:
+    kind = objective.VPrediction()
+    x_0, noise, other = torch.randn((3, 4, 1, 6, 6), generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([1, 300, 700, 998])
+    signal, noise_share = (level[:, None, None, None] for level in kind.levels(t))
+    x_t, v = signal * x_0 + noise_share * noise, signal * noise - noise_share * x_0
+    torch.testing.assert_close(kind.predict_x_0(x_t, t, v), x_0, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(kind.predict_x_0(x_t, t, kind.move_x_0(x_t, t, v, other)), other, atol=1e-3, rtol=1e-3)
+    right = torch.cat([v, torch.zeros_like(v)], dim=1)
+    assert float(kind.losses(lambda *_: right, x_0, t, t, noise)["loss"].max()) < 1e-6
+    # The weighted error of v is min(SNR, gamma) times that of x_0.
+    wrong = v + 0.1
+    snr = (signal / noise_share).square().flatten()
+    error = (kind.predict_x_0(x_t, t, wrong) - x_0).square().flatten(1).mean(1)
+    weighted = kind.min_snr_weight(t, 5.0) * (wrong - v).square().flatten(1).mean(1)
+    torch.testing.assert_close(weighted, snr.clamp(max=5.0) * error, atol=1e-5, rtol=1e-2)
+
+
+def test_an_objective_is_added_in_one_file(objective: ModuleType, tmp_path: Path) -> None:
+    for sampler in objective.VPrediction.samplers:  # reach data whose right samples are known
+        scheduler = make_scheduler(objective.VPrediction(), sampler, 25)
+        for strength in (1.0, 0.5):
+            check_scheduler(scheduler, objective.VPrediction(), 1, pixels=False, num_steps=25, strength=strength)
+    tiny = NetworkConfig(
+        in_channels=1, sample_size=32, num_classes=10, embed_dim=8, num_heads=2, depths=(1, 1, 1, 1),
+        bottleneck_depth=1, decoder_extra_depth=0,
+    )  # fmt: skip
+    options = {"batch_size": 8, "sample_steps": 1, "device": "cpu", "network": tiny}
+    objective.main(tmp_path / "run", num_images=16, **options)
+    assert (tmp_path / "run" / "samples.png").is_file()
+    assert lamamba.load_checkpoint(tmp_path / "run").info == CheckpointInfo(16, 2, "v", FASHION_MNIST_CLASSES)
+    pipe = lamamba.LaMambaDiffPipeline.from_checkpoint(tmp_path / "run")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.scheduler.config["prediction_type"] == "v_prediction"
+    assert len(pipe([1, 2], num_inference_steps=2).images) == 2
+    pipe.scheduler = make_scheduler(lamamba.Diffusion(), "dpm++", 2)
+    with pytest.raises(lamamba.ConfigError, match="takes epsilon, and this network predicts v"):
+        pipe([1], num_inference_steps=2)
