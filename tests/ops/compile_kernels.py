@@ -69,7 +69,7 @@ def compile_scan(capability: int) -> None:
         "LOW": 96,
         "RANK": 20,
     }
-    constants = {**paths, "STATES": 1, "STATES_BLOCK": 1, "BLOCK": 64, "PRECISE": False}
+    constants = {**paths, "BLOCK": 64, "PRECISE": False}
     compile_kernel(scan.scan_forward_kernel, {**constants, "SAVE": True}, 1, capability)
     compile_kernel(scan.scan_backward_kernel, constants, 1, capability)
     for backward in (False, True):

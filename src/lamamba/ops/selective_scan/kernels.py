@@ -1,4 +1,4 @@
-"""What runs on the GPU: the scan over the four paths of a grid, forwards and backwards; equations in README.md.
+"""What runs on the GPU: the scan of one state over the four paths of a grid, forward and backward; see README.md.
 
 One program walks one path of one image (or a segment of it) for a block of channels and is one warp wide: lanes are
 channels, time is a loop. Steps go in tiles of 16: a tile's step sizes are one small matrix product, whose rows are then
@@ -218,10 +218,10 @@ def _slope(b_m, PRECISE: tl.constexpr):
 def scan_summary_kernel(
     p_u, p_low, p_weight, p_bias, p_A_log, p_carry, p_decay, plane, first_image, tiles_per_segment, num_segments,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
-    CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr, STATES_BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr,
     BLOCK: tl.constexpr, PRECISE: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Scan a segment from a zero state and keep only its end: the state, and what is left there of another, (n, e).
+    """Scan a segment from a zero state and keep only its end: the state, and what is left there of another, (e,).
 
     Backwards in time it does the same for the gradient of the state, where u is the gradient of y; `plane` is from
     that of one path to that of the next. The segment that is walked last has no program: nobody asks for its end. What
@@ -234,17 +234,15 @@ def scan_summary_kernel(
     path, image = tl.program_id(1) % 4, first_image + tl.program_id(2).to(tl.int64)
     segment = tl.program_id(1) // 4
     segment = tl.where(_is_reversed(path, CONTINUOUS), num_segments - 2 - segment, segment) + (1 if BACKWARD else 0)
-    o_n = tl.arange(0, STATES_BLOCK)[:, None]
-    m_n = o_n < STATES
     o_path = path * CHANNELS + o_d
     b_bias = tl.load(p_bias + o_path, mask=m_d, other=0.0)
-    b_A = -_exp(tl.load(p_A_log + o_path * STATES + o_n, mask=m_n & m_d, other=0.0), PRECISE)
+    b_A = -_exp(tl.load(p_A_log + o_path, mask=m_d, other=0.0), PRECISE)
     p_u += image * LENGTH * CHANNELS + path.to(tl.int64) * plane
     p_low += image * LENGTH * LOW + path * (LOW // 4)
     weights = _load_expansion(p_weight, path, o_d, m_d, CHANNELS, RANK)
 
-    b_h = tl.zeros([STATES_BLOCK, BLOCK], tl.float32)
-    b_exponents = tl.zeros([STATES_BLOCK, BLOCK], tl.float32)
+    b_h = tl.zeros([1, BLOCK], tl.float32)
+    b_exponents = tl.zeros([1, BLOCK], tl.float32)
     first = segment * tiles_per_segment
     last = tl.minimum(first + tiles_per_segment, tl.cdiv(LENGTH, TILE))
     b_lows = _load_low(p_low, (last - 1 if BACKWARD else first) * TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
@@ -252,13 +250,13 @@ def scan_summary_kernel(
         start = (first + last - 1 - count if BACKWARD else count) * TILE
         runs = _runs(start, path, HEIGHT, WIDTH, CONTINUOUS, TILE, RUN)
         p_us = _along(p_u + o_d, runs, CHANNELS, RUN)
-        p_weights = _along(p_low + RANK + (STATES if BACKWARD else 0) + o_n, runs, LOW, RUN)
+        p_weights = _along(p_low + RANK + (1 if BACKWARD else 0), runs, LOW, RUN)
         b_us = ()
         b_weights = ()
         for step in tl.static_range(TILE):
             m_t = WHOLE or start + step < LENGTH
             b_us = b_us + (tl.load(p_us[step], mask=m_d & m_t, other=0.0),)
-            b_weights = b_weights + (tl.load(p_weights[step], mask=m_n & m_t, other=0.0),)
+            b_weights = b_weights + (tl.load(p_weights[step], mask=m_t, other=0.0),)
         b_deltas = _steps(b_lows, weights, b_bias, start, LENGTH, RANK, PRECISE)
         b_lows = _load_low(p_low, start + (-TILE if BACKWARD else TILE), path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
         for i in tl.static_range(TILE):
@@ -272,25 +270,22 @@ def scan_summary_kernel(
     if not BACKWARD:
         b_h *= LN_2
     o_segment = (tl.program_id(2).to(tl.int64) * 4 + path) * num_segments + segment
-    o_end = (o_segment * STATES + o_n) * CHANNELS + o_d
-    tl.store(p_carry + o_end, b_h, mask=m_n & m_d)
-    tl.store(p_decay + o_end, _exp2(b_exponents, PRECISE), mask=m_n & m_d)
+    o_end = o_segment * CHANNELS + o_d
+    tl.store(p_carry + o_end, b_h, mask=m_d)
+    tl.store(p_decay + o_end, _exp2(b_exponents, PRECISE), mask=m_d)
 
 
 @triton.jit
-def _walk_segments(
-    p_carry, p_decay, o_segment, stride: tl.constexpr, count, o_d, m_d, o_n, m_n,
-    CHANNELS: tl.constexpr, STATES: tl.constexpr, STATES_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Compute the state that as many segments leave, one after the other, from what `scan_summary_kernel` kept."""
-    AT_ONCE: tl.constexpr = 8 // STATES_BLOCK if STATES_BLOCK <= 8 else 1
-    b_h = tl.zeros([STATES_BLOCK, o_d.shape[1]], tl.float32)
+def _walk_segments(p_carry, p_decay, o_first, STRIDE: tl.constexpr, count, m_d):
+    """Compute what `count` segments leave of a state, from what `scan_summary_kernel` kept of each."""
+    AT_ONCE: tl.constexpr = 8
+    b_h = tl.zeros(m_d.shape, tl.float32)
     for first in range(0, count, AT_ONCE):
         b_decays = ()
         b_ends = ()
         for index in tl.static_range(AT_ONCE):
-            o_end = ((o_segment + stride * (first + index)) * STATES + o_n) * CHANNELS + o_d
-            m = m_n & m_d & (first + index < count)  # a segment that is not there leaves the state as it is
+            o_end = o_first + STRIDE * (first + index)
+            m = m_d & (first + index < count)  # a segment that is not there leaves the state as it is
             b_decays = b_decays + (tl.load(p_decay + o_end, mask=m, other=1.0),)
             b_ends = b_ends + (tl.load(p_carry + o_end, mask=m, other=0.0),)
         for index in tl.static_range(AT_ONCE):
@@ -303,7 +298,7 @@ def scan_forward_kernel(
     p_x, p_low, p_weight, p_bias, p_A_log, p_D, p_y, p_states, p_carry, p_decay,
     batch, tiles_per_segment, num_segments,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
-    CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr, STATES_BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr,
     BLOCK: tl.constexpr, PRECISE: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     """Scan a segment and write y, one plane for each path; SAVE also writes the state at the start of each tile."""
@@ -315,21 +310,19 @@ def scan_forward_kernel(
     path, segment, image = tl.program_id(1) % 4, tl.program_id(1) // 4, tl.program_id(2).to(tl.int64)
     # A path and its reverse read the same pixels at the same time: only one of them waits for memory.
     segment = tl.where(_is_reversed(path, CONTINUOUS), num_segments - 1 - segment, segment)
-    o_n = tl.arange(0, STATES_BLOCK)[:, None]
-    m_n = o_n < STATES
     o_path = path * CHANNELS + o_d
     b_bias = tl.load(p_bias + o_path, mask=m_d, other=0.0)
     b_D = tl.load(p_D + o_path, mask=m_d, other=0.0)
-    b_A = -_exp(tl.load(p_A_log + o_path * STATES + o_n, mask=m_n & m_d, other=0.0), PRECISE)
-    # B and C of one state are neighbours, and are loaded together: that takes a fifth of the registers less.
-    o_BC = o_n[:, :, None] + STATES * tl.arange(0, 2)[None, None, :]
+    b_A = -_exp(tl.load(p_A_log + o_path, mask=m_d, other=0.0), PRECISE)
+    # B and C are neighbors, and are loaded together: that takes a fifth of the registers less.
+    o_BC = tl.arange(0, 2)
     p_x += image * LENGTH * CHANNELS
     p_y += (path * batch + image) * LENGTH * CHANNELS
     p_low += image * LENGTH * LOW + path * (LOW // 4)
     weights = _load_expansion(p_weight, path, o_d, m_d, CHANNELS, RANK)
 
     o_segment = (image * 4 + path) * num_segments
-    b_h = _walk_segments(p_carry, p_decay, o_segment, 1, segment, o_d, m_d, o_n, m_n, CHANNELS, STATES, STATES_BLOCK)
+    b_h = _walk_segments(p_carry, p_decay, o_segment * CHANNELS + o_d, CHANNELS, segment, m_d)
 
     first = segment * tiles_per_segment
     b_lows = _load_low(p_low, first * TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
@@ -346,50 +339,20 @@ def scan_forward_kernel(
         for step in tl.static_range(TILE):
             m_t = WHOLE or start + step < LENGTH
             b_xs = b_xs + (tl.load(p_xs[step], mask=m_d & m_t, other=0.0),)
-            b_B, b_C = tl.load(p_BCs[step], mask=m_n[:, :, None] & m_t, other=0.0).split()
+            b_B, b_C = tl.load(p_BCs[step], mask=m_t, other=0.0).split()
             b_Bs, b_Cs = b_Bs + (b_B,), b_Cs + (b_C,)
         b_deltas = _steps(b_lows, weights, b_bias, start, LENGTH, RANK, PRECISE)
         b_lows = _load_low(p_low, start + TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
         if SAVE:
-            p_state = p_states + (((image * 4 + path) * NUM_TILES + tile) * STATES + o_n) * CHANNELS + o_d
-            tl.store(p_state, b_h, mask=m_n & m_d)
+            tl.store(p_states + ((image * 4 + path) * NUM_TILES + tile) * CHANNELS + o_d, b_h, mask=m_d)
         p_ys = _along(p_y + o_d, runs, CHANNELS, RUN)
         for step in tl.static_range(TILE):
             m_t = WHOLE or start + step < LENGTH
             b_x, b_B, b_C = b_xs[step].to(tl.float32), b_Bs[step].to(tl.float32), b_Cs[step].to(tl.float32)
             b_h = _exp2(b_A * b_deltas[step], PRECISE) * b_h + (b_B * LN_2) * (b_deltas[step] * b_x)
-            b_y = tl.sum(b_C * b_h, axis=0, keep_dims=True) + b_D * b_x
+            b_y = b_C * b_h + b_D * b_x
             # Not to be read again soon: what others read stays in the cache longer.
             tl.store(p_ys[step], b_y.to(p_y.dtype.element_ty), mask=m_d & m_t, cache_modifier=".cs")
-
-
-@triton.jit
-def _load_weights(
-    p_B, runs, start,
-    LENGTH: tl.constexpr, LOW: tl.constexpr, STATES: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
-):  # fmt: skip
-    """Load B and C of one state at a tile's steps: two tuples of numbers."""
-    Bs = ()
-    Cs = ()
-    p_Bs = _along(p_B, runs, LOW, RUN)
-    for step in tl.static_range(TILE):
-        m_t = LENGTH % TILE == 0 or start + step < LENGTH
-        Bs = Bs + (tl.load(p_Bs[step], mask=m_t, other=0.0),)
-        Cs = Cs + (tl.load(p_Bs[step] + STATES, mask=m_t, other=0.0),)
-    return Bs, Cs
-
-
-@triton.jit
-def _scan_tile(b_h, b_A, b_deltas, b_xs, Bs, TILE: tl.constexpr, PRECISE: tl.constexpr):
-    """Scan one state through a tile: tuples of the states, from the one before the tile on, and of the decays."""
-    b_hs = (b_h,)
-    b_as = ()
-    for step in tl.static_range(TILE):
-        b_a = _exp2(b_A * b_deltas[step], PRECISE)
-        b_h = b_a * b_h + (Bs[step].to(tl.float32) * LN_2) * (b_deltas[step] * b_xs[step].to(tl.float32))
-        b_as = b_as + (b_a,)
-        b_hs = b_hs + (b_h,)
-    return b_hs, b_as
 
 
 @triton.jit(do_not_specialize=["batch", "first_image", "tiles_per_segment", "num_segments"])
@@ -398,8 +361,7 @@ def scan_backward_kernel(
     p_grad_x, p_grad_z, p_grad_BC, p_grad_shared,
     plane, batch, first_image, tiles_per_segment, num_segments,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
-    CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr, STATES_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISE: tl.constexpr,
+    CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """Walk a segment's tiles backwards; in each, scan forwards from the saved state, then backwards.
 
@@ -410,29 +372,28 @@ def scan_backward_kernel(
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     WHOLE: tl.constexpr = LENGTH % TILE == 0
     NUM_TILES: tl.constexpr = (LENGTH + TILE - 1) // TILE
+    SUM: tl.constexpr = tl.float32 if PRECISE else tl.bfloat16
     o_d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     m_d = _below(o_d, CHANNELS, BLOCK)
     path, segment, count_of_image = tl.program_id(1) % 4, tl.program_id(1) // 4, tl.program_id(2).to(tl.int64)
     image = first_image + count_of_image
-    o_n = tl.arange(0, STATES_BLOCK)[:, None]
-    m_n = o_n < STATES
     o_path = path * CHANNELS + o_d
     b_bias = tl.load(p_bias + o_path, mask=m_d, other=0.0)
     b_D = tl.load(p_D + o_path, mask=m_d, other=0.0)
-    b_A = -_exp(tl.load(p_A_log + o_path * STATES + o_n, mask=m_n & m_d, other=0.0), PRECISE)
+    b_A = -_exp(tl.load(p_A_log + o_path, mask=m_d, other=0.0), PRECISE)
     p_x += image * LENGTH * CHANNELS
     p_grad_y += image * LENGTH * CHANNELS + path.to(tl.int64) * plane
     p_grad_x += (path * batch + image) * LENGTH * CHANNELS
     p_grad_z += (path * batch + image) * LENGTH * CHANNELS
     p_low += image * LENGTH * LOW + path * (LOW // 4)
     weights = _load_expansion(p_weight, path, o_d, m_d, CHANNELS, RANK)
-    p_grad_BC += ((tl.program_id(0) * batch + image) * LENGTH * 4 + path) * 2 * STATES
+    p_grad_BC += ((tl.program_id(0) * batch + image) * LENGTH * 4 + path) * 2
 
     # Always a[t+1] g[t+1] of the step to come.
-    o_segment, count = (count_of_image * 4 + path + 1) * num_segments - 1, num_segments - 1 - segment
-    b_carry = _walk_segments(p_carry, p_decay, o_segment, -1, count, o_d, m_d, o_n, m_n, CHANNELS, STATES, STATES_BLOCK)
+    o_last = ((count_of_image * 4 + path + 1) * num_segments - 1) * CHANNELS + o_d
+    b_g = _walk_segments(p_carry, p_decay, o_last, -CHANNELS, num_segments - 1 - segment, m_d)
 
-    b_grad_A = tl.zeros([STATES_BLOCK, BLOCK], tl.float32)
+    b_grad_A = tl.zeros([1, BLOCK], tl.float32)
     b_grad_D = tl.zeros([1, BLOCK], tl.float32)
     b_grad_bias = tl.zeros([1, BLOCK], tl.float32)
     first = segment * tiles_per_segment
@@ -453,49 +414,21 @@ def scan_backward_kernel(
         b_deltas = _steps(b_lows, weights, b_bias, start, LENGTH, RANK, PRECISE)
         b_lows = _load_low(p_low, start - TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
 
-        # Sums over all states but the last: of g B, and of the gradient of the exponent times A; both times ln(2).
-        b_drives = ()
-        b_exponents = ()
-        for _ in tl.static_range(TILE):
-            b_drives = b_drives + (tl.zeros([1, BLOCK], tl.float32),)
-            b_exponents = b_exponents + (tl.zeros([1, BLOCK], tl.float32),)
-        for state in range(STATES - 1):
-            b_A_s = tl.sum(tl.where(o_n == state, b_A, 0.0), axis=0, keep_dims=True)
-            b_g = tl.sum(tl.where(o_n == state, b_carry, 0.0), axis=0, keep_dims=True)
-            p_state = p_states + (((image * 4 + path) * NUM_TILES + tile) * STATES + state) * CHANNELS
-            b_h = tl.load(p_state + o_d, mask=m_d, other=0.0)
-            Bs, Cs = _load_weights(p_low + RANK + state, runs, start, LENGTH, LOW, STATES, TILE, RUN)
-            b_hs, b_as = _scan_tile(b_h, b_A_s, b_deltas, b_xs, Bs, TILE, PRECISE)
-            b_grad_A_s = tl.zeros([1, BLOCK], tl.float32)
-            p_BCs = _along(p_grad_BC + state, runs, 8 * STATES, RUN)
-            b_new_drives = ()
-            b_new_exponents = ()
-            for step in tl.static_range(TILE - 1, -1, -1):
-                b_g += Cs[step].to(tl.float32) * b_grad_ys[step].to(tl.float32)
-                grad_B = tl.sum(b_g * (b_deltas[step] * b_xs[step].to(tl.float32))) * LN_2
-                grad_C = tl.sum(b_hs[step + 1] * b_grad_ys[step].to(tl.float32))
-                tl.store(p_BCs[step], grad_B, mask=WHOLE or start + step < LENGTH)
-                tl.store(p_BCs[step] + STATES, grad_C, mask=WHOLE or start + step < LENGTH)
-                b_new_drives = (b_drives[step] + b_g * (Bs[step].to(tl.float32) * LN_2),) + b_new_drives
-                b_g *= b_as[step]
-                b_exponent = b_g * b_hs[step]
-                b_new_exponents = (b_exponents[step] + b_exponent * (b_A_s * LN_2),) + b_new_exponents
-                b_grad_A_s += b_exponent * b_deltas[step]
-            b_drives = b_new_drives
-            b_exponents = b_new_exponents
-            b_carry = tl.where(o_n == state, b_g, b_carry)
-            b_grad_A += tl.where(o_n == state, b_grad_A_s * LN_2, 0.0)
-
-        # The last state, in the walk that also completes the gradients: with one state, nothing but this.
-        LAST: tl.constexpr = STATES - 1
-        SUM: tl.constexpr = tl.float32 if PRECISE else tl.bfloat16
-        b_A_s = tl.sum(tl.where(o_n == LAST, b_A, 0.0), axis=0, keep_dims=True)
-        b_g = tl.sum(tl.where(o_n == LAST, b_carry, 0.0), axis=0, keep_dims=True)
-        p_state = p_states + (((image * 4 + path) * NUM_TILES + tile) * STATES + LAST) * CHANNELS
-        b_h = tl.load(p_state + o_d, mask=m_d, other=0.0)
-        Bs, Cs = _load_weights(p_low + RANK + LAST, runs, start, LENGTH, LOW, STATES, TILE, RUN)
-        b_hs, b_as = _scan_tile(b_h, b_A_s, b_deltas, b_xs, Bs, TILE, PRECISE)
-        b_grad_A_s = tl.zeros([1, BLOCK], tl.float32)
+        Bs = ()
+        Cs = ()
+        p_Bs = _along(p_low + RANK, runs, LOW, RUN)
+        for step in tl.static_range(TILE):
+            m_t = WHOLE or start + step < LENGTH
+            Bs = Bs + (tl.load(p_Bs[step], mask=m_t, other=0.0),)
+            Cs = Cs + (tl.load(p_Bs[step] + 1, mask=m_t, other=0.0),)
+        b_h = tl.load(p_states + ((image * 4 + path) * NUM_TILES + tile) * CHANNELS + o_d, mask=m_d, other=0.0)
+        b_hs = (b_h,)
+        b_as = ()
+        for step in tl.static_range(TILE):
+            b_a = _exp2(b_A * b_deltas[step], PRECISE)
+            b_h = b_a * b_h + (Bs[step].to(tl.float32) * LN_2) * (b_deltas[step] * b_xs[step].to(tl.float32))
+            b_as = b_as + (b_a,)
+            b_hs = b_hs + (b_h,)
         b_grad_Bs = ()
         b_grad_Cs = ()
         p_grad_xs = _along(p_grad_x + o_d, runs, CHANNELS, RUN)
@@ -506,24 +439,22 @@ def scan_backward_kernel(
             b_g += Cs[step].to(tl.float32) * b_grad_y
             b_grad_Bs = ((b_g * (b_m * b_x)).to(SUM),) + b_grad_Bs
             b_grad_Cs = ((b_hs[step + 1] * b_grad_y).to(SUM),) + b_grad_Cs
-            b_drive = b_drives[step] + b_g * (Bs[step].to(tl.float32) * LN_2)
+            b_drive = b_g * (Bs[step].to(tl.float32) * LN_2)
             b_g *= b_as[step]
             b_exponent = b_g * b_hs[step]
-            b_grad_A_s += b_exponent * b_m
+            b_grad_A += b_exponent * b_m
             b_grad_x = b_drive * b_m + b_D * b_grad_y
-            b_grad_z = (b_exponents[step] + b_exponent * (b_A_s * LN_2) + b_drive * b_x) * _slope(b_m, PRECISE)
+            b_grad_z = (b_exponent * (b_A * LN_2) + b_drive * b_x) * _slope(b_m, PRECISE)
             tl.store(p_grad_xs[step], b_grad_x.to(p_grad_x.dtype.element_ty), mask=m_d & m_t)
             tl.store(p_grad_zs[step], b_grad_z.to(p_grad_z.dtype.element_ty), mask=m_d & m_t)
             b_grad_D += b_grad_y * b_x
             b_grad_bias += b_grad_z
         o_t = start + tl.arange(0, TILE)
-        p_BC = p_grad_BC + _pixel(o_t, path, HEIGHT, WIDTH, CONTINUOUS) * 8 * STATES + LAST
+        p_BC = p_grad_BC + _pixel(o_t, path, HEIGHT, WIDTH, CONTINUOUS) * 8
         tl.store(p_BC, _sum_channels(b_grad_Bs, BLOCK) * LN_2, mask=o_t < LENGTH)
-        tl.store(p_BC + STATES, _sum_channels(b_grad_Cs, BLOCK), mask=o_t < LENGTH)
-        b_carry = tl.where(o_n == LAST, b_g, b_carry)
-        b_grad_A += tl.where(o_n == LAST, b_grad_A_s * LN_2, 0.0)
+        tl.store(p_BC + 1, _sum_channels(b_grad_Cs, BLOCK), mask=o_t < LENGTH)
 
-    p_grad_shared += (count_of_image * num_segments + segment) * (STATES + 2) * 4 * CHANNELS + o_path
-    tl.store(p_grad_shared + o_n * 4 * CHANNELS, b_grad_A * b_A, mask=m_n & m_d)
-    tl.store(p_grad_shared + STATES * 4 * CHANNELS, b_grad_D, mask=m_d)
-    tl.store(p_grad_shared + (STATES + 1) * 4 * CHANNELS, b_grad_bias, mask=m_d)
+    p_grad_shared += (count_of_image * num_segments + segment) * 3 * 4 * CHANNELS + o_path
+    tl.store(p_grad_shared, b_grad_A * (b_A * LN_2), mask=m_d)
+    tl.store(p_grad_shared + 4 * CHANNELS, b_grad_D, mask=m_d)
+    tl.store(p_grad_shared + 2 * 4 * CHANNELS, b_grad_bias, mask=m_d)

@@ -69,11 +69,10 @@ def _geometry(x: Tensor, low: Tensor, rank: int, A_log: Tensor, continuous: bool
         first_image += num_images
     constants = {
         "HEIGHT": height, "WIDTH": width, "CONTINUOUS": continuous, "TILE": TILE, "CHANNELS": channels,
-        "LOW": low.shape[3], "RANK": rank, "STATES": states, "BLOCK": block,
+        "LOW": low.shape[3], "RANK": rank, "BLOCK": block,
         "PRECISE": x.dtype == torch.float32, "num_warps": 1, "num_stages": 1,
     }  # fmt: skip
-    if states == 1:
-        constants |= {"RUN": math.gcd(height, width, TILE), "STATES_BLOCK": 1}
+    constants |= {"STATES": states} if states > 1 else {"RUN": math.gcd(height, width, TILE)}
     return _Geometry(triton.cdiv(channels, block), parts, constants)
 
 
