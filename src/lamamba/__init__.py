@@ -1,4 +1,4 @@
-"""LaMamba-Diff: linear-time image diffusion. The public names; each is imported when it is first used."""
+"""LaMamba-Diff: linear-time image diffusion. Public names are imported on first use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
