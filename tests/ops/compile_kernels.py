@@ -1,153 +1,97 @@
-"""Compile the kernels for a GPU that need not be there: `compile_kernels.py CAPABILITY`."""
+"""Compile the kernels for GPUs that need not be there: `compile_kernels.py CAPABILITY ...`, such as 80 or 90.
+
+A block of the network runs forward and backward on a CPU while its launches are recorded; each kernel is then compiled
+once for every form of its arguments.
+"""
 
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from lamamba.ops.depthwise_convolution import kernels as convolution
-from lamamba.ops.gated_norm import kernels as gated_norm
-from lamamba.ops.linear_gelu import kernels as linear_gelu
-from lamamba.ops.residual_norm import kernels as residual_norm
-from lamamba.ops.rows import cut_rows
-from lamamba.ops.selective_scan import kernels as scan
-from lamamba.ops.selective_scan import product_kernels as scan_products
-from lamamba.ops.selective_scan import states_kernels as states
-from lamamba.ops.window_attention import kernels as window
+# These import all kernels, which must happen before `knobs.runtime.interpret` is set: or they would be interpreted.
+import lamamba.ops.depthwise_convolution.triton
+import lamamba.ops.gated_norm.triton
+import lamamba.ops.linear_gelu.triton
+import lamamba.ops.residual_norm.triton
+import lamamba.ops.selective_scan.triton
+import lamamba.ops.window_attention.triton  # noqa: F401
+from lamamba.config import NetworkConfig
+from lamamba.model import Block
+from lamamba.ops.backend import use_backend
+from lamamba.ops.launch import Launch, compile_launch, record_launches
+from lamamba.ops.residual_norm import add_gated
 
-# Activations and what is multiplied with them are bfloat16, all else that is pointed to is float32.
-FLOATS = {"scale", "eps"}
-HALF = {
-    *("p_x", "p_u", "p_low", "p_weight", "p_y", "p_grad_y", "p_grad_x", "p_grad_z"),
-    *("p_qkv", "p_out", "p_grad_out", "p_grad_qkv"),
-    *("p_branch", "p_gate", "p_shift", "p_scale", "p_normed", "p_grad_normed", "p_grad_branch"),
-    *("p_grad_gate", "p_grad_shift", "p_grad_scale", "p_planes", "p_z"),
+# How many values the loop with most of them carries from turn to turn. The compiler takes a variable that got the very
+# value of another for one that did not change; the interpreter, which runs the other tests, does not.
+CARRIED: dict[str, Callable[[dict[str, Any]], int]] = {
+    # Columns of rows and their margins: two of x forward; two of x, two of the gradient and ten sums backward.
+    "convolution_forward_kernel": lambda c: 2 * (c["ROWS"] + 2),
+    "convolution_backward_kernel": lambda c: 2 * (c["ROWS"] + 4) + 2 * (c["ROWS"] + 2) + 10,
+    # Sums at 16 steps: of y, and of each state B and C, A and itself, and where these are read; or of two gradients,
+    # and of each state five values.
+    "states_forward_kernel": lambda c: 16 + 3 * c["AT_ONCE"] + 1,
+    "states_backward_kernel": lambda c: 2 * 16 + 5 * c["AT_ONCE"],
 }
 
 
-def compile_kernel(
-    kernel: Any, constants: dict[str, Any], num_warps: int, capability: int,
-    carried: int | None = None, half: Collection[str] = (),
-) -> None:  # fmt: skip
-    """Compile, and check how many values the loop with most of them carries from turn to turn, where that is known.
+class AnyGPU:
+    """Stands in for Triton's driver: says which GPU to compile for."""
 
-    The compiler takes a variable that got the very value of another for one that did not change; the interpreter, which
-    runs the tests, does not.
-    """
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.startswith("p_"):
-            signature[name] = "*bf16" if name in HALF or name in half else "*fp32"
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32" if name in FLOATS else "i32"
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": num_warps, "num_stages": 1}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert compiled.asm["cubin"]
-    if carried is not None:
-        loops = re.findall(r"iter_args\((.*?)\) ->", compiled.asm["ttir"])
-        assert max(loop.count("=") for loop in loops) == carried, "a loop does not carry all of its variables"
-    print("compiled", kernel.__name__)
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability  # what is compiled is kept for each device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
 
 
-def compile_scan(capability: int) -> None:
-    paths = {
-        "HEIGHT": 32,
-        "WIDTH": 32,
-        "CONTINUOUS": True,
-        "TILE": 16,
-        "RUN": 16,
-        "CHANNELS": 640,
-        "LOW": 96,
-        "RANK": 20,
-    }
-    constants = {**paths, "BLOCK": 64, "PRECISE": False}
-    compile_kernel(scan.scan_forward_kernel, {**constants, "SAVE": True}, 1, capability)
-    compile_kernel(scan.scan_backward_kernel, constants, 1, capability)
-    for backward in (False, True):
-        compile_kernel(scan.scan_summary_kernel, {**constants, "BACKWARD": backward}, 1, capability)
-    # Two states a turn of the loop, as for 16 states, or one, as for 3: that compiles twice as fast.
-    num_states, at_once = (16, 2) if capability == 90 else (3, 1)
-    several = {**paths, "LOW": 224, "STATES": num_states, "AT_ONCE": at_once, "BLOCK": 32, "PRECISE": False}
-    # Carried: sums at 16 steps, of y or of two gradients; of each state B and C, A, itself, backward two gradients.
-    compile_kernel(states.states_forward_kernel, {**several, "SAVE": True}, 1, capability, carried=16 + at_once * 3)
-    compile_kernel(states.states_backward_kernel, several, 1, capability, carried=2 * 16 + at_once * 5)
-    compile_kernel(states.states_summary_kernel, {**several, "BACKWARD": True}, 1, capability)
-    for kernel in (states.to_paths_kernel, states.from_paths_kernel):
-        compile_kernel(kernel, {**several, "VALUES": 32, "STEPS": 64}, 4, capability, half={"p_grad_low"})
-    low = {"RANK": 20, "LOW": 96, "WIDTH": 640}
-    constants = {**low, "ROWS": 64, "PIECE": 128, "PIECES": 5, "RANK_BLOCK": 32}
-    compile_kernel(scan_products.steps_backward_kernel, constants, 4, capability, half={"p_grad_low"})
-    constants = {"PROJECTED": 96, "WIDTH": 640, "ROWS": 64, "BLOCK": 64, "LOW": 64}
-    compile_kernel(scan_products.sum_and_project_kernel, constants, 4, capability, half={"p_grad_low"})
+def run_block(num_states: int) -> None:
+    """Train on a block of S and the one after it, in bfloat16: that launches every kernel."""
+    config = NetworkConfig(embed_dim=64, num_heads=4, ssm_state_size=num_states)
+    block = Block(config, config.embed_dim, shifted=True, project=False)
+    x, condition = torch.randn(1, 32, 32, config.embed_dim, requires_grad=True), torch.randn(1, config.embed_dim)
+    with torch.autocast("cpu", torch.bfloat16), use_backend("triton"):
+        out, residual = block(x, condition)
+        out, residual = block(out, condition, residual)
+        add_gated(out, residual).float().sum().backward()
 
 
-def compile_window(capability: int) -> None:
-    windows = {"HEIGHT": 32, "WIDTH": 32, "SIDE_Y": 8, "SIDE_X": 8, "SHIFT_Y": 4, "SHIFT_X": 4, "PLACES": 64}
-    constants = {**windows, "WINDOW": 8, "HEADS": 16, "CHANNELS": 20, "BLOCK": 32}
-    for kernel in (window.attention_forward_kernel, window.attention_backward_kernel):
-        compile_kernel(kernel, constants, 4, capability)
-    sums = {"STRIDE": 960, "WIDTH": 320, "ROWS": 32, "BLOCK": 64}
-    compile_kernel(window.column_sum_kernel, sums, 4, capability)
+def forms(*num_states: int) -> list[Launch]:
+    """Record the launches of blocks: of each kernel one for every choice of missing arguments and of switches."""
+    chosen: dict[object, Launch] = {}
+    for launched in (launched for number in num_states for launched in record_launches(run_block, number)):
+        missing = tuple(argument is None for argument in launched.arguments)
+        switches = tuple((name, value) for name, value in launched.constants if value is None or value in (True, False))
+        chosen.setdefault((launched.kernel, missing, switches), launched)
+    return list(chosen.values())
 
 
-def compile_convolution(capability: int) -> None:
-    shape = {"HEIGHT": 32, "WIDTH": 32, "STRIDE": 1280, "CHANNELS": 640, "FAST": True}
-    constants = {**shape, "ROWS": 8, "COLUMNS": 32, "BLOCK": 64}
-    # Columns of 8 rows and their margins: two of x forwards; two of x, two of the gradient and ten sums backwards.
-    compile_kernel(convolution.convolution_forward_kernel, constants, 1, capability, carried=2 * 10)
-    compile_kernel(convolution.convolution_backward_kernel, constants, 1, capability, carried=2 * 12 + 2 * 10 + 10)
-    for kernel in (convolution.convolution_forward_kernel, convolution.convolution_backward_kernel):
-        compile_kernel(kernel, {**constants, "p_bias": None}, 1, capability)
-
-
-def compile_residual_norm(capability: int) -> None:
-    constants = cut_rows(channels=320, num_rows=1024)
-    num_warps = constants.pop("num_warps")
-    del constants["num_stages"]
-    forward, backward = residual_norm.residual_norm_forward_kernel, residual_norm.residual_norm_backward_kernel
-    compile_kernel(forward, constants, num_warps, capability)
-    compile_kernel(backward, {**constants, "SUMS": 4}, num_warps, capability)
-    without_bias = {"p_branch_bias": None, "p_grad_branch_bias": None, "SUMS": 3}
-    without_norm = without_bias | dict.fromkeys(("p_weight", "p_scale", "p_grad_normed"))
-    for kernel, others in (
-        (forward, {"p_bias": None, "p_shift": None, "p_normed": None}),
-        (backward, {"p_x_new": None, "p_grad_x": None}),
-    ):
-        compile_kernel(kernel, {**constants, **without_bias}, num_warps, capability)
-        compile_kernel(kernel, {**constants, **without_norm, **others}, num_warps, capability)
-    compile_kernel(
-        residual_norm.residual_norm_sum_kernel, {"CHANNELS": 320, "BLOCK": 64, "ROWS": 8, "SUMS": 4}, 2, capability
-    )
-
-
-def compile_gated_norm(capability: int) -> None:
-    constants = cut_rows(channels=640, num_rows=1024)
-    num_warps = constants.pop("num_warps")
-    del constants["num_stages"]
-    compile_kernel(gated_norm.gated_norm_forward_kernel, {**constants, "PLANES": 2}, num_warps, capability)
-    compile_kernel(gated_norm.gated_norm_backward_kernel, constants, num_warps, capability)
-
-
-def compile_linear_gelu(capability: int) -> None:
-    constants = linear_gelu.cut_columns(channels=1280, num_rows=131072)
-    num_warps = constants.pop("num_warps")
-    del constants["num_stages"]
-    for kernel in (linear_gelu.linear_gelu_forward_kernel, linear_gelu.linear_gelu_backward_kernel):
-        compile_kernel(kernel, constants, num_warps, capability)
+def compile_for(capability: int, launches: list[Launch]) -> None:
+    triton.runtime.driver.set_active(AnyGPU(capability))
+    for launched in launches:
+        compiled, name = compile_launch(launched), launched.kernel.fn.__name__
+        assert compiled.asm["cubin"], name
+        assert f".target sm_{capability}" in compiled.asm["ptx"], name
+        if name in CARRIED:
+            loops = re.findall(r"iter_args\((.*?)\) ->", compiled.asm["ttir"])
+            carried, wanted = max(loop.count("=") for loop in loops), CARRIED[name](dict(launched.constants))
+            assert carried == wanted, f"{name}: a loop carries {carried} values, not {wanted}"
+        print("compiled", name, capability, flush=True)
 
 
 if __name__ == "__main__":
-    for compile_all in (
-        compile_convolution, compile_gated_norm, compile_linear_gelu, compile_residual_norm, compile_scan,
-        compile_window,
-    ):  # fmt: skip
-        compile_all(int(sys.argv[1]))
+    knobs.runtime.interpret = True  # so that operations take tensors of a CPU, and launch what they would on a GPU
+    for capability in map(int, sys.argv[1:]):
+        # Two states a turn of the loop, as for 16 states, or one, as for 3: that compiles twice as fast.
+        compile_for(capability, forms(1, 16 if capability == 90 else 3))

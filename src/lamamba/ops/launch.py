@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 
-class _Launch(NamedTuple):
+class Launch(NamedTuple):
     """A launch, its tensors replaced by their dtypes: all that the compiler asks of them."""
 
     kernel: Any
@@ -24,7 +24,7 @@ class _Launch(NamedTuple):
     constants: tuple[tuple[str, object], ...]
 
 
-_rehearsed: dict[_Launch, None] | None = None
+_rehearsed: dict[Launch, None] | None = None
 # Held while there is a rehearsal, which is the whole process's: where threads share a GPU, each holds it at work.
 LOCK = RLock()
 
@@ -33,7 +33,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | float | None
     """Launch a kernel on the device of its tensors, or only note it while there is a rehearsal."""
     if _rehearsed is not None:
         kinds = tuple(argument.dtype if isinstance(argument, Tensor) else argument for argument in arguments)
-        _rehearsed[_Launch(kernel, kinds, tuple(constants.items()))] = None
+        _rehearsed[Launch(kernel, kinds, tuple(constants.items()))] = None
         return
     tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
     with torch.cuda.device_of(tensor):  # Triton launches on the current device
@@ -45,18 +45,28 @@ def rehearse(function: Callable[..., object], *arguments: object) -> None:
 
     What the function computes is undefined: it must not change anything that is still needed.
     """
+    launches = record_launches(function, *arguments)
+    with _compile_in_parallel():
+        for launched in launches:
+            compile_launch(launched)
+
+
+def record_launches(function: Callable[..., object], *arguments: object) -> list[Launch]:
+    """Call a function without launching its kernels, and return the launches, each kind once."""
     global _rehearsed
     with LOCK:
         # Of the module, not of the context, since autograd runs backward passes in a thread of its own.
         _rehearsed = {}
         try:
             function(*arguments)
-            launches = list(_rehearsed)
+            return list(_rehearsed)
         finally:
             _rehearsed = None
-    with _compile_in_parallel():
-        for kernel, kinds, constants in launches:
-            kernel.warmup(*kinds, grid=(1,), **dict(constants))
+
+
+def compile_launch(launched: Launch) -> Any:
+    """Compile the kernel of a launch for the current device, and return what was compiled."""
+    return launched.kernel.warmup(*launched.arguments, grid=(1,), **dict(launched.constants))
 
 
 @contextmanager
