@@ -14,7 +14,7 @@ from lamamba.checkpoint import CheckpointInfo, checkpoints_in, load_checkpoint
 from lamamba.cli import main
 from lamamba.diffusion import OBJECTIVES
 from lamamba.errors import CheckpointError
-from lamamba.finetune import take_over
+from lamamba.finetune import transfer_weights
 from lamamba.model import LaMambaDiff
 from lamamba.saving import save_checkpoint
 
@@ -46,7 +46,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def test_classes_are_told_apart_by_name() -> None:
     before, after = build(0), build(1, num_classes=4)
-    notes = take_over(after, before, ("ant", "cat", "dog", "eel"), ("dog", "cat", "owl"))
+    notes = transfer_weights(after, before, ("ant", "cat", "dog", "eel"), ("dog", "cat", "owl"))
     assert notes == ["2 of 4 classes are new and start as no label: ant, eel"]
     table = before.label_embedding.weight
     assert torch.equal(after.label_embedding.weight, table[[3, 1, 0, 3, 3]])
@@ -57,13 +57,13 @@ def test_classes_are_told_apart_by_name() -> None:
 
 def test_the_same_classes_are_copied_without_a_word() -> None:
     before, after = build(0), build(1)
-    assert take_over(after, before, (), ("a", "b", "c")) == []
+    assert transfer_weights(after, before, (), ("a", "b", "c")) == []
     assert torch.equal(after.label_embedding.weight, before.label_embedding.weight)
 
 
 def test_another_resolution_predicts_what_the_network_did_there() -> None:
     before, after = build(0), build(1, sample_size=12)
-    assert take_over(after, before, (), ()) == ["the position embedding is resized from 8x8 to 12x12"]
+    assert transfer_weights(after, before, (), ()) == ["the position embedding is resized from 8x8 to 12x12"]
     torch.nn.init.normal_(before.head.output.weight)
     after.head.load_state_dict(before.head.state_dict())
     x, t, y = torch.randn(2, 1, 12, 12), torch.tensor([3, 700]), torch.tensor([0, 2])
@@ -72,7 +72,7 @@ def test_another_resolution_predicts_what_the_network_did_there() -> None:
 
 def test_what_does_not_fit_is_named() -> None:
     after = build(1, in_channels=3, ssm_conv_bias=True)
-    notes = take_over(after, build(0), (), ())
+    notes = transfer_weights(after, build(0), (), ())
     assert len(notes) == 2
     assert notes[0].startswith(
         "the images have 3 channels and the weights are for 1: the first and the last layer start"
@@ -80,9 +80,9 @@ def test_what_does_not_fit_is_named() -> None:
     assert "weights do not fit and start from scratch: " in notes[1]
     for name in ("patch_projection.weight", "head.output.weight", "encoder.0.0.ssm.convolution.bias"):
         assert name in notes[1]
-    assert take_over(build(1), build(0, ssm_conv_bias=True), (), ())[0].startswith("13 weights are not used: ")
+    assert transfer_weights(build(1), build(0, ssm_conv_bias=True), (), ())[0].startswith("13 weights are not used: ")
     with pytest.raises(CheckpointError, match=r"only [\d,]+ of [\d,]+ parameters fit"):
-        take_over(build(1, embed_dim=16), build(0), (), ())
+        transfer_weights(build(1, embed_dim=16), build(0), (), ())
 
 
 def test_a_run_starts_from_the_averaged_weights(

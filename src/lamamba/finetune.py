@@ -12,7 +12,7 @@ LABELS, POSITIONS = "label_embedding.weight", "position_embedding"
 
 
 @torch.no_grad()
-def take_over(
+def transfer_weights(
     network: LaMambaDiff, other: LaMambaDiff, class_names: Sequence[str], other_class_names: Sequence[str]
 ) -> list[str]:
     """Copy weights from another network, as far as they fit.
@@ -31,12 +31,12 @@ def take_over(
     Raises:
         CheckpointError: less than half of the parameters fit.
     """
-    notes, anew, num_copied = [], [], 0
+    notes, fresh, num_copied = [], [], 0
     theirs = other.state_dict()
     for name, value in network.state_dict().items():
         source = theirs.pop(name, None)
         if source is None or source.shape[-1] != value.shape[-1] or source.ndim != value.ndim:
-            anew.append(name)
+            fresh.append(name)
         elif name == LABELS:
             rows, note = _rows_of(class_names, other_class_names, len(value) - 1, len(source) - 1)
             value.copy_(source[rows])
@@ -48,7 +48,7 @@ def take_over(
                 f"the position embedding is resized from {source.shape[1]}x{source.shape[2]} to {height}x{width}"
             )
         elif source.shape != value.shape:
-            anew.append(name)
+            fresh.append(name)
         else:
             value.copy_(source)
             num_copied += value.numel()
@@ -63,8 +63,8 @@ def take_over(
             f"the images have {channels} channel{'s' * (channels > 1)} and the weights are for {other_channels}: the "
             "first and the last layer start over, so expect noise at first, as in a new run"
         )
-    if anew:
-        notes.append(f"{len(anew)} weights do not fit and start from scratch: {', '.join(anew)}")
+    if fresh:
+        notes.append(f"{len(fresh)} weights do not fit and start from scratch: {', '.join(fresh)}")
     if theirs:
         notes.append(f"{len(theirs)} weights are not used: {', '.join(theirs)}")
     return notes

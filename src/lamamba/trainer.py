@@ -20,7 +20,7 @@ from lamamba.config import TrainConfig
 from lamamba.data import Source, batches
 from lamamba.diffusion import OBJECTIVES, draw_noise, training_losses
 from lamamba.errors import CheckpointError
-from lamamba.finetune import take_over
+from lamamba.finetune import transfer_weights
 from lamamba.labels import why_unguided
 from lamamba.latents import Space
 from lamamba.model import LaMambaDiff
@@ -322,7 +322,7 @@ class Trainer:
                 f"{name} was trained with the objective {loaded.info.objective}: give objective {loaded.info.objective}"
             )
         network = self._rebuild(gather(self.network.state_dict()))
-        notes = take_over(network, loaded.network, self.source.class_names, loaded.info.class_names)
+        notes = transfer_weights(network, loaded.network, self.source.class_names, loaded.info.class_names)
         for own in self._networks().values():
             load(own, network.state_dict())
         return notes
