@@ -13,7 +13,7 @@ from lamamba.cli import main
 from lamamba.config import SamplingConfig
 from lamamba.demo.settings import label_names, read_guidance
 from lamamba.diffusion import Diffusion
-from lamamba.generate import Painter
+from lamamba.generate import ImageSampler
 from lamamba.latents import Pixels
 from lamamba.model import LaMambaDiff
 from lamamba.pipeline import LaMambaDiffPipeline
@@ -213,9 +213,9 @@ def test_a_run_that_never_dropped_labels_is_not_guided(tmp_path: Path, capsys: p
     main(["push", str(run), "--out", str(tmp_path / "pipe"), "--num-per-label", "1", "--device", "cpu"])
     assert off in capsys.readouterr().out
     assert "| guidance | off: this network was trained with label" in (tmp_path / "pipe" / "README.md").read_text()
-    painter = Painter(SamplingConfig(checkpoint=str(run)), torch.device("cpu"))
-    assert label_names(painter) == list(CLASS_NAMES)
-    assert read_guidance(7, painter) == 1.0, "as the page shows it"
+    model = ImageSampler(SamplingConfig(checkpoint=str(run)), torch.device("cpu"))
+    assert label_names(model) == list(CLASS_NAMES)
+    assert read_guidance(7, model) == 1.0, "as the page shows it"
 
 
 def refused(capsys: pytest.CaptureFixture[str], run: Path, folder: Path, *options: str, message: str) -> None:

@@ -86,15 +86,15 @@ def test_what_was_stopped_goes_on(
     run: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     out, options, painted = tmp_path / "out", ["--format", kind], []
-    paint = module.Painter.paint
+    sample = module.ImageSampler.sample
 
-    def count(painter: module.Painter, labels: list[int], *arguments: object) -> np.ndarray:
+    def count(model: module.ImageSampler, labels: list[int], *arguments: object) -> np.ndarray:
         painted.append(len(labels))
         if len(painted) == 3:
             raise KeyboardInterrupt
-        return paint(painter, labels, *arguments)  # type: ignore[arg-type]
+        return sample(model, labels, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module.Painter, "paint", count)
+    monkeypatch.setattr(module.ImageSampler, "sample", count)
     with pytest.raises(SystemExit, match="130"):
         generate(run, out, *options)
     assert painted == [4, 4, 3]
@@ -155,12 +155,12 @@ class _EnoughError(Exception):
 def test_a_set_begins_at_once_however_large_it_is(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: str, seed: int
 ) -> None:
-    def paint(painter: Any, labels: list[int], seeds: range, on_step: Any) -> None:
+    def sample(model: Any, labels: list[int], seeds: range, on_step: Any) -> None:
         assert len(labels) == len(seeds) == 4
         assert seeds[0] == seed
         raise _EnoughError
 
-    monkeypatch.setattr(module.Painter, "paint", paint)
+    monkeypatch.setattr(module.ImageSampler, "sample", sample)
     with pytest.raises(_EnoughError):
         generate(run, tmp_path / "out", "--num-images", "999999999999", "--labels", labels, "--seed", str(seed))
 
@@ -230,8 +230,8 @@ def test_a_decoder_is_compiled_where_images_are_many(autoencoder: Path) -> None:
     def compiled(device: str, grid: int, number: int) -> bool:
         space = Latents.open(autoencoder, torch.device("cpu"))  # of factor 2
         network = SimpleNamespace(device=torch.device(device), config=SimpleNamespace(sample_size=grid))
-        painter: Any = SimpleNamespace(space=space, network=network, grid_size=(grid, grid))
-        module.Painter.prepare(painter, number)
+        model: Any = SimpleNamespace(space=space, network=network, grid_size=(grid, grid))
+        module.ImageSampler.prepare(model, number)
         return space._is_compiled
 
     pytest.importorskip("triton")

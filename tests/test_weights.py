@@ -19,7 +19,7 @@ from lamamba.checkpoint import load_denoiser, load_network
 from lamamba.cli import main
 from lamamba.config import SamplingConfig
 from lamamba.errors import CheckpointError, ConfigError
-from lamamba.generate import Painter
+from lamamba.generate import ImageSampler
 from lamamba.latents import Latents, check_autoencoder
 from lamamba.model import LaMambaDiff
 from lamamba.pipeline import LaMambaDiffPipeline
@@ -278,7 +278,7 @@ def test_an_autoencoder_of_other_latents_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=said):
         LaMambaDiffPipeline.from_checkpoint("nano", tmp_path)
     with pytest.raises(ConfigError, match=said):
-        Painter(SamplingConfig(checkpoint="nano", vae=tmp_path), torch.device("cpu"))
+        ImageSampler(SamplingConfig(checkpoint="nano", vae=tmp_path), torch.device("cpu"))
 
 
 def test_attention_of_autoencoders_of_2022_is_read_under_its_names(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ SAMPLES, GENERATION = "samples.npz", "generation.json"
 COMPILE_FROM = 10_000 * 256**2  # decoded pixels; benchmarks/sampling.py has what a start takes
 
 
-class Painter:
+class ImageSampler:
     """A checkpoint on a device, and how it is sampled.
 
     Args:
@@ -128,7 +128,7 @@ class Painter:
         """Height and width of what the network samples."""
         return self.size or (int(self.network.config.sample_size),) * 2
 
-    def paint(
+    def sample(
         self,
         labels: Sequence[int] | Tensor,
         seeds: Sequence[int | torch.Generator],
@@ -184,9 +184,9 @@ def sample_grid(config: SampleConfig) -> None:
     Raises:
         LamambaError: the checkpoint, a label, the sampler or a path is at fault.
     """
-    painter = Painter(config, choose_device(config.device))
-    classes = painter.labels.parse(config.labels)
-    pixels_of_grid = len(classes) * config.num_per_label * math.prod(painter.grid_size) * painter.space.factor**2
+    model = ImageSampler(config, choose_device(config.device))
+    classes = model.labels.parse(config.labels)
+    pixels_of_grid = len(classes) * config.num_per_label * math.prod(model.grid_size) * model.space.factor**2
     if pixels_of_grid > MAX_GRID_PIXELS:
         raise ConfigError(
             f"num_per_label {config.num_per_label} of {len(classes)} classes makes {pixels_of_grid:,} pixels, and a "
@@ -196,19 +196,19 @@ def sample_grid(config: SampleConfig) -> None:
     check_seed(config.seed, len(labels))
     seeds = range(config.seed, config.seed + len(labels))
     _make_folders(config)
-    painter.say_unguided()
-    pixels = paint_with_bar(painter, labels, seeds)
+    model.say_unguided()
+    pixels = sample_with_bar(model, labels, seeds)
 
-    settings = painter.settings
+    settings = model.settings
     grid = make_grid(pixels, columns=config.num_per_label, scale=max(1, 64 // pixels.shape[-1]))
     _save(grid, config.out, {**settings, "labels": classes, "num_per_label": config.num_per_label, "seed": config.seed})
     if config.images_out is not None:
         for index, (image, label, seed) in enumerate(zip(pixels, labels, seeds, strict=True)):
             path = config.images_out / f"{index:06d}.png"
             _save(_picture(image), path, {**settings, "label": label, "seed": seed})
-    named = ", ".join(painter.labels.name(label) for label in classes)
+    named = ", ".join(model.labels.name(label) for label in classes)
     drawn = f"{len(labels)} image{'s' * (len(labels) != 1)} ({named})"
-    say(f"{drawn} · {painter.sampler}, {config.steps} steps", f"grid   {config.out}")
+    say(f"{drawn} · {model.sampler}, {config.steps} steps", f"grid   {config.out}")
     if config.images_out is not None:
         last = f" to {len(labels) - 1:06d}.png" if len(labels) > 1 else ""
         others = len(list(config.images_out.glob("*.png"))) - len(labels)
@@ -216,11 +216,11 @@ def sample_grid(config: SampleConfig) -> None:
         say(f"images {config.images_out / '000000.png'}{last}{beside}")
 
 
-def paint_with_bar(painter: Painter, labels: Sequence[int], seeds: Sequence[int]) -> np.ndarray:
-    """Do what `Painter.paint` does, and show how far it is."""
+def sample_with_bar(model: ImageSampler, labels: Sequence[int], seeds: Sequence[int]) -> np.ndarray:
+    """Do what `ImageSampler.sample` does, and show how far it is."""
     with make_progress(make_console(), "{task.percentage:3.0f} %") as progress:
-        task = progress.add_task("sample", total=painter.evaluations * len(labels))
-        return painter.paint(labels, seeds, lambda step: progress.advance(task, len(step.x)))
+        task = progress.add_task("sample", total=model.evaluations * len(labels))
+        return model.sample(labels, seeds, lambda step: progress.advance(task, len(step.x)))
 
 
 def generate(config: GenerateConfig) -> None:
@@ -230,24 +230,24 @@ def generate(config: GenerateConfig) -> None:
         LamambaError: the checkpoint or an option is at fault, or the folder holds images that were made otherwise.
     """
     with joined(config.device) as (processes, device_name):
-        painter = Painter(config, choose_device(device_name))
-        labels_of = _labels_of_set(config, painter)
+        model = ImageSampler(config, choose_device(device_name))
+        labels_of = _labels_of_set(config, model)
         made = {
-            **painter.settings,
-            "weights": _weights_digest(painter.path),
-            "guidance_weights": None if painter.weaker_path is None else _weights_digest(painter.weaker_path),
-            "vae_digest": None if painter.vae is None else identify_autoencoder(Path(painter.vae)),
+            **model.settings,
+            "weights": _weights_digest(model.path),
+            "guidance_weights": None if model.weaker_path is None else _weights_digest(model.weaker_path),
+            "vae_digest": None if model.vae is None else identify_autoencoder(Path(model.vae)),
             "seed": config.seed, "labels": config.labels, "num_images": config.num_images, "size": config.size,
             "format": config.format, "images_per_shard": config.images_per_shard,
         }  # fmt: skip
         # Others wait, so that the folder is there, and is the right one.
         with locked(config.out) if processes.is_first else nullcontext():
             if processes.is_first:
-                painter.say_unguided()
+                model.say_unguided()
                 _begin_set(config.out, json.loads(json.dumps(made)))
             processes.wait()
             with SignalsNoted() as signals:
-                _paint_shards(config, painter, labels_of, processes, signals)
+                _sample_shards(config, model, labels_of, processes, signals)
                 processes.wait_at_end(signals)
             if processes.is_first:
                 if config.format == "npz":
@@ -259,21 +259,21 @@ def _weights_digest(path: Path) -> str:
     return checksum(*sorted(path.rglob("diffusion_pytorch_model*")))
 
 
-def _labels_of_set(config: GenerateConfig, painter: Painter) -> Callable[[range], list[int]]:
+def _labels_of_set(config: GenerateConfig, model: ImageSampler) -> Callable[[range], list[int]]:
     """Make a function that returns the labels of the images at some places of the set; a set may be of any size."""
-    if config.labels == "random" and painter.num_classes:
+    if config.labels == "random" and model.num_classes:
 
         def draw(places: range) -> list[int]:
             numbers = np.random.Philox(key=np.array([config.seed, 0], dtype=np.uint64))
             numbers.advance(places.start // 4)  # it draws four at a time
             raw = numbers.random_raw(places.start % 4 + len(places))[places.start % 4 :]
-            return [int(label) for label in raw % np.uint64(painter.num_classes)]
+            return [int(label) for label in raw % np.uint64(model.num_classes)]
 
         return draw
     if config.labels in ("balanced", "random"):
-        classes = list(range(max(1, painter.num_classes)))
+        classes = list(range(max(1, model.num_classes)))
     else:
-        classes = painter.labels.parse(config.labels)
+        classes = model.labels.parse(config.labels)
     return lambda places: [classes[place % len(classes)] for place in places]
 
 
@@ -315,9 +315,9 @@ def _begin_set(out: Path, made: dict[str, Any]) -> None:
         raise ConfigError(f"{out} holds images that were made otherwise, choose another folder: {'; '.join(changed)}")
 
 
-def _paint_shards(
+def _sample_shards(
     config: GenerateConfig,
-    painter: Painter,
+    model: ImageSampler,
     labels_of: Callable[[range], list[int]],
     processes: Processes,
     signals: SignalsNoted,
@@ -333,7 +333,7 @@ def _paint_shards(
         others = f", process 1 of {processes.number}" if processes.number > 1 else ""
         done, total = 0.0, size * len(starts) - missing
         bar = progress.add_task(f"generate{others}", total=total)
-        painter.prepare(config.num_images)  # of the whole set, so that any number of processes decodes alike
+        model.prepare(config.num_images)  # of the whole set, so that any number of processes decodes alike
 
         def advance(number: float) -> None:
             nonlocal done
@@ -352,9 +352,9 @@ def _paint_shards(
                     continue
                 own = labels_of(places)
                 seeds = range(config.seed + places.start, config.seed + places.stop)
-                images = painter.paint(own, seeds, lambda step: advance(len(step.x) / painter.evaluations))
+                images = model.sample(own, seeds, lambda step: advance(len(step.x) / model.evaluations))
                 settings = [
-                    {**painter.settings, "label": label, "seed": seed} for label, seed in zip(own, seeds, strict=True)
+                    {**model.settings, "label": label, "seed": seed} for label, seed in zip(own, seeds, strict=True)
                 ]
                 if written:
                     written.result()

@@ -22,7 +22,7 @@ from lamamba.config import PushConfig, SamplingConfig
 from lamamba.data.fashion_mnist import HUB_REPOSITORY
 from lamamba.errors import CheckpointError, ConfigError, DataError
 from lamamba.files import TEMPORARY, permit, write_text
-from lamamba.generate import Painter, paint_with_bar
+from lamamba.generate import ImageSampler, sample_with_bar
 from lamamba.hub import make_repository, send
 from lamamba.labels import why_unguided
 from lamamba.latents import IMAGE_CHANNELS, Latents
@@ -121,11 +121,11 @@ def _draw(folder: Path, config: PushConfig) -> list[int]:
     """Sample the card's picture from the written folder, as `lamamba sample` does; return the labels of its rows."""
     if not config.num_per_label:
         return []
-    painter = Painter(SamplingConfig(checkpoint=str(folder)), choose_device(config.device))
-    painter.say_unguided()
-    rows = painter.labels.parse(None)
+    model = ImageSampler(SamplingConfig(checkpoint=str(folder)), choose_device(config.device))
+    model.say_unguided()
+    rows = model.labels.parse(None)
     labels = [label for label in rows for _ in range(config.num_per_label)]
-    pixels = paint_with_bar(painter, labels, range(len(labels)))
+    pixels = sample_with_bar(model, labels, range(len(labels)))
     make_grid(pixels, config.num_per_label, scale=max(1, 64 // pixels.shape[-1])).save(folder / PICTURE)
     return rows
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from lamamba.cli import main
 from lamamba.config import DemoLimits
-from lamamba.demo.painting import Models
+from lamamba.demo.previews import Models
 
 pytest.importorskip("gradio", reason="needs Gradio: pip install 'lamamba[demo]'")
 

@@ -8,57 +8,57 @@ from typing import Any
 import pytest
 
 from lamamba.config import DemoLimits, SamplingConfig
-from lamamba.demo.painting import Models
+from lamamba.demo.previews import Models
 from lamamba.demo.settings import label_names, read_label, read_numbers, read_request
 from lamamba.errors import ConfigError
-from lamamba.generate import Painter
+from lamamba.generate import ImageSampler
 from lamamba.sampling import choose_device
 
 LIMITS = DemoLimits(max_images=4, max_steps=10, max_pixels=4 * 32 * 32)
 
 
 @pytest.fixture(scope="module")
-def painter() -> Painter:
-    return Painter(SamplingConfig(checkpoint="nano"), choose_device("cpu"))
+def model() -> ImageSampler:
+    return ImageSampler(SamplingConfig(checkpoint="nano"), choose_device("cpu"))
 
 
-def test_values_become_a_request(painter: Painter) -> None:
+def test_values_become_a_request(model: ImageSampler) -> None:
     request = read_request(
         {
             "labels": ["Coat", "BAG"], "sampler": "ddim", "steps": 7.0, "guidance": 3, "interval_low": 0.5,
             "interval_high": 20, "rescale": 0.5, "seed": 5, "num_images": 3, "height": 32, "width": 16,
         },
-        painter,
+        model,
         LIMITS,
     )  # fmt: skip
     assert request.labels == (4, 8, 4)
     assert request.seeds == [5, 6, 7]
-    assert read_request({"seed": 2**64 - 1}, painter, DemoLimits()).seeds == [2**64 - 1]
-    assert read_request({"seed": 3.0}, painter, DemoLimits()).seeds == [3]
+    assert read_request({"seed": 2**64 - 1}, model, DemoLimits()).seeds == [2**64 - 1]
+    assert read_request({"seed": 3.0}, model, DemoLimits()).seeds == [3]
     config = request.config
     assert (config.sampler, config.steps, config.guidance, config.size) == ("ddim", 7, 3.0, (32, 16))
     assert (config.guidance_options.interval, config.guidance_options.rescale) == ((0.5, 20.0), 0.5)
 
 
-def test_what_is_left_out_has_a_default_within_the_limits(painter: Painter) -> None:
-    request = read_request({}, painter, DemoLimits())
+def test_what_is_left_out_has_a_default_within_the_limits(model: ImageSampler) -> None:
+    request = read_request({}, model, DemoLimits())
     assert request.labels == (10,)  # no label
     assert (request.config.sampler, request.config.steps, request.config.size) == ("dpm++", 25, (32, 32))
 
 
-def test_names_are_those_of_the_checkpoint(painter: Painter) -> None:
-    names = label_names(painter)
+def test_names_are_those_of_the_checkpoint(model: ImageSampler) -> None:
+    names = label_names(model)
     assert (len(names), names[0], names[9], names[10]) == (11, "T-shirt/top", "Ankle boot", "no label")
 
 
-def test_names_are_text_that_a_page_can_hold(painter: Painter) -> None:
+def test_names_are_text_that_a_page_can_hold(model: ImageSampler) -> None:
     names = ("Cat", "cat", " x ", "<b>|", os.fsdecode(b"\xff\x1b"))
-    painter = copy.copy(painter)
-    painter.num_classes, painter.info = len(names), replace(painter.info, class_names=names)
-    shown = label_names(painter)
+    model = copy.copy(model)
+    model.num_classes, model.info = len(names), replace(model.info, class_names=names)
+    shown = label_names(model)
     assert shown == ["Cat", "cat", " x ", "<b>|", "\\xff\\x1b", "no label"]
-    assert [read_label(name, painter) for name in shown] == list(range(6))
-    assert read_label("NO LABEL", painter) == 5
+    assert [read_label(name, model) for name in shown] == list(range(6))
+    assert read_label("NO LABEL", model) == 5
 
 
 @pytest.mark.parametrize(
@@ -94,9 +94,9 @@ def test_names_are_text_that_a_page_can_hold(painter: Painter) -> None:
         ({"vae": "/etc"}, "nothing is named 'vae' here"),
     ],
 )
-def test_what_cannot_be_is_refused(painter: Painter, values: dict[str, Any], said: str) -> None:
+def test_what_cannot_be_is_refused(model: ImageSampler, values: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as error:
-        read_request({"steps": 5, **values}, painter, LIMITS)
+        read_request({"steps": 5, **values}, model, LIMITS)
     assert said in str(error.value)
 
 

@@ -19,7 +19,7 @@ from lamamba.config import DemoLimits
 from lamamba.demo.figures import MAX_SIDE, PATH_NAMES, draw_paths, draw_windows
 from lamamba.demo.gallery import SAVE_LINKS, STYLE, draw_images, png_address
 from lamamba.demo.gate import Gate
-from lamamba.demo.painting import Models, Pictures, Preview, compare_guidance, inpaint, interpolate, paint
+from lamamba.demo.previews import Models, Pictures, Preview, compare_guidance, inpaint, interpolate, sample
 from lamamba.demo.receptive_field import NUM_DRAWS, Branches, draw_receptive_field, receptive_fields
 from lamamba.demo.settings import (
     MAX_GUIDANCE,
@@ -32,7 +32,7 @@ from lamamba.demo.settings import (
 )
 from lamamba.demo.uploads import FOLDER, Uploads, read_drawing
 from lamamba.errors import ConfigError, LamambaError
-from lamamba.generate import Painter
+from lamamba.generate import ImageSampler
 from lamamba.labels import choose_guidance, why_unguided
 from lamamba.model import LaMambaDiff
 
@@ -188,8 +188,8 @@ class Page:
 
     def __init__(self, models: Models, limits: DemoLimits) -> None:
         self.models, self.limits, self.uploads = models, limits, Uploads()
-        painter = models[models.names[0]]
-        self.values = _of_model(painter, limits)
+        model = models[models.names[0]]
+        self.values = _of_model(model, limits)
         with gr.Blocks(title="LaMamba-Diff", analytics_enabled=False) as self.blocks:
             with gr.Row(equal_height=True):
                 with gr.Column(scale=3):
@@ -248,8 +248,8 @@ class Page:
                 1, max(2, self.limits.max_images), step=1, label="Images", elem_id="images", **self.values["num_images"]
             )
 
-            def start(painter: Painter, asked: dict[str, Any]) -> Shown:
-                return paint(painter, read_request(asked, painter, self.limits))
+            def start(model: ImageSampler, asked: dict[str, Any]) -> Shown:
+                return sample(model, read_request(asked, model, self.limits))
 
             self._button("Generate", {"num_images": number}, start, _label_and_seed)
         return {"num_images": number}
@@ -260,11 +260,11 @@ class Page:
                 "1, 2, 4, 7", label="Scales", elem_id="scales", info="The same label and seed at each of these."
             )
 
-            def start(painter: Painter, asked: dict[str, Any]) -> Shown:
+            def start(model: ImageSampler, asked: dict[str, Any]) -> Shown:
                 wanted = read_numbers("scales", asked.pop("scales"))
-                return compare_guidance(painter, read_request(asked, painter, self.limits), wanted, self.limits)
+                return compare_guidance(model, read_request(asked, model, self.limits), wanted, self.limits)
 
-            def caption(painter: Painter, made: dict[str, Any]) -> str:
+            def caption(model: ImageSampler, made: dict[str, Any]) -> str:
                 return f"guidance {made['guidance']:g}"
 
             self._button("Compare", {"scales": scales}, start, caption)
@@ -286,25 +286,25 @@ class Page:
                 )
             fields = {"end_label": label, "end_seed": seed, "num_between": number}
 
-            def start(painter: Painter, asked: dict[str, Any]) -> Shown:
+            def start(model: ImageSampler, asked: dict[str, Any]) -> Shown:
                 label, seed, number = (asked.pop(name) for name in fields)
-                request = read_request(asked, painter, self.limits)
-                return interpolate(painter, request, seed, read_label(label, painter), number, self.limits)
+                request = read_request(asked, model, self.limits)
+                return interpolate(model, request, seed, read_label(label, model), number, self.limits)
 
-            def caption(painter: Painter, made: dict[str, Any]) -> str:
+            def caption(model: ImageSampler, made: dict[str, Any]) -> str:
                 return f"{made['fraction']:.0%}"
 
             self._button("Interpolate", fields, start, caption)
         return {"end_label": label, "num_between": number}
 
     def _inpaint(self) -> dict[str, Any]:
-        def start(painter: Painter, asked: dict[str, Any]) -> Shown:
+        def start(model: ImageSampler, asked: dict[str, Any]) -> Shown:
             drawn, strength = asked.pop("image"), asked.pop("strength")
             if drawn is None:
                 raise ConfigError("there is no image: upload one, or take the last one made")
             image, mask = drawn
-            request = read_request(asked, painter, self.limits)
-            return inpaint(painter, request, image, mask, strength)
+            request = read_request(asked, model, self.limits)
+            return inpaint(model, request, image, mask, strength)
 
         with gr.Tab("Inpaint"):
             gr.Markdown("Draw over what is to be painted anew, with the first label on the left; the rest stays.")
@@ -411,8 +411,8 @@ class Page:
         self,
         name: str,
         more: Mapping[str, Any],
-        start: Callable[[Painter, dict[str, Any]], Shown],
-        caption: Callable[[Painter, dict[str, Any]], str],
+        start: Callable[[ImageSampler, dict[str, Any]], Shown],
+        caption: Callable[[ImageSampler, dict[str, Any]], str],
     ) -> None:
         """Add a button, one that cancels what it started, and where the images appear."""
         with gr.Row():
@@ -427,13 +427,13 @@ class Page:
             asked = {name: values[field] for name, field in fields.items()}
             yield "", gr.skip(), gr.skip()  # what was said of the request before
             with _as_messages():
-                painter = self.models[values[self.model]]
-                for shown in start(painter, asked):
+                model = self.models[values[self.model]]
+                for shown in start(model, asked):
                     _wait_for_reader(self.blocks, request.session_hash, _MAX_UNREAD)
                     if isinstance(shown, Preview):
                         yield _bar(shown.done), draw_images(shown.images), gr.skip()
                     else:
-                        captions = [caption(painter, made) for made in shown.settings]
+                        captions = [caption(model, made) for made in shown.settings]
                         drawn = draw_images(shown.images, captions, shown.settings)
                         yield f"Done in {time.monotonic() - began:.1f} s.", drawn, shown.images[0]
                 _wait_for_reader(self.blocks, request.session_hash, 0)
@@ -469,16 +469,16 @@ def _as_messages() -> Iterator[None]:
         raise gr.Error("memory is full: ask for fewer or smaller images", print_exception=False) from error
 
 
-def _of_model(painter: Painter, limits: DemoLimits) -> dict[str, dict[str, Any]]:
+def _of_model(model: ImageSampler, limits: DemoLimits) -> dict[str, dict[str, Any]]:
     """What the fields that depend on the model begin with, by their names."""
-    config = painter.network.config
-    names, side = label_names(painter), int(config.sample_size)
-    labels = names[: min(4, painter.num_classes)] or names
-    default, pixels = painter.objective.default_sampler, side * painter.space.factor
-    samplers = [default, *(other for other in painter.objective.samplers if other != default)]
+    config = model.network.config
+    names, side = label_names(model), int(config.sample_size)
+    labels = names[: min(4, model.num_classes)] or names
+    default, pixels = model.objective.default_sampler, side * model.space.factor
+    samplers = [default, *(other for other in model.objective.samplers if other != default)]
     number = max(1, min(8, limits.max_images, limits.max_pixels // pixels**2))
     return {
-        "model": {"info": _describe(painter)},
+        "model": {"info": _describe(model)},
         "labels": {"choices": names, "value": labels},
         "sampler": {"choices": samplers, "value": default},
         "guidance": {
@@ -498,17 +498,17 @@ def _of_model(painter: Painter, limits: DemoLimits) -> dict[str, dict[str, Any]]
     }  # fmt: skip
 
 
-def _describe(painter: Painter) -> str:
-    size = int(painter.network.config.sample_size) * painter.space.factor
-    parameters = sum(parameter.numel() for parameter in painter.network.network.parameters())
-    classes = f"{painter.num_classes} classes" if painter.num_classes else "no labels"
-    if painter.num_classes and (why := why_unguided(painter.network.config)):
+def _describe(model: ImageSampler) -> str:
+    size = int(model.network.config.sample_size) * model.space.factor
+    parameters = sum(parameter.numel() for parameter in model.network.network.parameters())
+    classes = f"{model.num_classes} classes" if model.num_classes else "no labels"
+    if model.num_classes and (why := why_unguided(model.network.config)):
         classes += f"; guidance is off: {why}"
     return f"{parameters / 1e6:,.1f} million parameters, trained at {size} x {size}, {classes}"
 
 
-def _label_and_seed(painter: Painter, made: dict[str, Any]) -> str:
-    return f"{painter.labels.name(made['label'])} · seed {made['seed']}"
+def _label_and_seed(model: ImageSampler, made: dict[str, Any]) -> str:
+    return f"{model.labels.name(made['label'])} · seed {made['seed']}"
 
 
 def _to_editor(image: np.ndarray | None) -> dict[str, Any]:

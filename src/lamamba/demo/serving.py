@@ -8,7 +8,7 @@ from contextlib import suppress
 from types import FrameType
 
 from lamamba.config import DemoConfig
-from lamamba.demo.painting import Models
+from lamamba.demo.previews import Models
 from lamamba.errors import ConfigError
 from lamamba.output import say
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 from lamamba.config import DemoLimits, GuidanceOptions, Sampler, SamplingConfig, nearest
 from lamamba.config.checks import check_seed
 from lamamba.errors import ConfigError
-from lamamba.generate import Painter
+from lamamba.generate import ImageSampler
 from lamamba.labels import NO_LABEL, choose_guidance, why_unguided
 
 MAX_GUIDANCE = 20.0
@@ -28,13 +28,13 @@ class Request:
         return [self.config.seed + index for index in range(len(self.labels))]
 
 
-def label_names(painter: Painter) -> list[str]:
+def label_names(model: ImageSampler) -> list[str]:
     """Name every class, in order, and last "no label", if the model has seen that, as `read_request` takes them."""
-    names = [painter.labels.name(label) for label in range(painter.num_classes)]
-    return names if names and why_unguided(painter.network.config) else [*names, NO_LABEL]
+    names = [model.labels.name(label) for label in range(model.num_classes)]
+    return names if names and why_unguided(model.network.config) else [*names, NO_LABEL]
 
 
-def read_request(values: Mapping[str, Any], painter: Painter, limits: DemoLimits) -> Request:
+def read_request(values: Mapping[str, Any], model: ImageSampler, limits: DemoLimits) -> Request:
     """Check what a page sent and make a request of it.
 
     Args:
@@ -42,7 +42,7 @@ def read_request(values: Mapping[str, Any], painter: Painter, limits: DemoLimits
             `interval_high`, noise over signal, both None for everywhere; `rescale`; `seed`; `num_images`; `height` and
             `width` in pixels, None for the training size. What is left out has the default of `lamamba sample`, and
             one image is made.
-        painter: the model.
+        model: the model.
         limits: what a visitor can ask for.
 
     Raises:
@@ -57,18 +57,18 @@ def read_request(values: Mapping[str, Any], painter: Painter, limits: DemoLimits
         raise ConfigError(f"nothing is named {unknown[0]!r} here: {nearest(unknown[0], sorted(known))}")
     number = read_whole("num_images", values.get("num_images", 1), 1, limits.max_images)
     steps = read_whole("steps", values.get("steps", 25), 1, limits.max_steps)
-    height = read_side("height", values.get("height"), painter)
-    width = read_side("width", values.get("width"), painter)
+    height = read_side("height", values.get("height"), model)
+    width = read_side("width", values.get("width"), model)
     check_pixels(number, height, width, limits)
-    sampler = values.get("sampler") or painter.objective.default_sampler
-    if sampler not in painter.objective.samplers:
-        hint = nearest(str(sampler), painter.objective.samplers)
+    sampler = values.get("sampler") or model.objective.default_sampler
+    if sampler not in model.objective.samplers:
+        hint = nearest(str(sampler), model.objective.samplers)
         raise ConfigError(f"no sampler of this model is named {sampler!r}: {hint}")
     config = SamplingConfig(
-        checkpoint=painter.config.checkpoint,
+        checkpoint=model.config.checkpoint,
         sampler=cast(Sampler, sampler),
         steps=steps,
-        guidance=read_guidance(values.get("guidance"), painter),
+        guidance=read_guidance(values.get("guidance"), model),
         guidance_options=GuidanceOptions(
             interval=_read_interval(values.get("interval_low"), values.get("interval_high")),
             rescale=read_number("rescale", values.get("rescale", 0.0), 0, 1),
@@ -76,31 +76,31 @@ def read_request(values: Mapping[str, Any], painter: Painter, limits: DemoLimits
         seed=read_seed("seed", values.get("seed", 0), number),
         size=(height, width),
         batch_size=number,  # all at once, so that all have a preview
-        vae=painter.config.vae,
-        device=painter.config.device,
+        vae=model.config.vae,
+        device=model.config.device,
     )
-    labels = [read_label(name, painter) for name in _read_names(values.get("labels"))]
+    labels = [read_label(name, model) for name in _read_names(values.get("labels"))]
     return Request(config, tuple(labels[index % len(labels)] for index in range(number)))
 
 
-def read_guidance(value: Any, painter: Painter) -> float:
+def read_guidance(value: Any, model: ImageSampler) -> float:
     """Check a scale of guidance, None being the model's default; a model that cannot be guided has 1."""
-    config = painter.network.config
+    config = model.network.config
     if value is None or why_unguided(config):
         return choose_guidance(config, None)
     return read_number("guidance", value, 0, MAX_GUIDANCE)
 
 
-def read_label(name: Any, painter: Painter) -> int:
+def read_label(name: Any, model: ImageSampler) -> int:
     """Look up a label by its name, whatever its case; raises ConfigError where there is none."""
-    return painter.labels.find(str(name))
+    return model.labels.find(str(name))
 
 
-def read_side(name: str, value: Any, painter: Painter) -> int:
+def read_side(name: str, value: Any, model: ImageSampler) -> int:
     """Check a height or width in pixels, None being the training size; the model's own conditions count too."""
-    default = int(painter.network.config.sample_size) * painter.space.factor
+    default = int(model.network.config.sample_size) * model.space.factor
     pixels = default if value is None else read_whole(name, value, 4, 1 << 16)
-    painter.space.grid_size(pixels)
+    model.space.grid_size(pixels)
     return pixels
 
 

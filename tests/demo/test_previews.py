@@ -16,11 +16,11 @@ from PIL import Image
 
 from lamamba.checkpoint import CheckpointInfo, write_weights
 from lamamba.config import DemoLimits, SampleConfig, SamplingConfig
-from lamamba.demo.painting import Models, Pictures, Preview, compare_guidance, inpaint, interpolate, paint
+from lamamba.demo.previews import Models, Pictures, Preview, compare_guidance, inpaint, interpolate, sample
 from lamamba.demo.settings import Request, read_request
 from lamamba.diffusion import Diffusion
 from lamamba.errors import ConfigError
-from lamamba.generate import Painter, encode_png, sample_grid
+from lamamba.generate import ImageSampler, encode_png, sample_grid
 from lamamba.model import LaMambaDiff
 from lamamba.sampling import choose_device
 
@@ -28,12 +28,12 @@ LIMITS = DemoLimits()
 
 
 @pytest.fixture(scope="module")
-def painter() -> Painter:
-    return Painter(SamplingConfig(checkpoint="nano"), choose_device("cpu"))
+def model() -> ImageSampler:
+    return ImageSampler(SamplingConfig(checkpoint="nano"), choose_device("cpu"))
 
 
-def ask(painter: Painter, **values: Any) -> Request:
-    return read_request({"labels": ["Coat"], "steps": 4, "seed": 3, **values}, painter, LIMITS)
+def ask(model: ImageSampler, **values: Any) -> Request:
+    return read_request({"labels": ["Coat"], "steps": 4, "seed": 3, **values}, model, LIMITS)
 
 
 def finish(shown: Iterator[Preview | Pictures]) -> tuple[list[Preview], Pictures]:
@@ -49,8 +49,8 @@ def roughness(images: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim", "dpm++", "sde-dpm++", "unipc"])
-def test_images_and_metadata_are_those_of_lamamba_sample(painter: Painter, sampler: str, tmp_path: Path) -> None:
-    previews, made = finish(paint(painter, ask(painter, sampler=sampler, num_images=2, guidance=3.0)))
+def test_images_and_metadata_are_those_of_lamamba_sample(model: ImageSampler, sampler: str, tmp_path: Path) -> None:
+    previews, made = finish(sample(model, ask(model, sampler=sampler, num_images=2, guidance=3.0)))
     assert len(previews) == 4
     assert [preview.done for preview in previews] == [0.25, 0.5, 0.75, 1.0]
     config = SampleConfig(
@@ -66,19 +66,19 @@ def test_images_and_metadata_are_those_of_lamamba_sample(painter: Painter, sampl
         assert written.items() >= json.loads(wanted.info["lamamba"]).items()  # type: ignore[attr-defined]
 
 
-def test_previews_come_closer_to_the_image(painter: Painter) -> None:
-    previews, made = finish(paint(painter, ask(painter, steps=8)))
+def test_previews_come_closer_to_the_image(model: ImageSampler) -> None:
+    previews, made = finish(sample(model, ask(model, steps=8)))
     distances = [float(np.abs(preview.images.astype(float) - made.images).mean()) for preview in previews]
     assert distances[-1] < 0.1 * distances[0]
     # What the last prediction implies is nearly the image, where x_t would be half noise in the middle.
     assert distances[4] < 0.5 * distances[0]
 
 
-def test_who_stops_reading_ends_the_sampling(painter: Painter) -> None:
+def test_who_stops_reading_ends_the_sampling(model: ImageSampler) -> None:
     before, evaluations = threading.active_count(), []
-    counting = painter.network.network.register_forward_hook(lambda *_: evaluations.append(1))
+    counting = model.network.network.register_forward_hook(lambda *_: evaluations.append(1))
     try:
-        shown = paint(painter, ask(painter, steps=100))
+        shown = sample(model, ask(model, steps=100))
         next(shown)
         shown.close()  # type: ignore[attr-defined]
         until = time.monotonic() + 20
@@ -90,53 +90,53 @@ def test_who_stops_reading_ends_the_sampling(painter: Painter) -> None:
     assert len(evaluations) < 5
 
 
-def test_two_at_once_do_not_disturb_each_other(painter: Painter) -> None:
+def test_two_at_once_do_not_disturb_each_other(model: ImageSampler) -> None:
     requests = [
-        ask(painter, sampler="sde-dpm++", seed=1, guidance=4.0),
-        ask(painter, labels=["Bag"], sampler="ancestral", seed=2, steps=6),
+        ask(model, sampler="sde-dpm++", seed=1, guidance=4.0),
+        ask(model, labels=["Bag"], sampler="ancestral", seed=2, steps=6),
     ]
-    alone = [finish(paint(painter, request))[1].images for request in requests]
+    alone = [finish(sample(model, request))[1].images for request in requests]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda request: finish(paint(painter, request))[1].images, requests * 2))
+        together = list(pool.map(lambda request: finish(sample(model, request))[1].images, requests * 2))
     for wanted, images in zip(itertools.cycle(alone), together, strict=False):
         assert np.array_equal(wanted, images)
 
 
-def test_an_error_reaches_who_reads(painter: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_reaches_who_reads(model: ImageSampler, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise ConfigError("on purpose")
 
     monkeypatch.setattr("lamamba.generate.sample", fail)
     with pytest.raises(ConfigError, match="on purpose"):
-        list(paint(painter, ask(painter)))
+        list(sample(model, ask(model)))
 
 
-def test_guidance_is_compared_at_one_seed(painter: Painter) -> None:
-    request = ask(painter, num_images=2)
-    previews, strip = finish(compare_guidance(painter, request, [1.0, 4.0], LIMITS))
+def test_guidance_is_compared_at_one_seed(model: ImageSampler) -> None:
+    request = ask(model, num_images=2)
+    previews, strip = finish(compare_guidance(model, request, [1.0, 4.0], LIMITS))
     assert [len(preview.images) for preview in previews] == [1] * 4 + [2] * 4
     assert previews[-1].done == 1
     assert [(own["guidance"], own["seed"]) for own in strip.settings] == [(1.0, 3), (4.0, 3)]
     for scale, image in zip((1.0, 4.0), strip.images, strict=True):
-        alone = finish(paint(painter, ask(painter, guidance=scale)))[1].images
+        alone = finish(sample(model, ask(model, guidance=scale)))[1].images
         assert np.array_equal(alone[0], image)
     assert not np.array_equal(strip.images[0], strip.images[1])
 
 
 @pytest.mark.parametrize("scales", [[], [1.0] * 17, [-1.0], [float("nan")], ["2"]])
-def test_scales_are_held_to_the_limits(painter: Painter, scales: list[Any]) -> None:
+def test_scales_are_held_to_the_limits(model: ImageSampler, scales: list[Any]) -> None:
     with pytest.raises(ConfigError):
-        list(compare_guidance(painter, ask(painter), scales, LIMITS))
+        list(compare_guidance(model, ask(model), scales, LIMITS))
 
 
 @pytest.mark.parametrize("sampler", Diffusion.samplers)
-def test_interpolation_goes_from_one_image_to_the_other(painter: Painter, sampler: str) -> None:
-    request = ask(painter, guidance=2.0, sampler=sampler)
-    previews, made = finish(interpolate(painter, request, end_seed=9, end_label=8, num_images=3, limits=LIMITS))
+def test_interpolation_goes_from_one_image_to_the_other(model: ImageSampler, sampler: str) -> None:
+    request = ask(model, guidance=2.0, sampler=sampler)
+    previews, made = finish(interpolate(model, request, end_seed=9, end_label=8, num_images=3, limits=LIMITS))
     assert [preview.done for preview in previews] == [0.25, 0.5, 0.75, 1.0]
     assert roughness(previews[1].images) < 40
-    first = finish(paint(painter, request))[1].images[0]
-    last = finish(paint(painter, ask(painter, labels=["Bag"], seed=9, guidance=2.0, sampler=sampler)))[1].images[0]
+    first = finish(sample(model, request))[1].images[0]
+    last = finish(sample(model, ask(model, labels=["Bag"], seed=9, guidance=2.0, sampler=sampler)))[1].images[0]
     # A batch adds up in another order than a single image: levels may differ by rounding.
     assert np.abs(made.images[0].astype(int) - first).max() <= 2
     if sampler not in ("ancestral", "sde-dpm++"):  # these add the noise of the first seed throughout
@@ -148,18 +148,18 @@ def test_interpolation_goes_from_one_image_to_the_other(painter: Painter, sample
     ("number", "seed", "limits"),
     [(17, 1, LIMITS), (1, 1, LIMITS), (3, -1, LIMITS), (3, 1, DemoLimits(max_pixels=2048))],
 )
-def test_interpolation_is_held_to_the_limits(painter: Painter, number: int, seed: int, limits: DemoLimits) -> None:
+def test_interpolation_is_held_to_the_limits(model: ImageSampler, number: int, seed: int, limits: DemoLimits) -> None:
     with pytest.raises(ConfigError):
-        list(interpolate(painter, ask(painter), end_seed=seed, end_label=8, num_images=number, limits=limits))
+        list(interpolate(model, ask(model), end_seed=seed, end_label=8, num_images=number, limits=limits))
 
 
 @pytest.mark.parametrize("sampler", Diffusion.samplers)
-def test_inpainting_changes_what_is_masked_alone(painter: Painter, sampler: str) -> None:
-    image = Image.fromarray(finish(paint(painter, ask(painter)))[1].images[0, 0]).resize((64, 64), Image.Resampling.BOX)
+def test_inpainting_changes_what_is_masked_alone(model: ImageSampler, sampler: str) -> None:
+    image = Image.fromarray(finish(sample(model, ask(model)))[1].images[0, 0]).resize((64, 64), Image.Resampling.BOX)
     mask = Image.new("L", (64, 64))
     mask.paste(255, (0, 0, 32, 64))
-    request = ask(painter, labels=["Bag"], steps=8, sampler=sampler)
-    previews, made = finish(inpaint(painter, request, image, mask, strength=1.0))
+    request = ask(model, labels=["Bag"], steps=8, sampler=sampler)
+    previews, made = finish(inpaint(model, request, image, mask, strength=1.0))
     assert [preview.done for preview in previews] == [step / 8 for step in range(1, 9)]
     assert roughness(previews[1].images) < 40
     kept = np.asarray(image.resize((32, 32), Image.Resampling.LANCZOS))[:, 16:]
@@ -174,15 +174,15 @@ def test_latents_are_shown_as_images(autoencoder: Path, tmp_path: Path) -> None:
         in_channels=channels, sample_size=8, num_classes=2, embed_dim=8, num_heads=2, depths=(1, 1, 1, 1)
     )
     write_weights(tmp_path / "latent", network, CheckpointInfo(class_names=("cat", "dog"), vae=str(autoencoder)))
-    painter = Models([str(tmp_path / "latent")], "cpu")["latent"]
-    side = 8 * painter.space.factor
+    model = Models([str(tmp_path / "latent")], "cpu")["latent"]
+    side = 8 * model.space.factor
     assert side > 8
-    request = read_request({"labels": ["dog"], "steps": 2}, painter, LIMITS)
+    request = read_request({"labels": ["dog"], "steps": 2}, model, LIMITS)
     image = Image.new("RGB", (20, 20), "red")
     made = [
-        paint(painter, request),
-        interpolate(painter, request, end_seed=1, end_label=0, num_images=2, limits=LIMITS),
-        inpaint(painter, request, image, Image.new("L", (20, 20), 255), 0.5),
+        sample(model, request),
+        interpolate(model, request, end_seed=1, end_label=0, num_images=2, limits=LIMITS),
+        inpaint(model, request, image, Image.new("L", (20, 20), 255), 0.5),
     ]
     for shown, number in zip(made, (1, 2, 1), strict=True):
         previews, pictures = finish(shown)
@@ -191,15 +191,15 @@ def test_latents_are_shown_as_images(autoencoder: Path, tmp_path: Path) -> None:
         assert pictures.settings[0]["vae"] == autoencoder.name
         assert pictures.settings[0]["checkpoint"] == "latent"
         assert str(tmp_path) not in json.dumps(pictures.settings)
-    decode = painter.space.decode
-    painter.space.decode = lambda x: time.sleep(0.2) or decode(x)  # type: ignore[func-returns-value, method-assign]
-    previews, _ = finish(paint(painter, read_request({"labels": ["dog"], "steps": 8}, painter, LIMITS)))
+    decode = model.space.decode
+    model.space.decode = lambda x: time.sleep(0.2) or decode(x)  # type: ignore[func-returns-value, method-assign]
+    previews, _ = finish(sample(model, read_request({"labels": ["dog"], "steps": 8}, model, LIMITS)))
     assert 2 <= len(previews) < 8, "steps do not wait for an autoencoder that takes longer"
     assert previews[-1].done == 1
 
 
-def test_inpainting_needs_a_mask_of_the_image(painter: Painter) -> None:
+def test_inpainting_needs_a_mask_of_the_image(model: ImageSampler) -> None:
     image = Image.new("L", (32, 32))
     for mask, said in ((Image.new("L", (32, 32)), "nothing is masked"), (Image.new("L", (16, 32), 255), "the mask is")):
         with pytest.raises(ConfigError, match=said):
-            list(inpaint(painter, ask(painter), image, mask, 1.0))
+            list(inpaint(model, ask(model), image, mask, 1.0))

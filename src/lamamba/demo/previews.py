@@ -23,7 +23,7 @@ from lamamba.data import to_float
 from lamamba.data.decoding import convert_image
 from lamamba.demo.settings import MAX_GUIDANCE, Request, check_pixels, read_number, read_seed, read_whole
 from lamamba.errors import ConfigError
-from lamamba.generate import Painter
+from lamamba.generate import ImageSampler
 from lamamba.labels import why_unguided
 from lamamba.latents import Latents, Space
 from lamamba.sampling import Callback, Start, Step, choose_device
@@ -68,48 +68,48 @@ class Models:
         if len(named) != len(checkpoints) or not checkpoints:
             raise ConfigError(f"the checkpoints {', '.join(checkpoints) or '(none)'} must be one or more, named apart")
         chosen = choose_device(device)
-        self._painters = {
-            name: Painter(SamplingConfig(checkpoint=checkpoint), chosen) for name, checkpoint in named.items()
+        self._models = {
+            name: ImageSampler(SamplingConfig(checkpoint=checkpoint), chosen) for name, checkpoint in named.items()
         }
 
     @property
     def names(self) -> list[str]:
         """What a visitor can choose from."""
-        return list(self._painters)
+        return list(self._models)
 
-    def __getitem__(self, name: Any) -> Painter:
+    def __getitem__(self, name: Any) -> ImageSampler:
         """Find a checkpoint by its name; raises ConfigError for any other name, whatever files there are."""
-        if not isinstance(name, str) or name not in self._painters:
-            raise ConfigError(f"no model is named {name!r} here: {nearest(str(name), self._painters)}")
-        return self._painters[name]
+        if not isinstance(name, str) or name not in self._models:
+            raise ConfigError(f"no model is named {name!r} here: {nearest(str(name), self._models)}")
+        return self._models[name]
 
 
-def paint(painter: Painter, request: Request) -> Iterator[Preview | Pictures]:
+def sample(model: ImageSampler, request: Request) -> Iterator[Preview | Pictures]:
     """Sample what is asked for: the images of `lamamba sample` with the same settings.
 
     Raises:
         LamambaError: an option is at fault.
     """
-    own = painter.with_config(request.config)
+    own = model.with_config(request.config)
     settings = [
         _settings(own, label=label, seed=seed) for label, seed in zip(request.labels, request.seeds, strict=True)
     ]
 
     def work(callback: Callback) -> np.ndarray:
-        return own.paint(request.labels, request.seeds, callback)
+        return own.sample(request.labels, request.seeds, callback)
 
     yield from _in_steps(work, own.space, settings)
 
 
 def compare_guidance(
-    painter: Painter, request: Request, scales: Sequence[Any], limits: DemoLimits
+    model: ImageSampler, request: Request, scales: Sequence[Any], limits: DemoLimits
 ) -> Iterator[Preview | Pictures]:
     """Sample the first image of a request at several scales of guidance, one after another.
 
     Raises:
         ConfigError: a scale is out of range, there are more than images are allowed, or the model has no labels.
     """
-    if why := why_unguided(painter.network.config):
+    if why := why_unguided(model.network.config):
         raise ConfigError(f"{why}: choose another model")
     number = read_whole("number of scales", len(scales), 1, limits.max_images)
     height, width = request.config.size or (0, 0)
@@ -118,7 +118,7 @@ def compare_guidance(
     finished: list[Pictures] = []
     for place, scale in enumerate(wanted):
         config = replace(request.config, guidance=scale, batch_size=1)
-        for shown in paint(painter, Request(config, request.labels[:1])):
+        for shown in sample(model, Request(config, request.labels[:1])):
             if isinstance(shown, Pictures):
                 finished.append(shown)
             else:
@@ -130,12 +130,12 @@ def compare_guidance(
 
 
 def interpolate(
-    painter: Painter, request: Request, end_seed: int, end_label: int, num_images: int, limits: DemoLimits
+    model: ImageSampler, request: Request, end_seed: int, end_label: int, num_images: int, limits: DemoLimits
 ) -> Iterator[Preview | Pictures]:
     """Go from a request's first image to that of another seed and label, as `LaMambaDiffPipeline.interpolate` does.
 
     Args:
-        painter: the model.
+        model: the model.
         request: seed and label of the first image, and what else there is to set.
         end_seed: of the last image.
         end_label: of the last image.
@@ -151,7 +151,7 @@ def interpolate(
     height, width = config.size or (0, 0)
     check_pixels(number, height, width, limits)
     fractions = torch.linspace(0, 1, number).tolist()
-    own = painter.with_config(replace(config, batch_size=number))
+    own = model.with_config(replace(config, batch_size=number))
     settings = [
         _settings(
             own, label=start_label, seed=config.seed, end_label=end_label, end_seed=end_seed, fraction=fraction
@@ -162,18 +162,18 @@ def interpolate(
     labels, noise, generators = interpolated(own.network, rows, (config.seed, end_seed), number, own.grid_size)
 
     def work(callback: Callback) -> np.ndarray:
-        return own.paint(labels, generators, callback, noise)
+        return own.sample(labels, generators, callback, noise)
 
     yield from _in_steps(work, own.space, settings)
 
 
 def inpaint(
-    painter: Painter, request: Request, image: Image.Image, mask: Image.Image, strength: float
+    model: ImageSampler, request: Request, image: Image.Image, mask: Image.Image, strength: float
 ) -> Iterator[Preview | Pictures]:
     """Paint the white part of a mask anew, with the label of a request; the rest of the image stays.
 
     Args:
-        painter: the model.
+        model: the model.
         request: its first label and seed.
         image: of any size; it is scaled to the request's.
         mask: of the image's size, white where it is to be painted.
@@ -184,12 +184,12 @@ def inpaint(
     """
     if image.size != mask.size:
         raise ConfigError(f"the mask is {mask.size} and the image {image.size}: draw the mask on the image")
-    image, mask = convert_image(image, painter.image_channels), convert_image(mask, 1, "black")
+    image, mask = convert_image(image, model.image_channels), convert_image(mask, 1, "black")
     if not np.asarray(mask).any():
         raise ConfigError("nothing is masked: draw over what is to be painted anew")
     config = request.config
     read_number("strength", strength, 0, 1)
-    own = painter.with_config(config)
+    own = model.with_config(config)
     # Here, since shrinking an image later would take a pixel of it for each of the mask's.
     height, width = config.size or (0, 0)
     pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS)).reshape(1, height, width, -1)
@@ -199,14 +199,14 @@ def inpaint(
     def work(callback: Callback) -> np.ndarray:
         x_0 = own.space.encode_float(to_float(torch.tensor(pixels).permute(0, 3, 1, 2).to(own.network.device)))
         start = Start(x_0, strength, torch.from_numpy(masked).float()[None, None])
-        return own.paint(request.labels[:1], request.seeds[:1], callback, start=start)
+        return own.sample(request.labels[:1], request.seeds[:1], callback, start=start)
 
     yield from _in_steps(work, own.space, [settings])
 
 
-def _settings(painter: Painter, **more: Any) -> dict[str, Any]:
+def _settings(model: ImageSampler, **more: Any) -> dict[str, Any]:
     """What an image was made by, without what a visitor has no business to know: where the operator keeps files."""
-    settings = {**painter.settings, "size": painter.config.size, **more}
+    settings = {**model.settings, "size": model.config.size, **more}
     folders = {name: Path(settings[name]).resolve().name for name in ("checkpoint", "vae") if settings[name]}
     return {**settings, **folders}
 
