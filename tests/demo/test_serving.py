@@ -148,7 +148,7 @@ def test_what_was_uploaded_is_painted_on(client: TestClient, tmp_path: Path, mon
     answer = call(client, "Inpaint", **{"Steps": 2, "Image and mask": drawn})
     assert answer["success"], answer
     assert call(client, "Inpaint", **{"Steps": 2, "Image and mask": {**drawn, "layers": []}})["output"]["error"] == (
-        "nothing is masked: draw over what is to be painted anew"
+        "nothing is masked: draw over the part to repaint"
     )
     assert not list(tmp_path.iterdir())
 

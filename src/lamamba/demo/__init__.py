@@ -1,7 +1,12 @@
-"""The command `lamamba demo`: a page that samples, and shows what the network sees.
+"""The command `lamamba demo`: a web page that samples images and shows what the network sees.
 
-`serving.py` serves `page.py`, and they alone know Gradio. `gate.py` refuses requests that the page does not send,
-`uploads.py` keeps and decodes what visitors upload, `settings.py` checks what a visitor asks for, `previews.py` makes
-the images and their previews, `gallery.py` shows them, `figures.py` draws the paths and windows, `receptive_field.py`
-measures what a pixel sees.
+serving.py          starts the server
+page.py             the page; this file and serving.py are the only ones that know Gradio
+gate.py             refuses requests that the page itself does not send
+uploads.py          keeps and decodes uploaded images
+settings.py         checks the settings of a request
+previews.py         samples images, with previews
+gallery.py          shows images as HTML
+figures.py          draws the scan paths and the attention windows
+receptive_field.py  measures which input pixels affect an output pixel
 """

@@ -1,4 +1,4 @@
-"""Images as HTML: in rows, with captions and links that save them. Nothing is written to the server's disk."""
+"""Shows images as HTML, in rows, with captions and links that save them. Nothing is written to the server's disk."""
 
 import io
 import zipfile
@@ -12,7 +12,7 @@ from PIL import Image
 
 from lamamba.generate import encode_png
 
-# A browser refuses to save long `data:` links, and saves the same bytes as a blob.
+# Browsers refuse to save long `data:` links, but save the same bytes as a blob.
 SAVE_LINKS = """
 element.addEventListener("click", async (event) => {
     const link = event.target.closest("a[download]");
@@ -40,7 +40,7 @@ STYLE = """
 def draw_images(
     images: np.ndarray, captions: Sequence[str] = (), settings: Sequence[dict[str, Any]] | None = None
 ) -> str:
-    """Draw images side by side, small ones larger, each pixel a square.
+    """Draw images side by side; small images are enlarged, each pixel to a square.
 
     Args:
         images: (b, c, h, w) uint8.
@@ -75,7 +75,7 @@ def draw_images(
 
 
 def png_address(image: Image.Image) -> str:
-    """Encode an image as the address of a PNG file, `data:image/png;...`."""
+    """Encode an image as a `data:image/png;...` URL."""
     content = io.BytesIO()
     image.save(content, format="PNG")
     return _address("image/png", content.getvalue())

@@ -1,4 +1,4 @@
-"""What of the web reaches the page: requests it makes itself, from its own address, of limited size.
+"""Lets only the page's own requests through: to known addresses, from the page itself, and of limited size.
 
 Gradio's server can do more than this page needs. Everything that is not listed here is refused before Gradio sees it.
 """
@@ -27,11 +27,11 @@ _ROUTES = {
     "POST": re.compile(rf"/gradio_api/(queue/join|run/predict|cancel|reset)|{_UPLOAD}"),
 }
 _MAX_JSON_BYTES = 64 << 10
-_MAX_UPLOAD_BYTES = MAX_FILE_BYTES + (64 << 10)  # of a file, and what frames it
-_MAX_FILES = 4  # of an upload; the page sends one by one
+_MAX_UPLOAD_BYTES = MAX_FILE_BYTES + (64 << 10)  # of a file and the form around it
+_MAX_FILES = 4  # per upload; the page sends one at a time
 _MAX_BODY_S = 60
 _SESSION = re.compile(r"\w{1,64}", re.ASCII)
-# A browser then asks nobody else, whatever Gradio's pages contain; they make functions of text, and workers.
+# With this, browsers contact no other server. Gradio's pages evaluate text as code and start workers from blobs.
 _POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 _HEADERS = ((b"content-security-policy", _POLICY), (b"x-content-type-options", b"nosniff"))
 
@@ -43,14 +43,14 @@ class _RefusedError(Exception):
 
 
 class Gate:
-    """An ASGI application in front of the page's.
+    """An ASGI application in front of that of the page.
 
     Args:
-        app: the page's.
-        uploads: where uploads go; Gradio's own endpoint for them, which writes to the disk, is not reached.
-        local: whether only this machine can connect. Then the `Host` must be a loopback address or `localhost`:
-            another website could make its own name point here (DNS rebinding), and read the page.
-        hosts: other names that the page goes by. If there are any, the `Host` must be one of them or local.
+        app: the application of the page.
+        uploads: keeps uploaded files. Gradio's own endpoint for uploads, which writes to the disk, is never reached.
+        local: whether only this machine can connect. If so, the `Host` must be a loopback address or `localhost`;
+            otherwise another website could let its own name point here (DNS rebinding) and read the page.
+        hosts: other host names of the page. If there are any, the `Host` must be one of them or local.
     """
 
     def __init__(self, app: Any, uploads: Uploads, *, local: bool, hosts: Collection[str] = ()) -> None:
@@ -66,7 +66,7 @@ class Gate:
             await self.app(scope, receive, send)
             return
         if scope["type"] != "http":
-            await send({"type": "websocket.close", "code": 1008})  # the page has none
+            await send({"type": "websocket.close", "code": 1008})  # the page uses no websockets
             return
 
         async def send_with_headers(message: Any) -> None:
@@ -94,7 +94,7 @@ class Gate:
         await self.app(scope, receive if body is None else _replay(body, receive), send_with_headers)
 
     def _drop_old(self) -> None:
-        """Drop old uploads now, and every minute while there are any: nobody may ask for anything meanwhile."""
+        """Drop old uploads now, then every minute while there are any, since requests may not come for long."""
         self.uploads.drop_old()
         later = asyncio.get_running_loop().call_later
         self._timer = later(60, self._drop_old) if len(self.uploads) else None
@@ -143,7 +143,7 @@ class Gate:
 
 
 def _host_and_port(origin: str) -> tuple[str, int] | None:
-    """Take an origin such as http://[::1]:7860 apart; None if it is none, such as "null"."""
+    """Split an origin such as http://[::1]:7860 into host and port; None if it is not an origin, such as "null"."""
     try:
         parts = urlsplit(origin)
         port = parts.port
@@ -156,7 +156,7 @@ def _host_and_port(origin: str) -> tuple[str, int] | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or address is of this machine, and no other can connect to it."""
+    """Return whether only this machine can connect to a name or address."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -191,7 +191,7 @@ async def _files(headers: Headers, body: bytes) -> list[bytes]:
 
 
 def _check_session(body: bytes) -> None:
-    """Refuse names of sessions that the page would not make up: Gradio keeps each for as long as the server runs."""
+    """Refuse session names that the page would not choose, since Gradio keeps every name while the server runs."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
@@ -204,7 +204,7 @@ def _check_session(body: bytes) -> None:
 
 
 def _replay(body: bytes, receive: Any) -> Any:
-    """Make a function that gives a body that was read already, and then what else comes."""
+    """Make an ASGI `receive` that returns a body that was read already, then later messages."""
     messages = iter([{"type": "http.request", "body": body, "more_body": False}])
 
     async def receive_again() -> Any:

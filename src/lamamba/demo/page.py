@@ -1,4 +1,4 @@
-"""The page: its fields, its tabs, and what its buttons call; computed and drawn is what they show elsewhere."""
+"""The page: its fields, its tabs, and what its buttons call. Other files compute and draw what it shows."""
 
 import asyncio
 import os
@@ -38,22 +38,22 @@ from lamamba.model import LaMambaDiff
 
 _TITLE = """
 # LaMamba-Diff
-Images from noise, by a network whose blocks join a scan, which sees the whole image at linear cost, with attention in
-windows, which sees detail ([arXiv 2408.02615](https://arxiv.org/abs/2408.02615)).
+Images from noise. Each block of the network combines a scan, which covers the whole image at linear cost, with window
+attention, which handles detail ([arXiv 2408.02615](https://arxiv.org/abs/2408.02615)).
 """
 _PATHS = """
 ### The scan
-It reads the pixels one after another along four paths, from the ring on. Each carries a state from its first pixel to
-its last, so that together every pixel hears from every other.
+The scan reads the pixels one after another along four paths, which start at the ring. Each path carries a state from
+its first pixel to its last. Together, the paths connect every pixel with every other pixel.
 """
 _WINDOWS = """
 ### Attention in windows
-Each pixel is compared with those of its own patch of colour; in every other block, of patches shifted by half.
+Each pixel attends to the pixels of the same color around it. In every other block, the windows are shifted by half.
 """
 _FIELD = """
 ### What a pixel sees
-How much each pixel of the noised image moves the prediction at the pixel framed in red: the magnitude of the gradient,
-on a logarithmic scale of four decades, light grey where nothing comes from. A click on a picture chooses another pixel.
+How much each pixel of the noisy image affects the prediction at the pixel framed in red. Colors show the magnitude of
+the gradient on a logarithmic scale over four decades; light gray means none. Click on a picture to choose a pixel.
 """
 _STYLE = (
     STYLE
@@ -66,7 +66,7 @@ _STYLE = (
 .field img { width: 100%; image-rendering: pixelated; cursor: crosshair; }
 """
 )
-# Where a click is in a picture: fractions of its height and width.
+# Reports a click as fractions of the picture's height and width.
 _SELECT_PIXEL = """
 element.addEventListener("click", (event) => {
     const image = event.target.closest("img");
@@ -77,10 +77,10 @@ element.addEventListener("click", (event) => {
 });
 """
 _EDITOR_SIDE = 384
-_MAX_SESSIONS = 256  # visitors of whom the last image and unread answers are kept
-_MAX_UNREAD = 8  # previews of a visitor who reads too slowly
-_MAX_UNREAD_S = 10.0  # without reading; then the sampling ends
-_MAX_UNREAD_MESSAGES = 64  # of a visitor, errors and places in the queue too
+_MAX_SESSIONS = 256  # visitors whose last image and unread answers are kept
+_MAX_UNREAD = 8  # previews that wait for a slow reader
+_MAX_UNREAD_S = 10.0  # sampling ends when nothing was read for so long
+_MAX_UNREAD_MESSAGES = 64  # per visitor, with errors and positions in the queue
 _MAX_ERROR = 2000  # characters
 _GRID = 16
 _NEW_SEED = "() => Math.floor(Math.random() * 4294967296)"
@@ -93,15 +93,15 @@ def make_app(
     """Make the ASGI application of the page.
 
     Args:
-        models: what visitors can choose from.
-        limits: what a visitor can ask for at once.
-        at_once: requests that run at the same time.
+        models: the checkpoints that visitors can choose from.
+        limits: limits of a request.
+        at_once: number of requests that run at the same time.
         local: whether only this machine can connect, see `Gate`.
-        hosts: names that the page goes by, see `Gate`.
+        hosts: host names of the page, see `Gate`.
     """
     from fastapi import FastAPI
 
-    os.environ["GRADIO_TEMP_DIR"] = FOLDER  # where nothing can be written
+    os.environ["GRADIO_TEMP_DIR"] = FOLDER  # nothing can be written there
     page = Page(models, limits)
     blocks = page.blocks.queue(default_concurrency_limit=at_once, max_size=64, api_open=False)
     blocks.state_session_capacity = _MAX_SESSIONS
@@ -118,8 +118,8 @@ def make_app(
 
 
 def _open_uploads_alone(page: gr.Blocks, uploads: Uploads) -> None:
-    """Make Gradio refuse files that were not uploaded, and addresses to fetch, in whatever field they are sent."""
-    page.has_launched = True  # without it, as in a mounted application, Gradio opens any path
+    """Make Gradio refuse files that were not uploaded, and URLs, in every field."""
+    page.has_launched = True  # otherwise, in a mounted application, Gradio opens any path
     preprocess = page.preprocess_data
 
     async def preprocess_uploads(block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> Any:
@@ -131,13 +131,13 @@ def _open_uploads_alone(page: gr.Blocks, uploads: Uploads) -> None:
 
 
 def _bound_unread_messages(page: gr.Blocks) -> None:
-    """Keep few messages for visitors who never read them: Gradio keeps all, for 2,000 visitors."""
+    """Limit the messages kept for visitors who never read them: Gradio keeps all, for 2,000 visitors."""
     messages, send = page._queue.pending_messages_per_session, page._queue.send_message
     messages.max_size = _MAX_SESSIONS
 
     def send_and_drop_old(event: Any, message: Any) -> None:
         unread = messages.get(event.session_hash)
-        if unread is None:  # many other visitors came since
+        if unread is None:  # dropped, since many other visitors came
             event.alive = False
             return
         while unread.qsize() >= _MAX_UNREAD_MESSAGES:
@@ -148,10 +148,10 @@ def _bound_unread_messages(page: gr.Blocks) -> None:
 
 
 def _wait_for_reader(page: gr.Blocks, session: str | None, most: int) -> None:
-    """Wait until a visitor has all but a few of the answers so far, so that images do not pile up in memory.
+    """Wait until a visitor has read all but a few answers, so that images do not pile up in memory.
 
     Raises:
-        ConfigError: the visitor has stopped reading; what was unread is dropped.
+        ConfigError: the visitor has stopped reading. Unread answers are dropped.
     """
     messages = page._queue.pending_messages_per_session
     before, since = 0, time.monotonic()
@@ -166,7 +166,7 @@ def _wait_for_reader(page: gr.Blocks, session: str | None, most: int) -> None:
 
 
 def _read_drawings(editor: gr.ImageEditor, uploads: Uploads) -> None:
-    """Make an editor decode what is needed of a drawing, an image and a mask, and refuse what is too large."""
+    """Make an editor decode a drawing to an image and a mask, and refuse one that is too large."""
 
     def preprocess(payload: Any) -> Any:
         if payload is None or payload.background is None:
@@ -179,11 +179,11 @@ def _read_drawings(editor: gr.ImageEditor, uploads: Uploads) -> None:
 
 
 class Page:
-    """Lays out the page; visitors share nothing but weights.
+    """The layout of the page. Visitors share nothing but weights.
 
     Args:
-        models: what visitors can choose from.
-        limits: what a visitor can ask for at once.
+        models: the checkpoints that visitors can choose from.
+        limits: limits of a request.
     """
 
     def __init__(self, models: Models, limits: DemoLimits) -> None:
@@ -217,10 +217,10 @@ class Page:
         return [gr.update(**values[field]) for field in changing]
 
     def _settings(self) -> dict[str, Any]:
-        values, most = self.values, max(2, self.limits.max_steps)  # a slider has two ends at least
+        values, most = self.values, max(2, self.limits.max_steps)  # the two ends of a slider must differ
         labels = gr.Dropdown(
             multiselect=True, label="Labels", elem_id="labels",
-            info="Several images take them in turn; the other tabs take the first.", **values["labels"],
+            info="Several images use the labels in turn; the other tabs use the first.", **values["labels"],
         )  # fmt: skip
         sampler = gr.Dropdown(label="Sampler", elem_id="sampler", **values["sampler"])
         steps = gr.Slider(1, most, min(25, self.limits.max_steps), step=1, label="Steps", elem_id="steps")
@@ -233,7 +233,7 @@ class Page:
             with gr.Row():
                 height = gr.Number(label="Height", elem_id="height", min_width=100, **values["height"])
                 width = gr.Number(label="Width", elem_id="width", min_width=100, **values["width"])
-            rescale = gr.Slider(0, 1, 0, step=0.05, label="Rescale", info="Against too much contrast.")
+            rescale = gr.Slider(0, 1, 0, step=0.05, label="Rescale", info="Reduces too much contrast.")
             with gr.Row():
                 low = gr.Number(None, label="Guide from", min_width=100, info="Noise over signal.")
                 high = gr.Number(None, label="Guide up to", min_width=100, info="Empty: everywhere.")
@@ -257,7 +257,10 @@ class Page:
     def _compare_guidance(self) -> dict[str, Any]:
         with gr.Tab("Compare guidance"):
             scales = gr.Textbox(
-                "1, 2, 4, 7", label="Scales", elem_id="scales", info="The same label and seed at each of these."
+                "1, 2, 4, 7",
+                label="Scales",
+                elem_id="scales",
+                info="One image at each scale, with the same label and seed.",
             )
 
             def start(model: ImageSampler, asked: dict[str, Any]) -> Shown:
@@ -272,7 +275,9 @@ class Page:
 
     def _interpolate(self) -> dict[str, Any]:
         with gr.Tab("Interpolate"):
-            gr.Markdown("From the first label and the seed on the left to these, on an arc through the noise.")
+            gr.Markdown(
+                "From the first label and the seed on the left to the label and seed here, on an arc through the noise."
+            )
             with gr.Row():
                 label = gr.Dropdown(label="Last label", **self.values["end_label"])
                 seed = gr.Number(1, label="Last seed")
@@ -307,7 +312,7 @@ class Page:
             return inpaint(model, request, image, mask, strength)
 
         with gr.Tab("Inpaint"):
-            gr.Markdown("Draw over what is to be painted anew, with the first label on the left; the rest stays.")
+            gr.Markdown("Draw over the part to repaint with the first label on the left. The rest stays.")
             with gr.Row():
                 with gr.Column():
                     image = gr.ImageEditor(
@@ -321,7 +326,7 @@ class Page:
                     )
                 with gr.Column():
                     strength = gr.Slider(
-                        0.05, 1, 1, step=0.05, label="Strength", info="Below 1 something of what was there remains."
+                        0.05, 1, 1, step=0.05, label="Strength", info="Below 1, the old image shows through."
                     )
                     self._button("Inpaint", {"image": image, "strength": strength}, start, _label_and_seed)
         return {}
@@ -375,7 +380,7 @@ class Page:
                 network = self.models[name].network.network
                 if not isinstance(network, LaMambaDiff):
                     raise ConfigError("this model is a DiT, which has neither branch: choose another model")
-                # Gradients need what every layer computed, many times the memory of sampling.
+                # Gradients keep the activations of every layer: many times the memory of sampling.
                 limits = replace(self.limits, max_pixels=max(1, self.limits.max_pixels // 16))
                 for place, branches in enumerate(get_args(Branches)):
                     fields = receptive_fields(network, side, side, (row, column), branches, limits)
@@ -414,7 +419,7 @@ class Page:
         start: Callable[[ImageSampler, dict[str, Any]], Shown],
         caption: Callable[[ImageSampler, dict[str, Any]], str],
     ) -> None:
-        """Add a button, one that cancels what it started, and where the images appear."""
+        """Add a button, a button that cancels it, and the place where images appear."""
         with gr.Row():
             run = gr.Button(name, variant="primary", elem_classes="run", scale=4)
             cancel = gr.Button("Cancel", elem_classes="cancel", min_width=100)
@@ -425,7 +430,7 @@ class Page:
         def show(values: dict[Any, Any], request: gr.Request) -> Iterator[tuple[Any, Any, Any]]:
             began = time.monotonic()
             asked = {name: values[field] for name, field in fields.items()}
-            yield "", gr.skip(), gr.skip()  # what was said of the request before
+            yield "", gr.skip(), gr.skip()  # clears the message of the previous request
             with _as_messages():
                 model = self.models[values[self.model]]
                 for shown in start(model, asked):
@@ -450,7 +455,7 @@ def _bar(done: float) -> str:
 
 
 def _cancels(button: gr.Button, started: list[Any], status: gr.HTML) -> None:
-    """Let a button end what was started, and say so."""
+    """Make a button cancel running work, and say so."""
     button.click(
         lambda: "Cancelled.", None, status, cancels=started, queue=False, show_progress="hidden",
         api_visibility="private",
@@ -459,18 +464,18 @@ def _cancels(button: gr.Button, started: list[Any], status: gr.HTML) -> None:
 
 @contextmanager
 def _as_messages() -> Iterator[None]:
-    """Turn what can go wrong into a message on the page."""
+    """Show errors as messages on the page."""
     try:
         yield
     except LamambaError as error:
-        text = str(error)[:_MAX_ERROR]  # which repeats what was sent
+        text = str(error)[:_MAX_ERROR]  # it may repeat long input
         raise gr.Error(escape(text, quote=False), print_exception=False) from error  # it is shown as HTML
     except torch.OutOfMemoryError as error:
         raise gr.Error("memory is full: ask for fewer or smaller images", print_exception=False) from error
 
 
 def _of_model(model: ImageSampler, limits: DemoLimits) -> dict[str, dict[str, Any]]:
-    """What the fields that depend on the model begin with, by their names."""
+    """Return the initial values of the fields that depend on the model, by name."""
     config = model.network.config
     names, side = label_names(model), int(config.sample_size)
     labels = names[: min(4, model.num_classes)] or names
@@ -491,7 +496,7 @@ def _of_model(model: ImageSampler, limits: DemoLimits) -> dict[str, dict[str, An
         "num_between": {"value": max(2, number)},
         "scan": {"value": config.get("scan", "continuous")},
         "window_size": {"value": min(16, int(config.get("window_size", 8)))},
-        # Twice the training size, where windows leave something out: before, they cover the smallest grid.
+        # At twice the training size, windows no longer cover the smallest grid, so attention alone leaves pixels out.
         "side": {"value": 2 * side},
         "row": {"value": side + side // 4},
         "column": {"value": side // 2},
@@ -512,7 +517,7 @@ def _label_and_seed(model: ImageSampler, made: dict[str, Any]) -> str:
 
 
 def _to_editor(image: np.ndarray | None) -> dict[str, Any]:
-    """Make a (c, h, w) image large enough to be drawn on, as the value of an editor in the browser."""
+    """Enlarge a (c, h, w) image to draw on it, and return it as the value of an editor."""
     with _as_messages():
         if image is None:
             raise ConfigError("no image was made yet: generate some, or upload one")

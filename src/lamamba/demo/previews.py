@@ -1,8 +1,8 @@
-"""What a page shows of sampling: images as they are denoised, guidance compared, interpolation, inpainting.
+"""Sample images for the page, with previews: plain, at several guidance scales, interpolated, or inpainted.
 
-All of these are generators: a `Preview` for every step, or as often as decoding latents leaves time, then the
-`Pictures`. Whoever stops reading ends the sampling at
-its next step. Weights are shared and nothing else is, so that several can be read at once.
+Each function is a generator. It yields a `Preview` after every step, less often if decoding latents takes long, and at
+last the `Pictures`. Closing the generator ends the sampling at its next step. Several can run at once: they share
+nothing but weights.
 """
 
 import queue
@@ -33,34 +33,34 @@ from lamamba.streams import visible
 
 @dataclass(frozen=True)
 class Preview:
-    """Images that are not finished."""
+    """Unfinished images."""
 
     images: np.ndarray
     """(b, c, h, w) uint8: the clean images that the network predicts at this step."""
     done: float
-    """Fraction of the steps, 0 to 1."""
+    """Fraction of the steps that are done, 0 to 1."""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Finished images, and for each what it was made by."""
+    """Finished images and their settings."""
 
     images: np.ndarray
     """(b, c, h, w) uint8."""
     settings: list[dict[str, Any]]
-    """What `lamamba sample` writes to a PNG's metadata, and what else it takes to make the image again; of folders,
-    which are the operator's, the last part alone."""
+    """For each image, what `lamamba sample` writes to a PNG's metadata, and what else is needed to make it again. Only
+    the last part of each path is shown to visitors."""
 
 
 class Models:
-    """The checkpoints that the operator allowed, loaded; nothing else is opened, whatever a visitor names.
+    """The loaded checkpoints that visitors can choose from. Nothing else is ever opened.
 
     Args:
-        checkpoints: as `lamamba sample` takes them; the page knows each by the last part of its path.
-        device: to work on, see `lamamba.sampling.choose_device`.
+        checkpoints: as for `lamamba sample`. Visitors see the last part of each path.
+        device: see `lamamba.sampling.choose_device`.
 
     Raises:
-        LamambaError: two have the same name, there are none, one cannot be loaded, or the device is not there.
+        LamambaError: there are none, two have the same name, one cannot be loaded, or there is no such device.
     """
 
     def __init__(self, checkpoints: Sequence[str], device: str = "auto") -> None:
@@ -74,21 +74,21 @@ class Models:
 
     @property
     def names(self) -> list[str]:
-        """What a visitor can choose from."""
+        """Names of the checkpoints."""
         return list(self._models)
 
     def __getitem__(self, name: Any) -> ImageSampler:
-        """Find a checkpoint by its name; raises ConfigError for any other name, whatever files there are."""
+        """Return a checkpoint by name; raises ConfigError for any other name, even if such a file exists."""
         if not isinstance(name, str) or name not in self._models:
             raise ConfigError(f"no model is named {name!r} here: {nearest(str(name), self._models)}")
         return self._models[name]
 
 
 def sample(model: ImageSampler, request: Request) -> Iterator[Preview | Pictures]:
-    """Sample what is asked for: the images of `lamamba sample` with the same settings.
+    """Sample the images of a request. They equal those of `lamamba sample` with the same settings.
 
     Raises:
-        LamambaError: an option is at fault.
+        LamambaError: an option is wrong.
     """
     own = model.with_config(request.config)
     settings = [
@@ -104,10 +104,10 @@ def sample(model: ImageSampler, request: Request) -> Iterator[Preview | Pictures
 def compare_guidance(
     model: ImageSampler, request: Request, scales: Sequence[Any], limits: DemoLimits
 ) -> Iterator[Preview | Pictures]:
-    """Sample the first image of a request at several scales of guidance, one after another.
+    """Sample the first image of a request at several guidance scales, one after another.
 
     Raises:
-        ConfigError: a scale is out of range, there are more than images are allowed, or the model has no labels.
+        ConfigError: a scale is out of range, there are too many scales, or the model has no labels.
     """
     if why := why_unguided(model.network.config):
         raise ConfigError(f"{why}: choose another model")
@@ -132,18 +132,18 @@ def compare_guidance(
 def interpolate(
     model: ImageSampler, request: Request, end_seed: int, end_label: int, num_images: int, limits: DemoLimits
 ) -> Iterator[Preview | Pictures]:
-    """Go from a request's first image to that of another seed and label, as `LaMambaDiffPipeline.interpolate` does.
+    """Interpolate from a request's first image to that of another seed and label.
 
     Args:
-        model: the model.
-        request: seed and label of the first image, and what else there is to set.
-        end_seed: of the last image.
-        end_label: of the last image.
-        num_images: images in all, 2 or more.
-        limits: of images and of pixels.
+        model: the checkpoint.
+        request: its first seed and label are those of the first image.
+        end_seed: seed of the last image.
+        end_label: label of the last image.
+        num_images: number of images with both ends, 2 or more.
+        limits: limits of images and pixels.
 
     Raises:
-        ConfigError: there are more images or pixels than are allowed, or the model takes no mixtures of labels.
+        ConfigError: there are too many images or pixels, or the model takes no mixtures of labels.
     """
     config, start_label = request.config, request.labels[0]
     number = read_whole("num_images", num_images, 2, limits.max_images)
@@ -170,14 +170,14 @@ def interpolate(
 def inpaint(
     model: ImageSampler, request: Request, image: Image.Image, mask: Image.Image, strength: float
 ) -> Iterator[Preview | Pictures]:
-    """Paint the white part of a mask anew, with the label of a request; the rest of the image stays.
+    """Repaint the white part of a mask with the label of a request; the rest of the image stays.
 
     Args:
-        model: the model.
-        request: its first label and seed.
-        image: of any size; it is scaled to the request's.
-        mask: of the image's size, white where it is to be painted.
-        strength: how far towards noise the part is taken, more than 0 up to 1.
+        model: the checkpoint.
+        request: its first label and seed are used.
+        image: an image of any size; it is scaled to the size of the request.
+        mask: white where the image is repainted; of the same size as the image.
+        strength: how much noise the repainted part starts from, more than 0, up to 1.
 
     Raises:
         ConfigError: nothing is masked, or the sizes differ.
@@ -186,11 +186,11 @@ def inpaint(
         raise ConfigError(f"the mask is {mask.size} and the image {image.size}: draw the mask on the image")
     image, mask = convert_image(image, model.image_channels), convert_image(mask, 1, "black")
     if not np.asarray(mask).any():
-        raise ConfigError("nothing is masked: draw over what is to be painted anew")
+        raise ConfigError("nothing is masked: draw over the part to repaint")
     config = request.config
     read_number("strength", strength, 0, 1)
     own = model.with_config(config)
-    # Here, since shrinking an image later would take a pixel of it for each of the mask's.
+    # The mask shrinks with the image: a thin stroke must not fall between the pixels that are kept.
     height, width = config.size or (0, 0)
     pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS)).reshape(1, height, width, -1)
     masked = np.asarray(mask.resize(own.grid_size[::-1], Image.Resampling.BOX)) >= 64
@@ -205,21 +205,23 @@ def inpaint(
 
 
 def _settings(model: ImageSampler, **more: Any) -> dict[str, Any]:
-    """What an image was made by, without what a visitor has no business to know: where the operator keeps files."""
+    """Return the settings of an image without the folders of the server, which visitors should not learn."""
     settings = {**model.settings, "size": model.config.size, **more}
     folders = {name: Path(settings[name]).resolve().name for name in ("checkpoint", "vae") if settings[name]}
     return {**settings, **folders}
 
 
 class _Stopped(Exception):  # noqa: N818 - nothing went wrong
-    """Nobody reads on."""
+    """The generator was closed."""
 
 
 def _in_steps(
     work: Callable[[Callback], np.ndarray], space: Space, settings: list[dict[str, Any]]
 ) -> Iterator[Preview | Pictures]:
-    """Turn work that calls back at every step into a generator; closing that makes the next call raise."""
-    shown: queue.Queue[Preview | Pictures | Exception] = queue.Queue(maxsize=1)  # a slow reader has no backlog
+    """Turn work that calls back after every step into a generator; once that is closed, the next callback raises."""
+    shown: queue.Queue[Preview | Pictures | Exception] = queue.Queue(
+        maxsize=1
+    )  # at most one preview waits for a slow reader
     stopped = threading.Event()
     due = 0.0
 
@@ -237,13 +239,13 @@ def _in_steps(
         done = (step.index + 1) / step.num_steps
         if stopped.is_set():
             raise _Stopped
-        if step.x.is_cuda:  # or steps that nobody looks at would be queued far ahead, out of reach of who stops them
+        if step.x.is_cuda:  # or steps would be queued far ahead, and closing the generator could not stop them
             torch.cuda.current_stream(step.x.device).synchronize()
         begun = time.monotonic()
         if begun < due and done < 1:
             return
         images = space.decode(step.x_0).cpu().numpy()
-        if isinstance(space, Latents):  # decoding takes longer than a step: a quarter of the time is for it
+        if isinstance(space, Latents):  # decoding takes longer than a step: spend at most a quarter of the time on it
             due = time.monotonic() + 3 * (time.monotonic() - begun)
         hand_over(Preview(images, done))
 
@@ -264,4 +266,4 @@ def _in_steps(
             if isinstance(latest, Pictures):
                 return
     finally:
-        stopped.set()  # and does not wait: a server closes generators where it should answer others
+        stopped.set()  # without waiting: the server closes generators in the thread that answers other visitors

@@ -1,4 +1,4 @@
-"""What a pixel of the output depends on: the effective receptive field (Luo et al. 2016, arXiv 1701.04128)."""
+"""Measures the effective receptive field of an output pixel (Luo et al. 2016, arXiv 1701.04128)."""
 
 import copy
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ def receptive_field(
 def receptive_fields(
     network: LaMambaDiff, height: int, width: int, pixel: tuple[int, int], branches: Branches, limits: DemoLimits
 ) -> Iterator[np.ndarray]:
-    """Yield what `receptive_field` returns NUM_DRAWS times, averaged over the draws so far; the last is of all."""
+    """Yield the field after each of NUM_DRAWS draws, averaged over the draws so far; the last is the result."""
     if branches not in get_args(Branches):
         raise ConfigError(f"branches {branches!r} are unknown: {nearest(str(branches), get_args(Branches))}")
     for name, side in (("height", height), ("width", width)):
@@ -62,7 +62,9 @@ def receptive_fields(
     row = read_whole("row", pixel[0], 0, height - 1)
     column = read_whole("column", pixel[1], 0, width - 1)
     tensors = chain(network.parameters(), network.buffers())
-    own = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})  # others use it at the same time
+    own = copy.deepcopy(
+        network, {id(tensor): tensor for tensor in tensors}
+    )  # other visitors use the network at the same time
     for block in own.modules():
         if isinstance(block, Block):
             left_out = {"scan": block.attention, "attention": block.ssm, "both": None}[branches]
@@ -73,7 +75,9 @@ def receptive_fields(
     draws = torch.randn((NUM_DRAWS, channels, height, width), generator=generator).to(own.device)
     t = torch.full((1,), TIMESTEP, device=own.device)
     total = torch.zeros((height, width), device=own.device)
-    for number, draw in enumerate(draws.split(1), start=1):  # one by one: a gradient needs what every layer computed
+    for number, draw in enumerate(
+        draws.split(1), start=1
+    ):  # one by one, since a gradient keeps the activations of every layer in memory
         x_t = draw.requires_grad_()
         with LOCK, torch.enable_grad():
             prediction = own(x_t, t, torch.full_like(t, own.null_label))[:, :channels, row, column]
@@ -83,7 +87,7 @@ def receptive_fields(
 
 
 def drawn_cell(side: int) -> int:
-    """Pixels of a cell's side in the drawing of a field whose longer side has so many cells: 320 in all, or more."""
+    """Return the size of a cell in pixels, so that a field of so many cells is drawn at least 320 pixels wide."""
     return max(1, -(-320 // max(1, int(side))))
 
 

@@ -1,4 +1,4 @@
-"""The command `lamamba demo`: the page, served until Ctrl-C."""
+"""The command `lamamba demo`: serves the page until Ctrl-C."""
 
 import os
 import signal
@@ -16,14 +16,14 @@ _MAX_CONNECTIONS = 512  # a browser keeps up to six
 
 
 def serve(config: DemoConfig) -> None:
-    """Load the checkpoints and serve the page until Ctrl-C or SIGTERM, which end the process: it does not return.
+    """Load the checkpoints and serve the page. It does not return: Ctrl-C or SIGTERM end the process.
 
     Raises:
         LamambaError: a checkpoint or the device is at fault, the address is taken, or Gradio is not installed.
     """
     with _listen(config.host, config.port) as listening:
         with tempfile.TemporaryDirectory(prefix="lamamba-demo-") as folder:
-            # Read when Gradio is imported. It makes a folder there for a feature that the page does not have.
+            # Gradio reads these at import. It creates a folder there for a feature that the page does not use.
             os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=folder)
             try:
                 import uvicorn

@@ -1,4 +1,4 @@
-"""What a visitor asks for, checked here whatever a page's own fields allow."""
+"""Checks the settings that a visitor sends. It does not rely on the limits of the page's fields."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,33 +16,33 @@ MAX_GUIDANCE = 20.0
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be sampled; made by `read_request`, which holds it to the limits."""
+    """What to sample. `read_request` makes it and checks the limits."""
 
     config: SamplingConfig
     labels: tuple[int, ...]
-    """One for each image."""
+    """One label for each image."""
 
     @property
     def seeds(self) -> list[int]:
-        """Of the images, counted up from the first."""
+        """Seeds of the images, counted up from the first."""
         return [self.config.seed + index for index in range(len(self.labels))]
 
 
 def label_names(model: ImageSampler) -> list[str]:
-    """Name every class, in order, and last "no label", if the model has seen that, as `read_request` takes them."""
+    """List the names of all classes in order, and "no label" at the end if the model was trained with it."""
     names = [model.labels.name(label) for label in range(model.num_classes)]
     return names if names and why_unguided(model.network.config) else [*names, NO_LABEL]
 
 
 def read_request(values: Mapping[str, Any], model: ImageSampler, limits: DemoLimits) -> Request:
-    """Check what a page sent and make a request of it.
+    """Check the values that the page sent, and make a request from them.
 
     Args:
         values: `labels`, names that images take in turn; `sampler`; `steps`; `guidance`; `interval_low` and
             `interval_high`, noise over signal, both None for everywhere; `rescale`; `seed`; `num_images`; `height` and
             `width` in pixels, None for the training size. What is left out has the default of `lamamba sample`, and
             one image is made.
-        model: the model.
+        model: the checkpoint.
         limits: what a visitor can ask for.
 
     Raises:
@@ -75,7 +75,7 @@ def read_request(values: Mapping[str, Any], model: ImageSampler, limits: DemoLim
         ),
         seed=read_seed("seed", values.get("seed", 0), number),
         size=(height, width),
-        batch_size=number,  # all at once, so that all have a preview
+        batch_size=number,  # all at once, so that a preview shows all
         vae=model.config.vae,
         device=model.config.device,
     )
@@ -84,7 +84,7 @@ def read_request(values: Mapping[str, Any], model: ImageSampler, limits: DemoLim
 
 
 def read_guidance(value: Any, model: ImageSampler) -> float:
-    """Check a scale of guidance, None being the model's default; a model that cannot be guided has 1."""
+    """Check a guidance scale. None is the model's default; a model that cannot be guided always gets 1."""
     config = model.network.config
     if value is None or why_unguided(config):
         return choose_guidance(config, None)
@@ -92,12 +92,12 @@ def read_guidance(value: Any, model: ImageSampler) -> float:
 
 
 def read_label(name: Any, model: ImageSampler) -> int:
-    """Look up a label by its name, whatever its case; raises ConfigError where there is none."""
+    """Find a label by its name, in upper or lower case; raises ConfigError if there is none."""
     return model.labels.find(str(name))
 
 
 def read_side(name: str, value: Any, model: ImageSampler) -> int:
-    """Check a height or width in pixels, None being the training size; the model's own conditions count too."""
+    """Check a height or width in pixels, also against what the model can sample. None is the training size."""
     default = int(model.network.config.sample_size) * model.space.factor
     pixels = default if value is None else read_whole(name, value, 4, 1 << 16)
     model.space.grid_size(pixels)
@@ -105,7 +105,7 @@ def read_side(name: str, value: Any, model: ImageSampler) -> int:
 
 
 def check_pixels(number: int, height: int, width: int, limits: DemoLimits) -> None:
-    """Raise ConfigError where images of a request have more pixels together than the limit."""
+    """Raise ConfigError if all images of a request together have more pixels than the limit."""
     if number * height * width > limits.max_pixels:
         side = math.isqrt(limits.max_pixels // number)
         raise ConfigError(
@@ -139,7 +139,7 @@ def read_number(name: str, value: Any, least: float, most: float) -> float:
     """Check a finite number from `least` to `most`; raises ConfigError."""
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
         raise ConfigError(f"{name} is {value!r}: give a number")
-    if not least <= value <= most:  # before anything is made of it: a float holds no integer of 400 digits
+    if not least <= value <= most:  # before it is converted: no float holds an integer of 400 digits
         shown = f"{value:g}" if abs(value) < 1e15 else "far out of range"
         raise ConfigError(f"{name} is {shown}: give {least:,.0f} to {most:,.0f}")
     return float(value)

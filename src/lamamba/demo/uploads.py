@@ -1,4 +1,4 @@
-"""What visitors upload: kept in memory within limits, and decoded only as far as a drawing needs it."""
+"""Keeps uploaded files in memory, within limits, and decodes drawings."""
 
 import hashlib
 import io
@@ -14,26 +14,26 @@ from lamamba.errors import ConfigError
 
 MAX_FILE_BYTES = 20 << 20
 MAX_BYTES = 128 << 20
-"""Of all uploads together."""
+"""Limit of all uploads together."""
 MAX_FILES = 256
 MAX_AGE_S = 600.0
 MAX_LAYERS = 1
 """The page's canvas has one layer to draw on."""
 MAX_PIXELS = 1 << 25
-"""Of an image and its drawing together: 4096 x 4096 each."""
+"""Limit of an image and its drawing together: 4096 x 4096 each."""
 FOLDER = "/dev/null/uploads"
-"""Prefix of the names of uploads. Gradio takes them for paths; nothing can exist there."""
+"""Prefix of the names of uploads. Gradio treats them as paths, and no file can exist there."""
 
 
 class Uploads:
-    """Files by name, in memory; the oldest go first, when there are too many or too many bytes, or after MAX_AGE_S."""
+    """Files in memory, by name. The oldest are dropped beyond MAX_FILES or MAX_BYTES, and all after MAX_AGE_S."""
 
     def __init__(self) -> None:
         self._files: dict[str, tuple[float, bytes]] = {}  # oldest first
         self._lock = threading.Lock()
 
     def add(self, content: bytes) -> str:
-        """Keep a file and return its name, which only its content decides: the page sends the same images often."""
+        """Keep a file and return its name, a hash of its content, since the page often sends the same image again."""
         name = f"{FOLDER}/{hashlib.sha256(content).hexdigest()}"
         with self._lock:
             self._files.pop(name, None)
@@ -42,7 +42,7 @@ class Uploads:
         return name
 
     def drop_old(self) -> None:
-        """Drop what is too old or too much."""
+        """Drop files that are too old, and the oldest beyond the limits."""
         expired = time.monotonic() - MAX_AGE_S
         with self._lock:
             num_bytes = sum(len(content) for _, content in self._files.values())
@@ -56,7 +56,7 @@ class Uploads:
         return len(self._files)
 
     def __getitem__(self, name: str) -> bytes:
-        """Find a file; raises ConfigError where none has that name, whatever is on the disk."""
+        """Return a file; raises ConfigError if none was uploaded by that name. The disk is never read."""
         self.drop_old()
         with self._lock:
             if name not in self._files:
@@ -65,16 +65,16 @@ class Uploads:
 
 
 def read_drawing(background: bytes, layers: Sequence[bytes]) -> tuple[Image.Image, Image.Image]:
-    """Decode what a canvas holds: the image, and the mask, white where something is drawn over it.
+    """Decode the content of a canvas: the image, and a mask that is white where something is drawn over it.
 
-    The sizes of all files are checked before any is decoded. Only PNG is read, which is what a canvas gives: other
-    formats that Pillow knows allocate memory before their size can be checked.
+    The sizes of all files are checked before any is decoded. Only PNG is read, the format of a canvas; with some other
+    formats, Pillow allocates memory before their size can be checked.
 
     Returns:
         The image (RGB), and the mask (L) of its size.
 
     Raises:
-        ConfigError: a file is no PNG image or damaged, or layers or pixels are too many.
+        ConfigError: a file is not a PNG image or is damaged, or there are too many layers or pixels.
     """
     if len(layers) > MAX_LAYERS:
         raise ConfigError(f"the drawing has {len(layers)} layers, and the canvas has {MAX_LAYERS}: draw on that one")
@@ -91,12 +91,12 @@ def read_drawing(background: bytes, layers: Sequence[bytes]) -> tuple[Image.Imag
                 alpha = find_alpha(opened)
             alpha = alpha.resize(image.size, Image.Resampling.BOX)
             mask.paste(255, mask=alpha.point(lambda level: 255 * (level > 0)))
-    except Image.DecompressionBombError:  # which Pillow raises too, of much larger images
+    except Image.DecompressionBombError:  # Pillow itself raises it for much larger images
         raise ConfigError(
             f"the image and the drawing on it have more than {MAX_PIXELS:,} pixels together: upload a smaller image"
         ) from None
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's decoders raise nearly everything on damaged files, even SyntaxError
+    except Exception as error:  # on damaged files, Pillow's decoders raise many kinds, even SyntaxError
         raise ConfigError("the file is no PNG image, or damaged: upload another") from error
     return image, mask
