@@ -26,12 +26,13 @@ Key = tuple[str, str, str, int]
 
 
 def newest_records(folder: Path = RESULTS / "scaling") -> dict[Key, list[Record]]:
-    """Read the newest day's records of each case, number of processes, metric and batch.
+    """Read the newest day's records of each case, number of processes, metric and batch, on the GPU measured last.
 
     Steps without the memory that was in use, as first recorded, are left out.
     """
     newest: dict[Key, tuple[str, list[Record]]] = {}
-    for run in (read_run(path) for path in sorted(folder.glob("*.json"))):
+    runs = [read_run(path) for path in sorted(folder.glob("*.json"))]
+    for run in (run for run in runs if run.device == runs[-1].device):
         whole = {(record.case, record.batch) for record in run.records if record.metric == "in_use_gib"}
         for record in run.records:
             if record.case.startswith("scaling_") and (record.case, record.batch) not in whole:

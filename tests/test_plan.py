@@ -11,7 +11,7 @@ from lamamba.cli import main
 from lamamba.config import PlanConfig
 from lamamba.cost import training_flops
 from lamamba.errors import ConfigError
-from lamamba.plan import MEASURED, Line, Model, Point, network_of, point_plan, predict
+from lamamba.plan import MEASURED, Line, Model, Point, basis, network_of, point_plan, predict
 
 ROOT = Path(__file__).parent.parent
 S = 4 * 653_467_688  # bytes of xl-512's gradients
@@ -140,6 +140,29 @@ def test_a_preset_that_was_not_measured_takes_the_mfu_of_the_nearest() -> None:
     assert both.other_gib("s-512").slope == pytest.approx(4 * both.other_gib("s-256").slope)
 
 
+def test_a_number_of_states_that_was_not_measured_is_refused() -> None:
+    config = PlanConfig("xl-512-16-states", gpus=1, batch_size=20)
+    error = "xl-512-16-states has 16 states, and no step with as many was measured: give images_per_s"
+    for model in (MODEL, Model.shipped()):
+        with pytest.raises(ConfigError, match=error):
+            predict(config, model)
+    given = replace(config, images_per_s=40.0)
+    assert predict(given, MODEL).ms == pytest.approx(500)
+    said = "the memory per image of xl-512, whose number of states is 1, not 16"
+    assert any(said in line for line in basis(given, MODEL))
+    assert not any("states" in line for line in basis(replace(given, preset="xl-512"), MODEL))
+
+
+def test_measured_steps_of_both_numbers_of_states_give_a_line_for_each() -> None:
+    points = [Point("b-256-16-states", 1, images, 2 + 3 * images, 4 + images) for images in (8, 16)]
+    both = replace(MODEL, points=(*MODEL.points, *points))
+    assert both.reference("xl-512-16-states") == "b-256-16-states"
+    assert both.reference("b-256") == "xl-512"
+    assert predict(PlanConfig("b-256-16-states", gpus=1, batch_size=20), both).ms == pytest.approx(2 + 3 * 20)
+    theirs, ours = both.milliseconds("b-256-16-states"), both.milliseconds("s-256-16-states")
+    assert ours.slope == pytest.approx(theirs.slope * 2_440_507_392 / 8_480_407_552)
+
+
 def test_another_gpu_is_slower_by_its_peak_or_as_measured() -> None:
     config = PlanConfig("xl-512", gpus=1, batch_size=20)
     assert predict(replace(config, gpu="A100"), MODEL).ms == pytest.approx(90 * 989 / 312)
@@ -205,6 +228,17 @@ def test_the_newest_day_of_a_case_counts_and_its_median(tmp_path: Path) -> None:
         (tmp_path / f"{name}.json").write_text(json.dumps(records))
     content = measured(newest_records(tmp_path))
     assert content["points"] == [{"preset": "xl-256", "gpus": 1, "images": 128, "ms": 153.0, "memory_gib": 43.0}]
+    # The GPU that was measured last counts, with presets of both numbers of states.
+    case = "scaling_xl-256-16-states"
+    later = [*old, *others, record(case, "ms", 210.0, 128), record(case, "in_use_gib", 50.0, 128)]
+    (tmp_path / "2026-01-04_f.json").write_text(json.dumps([{**one, "gpu": "NVIDIA H200"} for one in later]))
+    content = measured(newest_records(tmp_path))
+    model = Model.read(content)
+    assert model.gpu == "NVIDIA H200"
+    assert [(point.preset, point.ms) for point in model.points] == [("xl-256", 150.0), ("xl-256-16-states", 210.0)]
+    plan = PlanConfig("xl-256-16-states", gpus=1, batch_size=128, gpu="H200")
+    assert (predict(plan, model).ms, predict(plan, model).memory_gib) == pytest.approx((210, 50))
+    (tmp_path / "2026-01-04_f.json").unlink()
     (tmp_path / "2026-01-01_e.json").unlink()
     with pytest.raises(ValueError, match="nothing was recorded of all_reduce_256_mib"):
         measured(newest_records(tmp_path))

@@ -155,12 +155,23 @@ class Model:
         return [point for point in self.points if (point.preset, point.gpus, point.shard) == (name, gpus, False)]
 
     def reference(self, name: str) -> str:
-        """Name the measured preset to calculate from: itself, or the one nearest in parameters, and so in width."""
-        measured = sorted({point.preset for point in self.points if point.gpus == 1})
-        own = network_of(name).parameters
-        if name in measured:
-            return name
-        return min(measured, key=lambda other: abs(math.log(network_of(other).parameters / own)))
+        """Name the measured preset to calculate from: the one nearest in states, then in width, then in pixels."""
+        ours = network_of(name)
+
+        def distance(other: str) -> tuple[float, ...]:
+            theirs = network_of(other)
+            ratios = (
+                theirs.config.ssm_state_size / ours.config.ssm_state_size,
+                theirs.config.embed_dim / ours.config.embed_dim,
+                theirs.pixels / ours.pixels,
+            )
+            return tuple(abs(math.log(ratio)) for ratio in ratios)
+
+        return min(sorted({point.preset for point in self.points if point.gpus == 1}), key=distance)
+
+    def states_measured(self, name: str) -> int:
+        """Return the states of the preset that `name` is calculated from; with others a step takes other kernels."""
+        return network_of(self.reference(name)).config.ssm_state_size
 
     def milliseconds(self, name: str) -> Line:
         """Fit the time on one GPU. An unmeasured preset is scaled by parameters and, at equal MFU, multiply-adds."""
@@ -277,10 +288,17 @@ def predict(config: PlanConfig, model: Model | None = None) -> Prediction:
     """Predict a step.
 
     Raises:
-        ConfigError: the preset or the GPU is unknown, or the batch or the GPUs cannot be divided.
+        ConfigError: the preset or the GPU is unknown, its number of states was not measured, or the batch or the GPUs
+            cannot be divided.
     """
     model = model or Model.shipped()
     network, images = network_of(config.preset), config.images_of_a_gpu
+    states = network.config.ssm_state_size
+    if states != model.states_measured(config.preset) and not config.images_per_s:
+        raise ConfigError(
+            f"{config.preset} has {states} state{'s' * (states > 1)}, and no step with as many was measured: give "
+            "images_per_s, measured on one GPU"
+        )
     line = model.milliseconds(config.preset)
     slower = _slower(config, model, line.at(images))
     compute_ms, overlap_ms = slower * line.at(images), slower * line.slope * images
@@ -369,11 +387,14 @@ def basis(config: PlanConfig, model: Model) -> list[str]:
         if (value := getattr(config, name))
     ]
     assumed = []
+    states, measured_states = network_of(config.preset).config.ssm_state_size, model.states_measured(config.preset)
+    if states != measured_states:
+        assumed.append(f"the memory per image of {other}, whose number of states is {measured_states}, not {states}")
     if other != config.preset and not config.images_per_s:
         assumed.append(f"the MFU of {other}, because {config.preset} was not measured")
     elif not min(measured) <= config.images_of_a_gpu <= max(measured):
         assumed.append(f"linear time up to {config.images_of_a_gpu} images per GPU, which was not measured")
-    if peak_tflops(config.gpu) != peak_tflops(model.gpu) and not config.images_per_s:
+    if config.gpu not in model.gpu and not config.images_per_s:
         assumed.append(f"times scaled by peak TFLOP/s from {model.gpu} to {config.gpu}")
     if config.gpus > 2:
         assumed.append("the same link speed and overlap as on two GPUs")

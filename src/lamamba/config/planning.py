@@ -28,7 +28,7 @@ class PlanConfig:
     """Predict the speed, duration and memory of training on a cluster, from measurements on one and two GPUs."""
 
     preset: Annotated[str, Option(positional=True)]
-    """The network: nano, or s, b, l or xl with -256 or -512."""
+    """The network: nano, or s, b, l or xl with -256 or -512, and 16 states if -16-states follows."""
     gpus: int = 8
     """Total number of GPUs."""
     gpus_per_host: int = 8
