@@ -1,4 +1,4 @@
-"""Functions of tensors that CUDA launches whole: a part of a training step, a network in sampling."""
+"""Records functions as CUDA graphs: a part of a training step, or a network for sampling."""
 
 import gc
 from collections import OrderedDict
@@ -16,14 +16,14 @@ from lamamba.ops.launch import LOCK, rehearse
 
 
 class Captured:
-    """A function of tensors on CUDA as a CUDA graph: recorded at the first call, and from then on launched whole.
+    """A function of CUDA tensors that is recorded as a CUDA graph at its first call and replayed after that.
 
-    Every call takes tensors of the shapes of the first one, and writes to the same results again: read them before the
-    next. So it is with gradients that the function leaves in parameters.
+    Every call takes tensors of the same shapes and overwrites the results of the previous call, so read them before the
+    next call. The same holds for gradients that the function writes to parameters.
 
     Args:
-        function: what is recorded.
-        shares_memory_with: another one, which is never launched at the same time; read its results before this one's.
+        function: the function to record.
+        shares_memory_with: another graph that never runs at the same time. Its results are overwritten too.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Captured:
 
     def _record(self, *inputs: Tensor) -> None:
         self.inputs = [tensor.clone() for tensor in inputs]
-        # Once as usual: kernels are compiled, and libraries allocate what they keep.
+        # Run once without recording: this compiles kernels, and libraries allocate their buffers.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -51,13 +51,13 @@ class Captured:
         graph = torch.cuda.CUDAGraph()
         other = self.shares_memory_with.graph if self.shares_memory_with else None
         pool = other.pool() if other else None
-        # Other threads, such as NCCL's that watches over what it runs, may do as they like meanwhile.
+        # Other threads, such as NCCL's watchdog, may call CUDA during the recording.
         with _garbage_left_alone(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             self.results = self.function(*self.inputs)
         self.graph = graph
 
     def forget(self) -> None:
-        """Free what was recorded."""
+        """Free the recorded graphs."""
         if self.graph is not None:
             self.graph.reset()
             self.graph, self.results = None, {}
@@ -65,7 +65,7 @@ class Captured:
 
 @contextmanager
 def _garbage_left_alone() -> Iterator[None]:
-    """Keep Python from freeing what refers to itself: a graph among it ends the recording of another one."""
+    """Pause Python's garbage collector, since freeing a graph ends the recording of another one."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -76,7 +76,7 @@ def _garbage_left_alone() -> Iterator[None]:
 
 
 class CapturedNetwork:
-    """A network to sample with, whose forward pass CUDA launches whole; on other devices, the network as it is.
+    """A network for sampling whose forward pass is replayed as a CUDA graph; on other devices, the plain network.
 
     Launched one by one, the kernels of a small batch wait for Python. A pass is recorded for each shape of its inputs,
     of which the last few are kept, and anew where the weights have moved; values that change in place are seen.
@@ -85,7 +85,7 @@ class CapturedNetwork:
     Args:
         network: called as `(x_t, t, y) -> (b, 2c, h, w)`.
         bf16: compute in bfloat16, as `torch.autocast` does; otherwise as the weights are, and the context says.
-        captures: record passes; where not, kernels are still compiled beforehand, all at once.
+        captures: whether to record passes. If not, kernels are still compiled at once before the first pass.
     """
 
     KEPT = 2  # guided and not, say; each keeps the memory of a pass
@@ -105,17 +105,17 @@ class CapturedNetwork:
         kind = x_t.device.type
         dtype = torch.bfloat16 if self.bf16 else torch.get_autocast_dtype(kind)
         enabled = self.bf16 or torch.is_autocast_enabled(kind)
-        network = self.network  # what is recorded must not refer to this object, or nobody frees the two of them
+        network = self.network  # the recorded function must not refer to this object, or the cycle is never freed
 
         def forward(*inputs: Tensor) -> dict[str, Tensor]:
             is_recorded = kind == "cuda" and torch.cuda.is_current_stream_capturing()
             ahead = modulations_ahead(network) if is_recorded else nullcontext()
-            # Without its cache, whose copies of the weights would be gone when the pass is launched again.
+            # No autocast cache: its copies of the weights would be freed before the next replay.
             with ahead, torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False):
                 return {"out": network(*inputs)}
 
         if kind != "cuda":
-            self.forget()  # what it was moved away from
+            self.forget()  # graphs of a device that it was moved away from
             return forward(x_t, t, y)["out"]
         inputs = (x_t, t, y)
         weights: tuple[int, ...] = ()
@@ -131,7 +131,7 @@ class CapturedNetwork:
             self._passes.move_to_end(key)
             recorded = self._passes[key]
             try:
-                # What is written to again, schedulers may keep.
+                # A copy, since schedulers may keep results, and the next replay overwrites them.
                 return recorded(*inputs)["out"].clone() if recorded else forward(*inputs)["out"]
             except torch.OutOfMemoryError:
                 self.forget()
@@ -143,7 +143,7 @@ class CapturedNetwork:
             recorded.forget()
 
     def forget(self) -> None:
-        """Free what was recorded."""
+        """Free the recorded graphs."""
         while self._passes:
             self._drop_oldest()
 

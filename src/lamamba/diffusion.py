@@ -109,7 +109,7 @@ def _deprecated_scheduler(self: Objective, *arguments: Any, **options: Any) -> A
 
 
 class Diffusion:
-    """1000 linear steps; predicts the noise and, for each value, where its log-variance lies between two bounds."""
+    """1000 linear steps; predicts the noise, and the log-variance of each value as a position between two bounds."""
 
     name = "diffusion"
     scheduler_options: Mapping[str, Any] = {
@@ -130,7 +130,7 @@ class Diffusion:
         return _at(schedule["sqrt_alpha_bar"], t) * x_0 + _at(schedule["sqrt_one_minus_alpha_bar"], t) * noise
 
     def sigma(self, t: Tensor) -> Tensor:
-        """Noise level of timesteps, as noise over signal: sqrt((1 - alpha_bar) / alpha_bar).
+        """Compute the noise level of timesteps as noise over signal: sqrt((1 - alpha_bar) / alpha_bar).
 
         Between whole timesteps its logarithm is linear, as in the schedulers of diffusers that use such timesteps.
         """
@@ -158,7 +158,7 @@ class Diffusion:
         return noise + (self.predict_x_0(x_t, t, noise) - x_0) / self.sigma(t)[:, None, None, None]
 
     def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
-        """Weigh the error of the noise so that that of x_0 has the weight min(SNR, gamma): (b,) of (b,) timesteps.
+        """Compute the weights of the noise's error that give the error of x_0 the weight min(SNR, gamma): (b,).
 
         Hang et al. 2023, arXiv 2303.09556, section 3.4.
         """
@@ -225,7 +225,7 @@ class FlowMatching:
         return (1 - fraction) * x_0 + fraction * noise
 
     def sigma(self, t: Tensor) -> Tensor:
-        """Noise level of timesteps, as noise over signal: t / (1000 - t)."""
+        """Compute the noise level of timesteps as noise over signal: t / (1000 - t)."""
         return t / (NUM_TIMESTEPS - t)
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,7 +241,7 @@ class FlowMatching:
         return velocity + (self.predict_x_0(x_t, t, velocity) - x_0) / (t / NUM_TIMESTEPS)[:, None, None, None]
 
     def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
-        """Weigh the error of the velocity so that that of x_0 has the weight min(SNR, gamma), as `Diffusion` does."""
+        """Compute the weights of the velocity's error that give the error of x_0 the weight min(SNR, gamma): (b,)."""
         fraction = t / NUM_TIMESTEPS
         return torch.minimum(1 - fraction, math.sqrt(gamma) * fraction).square()
 
@@ -325,15 +325,15 @@ def guide(
     sigma: Callable[[Tensor], Tensor] | None = None,
     weaker: Predict | None = None,
 ) -> Predict:
-    """Wrap a denoiser in guidance on all of its channels: predictions move away from those of a worse denoiser.
+    """Return a guided denoiser, whose predictions move away from those of a worse denoiser.
 
         guided = worse + s(t) (labelled - worse),        s(t) = 1 + (scale - 1) (1 - cos(pi (1 - t/1000)^power)) / 2
 
-    The worse one is the denoiser itself without a label (classifier-free guidance, Ho & Salimans 2022, arXiv
+    The worse denoiser is the same one without a label (classifier-free guidance, Ho & Salimans 2022, arXiv
     2207.12598) or a weaker denoiser with the same label (autoguidance, Karras et al. 2024, arXiv 2406.02507). The
     schedule s is MDT's (Gao et al. 2023, arXiv 2303.14389), constant where `options.cosine_power` is 0; outside
-    `options.interval`, in noise over signal, s is 1 (Kynkaanniemi et al. 2024, arXiv 2404.07724). What is guided is
-    then multiplied by 1 + rescale (std(labelled) / std(guided) - 1), each over an image's values (Lin et al. 2023,
+    `options.interval`, in noise over signal, s is 1 (Kynkaanniemi et al. 2024, arXiv 2404.07724). The guided prediction
+    is then multiplied by 1 + rescale (std(labelled) / std(guided) - 1), each over an image's values (Lin et al. 2023,
     arXiv 2305.08891, eq. 15 and 16). The variance, where there is one, stays the labelled one.
 
     Args:
@@ -341,8 +341,8 @@ def guide(
         scale: 1 is no guidance.
         null_label: the label that means "no label".
         options: interval, cosine power and rescaling.
-        sigma: noise level of timesteps, the objective's; needed with an interval.
-        weaker: None is the denoiser without a label.
+        sigma: computes the noise level of timesteps, as the objective does; needed with an interval.
+        weaker: a weaker denoiser to guide away from; None is the same denoiser without a label.
 
     Raises:
         ConfigError: the scale is not finite, or there is an interval and no sigma.
@@ -374,7 +374,7 @@ def guide(
 
     def guided(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         scale_of = scales(t).to(x_t.dtype)
-        if interval is not None and bool((scale_of == 1).all()):  # outside of it the network is asked once, not twice
+        if interval is not None and bool((scale_of == 1).all()):  # outside of it one evaluation is enough
             return denoiser(x_t, t, y)
         if weaker is None:
             doubled = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, unlabeled(y)])

@@ -1,7 +1,7 @@
-"""The commands `lamamba sample` and `lamamba generate`: a checkpoint, labels and seeds to image files.
+"""The commands `lamamba sample` and `lamamba generate`: write images of a checkpoint to files.
 
-`generate` works in shards, which belong to processes in turn; one that is there is whole. An image depends on its place
-in the set alone.
+`generate` works in shards, which ranks take in turn. A shard that exists is complete. An image depends only on its
+position in the set.
 """
 
 import copy
@@ -44,18 +44,18 @@ from lamamba.schedulers import make_scheduler
 from lamamba.signals import SignalsNoted
 
 SAMPLES, GENERATION = "samples.npz", "generation.json"
-COMPILE_FROM = 10_000 * 256**2  # decoded pixels; benchmarks/sampling.py has what a start takes
+COMPILE_FROM = 10_000 * 256**2  # decoded pixels; benchmarks/sampling.py measures what compiling takes
 
 
 class ImageSampler:
-    """A checkpoint on a device, and how it is sampled.
+    """Samples images from a checkpoint on a device.
 
     Args:
-        config: what is sampled from, and how.
-        device: to work on.
+        config: what to sample from, and how.
+        device: the device to work on.
 
     Raises:
-        LamambaError: the checkpoint or an option is at fault.
+        LamambaError: the checkpoint or an option is wrong.
     """
 
     def __init__(self, config: SamplingConfig, device: torch.device) -> None:
@@ -78,7 +78,7 @@ class ImageSampler:
         self._configure(config)
 
     def with_config(self, config: SamplingConfig) -> Self:
-        """Sample otherwise from the same checkpoint, whose weights are shared; raises LamambaError."""
+        """Return a sampler of the same weights with other options; raises LamambaError."""
         other = copy.copy(self)
         other._configure(config)
         return other
@@ -97,7 +97,7 @@ class ImageSampler:
         sides = config.size
         self.size = None if sides is None else (self.space.grid_size(sides[0]), self.space.grid_size(sides[1]))
         self.sampler = config.sampler or self.objective.default_sampler
-        # Before the work: a sampler that does not fit should not cost a minute.
+        # Before the work, so that a sampler that does not fit costs no time.
         scheduler = make_scheduler(self.objective, self.sampler, config.steps, clip_sample=self.space.bounded)
         self.evaluations, self.clips = len(scheduler.timesteps), bool(scheduler.config.get("thresholding"))
 
@@ -107,12 +107,12 @@ class ImageSampler:
         return Labels(self.num_classes, dict(enumerate(self.info.class_names)))
 
     def say_unguided(self) -> None:
-        """Print why there is no guidance by default, though there are labels."""
+        """Print why guidance is off by default although there are labels."""
         if self.unguided and self.num_classes:
             say(f"guidance is off: {self.unguided}")
 
     def prepare(self, number: int) -> None:
-        """Get ready for a number of images: for many, on a GPU, it pays to compile the autoencoder's decoder."""
+        """Compile the autoencoder's decoder if that pays: on a GPU, for many images."""
         pixels = number * math.prod(self.grid_size) * self.space.factor**2
         can_compile = self.network.device.type == "cuda" and importlib.util.find_spec("triton") is not None
         if isinstance(self.space, Latents) and can_compile and pixels >= COMPILE_FROM:
@@ -161,7 +161,7 @@ class ImageSampler:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the images depend on, beside label and seed."""
+        """Everything that the images depend on besides label and seed."""
         return {
             "checkpoint": str(self.config.checkpoint),
             "images_seen": self.info.images,
@@ -179,10 +179,10 @@ class ImageSampler:
 
 
 def sample_grid(config: SampleConfig) -> None:
-    """Sample what the configuration asks for and write the grid, and single images where wanted.
+    """Sample and write a grid, and single images if configured.
 
     Raises:
-        LamambaError: the checkpoint, a label, the sampler or a path is at fault.
+        LamambaError: the checkpoint, a label, the sampler or a path is wrong.
     """
     model = ImageSampler(config, choose_device(config.device))
     classes = model.labels.parse(config.labels)
@@ -217,17 +217,17 @@ def sample_grid(config: SampleConfig) -> None:
 
 
 def sample_with_bar(model: ImageSampler, labels: Sequence[int], seeds: Sequence[int]) -> np.ndarray:
-    """Do what `ImageSampler.sample` does, and show how far it is."""
+    """Sample images and show a progress bar."""
     with make_progress(make_console(), "{task.percentage:3.0f} %") as progress:
         task = progress.add_task("sample", total=model.evaluations * len(labels))
         return model.sample(labels, seeds, lambda step: progress.advance(task, len(step.x)))
 
 
 def generate(config: GenerateConfig) -> None:
-    """Make a set of images; started by torchrun, its processes share them.
+    """Make a set of images; under torchrun, the ranks share the work.
 
     Raises:
-        LamambaError: the checkpoint or an option is at fault, or the folder holds images that were made otherwise.
+        LamambaError: the checkpoint or an option is wrong, or the folder holds images with other settings.
     """
     with joined(config.device) as (processes, device_name):
         model = ImageSampler(config, choose_device(device_name))
@@ -240,7 +240,7 @@ def generate(config: GenerateConfig) -> None:
             "seed": config.seed, "labels": config.labels, "num_images": config.num_images, "size": config.size,
             "format": config.format, "images_per_shard": config.images_per_shard,
         }  # fmt: skip
-        # Others wait, so that the folder is there, and is the right one.
+        # The other ranks wait until the folder exists and was checked.
         with locked(config.out) if processes.is_first else nullcontext():
             if processes.is_first:
                 model.say_unguided()
@@ -260,7 +260,7 @@ def _weights_digest(path: Path) -> str:
 
 
 def _labels_of_set(config: GenerateConfig, model: ImageSampler) -> Callable[[range], list[int]]:
-    """Make a function that returns the labels of the images at some places of the set; a set may be of any size."""
+    """Return a function from positions in the set to labels, so that a set may have any size."""
     if config.labels == "random" and model.num_classes:
 
         def draw(places: range) -> list[int]:
@@ -278,7 +278,7 @@ def _labels_of_set(config: GenerateConfig, model: ImageSampler) -> Callable[[ran
 
 
 def read_generation(samples: Path) -> dict[str, Any] | None:
-    """Read how the images of a .npz were made; None where it is not what `generate` wrote."""
+    """Read how the images of a .npz file were made; None if `generate` did not write it."""
     try:
         made = read_record(samples.parent / GENERATION, dict[str, Any])
     except CheckpointError:
@@ -296,7 +296,7 @@ def _begin_set(out: Path, made: dict[str, Any]) -> None:
     before = read_record(path, dict[str, Any])
     for digest in {"guidance_weights", "vae_digest"} - before.keys():  # an earlier version wrote none
         del made[digest]
-    # Weights and autoencoder are recognized wherever they lie.
+    # Weights and autoencoder may have moved: their digests count.
     for place, digest in (
         ("checkpoint", "weights"), ("guidance_checkpoint", "guidance_weights"), ("vae", "vae_digest")
     ):  # fmt: skip
@@ -333,7 +333,7 @@ def _sample_shards(
         others = f", process 1 of {processes.number}" if processes.number > 1 else ""
         done, total = 0.0, size * len(starts) - missing
         bar = progress.add_task(f"generate{others}", total=total)
-        model.prepare(config.num_images)  # of the whole set, so that any number of processes decodes alike
+        model.prepare(config.num_images)  # the whole set counts, so that any number of ranks decodes alike
 
         def advance(number: float) -> None:
             nonlocal done
@@ -342,7 +342,7 @@ def _sample_shards(
             done += number
             progress.update(bar, completed=round(done))
 
-        # While a shard is painted, the one before is written: PNG files take processors as long as images a GPU.
+        # Write a shard while the next one is sampled: encoding PNG takes the CPU as long as sampling takes the GPU.
         with ThreadPoolExecutor(1) as writer:
             written: Future[None] | None = None
             for start in starts:
@@ -380,7 +380,7 @@ def _is_there(config: GenerateConfig, places: range) -> bool:
 
 
 def write_pngs(out: Path, places: range, images: np.ndarray, settings: Sequence[dict[str, Any]]) -> None:
-    """Write a file for each image, (b, c, h, w) uint8, named by its place."""
+    """Write each image of (b, c, h, w) uint8 to a file named after its position."""
 
     def write(place: int, image: np.ndarray, own: dict[str, Any]) -> None:
         with atomic_write(out / f"{place:08d}.png") as temporary:
@@ -415,7 +415,7 @@ _WRITERS: dict[str, Callable[[Path, range, np.ndarray, Sequence[dict[str, Any]]]
 
 
 def _join(config: GenerateConfig) -> None:
-    """Make one file of all shards, a shard at a time, and remove them."""
+    """Join all shards to one file, one shard at a time, and remove them."""
     shards = sorted(config.out.glob("shard-*.npz"))
     if not (config.out / SAMPLES).exists():
         with atomic_write(config.out / SAMPLES) as temporary, zipfile.ZipFile(temporary, "w") as archive:
@@ -433,7 +433,7 @@ def _join(config: GenerateConfig) -> None:
 
 
 def _load_weaker(checkpoint: str, info: CheckpointInfo) -> LoadedDenoiser:
-    """Load the network to guide away from, which must predict the same as that of `info`."""
+    """Load the network to guide away from, and check that it has the same objective."""
     weaker = load_denoiser(checkpoint)
     if weaker.info.objective != info.objective:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Between images and what the network sees: pixels as they are, or an autoencoder's latents.
+"""Converts images to what the network sees and back: pixels, or latents of an autoencoder.
 
 The only file that knows the autoencoder.
 """
@@ -25,34 +25,34 @@ _PIXELS_AT_ONCE = 16 * 256**2
 
 
 class Space(Protocol):
-    """Where the network works, and the way there and back."""
+    """What the network sees, and the conversion to and from images."""
 
     def channels(self, image_channels: int) -> int:
-        """Channels that the network sees."""
+        """Return the number of channels that the network sees."""
 
     def grid_size(self, pixels: int) -> int:
-        """Pixels of a side to rows of the grid; raises ConfigError where they do not fit."""
+        """Convert a side in pixels to rows of the network's grid; raises ConfigError if it does not fit."""
 
     draws: bool
     """Whether `encode` draws from a distribution."""
 
     bounded: bool
-    """Whether all that the network sees without noise lies between -1 and 1, and predictions can be clipped to that."""
+    """Whether clean inputs of the network lie between -1 and 1, so that predictions can be clipped to that."""
 
     factor: int
-    """Pixels of a side for each row of the grid."""
+    """Pixels per row of the grid."""
 
     def encode(self, images: Tensor, noise: Tensor | None) -> Tensor:
-        """What a source holds to what the network is trained on, float32; `noise` of its shape draws latents."""
+        """Convert what a data source holds to float32 training inputs; `noise` of that shape draws latents."""
 
     def decode(self, x: Tensor) -> Tensor:
-        """What the network samples to (b, c, h, w) uint8 images."""
+        """Convert what the network samples to (b, c, h, w) uint8 images."""
 
     def encode_float(self, images: Tensor) -> Tensor:
-        """Turn images from -1 to 1, (b, c, h, w), into what the network would sample to give them."""
+        """Convert (b, c, h, w) images from -1 to 1 to what the network samples."""
 
     def decode_float(self, x: Tensor) -> Tensor:
-        """Turn what the network samples into float32 images, about -1 to 1."""
+        """Convert what the network samples to float32 images, about -1 to 1."""
 
 
 class Pixels:
@@ -62,11 +62,11 @@ class Pixels:
     factor = 1
 
     def channels(self, image_channels: int) -> int:
-        """Channels that the network sees."""
+        """Return the number of channels that the network sees."""
         return image_channels
 
     def grid_size(self, pixels: int) -> int:
-        """Pixels of a side, unchanged; they must be even and at least 4."""
+        """Return a side in pixels unchanged; it must be even and at least 4."""
         if pixels % 2 or pixels < 4:
             raise ConfigError(f"image size {pixels} is not an even number from 4 up: use {max(4, pixels + pixels % 2)}")
         return pixels
@@ -80,11 +80,11 @@ class Pixels:
         return to_uint8(x)
 
     def encode_float(self, images: Tensor) -> Tensor:
-        """Return the images: the network samples these."""
+        """Return the images in float32."""
         return images.float()
 
     def decode_float(self, x: Tensor) -> Tensor:
-        """Return what was sampled: it is the images."""
+        """Return what was sampled in float32: it is the images."""
         return x.float()
 
 
@@ -92,7 +92,7 @@ class Latents:
     """The network sees latents of a diffusers AutoencoderKL, scaled as its configuration says.
 
     Args:
-        autoencoder: on the device to work on.
+        autoencoder: on the device to compute on.
     """
 
     draws, bounded = True, False
@@ -107,21 +107,21 @@ class Latents:
 
     @classmethod
     def open(cls, folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Self:
-        """Read what `AutoencoderKL.save_pretrained` wrote, to compute in a dtype; nothing is fetched.
+        """Load a folder that `AutoencoderKL.save_pretrained` wrote, in a dtype; nothing is downloaded.
 
         Raises:
-            CheckpointError: the folder holds no autoencoder, or not a complete one.
+            CheckpointError: the folder holds no autoencoder, or an incomplete one.
         """
         from diffusers import AutoencoderKL
 
         _check_class(folder)
         autoencoder = load_model(AutoencoderKL, folder, AutoencoderRecord)
-        # Not by diffusers' own `to`, which warns of layers to be left alone, and names none.
+        # diffusers' own `to` warns about layers that keep their dtype, although there are none.
         torch.nn.Module.to(autoencoder, device, dtype)
         return cls(autoencoder.eval().requires_grad_(False))
 
     def check_network(self, in_channels: int) -> None:
-        """Raise ConfigError unless a network of so many channels sees latents of this autoencoder."""
+        """Raise ConfigError unless a network has as many channels as the latents."""
         channels = int(self.autoencoder.config.latent_channels)
         if in_channels != channels:
             raise ConfigError(
@@ -130,7 +130,7 @@ class Latents:
             )
 
     def channels(self, image_channels: int) -> int:
-        """Channels that the network sees; the images' must be the autoencoder's."""
+        """Return the channels of the latents; the images must have the channels of the autoencoder."""
         wanted, channels = self.image_channels, self.autoencoder.config.latent_channels
         if image_channels != wanted:
             raise ConfigError(
@@ -139,7 +139,7 @@ class Latents:
         return int(channels)
 
     def grid_size(self, pixels: int) -> int:
-        """Pixels over the autoencoder's factor; the result must be even and at least 4."""
+        """Divide a side in pixels by the autoencoder's factor; the result must be even and at least 4."""
         multiple = 2 * self.factor
         if pixels % multiple or pixels < 2 * multiple:
             below = max(2, pixels // multiple) * multiple
@@ -151,11 +151,11 @@ class Latents:
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor | None) -> Tensor:
-        """Take the latents that standard normal noise of their shape draws; without, the likeliest.
+        """Draw latents with standard normal noise, or return the most likely ones without noise.
 
         Args:
-            images: (b, c, h, w) uint8 images; or, of latents that were encoded before, mean and standard deviation,
-                (b, 2 c', h', w').
+            images: (b, c, h, w) uint8 images; or (b, 2 c', h', w'), the mean and standard deviation of latents that
+                were encoded before.
             noise: (b, c', h', w') or None.
         """
         mean, deviation = self.moments(images) if images.dtype == torch.uint8 else images.float().chunk(2, dim=1)
@@ -178,8 +178,8 @@ class Latents:
         return (latents - self.shift) * self.scale
 
     def compile(self) -> None:
-        """Have the decoder compiled at its next call: half a minute, for twice the speed on a GPU."""
-        # Tensor cores want channels last; norms that are not compiled do not.
+        """Compile the decoder at its next call. This takes half a minute and doubles its speed on a GPU."""
+        # Tensor cores are faster with channels last, but norms are slower unless compiled.
         self.autoencoder.to(memory_format=torch.channels_last)
         self.autoencoder.decoder.compile(dynamic=False)
         self._is_compiled = True
@@ -195,7 +195,7 @@ class Latents:
     def _decoded(self, x: Tensor) -> Iterator[Tensor]:
         latents = (x / self.scale + self.shift).to(self.autoencoder.dtype)
         at_once = max(1, _PIXELS_AT_ONCE // (x[0, 0].numel() * self.factor**2))
-        if self._is_compiled:  # for one shape: in parts as even as can be, the last one filled up
+        if self._is_compiled:  # compiled for one shape: use parts of equal size, and fill up the last one
             at_once = math.ceil(len(x) / math.ceil(len(x) / at_once))
             latents = torch.cat([latents, latents[:1].expand(-len(x) % at_once, -1, -1, -1)])
 
@@ -208,7 +208,7 @@ class Latents:
 
 
 def check_autoencoder(folder: Path, variant: str | None = None) -> None:
-    """Raise CheckpointError unless a folder holds an autoencoder with all its weights; reads only their names."""
+    """Raise CheckpointError unless a folder holds an autoencoder with all weights. Only their names are read."""
     from diffusers import AutoencoderKL
 
     _check_class(folder)
@@ -226,12 +226,12 @@ def _check_class(folder: Path) -> None:
 
 
 def identify(folder: Path) -> str:
-    """Compute a checksum of an autoencoder's weights, by which it can be told from others."""
+    """Compute a checksum of an autoencoder's weights."""
     return checksum(*sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")))
 
 
 def identify_autoencoder(folder: Path) -> str:
-    """Compute a digest of an autoencoder's weights and configuration, by which it is recognized wherever it lies."""
+    """Compute a digest of an autoencoder's weights and configuration, to recognize it after it has moved."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         known = {name: value for name, value in config.items() if not name.startswith("_")}  # not where it was loaded
@@ -241,5 +241,5 @@ def identify_autoencoder(folder: Path) -> str:
 
 
 def open_space(vae: Path | None, device: torch.device, dtype: torch.dtype = torch.float32) -> Space:
-    """Choose pixels, or the latents of an autoencoder folder, which computes in a dtype."""
+    """Return `Latents` of an autoencoder folder, computed in a dtype, or `Pixels` without one."""
     return Pixels() if vae is None else Latents.open(vae, device, dtype)

@@ -1,4 +1,4 @@
-"""The pipeline for diffusers: a network, a scheduler, perhaps an autoencoder, and the names of the labels."""
+"""The pipeline for users of diffusers. It prepares the inputs of `lamamba.sampling.sample` and converts its output."""
 
 import threading
 import warnings
@@ -31,29 +31,29 @@ from lamamba.schedulers import check_scheduler, make_scheduler, open_scheduler
 from lamamba.weights import PIPELINE_INDEX
 
 Label = str | int | Mapping[str | int, float] | Tensor | None
-_MAX_IMAGES = 10_000  # of a label in one call, which holds all of them in memory
+_MAX_IMAGES = 10_000  # per label in one call, which keeps all images in memory
 _MOVING = threading.RLock()  # held while models move between devices during a call
 
 
 class LaMambaDiffPipeline(DiffusionPipeline):
-    """Labels to images, and what diffusers' users expect of a pipeline.
+    """A diffusers pipeline from labels to images.
 
         pipe = LaMambaDiffPipeline.from_checkpoint("nano")
         pipe(class_labels=["Ankle boot", 3], num_inference_steps=20, guidance_scale=2.0).images[0]
 
     Args:
         network: the denoiser.
-        scheduler: any of diffusers' for what the network predicts: noise at the levels of `Diffusion`'s schedule, or
-            the velocity of `FlowMatching`; replaced as in any pipeline,
+        scheduler: any scheduler of diffusers for what the network predicts: noise with the schedule of `Diffusion`, or
+            the velocity of `FlowMatching`. Replace it as in any pipeline:
             `pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)`.
         vae: decodes latents; None for a network of pixels.
         id2label: a name for each label; none are needed.
         objective: what the network was trained with, "diffusion" or "flow".
-        images_seen: in training; 0 where that is not known.
+        images_seen: number of images seen in training; 0 if unknown.
     """
 
     model_cpu_offload_seq = "network->vae"
-    # Its operations read the weights of several modules at once, so it is on a device whole or not at all.
+    # Operations of the network read weights of several modules at once, so all of it must be on one device.
     _exclude_from_cpu_offload = ["network"]  # noqa: RUF012
     _optional_components = ["vae"]  # noqa: RUF012 - as diffusers wants it
     _callback_tensor_inputs = ["latents", "x_0"]  # noqa: RUF012
@@ -178,29 +178,30 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         Several threads may call one pipeline: each call works on its own copy of the scheduler.
 
         Args:
-            class_labels: names, numbers, or mixtures, {"Coat": 0.5, "Shirt": 0.5}, whose embeddings are averaged; one
-                or several, also as a tensor or an array of whole numbers. None is "no label". A tensor of floats
-                (num_classes + 1,), or (b, num_classes + 1), weighs the embeddings as it is, the last being that of "no
-                label".
-            num_inference_steps: steps of the scheduler.
+            class_labels: one label or several. A label is a name, a number, None for "no label", or a mixture such as
+                {"Coat": 0.5, "Shirt": 0.5}, whose embeddings are averaged. Numbers may also be a tensor or an array. A
+                tensor of floats (num_classes + 1,), or (b, num_classes + 1), gives the weights of the embeddings, "no
+                label" last.
+            num_inference_steps: number of steps of the scheduler.
             guidance_scale: 1 is no guidance. The default is 2, or 1 for a network trained with label_dropout 0, which
                 cannot be guided; an unconditional network ignores it.
             guidance_interval: two noise levels, see `lamamba.diffusion.guide`.
-            guidance_cosine_power: see there.
-            guidance_rescale: see there.
-            weaker_network: to guide away from, with the same label; None is the network without a label.
-            num_images_per_label: images of each.
-            generator: one for all images, or one each; an image is the same wherever it is sampled.
-            latents: (b, c, h, w) standard normal noise to begin with, in place of what a generator would draw.
-            height: in pixels; the default is the training size.
-            width: in pixels; the default is the training size.
-            image: to start from, noised; one or one each. PIL images of any mode, and arrays and tensors of uint8 or
-                uint16, are decoded as in training: upright, transparency on white. Floats are from 0 to 1, as in
-                diffusers: arrays (h, w, c), tensors (c, h, w).
-            strength: how far towards noise the image is taken, 0 to 1 (SDEdit, Meng et al. 2021, arXiv 2108.01073).
-            mask_image: white where the image is to be painted anew; where it is black or transparent the image is put
-                back, at the noise level of each step (Lugmayr et al. 2022, arXiv 2201.09865, eq. 8).
-            max_batch_size: images sampled at once. By default all of them, and half as many where memory does not do.
+            guidance_cosine_power: see `lamamba.diffusion.guide`.
+            guidance_rescale: see `lamamba.diffusion.guide`.
+            weaker_network: a network to guide away from, with the same label; None is the network without a label.
+            num_images_per_label: number of images of each label.
+            generator: one for all images, or one for each. An image is the same on every device.
+            latents: (b, c, h, w) standard normal noise to begin with; the default draws it from the generators.
+            height: height in pixels; the default is the training size.
+            width: width in pixels; the default is the training size.
+            image: an image to start from, or one for each label. PIL images of any mode, and arrays and tensors of
+                uint8 or uint16, are decoded as in training: upright, with transparency on white. Floats go from 0 to 1,
+                as in diffusers: arrays (h, w, c), tensors (c, h, w).
+            strength: how much noise the image starts with, more than 0, up to 1 (SDEdit, Meng et al. 2021, arXiv
+                2108.01073).
+            mask_image: white where the image is repainted. Where it is black or transparent, the image is put back at
+                the noise level of each step (Lugmayr et al. 2022, arXiv 2201.09865, eq. 8).
+            max_batch_size: number of images sampled at once. The default is all; it is halved if memory runs out.
             output_type: "pil"; "np", (b, h, w, c) from 0 to 1; "pt", (b, c, h, w) from 0 to 1; or "latent".
             return_dict: return an `ImagePipelineOutput`, or a tuple.
             callback_on_step_end: called after each step with the pipeline, the step's number, its timestep and a dict
@@ -210,7 +211,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
                 step's prediction implies.
 
         Raises:
-            ConfigError: a label, a size or an option cannot be, or the scheduler is for another kind of network.
+            ConfigError: a label, a size or an option is wrong, or the scheduler does not suit the network.
         """
         check(
             callback_on_step_end is None or callable(callback_on_step_end), "callback_on_step_end",
@@ -301,7 +302,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
 
     @contextmanager
     def _call(self) -> Iterator[None]:
-        """Keep track of a call for `_interrupt`; where models move between devices, calls wait for each other."""
+        """Register a call for `_interrupt`. If models move between devices, calls wait for each other."""
         here = threading.get_ident()
         outer = self._interrupted.get(here)  # a callback may call the pipeline again
         with _MOVING if hasattr(self.network, "_hf_hook") else nullcontext():
@@ -315,7 +316,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
 
     @property
     def _interrupt(self) -> bool:
-        """Whether the call that runs in this thread is to end early."""
+        """Whether the call that runs in this thread ends early."""
         return self._interrupted.get(threading.get_ident(), False)
 
     @_interrupt.setter
@@ -337,12 +338,12 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         """Sample images on the way from one label and seed to another, both interpolated spherically.
 
         Args:
-            class_labels: of the first image and of the last, which may be the same.
-            seeds: of the first image and of the last. A sampler that adds noise adds that of the first seed to all.
-            num_images: with both ends, 2 or more.
-            height: in pixels; the default is the training size.
-            width: in pixels; the default is the training size.
-            options: as for a call: `num_inference_steps`, `guidance_scale`, `output_type` and the like.
+            class_labels: labels of the first and the last image, which may be the same.
+            seeds: seeds of the first and the last image. A sampler that adds noise adds that of the first seed to all.
+            num_images: number of images with both ends, 2 or more.
+            height: height in pixels; the default is the training size.
+            width: width in pixels; the default is the training size.
+            options: other arguments of a call, such as `num_inference_steps` and `guidance_scale`.
 
         Raises:
             ConfigError: as for a call; or there are fewer than two images.
@@ -363,7 +364,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
     def _call_back(
         self, callback: Callable[..., Mapping[str, Tensor] | None], names: Sequence[str], step: Step
     ) -> Tensor:
-        """Call after a step, and return the latents to go on with."""
+        """Call the user's callback, and return the latents to continue with."""
         values = {name: step.x_0 if name == "x_0" else step.x for name in names}
         changed = callback(self, step.index, step.t, values)
         if changed is not None and not isinstance(changed, Mapping):
@@ -378,7 +379,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         return x
 
     def _captures(self, network: Denoiser) -> Denoiser:
-        """Record a network's passes on CUDA where that works; what was recorded is kept for the next call."""
+        """Record a network's passes on CUDA where that works, and keep the graphs for the next call."""
         captured = capture(network)
         if not isinstance(captured, CapturedNetwork):
             return network
@@ -390,7 +391,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         return int(self.network.config[name])
 
     def _conditions(self, labels: Label | Sequence[Label] | np.ndarray) -> list[list[float]]:
-        """Weights of each label's row, the last being "no label", for each image."""
+        """Return the weights of all labels for each image, "no label" last."""
         if isinstance(labels, np.ndarray):
             labels = torch.from_numpy(labels) if labels.dtype.kind in "iuf" else labels.tolist()
         if isinstance(labels, Tensor) and labels.dim() == (2 if labels.is_floating_point() else 1):
@@ -409,7 +410,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
     def _generators(
         self, generator: torch.Generator | Sequence[torch.Generator] | None, number: int
     ) -> list[torch.Generator]:
-        """Make a generator for each image."""
+        """Return a generator for each image."""
         given = list(generator) if isinstance(generator, Sequence) else [] if generator is None else [generator]
         for one in given:
             if not isinstance(one, torch.Generator):
@@ -462,7 +463,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         return _one_each("mask_image", processor.preprocess(mask, *size).float(), number)
 
     def _decode(self, x: Tensor) -> Tensor:
-        """Images from 0 to 1, on the CPU."""
+        """Decode to images from 0 to 1, on the CPU."""
         return (self._space().decode_float(x) / 2 + 0.5).clamp(0, 1).cpu()
 
 

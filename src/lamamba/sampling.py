@@ -90,9 +90,9 @@ class Start:
     x_0: Tensor
     """(b, c, h, w) clean images or latents, as the network sees them."""
     strength: float = 1.0
-    """How far towards noise they are taken, more than 0, up to 1 (SDEdit, Meng et al. 2021, arXiv 2108.01073)."""
+    """How much noise they start with, more than 0, up to 1 (SDEdit, Meng et al. 2021, arXiv 2108.01073)."""
     mask: Tensor | None = None
-    """(b, 1, h, w), 1 where the image is painted anew. Where it is 0, the image is put back at the noise level of each
+    """(b, 1, h, w), 1 where the image is repainted. Where it is 0, the image is put back at the noise level of each
     step (Lugmayr et al. 2022, arXiv 2201.09865, eq. 8)."""
 
     def __post_init__(self) -> None:
@@ -134,20 +134,22 @@ def sample(
     Each image has a random generator of its own, so it depends on its seed and label, not on its neighbors.
 
     Args:
-        network: on the device to work on; a GPU samples several batches faster with one `CapturedNetwork` of it.
+        network: the network, on the device to compute on. On a GPU, several batches are faster with one
+            `CapturedNetwork`.
         objective: what the network was trained with.
         labels: (b,) from 0 to num_classes - 1, or num_classes for "no label"; or (b, num_classes + 1) floating point
-            weights of their embeddings, for a network that takes those.
+            weights of the label embeddings, for a network that supports them.
         seeds: (b,) of the images, or generators.
         sampler: one of `objective.samplers`, None being its default; or a scheduler of diffusers, which is tried on
             known data first.
         num_steps: steps of the sampler. Heun evaluates the network twice in each but the last.
         guidance_scale: 1 is no guidance.
-        guidance_options: what else guidance has, see `lamamba.diffusion.guide`.
-        weaker: a network to guide away from, with the same label; None is the network itself without a label.
+        guidance_options: see `lamamba.diffusion.guide`.
+        weaker: a network to guide away from, with the same label; None is the same network without a label.
         size: height and width of the grid; None is the network's `sample_size`.
-        clip_sample: hold the clean image that each prediction implies between -1 and 1: for pixels, which have specks
-            otherwise, not for latents. Euler's and Heun's methods do not. A scheduler must not clip unless this is set.
+        clip_sample: clip the clean image that each prediction implies to -1 to 1. Set this for pixels, which may have
+            specks otherwise, but not for latents. `euler` and `heun` do not clip. A scheduler of diffusers may clip
+            only if this is set.
         noise: (b, c, h, w) standard normal noise to begin with; None draws it from the seeds.
         start: images to start from; None starts from noise alone.
         callback: called after each step with a `Step`; what it raises ends the sampling.
@@ -155,7 +157,7 @@ def sample(
         on_preview: deprecated: called after each step with `x_0` of the `Step`.
 
     Returns:
-        (b, c, h, w) float32, for pixels about -1 to 1, and never further where predictions are clipped.
+        (b, c, h, w) float32. Pixels go from about -1 to 1, and never further if predictions are clipped.
 
     Raises:
         ConfigError: a label or the number of steps is out of range, the sampler does not go with the objective,

@@ -1,4 +1,4 @@
-"""Schedulers of diffusers: made by name, checked where users choose them, and how a batch goes through their steps."""
+"""Makes schedulers of diffusers by name, checks those that users choose, and steps a batch through one."""
 
 import copy
 import inspect
@@ -92,17 +92,17 @@ def make_scheduler(
 
 
 def set_timesteps(scheduler: Any, num_steps: int, device: torch.device | None = None, first: int = 0) -> None:
-    """Set a scheduler's steps for sampling; those of a flow end where they should.
+    """Set the timesteps of a scheduler for sampling, and correct those of diffusers' flow schedulers.
 
-    By themselves diffusers' Euler's and Heun's methods for flows come down to timestep 1 before the last step. There
-    too little noise is left to be told from the image, and Heun's method, which asks there, leaves noise of half the
-    step before. And its general solvers cut a flow's timesteps to whole ones.
+    diffusers' Euler and Heun schedulers for flows go down to timestep 1 before the last step. A network cannot tell so
+    little noise from the image, and Heun, which evaluates it there, leaves noise in the image. diffusers' general
+    solvers round a flow's timesteps to whole numbers. Here none of this happens.
 
     Args:
-        scheduler: of diffusers. Some of `make_scheduler` choose their timesteps by themselves.
+        scheduler: a scheduler of diffusers. Some that `make_scheduler` makes choose their timesteps themselves.
         num_steps: 1 or more.
-        device: of the timesteps; None is the CPU.
-        first: of the timesteps, at which sampling begins.
+        device: device of the timesteps; None is the CPU.
+        first: index of the timestep at which sampling begins.
 
     Raises:
         ConfigError: a flow's steps would end before the noise does.
@@ -125,12 +125,12 @@ def set_timesteps(scheduler: Any, num_steps: int, device: torch.device | None = 
                     'UniPCMultistepScheduler or DPMSolverMultistepScheduler, with final_sigmas_type "zero"'
                 )
             scheduler.timesteps = scheduler.sigmas[:num_steps].to(device=device) * NUM_TIMESTEPS
-    if hasattr(scheduler, "set_begin_index"):  # or it looks for the first timestep, which can be there twice
+    if hasattr(scheduler, "set_begin_index"):  # otherwise it searches for the first timestep, which may occur twice
         scheduler.set_begin_index(first)
 
 
 def _even_timesteps(num_steps: int, first: float = NUM_TIMESTEPS - 1) -> list[int]:
-    """Space whole timesteps evenly from the first down to 0, a single one being the first."""
+    """Space whole timesteps evenly from the first down to 0; a single step is the first."""
     timesteps: list[int] = torch.linspace(first, 0, num_steps, dtype=torch.float64).round().long().tolist()
     return timesteps
 
@@ -141,9 +141,9 @@ def _ddim_timesteps(num_steps: int) -> list[int]:
 
 
 def option(scheduler: Any, name: str) -> Any:
-    """Read an option of a scheduler of diffusers; None where its class does not have the option.
+    """Read an option of a scheduler of diffusers; None if its class has no such option.
 
-    A configuration also keeps options of other classes, which have no effect.
+    A scheduler's configuration may also hold options of other classes, which have no effect.
     """
     classes: list[Any] = type(scheduler).mro()
     has_it = any(name in inspect.signature(kind.__init__).parameters for kind in classes)
@@ -155,27 +155,26 @@ def _is_flow(objective: Objective) -> bool:
 
 
 def _working(objective: Objective) -> str:
-    """Name a scheduler that works for an objective, for messages."""
+    """Return a scheduler that works for an objective, as code for error messages."""
     if _is_flow(objective):
         return 'UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")'
     return "DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)"
 
 
 class Steps:
-    """The steps of a scheduler for one batch, from noise or from a noised image to a clean image.
+    """The steps of a scheduler for one batch, from noise or from a noisy image to a clean image.
 
-    It works on a copy, because a scheduler keeps what it has seen: so calls in several threads do not disturb each
-    other, and none leaves anything behind for the next.
+    Schedulers have state, so this works on a copy: several threads can use one scheduler, and no call affects the next.
 
     Args:
-        scheduler: of diffusers; it stays as it is.
+        scheduler: a scheduler of diffusers, which is not changed.
         objective: what the network was trained with.
-        num_steps: of the scheduler.
-        strength: share of the steps that is taken, the last ones; 1 is all of them.
-        device: of the timesteps.
+        num_steps: number of steps of the scheduler.
+        strength: fraction of the steps to take, counted from the end; 1 takes all.
+        device: device of the timesteps.
 
     Raises:
-        ConfigError: the scheduler does not take this number of steps, or can only begin at its first step.
+        ConfigError: the scheduler cannot take this number of steps, or must begin at its first step.
     """
 
     def __init__(
@@ -202,13 +201,13 @@ class Steps:
         self._takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
 
     def begin(self, noise: Tensor, start: Tensor | None = None) -> Tensor:
-        """Return what sampling begins with: noise, or a clean image noised to the first timestep."""
+        """Return the input of the first step: noise, or a clean image with the noise of the first timestep."""
         if start is None:
             return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
         return self.noised(start, noise, self.timesteps[0])
 
     def noised(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Noise clean images (b, c, h, w) to the level of a timestep."""
+        """Add the noise of a timestep to clean images (b, c, h, w)."""
         times = t.expand(len(x_0))
         if hasattr(self.scheduler, "scale_noise"):  # of flow matching
             scaled: Tensor = self.scheduler.scale_noise(x_0, times, noise)
@@ -217,16 +216,16 @@ class Steps:
         return added
 
     def scaled(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return what the network takes: x_t of the objective, whatever the scheduler's own scale of x is."""
+        """Convert x from the scheduler's own scale to x_t, the input of the network."""
         scale = getattr(self.scheduler, "scale_model_input", None)
         x_t: Tensor = x if scale is None else scale(x, t)
         return x_t
 
     def clipped(self, x_t: Tensor, t: Tensor, out: Tensor) -> Tensor:
-        """Change predictions so that they imply clean images within the scheduler's limits, where it has limits.
+        """Change predictions so that they imply clean images within the scheduler's limits, if it has limits.
 
-        The schedulers' own clipping is not enough: some clip the clean image but go on with the unclipped noise, which
-        then no longer belongs to it (DDIM by default). After this, clipping by the scheduler changes nothing.
+        The schedulers' own clipping is not enough: some clip the clean image but keep the unclipped noise, which then
+        no longer matches (DDIM by default). After this, clipping by the scheduler changes nothing.
 
         Args:
             x_t: (b, c, h, w) input of the network.
@@ -245,7 +244,7 @@ class Steps:
         return torch.cat([self.objective.move_x_0(x_t, times, prediction, within), variance], dim=1)
 
     def step(self, out: Tensor, t: Tensor, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Take the step that begins at a timestep; `out` is (b, 2c, h, w), one generator for each image."""
+        """Take the step that begins at timestep t. `out` is (b, 2c, h, w); there is one generator per image."""
         prediction = out if self._takes_variance else out.chunk(2, dim=1)[0]
         options = {"generator": list(generators)} if self._takes_generator else {}
         after: Tensor = self.scheduler.step(prediction, t, x, return_dict=False, **options)[0]
@@ -255,7 +254,7 @@ class Steps:
 def choose_scheduler(
     sampler: Any, objective: Objective, channels: int, num_steps: int, strength: float, clip_sample: bool
 ) -> Any:
-    """Make the scheduler of a sampler's name, None being the objective's default; or check one of diffusers.
+    """Make the scheduler of a sampler by name (None: the objective's default), or check a scheduler of diffusers.
 
     Raises:
         ConfigError: there is no such sampler, or the scheduler would not sample what the network was trained for.
@@ -269,17 +268,17 @@ def choose_scheduler(
 def check_scheduler(
     scheduler: Any, objective: Objective, channels: int, pixels: bool, num_steps: int, strength: float = 1.0
 ) -> None:
-    """Raise ConfigError where a scheduler would not sample what a network was trained for.
+    """Raise ConfigError if a scheduler would sample wrong images from a network.
 
-    Known mismatches are named; then the scheduler is tried on data whose right samples are known.
+    First its options are compared with the objective; then it is tried on data whose correct samples are known.
 
     Args:
-        scheduler: of diffusers.
+        scheduler: a scheduler of diffusers.
         objective: what the network was trained with.
-        channels: of the images or latents.
-        pixels: the network works on pixels, which have limits, not on latents.
-        num_steps: of the scheduler.
-        strength: share of the steps that is taken; less than 1 begins with an image.
+        channels: number of channels of the images or latents.
+        pixels: whether the network works on pixels, which have limits, or on latents.
+        num_steps: number of steps of the scheduler.
+        strength: fraction of the steps to take; less than 1 starts from an image.
     """
     _check_options(scheduler, objective, pixels)
     _try(scheduler, objective, channels, num_steps, strength)
@@ -337,18 +336,18 @@ def _check_options(scheduler: Any, objective: Objective, pixels: bool) -> None:
         )
 
 
-# Data for trials: each value is drawn from a Gaussian.
+# Data for trials: each value is drawn from a Gaussian with this mean and spread.
 _MEAN, _SPREAD = 0.4, 0.5
 _ERRORS: dict[tuple[Any, ...], float] = {}  # of earlier trials
 
 
 def _try(scheduler: Any, objective: Objective, channels: int, num_steps: int, strength: float) -> None:
-    """Sample known data with a network that knows them; raise ConfigError where other images come out.
+    """Sample known data with the ideal network; raise ConfigError if the images are wrong.
 
-    Two kinds of data show different mistakes. A single image is reached exactly in any number of steps, unless noise
-    remains or a step fails. A Gaussian is approached as steps are added, unless the scheduler takes predictions for
-    something else, or does not begin at the level that an image was noised to. In few steps most schedulers only lose
-    contrast: errors below 1. In greater ones noise is amplified.
+    Two kinds of data reveal different mistakes. A single image is reached exactly with any number of steps, unless
+    noise remains or a step fails. A Gaussian is approached with more steps, unless the scheduler misreads the
+    predictions or starts from another noise level than the image has. With few steps, most schedulers only lose
+    contrast, which gives errors below 1; larger errors mean amplified noise.
     """
     name, use = type(scheduler).__name__, f"use {_working(objective)}"
     from_image = f" from an image at strength {strength:g}" if strength < 1 else ""
@@ -375,7 +374,7 @@ def _try(scheduler: Any, objective: Objective, channels: int, num_steps: int, st
         check_error(trial(0.0, num_steps, strength), 0.1, how, mend)
     except ConfigError:
         raise
-    except Exception as error:  # schedulers raise many kinds where they cannot go on
+    except Exception as error:  # schedulers raise many kinds of errors
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"the scheduler {name} cannot take {num_steps} steps{from_image} ({line}): {use}") from error
 
@@ -383,7 +382,7 @@ def _try(scheduler: Any, objective: Objective, channels: int, num_steps: int, st
 def _trial(
     scheduler: Any, objective: Objective, channels: int, spread: float, num_steps: int, strength: float
 ) -> float:
-    """Sample Gaussian data with the network that knows them, and measure how far off mean and spread are."""
+    """Sample Gaussian data with the ideal network, and measure the error of mean and spread."""
     scheduler = copy.deepcopy(scheduler)
     scheduler.register_to_config(clip_sample=False, thresholding=False)  # a Gaussian has no limits
     steps = Steps(scheduler, objective, num_steps, strength)

@@ -14,16 +14,16 @@ Sampler = Literal["ancestral", "ddim", "dpm++", "sde-dpm++", "unipc", "euler", "
 
 @dataclass(frozen=True)
 class GuidanceOptions:
-    """What guidance has beside its scale; the equations are at `lamamba.diffusion.guide`."""
+    """Options of guidance beyond its scale; `lamamba.diffusion.guide` has the equations."""
 
     interval: Annotated[tuple[float, float] | None, Option(name="guidance-interval")] = None
     """Guide only between these two noise levels, given as noise over signal (arXiv 2404.07724); the default guides at
     all levels."""
     cosine_power: Annotated[float, Option(name="guidance-cosine-power")] = 0.0
-    """Let guidance grow from none at full noise to its scale at none, along a cosine of this power: the higher, the
-    later (MDT, arXiv 2303.14389, by default 4 there); 0 is the same scale throughout."""
+    """Let guidance grow along a cosine of this power, from none at full noise to its full scale at no noise. Higher
+    powers guide later; MDT uses 4 (arXiv 2303.14389). 0 keeps the scale constant."""
     rescale: Annotated[float, Option(name="guidance-rescale")] = 0.0
-    """Bring the deviation of guided predictions back to that of unguided ones, by this much from 0, not at all, to 1
+    """Move the standard deviation of guided predictions toward that of unguided ones, from 0 (off) to 1 (fully)
     (arXiv 2305.08891)."""
 
     def __post_init__(self) -> None:
@@ -41,17 +41,16 @@ PLAIN_GUIDANCE = GuidanceOptions()
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """What is sampled from, and how."""
+    """What to sample from, and how."""
 
     checkpoint: Annotated[str, Option(positional=True)]
     """A run folder (its newest checkpoint), a checkpoint folder, shipped weights (nano, emoji-64); a folder that
     diffusers saved of a LaMambaDiffPipeline, a DiTPipeline or a DiTTransformer2DModel; or user/name, such a folder on
     the Hugging Face hub."""
     sampler: Sampler | None = None
-    """ancestral, ddim, dpm++, sde-dpm++ or unipc (diffusion); unipc, euler or heun (flow). The default is dpm++ or, of
-    flow, unipc."""
+    """For diffusion: ancestral, ddim, dpm++ (default), sde-dpm++ or unipc. For flow: unipc (default), euler or heun."""
     steps: int = 25
-    """Steps of the sampler."""
+    """Number of sampler steps."""
     guidance: float | None = None
     """Scale of classifier-free guidance; 1 turns it off. The default is 2, or 1 if the network is unconditional or was
     trained with --label-dropout 0."""
@@ -65,7 +64,7 @@ class SamplingConfig:
     size: tuple[int, int] | None = None
     """Height and width in pixels; the default is the training size."""
     batch_size: int = 50
-    """Images sampled at once."""
+    """Number of images sampled at once."""
     vae: Path | None = None
     """AutoencoderKL folder that decodes latents; the default is the one the run was trained with."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
@@ -87,12 +86,12 @@ class SampleConfig(SamplingConfig):
     """Sample images from a run, a checkpoint, shipped weights (nano, emoji-64), or a DiT of diffusers."""
 
     labels: str | None = None
-    """Classes to sample, by name or number from 0, separated by commas; where classes are named by numbers, a number
-    is a name. The default is all (the first 10)."""
+    """Classes to sample, by name or number from 0, separated by commas. If class names are numbers, a number is a name.
+    The default is all classes, at most the first 10."""
     num_per_label: int = 4
-    """Images of each class."""
+    """Number of images of each class."""
     out: Path = Path("grid.png")
-    """The grid, a row for each class."""
+    """PNG file for the grid, with one row per class."""
     images_out: Path | None = None
     """Also write each image to this folder, with its settings in the PNG metadata; the default writes only the grid."""
 
@@ -106,18 +105,18 @@ class SampleConfig(SamplingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(SamplingConfig):
-    """Sample any number of images to files, on any number of GPUs; run again, what is missing is done."""
+    """Sample any number of images to files, on any number of GPUs. The same command continues an unfinished set."""
 
     out: Path
-    """Folder for the images, and generation.json, which says how they were made."""
+    """Folder for the images and for generation.json, which records how they were made."""
     num_images: int = 50000
-    """Images in all."""
+    """Number of images."""
     labels: str = "balanced"
-    """balanced: the classes in turn; random: each drawn at random, from the seed; or names or numbers, in turn."""
+    """balanced uses all classes in turn; random draws each label from the seed; names or numbers are used in turn."""
     format: Literal["png", "webdataset", "npz"] = "png"
     """PNG files; tars of PNG files; or one .npz with arr_0, (n, h, w, c) uint8, as ADM's evaluation suite reads it."""
     images_per_shard: int = 500
-    """Images that a process makes at a time, and that a tar holds."""
+    """Number of images per shard: a rank makes one shard at a time, and a tar holds one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -166,14 +165,14 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class DemoLimits:
-    """What a visitor of a page can ask for at once, at most."""
+    """Limits of one request of a visitor."""
 
     max_images: int = 16
-    """Images of a request."""
+    """Largest number of images of a request."""
     max_steps: int = 100
-    """Steps of the sampler."""
+    """Largest number of sampler steps."""
     max_pixels: int = 1_048_576
-    """Pixels of all images of a request together: sixteen of 256 x 256."""
+    """Largest number of pixels of all images of a request; the default allows 16 images of 256 x 256."""
 
     def __post_init__(self) -> None:
         for name in ("max_images", "max_steps", "max_pixels"):
@@ -182,23 +181,23 @@ class DemoLimits:
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Serve a page that samples in the browser and shows what the network sees, until Ctrl-C."""
+    """Serve a web page that samples images and shows what the network sees, until Ctrl-C."""
 
     checkpoints: Annotated[tuple[str, ...], Option(positional=True, metavar="[CHECKPOINT ...]")] = (
         "nano",
         "emoji-64",
     )
-    """What visitors can choose from, as lamamba sample takes them: runs, checkpoints, nano, emoji-64, a DiT."""
+    """Checkpoints that visitors can choose from, as for lamamba sample: runs, checkpoints, nano, emoji-64, a DiT."""
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 lets other machines in, and nobody is asked for a password."""
+    """Address to listen at; 0.0.0.0 lets other machines connect. There is no password."""
     port: int = 7860
-    """Port to listen at; 0 takes one that is free."""
+    """Port to listen at; 0 chooses a free one."""
     allowed_hosts: tuple[str, ...] = ()
-    """Names by which browsers reach the page, such as demo.example.org, if it is behind another server."""
+    """Host names of the page, such as demo.example.org, if it is behind another server."""
     device: str = "auto"
     """cpu, cuda, cuda:1 or mps; auto uses the fastest one available."""
     at_once: int = 2
-    """Requests that run at the same time; others wait their turn."""
+    """Number of requests that run at the same time; others wait in a queue."""
     limits: DemoLimits = DemoLimits()
     """Limits for each visitor."""
 
