@@ -617,8 +617,8 @@ def test_position_embedding_is_sine_and_cosine_of_column_then_row() -> None:
 
 def test_position_embedding_of_another_size_is_resized_not_repeated() -> None:
     network = build()
-    assert network._position_embedding(8, 8) is network.position_embedding
-    resized = network._position_embedding(16, 12)
+    assert network.resize_position_embedding(8, 8) is network.position_embedding
+    resized = network.resize_position_embedding(16, 12)
     assert resized.shape == (1, 16, 12, 8)
     # Resizing to the same picture at twice the size keeps its mean.
     assert resized.mean().item() == pytest.approx(network.position_embedding.mean().item(), abs=0.02)

@@ -43,7 +43,7 @@ def transfer_weights(
             notes += [note] if note else []
         elif name == POSITIONS and source.shape != value.shape:
             height, width = value.shape[1:3]
-            value.copy_(other._position_embedding(height, width))
+            value.copy_(other.resize_position_embedding(height, width))
             notes.append(
                 f"the position embedding is resized from {source.shape[1]}x{source.shape[2]} to {height}x{width}"
             )

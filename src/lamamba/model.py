@@ -172,7 +172,7 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         dtype = self.patch_projection.weight.dtype
 
         x = normalize(self.patch_projection(rearrange(x_t, "b c h w -> b h w c").to(dtype)), self.patch_norm)
-        x = x + self._position_embedding(height, width).to(x.dtype)
+        x = x + self.resize_position_embedding(height, width).to(x.dtype)
         condition = self.timestep_embedding(t) + self._embed(y)
 
         skips = []
@@ -204,7 +204,8 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         embedded: Tensor = y.to(table.dtype) @ table if y.is_floating_point() else self.label_embedding(y)
         return embedded
 
-    def _position_embedding(self, height: int, width: int) -> Tensor:
+    def resize_position_embedding(self, height: int, width: int) -> Tensor:
+        """Return the position embedding of a grid, (1, height, width, embed_dim), resized if necessary."""
         embedding = self.position_embedding
         if embedding.shape[1:3] == (height, width):
             return embedding
