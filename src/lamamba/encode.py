@@ -29,7 +29,7 @@ from lamamba.data.latent_files import FORMAT, INDEX, SETTINGS, are_latents, read
 from lamamba.errors import ConfigError, DataError
 from lamamba.files import atomic_write, checksum, utf8_path, write_text
 from lamamba.latents import Latents, identify
-from lamamba.output import make_console, make_progress, say
+from lamamba.output import progress_bars, say
 from lamamba.processes import Processes, joined
 from lamamba.records import parse_record
 from lamamba.sampling import choose_device
@@ -126,12 +126,12 @@ def _encode_shards(
     size = config.images_per_shard
     shards = {first // size: range(first, min(first + size, len(source))) for first in range(0, len(source), size)}
     mine = {shard: images for shard, images in shards.items() if shard % processes.number == processes.rank}
-    with make_progress(make_console(), MofNCompleteColumn(), "images", shows=processes.is_first) as progress:
-        task = progress.add_task("encode", total=sum(len(images) for images in mine.values()))
+    with progress_bars(MofNCompleteColumn(), "images", shows=processes.is_first) as bar:
+        advance = bar("encode", sum(len(images) for images in mine.values()))
         for shard, images in mine.items():
             path = _shard_path(config.out, shard)
             if path.is_file():
-                progress.advance(task, len(images))
+                advance(len(images))
                 continue
             parts = []
             for pixels, labels in _read(source, images, config):
@@ -139,7 +139,7 @@ def _encode_shards(
                 signals.end_if_noted(where, silent=not processes.is_first)
                 parts.append(_encode_batch(space, torch.from_numpy(pixels).to(device), config.mirrored))
                 parts[-1]["labels"] = torch.from_numpy(labels)
-                progress.advance(task, len(labels))
+                advance(len(labels))
             _write_shard(path, parts)
 
 

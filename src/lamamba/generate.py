@@ -36,7 +36,7 @@ from lamamba.files import atomic_write, checksum
 from lamamba.labels import Labels, choose_guidance, why_unguided
 from lamamba.latents import IMAGE_CHANNELS, Latents, identify_autoencoder, open_space
 from lamamba.npz import opened_array
-from lamamba.output import make_console, make_progress, say
+from lamamba.output import progress_bars, say
 from lamamba.processes import Processes, joined
 from lamamba.records import read_record
 from lamamba.sampling import Callback, Start, choose_device, make_grid, sample, uses_bf16
@@ -218,9 +218,9 @@ def sample_grid(config: SampleConfig) -> None:
 
 def sample_with_bar(model: ImageSampler, labels: Sequence[int], seeds: Sequence[int]) -> np.ndarray:
     """Sample images and show a progress bar."""
-    with make_progress(make_console(), "{task.percentage:3.0f} %") as progress:
-        task = progress.add_task("sample", total=model.evaluations * len(labels))
-        return model.sample(labels, seeds, lambda step: progress.advance(task, len(step.x)))
+    with progress_bars("{task.percentage:3.0f} %") as bar:
+        advance = bar("sample", model.evaluations * len(labels))
+        return model.sample(labels, seeds, lambda step: advance(len(step.x)))
 
 
 def generate(config: GenerateConfig) -> None:
@@ -327,20 +327,18 @@ def _sample_shards(
     size = config.images_per_shard
     starts = range(size * processes.rank, config.num_images, size * processes.number)
     missing = 0 if not starts else max(0, starts[-1] + size - config.num_images)  # in the last shard
-    with make_progress(
-        make_console(), MofNCompleteColumn(), "images", shows=processes.is_first, transient=False
-    ) as progress:
+    with progress_bars(MofNCompleteColumn(), "images", shows=processes.is_first, transient=False) as bar:
         others = f", process 1 of {processes.number}" if processes.number > 1 else ""
         done, total = 0.0, size * len(starts) - missing
-        bar = progress.add_task(f"generate{others}", total=total)
+        show = bar(f"generate{others}", total)
         model.prepare(config.num_images)  # the whole set counts, so that any number of ranks decodes alike
 
         def advance(number: float) -> None:
             nonlocal done
             where = f"image {done:,.0f} of {total:,}: the same command goes on after the last whole shard"
             signals.end_if_noted(where, silent=not processes.is_first)
+            show(round(done + number) - round(done))
             done += number
-            progress.update(bar, completed=round(done))
 
         # Write a shard while the next one is sampled: encoding PNG takes the CPU as long as sampling takes the GPU.
         with ThreadPoolExecutor(1) as writer:

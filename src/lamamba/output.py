@@ -3,6 +3,9 @@
 Paths and class names come from users and file systems. Nothing in them is markup, an emoji code, or a terminal command.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, TextIO, cast
 
 from rich.console import Console
@@ -49,6 +52,23 @@ def make_progress(
         disable=not (console.is_terminal and shows),
         transient=transient,
     )
+
+
+@contextmanager
+def progress_bars(
+    *columns: ProgressColumn | str, shows: bool = True, transient: bool = True
+) -> Iterator[Callable[[str, float | None], Callable[[float], None]]]:
+    """Show progress bars on standard output; options as for `make_progress`.
+
+    Yields:
+        A function `(name, total)` that adds a bar, and returns a function that advances it. A total of None is unknown.
+    """
+    with make_progress(make_console(), *columns, shows=shows, transient=transient) as progress:
+
+        def add(name: str, total: float | None) -> Callable[[float], None]:
+            return partial(progress.advance, progress.add_task(name, total=total))
+
+        yield add
 
 
 def describe_duration(seconds: float) -> str:

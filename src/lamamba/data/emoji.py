@@ -26,12 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from rich.progress import MofNCompleteColumn
+
 from lamamba.config import PrepareEmojiConfig
 from lamamba.data.decoding import decode_image
-from lamamba.data.preparing import SplitCounts, is_there, list_names, make_folder, progress_bars, rename, using
+from lamamba.data.preparing import SplitCounts, is_there, list_names, make_folder, rename, using
 from lamamba.errors import DataError
 from lamamba.files import TEMPORARY
-from lamamba.output import say
+from lamamba.output import progress_bars, say
 
 PACKAGE = "emoji-datasource-google"
 REGISTRY = "https://registry.npmjs.org"
@@ -99,7 +101,7 @@ def prepare_emoji(out: Path, *, source: Path | None = None, expected: Expected =
     make_folder(out)
     if source is None and (numbers := _whole(out, expected)):
         return EmojiCounts(len(numbers), 0, expected.num_images, numbers)
-    with progress_bars() as bar:
+    with progress_bars(MofNCompleteColumn(), "images ·") as bar:
         fetched = None
         if source is None:
             fetched = source = _fetch(out / f"{TEMPORARY}{PACKAGE}-{expected.version}.tgz", expected)

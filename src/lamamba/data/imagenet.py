@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.progress import MofNCompleteColumn
 
 from lamamba.config import PrepareImagenetConfig
-from lamamba.data.preparing import SplitCounts, is_there, list_names, make_folder, progress_bars, rename, using
+from lamamba.data.preparing import SplitCounts, is_there, list_names, make_folder, rename, using
 from lamamba.errors import ConfigError, DataError
-from lamamba.output import say
+from lamamba.output import progress_bars, say
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VALIDATION_TAR = "ILSVRC2012_img_val.tar"
@@ -100,7 +101,7 @@ def prepare_imagenet(
             raise DataError(f"{path} is missing or not a file: give the path of {official} from image-net.org")
     classes = None if devkit is None else _read_devkit(devkit, expected)
     counts: dict[str, SplitCounts] = {}
-    with progress_bars() as bar:
+    with progress_bars(MofNCompleteColumn(), "images ·") as bar:
         if validation is not None and classes is not None:
             counts["validation"] = _prepare_validation(validation, out, classes, bar("validation", len(classes)))
         if train is not None:

@@ -2,15 +2,12 @@
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.progress import MofNCompleteColumn
-
 from lamamba.errors import DataError
-from lamamba.output import make_console, make_progress
 
 
 @dataclass(frozen=True)
@@ -25,21 +22,6 @@ class SplitCounts:
         """Describe in words how many images were extracted, and how many were there before."""
         present = f", {self.num_present:,} were there" if self.num_present else ""
         return f"{self.num_extracted:,} images extracted{present}"
-
-
-@contextmanager
-def progress_bars() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
-    """Give a function that adds a bar for a split of so many images and returns what moves it on.
-
-    Bars are seen in a terminal only, and vanish at the end.
-    """
-    with make_progress(make_console(), MofNCompleteColumn(), "images ·") as progress:
-
-        def bar(split: str, total: int) -> Callable[[int], None]:
-            task = progress.add_task(split, total=total)
-            return lambda number: progress.advance(task, number)
-
-        yield bar
 
 
 def make_folder(folder: Path) -> None:

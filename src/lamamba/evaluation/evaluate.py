@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -23,7 +22,7 @@ from lamamba.evaluation.features import FeatureNetwork, open_features
 from lamamba.evaluation.image_sets import ImageSet, Reference, open_images, open_reference, read_settings, show_size
 from lamamba.evaluation.metrics import Gaussian, Moments
 from lamamba.files import atomic_write, write_text
-from lamamba.output import make_console, make_progress, say
+from lamamba.output import make_console, progress_bars, say
 from lamamba.sampling import choose_device
 
 PUBLISHED_IMAGES = 50_000  # that published FIDs are of
@@ -74,13 +73,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     config.out.parent.mkdir(parents=True, exist_ok=True)
     settings, warned = read_settings(generated)
 
-    with make_progress(make_console(), "{task.percentage:3.0f} %") as progress:
+    with progress_bars("{task.percentage:3.0f} %") as bar:
         measured = []
         for images, name in zip(sets, ("generated", "reference"), strict=False):
-            task = progress.add_task(name, total=images.num_images)
-            measured.append(_measure(images, network, device, config.batch_size, partial(progress.advance, task)))
+            measured.append(_measure(images, network, device, config.batch_size, bar(name, images.num_images)))
         ours, theirs = measured[0], measured[1] if len(measured) > 1 else None
-        progress.add_task("scores", total=None)
+        bar("scores", None)
         scores, left_out = _score(ours, theirs, reference, network, config, device)
     warned += _warn(ours, theirs, reference, network)
     wrong = [name for name, value in scores.items() if not math.isfinite(value)]
