@@ -493,9 +493,7 @@ class TestFolderBatches:
     @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
     def test_a_dead_worker_is_reported(self, tmp_path):
         source = DeadlySource(make_class_folder(tmp_path), image_size=8)
-        with pytest.raises(
-            DataError, match=r"worker process that reads .* died .*use fewer num_workers \(--num-workers\)"
-        ):
+        with pytest.raises(DataError, match=r"worker that reads .* died .*use fewer num_workers \(--num-workers\)"):
             take(batches(source, batch_size=2, seed=0, num_workers=1), 1)
 
 

@@ -521,7 +521,7 @@ class TestDisk:
         monkeypatch.setattr(Path, "write_bytes", fail)
         with pytest.raises(DataError, match=rf"n01000000_17\.JPEG cannot be written .*: {mend}") as caught:
             prepare_imagenet(out, train=train, expected=TINY)
-        assert_message(caught, os.strerror(number), "run again")
+        assert_message(caught, os.strerror(number), "run the command again")
         monkeypatch.undo()
         assert prepare_imagenet(out, train=train, expected=TINY) == {"train": SplitCounts(3, 4, 5)}
         assert tree(out) == TRAIN_TREE

@@ -117,7 +117,7 @@ def test_encoding_goes_on_where_it_was_interrupted(
     with pytest.raises(KeyboardInterrupt):
         encoded(images, autoencoder, tmp_path / "latents")
     assert [path.name for path in (tmp_path / "latents").glob("shard-*")] == ["shard-00000.safetensors"]
-    with pytest.raises(DataError, match="is not encoded to its end: run the same lamamba encode again"):
+    with pytest.raises(DataError, match="is incomplete: run the same lamamba encode again"):
         LatentSource(tmp_path / "latents")
     encoded(images, autoencoder, tmp_path / "latents")
     assert len(calls) == 4  # the last shard's batch; not those of the first

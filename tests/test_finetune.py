@@ -92,7 +92,7 @@ def test_a_run_starts_from_the_averaged_weights(
     data = ["--data", str(images), "--image-size", "12", "--channels", "1", "--out", str(tmp_path / "run")]
     main(["finetune", str(checkpoint), *data, *RUN, "--learning-rate", "1e-9", "--ema-decay", "0"])
     said = capsys.readouterr().out
-    assert f"starts from the averaged weights of {checkpoint}" in said
+    assert f"starts from the EMA weights of {checkpoint}" in said
     assert "1 of 2 classes are new and start as no label: bat" in said
     assert "the position embedding is resized from 8x8 to 12x12" in said
     before, after = load_checkpoint(checkpoint), load_checkpoint(tmp_path / "run")
@@ -203,8 +203,8 @@ def test_a_start_without_checkpoints_is_set_aside_and_begins_with_the_same_weigh
     capsys.readouterr()
     main([*arguments, "--out", str(run)])
     said = capsys.readouterr().out
-    assert f"moved what an earlier start left in {run} to {run / 'earlier-1'}" in said
-    assert f"starts from the averaged weights of {before}" in said
+    assert f"moved files of an earlier start in {run} to {run / 'earlier-1'}" in said
+    assert f"starts from the EMA weights of {before}" in said
     assert f"samples     {run / 'samples' / '000000000004.png'}" in said
     assert "999" not in said
     assert (run / "earlier-1" / "log.jsonl").read_text() == log
@@ -228,5 +228,5 @@ def test_resuming_names_what_the_run_began_with(
         said = capsys.readouterr().err
         assert f"{tmp_path / 'run'} started from {tmp_path / 'before'}, not from nano" in said
     main(["finetune", str(tmp_path / "before"), *options, "--out", str(tmp_path / "run"), "--resume"])
-    assert f"starts from the averaged weights of {tmp_path / 'before'}" in capsys.readouterr().out
+    assert f"starts from the EMA weights of {tmp_path / 'before'}" in capsys.readouterr().out
     assert len(checkpoints_in(tmp_path / "run")) > 0

@@ -161,7 +161,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_checkpoint(
     with pytest.raises(SystemExit, match="2"):
         main(["train", *options, *TINY, "--data", str(images), "--num-workers", "1"])
     line = capsys.readouterr().err
-    assert re.match(r"lamamba: error: a worker process that reads .* died \(.*\), perhaps for want of memory: ", line)
+    assert re.match(r"lamamba: error: a worker that reads .* died \(.*\), perhaps for lack of memory: ", line)
     assert 6 <= stopped_at(run, line) < 16
     monkeypatch.setattr(Trainer, "take_step", take_step)
     main(["train", *options, "--resume"])

@@ -1,4 +1,4 @@
-"""What a training run shows and records: progress, log.jsonl, TensorBoard and others, the loss curve, sample grids."""
+"""Shows and records a training run: progress, log.jsonl, TensorBoard and trackers, the loss curve, sample grids."""
 
 import json
 import math
@@ -30,11 +30,11 @@ from lamamba.output import describe_duration, make_console, make_progress, say
 from lamamba.records import read_record
 from lamamba.streams import visible
 
-SHOWN_EVERY_S = 5.0  # beside the bar, on a terminal; to read it waits for the device
+SHOWN_EVERY_S = 5.0  # loss and speed beside the progress bar; reading the loss waits for the device
 SHORT_RUN_STEPS = 5000  # of training from fresh weights
-MAX_LINE_BYTES = 1 << 16  # of log.jsonl; a longer line is damaged, and not worth the memory
-MAX_VALUE = 1e100  # in log.jsonl; a larger one is damaged, and sums of it would not be finite
-# For texts of matplotlib with names in them, in which "$" and "_" are no formulas.
+MAX_LINE_BYTES = 1 << 16  # a longer line of log.jsonl is damaged
+MAX_VALUE = 1e100  # a larger value in log.jsonl is damaged, and sums with it would overflow
+# Names in texts of matplotlib: "$" and "_" in them are not formulas.
 AS_IT_IS: dict[str, Any] = {"parse_math": False, "usetex": False}
 
 
@@ -42,9 +42,9 @@ class TrainingLog:
     """Collects the loss terms of steps and writes their means at each interval; a context manager.
 
     Args:
-        config: the run's, resolved.
-        images: seen before, in a resumed run.
-        device: to wait for before a clock is read.
+        config: the resolved configuration of the run.
+        images: images seen before, in a resumed run.
+        device: where the run trains.
     """
 
     def __init__(self, config: TrainConfig, images: int, device: torch.device) -> None:
@@ -55,7 +55,7 @@ class TrainingLog:
         self.path = config.out / "log.jsonl"
         self.records, self.damaged_lines = self._read_earlier_records(images)
         self.file = self.path.open("a", buffering=1, encoding="utf-8")
-        # TensorBoard drops earlier points from this step on, which are about to be logged again.
+        # TensorBoard drops points after the checkpoint, which are logged again now.
         folder = config.out / "tensorboard"
         folder.mkdir(exist_ok=True)
         self.board = SummaryWriter(str(utf8_path(folder)), purge_step=images + 1)
@@ -85,17 +85,17 @@ class TrainingLog:
             self.tracker.finish()
 
     def _read_earlier_records(self, images: int) -> tuple[list[dict[str, float]], int]:
-        """Keep what was logged up to the checkpoint that is resumed from; the rest is about to be done again."""
+        """Keep the lines up to the checkpoint that the run resumes from; the others are logged again."""
         if not self.path.is_file():
             return [], 0
         records, damaged_lines = _read_records(self.path)
         records = [record for record in records if record["images"] <= images]
-        with atomic_write(self.path) as temporary:  # killed here, the run still has all of it
+        with atomic_write(self.path) as temporary:  # so that a kill here loses no line
             write_text(temporary, "".join(json.dumps(record) + "\n" for record in records))
         return records, damaged_lines
 
     def introduce(self, source: Source, network: LaMambaDiff, num_processes: int = 1, uses_bf16: bool = False) -> None:
-        """Say what is trained on what; and find out how much there is to compute, and how much could be."""
+        """Describe data and network, and work out the TFLOP of an image and the peak of the devices."""
         self.tflop_per_image = training_flops(self.config.network) / 1e12
         peak = peak_tflops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         self.peak_tflops = peak * num_processes if peak and uses_bf16 else None
@@ -118,14 +118,14 @@ class TrainingLog:
         say(text, console=self.console)
 
     def note_start(self, name: str, notes: list[str]) -> None:
-        """Say which weights it starts from, and what of them is not simply copied."""
-        self.note(f"starts from the averaged weights of {name}")
+        """Name the weights that the run starts from, and what could not simply be copied."""
+        self.note(f"starts from the EMA weights of {name}")
         for note in notes:
             self.note(f"  {note}")
 
     def step(self, images: int, terms: dict[str, Tensor]) -> None:
-        """Take in one step's loss terms, without waiting for the device."""
-        skipped = terms["skipped"]  # a step whose terms are not finite
+        """Add the loss terms of a step, without waiting for the device."""
+        skipped = terms["skipped"]  # the terms of a skipped step may not be finite
         for name, value in terms.items():
             taken = value if name == "skipped" else torch.where(skipped > 0, torch.zeros_like(value), value)
             self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + taken
@@ -140,7 +140,7 @@ class TrainingLog:
             self._show(loss, self.images / max(now - self.since - self.paused_s, 1e-9))
 
     def waiting_for(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Pass batches on, and note how long they were waited for."""
+        """Yield the batches, and measure the time spent waiting for them."""
         while True:
             start = time.perf_counter()
             try:
@@ -151,11 +151,11 @@ class TrainingLog:
             yield batch
 
     def write(self, images: int, step: int, learning_rate: float) -> float:
-        """Write the means since the last call, over the steps that were not skipped; returns the mean loss."""
+        """Log the means over the steps since the last call that were not skipped; return the mean loss."""
         sums = {name: float(value) for name, value in self.sums.items()}  # waits for the device
         skipped = round(sums.pop("skipped"))
         means = {name: value / max(1, self.steps - skipped) for name, value in sums.items()}
-        for quarter in range(1, 5):  # of the timesteps; in a short interval one may have had no image
+        for quarter in range(1, 5):  # of the timesteps; few steps may have no image in one of them
             loss, share = means.pop(f"loss_q{quarter}"), means.pop(f"share_q{quarter}")
             means.update({f"loss_q{quarter}": loss / share} if share else {})
         seconds = time.perf_counter() - self.since - self.paused_s
@@ -179,7 +179,7 @@ class TrainingLog:
         for name, value in record.items():
             if name not in ("images", "step"):
                 self.board.add_scalar(f"train/{name}", value, images)
-        self.board.flush()  # so that a run that is killed has the same points here as in log.jsonl
+        self.board.flush()  # so that after a kill TensorBoard has the same points as log.jsonl
         if self.tracker:
             self.tracker.log({f"train/{name}": value for name, value in record.items()}, step=images)
         speed = self._show(means["loss"], record["images_per_s"])
@@ -200,14 +200,14 @@ class TrainingLog:
         return describe_duration(seconds / (images - self.images_before) * max(0, self.config.num_images - images))
 
     def _show(self, loss: float, images_per_s: float) -> str:
-        """Show these beside the bar; returns the speed as it is shown."""
+        """Show loss and speed beside the progress bar; return the speed as it is shown."""
         speed = f"{images_per_s:,.0f}" if images_per_s >= 10 else f"{images_per_s:.1f}"
         self.progress.update(self.task, loss=f"{loss:.4f}", speed=speed)
         return speed
 
     @contextmanager
     def pause(self, doing: str) -> Iterator[None]:
-        """Show what is being done, and leave its time out of images/s."""
+        """Show what interrupts training, and exclude its time from images/s."""
         start = time.perf_counter()
         self.progress.update(self.task, description=doing)
         yield
@@ -218,10 +218,10 @@ class TrainingLog:
 
     @contextmanager
     def first_step(self, minutes: bool) -> Iterator[None]:
-        """Say that the first step takes longer than the others, and leave its time out of images/s."""
+        """Announce that the first step takes longer, and exclude its time from images/s."""
         self.note(f"preparing the first step, which takes {'some minutes' if minutes else 'up to a minute'}")
         with self.pause("compile"), warnings.catch_warnings():
-            # Advice to allow a rounding that nobody asked for; in bf16 it would change nothing.
+            # PyTorch suggests TF32, which would round float32 and has no effect in bf16.
             warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
             yield
 
@@ -233,15 +233,15 @@ class TrainingLog:
         self._plot()
 
     def note_checkpoint(self, path: Path | None) -> None:
-        """Say where a checkpoint was written, if one was."""
+        """Name the checkpoint that was written, if there is one."""
         if path and self.progress.disable:
             self.note(f"checkpoint {path}")
 
     def finish(self, images: int) -> None:
-        """Say where everything is."""
+        """Summarize the run: time, files, and how to sample."""
         self.progress.stop()
         out = self.config.out
-        # Of a run that fell back to an earlier checkpoint there may be grids of images that it has not seen again.
+        # A run that fell back to an earlier checkpoint may have later grids from before.
         names = [path.stem for path in (out / "samples").glob("*.png")]
         seen = [name for name in names if name.isdecimal() and int(name) <= images]
         self.note(f"done: {images:,} images seen")
@@ -276,7 +276,7 @@ class TrainingLog:
 
 
 def draw_lines(axes: Any, records: Sequence[Mapping[str, Any]], styles: Mapping[str, Mapping[str, Any]]) -> None:
-    """Draw values of a log over the images seen: names to keywords of matplotlib; without records that lack one."""
+    """Draw columns of a log over the images seen; `styles` maps their names to keywords of matplotlib."""
     for name, style in styles.items():
         points = [(record["images"], record[name]) for record in records if name in record]
         if points:
@@ -284,10 +284,7 @@ def draw_lines(axes: Any, records: Sequence[Mapping[str, Any]], styles: Mapping[
 
 
 def draw_legend(axes: Any, **options: Any) -> None:
-    """Draw a legend of all lines with their labels as they are.
-
-    Matplotlib would leave out labels that begin with "_".
-    """
+    """Draw a legend that shows all labels unchanged; matplotlib would leave out labels that begin with "_"."""
     labels = [visible(line.get_label()) for line in axes.lines]
     legend = axes.legend(axes.lines, ["line"] * len(labels), **options)
     for text, label in zip(legend.get_texts(), labels, strict=True):
@@ -297,13 +294,13 @@ def draw_legend(axes: Any, **options: Any) -> None:
 def save_figure(figure: Any, path: Path) -> None:
     """Write a figure as PNG."""
     with warnings.catch_warnings():
-        # Names are in any script; matplotlib draws boxes in place of what its font lacks.
+        # Names may be in any script; matplotlib draws boxes for characters that its font lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(path, format="png", dpi=120)
 
 
 def read_log(run: Path) -> tuple[list[dict[str, float]], int]:
-    """Read what a run has logged, and how many images it is to see in all.
+    """Read the log of a run, and the number of images that it is to see.
 
     Raises:
         CheckpointError: the folder holds no run.
@@ -325,10 +322,10 @@ class _Length(TypedDict):
 
 
 def _read_records(path: Path) -> tuple[list[dict[str, float]], int]:
-    """Read a log: its records in the order of the images seen, one for each number; and count the damaged lines.
+    """Read a log: its records sorted by images seen, the last one for each number; and count the damaged lines.
 
-    A log is never worth a run, so whatever else than a record of numbers is in it (half a line after a kill, bytes of
-    a failing disk) is left out.
+    A damaged log must not stop a run, so lines that are not records of numbers are skipped: half a line after a kill,
+    or bytes of a failing disk.
     """
     records, damaged_lines, at_start = {}, 0, True
     with path.open("rb") as file:
@@ -359,7 +356,7 @@ def _parse_record(line: bytes) -> dict[str, float] | None:
 
 
 def _start_tracker(config: TrainConfig) -> Any:
-    """Begin the run at a tracker, or go on with it; wandb and trackio share what is used here.
+    """Start or continue the run at a tracker; wandb and trackio have the same functions.
 
     Raises:
         ConfigError: the tracker is not installed.
@@ -387,17 +384,17 @@ def _start_tracker(config: TrainConfig) -> Any:
 
 
 class SilentLog:
-    """Stands in for the log in processes that neither write nor print."""
+    """Replaces the log in ranks other than the first, which neither write nor print."""
 
     def step(self, images: int, terms: dict[str, Tensor]) -> None:
-        """Take in nothing."""
+        """Ignore the step."""
 
     def waiting_for(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Pass batches on."""
+        """Return the batches."""
         return batches
 
     def write(self, images: int, step: int, learning_rate: float) -> float:
-        """Write nothing; the first process looks at the loss."""
+        """Write nothing; the first rank checks the loss."""
         return 0.0
 
     def pause(self, doing: str) -> AbstractContextManager[None]:

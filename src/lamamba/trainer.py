@@ -1,4 +1,4 @@
-"""One run's state, and how to take a step: batch, loss, gradient, optimizer, average; checkpoints and samples of it."""
+"""The state of a training run and a step of it: batch, loss, gradient, optimizer, EMA; its checkpoints and samples."""
 
 import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -34,14 +34,14 @@ from lamamba.weights import check_weights
 
 
 class Trainer:
-    """One run: the network, its average, the optimizer and the random state, and how to take a step.
+    """A training run: the network, its EMA, the optimizer and the random state.
 
     Args:
         config: resolved, see `lamamba.training.resolve`.
         source: the images.
         space: pixels or latents.
-        device: to work on.
-        processes: that train together.
+        device: where to train.
+        processes: the ranks that train together.
     """
 
     def __init__(
@@ -54,13 +54,13 @@ class Trainer:
     ) -> None:
         self.config, self.source, self.space, self.device, self.processes = config, source, space, device, processes
         self.share = processes.share(config.batch_size)
-        # The same number in all processes, which have to meet in every part where the weights are sharded.
+        # All ranks have the same number of parts, because sharded weights are gathered in each part.
         num_parts = min(config.accumulate, config.batch_size // processes.number)
         self.parts = cut_evenly(self.share.stop - self.share.start, num_parts)
         self.objective = OBJECTIVES[config.objective]
         self.images = self.step = 0
         self.skipped_in_a_row = torch.zeros((), device=device)
-        # Forked, so that a run neither sees nor disturbs the global generator of the program around it.
+        # Leave the global generator of the program alone.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.network, self.average = self.build().to(device), self.build().to(device)
@@ -70,7 +70,7 @@ class Trainer:
         if self.shards:
             shard(self.network, processes.number, compile=config.compile)
             shard(self.average, processes.number)
-        # What the CPU's compiled loops have looked at cannot be freed, as whole parameters are after use.
+        # FSDP frees gathered parameters after use, which it cannot if the CPU's compiled loops have seen them.
         self.backend = partial(use_backend, "pytorch") if self.shards and device.type == "cpu" else nullcontext
         group = torch.distributed.new_group(backend="gloo") if self.shards else None
         self.writer = CheckpointWriter(config.out, config.keep_checkpoints, group)
@@ -87,7 +87,7 @@ class Trainer:
             fused=device.type in ("cpu", "cuda"),
         )
         if config.gradient_checkpointing:
-            # There is no dropout whose random state would have to be kept, which a CUDA graph could not do either.
+            # Without dropout there is no random state to preserve, which a CUDA graph could not do.
             self.network.enable_gradient_checkpointing(
                 partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
             )
@@ -100,11 +100,11 @@ class Trainer:
         self.gradients: Gradients | None = None  # chosen at the first step
 
     def build(self) -> LaMambaDiff:
-        """Build the network with fresh parameters; override this, `save` and `restore` to train another one alike."""
+        """Build the network with fresh parameters; override this, `save` and `restore` to train another network."""
         return LaMambaDiff(**vars(self.config.network))
 
     def batches(self) -> Generator[tuple[Tensor, Tensor]]:
-        """Read on from the first image not yet seen."""
+        """Read batches, starting with the first image not yet seen."""
         return batches(
             self.source,
             batch_size=self.config.batch_size,
@@ -180,11 +180,11 @@ class Trainer:
         return sums
 
     def _step_if_finite(self, grad_norm: Tensor) -> Tensor:
-        """Step the optimizer, without waiting for the device, unless the gradient is not finite; returns 1 if so."""
+        """Step the optimizer unless the gradient is not finite; return 1 if skipped. Does not wait for the device."""
         skipped = (~grad_norm.isfinite()).float()
         self.skipped_in_a_row = (self.skipped_in_a_row + skipped) * skipped
         if self.optimizer.defaults["fused"]:
-            self.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # as a gradient scaler says it
+            self.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # as a gradient scaler does
             self.optimizer.step()
         elif not skipped:
             self.optimizer.step()
@@ -212,31 +212,31 @@ class Trainer:
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        # Early on the decay grows with the step, so that the average forgets the initialisation in short runs too.
+        # The decay starts low and grows, so that the EMA forgets the initial weights in short runs too.
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(local(self.average.parameters()), local(self.network.parameters()), 1 - decay)
         if self.power_averages:
             self.power_averages.update(self.network, self.step)
 
     def close(self) -> None:
-        """Wait for the checkpoint that is written; free the recorded step, since NCCL waits for graphs that use it."""
+        """Wait for the checkpoint being written, and free the CUDA graphs, since NCCL waits for graphs that use it."""
         self.writer.close()
         for graph in self.gradients.graphs.values() if self.gradients else ():
             graph.forget()
 
     def is_finite(self) -> bool:
-        """Say whether all weights are, in all processes."""
+        """Check that all weights of all ranks are finite."""
         finite = torch.stack([tensor.isfinite().all() for tensor in local(self.network.parameters())]).all()
         return not self.processes.largest(int(not finite))
 
     def info(self) -> CheckpointInfo:
-        """Describe the run as it stands."""
+        """Describe the current state of the run."""
         vae = str(self.config.vae.resolve()) if self.config.vae else None
         return CheckpointInfo(self.images, self.step, self.config.objective, self.source.class_names, vae)
 
     def save(self) -> None:
-        """Begin to write a checkpoint; `writer` says when it is there. Raises CheckpointError."""
-        self.writer.finish()  # it reads the memory that the weights are about to be copied to
+        """Start writing a checkpoint; `writer.finish` waits for it. Raises CheckpointError."""
+        self.writer.finish()  # the writer still reads the memory to which the weights are copied now
         state = {"random_state": self.generator.get_state()}
         for name, parameter in self.network.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -252,7 +252,7 @@ class Trainer:
             self.writer.begin(self.info(), networks, state)
 
     def save_snapshot(self) -> None:
-        """Write a snapshot of the power function averages; raises CheckpointError."""
+        """Write a snapshot of the power function EMAs; raises CheckpointError."""
         assert self.power_averages is not None
         averages = gather(self.power_averages.state_dict(), self.processes.is_first)
         if averages:
@@ -286,9 +286,9 @@ class Trainer:
         self.images, self.step = info.images, info.step
 
     def _empty_state(self, checkpoint: Path) -> tuple[dict[str, Tensor], dict[Tensor, dict[str, Tensor]]]:
-        """Make the tensors that a checkpoint's training state is read into: by name, and the optimizer's by parameter.
+        """Allocate the tensors into which a checkpoint's training state is read, by name; and the optimizer's state.
 
-        The optimizer's state has parameters' names on disk, so that it does not depend on how they are grouped.
+        On disk, the optimizer's state is stored by parameter name, so that it does not depend on parameter groups.
         """
         saved = describe_training_state(checkpoint)
         state, optimizer_state = {"random_state": torch.empty_like(self.generator.get_state())}, {}
@@ -308,13 +308,13 @@ class Trainer:
         return state, optimizer_state
 
     def begin_with(self, name: str) -> list[str]:
-        """Take over the averaged weights of a run, a checkpoint or shipped ones, as far as they fit.
+        """Copy the EMA weights that fit from a run, a checkpoint or shipped weights.
 
         Returns:
-            A line for everything that is not simply copied.
+            A line for everything that could not simply be copied.
 
         Raises:
-            CheckpointError: nothing loadable is there, or it was trained for another objective.
+            CheckpointError: nothing can be loaded, or it was trained with another objective.
         """
         loaded = load_checkpoint(name)
         if loaded.info.objective != self.config.objective:
@@ -439,9 +439,9 @@ def _sum(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def weights_decayed(network: nn.Module) -> dict[str, bool]:
-    """Say for each parameter, by name, whether weight decay applies: only to matrices and convolution kernels.
+    """Decide for each parameter, by name, whether weight decay applies: only for matrices and convolution kernels.
 
-    Biases, norms, embeddings, `A_log` and `D` have none: for them, zero is not the neutral value.
+    Biases, norms, embeddings, `A_log` and `D` have none, because zero is not their neutral value.
     """
 
     def decays(module: nn.Module, name: str, parameter: Tensor) -> bool:
@@ -455,9 +455,9 @@ def weights_decayed(network: nn.Module) -> dict[str, bool]:
 
 
 def describe_weight_decay(network: nn.Module, weight_decay: float) -> str:
-    """Describe in a line what weight decay applies to, and name the kinds of parameters that it leaves out."""
+    """Describe which parameters weight decay applies to, and name the kinds that it leaves out."""
     decayed = weights_decayed(network)
-    # A layer's weight is named with its layer, and everything else alone: the same kind in all blocks is named once.
+    # Name a layer's weight with its layer, and other parameters alone, so that each kind is named once.
     kinds = {
         ".".join(name.split(".")[-2 if name.endswith(".weight") else -1 :])
         for name, decays in decayed.items()
@@ -470,7 +470,7 @@ def describe_weight_decay(network: nn.Module, weight_decay: float) -> str:
 
 
 def learning_rate(config: TrainConfig, images: int) -> float:
-    """Compute the learning rate of the step after which so many images have been seen."""
+    """Compute the learning rate of the step that brings the number of images seen to `images`."""
     rising = min(1.0, images / config.warmup_images) if config.warmup_images else 1.0
     past = max(0, images - config.warmup_images) / max(1, config.num_images - config.warmup_images)
     falling = {"none": 1.0, "linear": 1 - past, "cosine": (1 + math.cos(math.pi * past)) / 2}[config.decay]

@@ -41,7 +41,7 @@ from lamamba.weights import PIPELINE_INDEX
 
 
 def resolve(config: TrainConfig) -> tuple[TrainConfig, Source, Space, torch.device]:
-    """Open the data and fill in what follows from it: the network's classes, channels and grid, and the intervals.
+    """Open the data and complete the configuration: the network's classes, channels and grid, and the intervals.
 
     Raises:
         ConfigError: options do not fit together.
@@ -67,7 +67,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Source, Space, torch.devi
                 f"{latents.image_size}: encode the images again"
             )
     size = config.image_size
-    # What has a size of its own is not asked for one.
+    # Named sources and latents have a size of their own.
     if size is None and isinstance(space, Latents) and config.data not in NAMED_SOURCES and not latents:
         size = config.network.sample_size * space.factor
     channels = config.channels or (3 if isinstance(space, Latents) else None)
@@ -100,8 +100,8 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Source, Space, torch.devi
     return resolved, source, space, device
 
 
-# What may change from one part of a run to the next without changing what it computes up to there; data and autoencoder
-# are compared by what they hold.
+# Options that may differ when a run is resumed, because they do not change what it has computed so far. Data and
+# autoencoder are compared by their contents instead.
 _FREE_TO_CHANGE = {
     "out", "num_images", "device", "cuda_graph", "compile", "num_workers", "resume", "resume_or_start", "fall_back",
     "dry_run", "allow_changed", "data", "dataset", "data_folder", "vae", "keep_checkpoints", "shard",
@@ -111,28 +111,28 @@ _FREE_TO_CHANGE = {
 
 
 def check_resumable(config: TrainConfig, origin: Mapping[str, Any], checkpoint: Path) -> list[str]:
-    """Compare a resolved configuration, data and autoencoder with those that its run folder was started with.
+    """Check that a run can be resumed with these options, data and autoencoder.
 
     Args:
         config: resolved.
-        origin: what `describe_origin` says.
-        checkpoint: to go on from.
+        origin: the result of `describe_origin`.
+        checkpoint: to resume from.
 
     Returns:
-        Lines on what has moved, or is allowed to differ.
+        A line for each path that has moved, and for each difference that `allow_changed` allows.
 
     Raises:
-        CheckpointError: something differs.
+        CheckpointError: something else differs from the start of the run.
     """
     path = config.out / "config.json"
     started = {**plain(read_record(path, TrainConfig)), **read_record(path, OriginRecord)}
     now = plain(config)
     places = {**now, **origin}
-    # Before the options, some of which follow from the data.
+    # Compare data first: some options follow from it, and its message explains more.
     notes = compare_origin(started, places, read_info(checkpoint).class_names, config.allow_changed)
     for options in (started, now):
         options.update(options.pop("network", {}))
-    # Where the learning rate falls with the length of the run, that decides what is computed.
+    # With a decay, every learning rate depends on num_images.
     free = _FREE_TO_CHANGE - ({"num_images"} if config.decay != "none" else set())
     changed = [
         f"{name} was {started.get(name)}, now {now[name]}"
@@ -240,7 +240,7 @@ def _train(
         trainer.restore(resumed)
     elif config.start_from is not None:
         notes = trainer.begin_with(config.start_from)
-    processes.wait()  # until all have looked at the folder
+    processes.wait()  # until all ranks have read the folder
     with SignalsNoted() as signals, closing(trainer):
         if not processes.is_first:
             _run(trainer, SilentLog(), signals)
@@ -248,12 +248,12 @@ def _train(
         try:
             with locked(config.out):
                 if not saved and (aside := _set_aside(config.out)):
-                    say(f"moved what an earlier start left in {config.out} to {aside}")
+                    say(f"moved files of an earlier start in {config.out} to {aside}")
                 write_json(config.out / "config.json", {**plain(config), **origin})
                 with TrainingLog(config, trainer.images, device) as log:
                     log.introduce(source, trainer.network, processes.number, trainer.uses_bf16)
                     if len(trainer.parts) < config.accumulate:
-                        log.note(f"{config.accumulate} parts asked for: a rank's images make {len(trainer.parts)}")
+                        log.note(f"accumulate {config.accumulate} is limited to {len(trainer.parts)}, a rank's images")
                     if config.weight_decay:
                         log.note(describe_weight_decay(trainer.network, config.weight_decay))
                     if config.network.num_classes and (why := why_unguided(config.network)):
@@ -280,14 +280,14 @@ def advise_short_run(config: TrainConfig) -> str:
     )
 
 
-# What a run writes. An earlier start that saved no checkpoint leaves it, and it is not this run's.
+# Files of a run. An earlier start that saved no checkpoint leaves some, which must not mix with those of this run.
 _WRITTEN = (
     "config.json", "log.jsonl", "loss.png", "samples", "averages", "checkpoints", "tensorboard", "wandb", "wandb-id",
 )  # fmt: skip
 
 
 def _check_can_begin(out: Path) -> None:
-    """Raise CheckpointError where a run would be mixed up with a checkpoint, a pipeline or a network."""
+    """Raise CheckpointError if the folder holds a checkpoint, a pipeline or a network instead of a run."""
     foreign = [name for name in (RECORD, PIPELINE_INDEX) if (out / name).is_file()]
     if not foreign and (out / "config.json").is_file() and not is_run(out):
         foreign = ["config.json"]
@@ -296,7 +296,7 @@ def _check_can_begin(out: Path) -> None:
 
 
 def _set_aside(out: Path) -> Path | None:
-    """Move what an earlier start left in a run folder to a folder in it; returns that, or None."""
+    """Move the files of an earlier start to a subfolder, and return it; None if there is nothing to move."""
     left = [out / name for name in _WRITTEN if (out / name).exists()]
     if all(path.name == "config.json" for path in left):  # it ended before anything else was written
         return None
@@ -317,7 +317,7 @@ def _diverged(trainer: Trainer, fault: str) -> LamambaError:
 def _read(
     reader: Iterator[tuple[Tensor, Tensor]], signals: SignalsNoted
 ) -> tuple[tuple[Tensor, Tensor] | None, Exception | None]:
-    """Read a batch, but stop at a signal; or return what went wrong, which all processes have to hear of first."""
+    """Read a batch; None at a signal. Return an error instead of raising it: all ranks must learn of it first."""
     try:
         with signals.interrupting():
             return next(reader), None
@@ -328,18 +328,28 @@ def _read(
 
 
 def _reading_failed(failure: Exception | None, where: str = "") -> Exception:
-    """Say that images could not be read, here or (None) by another process, and where that leaves the run."""
+    """Make the error for images that could not be read, by this rank or (None) by another one."""
     if failure is None:
-        return OtherProcessError("another process could not read its images")
+        return OtherProcessError("another rank could not read its images")
     if isinstance(failure, LamambaError):
         return DataError(f"{failure}{where}")
-    return failure  # a bug, to be seen whole
+    return failure  # a bug: show all of it
 
 
 def _run(trainer: Trainer, log: TrainingLog | SilentLog, signals: SignalsNoted) -> None:
-    with closing(trainer.batches()) as batches:  # which ends its workers
+    with closing(trainer.batches()) as batches:  # closing ends its workers
         _take_steps(trainer, log.waiting_for(batches), log, signals)
     log.finish(trainer.images)
+
+
+def _write_log(trainer: Trainer, log: TrainingLog | SilentLog) -> None:
+    """Log the steps since the last time; raises LamambaError if the loss or too many gradients were not finite."""
+    loss = log.write(trainer.images, trainer.step, learning_rate(trainer.config, trainer.images))
+    if not math.isfinite(loss):
+        raise _diverged(trainer, f"the loss is {loss}")
+    skipped = int(trainer.skipped_in_a_row)
+    if skipped >= trainer.config.max_skipped_steps:
+        raise _diverged(trainer, f"the gradient was not finite in {skipped} step{'s' * (skipped > 1)} in a row,")
 
 
 def _take_steps(
@@ -354,8 +364,8 @@ def _take_steps(
     is_first = trainer.processes.is_first
 
     def give_up(_: object) -> None:
-        """Draw samples no further when a signal asks to end: saving is what there is time for."""
-        if signals.number and not trainer.shards:  # whose processes draw together, and to the end
+        """Stop drawing samples after a signal, to have time to save; sharded ranks must draw together to the end."""
+        if signals.number and not trainer.shards:
             raise SignalError(signals.number, "its samples")
 
     last = trainer.images >= config.num_images
@@ -370,9 +380,9 @@ def _take_steps(
             with first_step:
                 terms = trainer.take_step(*batch)
         except Exception as error:
-            # Ctrl-C ends the compilers of a first step too, which then fails in one of many ways.
+            # Ctrl-C also ends the compilers of the first step, which then fails in one of many ways.
             if signals.number and trainer.images == started:
-                kind = type(error).__name__  # should it have been another fault, such as of memory
+                kind = type(error).__name__  # in case the cause was something else, such as memory
                 where = f"image {started}, in preparing the first step ({kind}): --resume goes on from here"
                 raise SignalError(signals.number, where) from error
             raise
@@ -384,14 +394,7 @@ def _take_steps(
             return last or (interval is not None and trainer.images // interval > before // interval)
 
         if due(config.log_every):
-            loss = log.write(trainer.images, trainer.step, learning_rate(config, trainer.images))
-            if not math.isfinite(loss):
-                raise _diverged(trainer, f"the loss is {loss}")
-            skipped = int(trainer.skipped_in_a_row)
-            if skipped >= config.max_skipped_steps:
-                raise _diverged(
-                    trainer, f"the gradient was not finite in {skipped} step{'s' * (skipped > 1)} in a row,"
-                )
+            _write_log(trainer, log)
         if due(config.sample_every) and not trainer.processes.largest(signals.number) and (is_first or trainer.shards):
             with log.pause("sample"), suppress(SignalError):
                 log.save_samples(trainer.draw_samples(give_up), trainer.images)
@@ -399,7 +402,7 @@ def _take_steps(
             with log.pause("save"):
                 trainer.save_snapshot()
         log.note_checkpoint(trainer.writer.finish(wait=False))
-        # Read ahead, since a batch that cannot be read is a reason to save, as is a signal, which counts more.
+        # Read the next batch before saving: a signal, or a batch that cannot be read, is a reason to save.
         batch, failure = (None, None) if last else _read(reader, signals)
         stop = trainer.processes.largest(2 * signals.number + (failure is not None))
         if due(config.checkpoint_every) or stop:

@@ -275,7 +275,7 @@ def test_sizes_that_differ_and_colour_where_grey_is_asked(tmp_path: Path) -> Non
     write_folder(tmp_path / "set" / "b", pixels(2, (6, 9)))
     with pytest.raises(DataError, match=r"b/0000.png is 6x9 and .*a/0000.png 6x8: give images of one size"):
         read(open_images(str(tmp_path / "set")))
-    with pytest.raises(DataError, match=r"a/0000.png is in colour"):
+    with pytest.raises(DataError, match=r"a/0000.png is in color"):
         read(open_images(str(tmp_path / "set" / "a")), channels=1)
 
 

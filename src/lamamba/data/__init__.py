@@ -2,8 +2,8 @@
 
     open_source(...) -> Source -> batches(...) -> uint8 (b, c, h, w), labels (b,) -> to_float -> [-1, 1]
 
-A source is the built-in set, Fashion-MNIST, or a folder of images: one subfolder a class, or flat without classes. What
-`lamamba encode` made of one is a source too, of the distributions of latents, and so is a Hugging Face dataset.
+A source is the built-in set, Fashion-MNIST, a folder of images (flat, or with one subfolder per class), a Hugging Face
+dataset, or a folder of latents that `lamamba encode` wrote.
 
     opening.py        a name or a path -> a source
     fashion_mnist.py  the shipped images, the idx files, the hub

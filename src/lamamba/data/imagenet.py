@@ -46,7 +46,7 @@ _WNID = re.compile(r"n[0-9]{8}")
 
 @dataclass(frozen=True)
 class Expected:
-    """The size of a whole set: classes, training images of all classes, validation images of each class."""
+    """The size of the complete set: classes, training images in all, validation images per class."""
 
     num_classes: int
     num_train: int
@@ -70,7 +70,7 @@ def prepare_imagenet(
     devkit: Path | None = None,
     expected: Expected = ILSVRC2012,
 ) -> dict[str, SplitCounts]:
-    """Extract the official ImageNet files to `out`/train and `out`/validation, one folder a class, named by its WNID.
+    """Extract the official ImageNet files to `out`/train and `out`/validation, one folder per class, named by its WNID.
 
     A call that was stopped, killed or ran out of space is repeated as it was, and goes on where it stopped. Images
     are copied byte by byte, each is held in memory alone, and their sizes and numbers are checked, not their MD5.
@@ -85,7 +85,7 @@ def prepare_imagenet(
         expected: the size of a whole set.
 
     Returns:
-        The counts of "validation" and "train", as far as they were given.
+        The counts of "validation" and "train", for the files that were given.
 
     Raises:
         ConfigError: neither train nor validation is given, or validation without devkit.
@@ -97,7 +97,7 @@ def prepare_imagenet(
     if validation is not None and devkit is None:
         raise ConfigError(f"validation is given without devkit, which has its classes: give devkit ({DEVKIT_TAR}) too")
     for path, official in ((train, TRAIN_TAR), (validation, VALIDATION_TAR), (devkit, DEVKIT_TAR)):
-        if path is not None and not os.path.isfile(path):  # all of them, before hours of work
+        if path is not None and not os.path.isfile(path):  # check all files before hours of work
             raise DataError(f"{path} is missing or not a file: give the path of {official} from image-net.org")
     classes = None if devkit is None else _read_devkit(devkit, expected)
     counts: dict[str, SplitCounts] = {}
@@ -147,7 +147,7 @@ def _read_devkit(path: Path, expected: Expected) -> list[str]:
 
 
 def _read_wnids(synsets: Any) -> dict[int, str]:
-    """Return the WNID of each class number; groups of classes, which have children, are left out."""
+    """Return the WNID of each class number, without groups of classes, which have children."""
     return {
         int(synset["ILSVRC2012_ID"]): str(synset["WNID"])
         for synset in np.atleast_1d(synsets)
@@ -156,7 +156,7 @@ def _read_wnids(synsets: Any) -> dict[int, str]:
 
 
 def _prepare_validation(path: Path, out: Path, classes: list[str], advance: Callable[[int], None]) -> SplitCounts:
-    """Extract the validation tar to out/validation; classes has the WNID of image 1, 2, ..."""
+    """Extract the validation tar to out/validation; `classes` lists the WNID of each image."""
     final, temporary = out / "validation", out / ".incomplete-validation"
     number_of_images = Counter(classes)
     if is_there(final):
@@ -185,7 +185,7 @@ def _prepare_validation(path: Path, out: Path, classes: list[str], advance: Call
 def _prepare_train(
     path: Path, folder: Path, wnids: set[str] | None, expected: Expected, advance: Callable[[int], None]
 ) -> SplitCounts:
-    """Extract the training tar to the folder; wnids are the classes that it should have, if they are known."""
+    """Extract the training tar to the folder; `wnids` are the expected classes, if known."""
     extracted = total = 0
     with _reading(path, TRAIN_TAR), tarfile.open(path, "r:") as tar:
         members = _list_classes(path, tar, expected)
@@ -203,7 +203,7 @@ def _prepare_train(
 
 
 def _list_classes(path: Path, tar: tarfile.TarFile, expected: Expected) -> dict[str, tarfile.TarInfo]:
-    """Return the tar of each class by its WNID; reads their headers only, so that a tar cut off is found at once."""
+    """Return the tar of each class by its WNID; read only headers, to find a truncated tar at once."""
     names = set[str]()
     members = {}
     for member in _read_entries(tar):
@@ -217,7 +217,7 @@ def _list_classes(path: Path, tar: tarfile.TarFile, expected: Expected) -> dict[
 
 
 def _prepare_class(where: str, tar: tarfile.TarFile, final: Path, advance: Callable[[int], None]) -> tuple[int, int]:
-    """Extract the tar of one class to the folder `final`; returns the number of images extracted and of all."""
+    """Extract the tar of one class to the folder `final`; return the number of images extracted, and of all images."""
     temporary = final.with_name(f".incomplete-{final.name}")
     there = is_there(final)
     if not there:
@@ -238,7 +238,7 @@ def _prepare_class(where: str, tar: tarfile.TarFile, final: Path, advance: Calla
 
 
 def _read_entries(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Yield the entries; unlike in tarfile, a damaged header is no end but an error."""
+    """Yield the entries; raise an error at a damaged header, where tarfile would end silently."""
     yield from tar
     if tar.fileobj is not None:
         tar.fileobj.seek(tar.offset)
@@ -259,7 +259,7 @@ def _read_entry(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> bool:
-    """Write an image into the folder unless it is there in full size; returns whether it was written."""
+    """Write an image into the folder unless it is there with its full size; return whether it was written."""
     path = folder / member.name
     if is_there(path) and path.stat().st_size == member.size:
         return False
@@ -295,7 +295,7 @@ def _check_number(number: int, expected: int, what: str, where: object, official
 
 
 def _check_new_file(where: object, member: tarfile.TarInfo, names: set[str], official: str) -> None:
-    """Note the name of an entry, which must be new and of a regular file."""
+    """Record the name of an entry, which must be new and a regular file."""
     if not member.isreg():
         raise _unexpected(where, member, "a regular file", official)
     if member.name in names:

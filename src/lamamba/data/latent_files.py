@@ -1,11 +1,11 @@
-"""Latents of images, encoded once: the distribution of each, in shards that are read at random.
+"""Latents of images that were encoded before: the distribution of each, in shards with random access.
 
-A folder holds `shard-00000.safetensors`, ... and an index, `latents.json`, which is written when all shards are there.
-A shard holds of n images
+A folder holds `shard-00000.safetensors`, ... and the index `latents.json`, which is written when all shards are
+complete. A shard of n images holds
 
     moments  (n, v, 2 c, h, w) float16   mean and standard deviation of the latents; v is 2 with the mirrored image
     labels   (n,) int64
-    crc32    (n, v) int64                of the bytes of each moments[i, j], looked at whenever they are read
+    crc32    (n, v) int64                checksum of each moments[i, j], checked at every read
 """
 
 import hashlib
@@ -44,7 +44,7 @@ class _Autoencoder(TypedDict):
 
 
 class _Settings(TypedDict):
-    """What decides the contents of the shards."""
+    """The settings on which the contents of the shards depend."""
 
     source: str
     digest: NotRequired[_Digest]
@@ -83,20 +83,20 @@ class _Index(_Begun):
 
 
 class LatentSource(Source):
-    """What `lamamba encode` wrote. Its images are moments, (2 c, h, w) float16.
+    """Latents that `lamamba encode` wrote: moments, (2 c, h, w) float16.
 
     Attributes:
-        autoencoder: "folder", where it was, and "sha256", of its weights.
+        autoencoder: "folder", its path at the time, and "sha256", the checksum of its weights.
         shape: (c, h, w) of the latents of an image.
 
     Raises:
-        DataError: the folder is not complete, or not of this version.
+        DataError: the folder is incomplete, or of a later version.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.name = folder, folder.resolve().name
         if (folder / SETTINGS).is_file() and not (folder / INDEX).is_file():
-            raise DataError(f"{folder} is not encoded to its end: run the same lamamba encode again, it goes on")
+            raise DataError(f"{folder} is incomplete: run the same lamamba encode again to continue it")
         index = self.index = _read_index(folder / INDEX)
         settings = index["settings"]
         self.class_names = tuple(settings["class_names"])
@@ -117,14 +117,14 @@ class LatentSource(Source):
         return self.ends[-1]
 
     def identify(self) -> str:
-        """Digest what the index says of the latents: how they were made, and the checksums of the shards."""
+        """Digest the settings in the index and the checksums of the shards."""
         made = {name: value for name, value in self.index["settings"].items() if name not in ("source", "digest")}
-        made["autoencoder"] = self.autoencoder["sha256"]  # wherever it lies
+        made["autoencoder"] = self.autoencoder["sha256"]  # without its path
         shards = [[shard["file"], shard["images"], shard["sha256"]] for shard in self.index["shards"]]
         return hashlib.sha256(json.dumps([made, shards], sort_keys=True).encode()).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "opened": {}}  # a process that reads opens shards of its own
+        return {**self.__dict__, "opened": {}}  # each worker opens the shards itself
 
     def gather(self, indices: np.ndarray, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Read moments, (b, 2 c, h, w) float16, and labels.
@@ -146,7 +146,7 @@ class LatentSource(Source):
             values: np.ndarray = moments[place : place + 1, view : view + 1][0, 0]
             if zlib.crc32(values.tobytes()) == int(sums[place, view]):
                 return values, int(labels[place])
-            fault = f"image {place} of it is not what was written"
+            fault = f"the checksum of image {place} does not match"
         except (OSError, SafetensorError, IndexError) as error:
             fault = str(error)
         raise _damaged(path, fault)
@@ -157,19 +157,19 @@ def _damaged(path: Path, fault: str) -> DataError:
 
 
 def open_shard(path: Path) -> tuple[Any, np.ndarray, np.ndarray]:
-    """Open a shard: its moments, to be sliced where they lie on the disk, its labels and checksums."""
+    """Open a shard: its moments, which are read from disk when sliced, its labels and checksums."""
     file = safe_open(utf8_path(path), framework="np")
     return file.get_slice("moments"), file.get_tensor("labels"), file.get_tensor("crc32")
 
 
 def read_settings(path: Path) -> _Settings:
-    """Read the settings of latents that are being encoded; raises DataError, which names the file and the key."""
+    """Read the settings of latents that are being encoded; raises DataError with the file and the key."""
     _check_format(path)
     return read_record(path, _Begun, DataError)["settings"]
 
 
 def _read_index(path: Path) -> _Index:
-    """Read an index, whose numbers agree with each other; raises DataError, which names the file and the key."""
+    """Read an index and check that its numbers agree; raises DataError with the file and the key."""
     _check_format(path)
     index = read_record(path, _Index, DataError)
     settings, shards = index["settings"], index["shards"]
@@ -198,9 +198,9 @@ def _check_format(path: Path) -> None:
 
 
 def _check_shard(path: Path, num_images: int, settings: _Settings) -> None:
-    """Compare what a shard holds with the index, and its labels with the classes; raises DataError.
+    """Check the tensors of a shard against the index, and its labels against the classes; raises DataError.
 
-    The moments are checked when they are read: reading all of them here would take too long.
+    The moments are checked when they are read, because reading all of them here would take too long.
     """
     channels, *sides = settings["shape"]
     views = 1 + settings["mirrored"]
@@ -232,6 +232,6 @@ def _check_shard(path: Path, num_images: int, settings: _Settings) -> None:
 
 
 def are_latents(data: str | Path) -> bool:
-    """Say whether a folder is what `lamamba encode` writes to."""
+    """Check whether `lamamba encode` writes or wrote to this folder."""
     folder = Path(data).expanduser()
     return (folder / INDEX).is_file() or (folder / SETTINGS).is_file()

@@ -1,4 +1,4 @@
-"""The one place that knows the sources by name."""
+"""Opens a source by its name or path."""
 
 import difflib
 from pathlib import Path
@@ -31,16 +31,15 @@ def open_source(
             of a folder of images, or of one that `lamamba encode` wrote, or a Hugging Face dataset: a folder of
             `save_to_disk`, parquet files, or a name on the hub.
         image_size: pixels, needed for a folder; the named sources are 32.
-        channels: 1 (grey) or 3 (colour, the default for a folder); the named sources are grey, and with 3 have their
-            grey three times.
-        folder: where the idx files of "fashion-mnist" are, if not in Debian's place or on the hub.
+        channels: 1 (grey) or 3 (color, the default for a folder). The named sources are grey; with 3, their three
+            channels are equal.
+        folder: folder with the idx files of "fashion-mnist"; the default is Debian's package or the hub.
         skip_bad_images: for a folder or a dataset, leave unreadable images out and list them in `bad_files`.
         dataset: which part of a Hugging Face dataset is read. Given for a folder of images, datasets opens the folder,
             with the labels that its metadata files have.
 
     Raises:
-        ConfigError: image_size does not fit, channels is neither 1 nor 3, or `folder` comes with something else than
-            "fashion-mnist".
+        ConfigError: image_size does not fit, channels is neither 1 nor 3, or `folder` is given without "fashion-mnist".
         DataError: there is no such source, or its files are missing or damaged.
     """
     if folder is not None and data != "fashion-mnist":
@@ -48,7 +47,7 @@ def open_source(
             f"folder {folder} (--data-folder) is only for data 'fashion-mnist', not for {data!r}: leave it out"
         )
     if channels not in (None, 1, 3):
-        raise ConfigError(f"channels {channels} is neither 1 (grey) nor 3 (colour): give channels (--channels) 1 or 3")
+        raise ConfigError(f"channels {channels} is neither 1 (grey) nor 3 (color): give channels (--channels) 1 or 3")
     if data in NAMED_SOURCES:
         if image_size not in (None, 32):
             raise ConfigError(
@@ -58,8 +57,8 @@ def open_source(
         source = load_builtin() if data == "builtin" else load_fashion_mnist("train", folder=folder)
         if channels != 3:
             return source
-        in_colour = np.broadcast_to(source.images, (len(source), 3, *source.images.shape[2:]))  # takes no memory
-        return ArraySource(source.name, in_colour, source.labels, source.class_names)
+        in_color = np.broadcast_to(source.images, (len(source), 3, *source.images.shape[2:]))  # takes no memory
+        return ArraySource(source.name, in_color, source.labels, source.class_names)
     path = Path(data).expanduser()
     of_hugging_face = bool(data) and (is_dataset(data) or (path.is_dir() and dataset != WHOLE_DATASET))
     if not of_hugging_face and not (data and path.exists()):

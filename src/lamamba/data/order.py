@@ -23,7 +23,7 @@ from lamamba.signals import leave_signals_to_parent
 def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     """Return the order of one epoch: a permutation of 0..length-1, int64 (length,), read-only.
 
-    It sorts raw Philox numbers because NumPy keeps those the same in all versions, unlike `Generator.permutation`.
+    It sorts raw Philox numbers, which are the same in all versions of NumPy, unlike `Generator.permutation`.
     """
     keys = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(length)
     order: np.ndarray = np.argsort(keys, kind="stable")
@@ -32,7 +32,7 @@ def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
 
 
 def reading_order(positions: np.ndarray, *, length: int, seed: int) -> np.ndarray:
-    """Return which image is read at each position, counted from the start of training: int64 (b,) -> int64 (b,)."""
+    """Return the index of the image at each position since the start of training: int64 (b,) -> int64 (b,)."""
     epochs = positions // length
     indices = np.empty_like(positions)
     for epoch in np.unique(epochs).tolist():
@@ -42,7 +42,7 @@ def reading_order(positions: np.ndarray, *, length: int, seed: int) -> np.ndarra
 
 
 def flip_choices(positions: np.ndarray, *, seed: int) -> np.ndarray:
-    """Return whether the image read at each position is mirrored: int64 (b,) -> bool (b,), one half of them."""
+    """Return whether to mirror the image at each position, half of them: int64 (b,) -> bool (b,)."""
     key = _mix_bits(np.array([seed], dtype=np.uint64))
     bits = _mix_bits(key ^ _mix_bits(positions.astype(np.uint64)))
     chosen: np.ndarray = bits >= np.uint64(1 << 63)
@@ -59,25 +59,24 @@ def batches(
     num_workers: int = 0,
     share: slice = slice(None),
 ) -> Generator[tuple[Tensor, Tensor]]:
-    """Read batches without end, each epoch in a new order that depends only on (seed, epoch).
+    """Read batches forever, each epoch in a new order that depends only on (seed, epoch).
 
     Args:
         source: the images.
         batch_size: images a batch; a batch may reach into the next epoch.
         seed: 0 to 2**64 - 1.
-        start: number of images already seen; the same images follow as if reading had never stopped.
+        start: number of images already seen; the images that follow are those of a run that never stopped.
         horizontal_flip: mirror half of the images, chosen by (seed, position).
-        num_workers: processes that decode files; it changes the speed only. Not used for images held in memory.
-        share: of each batch, what is read; the rest is another process's.
+        num_workers: processes that decode files; they change only the speed, and are not used for images in memory.
+        share: the part of each batch that is read; other ranks read the rest.
 
     Returns:
-        Iterator over images, uint8 (b, c, h, w), or what else the source holds, and labels, int64 (b,), of the share.
-        Closing it ends the workers.
-        PyTorch's global generator is not touched.
+        Iterator over images, uint8 (b, c, h, w), or latents of the source, and labels, int64 (b,), of the share.
+        Closing it ends the workers. PyTorch's global generator is not used.
 
     Raises:
         ConfigError: a number is out of its range.
-        DataError: the source is empty; while iterating: an image cannot be read, or a worker process died.
+        DataError: the source is empty. While iterating: an image cannot be read, or a worker died.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size {batch_size} is not positive: use at least 1")
@@ -96,9 +95,9 @@ def _read_batches(
 ) -> Generator[tuple[Tensor, Tensor]]:
     reader = _BatchReader(source, seed, horizontal_flip)
     if isinstance(source, ArraySource):
-        num_workers = 0  # gathering is faster than sending the batch from one process to another
-    # Its own generator: otherwise the loader draws from PyTorch's global one, and the noise of a run would depend on
-    # how often it was resumed.
+        num_workers = 0  # gathering a batch is faster than sending it between processes
+    # Without a generator of its own, the loader would draw from PyTorch's global one, and the noise of a run would
+    # depend on how often it was resumed.
     loader = DataLoader[Any](
         reader, batch_size=None, sampler=every_positions, num_workers=num_workers, generator=torch.Generator(),
         worker_init_fn=leave_signals_to_parent,
@@ -112,27 +111,27 @@ def _read_batches(
                 raise batch
             images, labels = batch
             yield images, labels
-    except (OSError, MemoryError) as error:  # too many open files, say
+    except (OSError, MemoryError) as error:  # such as too many open files
         raise _unreadable(source, error) from error
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker (pid"):  # an error in a worker, not its death
             raise
         raise DataError(
-            f"a worker process that reads {source.name} died ({str(error).splitlines()[0].rstrip('. ')}), perhaps for "
-            "want of memory: use fewer num_workers (--num-workers)"
+            f"a worker that reads {source.name} died ({str(error).splitlines()[0].rstrip('. ')}), perhaps for lack of "
+            "memory: use fewer num_workers (--num-workers)"
         ) from error
     finally:
-        for worker in getattr(loaded, "_workers", ()):  # one that hangs would be waited for, and they only read
+        for worker in getattr(loaded, "_workers", ()):  # the loader would wait for one that hangs
             worker.kill()
-        del loaded  # left in the traceback's cycle, it would end its workers at any later time
+        del loaded  # in the traceback's reference cycle, it would end its workers at an arbitrary later time
 
 
 @contextmanager
 def _worker_deaths_left_to_the_reader() -> Iterator[None]:
-    """Keep the loader that is made in this context from raising the death of a worker anywhere in the main thread.
+    """Keep a loader made in this context from raising an error in the main thread when a worker dies.
 
-    It does so in a handler of SIGCHLD: in the middle of a step, say, which would leave weights that cannot be saved. It
-    also looks for dead workers while it waits for a batch, which is early enough.
+    The loader raises from a handler of SIGCHLD, possibly in the middle of a step, whose weights cannot be saved then.
+    It also checks for dead workers while it waits for a batch, which is early enough.
     """
     handles = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGCHLD) if handles else None
@@ -149,7 +148,7 @@ def _unreadable(source: Source, error: OSError | MemoryError) -> DataError:
 
 
 class _BatchReader(Dataset[Any]):
-    """Makes one batch from its positions; a DataError is returned, for a worker wraps a raised one in a traceback."""
+    """Makes a batch of positions; returns a DataError, because a worker would wrap a raised one in a traceback."""
 
     def __init__(self, source: Source, seed: int, horizontal_flip: bool) -> None:
         self.source, self.seed, self.horizontal_flip = source, seed, horizontal_flip
@@ -162,14 +161,14 @@ class _BatchReader(Dataset[Any]):
         try:
             images, labels = self.source.gather(indices, flipped)
         except DataError as error:
-            return DataError(str(error))  # without its cause, which may not survive the way between processes
+            return DataError(str(error))  # without its cause, which may not be picklable
         except (OSError, MemoryError) as error:
             return _unreadable(self.source, error)
         return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 def _mix_bits(values: np.ndarray) -> np.ndarray:
-    """Scatter uint64 values evenly over all 64 bits, one to one (SplitMix64, Steele et al. 2014)."""
+    """Hash uint64 values one to one, evenly over all 64 bits (SplitMix64, Steele et al. 2014)."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

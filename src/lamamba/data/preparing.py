@@ -1,4 +1,4 @@
-"""What preparing any set shares: its counts, its progress bar, and errors of the disk that say what to do."""
+"""Shared by the commands that prepare a dataset: counts, progress bars, and errors of the disk."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from lamamba.errors import DataError
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """What was done for one split: its classes (0 without), the images extracted now, and those there before."""
+    """The counts of a split: classes (0 without classes), images extracted now, and images that were there before."""
 
     num_classes: int
     num_extracted: int
@@ -25,7 +25,7 @@ class SplitCounts:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, unless they are there."""
+    """Create a folder and its parents if they are missing."""
     with using(folder, "made"):
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -37,30 +37,30 @@ def is_there(path: Path) -> bool:
 
 
 def rename(temporary: Path, final: Path) -> None:
-    """Give what is whole its final name."""
+    """Give a complete file or folder its final name."""
     with using(final, "made"):
         temporary.rename(final)
 
 
 def list_names(folder: Path) -> list[str]:
-    """List a folder without what is hidden."""
+    """List the names in a folder that are not hidden."""
     with using(folder, "listed"):
         return [name for name in os.listdir(folder) if not name.startswith(".")]
 
 
 @contextmanager
 def using(path: Path, verb: str) -> Iterator[None]:
-    """Turn errors of the disk into a DataError: `path` cannot be `verb`, why, and what to do about it."""
+    """Turn an error of the disk into a DataError that says what cannot be done with `path`, why, and what to do."""
     try:
         yield
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{path} cannot be {verb}: names of files are in {error.encoding} here, which lacks a character of it: set "
+            f"{path} cannot be {verb}: file names are in {error.encoding} here, which lacks a character of it: set "
             "LC_ALL=C.UTF-8 or PYTHONUTF8=1"
         ) from error
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         mend = "free some space" if full else "make its folder readable and writable, or give another"
         raise DataError(
-            f"{path} cannot be {verb} ({error.strerror or error}): {mend}, and run again, which goes on from here"
+            f"{path} cannot be {verb} ({error.strerror or error}): {mend}, then run the command again to continue"
         ) from error

@@ -1,4 +1,4 @@
-"""What a source is, and two kinds of images: held in memory, and files in a folder."""
+"""The interface of a source, and two sources of images: arrays in memory, and files in a folder."""
 
 import hashlib
 import json
@@ -13,19 +13,19 @@ from lamamba.data.decoding import crop_centre, read_image
 from lamamba.data.folders import list_classes
 from lamamba.errors import DataError
 
-_PIECE = 4096  # files that wait for threads: a million at once would fill the memory
+_PIECE = 4096  # files given to threads at a time: a million would fill the memory
 
 
 class Source(ABC):
-    """A finite list of what a network is trained on, with labels.
+    """A finite list of images or latents, with labels.
 
     Attributes:
         name: short name for logs and checkpoints.
-        class_names: one name a label; empty for a source without classes.
+        class_names: a name for each label; empty for a source without classes.
         image_size: height and width of an image in pixels.
-        channels: of an image, 1 (grey) or 3 (red, green, blue).
-        bad_files: the files that were left out because they cannot be read.
-        left_out: what else lies in its folder and is no image, in words.
+        channels: channels of an image, 1 (grey) or 3 (red, green, blue).
+        bad_files: files that were left out because they cannot be read.
+        left_out: a description of the other files in the folder, which are not images.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Source(ABC):
 
     @property
     def skipped(self) -> int:
-        """How many files were left out because they cannot be read."""
+        """The number of files that were left out because they cannot be read."""
         return len(self.bad_files)
 
     @abstractmethod
@@ -50,21 +50,21 @@ class Source(ABC):
 
     @abstractmethod
     def identify(self) -> str:
-        """Compute a digest that is the same for the same data, wherever they lie."""
+        """Compute a digest of the data, which does not depend on where they are stored."""
 
     @abstractmethod
     def gather(self, indices: np.ndarray, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Read several at once.
+        """Read a batch.
 
         Args:
             indices: int64 (b,).
-            mirrored: bool (b,), which of them left to right.
+            mirrored: bool (b,), which of them to mirror left to right.
 
         Returns:
-            What `lamamba.latents.Space.encode` takes, and int64 labels (b,), 0 without classes.
+            The input of `lamamba.latents.Space.encode`, and int64 labels (b,), 0 without classes.
 
         Raises:
-            DataError: one cannot be read; the message names the file.
+            DataError: an image cannot be read; the message names the file.
         """
 
 
@@ -88,7 +88,7 @@ class ImageSource(Source):
 
 
 class ArraySource(ImageSource):
-    """Images that are held in memory: uint8 (n, c, h, w) with int64 labels (n,)."""
+    """Images in memory: uint8 (n, c, h, w) with int64 labels (n,)."""
 
     def __init__(self, name: str, images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -> None:
         self.name, self.class_names = name, class_names
@@ -101,7 +101,7 @@ class ArraySource(ImageSource):
     def identify(self) -> str:
         """Digest all pixels and labels."""
         together = hashlib.sha256(json.dumps([self.images.shape, self.labels.tolist()]).encode())
-        for image in self.images:  # which may take no memory of their own
+        for image in self.images:  # one by one: the array may be a broadcast view that takes no memory
             together.update(image.tobytes())
         return together.hexdigest()
 
@@ -117,16 +117,16 @@ class ArraySource(ImageSource):
 
 
 class FolderSource(ImageSource):
-    """Image files below a folder, decoded when they are asked for; sorted by class, then by path.
+    """Image files below a folder, decoded by `load`; sorted by class, then by path.
 
     Args:
-        folder: one subfolder a class (their sorted names are the class names), or images directly inside (no classes).
-            Images may lie deeper inside a class folder. All formats that Pillow decodes are read; what is left out is
-            said in `left_out`. Links to folders are followed, and each real folder is read once.
-        image_size: pixels; images are centre-cropped to it, see `crop_centre`.
+        folder: holds one subfolder per class, whose sorted names are the class names, or images without classes.
+            Images may be deeper inside a class folder. All formats that Pillow decodes are read; `left_out` describes
+            other files. Links to folders are followed, and each real folder is read once.
+        image_size: pixels; images are center-cropped to it, see `crop_centre`.
         channels: 1 or 3.
-        skip_bad_images: decode every file now, in threads, and leave the unreadable ones out (see `bad_files`).
-            Otherwise a file is first touched by `load`, because a full pass over a large folder takes long.
+        skip_bad_images: decode every file now, in threads, and leave out unreadable ones (see `bad_files`). Otherwise
+            files are first opened by `load`, because a full pass over a large folder takes long.
 
     Raises:
         DataError: the folder is missing, empty, mixes images with class folders, has one class, a class twice, or a
@@ -149,7 +149,7 @@ class FolderSource(ImageSource):
         """Digest the files' paths within the folder, and their sizes."""
         start = len(os.path.join(self.folder, ""))
         sizes: list[int] = []
-        with ThreadPoolExecutor() as threads:  # on a network each size takes its time
+        with ThreadPoolExecutor() as threads:  # network file systems are slow
             for first in range(0, len(self.paths), _PIECE):
                 sizes += threads.map(_size, self.paths[first : first + _PIECE])
         names = (path[start:].replace(os.sep, "/") for path in self.paths)
@@ -185,7 +185,7 @@ class FolderSource(ImageSource):
 
 
 def _size(path: str) -> int:
-    """Return the bytes of a file; -1 where it cannot be read, which is reported when it is its turn."""
+    """Return the size of a file in bytes; -1 if it cannot be read, which `load` reports."""
     try:
         return os.stat(path).st_size
     except OSError:

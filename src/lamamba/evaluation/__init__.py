@@ -1,4 +1,4 @@
-"""Images to scores: how far generated images are from real ones, in the features of a network.
+"""Scores of images: how far generated images are from real ones, in the features of a network.
 
 open_images, open_reference -> ImageSet -> FeatureNetwork -> features (n, d) -> metrics -> a table and JSON
 

@@ -1,11 +1,11 @@
-"""The shipped network for grey clothes: a small classifier of Fashion-MNIST, and the 64 numbers it decides from."""
+"""The shipped network for grey clothes: a small classifier of Fashion-MNIST, and its 64 features."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class ClothesNetwork(nn.Module):
-    """Grey uint8 (b, 1, 32, 32), or 28 x 28 which it pads with black -> features (b, 64), logits (b, 10)."""
+    """Grey uint8 (b, 1, 32, 32), or 28 x 28, padded with black -> features (b, 64), logits (b, 10)."""
 
     def __init__(self) -> None:
         super().__init__()

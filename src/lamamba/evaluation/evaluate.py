@@ -1,6 +1,6 @@
-"""The command `lamamba evaluate`: generated images and a reference -> a table of scores, and JSON of how they were got.
+"""The command `lamamba evaluate`: generated images and a reference -> a table of scores, and JSON with all settings.
 
-Of every score that cannot be computed the result says why, and what makes one incomparable is a warning in it.
+For a score that cannot be computed the result says why, and it warns about everything that hinders a comparison.
 """
 
 import json
@@ -25,8 +25,8 @@ from lamamba.files import atomic_write, write_text
 from lamamba.output import make_console, progress_bars, say
 from lamamba.sampling import choose_device
 
-PUBLISHED_IMAGES = 50_000  # that published FIDs are of
-IMAGES_PER_FEATURE = 10  # below which the distance of a set to itself, drawn twice, is still far from 0
+PUBLISHED_IMAGES = 50_000  # in published FIDs
+IMAGES_PER_FEATURE = 10  # with fewer, even two samples of the same set are far apart
 
 # Key in the JSON, with the features of Inception and with others; in the table; and what is better.
 NAMES = {
@@ -52,10 +52,10 @@ class Measured:
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Score images as the configuration asks, print a table, and write and return what the JSON file holds.
+    """Score images, print a table, write the JSON file, and return its content.
 
     Raises:
-        LamambaError: images, reference or network are missing, unfit or do not fit each other; a feature is not finite.
+        LamambaError: images, reference or network are missing or do not fit each other, or a feature is not finite.
     """
     device = choose_device(config.device)
     network = open_features(config.features, device, config.pixels)
@@ -65,7 +65,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if images is not None and images.num_images < 2:
             raise DataError(f"{images.name} has {images.num_images} image: statistics need 2, and good ones thousands")
     sets = [images for images in (generated, reference.images) if images is not None]
-    # Before the work: what does not fit should not cost an hour.
+    # Check before hours of work.
     _check_sizes(sets, network)
     _check_statistics(generated, reference, network, device)
     if config.out.is_dir():
@@ -118,7 +118,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def _measure(
     images: ImageSet, network: FeatureNetwork, device: torch.device, batch_size: int, on_images: Callable[[int], None]
 ) -> Measured:
-    """Send a set through the network once."""
+    """Compute the features of a set in one pass."""
     exact = _exact_device(device)
     moments, spatial_moments = Moments(), Moments()
     features, logits = [], []
@@ -150,12 +150,12 @@ def _measure(
 
 
 def _exact_device(device: torch.device) -> torch.device:
-    """Where float64 is: Apple's GPUs have none."""
+    """Choose a device with float64, which Apple's GPUs lack."""
     return device if device.type == "cuda" else torch.device("cpu")
 
 
 def _check_sizes(sets: list[ImageSet], network: FeatureNetwork) -> None:
-    """Look at the first image of each set; that the others are as large is checked when they are read."""
+    """Check the first image of each set; the sizes of the others are checked when they are read."""
     named = {images.name: show_size(images.first_size()) for images in sets}
     taken = [show_size(size) for size in network.sizes]
     for name, size in named.items():
@@ -173,7 +173,7 @@ def _check_sizes(sets: list[ImageSet], network: FeatureNetwork) -> None:
 
 
 def _check_statistics(generated: ImageSet, reference: Reference, network: FeatureNetwork, device: torch.device) -> None:
-    """Send one image through the network, to see whether statistics are of as many features."""
+    """Send one image through the network, to check the number of features of the statistics."""
     _, image = next(generated.batches(1, network.channels))
     found = network(image.to(device))
     for names, gaussian, features in (
@@ -194,7 +194,7 @@ def _score(
     config: EvaluateConfig,
     device: torch.device,
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Compute what can be; return the scores, and of the others why they are left out."""
+    """Compute the scores that are possible; return them, and the reasons why others are missing."""
     exact = _exact_device(device)
     scores: dict[str, float] = {}
     left_out: dict[str, str] = {}
@@ -203,9 +203,9 @@ def _score(
         return NAMES[name][0 if network.is_standard else 1]
 
     gaussian = reference.features or (theirs.gaussian if theirs else None)
-    assert gaussian is not None  # a reference has the one or the other
+    assert gaussian is not None  # a reference has images or statistics
     scores[key("distance")] = metrics.frechet_distance(ours.gaussian, gaussian)
-    # Published statistics and images are of different sets, so one does not stand in for the other.
+    # Published statistics and images come from different sets, so do not replace one by the other.
     spatial = reference.spatial if reference.features else theirs.spatial if theirs else None
     if ours.spatial is None:
         left_out[key("spatial")] = f"features {network.name} have no spatial part"
@@ -242,14 +242,14 @@ def _score(
 
 
 def _some(features: Tensor, num: int, seed: int) -> Tensor:
-    """Choose at most `num` rows, at random but the same for a seed."""
+    """Choose at most `num` rows at random, the same for each seed."""
     if len(features) <= num:
         return features
     return features[torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:num]]
 
 
 def _warn(ours: Measured, theirs: Measured | None, reference: Reference, network: FeatureNetwork) -> list[str]:
-    """Say what makes these scores other than they look."""
+    """Warn about everything that makes these scores hard to compare."""
     warned = []
     dimension = ours.features.shape[1]
     distance = NAMES["distance"][2 if network.is_standard else 3]

@@ -1,4 +1,4 @@
-"""Networks that features come from; but for the shipped one, TorchScript files.
+"""Feature networks: the shipped one, and TorchScript files.
 
 inception   the graph of 2015 that FID is defined with, as NVIDIA converted it: three of its layers in one pass
 clothes     shipped: a small classifier of Fashion-MNIST, for grey images of 28 or 32 pixels
@@ -36,7 +36,7 @@ Pixels = Literal["uint8", "float"]
 
 @dataclass(frozen=True)
 class Features:
-    """What a network says of b images, in float32.
+    """The outputs of a feature network for b images, in float32.
 
     Attributes:
         features: (b, d).
@@ -51,7 +51,7 @@ class Features:
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """A network and what must be known of it to compare numbers.
+    """A feature network, and what must be the same for scores to be comparable.
 
     Attributes:
         name: "inception", "clothes", or the file's.
@@ -69,17 +69,17 @@ class FeatureNetwork:
 
     @property
     def is_standard(self) -> bool:
-        """Whether distances of its features have the names that papers use."""
+        """Whether distances of its features are called by the names in papers, such as FID."""
         return self.name == "inception"
 
     def __call__(self, images: Tensor) -> Features:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
-            # Rounding to TF32, which CUDA's convolutions do by default, moves scores.
+            # TF32, which CUDA convolutions use by default, changes scores.
             stack.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False))
             try:
                 found = self.extract(images)
-            except (RuntimeError, torch.jit.Error) as error:  # the last line says what the module cannot do
+            except (RuntimeError, torch.jit.Error) as error:  # the last line of the error says why
                 if "out of memory" in str(error):
                     raise ConfigError(f"{len(images)} images at once do not fit: give a smaller batch_size") from error
                 said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -91,7 +91,7 @@ class FeatureNetwork:
 
 
 def open_features(name: str, device: torch.device, pixels: Pixels = "uint8") -> FeatureNetwork:
-    """Open a network by name or file; a file that has the checksum of the standard graph is the standard graph.
+    """Open a network by name or file; a file with the checksum of the standard graph counts as the standard graph.
 
     Args:
         name: "inception", "clothes", or the path of a TorchScript file.
@@ -99,13 +99,13 @@ def open_features(name: str, device: torch.device, pixels: Pixels = "uint8") -> 
         pixels: what a file takes: uint8 from 0 to 255, or float32 from 0 to 1.
 
     Raises:
-        ConfigError: there is no such file, it is no TorchScript, or pixels is given for a network that is known.
+        ConfigError: the file is missing or not TorchScript, or pixels is given for a known network.
     """
     if name == "clothes":
         _check_pixels(name, pixels)
         with as_file(files("lamamba") / "assets" / "clothes" / "features.safetensors") as weights:
             network = ClothesNetwork()
-            found = load_file(weights)  # float16 in the file, float32 from here on
+            found = load_file(weights)  # stored as float16, used as float32
             check_weights(weights, network.state_dict(), found)
             network.load_state_dict(found)
             extract = _caller(network.eval().to(device), name, pixels)
@@ -128,7 +128,7 @@ def _check_pixels(name: str, pixels: Pixels) -> None:
 def _load(path: Path, device: torch.device) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of the format, which these networks come in
+            warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript, the format of these networks
             return torch.jit.load(path, map_location=device).eval()
     except RuntimeError as error:
         raise ConfigError(
@@ -153,9 +153,9 @@ def _caller(module: Any, name: str, pixels: Pixels) -> Callable[[Tensor], Featur
 
 
 class _Inception:
-    """The graph of 2015 by its layers: pooled features, logits without bias, and those of mixed_6/conv for sFID.
+    """The Inception graph of 2015: pooled features, logits without bias, and mixed_6/conv features for sFID.
 
-    All three from one pass; the first images are also sent through the module as a whole, and must get the same.
+    One pass computes all three. For the first images, they are compared with the outputs of the whole module.
     """
 
     def __init__(self, module: Any) -> None:
@@ -191,7 +191,7 @@ def _agree(a: Tensor, b: Tensor) -> bool:
 def resize_as_in_2015(images: Tensor, size: int = 299) -> Tensor:
     """Scale images (b, c, h, w) to `size` square as the graph does: linear, with pixel i at i h / size, no smoothing.
 
-    So pixels are placed by their corners, not their centres, and images larger than `size` alias: FID is defined so.
+    Pixels are placed by their corners, not their centers, and images larger than `size` alias. FID is defined so.
     """
     for dim in (2, 3):
         length = images.shape[dim]
@@ -205,10 +205,10 @@ def resize_as_in_2015(images: Tensor, size: int = 299) -> Tensor:
 
 
 def _fetched_inception() -> Path:
-    """Return the standard graph's file in the cache, fetched the first time.
+    """Return the file of the standard graph in the cache; download it the first time.
 
     Raises:
-        ConfigError: it cannot be fetched, or is not the file that it should be.
+        ConfigError: it cannot be downloaded, or its checksum is wrong.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lamamba"
     path = cache / INCEPTION_URL.rsplit("/", 1)[-1]
@@ -223,7 +223,7 @@ def _fetched_inception() -> Path:
                     raise ConfigError(
                         f"what {INCEPTION_URL} gave is not the file of checksum {INCEPTION_SHA256}: {by_hand}"
                     )
-        except OSError as error:  # no network is one too
+        except OSError as error:  # includes a missing network
             reason = getattr(error, "reason", error)
             raise ConfigError(f"the Inception network could not be fetched to {path} ({reason}): {by_hand}") from error
     elif checksum(path) != INCEPTION_SHA256:

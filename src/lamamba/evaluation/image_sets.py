@@ -1,4 +1,4 @@
-"""What is scored and against what: a folder of images, a .npz of images, published statistics, Fashion-MNIST."""
+"""Sets of images to score: a folder, a .npz of images, published statistics, Fashion-MNIST."""
 
 import hashlib
 import json
@@ -28,9 +28,9 @@ _NAMED: Mapping[str, Callable[[Path | None], ArraySource]] = {
     "fashion-mnist": lambda folder: load_fashion_mnist("train", folder=folder),
     "fashion-mnist-test": lambda folder: load_fashion_mnist("test", folder=folder),
 }
-_MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**26)  # of an image in a .npz: what Pillow allows one in a file
-_MOST_FEATURES = 16_384  # of statistics: their covariance has 2 GiB
-_MOST_VALUES = 10  # of a setting that differs from image to image; of more, how many there are
+_MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**26)  # of an image in a .npz: Pillow's limit for files
+_MOST_FEATURES = 16_384  # in statistics: a covariance of 2 GiB
+_MOST_VALUES = 10  # named of a setting that differs between images; of the others, only the number
 
 
 @dataclass
@@ -65,7 +65,7 @@ class ImageSet:
         """Yield names and uint8 (b, channels, h, w).
 
         Raises:
-            DataError: an image cannot be read, has another size than the first, or is in colour where channels is 1.
+            DataError: an image cannot be read, has another size than the first, or is in color where channels is 1.
         """
         digest = hashlib.sha256()
         names, images, first = [], [], ""
@@ -91,7 +91,7 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Reference:
-    """What images are held against: images, or statistics of their features, or both.
+    """A reference for scores: images, statistics of their features, or both.
 
     Attributes:
         name: where it is from.
@@ -109,15 +109,15 @@ class Reference:
 
 
 def open_images(name: str, image_size: int | None = None, data_folder: Path | None = None) -> ImageSet:
-    """Open a folder of images (at any depth), a .npz of them, or what goes by a name; folders can be cropped.
+    """Open a folder of images (at any depth), a .npz of images, or a named set; images of a folder can be cropped.
 
     Args:
-        name: of the folder or file, or builtin, fashion-mnist or fashion-mnist-test.
+        name: path of the folder or file, or builtin, fashion-mnist or fashion-mnist-test.
         image_size: to crop a folder's images to.
         data_folder: where the files of Fashion-MNIST are.
 
     Raises:
-        DataError: there is no such thing, or no image in it.
+        DataError: the set is missing, or has no image.
     """
     reference = open_reference(name, image_size, data_folder)
     if reference.images is None:
@@ -129,10 +129,10 @@ def open_reference(name: str, image_size: int | None = None, data_folder: Path |
     """Open what `open_images` does, or a .npz of statistics (mu, sigma, mu_s, sigma_s), of images (arr_0), or of both.
 
     Raises:
-        DataError: there is no such thing, nothing in it can be used, or a statistic is no statistic.
+        DataError: the reference is missing, nothing in it can be used, or a statistic is invalid.
     """
     path = Path(name).expanduser()
-    if (path / SAMPLES).is_file():  # as `lamamba generate --format npz` leaves it
+    if (path / SAMPLES).is_file():  # written by `lamamba generate --format npz`
         path = path / SAMPLES
     if name in _NAMED:
         images = _NAMED[name](data_folder).images.transpose(0, 2, 3, 1)
@@ -146,14 +146,14 @@ def open_reference(name: str, image_size: int | None = None, data_folder: Path |
 
 
 def _as_grey(image: np.ndarray, name: str) -> np.ndarray:
-    """Make (h, w, c) grey; DataError where it is in colour."""
+    """Convert (h, w, c) to grey; DataError if the image is in color."""
     if (image != image[..., :1]).any():
-        raise DataError(f"{name} is in colour and these features are of grey images: give others (--features)")
+        raise DataError(f"{name} is in color and these features are of grey images: give others (--features)")
     return image[..., :1]
 
 
 def show_size(shape: tuple[int, ...]) -> str:
-    """Write height and width as people do."""
+    """Format height and width, such as 32x32."""
     return f"{shape[0]}x{shape[1]}"
 
 
@@ -179,7 +179,7 @@ def _open_folder(folder: Path, image_size: int | None) -> ImageSet:
 
     def read() -> Iterator[tuple[str, np.ndarray]]:
         with ThreadPoolExecutor() as threads:
-            for start in range(0, len(paths), 256):  # in pieces: all at once would fill the memory
+            for start in range(0, len(paths), 256):  # all at once would fill the memory
                 part = paths[start : start + 256]
                 yield from zip(part, threads.map(load, part), strict=True)
 
@@ -211,7 +211,7 @@ def _images_of(path: Path) -> ImageSet:
 
 
 def _stream(path: Path) -> Iterator[np.ndarray]:
-    """Read image after image, so that 10 GB of them are never in memory."""
+    """Yield one image after the other, so that 10 GB of images are never in memory at once."""
     with opened_array(path, "arr_0", "images") as array:
         count, *shape = array.shape
         for _ in range(count):
@@ -247,7 +247,7 @@ def _read_gaussian(path: Path, mean_name: str, covariance_name: str) -> Gaussian
 
 
 def read_settings(images: ImageSet) -> tuple[dict[str, Any] | None, list[str]]:
-    """Gather how images were made from the metadata that lamamba writes into PNG files, or beside a .npz.
+    """Read how images were made, from the metadata that lamamba writes into PNG files or beside a .npz.
 
     Returns:
         A setting that all images share has its value. Labels have their counts, seeds are first, last and how many

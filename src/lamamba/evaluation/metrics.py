@@ -23,7 +23,7 @@ KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
 IMAGES_PER_SPLIT = 5000
 MANIFOLD_K, DENSITY_K = 3, 5
 
-_BLOCK_BYTES = 1 << 28  # of a block of distances
+_BLOCK_BYTES = 1 << 28  # size of a block of distances
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Gaussian:
 
 
 class Moments:
-    """Mean and covariance of features that come in parts, which are never kept."""
+    """Accumulates the mean and covariance of features that arrive in batches, without storing the features."""
 
     def __init__(self) -> None:
         self.num_images = 0
@@ -43,12 +43,12 @@ class Moments:
         self.scatter = torch.zeros(())
 
     def add(self, features: Tensor) -> None:
-        """Take in features (b, d); the sums stay on their device, in float64."""
+        """Add features (b, d); the sums stay on their device, in float64."""
         features = features.to(torch.float64)
         num, mean = len(features), features.mean(dim=0)
         centred = features - mean
         scatter = centred.T @ centred
-        # Sums about the means so far (Chan et al. 1979), because sums of squares would cancel where means are large.
+        # Sum around the means so far (Chan et al. 1979): plain sums of squares lose precision if means are large.
         if self.num_images:
             total, shift = self.num_images + num, mean - self.mean
             scatter += self.scatter + torch.outer(shift, shift) * (self.num_images * num / total)
@@ -57,7 +57,7 @@ class Moments:
         self.num_images += num
 
     def gaussian(self) -> Gaussian:
-        """Return the mean and the unbiased covariance of all features, on the CPU; two are the least."""
+        """Return the mean and the unbiased covariance of all features, on the CPU; needs at least two features."""
         return Gaussian(self.mean.cpu(), (self.scatter / (self.num_images - 1)).cpu())
 
 
@@ -70,16 +70,16 @@ def frechet_distance(generated: Gaussian, reference: Gaussian) -> float:
     and accurate where covariances are singular.
 
     Raises:
-        DataError: a covariance has clearly negative eigenvalues, as no covariance has.
+        DataError: a covariance has clearly negative eigenvalues, so it is invalid.
     """
     means = (generated.mean - reference.mean).square().sum()
     traces = generated.covariance.trace() + reference.covariance.trace()
     roots = torch.linalg.svdvals(_root(generated.covariance) @ _root(reference.covariance)).sum()
-    return max(0.0, float(means + traces - 2 * roots))  # rounding: two equal sets are not nearer than 0
+    return max(0.0, float(means + traces - 2 * roots))  # rounding could make the distance of equal sets negative
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """Take the symmetric square root."""
+    """Compute the symmetric square root."""
     eigenvalues, vectors = torch.linalg.eigh(covariance)
     largest = eigenvalues[-1].clamp_min(0)
     if eigenvalues[0] < -1e-3 * largest or not largest.isfinite():
@@ -87,7 +87,7 @@ def _root(covariance: Tensor) -> Tensor:
             f"a covariance has eigenvalues from {float(eigenvalues[0]):.3g} to {float(largest):.3g}, and covariances "
             "have none below 0: compute these statistics again, in float64"
         )
-    # What rounding makes of 0, which the root would turn from 1e-16 into 1e-8.
+    # Remove rounding errors near 0: the root would turn 1e-16 into 1e-8.
     rounding = len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps * largest
     return (vectors * eigenvalues.where(eigenvalues > rounding, 0).sqrt()) @ vectors.T
 
@@ -183,7 +183,7 @@ def inception_score(logits: Tensor, *, seed: int = 0) -> tuple[float, float | No
     Features are shuffled, because images often come sorted by class, and split into parts of about 5000, as ADM has.
 
     Returns:
-        Mean and standard deviation over the parts; of a single one there is none.
+        Mean and standard deviation over the parts; a single part has no deviation.
     """
     from torchmetrics.image.inception import InceptionScore
 
@@ -197,7 +197,7 @@ def inception_score(logits: Tensor, *, seed: int = 0) -> tuple[float, float | No
 
 @contextmanager
 def _quiet_and_seeded(seed: int) -> Iterator[Any]:
-    """Draw torchmetrics' subsets from a seed, and leave out its advice on memory."""
+    """Draw the subsets of torchmetrics from a seed, and silence its advice on memory."""
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         torch.default_generator.manual_seed(seed)
