@@ -21,8 +21,8 @@ from lamamba.config import TrainConfig
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.model import LaMambaDiff
 from lamamba.pipeline import LaMambaDiffPipeline
+from lamamba.records import plain
 from lamamba.saving import save_checkpoint
-from lamamba.training import plain
 
 TINY = {"embed_dim": 8, "num_heads": 2, "in_channels": 1, "sample_size": 8, "num_classes": 2, "depths": (1, 1, 1, 1)}
 

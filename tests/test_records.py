@@ -13,9 +13,8 @@ from lamamba.errors import CheckpointError, DataError
 from lamamba.latents import Latents
 from lamamba.log import read_log
 from lamamba.model import LaMambaDiff
-from lamamba.records import MAX_BYTES, SchedulerRecord, parse_record, read_record, read_train_config
+from lamamba.records import MAX_BYTES, SchedulerRecord, parse_record, plain, read_record, read_train_config
 from lamamba.saving import save_checkpoint
-from lamamba.training import plain
 from test_weights import TINY, build_autoencoder, build_dit
 
 

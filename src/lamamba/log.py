@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -27,7 +26,7 @@ from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import atomic_write, utf8_path, write_text
 from lamamba.model import LaMambaDiff
 from lamamba.output import describe_duration, make_console, make_progress, say
-from lamamba.records import read_record
+from lamamba.records import plain, read_record
 from lamamba.streams import visible
 
 SHOWN_EVERY_S = 5.0  # loss and speed beside the progress bar; reading the loss waits for the device
@@ -369,9 +368,8 @@ def _start_tracker(config: TrainConfig) -> Any:
         raise ConfigError(
             f"tracker {config.tracker} is not installed ({error}): pip install {config.tracker}"
         ) from error
-    plain = json.loads(json.dumps(asdict(config), default=str))
     # Trackers take only UTF-8, and names of files may be anything.
-    options = {name: visible(value) if isinstance(value, str) else value for name, value in plain.items()}
+    options = {name: visible(value) if isinstance(value, str) else value for name, value in plain(config).items()}
     names = {"project": visible(config.project), "name": visible(config.out.resolve().name)}
     run: dict[str, Any] = {**names, "config": options}
     if config.tracker == "wandb":  # which knows runs by an identity

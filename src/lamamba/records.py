@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 
@@ -125,6 +125,12 @@ def is_run(folder: Path) -> bool:
     """Return whether a folder is a run, with or without checkpoints. Network folders have a config.json too."""
     path = folder / "config.json"
     return path.is_file() and _RunRecord.__optional_keys__ <= read_record(path, _RunRecord).keys()
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """Convert a configuration to the values that JSON has."""
+    content: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
+    return content
 
 
 def read_train_config(path: Path) -> TrainConfig:

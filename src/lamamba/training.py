@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from lamamba.log import SHORT_RUN_STEPS, SilentLog, TrainingLog, read_log
 from lamamba.memory import keep_freed_memory
 from lamamba.output import say
 from lamamba.processes import Processes, joined
-from lamamba.records import OriginRecord, is_run, read_record, read_train_config
+from lamamba.records import OriginRecord, is_run, plain, read_record, read_train_config
 from lamamba.sampling import choose_device
 from lamamba.signals import SignalsNoted, WaitInterrupted
 from lamamba.trainer import Trainer, describe_weight_decay, learning_rate
@@ -144,12 +144,6 @@ def check_resumable(config: TrainConfig, origin: Mapping[str, Any], checkpoint: 
             f"{config.out} was started with other options, leave them out to resume: {'; '.join(changed)}"
         )
     return notes
-
-
-def plain(config: TrainConfig) -> dict[str, Any]:
-    """Convert a configuration to what JSON holds."""
-    content: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
-    return content
 
 
 @dataclass(frozen=True)

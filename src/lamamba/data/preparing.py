@@ -1,4 +1,4 @@
-"""Shared by the commands that prepare a dataset: counts, progress bars, and errors of the disk."""
+"""Shared by the commands that prepare a dataset: counts, and errors of the disk."""
 
 import errno
 import os
