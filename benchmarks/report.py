@@ -207,6 +207,8 @@ def network_tables(records: list[Record]) -> list[str]:
                  other("peak_gib"), other("first_step_s")]
             )  # fmt: skip
         lines += [f"### {title}", ""]
+        if prefix == "train":
+            lines += ["`dit-xl-2` is DiT-XL/2 from diffusers, compiled. The first step includes compiling.", ""]
         lines += table(["network", "size", "px", "batch", "images/s", "ms", "peak GiB", "first step, s"], rows)
     return lines
 
@@ -264,7 +266,12 @@ def cpu_table(records: list[Record]) -> list[str]:
             ours = find(records, record.case, "lamamba", "ms")
             times = f"{record.value / ours.value:.1f}" if ours and ours is not record else ""
             rows.append([record.case, record.provider, str(record.batch), record.dtype, cell(record), times])
-    return table(["case", "implementation", "batch", "dtype", "ms", "times as long as lamamba"], rows)
+    said = [
+        "`scan_both_sequence` is the forward and backward pass of one scan over a sequence, and `train_nano` is a",
+        "training step of `nano`. The naive implementations compute the scan step by step in a Python loop.",
+        "",
+    ]
+    return said + table(["case", "implementation", "batch", "dtype", "ms", "times as long as lamamba"], rows)
 
 
 def plot_speed(records: list[Record], path: Path) -> bool:
@@ -273,6 +280,13 @@ def plot_speed(records: list[Record], path: Path) -> bool:
 
     largest = {("s", "256"): 256, ("b", "256"): 128, ("l", "256"): 128, ("xl", "256"): 128, ("xl", "512"): 32}
     states = {"lamamba": "1 state", "lamamba-16-states": "16 states"}
+    states = {key: name for key, name in states.items() if any(record.provider == key for record in records)}
+    measured = {record.case for record in records if record.provider in states}
+    largest = {
+        (size, pixels): batch
+        for (size, pixels), batch in largest.items()
+        if {f"train_{size}_{pixels}", f"infer_{size}_{pixels}"} & measured
+    }
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     drawn = False
     for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("train", "infer"), strict=True):
@@ -281,7 +295,9 @@ def plot_speed(records: list[Record], path: Path) -> bool:
                 ratio = against_dit(f"{kind}_{size}_{pixels}", "images_per_s", batch, provider)(records)
                 if ratio is not None:
                     drawn = True
-                    bars = axes.bar(place + 0.4 * index - 0.2, ratio, 0.38, color=f"C{index}", label=name)
+                    bars = axes.bar(
+                        place + 0.4 * (index - (len(states) - 1) / 2), ratio, 0.38, color=f"C{index}", label=name
+                    )
                     axes.bar_label(bars, [f"{ratio:.2f}"], fontsize=7)
         names = [f"{size.upper()}, {pixels} px\nbatch {batch}" for (size, pixels), batch in largest.items()]
         axes.set_xticks(range(len(largest)), names, fontsize=7)
@@ -337,7 +353,7 @@ def gpu_section(run: Run, docs: Path, notes: str) -> list[str]:
     lines = heading(run)
     picture = docs / "performance" / f"{run.slug}-speed.png"
     if plot_speed(records, picture):
-        lines += [f"![Speed over DiT of the same size, with one and sixteen states](performance/{picture.name})", ""]
+        lines += [f"![Speed over DiT of the same size, in training and inference](performance/{picture.name})", ""]
     targets = target_table(records)
     if targets:
         lines += [
@@ -354,7 +370,9 @@ def gpu_section(run: Run, docs: Path, notes: str) -> list[str]:
     if resolution:
         picture = docs / "performance" / f"{run.slug}-resolution.png"
         plot_resolution(records, picture)
-        said = "Time of inference per image pixel. Batches have the same number of pixels at every image size."
+        said = (
+            "Inference time per image pixel. Every batch has the same total number of pixels, whatever the image size."
+        )
         lines += ["### Resolution", "", said, "", *resolution]
         lines += [f"![Time of a pixel over the size of the image](performance/{picture.name})", ""]
     scans = scan_table(records)
@@ -362,16 +380,18 @@ def gpu_section(run: Run, docs: Path, notes: str) -> list[str]:
         copy = find(records, "copy", "pytorch", "gb_per_s")
         lines += ["### The scan alone", ""]
         lines += [
-            "GB/s counts each input and output of all four paths once, which is the least that a scan has to move."
+            "GB/s counts each input and output of all four paths once, the least that a scan has to move. `fla` is",
+            "flash-linear-attention's HGRN recurrence. `end to end` does the same work as `lamamba`; `alone` is only",
+            "the recurrence, with inputs already in its own layout.",
         ]
         lines += [f"On this machine, a plain copy reaches {cell(copy)} GB/s." if copy else "", "", *scans]
     profiled = profile_table(records)
     if profiled:
         lines += ["### Where a training step's time goes", ""]
         lines += [
-            "A training step of XL-256, by groups of operations. The limit of a group is the time to move the inputs",
-            "and outputs of each operation once at the speed of a copy, or to compute its matrix products at the",
-            "measured peak.",
+            "This is a training step of XL-256 with batch 128, split into groups of operations. The limit of a group",
+            "is a lower bound on its time. For matrix products, it is their time at the measured peak. For all other",
+            "operations, it is the time to move their inputs and outputs once at the speed of a copy.",
             "",
             *profiled,
         ]
@@ -393,7 +413,8 @@ def write_page(runs: list[Run], docs: Path, notes: str = "") -> Path:
     lines = [
         "# Performance", "",
         "`make performance` generates this page from the records in `benchmarks/results/`, which `make bench` writes.",
-        "Values are medians. Brackets show the 20th and 80th percentiles of the repetitions, where they differ.", "",
+        "Values are medians. Brackets show the 20th and 80th percentiles of the repetitions, where they differ. Each",
+        "section names the commits that were measured; later changes are not in its tables.", "",
     ]  # fmt: skip
     for run in runs:
         lines += [*heading(run), *cpu_table(run.records)] if run.on_cpu else gpu_section(run, docs, notes)
