@@ -11,11 +11,13 @@ dit-SIZE-2-diffusers DiT in diffusers' layout, its block compiled
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lamamba.captured import modulations_ahead
 from lamamba.model import LaMambaDiff
 from lamamba.ops.launch import rehearse
 
@@ -125,7 +127,10 @@ def inference_step(network: nn.Module, batch: Batch) -> Callable[[], object]:
 
     @torch.no_grad()
     def step() -> object:
-        return network(*batch)
+        # As sampling records it.
+        is_recorded = CUDA and torch.cuda.is_current_stream_capturing()
+        with modulations_ahead(network) if is_recorded else nullcontext():
+            return network(*batch)
 
     return prepared(network, step)
 
