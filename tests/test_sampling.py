@@ -247,6 +247,28 @@ def test_every_sampler_starts_from_an_image_and_keeps_what_is_not_masked(network
         assert float((painted - x_0)[..., :4].norm()) > 0.2
 
 
+@pytest.mark.parametrize("sampler", Diffusion.samplers)
+def test_schedulers_that_clip_correctly_are_left_to_it(network: LaMambaDiff, sampler: str) -> None:
+    scheduler = make_scheduler(Diffusion(), sampler, 5, clip_sample=True)
+    generators = [torch.Generator().manual_seed(4)]
+    x, options = torch.randn((1, 1, 8, 8), generator=generators[0]), {}
+    if sampler in ("ancestral", "sde-dpm++"):
+        options = {"generator": generators}
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            out = network(x, t.expand(1), torch.tensor([1]))
+            out = out if sampler == "ancestral" else out.chunk(2, dim=1)[0]  # which takes the variance too
+            x = scheduler.step(out, t, x, return_dict=False, **options)[0]
+    previews: list[Tensor] = []
+    clipped = sample(
+        network, Diffusion(), [1], [4], sampler=sampler, num_steps=5, clip_sample=True,
+        callback=lambda step: previews.append(step.x_0),
+    )  # fmt: skip
+    assert torch.equal(clipped, x)
+    assert not torch.equal(clipped, sample(network, Diffusion(), [1], [4], sampler=sampler, num_steps=5))
+    assert max(float(x_0.abs().max()) for x_0 in previews) <= 1 + 1e-4
+
+
 def test_weights_of_labels_are_labels_and_their_mixtures(network: LaMambaDiff) -> None:
     rows = torch.tensor([[0.0, 1, 0, 0], [0, 0, 0, 1]])
     x = sample(network, Diffusion(), rows, [1, 2], num_steps=3, guidance_scale=2.0)

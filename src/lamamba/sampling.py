@@ -69,10 +69,13 @@ def denoise(
     """
     for index, t in enumerate(steps.timesteps):
         x_t, times = steps.scaled(x, t), t.expand(len(x))
-        out = steps.clipped(x_t, t, denoiser(x_t, times, y))
+        out = denoiser(x_t, times, y)
+        if steps.needs_clipping:
+            out = steps.clipped(x_t, t, out)
 
-        def predict_x_0(x_t: Tensor = x_t, times: Tensor = times, out: Tensor = out) -> Tensor:
-            return steps.objective.predict_x_0(x_t, times, out.chunk(2, dim=1)[0])
+        def predict_x_0(x_t: Tensor = x_t, t: Tensor = t, out: Tensor = out) -> Tensor:
+            prediction = steps.clipped(x_t, t, out).chunk(2, dim=1)[0]
+            return steps.objective.predict_x_0(x_t, t.expand(len(x_t)), prediction)
 
         step = Step(index, len(steps.timesteps), t, steps.step(out, t, x, generators), predict_x_0)
         if callback is not None:

@@ -198,6 +198,9 @@ class Steps:
         self._takes_variance = option(self.scheduler, "variance_type") == "learned_range"
         self._thresholds = bool(option(self.scheduler, "thresholding"))
         self._clips = self._thresholds or bool(option(self.scheduler, "clip_sample"))
+        # Whether `clipped` has to be applied before `step`. These schedulers clip correctly by themselves.
+        own = (diffusers.DDPMScheduler, diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler)
+        self.needs_clipping = self._clips and not (self._thresholds and isinstance(self.scheduler, own))
         self._takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
 
     def begin(self, noise: Tensor, start: Tensor | None = None) -> Tensor:
@@ -224,8 +227,8 @@ class Steps:
     def clipped(self, x_t: Tensor, t: Tensor, out: Tensor) -> Tensor:
         """Change predictions so that they imply clean images within the scheduler's limits, if it has limits.
 
-        The schedulers' own clipping is not enough: some clip the clean image but keep the unclipped noise, which then
-        no longer matches (DDIM by default). After this, clipping by the scheduler changes nothing.
+        The clipping of some schedulers is not enough (`needs_clipping`): they clip the clean image but keep the
+        unclipped noise, which then no longer matches (DDIM by default).
 
         Args:
             x_t: (b, c, h, w) input of the network.
