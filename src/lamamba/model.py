@@ -326,16 +326,12 @@ class Block(nn.Module):
         modulation: Tensor = self.modulation(F.silu(self.condition_projection(condition)))
         return modulation
 
-    def forward(
-        self, x: Tensor, condition: Tensor, residual: Residual | None = None, modulation: Tensor | None = None
-    ) -> tuple[Tensor, Residual]:
+    def forward(self, x: Tensor, condition: Tensor, residual: Residual | None = None) -> tuple[Tensor, Residual]:
         """Run the block on x and the previous block's residual, not added yet; return both for the next block.
 
-        Each branch's output is added together with the next normalization, so x is read only once for both. Pass
-        `modulation` if `modulate` has already run.
+        Each branch's output is added together with the next normalization, so x is read only once for both.
         """
-        modulation = self.modulate(condition) if modulation is None else modulation
-        parts = iter(modulation.unflatten(1, (-1, x.shape[-1])).unbind(1))
+        parts = iter(self.modulate(condition).unflatten(1, (-1, x.shape[-1])).unbind(1))
         for branch, norm in self._branches():
             shift_scale, gate = (next(parts), next(parts)), next(parts)
             if residual is None:
