@@ -104,8 +104,19 @@ def fit_table(model: Model) -> list[str]:
         if not point.shard:
             errors.append((abs(predicted.ms / point.ms - 1), abs(predicted.memory_gib / point.memory_gib - 1)))
     worst = [f"{max(values):.1%}" for values in zip(*errors, strict=True)]
-    header = ["network", "GPUs", "images a GPU", "images/s", "ms", "predicted", "", "GiB", "predicted", ""]
-    said = f"Where it is not sharded, the prediction is off by {worst[0]} at most in time, by {worst[1]} in memory."
+    header = [
+        "network",
+        "GPUs",
+        "images per GPU",
+        "images/s",
+        "ms",
+        "predicted ms",
+        "error",
+        "GiB",
+        "predicted GiB",
+        "error",
+    ]
+    said = f"Without sharding, predictions are off by at most {worst[0]} in time and {worst[1]} in memory."
     return [f"{model.gpu}, {model.versions}.", "", *table(header, rows), said, ""]
 
 
@@ -119,19 +130,19 @@ def constants_table(model: Model) -> list[str]:
             [name, f"{state / 1e9:.3f}", *(f"{value:.3g}" for value in (ms.fixed, ms.slope, gib.fixed, gib.slope))]
         )
     alone = [
-        *([f"{kind.replace('_', ' ')}, GB/s", number(speed)] for kind, speed in model.sent_gb_per_s.items()),
-        ["latency by which a step gets longer, ms", f"{model.exposed_ms.fixed:.2f}"],
-        ["share of a bare all-reduce by which a step gets longer", f"{model.exposed_ms.slope:.2f}"],
-        ["launching of a sharded step, ms", f"{model.launching_ms:.0f}"],
+        *([f"{kind.replace('_', '-')}, GB/s", number(speed)] for kind, speed in model.sent_gb_per_s.items()),
+        ["latency: constant part of what communication adds to a step, ms", f"{model.exposed_ms.fixed:.2f}"],
+        ["share of a bare all-reduce that adds to a step", f"{model.exposed_ms.slope:.2f}"],
+        ["launching: a sharded step, ms", f"{model.launching_ms:.0f}"],
         ["NCCL, GiB", f"{model.together_gib:.2f}"],
-        ["noise, numbers a nanosecond", number(model.noise_numbers_per_ns)],
+        ["noise, numbers per ns", number(model.noise_numbers_per_ns)],
         *(
-            [f"latents of {side}x{side} that a process reads in a second", number(speed)]
+            [f"latents of {side}x{side} that one process reads, images/s", number(speed)]
             for side, speed in model.latents_per_s.items()
         ),
     ]
     header = ["network", "S, GB", "fixed, ms", "slope, ms", "rest, GiB", "slope, GiB"]
-    return [*table(header, rows), *table(["of two GPUs, or one", "measured"], alone)]
+    return [*table(header, rows), *table(["measured on one or two GPUs", "value"], alone)]
 
 
 def prediction_row(model: Model, config: PlanConfig) -> list[str]:
@@ -150,11 +161,11 @@ def prediction_row(model: Model, config: PlanConfig) -> list[str]:
 def predictions_table(model: Model) -> list[str]:
     """Predict XL-512: with as many images on every GPU, and with one batch shared by more and more of them."""
     header = [
-        "GPUs", "batch", "a GPU", "sharded", "images/s", "efficiency", "communication, ms", "GiB", "MB/s a host",
-        "GPU-hours", "days", "limited by",
+        "GPUs", "batch", "images per GPU", "sharded", "images/s", "efficiency", "communication, ms", "GiB",
+        "MB/s per host", "GPU-hours", "days", "limited by",
     ]  # fmt: skip
     lines = []
-    for title, batch in (("32 images on every GPU", None), ("A batch of 1,024 shared by all", 1024)):
+    for title, batch in (("32 images per GPU", None), ("A batch of 1,024, divided among all GPUs", 1024)):
         configs = [
             PlanConfig("xl-512", gpus=gpus, batch_size=batch, shard=shard)
             for gpus in (8, 64, 512)
@@ -166,9 +177,10 @@ def predictions_table(model: Model) -> list[str]:
         for config in configs:
             if config not in fitting:
                 needed = predict(config, model).memory_gib
+                sharded = " with sharding" * config.shard
                 lines += [
-                    f"{config.gpus} GPUs{' sharded' * config.shard} do not hold it: {needed:.0f} GiB each, of "
-                    f"{config.gpu_memory_gib:g}.",
+                    f"This batch does not fit on {config.gpus} GPUs{sharded}: it needs {needed:.0f} GiB per GPU, and "
+                    f"an H100 has {config.gpu_memory_gib:g}.",
                     "",
                 ]
     return lines
@@ -185,7 +197,7 @@ def network_table(model: Model) -> list[str]:
                 for speed in speeds
             ]
             rows.append([str(gpus), str(images), *(f"{plan.efficiency:.0%}" for plan in plans)])
-    return table(["GPUs", "images a GPU", *(f"{speed:g} GB/s" for speed in speeds)], rows)
+    return table(["GPUs", "images per GPU", *(f"{speed:g} GB/s" for speed in speeds)], rows)
 
 
 TABLES = {

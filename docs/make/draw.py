@@ -133,7 +133,7 @@ def sizes() -> str:
 
 def plans() -> str:
     """Lay out the table of predicted trainings of 400 million images."""
-    rows = ["| network | GPUs | batch | images/s | GiB a GPU | GPU-hours | days |", "| --- " + "| ---: " * 6 + "|"]
+    rows = ["| network | GPUs | batch | images/s | GiB per GPU | GPU-hours | days |", "| --- " + "| ---: " * 6 + "|"]
     for name, gpus, batch in (("s-256", 1, 256), ("b-256", 8, 1024), ("xl-256", 8, 256), ("xl-512", 8, 256)):
         config = PlanConfig(name, gpus=gpus, batch_size=batch)
         predicted = predict(config)
