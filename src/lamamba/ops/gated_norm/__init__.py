@@ -1,7 +1,7 @@
-"""The end of a scan: add up its paths, normalize, and gate by SiLU(z) (VMamba, Liu et al. 2024, arXiv 2401.10166).
+"""Add up the paths of a scan, normalize, and gate by SiLU(z) (VMamba, Liu et al. 2024, arXiv 2401.10166).
 
-`reference.py` is the meaning and runs on any device; `loops.py` and `cpu.py` are the version for CPUs, `kernels.py` and
-`triton.py` the one for GPUs.
+`reference.py` defines the operation and runs on any device. `loops.py` and `cpu.py` are the version for CPUs,
+`kernels.py` and `triton.py` the version for GPUs.
 """
 
 import torch
@@ -17,13 +17,13 @@ __all__ = ["gated_norm"]
 def gated_norm(
     planes: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, backend: Backend = "auto"
 ) -> Tensor:
-    """Add up planes, normalize the sum over its channels, and multiply by SiLU(z).
+    """Add up planes, normalize the sum over the channels, and multiply by SiLU(z).
 
         y = sum of planes            out = (weight (y - mean) / sqrt(variance + eps) + bias) silu(z)
 
     Args:
-        planes: (p, b, h, w, e) what the paths left; added up in float32, y is in the dtype of planes.
-        z: (b, h, w, e) gate; the kernels read half of a tensor's channels where they lie, without a copy.
+        planes: (p, b, h, w, e) outputs of the paths. The sum is taken in float32 and rounded to their dtype.
+        z: (b, h, w, e) gate. It may be half of the channels of a tensor; the kernels read it without a copy.
         weight: (e,).
         bias: (e,).
         eps: positive.

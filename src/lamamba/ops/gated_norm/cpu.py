@@ -11,7 +11,7 @@ from lamamba.ops.threads import array, share_images
 
 
 class GatedNorm(torch.autograd.Function):
-    """The norm of y, (b, h, w, e), and its gate; arguments and result as in `lamamba.ops.gated_norm`, all float32."""
+    """Normalize and gate y, (b, h, w, e); arguments and result as in `lamamba.ops.gated_norm`, all float32."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

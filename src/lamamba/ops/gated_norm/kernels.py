@@ -1,6 +1,6 @@
-"""What runs on the GPU: the sum of planes, its LayerNorm and the gate, forwards and backwards; see README.md.
+"""Triton kernels of the gated norm, forward and backward; see README.md.
 
-One program takes some pixels, a few rows of channels at a time (`lamamba.ops.rows`).
+One program processes some pixels, a few rows of channels at a time (`lamamba.ops.rows`).
 
 Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
 """
@@ -23,7 +23,7 @@ from lamamba.ops.rows import (
 
 @triton.jit
 def _load_parameters(p_parameters, CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
-    """Load the weight or the bias in float32: a tuple of blocks (1, piece)."""
+    """Load the weight or the bias in float32, as a tuple of blocks (1, piece)."""
     parameters = ()
     for piece in tl.static_range(PIECES):
         o_c, m_c = channels_of(piece, CHANNELS, PIECE)
@@ -38,7 +38,10 @@ def gated_norm_forward_kernel(
     PLANES: tl.constexpr,
     CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Add up the planes, normalize, multiply by SiLU(z); z_stride is from pixel to pixel, p_y None if not wanted."""
+    """Add up the planes, normalize, and multiply by SiLU(z).
+
+    `z_stride` is the distance between pixels of z. `p_y` is None if the sum of the planes is not needed.
+    """
     first = tl.program_id(0) * pixels_per_program
     end = tl.minimum(first + pixels_per_program, num_pixels)
     plane_stride = tl.cast(num_pixels, tl.int64) * CHANNELS
@@ -55,7 +58,7 @@ def gated_norm_forward_kernel(
         if PLANES > 1:
             rounded = ()
             for piece in tl.static_range(PIECES):
-                # Rounded as it is kept, so that the backward pass normalizes the same.
+                # Round as the saved tensor is rounded, so that the backward pass normalizes the same values.
                 rounded = rounded + (y[piece].to(p_planes.dtype.element_ty).to(tl.float32),)
             y = rounded
             if p_y is not None:
@@ -74,9 +77,10 @@ def gated_norm_backward_kernel(
     z_stride, eps, num_pixels, pixels_per_program,
     CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Normalize again, and from that compute every gradient.
+    """Recompute the normalized values, and compute all gradients.
 
-    Those of the weight and the bias are summed over the program's pixels; the caller adds up (programs, 2, e).
+    The gradients of the weight and the bias are summed over the pixels of the program, (programs, 2, e). The caller
+    adds up the programs.
     """
     first = tl.program_id(0) * pixels_per_program
     end = tl.minimum(first + pixels_per_program, num_pixels)

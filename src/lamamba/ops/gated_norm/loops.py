@@ -1,6 +1,6 @@
-"""The gated norm on a CPU, in one pass: loops over channels that numba compiles to vector code.
+"""The gated norm on a CPU, in one pass, as loops over channels that numba compiles to vector code.
 
-Equations in README.md. Arguments are contiguous:
+README.md has the equations. Arguments are contiguous:
 
     y, z, out, grad_*   (b, h, w, e)          weight, bias   (e,)          sums   (b, 2, e)
 """
@@ -13,14 +13,14 @@ from lamamba.ops.compiled import compiled, exp, f32, moments
 
 @njit(inline="always")
 def sigmoid(z):
-    """1 / (1 + e^-z), by the exponential of what is not positive."""
+    """Compute 1 / (1 + e^-z) from e^-|z|, which cannot overflow."""
     u = exp(-abs(z))
     return (f32(1) if z >= 0 else u) / (f32(1) + u)
 
 
 @compiled
 def gated_norm_forward(y, z, weight, bias, eps, out):
-    """Write out."""
+    """Compute out."""
     batch, height, width, channels = y.shape
     for b in range(batch):
         for i in range(height):
@@ -32,14 +32,14 @@ def gated_norm_forward(y, z, weight, bias, eps, out):
 
 
 def gated_norm_backward(grad, y, z, weight, bias, eps, grad_y, grad_z, sums):
-    """Write the gradients of y and z, and sums over an image's pixels: the gradients of weight and bias."""
+    """Compute the gradients of y and z, and, as sums over the pixels of each image, of weight and bias."""
     of_row, grad_normed = np.empty(sums.shape[1:], f32), np.empty(sums.shape[2], f32)
     _backward(grad, y, z, weight, bias, eps, grad_y, grad_z, sums, of_row, grad_normed)
 
 
 @compiled
 def _backward(grad, y, z, weight, bias, eps, grad_y, grad_z, sums, of_row, grad_normed):
-    """Add up a row's pixels first, then rows: a sum of few numbers is rounded less."""
+    """Add up the pixels of a row first, then rows: shorter sums have smaller rounding errors."""
     batch, height, width, channels = y.shape
     grad_weight, grad_bias = of_row[0], of_row[1]
     for b in range(batch):

@@ -1,4 +1,4 @@
-"""The meaning of the gated norm, in plain PyTorch."""
+"""The definition of the gated norm, in plain PyTorch."""
 
 import torch.nn.functional as F
 from torch import Tensor

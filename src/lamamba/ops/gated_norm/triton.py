@@ -1,4 +1,4 @@
-"""The kernels of `kernels.py` as one differentiable operation that torch.compile sees as a whole."""
+"""The kernels of `kernels.py` as one differentiable operation that torch.compile can see."""
 
 from typing import Any, NamedTuple
 
@@ -10,8 +10,9 @@ from lamamba.ops.gated_norm.kernels import gated_norm_backward_kernel, gated_nor
 from lamamba.ops.launch import launch
 from lamamba.ops.rows import cut_rows
 
-# Enough to keep a large GPU busy; with more pixels each program takes more of them. Backwards each leaves two sums, and
-# there are as many as run at once: more where rows are so narrow that one warp is a program.
+# Enough warps to keep a large GPU busy; with more pixels, each program takes more of them. In the backward pass each
+# program writes two sums, so there are only as many programs as run at once: more for narrow rows, where a program is
+# one warp.
 FORWARD_WARPS, BACKWARD_WARPS, BACKWARD_NARROW = 32768, 1024, 1536
 
 
@@ -33,7 +34,7 @@ def _plan(z: Tensor, wanted_warps: int) -> _Plan:
 
 
 def _readable(z: Tensor) -> tuple[Tensor, int]:
-    """Give z, and how far apart its pixels are; a copy only where they are not evenly spaced."""
+    """Return z and the distance between its pixels; z is copied only if its pixels are not evenly spaced."""
     _, height, width, channels = z.shape
     stride = z.stride(2)
     if z.stride() == (height * width * stride, width * stride, stride, 1):
@@ -45,11 +46,11 @@ def _readable(z: Tensor) -> tuple[Tensor, int]:
 def gated_norm_triton(
     planes: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float, save: bool
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernels forwards; arguments as in `lamamba.ops.gated_norm`.
+    """Run the forward kernel; arguments as in `lamamba.ops.gated_norm`.
 
     Returns:
-        The result, and, where `save` asks for what the backward pass reads, the sum of the planes, (b, h, w, e) in
-        their dtype; but a single plane is its own sum.
+        The result, and the sum of the planes, (b, h, w, e) in their dtype, which the backward pass reads. The sum is
+        empty without `save`, and for a single plane, which is its own sum.
     """
     planes, weight, bias = planes.contiguous(), weight.contiguous(), bias.contiguous()
     z, z_stride = _readable(z)
@@ -77,10 +78,10 @@ def _(planes: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float, save:
 def _backward(
     grad_out: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the kernel backwards.
+    """Run the backward kernel.
 
     Returns:
-        The gradients of y, z, and of weight and bias together, (2, e) float32.
+        The gradients of y, of z, and of weight and bias stacked, (2, e) float32.
     """
     grad_out, y, weight, bias = grad_out.contiguous(), y.contiguous(), weight.contiguous(), bias.contiguous()
     z, z_stride = _readable(z)
@@ -117,7 +118,7 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_y: Tensor | None) -> tuple
     y, z, weight, bias = ctx.saved_tensors
     y = y[0] if ctx.num_planes == 1 else y
     grad_y, grad_z, (grad_weight, grad_bias) = _backward(grad_out, y, z, weight, bias, ctx.eps)
-    # Every plane's gradient is the same memory.
+    # The gradients of all planes share one memory.
     grad_planes = grad_y.expand(ctx.num_planes, *grad_y.shape)
     return grad_planes, grad_z, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None, None
 
