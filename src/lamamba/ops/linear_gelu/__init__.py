@@ -1,6 +1,6 @@
 """The first half of an MLP: a linear layer and the exact GELU (Hendrycks & Gimpel 2016, arXiv 1606.08415).
 
-`reference.py` is the meaning and runs on any device; `kernels.py` and `triton.py` are the version for GPUs.
+`reference.py` defines the operation and runs on any device. `kernels.py` and `triton.py` are the version for GPUs.
 """
 
 from torch import Tensor
@@ -20,11 +20,11 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, backend: Backend = "aut
     Args:
         x: (..., i).
         weight: (c, i).
-        bias: (c,); the kernels add it in float32, to the product as PyTorch's matrix product rounds it.
+        bias: (c,). The kernels add it in float32, to the product that PyTorch has rounded to its dtype.
         backend: see `lamamba.ops.backend`.
 
     Returns:
-        (..., c) in the dtype of the product, which is autocast's where that is on.
+        (..., c) in the dtype of the product, which is the autocast dtype where autocast is on.
 
     Raises:
         ValueError: shapes disagree, or the kernels cannot run on these tensors.

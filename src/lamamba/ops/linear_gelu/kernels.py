@@ -1,7 +1,7 @@
-"""What runs on the GPU: bias and GELU behind a matrix product, forwards and backwards; see README.md.
+"""Triton kernels for bias and GELU after a matrix product, forward and backward; see README.md.
 
-One program takes a block of columns, and some rows of it, a few at a time: what is known of the columns, the bias and
-the sum of its gradient, stays in registers.
+One program processes some rows of a block of columns, a few rows at a time. The bias of these columns and the sum of
+its gradient stay in registers.
 
 Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
 """
@@ -9,7 +9,7 @@ Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
 import triton
 import triton.language as tl
 
-# What a thread takes at once: two loads of 16 bytes, if they are of two-byte numbers. A warp reads 64 to 256 columns.
+# Values per thread: two loads of 16 bytes for 16-bit numbers. A warp reads 64 to 256 columns.
 VALUES_PER_THREAD, MIN_COLUMNS, MAX_COLUMNS, MAX_WARPS = 16, 64, 256, 4
 
 ROOT_HALF = tl.constexpr(0.7071067811865476)
@@ -18,7 +18,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def cut_columns(channels: int, num_rows: int) -> dict[str, int]:
-    """Say how many columns a program takes, how many rows at once, and by how many warps."""
+    """Choose the columns per program, the rows that it handles at once, and the number of warps."""
     without_rest = channels & -channels
     columns = min(max(MIN_COLUMNS, min(MAX_COLUMNS, without_rest)), triton.next_power_of_2(channels))
     values = 32 * MAX_WARPS * VALUES_PER_THREAD
@@ -29,24 +29,24 @@ def cut_columns(channels: int, num_rows: int) -> dict[str, int]:
 
 @triton.jit
 def _columns_of_program(CHANNELS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Give the program's columns, (1, columns), and which of them there are."""
+    """Return the columns of the program, (1, columns), and a mask of those that exist."""
     o_c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     return o_c, o_c < CHANNELS
 
 
 @triton.jit
 def _place(row, end, o_c, m_c, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
-    """Give where the values of the rows from `row` on lie, and which of them there are."""
+    """Return offsets of the values of ROWS rows from `row` on, and a mask of those that exist."""
     o_row = tl.arange(0, ROWS)[:, None]
     return tl.cast(row, tl.int64) * CHANNELS + (o_row * CHANNELS + o_c), (row + o_row < end) & m_c
 
 
 @triton.jit
 def _normal(b_z, PRECISE: tl.constexpr):
-    """Compute the normal distribution up to z, and its density there.
+    """Compute the cumulative distribution function and the density of the normal distribution at z.
 
-    Rounded to 16 bits the error function may be off by 1.5e-7 (Abramowitz & Stegun 1964, 7.1.26), at a third of the
-    instructions: it shares the exponential with the density.
+    For 16-bit results the error function may be off by 1.5e-7 (Abramowitz & Stegun 1964, 7.1.26). This takes a third of
+    the instructions, because it shares the exponential with the density.
     """
     b_exponential = tl.exp2(b_z * b_z * (-0.5 * LOG2_E))
     if PRECISE:
@@ -64,7 +64,7 @@ def linear_gelu_forward_kernel(
     p_x, p_bias, p_out, num_rows, rows_per_program,
     CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Add the bias, then take GELU."""
+    """Add the bias, then apply GELU."""
     o_c, m_c = _columns_of_program(CHANNELS, COLUMNS)
     first = tl.program_id(1) * rows_per_program
     end = tl.minimum(first + rows_per_program, num_rows)
@@ -82,7 +82,10 @@ def linear_gelu_backward_kernel(
     p_x, p_bias, p_grad_out, p_grad_x, p_sums, num_rows, rows_per_program,
     CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of x, and sum it over the program's rows; the caller adds up (programs of a column, c)."""
+    """Compute the gradient of x, and its sum over the rows of the program.
+
+    The caller adds up the sums, (programs of a column, c).
+    """
     o_c, m_c = _columns_of_program(CHANNELS, COLUMNS)
     first = tl.program_id(1) * rows_per_program
     end = tl.minimum(first + rows_per_program, num_rows)

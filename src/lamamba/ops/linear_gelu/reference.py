@@ -1,4 +1,4 @@
-"""The meaning of the linear layer and its GELU, in plain PyTorch."""
+"""The definition of the linear layer with GELU, in plain PyTorch."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,5 +7,5 @@ from lamamba.ops.linear import linear
 
 
 def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Apply the layer, then GELU; arguments and result as in `lamamba.ops.linear_gelu`."""
+    """Apply a linear layer, then GELU; arguments and result as in `lamamba.ops.linear_gelu`."""
     return F.gelu(linear(x, weight, bias))

@@ -1,4 +1,4 @@
-"""The kernels of `kernels.py` as one differentiable operation that torch.compile sees as a whole."""
+"""The kernels of `kernels.py` as one differentiable operation that torch.compile can see."""
 
 from typing import Any, NamedTuple
 
@@ -9,7 +9,8 @@ from torch import Tensor
 from lamamba.ops.launch import launch
 from lamamba.ops.linear_gelu.kernels import cut_columns, linear_gelu_backward_kernel, linear_gelu_forward_kernel
 
-# Enough to keep a large GPU busy; with more rows each program takes more of them. Backwards each leaves a sum.
+# Enough warps to keep a large GPU busy; with more rows, each program takes more of them. In the backward pass each
+# program writes a sum.
 FORWARD_WARPS, BACKWARD_WARPS = 16384, 8192
 
 
@@ -27,13 +28,13 @@ def _plan(x: Tensor, wanted_warps: int) -> _Plan:
     rows, num_blocks = constants["ROWS"], triton.cdiv(channels, constants["COLUMNS"])
     num_programs = triton.cdiv(wanted_warps, num_blocks * constants["num_warps"])
     rows_per_program = rows * triton.cdiv(triton.cdiv(num_rows, rows), num_programs)
-    # Programs that run one after the other take neighbouring columns of the same rows.
+    # Consecutive programs take neighboring columns of the same rows.
     return _Plan((num_blocks, triton.cdiv(num_rows, rows_per_program)), num_rows, rows_per_program, constants)
 
 
 @torch.library.custom_op("lamamba::bias_gelu", mutates_args=())
 def bias_gelu_triton(x: Tensor, bias: Tensor) -> Tensor:
-    """Run the kernels forwards: GELU of x, (..., c), plus bias, (c,), in the dtype of x."""
+    """Run the forward kernel: GELU of x + bias, with x (..., c) and bias (c,), in the dtype of x."""
     x, bias = x.contiguous(), bias.contiguous()
     out = x.new_empty(x.shape)
     plan = _plan(x, FORWARD_WARPS)
@@ -48,7 +49,7 @@ def _(x: Tensor, bias: Tensor) -> Tensor:
 
 @torch.library.custom_op("lamamba::bias_gelu_backward", mutates_args=())
 def _backward(grad_out: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Run the kernel backwards.
+    """Run the backward kernel.
 
     Returns:
         The gradients of x, and of bias in float32.
