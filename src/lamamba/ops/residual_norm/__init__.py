@@ -1,7 +1,7 @@
-"""Between a block's branches: add a gated branch to the stream, normalize, shift and scale (DiT, arXiv 2212.09748).
+"""Add a gated branch to the stream of a block, normalize, shift and scale (DiT, arXiv 2212.09748).
 
-`reference.py` is the meaning and runs on any device; `loops.py` and `cpu.py` are the version for CPUs, `kernels.py` and
-`triton.py` the one for GPUs.
+`reference.py` defines the operation and runs on any device. `loops.py` and `cpu.py` are the version for CPUs,
+`kernels.py` and `triton.py` the version for GPUs.
 """
 
 from typing import NamedTuple
@@ -17,15 +17,16 @@ __all__ = ["Residual", "add_gated", "layer_norm", "residual_norm"]
 
 
 class Residual(NamedTuple):
-    """What a branch leaves to be added to the stream: gate (branch + bias).
+    """The output of a branch, which is added to the stream as gate (branch + bias).
 
-    The bias is that of the branch's last layer, left out of the layer: here its gradient needs no pass of its own.
+    The bias belongs to the last layer of the branch, which leaves it out. Here its gradient needs no separate pass over
+    memory.
     """
 
     branch: Tensor
     """(b, h, w, c)."""
     gate: Tensor
-    """(b, c); it may be part of a larger tensor."""
+    """(b, c). It may be part of a larger tensor."""
     bias: Tensor | None = None
     """(c,), or None for 0."""
 
@@ -40,7 +41,7 @@ def residual_norm(
     dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Add a gated branch to the stream, and normalize the sum for the next branch.
+    """Add a gated branch to the stream, and normalize the result for the next branch.
 
         x_new = x + gate (branch + bias of the branch)
         normed = (weight xhat + bias) (1 + scale) + shift,   xhat = (x_new - mean) / sqrt(variance + eps) over channels
@@ -50,13 +51,13 @@ def residual_norm(
         residual: the branch, its gate and its bias.
         weight: (c,), or None for 1.
         bias: (c,), or None for 0.
-        modulation: shift and scale, each (b, c); None for 0. Like the gate they may be parts of a larger tensor.
+        modulation: shift and scale, each (b, c), or None for 0. Like the gate, they may be parts of a larger tensor.
         eps: positive.
-        dtype: of `normed`, what the next branch takes; None is that of x.
+        dtype: dtype of `normed`, for the next branch; None means the dtype of x.
         backend: see `lamamba.ops.backend`.
 
     Returns:
-        x_new in the dtype of x, and normed, both (b, h, w, c); the kernels compute in float32.
+        x_new in the dtype of x, and normed, both (b, h, w, c). The kernels compute in float32.
 
     Raises:
         ValueError: shapes disagree, or the kernels cannot run on these tensors.
@@ -85,7 +86,7 @@ def layer_norm(
     dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Normalize and modulate, where there is no branch to add: the second half of `residual_norm`."""
+    """Normalize and modulate without adding a branch: the second half of `residual_norm`."""
     _check("layer_norm", x, None, (weight, bias), modulation)
     if choose_kernels("layer_norm", x, backend):
         from lamamba.ops.residual_norm.triton import residual_norm_triton
@@ -98,7 +99,7 @@ def layer_norm(
 
 
 def add_gated(x: Tensor, residual: Residual, backend: Backend = "auto") -> Tensor:
-    """Add a gated branch, where no norm follows: the first half of `residual_norm`."""
+    """Add a gated branch without a norm after it: the first half of `residual_norm`."""
     _check("add_gated", x, residual, (), None)
     if choose_kernels("add_gated", x, backend):
         from lamamba.ops.residual_norm.triton import residual_norm_triton
@@ -115,7 +116,7 @@ def _as_loops_take(
     bias: Tensor | None,
     modulation: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, ...]:
-    """Give branch, gate, moved, slope and offset of `ResidualNorm`."""
+    """Compute the arguments of `ResidualNorm`: branch, gate, moved, slope and offset."""
     branch, gate, branch_bias = residual
     gate = gate.float()
     moved = torch.zeros_like(gate) if branch_bias is None else gate * branch_bias

@@ -11,7 +11,7 @@ from lamamba.ops.threads import array, share_images
 
 
 class ResidualNorm(torch.autograd.Function):
-    """x_new = x + gate branch + moved, and normed = xhat slope + offset.
+    """Compute x_new = x + gate branch + moved, and normed = xhat slope + offset.
 
     x, branch, x_new, normed: (b, h, w, c); gate, moved, slope, offset: (b, c); all float32.
     """

@@ -1,7 +1,7 @@
-"""What runs on the GPU: gated residual, LayerNorm and modulation, forwards and backwards; see README.md.
+"""Triton kernels for gated residual, LayerNorm and modulation, forward and backward; see README.md.
 
-One program takes some pixels of one image, a few rows of channels at a time (`lamamba.ops.rows`), so that what is known
-of an image's channels, and the sums over its pixels, stay in registers. What a call has not got is None.
+One program processes some pixels of one image, a few rows of channels at a time (`lamamba.ops.rows`). So the gate,
+shift and scale of the image, and the sums over its pixels, stay in registers. Pointers of missing arguments are None.
 
 Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
 """
@@ -24,7 +24,7 @@ from lamamba.ops.rows import (
 
 @triton.jit
 def _load_channels(p_channels, CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
-    """Load one value a channel in float32: a tuple of blocks (1, piece)."""
+    """Load one value per channel in float32, as a tuple of blocks (1, piece)."""
     values = ()
     for piece in tl.static_range(PIECES):
         o_c, m_c = channels_of(piece, CHANNELS, PIECE)
@@ -34,7 +34,7 @@ def _load_channels(p_channels, CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIEC
 
 @triton.jit
 def _load_factor(p_weight, p_scale, CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
-    """Load what the normalized channels are multiplied with, weight (1 + scale)."""
+    """Load the factor of the normalized channels, weight (1 + scale)."""
     factor = ()
     for piece in tl.static_range(PIECES):
         o_c, m_c = channels_of(piece, CHANNELS, PIECE)
@@ -49,7 +49,7 @@ def _load_factor(p_weight, p_scale, CHANNELS: tl.constexpr, PIECE: tl.constexpr,
 
 @triton.jit
 def _load_offset(p_bias, p_shift, p_scale, CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
-    """Load what is added to that, bias (1 + scale) + shift."""
+    """Load the offset that is added after the factor, bias (1 + scale) + shift."""
     offset = ()
     for piece in tl.static_range(PIECES):
         o_c, m_c = channels_of(piece, CHANNELS, PIECE)
@@ -70,7 +70,7 @@ def residual_norm_forward_kernel(
     gate_stride, shift_stride, scale_stride, eps, num_pixels, pixels_per_program,
     CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Add the branch where there is one, then normalize where that is wanted; strides are from image to image."""
+    """Add the branch if there is one, then normalize if `p_normed` is given; strides are between images."""
     image = tl.cast(tl.program_id(0), tl.int64)
     first = tl.program_id(1) * pixels_per_program
     end = tl.minimum(first + pixels_per_program, num_pixels)
@@ -95,7 +95,7 @@ def residual_norm_forward_kernel(
                 branch = add(branch, branch_bias, PIECES)
             x_new = ()
             for piece in tl.static_range(PIECES):
-                # Rounded as it is kept, so that the backward pass normalizes the same.
+                # Round as the stored tensor is rounded, so that the backward pass normalizes the same values.
                 b_x_new = (x[piece] + gate[piece] * branch[piece]).to(p_x_new.dtype.element_ty)
                 x_new = x_new + (b_x_new.to(tl.float32),)
             store_rows(p_x_new + o_first, x_new, m_row, CHANNELS, PIECE, PIECES)
@@ -112,11 +112,17 @@ def residual_norm_backward_kernel(
     gate_stride, scale_stride, eps, num_pixels, pixels_per_program,
     SUMS: tl.constexpr, CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Normalize again, and from that compute every gradient; those of channels are summed over the program's pixels.
+    """Recompute the normalized values, and compute all gradients.
 
-    The sums, (images, programs of an image, 3 or 4, c), are those of the gradient of `normed`, of that times the
-    normalized channels, of the branch times the gradient of x, and, for the bias of the branch, of the gradient of x
-    alone. Without the gradient of `normed`, that of x is that of `x_new`.
+    Gradients per channel are summed over the pixels of the program: (images, programs of an image, 3 or 4, c). The sums
+    are S1 to S4 of README.md:
+
+    * the gradient of `normed`
+    * the gradient of `normed` times the normalized channels
+    * the branch times the gradient of x
+    * the gradient of x, if the branch has a bias
+
+    Without a gradient of `normed`, the gradient of x equals the gradient of `x_new`.
     """
     image = tl.cast(tl.program_id(0), tl.int64)
     first = tl.program_id(1) * pixels_per_program
@@ -169,7 +175,7 @@ def residual_norm_backward_kernel(
 
 @triton.jit
 def _sum_programs(p_sums, m_c, num_programs, SUMS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
-    """Add up one of the sums over the programs of an image."""
+    """Add up one kind of sum over the programs of an image."""
     b_sum = tl.zeros([ROWS, m_c.shape[0]], tl.float32)
     for first in range(0, num_programs, ROWS):
         o_program = first + tl.arange(0, ROWS)[:, None]
@@ -185,7 +191,7 @@ def residual_norm_sum_kernel(
     gate_stride, scale_stride, part_stride, num_programs,
     SUMS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Make gradients of the sums: of gate, shift and scale, and each image's part of those of weight and biases."""
+    """Compute gradients from the sums: of gate, shift and scale, and the part of each image for weight and biases."""
     image = tl.cast(tl.program_id(0), tl.int64)
     o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_c = o_c < CHANNELS

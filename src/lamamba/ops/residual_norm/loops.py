@@ -1,6 +1,7 @@
-"""The gated residual and the norm on a CPU, in one pass: loops over channels that numba compiles to vector code.
+"""The gated residual and the norm on a CPU, in one pass, as loops over channels that numba compiles to vector code.
 
-The modulated norm is taken as xhat slope + offset, the bias of the branch as part of what is `moved`. Contiguous:
+The modulated norm is computed as xhat slope + offset. `moved` is gate times the bias of the branch. Arguments are
+contiguous:
 
     x, branch, x_new, normed, grad_*   (b, h, w, c)        gate, moved, slope, offset   (b, c)        sums   (b, 4, c)
 """
@@ -12,7 +13,7 @@ from lamamba.ops.compiled import compiled, f32, moments
 
 @compiled
 def residual_norm_forward(x, branch, gate, moved, slope, offset, eps, x_new, normed):
-    """Write x_new and normed."""
+    """Compute x_new and normed."""
     batch, height, width, channels = x.shape
     for b in range(batch):
         gate_b, moved_b, slope_b, offset_b = gate[b], moved[b], slope[b], offset[b]
@@ -27,14 +28,14 @@ def residual_norm_forward(x, branch, gate, moved, slope, offset, eps, x_new, nor
 
 
 def residual_norm_backward(grad_new, grad_normed, x_new, branch, gate, slope, eps, grad_x, grad_branch, sums):
-    """Write the gradients of x and branch, and of gate, moved, slope and offset: sums over an image's pixels."""
+    """Compute the gradients of x and branch, and, as sums over pixels, of gate, moved, slope and offset."""
     of_row = np.empty((4, x_new.shape[3]), f32)
     _backward(grad_new, grad_normed, x_new, branch, gate, slope, eps, grad_x, grad_branch, sums, of_row)
 
 
 @compiled
 def _backward(grad_new, grad_normed, x_new, branch, gate, slope, eps, grad_x, grad_branch, sums, of_row):
-    """Add up a row's pixels first, then rows: a sum of few numbers is rounded less."""
+    """Add up the pixels of a row first, then rows: shorter sums have smaller rounding errors."""
     batch, height, width, channels = x_new.shape
     grad_gate, grad_moved, grad_slope, grad_offset = of_row[0], of_row[1], of_row[2], of_row[3]
     for b in range(batch):

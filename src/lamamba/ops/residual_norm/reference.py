@@ -1,4 +1,4 @@
-"""The meaning of the gated residual, the norm and its modulation, in plain PyTorch."""
+"""The definition of the gated residual, the norm and its modulation, in plain PyTorch."""
 
 import torch
 import torch.nn.functional as F

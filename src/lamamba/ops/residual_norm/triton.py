@@ -1,4 +1,4 @@
-"""The kernels of `kernels.py` as one differentiable operation that torch.compile sees as a whole."""
+"""The kernels of `kernels.py` as one differentiable operation that torch.compile can see."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,8 @@ from lamamba.ops.residual_norm.kernels import (
 )
 from lamamba.ops.rows import cut_rows
 
-# Enough to keep a large GPU busy: with fewer images than this, they are cut. Backwards each program leaves its sums.
+# Enough warps to keep a large GPU busy: several programs share an image where there are fewer images. In the backward
+# pass each program writes its sums.
 FORWARD_WARPS, BACKWARD_WARPS = 4096, 1024
 SUM_BLOCK, SUM_ROWS = 64, 8
 
@@ -42,7 +43,7 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 
 
 def _readable(of_images: Tensor | None) -> tuple[Tensor | None, int]:
-    """Give a (b, c) tensor, and how far apart its rows are; a copy only where channels are apart too."""
+    """Return a (b, c) tensor and its row stride; it is copied only if its channels are not contiguous."""
     if of_images is None:
         return None, 0
     if of_images.stride(1) != 1:
@@ -51,7 +52,7 @@ def _readable(of_images: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 def _empty_like(tensor: Tensor | None, x: Tensor) -> Tensor:
-    """Give memory for a result; an operation returns tensors only, so what is not there is one without elements."""
+    """Allocate a result. An operation must return tensors, so a missing result is a tensor without elements."""
     return x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
 
 
@@ -61,10 +62,10 @@ def residual_norm_triton(
     weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, scale: Tensor | None,
     eps: float, dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Run the kernels forwards; arguments as in `lamamba.ops.residual_norm`, but no dtype is no norm.
+    """Run the forward kernel; arguments as in `lamamba.ops.residual_norm`, but `dtype` None means no norm.
 
     Returns:
-        x_new, empty without a branch (x is x_new then), and normed, empty without a norm.
+        x_new, which is empty without a branch (then x_new equals x), and normed, which is empty without a norm.
     """
     x = x.contiguous()
     branch, branch_bias, weight, bias = (_dense(tensor) for tensor in (branch, branch_bias, weight, bias))
@@ -103,12 +104,14 @@ def _backward(
     branch: Tensor | None, gate: Tensor | None, branch_bias: Tensor | None,
     weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Run the kernels backwards, with at least one gradient.
+    """Run the backward kernels. At least one of the two gradients is given.
 
     Returns:
-        The gradients of x, branch, gate, shift, scale, and, together, (p, c) float32, of weight and bias and then that
-        of the branch's bias, if it has one. Those that the gradient of normed alone would make are empty, or not among
-        the p, without it; then that of x is that of x_new.
+        The gradients of x, branch, gate, shift and scale. Then, stacked as (p, c) float32, the gradients of weight and
+        bias, and of the branch's bias if it has one.
+
+        Without `grad_normed`, the gradients of x, shift and scale are empty, and those of weight and bias are left out.
+        The gradient of x then equals `grad_x_new`.
     """
     grad_x_new, grad_normed, x_new, branch, branch_bias, weight, bias = (
         _dense(tensor) for tensor in (grad_x_new, grad_normed, x_new, branch, branch_bias, weight, bias)
@@ -151,7 +154,7 @@ def _gradients(
     branch: Tensor | None, gate: Tensor | None, branch_bias: Tensor | None,
     shift: Tensor | None, scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Give memory for what the backward pass returns."""
+    """Allocate the results of the backward pass."""
     like = grad_normed if grad_x_new is None else grad_x_new
     assert like is not None
     without_norm = grad_normed is None
@@ -185,7 +188,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad_x_new: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
     x_new, branch, gate, branch_bias, weight, bias, shift, scale = ctx.saved_tensors
     if x_new is None:
-        grad_normed = None  # of a tensor without elements
+        grad_normed = None  # it belongs to a tensor without elements
     if branch is None:
         grad_x_new = None
     if grad_x_new is None and grad_normed is None:  # nothing downstream depends on the results
