@@ -1,6 +1,6 @@
-"""Each channel's own 3x3 convolution over a grid, then SiLU: the local step before the scan (VMamba, arXiv 2401.10166).
+"""3x3 depthwise convolution and SiLU, the local step before the scan (VMamba, arXiv 2401.10166).
 
-`reference.py` is the meaning and runs on any device; `kernels.py` and `triton.py` are the version for GPUs.
+`reference.py` defines the operation and runs on any device. `kernels.py` and `triton.py` are the version for GPUs.
 """
 
 from torch import Tensor
@@ -12,16 +12,16 @@ __all__ = ["depthwise_convolution"]
 
 
 def depthwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: Backend = "auto") -> Tensor:
-    """Convolve each channel with its own 3x3 weights, zeros around the grid, and apply SiLU.
+    """Convolve each channel with its own 3x3 weights, with zero padding, and apply SiLU.
 
     Args:
-        x: (b, h, w, e) input; the kernels read half of a tensor's channels where they lie, without a copy.
+        x: (b, h, w, e) input. It may be half of the channels of a tensor; the kernels read it without a copy.
         weight: (e, 1, 3, 3), as in `torch.nn.Conv2d`.
         bias: (e,), or None.
         backend: see `lamamba.ops.backend`.
 
     Returns:
-        (b, h, w, e) contiguous, in the dtype of x; the kernels compute in float32.
+        (b, h, w, e), contiguous, in the dtype of x. The kernels compute in float32.
 
     Raises:
         ValueError: shapes disagree, or the kernels cannot run on these tensors.

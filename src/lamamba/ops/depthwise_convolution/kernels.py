@@ -1,10 +1,10 @@
-"""What runs on the GPU: depthwise 3x3 convolution and SiLU, forwards and backwards; see README.md.
+"""Triton kernels for the 3x3 depthwise convolution and SiLU, forward and backward; see README.md.
 
-One program takes a block of channels of some tiles of the grid, one after the other. Lanes are channels. A tile is a
-strip of rows that is walked column by column, with the last three columns in registers: a pixel is loaded once, but for
-the rows and columns that tiles share.
+One program processes a block of channels of some tiles of the grid, one tile after the other. Lanes are channels. A
+tile is a strip of rows that the program walks column by column, with the last three columns in registers. So each pixel
+is loaded only once, except in the rows and columns that neighboring tiles share.
 
-Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask. A column is a tuple of blocks (e,), one for a row.
+Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask. A column is a tuple of blocks (e,), one per row.
 """
 
 import triton
@@ -14,7 +14,7 @@ from triton.language.extra import libdevice
 
 @triton.jit
 def _place(tile, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Find a tile: its image, its first row, its first column, and the column it ends before."""
+    """Find a tile: its image, its first row, its first column, and the column after its last one."""
     STRIPS: tl.constexpr = (HEIGHT + ROWS - 1) // ROWS
     SEGMENTS: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     first_column = tile % SEGMENTS * COLUMNS
@@ -25,7 +25,7 @@ def _place(tile, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, 
 
 @triton.jit
 def _load_parameters(p_weight, p_bias, o_e, m_e):
-    """Load the nine taps and the bias, if there is one, of each channel: a tuple of ten blocks (e,) in float32."""
+    """Load the nine taps and the bias (or 0) of each channel, as a tuple of ten blocks (e,) in float32."""
     parameters = ()
     for tap in tl.static_range(9):
         parameters = parameters + (tl.load(p_weight + 9 * o_e + tap, mask=m_e, other=0.0).to(tl.float32),)
@@ -41,7 +41,7 @@ def _load_column(
     p_image, o_e, m_e, first_row, column,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, MARGIN: tl.constexpr,
 ):  # fmt: skip
-    """Load a column of a strip, and MARGIN rows above and below it, in float32; outside the image all is zero."""
+    """Load a column of a strip and MARGIN rows above and below it in float32, with zeros outside the image."""
     m_column = m_e & (column >= 0) & (column < WIDTH)
     p_column = p_image + o_e + ((first_row - MARGIN) * WIDTH + column) * STRIDE
     pixels = ()
@@ -57,7 +57,7 @@ def _load_column(
 
 @triton.jit
 def _convolve(b_sum, left, middle, right, taps, row: tl.constexpr, ROWS: tl.constexpr, FLIPPED: tl.constexpr):
-    """Add the nine products around a row of the middle column of three; ROWS is how many they hold."""
+    """Add the nine products around a row of the middle column; ROWS is the number of rows in each column."""
     columns = (left, middle, right)
     for dy in tl.static_range(3):
         if row + dy >= 1 and row + dy <= ROWS:
@@ -69,7 +69,7 @@ def _convolve(b_sum, left, middle, right, taps, row: tl.constexpr, ROWS: tl.cons
 
 @triton.jit
 def _add_products(sums, b_grad_z, left, middle, right, row: tl.constexpr, ROWS: tl.constexpr):
-    """Add, for each tap, the gradient of z times what the tap saw from that row, and for the bias the gradient."""
+    """Add the gradients of the nine taps, the gradient of z times the pixel of the tap, and of the bias."""
     columns = (left, middle, right)
     summed = ()
     for dy in tl.static_range(3):
@@ -83,7 +83,7 @@ def _add_products(sums, b_grad_z, left, middle, right, row: tl.constexpr, ROWS: 
 
 @triton.jit
 def _sigmoid(b_z, FAST: tl.constexpr):
-    """Compute 1 / (1 + exp(-z)); FAST takes the instructions that round subnormal numbers to 0."""
+    """Compute 1 / (1 + exp(-z)); FAST uses instructions that flush subnormal numbers to 0."""
     if FAST:
         return libdevice.fast_dividef(1.0, 1 + libdevice.fast_expf(-b_z))
     return 1 / (1 + tl.exp(-b_z))
@@ -95,7 +95,7 @@ def convolution_forward_kernel(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, CHANNELS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Convolve and apply SiLU; STRIDE is from pixel to pixel of x."""
+    """Convolve and apply SiLU; STRIDE is the distance between pixels of x."""
     MARGIN: tl.constexpr = 1 if ROWS < HEIGHT else 0
     o_e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_e = o_e < CHANNELS
@@ -135,10 +135,10 @@ def convolution_backward_kernel(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, CHANNELS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute z again, and from it every gradient; those of the taps and the bias are summed over the program's tiles.
+    """Recompute z, and compute all gradients; those of the taps and the bias are summed over the tiles of the program.
 
-    A column of x completes the gradient of z one column to the left, and that the gradient of x two to the left. The
-    caller adds up the sums, (programs, 10, e).
+    A new column of x completes the gradient of z in the column to its left. That completes the gradient of x two
+    columns to the left. The caller adds up the sums, (programs, 10, e).
     """
     MARGIN: tl.constexpr = 1 if ROWS < HEIGHT else 0
     o_e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -153,11 +153,12 @@ def convolution_backward_kernel(
         p_image = p_x + image * HEIGHT * WIDTH * STRIDE
         p_grad_y_image = p_grad_y + image * HEIGHT * WIDTH * CHANNELS
         p_grad_x_strip = p_grad_x + image * HEIGHT * WIDTH * CHANNELS + first_row * WIDTH * CHANNELS + o_e
-        # Neighbours of the tile's columns take part in the gradient of x.
+        # The gradient of x at the edges of a tile depends on the columns beside the tile.
         start, stop = tl.maximum(first_column - 1, 0), tl.minimum(end + 1, WIDTH)
         left = _load_column(p_image, o_e, m_e, first_row, start - 1, HEIGHT, WIDTH, STRIDE, ROWS, 2 * MARGIN)
         middle = _load_column(p_image, o_e, m_e, first_row, start, HEIGHT, WIDTH, STRIDE, ROWS, 2 * MARGIN)
-        # Zeros of their own: to the compiler, a name that takes over the very value it had is no variable of the loop.
+        # Separate zeros for each variable: if a variable gets the very value that another one had, the compiler assumes
+        # that the loop does not change it.
         grad_left = ()
         grad_middle = ()
         outside = ()

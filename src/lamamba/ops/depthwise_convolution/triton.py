@@ -1,4 +1,4 @@
-"""The kernels of `kernels.py` as one differentiable operation that torch.compile sees as a whole."""
+"""The kernels of `kernels.py` as one differentiable operation that torch.compile can see."""
 
 from typing import Any, NamedTuple
 
@@ -9,13 +9,13 @@ from torch import Tensor
 from lamamba.ops.depthwise_convolution.kernels import convolution_backward_kernel, convolution_forward_kernel
 from lamamba.ops.launch import launch
 
-# Channels and rows of a program: the more, the less of its neighbours' rows it reads, until registers run out.
+# Channels and rows per program: with more rows it reads fewer shared rows, until registers run out.
 FORWARD_BLOCK, FORWARD_ROWS = 64, 8
 BACKWARD_BLOCK, BACKWARD_ROWS = 32, 8
 NUM_WARPS = 1
-# With fewer tiles than will fill a large GPU they are made smaller, down to this side.
+# If there are too few tiles to fill a large GPU, tiles get smaller, down to this side.
 ENOUGH_PROGRAMS, SMALLEST_SIDE = 512, 4
-# With more, programs take several, one after the other; in the backward pass each program leaves ten sums a channel.
+# If there are more tiles, each program takes several. In the backward pass each program writes ten sums per channel.
 MAX_PROGRAMS = 16384
 
 
@@ -49,7 +49,7 @@ def _plan(x: Tensor, stride: int, widest_block: int, most_rows: int) -> _Plan:
 
 
 def _readable(x: Tensor) -> tuple[Tensor, int]:
-    """Give x, and how far apart its pixels are; a copy only where they are not evenly spaced."""
+    """Return x and the distance between its pixels; x is copied only if its pixels are not evenly spaced."""
     _, height, width, channels = x.shape
     stride = x.stride(2)
     if x.stride() == (height * width * stride, width * stride, stride, 1):
@@ -59,7 +59,7 @@ def _readable(x: Tensor) -> tuple[Tensor, int]:
 
 @torch.library.custom_op("lamamba::depthwise_convolution", mutates_args=())
 def depthwise_convolution_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Run the kernels forwards; arguments as in `lamamba.ops.depthwise_convolution`."""
+    """Run the forward kernel; arguments as in `lamamba.ops.depthwise_convolution`."""
     x, stride = _readable(x)
     plan = _plan(x, stride, FORWARD_BLOCK, FORWARD_ROWS)
     y = x.new_empty(x.shape)
@@ -77,7 +77,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("lamamba::depthwise_convolution_backward", mutates_args=())
 def _backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the gradient of x, and those of the nine taps and the bias, (10, e) float32."""
+    """Run the backward kernel; return the gradient of x, and of the nine taps and the bias as (10, e) float32."""
     x, stride = _readable(x)
     plan = _plan(x, stride, BACKWARD_BLOCK, BACKWARD_ROWS)
     grad_x = x.new_empty(x.shape)
