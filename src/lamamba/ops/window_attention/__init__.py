@@ -1,7 +1,7 @@
 """Attention among the pixels of a window, with a learned bias for each relative position (Swin, arXiv 2103.14030).
 
-`reference.py` is the meaning and runs on any device; `cpu.py` is the version for CPUs, `kernels.py` and `triton.py` the
-one for GPUs.
+`reference.py` defines the operation and runs on any device. `cpu.py` is the version for CPUs, `kernels.py` and
+`triton.py` the version for GPUs.
 """
 
 import torch
@@ -14,7 +14,7 @@ from lamamba.ops.window_attention.reference import window_attention_reference
 
 __all__ = ["project_and_attend", "window_attention"]
 
-# Pixels of a window that the kernels hold at once.
+# Largest number of pixels of a window that the kernels support.
 MAX_PLACES = 64
 
 
@@ -23,17 +23,18 @@ def window_attention(
 ) -> Tensor:
     """Attend among the pixels of each window of a grid: softmax(q k^T / sqrt(c) + bias + mask) v.
 
-    A grid no larger than the window is one window; one that windows do not divide is padded and the padding masked.
-    Shifted windows are shifted by half their side, cyclically, if there is more than one; -100 on the logits keeps
-    pixels apart that only the cyclic shift brought together.
+    A grid that is not larger than the window is one window. A grid that windows do not divide is padded, and the
+    padding is masked. If there is more than one window, `shifted` shifts them cyclically by half their side. Then -100
+    is added to the logits between pixels from opposite edges of the grid.
 
     Args:
-        qkv: (b, h, w, 3 heads c) queries, keys and values of every pixel, in this order, each by head.
-        bias: ((2 s - 1)^2, heads) added to the logits, by query minus key: row (dy + s - 1)(2 s - 1) + dx + s - 1.
-        num_heads: heads.
+        qkv: (b, h, w, 3 heads c) queries, keys and values of every pixel, in this order, each split into heads.
+        bias: ((2 s - 1)^2, heads) added to the logits. Row (dy + s - 1)(2 s - 1) + dx + s - 1 is for the relative
+            position (dy, dx) = query - key.
+        num_heads: number of heads.
         window_size: side s of a window.
-        shifted: shift the windows.
-        backend: see `lamamba.ops.backend`; the kernels take windows of up to 64 pixels.
+        shifted: whether to shift the windows.
+        backend: see `lamamba.ops.backend`; the kernels support windows of up to 64 pixels.
 
     Returns:
         (b, h, w, heads c), in the dtype of qkv.
@@ -63,16 +64,16 @@ def project_and_attend(
     shifted: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Attend as `window_attention` does, queries, keys and values being projections of x.
+    """Project x to queries, keys and values, then attend as `window_attention` does.
 
     Args:
-        x: (b, h, w, i); in autocast it is rounded to its dtype.
-        weight: (3 heads c, i) of the linear layer that makes queries, keys and values.
-        weight_bias: (3 heads c) of that layer.
+        x: (b, h, w, i); autocast rounds it to the autocast dtype.
+        weight: (3 heads c, i) weight of the linear layer that computes queries, keys and values.
+        weight_bias: (3 heads c) bias of that layer.
         bias, num_heads, window_size, shifted, backend: as for `window_attention`.
 
     Returns:
-        As `window_attention`.
+        The result of `window_attention`.
 
     Raises:
         ValueError: shapes disagree, or the kernels cannot run on these tensors.

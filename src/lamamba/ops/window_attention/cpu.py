@@ -1,8 +1,8 @@
-"""Attention in windows on a CPU, in pieces whose logits stay in cache: none are kept for the backward pass.
+"""Window attention on a CPU, in pieces whose logits stay in cache. The backward pass recomputes the logits.
 
-In float32 the compiled loops of `loops.py` run where numba is installed. Otherwise PyTorch works on a few images and
-one head at a time. Heads are narrow, and a matrix product with few columns takes many times as long as one with few
-rows: so the result of a head is computed transposed, (c, pixels), and turned when it is written to the grid.
+With numba and float32, the compiled loops of `loops.py` run. Otherwise PyTorch works on a few images and one head at a
+time. Heads are narrow, and a matrix product with few columns takes many times as long as one with few rows. So the
+result of a head is computed as (c, pixels), and transposed when it is written to the grid.
 """
 
 from typing import Any
@@ -17,15 +17,15 @@ from lamamba.ops.backend import choose_loops
 from lamamba.ops.threads import array, share_images
 from lamamba.ops.window_attention.geometry import Windows, window_geometry
 
-# Queries that the loops work on at once: they fill up those of a window to a multiple.
+# Queries that the loops process at once. The queries of a window are padded to a multiple of this.
 LANES = 64
-# Logits of one head that PyTorch holds at once.
+# Number of logits of one head that PyTorch holds at once.
 TILE_ELEMENTS = 1 << 18
 
 
 @torch.library.custom_op("lamamba::window_attention_cpu", mutates_args=())
 def window_attention_cpu(qkv: Tensor, bias: Tensor, num_heads: int, window_size: int, shifted: bool) -> Tensor:
-    """Attend in windows; arguments and result as in `lamamba.ops.window_attention`, float32 or float64."""
+    """Attend within windows; arguments and result as in `lamamba.ops.window_attention`, float32 or float64."""
     windows = Windows.of(qkv.shape[1], qkv.shape[2], window_size, shifted)
     added = _added_to_logits(qkv, bias, window_size, shifted)
     out = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
@@ -118,13 +118,13 @@ window_attention_cpu.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _grad_bias(grad_added: Tensor, offsets: Tensor, bias: Tensor) -> Tensor:
-    """Add up the gradients of logits, (heads, query, key), whose relative position is the same."""
+    """Sum the gradients of logits, (heads, query, key), over pairs with the same relative position."""
     grad_bias = grad_added.new_zeros(bias.shape).index_add_(0, offsets.flatten(), grad_added.flatten(1).mT)
     return grad_bias.to(bias.dtype)
 
 
 def _parts(num_windows: int) -> np.ndarray:
-    """Share all windows of a batch among PyTorch's threads: (parts, 2), first and last."""
+    """Divide all windows of a batch among PyTorch's threads: (parts, 2), first window and the one after the last."""
     bounds = np.linspace(0, num_windows, min(torch.get_num_threads(), num_windows) + 1).astype(int)
     return np.stack([bounds[:-1], bounds[1:]], axis=1)
 
@@ -132,7 +132,7 @@ def _parts(num_windows: int) -> np.ndarray:
 def _shared_by_loops(
     qkv: Tensor, added: Tensor, num_heads: int, window_size: int, shifted: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.float32]:
-    """Lay out what all threads read: qkv, the pixels of windows, what is added to logits, by key, and their scale."""
+    """Prepare the arrays that all threads read: qkv, pixels of windows, bias and mask by key, scale of the logits."""
     batch, height, width, channels = qkv.shape
     channels //= 3 * num_heads
     pixels = window_geometry(height, width, window_size, shifted, qkv.device).pixels
@@ -142,27 +142,27 @@ def _shared_by_loops(
 
 
 def _tiles(batch: int, windows: Windows) -> list[slice]:
-    """Cut a batch into images whose logits fit."""
+    """Cut a batch into groups of images with at most TILE_ELEMENTS logits per head."""
     images = max(1, TILE_ELEMENTS // (windows.number * (windows.side_y * windows.side_x) ** 2))
     return [slice(start, start + images) for start in range(0, batch, images)]
 
 
 def _added_to_logits(qkv: Tensor, bias: Tensor, window_size: int, shifted: bool) -> Tensor:
-    """Bias and mask, (heads, windows or 1, query, key)."""
+    """Compute the sum of bias and mask, (heads, windows or 1, query, key)."""
     geometry = window_geometry(qkv.shape[1], qkv.shape[2], window_size, shifted, qkv.device)
     added = rearrange(bias[geometry.offsets], "query key heads -> heads 1 query key").to(qkv.dtype)
     return added if geometry.mask is None else added + geometry.mask
 
 
 def _compute_weights(query: Tensor, key: Tensor, added: Tensor, logits: Tensor, out: Tensor) -> None:
-    """Write the softmax of the logits of (n, query, c) and (n, key, c)."""
+    """Compute the softmax of the logits from queries (n, query, c) and keys (n, key, c)."""
     logits.unflatten(0, (-1, len(added))).copy_(added)
     logits.baddbmm_(query, key.mT, alpha=query.shape[2] ** -0.5)
     torch.softmax(logits, dim=-1, out=out)
 
 
 def _cut(x: Tensor, windows: Windows) -> Tensor:
-    """(b, h, w, c) into (b windows, pixels, c), the windows shifted and padded; see `_paste`."""
+    """Cut (b, h, w, c) into shifted and padded windows, (b windows, pixels, c); `_paste` is the inverse."""
     pad_y, pad_x = -x.shape[1] % windows.side_y, -x.shape[2] % windows.side_x
     if pad_y or pad_x:
         x = F.pad(x, (0, 0, 0, pad_x, 0, pad_y))
@@ -172,7 +172,7 @@ def _cut(x: Tensor, windows: Windows) -> Tensor:
 
 
 def _paste(x: Tensor, windows: Windows, out: Tensor) -> None:
-    """Write (parts, b windows, c, pixels) to (b, h, w, parts c), as `_cut` read it."""
+    """Write (parts, b windows, c, pixels) back to the grid, (b, h, w, parts c); the inverse of `_cut`."""
     height, width = out.shape[1:3]
     x = rearrange(
         x, "parts (b ny nx) c (sy sx) -> b (ny sy) (nx sx) (parts c)",

@@ -1,4 +1,4 @@
-"""Windows of a grid: their sides, their shift, which pixels of a window see each other, and by which bias."""
+"""How a grid is cut into windows, which pixels of a window see each other, and which bias they use."""
 
 import math
 from functools import lru_cache
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Windows(NamedTuple):
-    """How a grid is cut: a grid no larger than the window is one window, and one window is never shifted."""
+    """How a grid is cut. A grid that is not larger than the window is one window, and one window is never shifted."""
 
     side_y: int
     side_x: int
@@ -21,7 +21,7 @@ class Windows(NamedTuple):
 
     @classmethod
     def of(cls, height: int, width: int, window_size: int, shifted: bool) -> Self:
-        """Cut a grid of (height, width) into windows of `window_size`, shifted by half a window or not."""
+        """Cut a grid of (height, width) into windows of side `window_size`; `shifted` shifts them by half a window."""
         side_y, side_x = min(height, window_size), min(width, window_size)
         shift_y = side_y // 2 if shifted and height > side_y else 0
         shift_x = side_x // 2 if shifted and width > side_x else 0
@@ -29,13 +29,13 @@ class Windows(NamedTuple):
 
 
 class WindowGeometry:
-    """What attention in windows needs to know of a grid, computed once per size.
+    """Tables that window attention needs for a grid, computed once per size.
 
     Attributes:
-        offsets: (pixels, pixels) row of the relative position table for each query and key of a window.
-        mask: (windows, pixels, pixels) to add to the logits, or None where all may see all: -100 between regions that
-            only the cyclic shift brought together, minus infinity on padded keys.
-        pixels: (windows, pixels) which pixel of the grid each place of a window is, -1 where it is padding.
+        offsets: (pixels, pixels) row of the bias table for each query and key of a window.
+        mask: (windows, pixels, pixels) to add to the logits, or None if nothing is masked. It is -100 between regions
+            that only the cyclic shift brings together, and minus infinity on padded keys.
+        pixels: (windows, pixels) pixel of the grid at each place of a window, or -1 for padding.
     """
 
     def __init__(self, height: int, width: int, window_size: int, shifted: bool, device: str) -> None:
@@ -62,7 +62,7 @@ class WindowGeometry:
 
     @staticmethod
     def _regions(length: int, side: int, shift: int) -> tuple[Tensor, Tensor]:
-        """Number the regions along one axis after the shift, and say which places are padding."""
+        """Number the regions along one axis after the shift, and mark the places that are padding."""
         place = torch.arange(length + -length % side)
         region = (place >= len(place) - side).long() + (place >= len(place) - shift).long() if shift else place * 0
         return region, (place >= length).roll(-shift)
@@ -74,7 +74,7 @@ class WindowGeometry:
 
 @torch.compiler.assume_constant_result
 def window_geometry(height: int, width: int, window_size: int, shifted: bool, device: torch.device) -> WindowGeometry:
-    """Look up the geometry of a grid's windows, computing it the first time it is asked for."""
+    """Return the tables of a grid; they are computed at the first call for a size."""
     return _window_geometry(height, width, window_size, shifted, str(device))
 
 

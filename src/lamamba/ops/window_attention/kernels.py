@@ -1,8 +1,8 @@
-"""What runs on the GPU: attention in windows of a grid, forwards and backwards; see README.md.
+"""Triton kernels for window attention, forward and backward; see README.md.
 
-One program takes one head of some windows, one after the other; the heads of a window, which share lines of memory,
-run side by side. The places of a window are a tile; shift, padding and
-mask are arithmetic on their coordinates, and pixels are read from and written to where they lie in the grid.
+One program processes one head of some windows, one window after the other. The heads of a window share lines of memory,
+so they run at the same time. The places of a window are one tile. Shift, padding and mask are arithmetic on their
+coordinates, and pixels are read and written in place in the grid.
 
 Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
 """
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Below any logit, and finite: a row of nothing else stays free of NaN.
+# Below any logit, but finite, so that a row of only such values gives no NaN.
 NEVER = tl.constexpr(-1e30)
 
 
@@ -21,9 +21,9 @@ def _places(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr,
     SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """Find the pixels of a window: (places,) row-major pixel, whether there is one, and region.
+    """Find the pixels of a window: (places,) row-major pixel, mask of existing pixels, and region.
 
-    The cyclic shift brings pixels together that are far apart in the grid; regions tell them apart.
+    The cyclic shift puts pixels from opposite edges of the grid into one window. They have different regions.
     """
     PADDED_Y: tl.constexpr = (HEIGHT + SIDE_Y - 1) // SIDE_Y * SIDE_Y
     PADDED_X: tl.constexpr = (WIDTH + SIDE_X - 1) // SIDE_X * SIDE_X
@@ -43,7 +43,7 @@ def _relative_bias(
     p_bias, head, HEADS: tl.constexpr, WINDOW: tl.constexpr,
     SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """Look up the bias of every query and key of a window: (places, places), times log2(e)."""
+    """Load the bias of every query and key of a window, (places, places), times log2(e)."""
     o_place = tl.arange(0, PLACES)
     m_place = o_place < SIDE_Y * SIDE_X
     y, x = o_place // SIDE_X, o_place % SIDE_X
@@ -54,7 +54,7 @@ def _relative_bias(
 
 @triton.jit
 def _weights(b_q, b_k, b_bias, m_place, b_region, scale, MASKED: tl.constexpr):
-    """Softmax of scaled products, bias and mask: (queries, keys) float32."""
+    """Compute the softmax of scaled products + bias + mask: (queries, keys) float32."""
     b_logit = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * (scale * LOG2_E) + b_bias
     if MASKED:
         b_logit = tl.where(b_region[:, None] == b_region[None, :], b_logit, b_logit - 100.0 * LOG2_E)
@@ -70,7 +70,7 @@ def attention_forward_kernel(
     SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr, PLACES: tl.constexpr, WINDOW: tl.constexpr,
     HEADS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Attend; CHANNELS is a head's, `num_windows` counts those of all images."""
+    """Attend; CHANNELS are the channels of a head, `num_windows` counts the windows of all images."""
     PER_IMAGE: tl.constexpr = ((HEIGHT + SIDE_Y - 1) // SIDE_Y) * ((WIDTH + SIDE_X - 1) // SIDE_X)
     head = tl.program_id(0)
     o_d = tl.arange(0, BLOCK)
@@ -102,9 +102,10 @@ def attention_backward_kernel(
     SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr, PLACES: tl.constexpr, WINDOW: tl.constexpr,
     HEADS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute the weights again, and from them every gradient; that of the logits is summed over the program's windows.
+    """Recompute the weights, and compute all gradients.
 
-    The caller adds up these sums, (programs, heads, places, places), and what of them falls on a row of the table.
+    The gradient of the logits is summed over the windows of the program: (programs, heads, places, places). The caller
+    adds up the programs, and all pairs that use the same row of the bias table.
     """
     PER_IMAGE: tl.constexpr = ((HEIGHT + SIDE_Y - 1) // SIDE_Y) * ((WIDTH + SIDE_X - 1) // SIDE_X)
     head = tl.program_id(0)
@@ -149,7 +150,7 @@ def column_sum_kernel(
     p_x, p_sums, num_rows, rows_per_program,
     STRIDE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add up rows, STRIDE apart, of which the first WIDTH channels: for each program (WIDTH,) float32."""
+    """Sum the first WIDTH channels over rows that are STRIDE apart: (WIDTH,) float32 per program."""
     o_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_c = o_c < WIDTH
     first = tl.program_id(1) * rows_per_program

@@ -1,12 +1,12 @@
-"""Attention in windows on a CPU, a head of a window at a time: loops over queries that numba compiles to vector code.
+"""Window attention on a CPU, one head of a window at a time, as loops over queries that numba compiles to vector code.
 
-Equations in README.md. Logits and weights are transposed, (keys, queries), so that a softmax does not sum over lanes.
-A window has p places; as queries they are filled up with zeros to q, a multiple of LANES. Arguments are contiguous:
+README.md has the equations. Logits and weights are transposed, (keys, queries), so that a softmax does not sum over
+lanes. A window has p places. Its queries are padded with zeros to q, a multiple of LANES. Arguments are contiguous:
 
     qkv, grad_qkv   (b, l, 3, heads, c)        out, grad_out   (b, l, heads, c)
-    places   (windows, p) pixel of each place of a window, -1 where the window is padded
+    places   (windows, p) pixel at each place of a window, -1 for padding
     added    (heads, windows or 1, p, q) bias and mask        grad_added   (parts, heads, p, q)
-    parts    (parts, 2) first and last of the windows that a thread works on, counted over the images
+    parts    (parts, 2) first window of a thread, and the one after its last, counted over all images
 """
 
 import numpy as np
@@ -18,9 +18,9 @@ from lamamba.ops.window_attention.cpu import LANES
 
 @njit(inline="always")
 def add_product(left, right, out):
-    """Add left right, (j, m) and (m, q): four rows of `right` in a pass over `out`.
+    """Add the product of left, (j, m), and right, (m, q), to out; each pass over out handles four rows of right.
 
-    LLVM keeps loops whose length it knows in registers, which makes this four times as fast.
+    LLVM keeps the values of a loop of known length in registers, which makes this four times as fast.
     """
     whole = left.shape[1] // 4 * 4
     for start in range(0, out.shape[1], LANES):
@@ -47,7 +47,7 @@ def add_product(left, right, out):
 
 @njit(inline="always")
 def dot(left, right):
-    """Multiply two rows, (q,)."""
+    """Compute the dot product of two rows, (q,)."""
     total = f32(0)
     for start in range(0, len(left), LANES):
         left_s, right_s = left[start : start + LANES], right[start : start + LANES]
@@ -58,7 +58,7 @@ def dot(left, right):
 
 @njit(inline="always")
 def gather(x, places, rows):
-    """Write what the places of a window have in (l, c) as rows, (p, c), zeros where they are padded."""
+    """Copy the pixels of a window from x, (l, c), to rows, (p, c), with zeros for padding."""
     for p in range(len(places)):
         pixel = places[p]
         for c in range(x.shape[1]):
@@ -67,7 +67,7 @@ def gather(x, places, rows):
 
 @njit(inline="always")
 def gather_columns(x, places, factor, columns):
-    """Write the same transposed, (c, q), times a factor."""
+    """Copy the pixels of a window from x, (l, c), times a factor, to columns, (c, q)."""
     for p in range(len(places)):
         pixel = places[p]
         for c in range(x.shape[1]):
@@ -76,7 +76,7 @@ def gather_columns(x, places, factor, columns):
 
 @njit(inline="always")
 def compute_weights(key, query, added, weights, top, total):
-    """Write the exponentials of logits less the largest of each query, and one over their sum."""
+    """Compute exp(logit - largest logit of the query), and 1 / their sum, per query."""
     for k in range(len(weights)):
         for q in range(len(top)):
             weights[k, q] = added[k, q]
@@ -98,7 +98,7 @@ def compute_weights(key, query, added, weights, top, total):
 
 
 def attention_forward(parts, qkv, places, added, scale, out):
-    """Write out."""
+    """Compute out."""
     channels, (num_places, num_lanes) = qkv.shape[4], added.shape[2:]
     columns, rows = np.zeros((2, channels, num_lanes), f32), np.empty((2, num_places, channels), f32)
     weights, ends = np.empty((num_places, num_lanes), f32), np.empty((2, num_lanes), f32)
@@ -127,7 +127,7 @@ def _forward(parts, qkv, places, added, scale, out, query, result, key, value, w
 
 
 def attention_backward(parts, grad_out, qkv, places, added, scale, grad_qkv, grad_added):
-    """Write the gradients of qkv and, summed over the windows of a part, of what is added to the logits."""
+    """Compute the gradients of qkv, and of `added`, summed over the windows of each part."""
     channels, (num_places, num_lanes) = qkv.shape[4], added.shape[2:]
     columns, rows = np.zeros((3, channels, num_lanes), f32), np.empty((2, num_places, channels), f32)
     squares, ends = np.empty((2, num_places, num_lanes), f32), np.empty((3, num_lanes), f32)
@@ -152,7 +152,7 @@ def _backward(
                 gather(qkv[b, :, 2, head], places_w, value)
                 compute_weights(key, query, added[head, window % added.shape[1]], weights, top, total)
                 grad_logits[:] = 0
-                add_product(value, grad, grad_logits)  # the gradient of the weights, so far
+                add_product(value, grad, grad_logits)  # for now the gradient of the weights
                 along[:] = 0
                 for k in range(num_places):
                     weights_k, grad_logits_k = weights[k], grad_logits[k]

@@ -1,4 +1,4 @@
-"""The meaning of attention in windows, in plain PyTorch: pad, shift, cut into windows, attend, and back."""
+"""The definition of window attention, in plain PyTorch: pad, shift, cut into windows, attend, and undo these."""
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -9,7 +9,7 @@ from lamamba.ops.window_attention.geometry import Windows, window_geometry
 
 
 def window_attention_reference(qkv: Tensor, bias: Tensor, num_heads: int, window_size: int, shifted: bool) -> Tensor:
-    """Attend in windows; arguments and result as in `lamamba.ops.window_attention`."""
+    """Attend within windows; arguments and result as in `lamamba.ops.window_attention`."""
     batch, height, width = qkv.shape[0], as_constant(qkv.shape[1]), as_constant(qkv.shape[2])
     side_y, side_x, shift_y, shift_x, _ = Windows.of(height, width, window_size, shifted)
     geometry = window_geometry(height, width, window_size, shifted, qkv.device)

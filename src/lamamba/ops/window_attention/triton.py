@@ -1,4 +1,4 @@
-"""The kernels of `kernels.py` as one differentiable operation that torch.compile sees as a whole."""
+"""The kernels of `kernels.py` as one differentiable operation that torch.compile can see."""
 
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -17,9 +17,9 @@ from lamamba.ops.window_attention.kernels import (
     column_sum_kernel,
 )
 
-# Enough to keep a large GPU busy; each looks its bias up once, and leaves one sum of the logits' gradients.
+# Enough programs to keep a large GPU busy. Each loads its bias once, and writes one sum of the gradients of the logits.
 WANTED_PROGRAMS = 1024
-# A block of `column_sum_kernel`, and how many programs of it there are to be.
+# Rows and columns of a block of `column_sum_kernel`, and the number of its programs.
 SUM_ROWS, SUM_BLOCK, WANTED_SUMS = 32, 64, 1056
 
 
@@ -48,7 +48,7 @@ def _plan(qkv: Tensor, num_heads: int, window_size: int, shifted: bool) -> _Plan
 
 @torch.library.custom_op("lamamba::window_attention", mutates_args=())
 def window_attention_triton(qkv: Tensor, bias: Tensor, num_heads: int, window_size: int, shifted: bool) -> Tensor:
-    """Run the kernels forwards; arguments as in `lamamba.ops.window_attention`, which checks them."""
+    """Run the forward kernel; arguments as in `lamamba.ops.window_attention`, which checks them."""
     qkv, bias = qkv.contiguous(), bias.contiguous()
     plan = _plan(qkv, num_heads, window_size, shifted)
     out = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
@@ -72,7 +72,7 @@ def _backward(
     logits = qkv.new_empty(plan.grid[1], num_heads, places * places, dtype=torch.float32)
     launch(attention_backward_kernel, plan.grid, qkv, bias, grad_out, grad_qkv, logits, *plan.numbers, **plan.constants)
     rows = _row_of_each_pair(plan.constants["SIDE_Y"], plan.constants["SIDE_X"], places, window_size, str(qkv.device))
-    # A product with zeros and ones, since adding to rows by index has no fixed order on a GPU.
+    # A product with zeros and ones, because `index_add` has no fixed order on a GPU.
     with torch.autocast(qkv.device.type, enabled=False):
         return grad_qkv, (rows @ logits.sum(dim=0).mT).to(bias.dtype)
 
@@ -98,9 +98,9 @@ window_attention_triton.register_autograd(_autograd, setup_context=_setup_contex
 
 
 class ProjectedAttention(torch.autograd.Function):
-    """Attention after the linear layer of queries, keys and values, of whose gradients its bias needs but a part.
+    """The qkv layer and attention as one function, which computes the gradient of the layer's bias in fewer reads.
 
-    Takes x, the layer's weight and bias, and what `window_attention_triton` takes after qkv.
+    Takes x, the weight and bias of the layer, and the arguments of `window_attention_triton` after qkv.
     """
 
     @staticmethod
@@ -128,10 +128,12 @@ class ProjectedAttention(torch.autograd.Function):
 
 @torch.library.custom_op("lamamba::added_gradient", mutates_args=())
 def added_gradient(grad_qkv: Tensor, grad_out: Tensor) -> Tensor:
-    """Give the gradient of what is added to queries, keys and values of every pixel, (3 heads c) float32.
+    """Compute the gradient of the bias of the qkv layer, (3 heads c) float32.
 
-    That of the queries is a sum over pixels. What is added to every key changes no weight: zero. What is added to every
-    value is added to the result, since weights add up to 1: that of the values is the sum of the result's gradient.
+    * Queries: the sum of their gradients over pixels.
+    * Keys: zero, because adding the same vector to every key does not change the weights.
+    * Values: the sum of the gradient of the result. Weights add up to 1, so a vector that is added to every value is
+      added to the result.
     """
     width = grad_out.shape[3]
     query, value = (_sum_columns(x.contiguous(), width) for x in (grad_qkv, grad_out))
@@ -144,7 +146,7 @@ def _(grad_qkv: Tensor, grad_out: Tensor) -> Tensor:
 
 
 def _sum_columns(x: Tensor, width: int) -> Tensor:
-    """Add up the first channels of all pixels: (width,) float32."""
+    """Sum the first `width` channels over all pixels: (width,) float32."""
     stride = x.shape[-1]
     num_rows, num_blocks = x.numel() // stride, triton.cdiv(width, SUM_BLOCK)
     steps_per_program = triton.cdiv(triton.cdiv(num_rows, SUM_ROWS) * num_blocks, WANTED_SUMS)
@@ -159,7 +161,7 @@ def _sum_columns(x: Tensor, width: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _row_of_each_pair(side_y: int, side_x: int, places: int, window_size: int, device: str) -> Tensor:
-    """Ones where a pair of places looks a row of the bias table up: ((2 s - 1)^2, places^2) float32."""
+    """Build a matrix of 0 and 1, ((2 s - 1)^2, places^2): 1 where a pair of places uses a row of the bias table."""
     place = torch.arange(side_y * side_x)
     y, x = place // side_x, place % side_x
     row = (y[:, None] - y + window_size - 1) * (2 * window_size - 1) + x[:, None] - x + window_size - 1
