@@ -1,9 +1,11 @@
 """The selective scan: a linear recurrence whose step size, input and output matrices depend on the input.
 
-`selective_scan` is the recurrence along a sequence, `scan_grid` the four scans of a block over a grid of pixels, and
-`project_and_scan` those with the projection before them, which is what the network calls. `reference.py` is the
-meaning, `blocked.py` the version that runs on any device, `cpu.py` and `triton.py` the compiled loops and the kernels
-of `scan_grid`; README.md holds the equations of all.
+* `selective_scan` is the recurrence along a sequence.
+* `scan_grid` runs the four scans of a block over a grid of pixels.
+* `project_and_scan` also computes the projection before them. The network calls this one.
+
+`reference.py` defines the operation, and `blocked.py` is the version for any device. `cpu.py` (compiled loops) and
+`triton.py` (Triton kernels) are fast versions of `scan_grid`. README.md has the equations.
 """
 
 import torch
@@ -19,7 +21,7 @@ from lamamba.ops.selective_scan.cpu import scan_grid_cpu
 
 __all__ = ["project_and_scan", "scan_grid", "selective_scan"]
 
-# Elements of x from which the kernels' faster loads repay filling each path's projection up to a multiple of 8.
+# From this many elements of x on, it pays to pad each path's projection to a multiple of 8, for faster loads.
 FILLED_UP_FROM = 1 << 23
 
 
@@ -33,23 +35,24 @@ def scan_grid(
     scan: Scan = "continuous",
     backend: Backend = "auto",
 ) -> Tensor:
-    """Scan a grid along its four paths, whose sum is what they leave at a pixel (arXiv 2408.02615, section 3.2).
+    """Scan a grid along its four paths; the result at a pixel is the sum over paths (arXiv 2408.02615, section 3.2).
 
-    Along path p, with `delta = softplus(dt_weight[p] delta_low + dt_bias[p])`, a `selective_scan` of x.
+    Path p is a `selective_scan` of x with `delta = softplus(dt_weight[p] delta_low + dt_bias[p])`.
 
     Args:
         x: (b, h, w, e) input, float32, bfloat16 or float16 (the PyTorch version also takes float64).
-        low: (b, h, w, 4 (r + 2 n)) for each path the low-rank step size (r), then B (n) and C (n).
-        dt_weight: (4, e, r) from the low-rank step size to every channel's.
-        dt_bias: (4, e).
-        A_log: (4, e, n) logarithms of the decay rates: A is -exp(A_log).
+        low: (b, h, w, 4 (r + 2 n)); for each path the low-rank step size (r), then B (n) and C (n).
+        dt_weight: (4, e, r) maps the low-rank step size to the step sizes of all channels.
+        dt_bias: (4, e) bias of the step sizes.
+        A_log: (4, e, n) logarithms of the decay rates: A = -exp(A_log).
         D: (4, e) weight of the input in the output.
         scan: "continuous" (serpentine) or "raster" paths, see `lamamba.ops.grid.path_order`.
         backend: see `lamamba.ops.backend`.
 
     Returns:
-        (p, b, h, w, e), in the dtype of x: parts that add up to the scan, one for each path from the kernels, the sum
-        from PyTorch. Whatever comes next can add them up as it reads them. The state is float32 (float64 if x is).
+        (p, b, h, w, e), in the dtype of x: planes that add up to the scan. The kernels return one plane per path, the
+        other versions one plane with the sum. The next operation adds them up as it reads them. The state is float32
+        (float64 if x is).
 
     Raises:
         ValueError: shapes disagree, a dimension is 0, or the kernels cannot run on these tensors.
@@ -80,17 +83,17 @@ def project_and_scan(
     scan: Scan = "continuous",
     backend: Backend = "auto",
 ) -> Tensor:
-    """Scan a grid as `scan_grid` does, step sizes, B and C being projections of x itself.
+    """Project x to step sizes, B and C, then scan as `scan_grid` does.
 
-    The projection commutes with the order of reading: every pixel is projected once, for all paths.
+    The projection does not depend on the order of the pixels, so every pixel is projected once for all paths.
 
     Args:
-        x: (b, h, w, e), as for `scan_grid`; in autocast it is rounded to its dtype.
-        x_proj_weight: (4, r + 2 n, e), a projection for each path.
+        x: (b, h, w, e), as for `scan_grid`; autocast rounds it to the autocast dtype.
+        x_proj_weight: (4, r + 2 n, e), one projection per path.
         dt_weight, dt_bias, A_log, D, scan, backend: as for `scan_grid`.
 
     Returns:
-        As `scan_grid`.
+        The result of `scan_grid`.
 
     Raises:
         ValueError: shapes disagree, a dimension is 0, or the kernels cannot run on these tensors.
@@ -114,7 +117,7 @@ def project_and_scan(
 
 
 def _for_kernels(x: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> tuple[Tensor, ...]:
-    """Give parameters in the dtypes and, `dt_weight`, in the width that the kernels want."""
+    """Convert parameters to the dtypes that the kernels need, and pad the rows of `dt_weight` to a multiple of 8."""
     weight = dt_weight.to(x.dtype)
     weight = F.pad(weight, (0, -weight.shape[2] % 8)) if weight.shape[2] % 8 else weight
     return weight, dt_bias.float(), A_log.float(), D.float()

@@ -1,8 +1,8 @@
-"""The selective scan in blocks, in plain PyTorch with its own backward: what runs where there is no kernel.
+"""The selective scan in blocks, in plain PyTorch with its own backward pass. It runs where there is no fast version.
 
-A loop over time would start l tiny operations. Here the sequence is cut into chunks and the loop runs over the place
-within a chunk, all chunks at once; the chunks' last states form a sequence of their own, scanned the same way, and
-then flow into the chunk that follows. Equations in README.md.
+A loop over time would start l tiny operations. Here the sequence is cut into chunks, and the loop runs over the steps
+within a chunk, for all chunks at once. The last states of the chunks are a sequence, too, and are scanned the same way.
+Then each is added to the chunk that follows. README.md has the equations.
 """
 
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 CHUNK = 32
-# On a CPU the work is cut into tiles of about this many states: their buffers stay in cache and are used again, where
-# fresh memory for whole tensors would cost more than the arithmetic.
+# On a CPU the work is cut into tiles of about this many states, whose buffers stay in cache and are reused. New memory
+# for whole tensors would cost more than the arithmetic.
 TILE_ELEMENTS = 1 << 20
 
 
@@ -21,7 +21,7 @@ TILE_ELEMENTS = 1 << 20
 def selective_scan_blocked(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Run k selective scans along l; arguments as in `lamamba.ops.selective_scan`, all of one floating type.
+    """Run k selective scans along l; arguments as in `lamamba.ops.selective_scan`, all of one floating-point dtype.
 
     Returns:
         y, (b, k, l, d), and the states h, (b, k, l, n, d), which the backward pass reads.
@@ -61,23 +61,23 @@ def _backward(
 
 
 def _backward_tile(inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
-    """Write one tile of every gradient; those of A and D, which all tiles share, are added to."""
+    """Write one tile of every gradient; add to the gradients of A and D, which all tiles share."""
     grad_y, h, u, delta, A, B, C, D = inputs
     grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D = gradients
     decay = _decay(delta, A)
-    # g[t], the gradient of h[t], obeys the same recurrence backwards in time: g[t] = C[t] dy[t] + decay[t+1] g[t+1].
+    # g[t], the gradient of h[t], obeys the same recurrence backward in time: g[t] = C[t] dy[t] + decay[t+1] g[t+1].
     g = C.unsqueeze(4) * grad_y.unsqueeze(3)
     next_decay = torch.empty_like(decay)
     next_decay[:, :, :-1] = decay[:, :, 1:]
     next_decay[:, :, -1] = 0
     linear_recurrence_(next_decay, g, reverse=True)
 
-    scratch = next_decay  # its content is spent
+    scratch = next_decay  # its values are no longer needed
     grad_C.copy_(torch.mul(h, grad_y.unsqueeze(3), out=scratch).sum(dim=4))
     grad_B.copy_(torch.mul(g, (delta * u).unsqueeze(3), out=scratch).sum(dim=4))
     grad_D.add_((grad_y * u).sum(dim=(0, 2)))
     grad_drive = _sum_states(g, B, out=grad_u)
-    # decay[t] h[t-1] g[t] is the gradient of the exponent delta[t] A; its first step has no past.
+    # decay[t] h[t-1] g[t] is the gradient of the exponent delta[t] A. It is 0 at the first step, where h[-1] = 0.
     grad_exponent = decay.mul_(g)
     grad_exponent[:, :, 1:].mul_(h[:, :, :-1])
     grad_exponent[:, :, 0] = 0
@@ -115,7 +115,7 @@ def _empty_like(x: Tensor) -> Tensor:
 
 
 def _tiles(h: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cut (b, k, ...) into slices of b and of k whose buffers fit a CPU's cache; elsewhere all is one tile."""
+    """Cut (b, k, ...) into slices of b and k whose buffers fit into a CPU's cache; on other devices, use one tile."""
     b, k = h.shape[:2]
     if h.device.type != "cpu":
         yield slice(0, b), slice(0, k)
@@ -129,7 +129,7 @@ def _tiles(h: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _decay(delta: Tensor, A: Tensor) -> Tensor:
-    """exp(delta A), (b, k, l, n, d): channels last, so that every step touches whole rows of memory."""
+    """Compute exp(delta A), (b, k, l, n, d), with channels last so that every step reads contiguous rows."""
     return (delta.unsqueeze(3) * A.mT.unsqueeze(1)).exp_()
 
 
@@ -142,11 +142,11 @@ def _sum_states(h: Tensor, weights: Tensor, out: Tensor) -> Tensor:
 
 
 def linear_recurrence_(a: Tensor, x: Tensor, reverse: bool = False) -> None:
-    """Replace x by h with h[t] = a[t] h[t-1] + x[t], in place, along the third dimension; a is overwritten.
+    """Replace x in place by h[t] = a[t] h[t-1] + x[t], along the third dimension; a is overwritten.
 
     Args:
         a: (b, k, l, ...) factors.
-        x: (b, k, l, ...) inputs, on return h.
+        x: (b, k, l, ...) inputs; h on return.
         reverse: run from the last step to the first, h[t] = a[t] h[t+1] + x[t].
     """
     length = x.shape[2]
@@ -162,7 +162,7 @@ def linear_recurrence_(a: Tensor, x: Tensor, reverse: bool = False) -> None:
     for t in _steps(CHUNK, reverse):
         chunk_x[:, :, :, t].addcmul_(chunk_a[:, :, :, t], chunk_x[:, :, :, _before(t, reverse)])
         chunk_a[:, :, :, t].mul_(chunk_a[:, :, :, _before(t, reverse)])
-    # Each chunk has now scanned from a zero state, and `a` holds what remains of the state it should have started from.
+    # Now each chunk is scanned from a zero state, and `a` holds the decay since the state before the chunk.
     last = 0 if reverse else -1
     states = chunk_x[:, :, :, last]
     linear_recurrence_(chunk_a[:, :, :, last], states, reverse)

@@ -9,7 +9,7 @@ from torch import Tensor
 from lamamba.ops.grid import NUM_PATHS, scan_paths
 from lamamba.ops.threads import array, share_images
 
-# Steps of a tile: the states before each are kept, and backwards what is between two of them stays in cache.
+# Steps per tile. The states before each tile are saved; the backward pass recomputes the states within a tile in cache.
 TILE = 64
 
 
@@ -19,7 +19,8 @@ def scan_grid_cpu(
 ) -> tuple[Tensor, Tensor]:
     """Scan a grid; arguments and result as in `lamamba.ops.selective_scan.scan_grid`, all float32.
 
-    Beside it the states before every `TILE` steps are given, (b, 4, l / TILE rounded up, n, e), for the backward pass.
+    The second result holds the states before every `TILE` steps, (b, 4, l / TILE rounded up, n, e), for the backward
+    pass.
     """
     from lamamba.ops.selective_scan.loops import scan_forward
 
@@ -59,7 +60,7 @@ def _backward(
     inputs = (x_array, low_array, starts.numpy(), array(grad_y.flatten(1, 2)))
     share_images(scan_backward, inputs, shared, tuple(output.numpy() for output in outputs))
     sums = (grad_weight.sum(dim=0).mT, grad_bias.sum(dim=0), grad_A.sum(dim=0).mT)
-    # Flat once, so that sides of length 1 have the strides they have in parameters.
+    # Flattening gives dimensions of length 1 the strides that they have in parameters.
     grad_weight, grad_bias, grad_A = (gradient.flatten().view(gradient.shape) for gradient in sums)
     return grad_x, grad_low, grad_weight, grad_bias, grad_A, grad_skip.sum(dim=0).repeat(NUM_PATHS, 1)
 
@@ -87,7 +88,7 @@ scan_grid_cpu.register_autograd(_autograd, setup_context=_setup_context)
 def _arrays(
     x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, continuous: bool
 ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """Lay arguments out as the loops take them: what each image has, and what they share."""
+    """Prepare the arguments of the loops: arrays with one part per image, and arrays that all images share."""
     _, height, width, _ = x.shape
     pixels = scan_paths(height, width, "continuous" if continuous else "raster", x.device).pixels
     per_image = (x.flatten(1, 2), low.flatten(1, 2).unflatten(2, (NUM_PATHS, -1)))

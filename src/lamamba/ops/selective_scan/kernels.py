@@ -1,9 +1,9 @@
-"""What runs on the GPU: the scan of one state over the four paths of a grid, forward and backward; see README.md.
+"""Triton kernels for the scan with one state over the four paths of a grid, forward and backward; see README.md.
 
-One program walks one path of one image (or a segment of it) for a block of channels and is one warp wide: lanes are
-channels, time is a loop. Steps go in tiles of 16: a tile's step sizes are one small matrix product, whose rows are then
-walked one by one in registers. Pixels are found by arithmetic, so nothing is gathered, and whatever memory is touched
-is the contiguous channels of a pixel.
+One program is one warp. It walks one path of one image, or a segment of it, for a block of channels: lanes are
+channels, and time is a loop. Steps are grouped in tiles of 16. The step sizes of a tile are one small matrix product,
+whose rows are then walked one by one in registers. The pixel of a step is computed, so nothing is gathered, and all
+loads and stores are contiguous channels of a pixel.
 
 Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
 """
@@ -17,13 +17,13 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _parity(b_x):
-    """Cut (2 m, d) into its even and its odd rows."""
+    """Split (2 m, d) into its even and its odd rows."""
     return b_x.reshape(b_x.shape[0] // 2, 2, b_x.shape[1]).permute(0, 2, 1).split()
 
 
 @triton.jit
 def _rows(b_x):
-    """Cut (16, d) into a tuple of 16 rows (1, d)."""
+    """Split (16, d) into a tuple of 16 rows (1, d)."""
     parts = (b_x,)
     for level in tl.static_range(4):
         evens = ()
@@ -38,7 +38,7 @@ def _rows(b_x):
 
 @triton.jit
 def _stack(rows):
-    """Undo `_rows`."""
+    """Join 16 rows (1, d) to (16, d); the inverse of `_rows`."""
     parts = rows
     for level in tl.static_range(4):
         joined = ()
@@ -51,7 +51,7 @@ def _stack(rows):
 
 @triton.jit
 def _sum_channels(rows, BLOCK: tl.constexpr):
-    """Sum each of 16 rows (1, d) over its channels: (16,); rows in bfloat16 on tensor cores."""
+    """Sum each of 16 rows (1, d) over its channels: (16,). Rows in 16 bits are summed by tensor cores."""
     b_x = _stack(rows)
     if b_x.dtype == tl.float32:
         return tl.sum(b_x, axis=1)
@@ -60,7 +60,7 @@ def _sum_channels(rows, BLOCK: tl.constexpr):
 
 @triton.jit
 def _is_reversed(path, CONTINUOUS: tl.constexpr):
-    """Say whether a path is another one backwards."""
+    """Return whether a path is the reverse of another one."""
     if CONTINUOUS:
         return path % 2 == 1
     return path >= 2
@@ -68,7 +68,7 @@ def _is_reversed(path, CONTINUOUS: tl.constexpr):
 
 @triton.jit
 def _pixel(t, path, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr):
-    """Find the row-major pixel that a path reads at step t, a number or a block; see `lamamba.ops.grid.path_order`."""
+    """Compute the row-major pixel that a path reads at step t (a number or a block); see `lamamba.ops.grid`."""
     columns = path >= 2 if CONTINUOUS else path % 2 == 1
     t = tl.where(_is_reversed(path, CONTINUOUS), HEIGHT * WIDTH - 1 - t, t)
     row, right = t // WIDTH, t % WIDTH
@@ -81,7 +81,7 @@ def _pixel(t, path, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.co
 
 @triton.jit
 def _below(o_x, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Mask offsets at or beyond a length; all that there are where blocks fill it, which the compiler then sees."""
+    """Return the mask of offsets below a length; a constant, which helps the compiler, if blocks fill the length."""
     if LENGTH % BLOCK == 0:
         return tl.full(o_x.shape, 1, tl.int1)
     return o_x < LENGTH
@@ -92,7 +92,7 @@ def _runs(
     first, path,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """Find the pixels of a tile's steps: RUN steps at a time lie on one line of the grid, evenly spaced."""
+    """Find the pixels of a tile: first pixel and stride of each run of RUN steps, which lie on one line of the grid."""
     firsts = ()
     strides = ()
     for run in tl.static_range(0, TILE, RUN):
@@ -104,7 +104,7 @@ def _runs(
 
 @triton.jit
 def _along(p, runs, ROW: tl.constexpr, RUN: tl.constexpr):
-    """Point to each of the pixels of `_runs`, whose values are ROW apart: a tuple."""
+    """Compute a tuple of pointers to the pixels of `_runs`; pixels are ROW values apart."""
     pointers = ()
     firsts, strides = runs
     for run in tl.static_range(16 // RUN):
@@ -118,10 +118,10 @@ def _along(p, runs, ROW: tl.constexpr, RUN: tl.constexpr):
 
 @triton.jit
 def _load_expansion(p_weight, path, o_d, m_d, CHANNELS: tl.constexpr, RANK: tl.constexpr):
-    """Load a path's matrix from low-rank step sizes to a block of channels: a tuple of blocks (16, d).
+    """Load a path's matrix from low-rank step sizes to a block of channels, as a tuple of blocks (16, d).
 
-    In memory its rows are filled up to a multiple of 8. So values come eight at a time, and the compiler keeps them in
-    shared memory, not in registers.
+    In memory its rows are padded to a multiple of 8. So eight values are loaded at a time, and the compiler keeps them
+    in shared memory instead of registers.
     """
     ROW: tl.constexpr = (RANK + 7) // 8 * 8
     weights = ()
@@ -138,7 +138,7 @@ def _load_low(
     p_low, start, path, LOW: tl.constexpr, RANK: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr,
 ):  # fmt: skip
-    """Load the low-rank step sizes of 16 steps in halves, just what lanes hand to tensor cores: blocks (2, 16, 8)."""
+    """Load the low-rank step sizes of 16 steps as blocks (2, 16, 8), the layout of a tensor core operand."""
     b_lows = ()
     o_half, o_place = tl.arange(0, 2)[:, None, None], tl.arange(0, 8)[None, None, :]
     o_t = start + tl.arange(0, 16)[None, :, None]
@@ -152,7 +152,7 @@ def _load_low(
 
 @triton.jit
 def _exp2(b_x, PRECISE: tl.constexpr):
-    """Compute 2^x; the instruction alone is off by three units in the last place."""
+    """Compute 2^x. PRECISE avoids the error of the plain instruction, three units in the last place."""
     if PRECISE:
         b_whole = tl.floor(b_x + 0.5)
         b_f = (b_x - b_whole) * LN_2
@@ -165,7 +165,7 @@ def _exp2(b_x, PRECISE: tl.constexpr):
 @triton.jit
 def _exp(b_x, PRECISE: tl.constexpr):
     """Compute e^x."""
-    if PRECISE:  # what is left of x beside the power of two, ln(2) in two parts
+    if PRECISE:  # the remainder of x after the power of two, with ln(2) in two parts
         b_whole = tl.floor(b_x * LOG2_E + 0.5)
         b_rest = (b_x - b_whole * 0.693145751953125) - b_whole * 1.428606765330187e-06
         return _exp2(b_rest * LOG2_E, PRECISE) * tl.exp2(b_whole)
@@ -174,7 +174,7 @@ def _exp(b_x, PRECISE: tl.constexpr):
 
 @triton.jit
 def _softplus(b_z, PRECISE: tl.constexpr):
-    """Of z log2(e), return m = softplus(z) log2(e), of which exp(A softplus(z)) is 2 to the A-fold."""
+    """Compute m = softplus(z) log2(e) from z log2(e); then exp(A softplus(z)) = 2^(m A)."""
     b_u = _exp2(-tl.abs(b_z), PRECISE)
     if PRECISE:  # log(1 + u) = 2 artanh(u / (2 + u))
         b_s = tl.div_rn(b_u, 2 + b_u)
@@ -182,16 +182,16 @@ def _softplus(b_z, PRECISE: tl.constexpr):
         b_sum = 1.0 / 11 + b_q * (1.0 / 13 + b_q * (1.0 / 15))
         b_sum = 1 + b_q * (1.0 / 3 + b_q * (1.0 / 5 + b_q * (1.0 / 7 + b_q * (1.0 / 9 + b_q * b_sum))))
         b_log = (2 * LOG2_E) * b_s * b_sum
-    else:  # the polynomial for log2(1 + u) / u that is off by the least part of the value from 0 to 1, 4e-4
+    else:  # the polynomial for log2(1 + u) / u with the smallest relative error from 0 to 1, 4e-4
         b_log = b_u * (1.44212821 + b_u * (-0.70174807 + b_u * (0.36648198 - b_u * 0.10725511)))
     return tl.maximum(b_z, 0.0) + b_log
 
 
 @triton.jit
 def _steps(b_lows, weights, b_bias, start, LENGTH: tl.constexpr, RANK: tl.constexpr, PRECISE: tl.constexpr):
-    """Compute the m of a tile's step sizes: a tuple of 16 rows (1, d).
+    """Compute the m of a tile's step sizes, as a tuple of 16 rows (1, d).
 
-    Beyond the end of the path they are 0: such a step changes nothing, and has no gradient either.
+    Steps beyond the end of the path get 0, so that they change nothing and have no gradient.
     """
     b_z = tl.zeros([16, b_bias.shape[1]], tl.float32)
     for block in tl.static_range((RANK + 15) // 16):
@@ -205,8 +205,8 @@ def _steps(b_lows, weights, b_bias, start, LENGTH: tl.constexpr, RANK: tl.conste
 
 @triton.jit
 def _slope(b_m, PRECISE: tl.constexpr):
-    """Compute the derivative of m by z: 1 / (1 + exp(-z)) is 1 - 2^-m, times log2(e)."""
-    if PRECISE:  # near 0 the difference would see only what is left of m
+    """Compute the derivative of m with respect to z, (1 - 2^-m) log2(e); 1 - 2^-m = 1 / (1 + exp(-z))."""
+    if PRECISE:  # near 0, the difference 1 - 2^-m would lose digits
         b_x = b_m * LN_2
         b_series = 1 - b_x * (1.0 / 4) * (1 - b_x * (1.0 / 5) * (1 - b_x * (1.0 / 6)))
         b_series = b_x * (1 - b_x * (1.0 / 2) * (1 - b_x * (1.0 / 3) * b_series))
@@ -221,11 +221,11 @@ def scan_summary_kernel(
     CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr,
     BLOCK: tl.constexpr, PRECISE: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Scan a segment from a zero state and keep only its end: the state, and what is left there of another, (e,).
+    """Scan a segment from a zero state; store the last state and the decay over the segment, each (e,).
 
-    Backwards in time it does the same for the gradient of the state, where u is the gradient of y; `plane` is from
-    that of one path to that of the next. The segment that is walked last has no program: nobody asks for its end. What
-    is kept counts images from the first.
+    BACKWARD does the same backward in time for the gradient of the state. Then u is the gradient of y, and `plane` is
+    the distance between the gradients of two paths. The segment that is walked last has no program, because no other
+    segment needs its end. Results are indexed by image - `first_image`.
     """
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     WHOLE: tl.constexpr = LENGTH % TILE == 0
@@ -277,7 +277,7 @@ def scan_summary_kernel(
 
 @triton.jit
 def _walk_segments(p_carry, p_decay, o_first, STRIDE: tl.constexpr, count, m_d):
-    """Compute what `count` segments leave of a state, from what `scan_summary_kernel` kept of each."""
+    """Compute the state after `count` segments from the results of `scan_summary_kernel`."""
     AT_ONCE: tl.constexpr = 8
     b_h = tl.zeros(m_d.shape, tl.float32)
     for first in range(0, count, AT_ONCE):
@@ -285,7 +285,7 @@ def _walk_segments(p_carry, p_decay, o_first, STRIDE: tl.constexpr, count, m_d):
         b_ends = ()
         for index in tl.static_range(AT_ONCE):
             o_end = o_first + STRIDE * (first + index)
-            m = m_d & (first + index < count)  # a segment that is not there leaves the state as it is
+            m = m_d & (first + index < count)  # a segment that does not exist leaves the state unchanged
             b_decays = b_decays + (tl.load(p_decay + o_end, mask=m, other=1.0),)
             b_ends = b_ends + (tl.load(p_carry + o_end, mask=m, other=0.0),)
         for index in tl.static_range(AT_ONCE):
@@ -301,7 +301,7 @@ def scan_forward_kernel(
     CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr,
     BLOCK: tl.constexpr, PRECISE: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    """Scan a segment and write y, one plane for each path; SAVE also writes the state at the start of each tile."""
+    """Scan a segment and write y, one plane per path; SAVE also writes the state at the start of each tile."""
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     WHOLE: tl.constexpr = LENGTH % TILE == 0
     NUM_TILES: tl.constexpr = (LENGTH + TILE - 1) // TILE
@@ -314,7 +314,7 @@ def scan_forward_kernel(
     b_bias = tl.load(p_bias + o_path, mask=m_d, other=0.0)
     b_D = tl.load(p_D + o_path, mask=m_d, other=0.0)
     b_A = -_exp(tl.load(p_A_log + o_path, mask=m_d, other=0.0), PRECISE)
-    # B and C are neighbors, and are loaded together: that takes a fifth of the registers less.
+    # B and C are neighbors in memory. Loading them together saves a fifth of the registers.
     o_BC = tl.arange(0, 2)
     p_x += image * LENGTH * CHANNELS
     p_y += (path * batch + image) * LENGTH * CHANNELS
@@ -328,8 +328,8 @@ def scan_forward_kernel(
     b_lows = _load_low(p_low, first * TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
     for tile in range(first, tl.minimum(first + tiles_per_segment, NUM_TILES)):
         start = tile * TILE
-        # All loads of a tile come before its stores: the compiler cannot know that these do not change what those read.
-        # What starts the work on a tile is loaded with the one before, and the rest while that work goes on.
+        # All loads of a tile come before its stores, because the compiler cannot know that they do not overlap. The
+        # low-rank step sizes are loaded one tile ahead, and the other values while the step sizes are computed.
         runs = _runs(start, path, HEIGHT, WIDTH, CONTINUOUS, TILE, RUN)
         p_xs = _along(p_x + o_d, runs, CHANNELS, RUN)
         p_BCs = _along(p_low + RANK + o_BC, runs, LOW, RUN)
@@ -351,7 +351,7 @@ def scan_forward_kernel(
             b_x, b_B, b_C = b_xs[step].to(tl.float32), b_Bs[step].to(tl.float32), b_Cs[step].to(tl.float32)
             b_h = _exp2(b_A * b_deltas[step], PRECISE) * b_h + (b_B * LN_2) * (b_deltas[step] * b_x)
             b_y = b_C * b_h + b_D * b_x
-            # Not to be read again soon: what others read stays in the cache longer.
+            # y is not read again soon: this leaves the cache to other data.
             tl.store(p_ys[step], b_y.to(p_y.dtype.element_ty), mask=m_d & m_t, cache_modifier=".cs")
 
 
@@ -363,11 +363,15 @@ def scan_backward_kernel(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
     CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """Walk a segment's tiles backwards; in each, scan forwards from the saved state, then backwards.
+    """Walk the tiles of a segment backward; in each, scan forward from the saved state, then backward.
 
-    Writes the gradients by x and by the step sizes before their softplus, a plane for each path; by B and C, a plane
-    for each block of channels; by A_log, D and the bias, (n + 2, 4, e) for each image, from the first, and segment. The
-    caller adds them up. `plane` is from the gradient of one path's y to that of the next.
+    Writes these gradients, which the caller adds up:
+
+    * of x and of the step sizes before softplus, one plane per path
+    * of B and C, one plane per block of channels
+    * of A_log, D and the bias, (n + 2, 4, e) per image (counted from `first_image`) and segment
+
+    `plane` is the distance between the gradients of y of two paths.
     """
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     WHOLE: tl.constexpr = LENGTH % TILE == 0
@@ -389,7 +393,7 @@ def scan_backward_kernel(
     weights = _load_expansion(p_weight, path, o_d, m_d, CHANNELS, RANK)
     p_grad_BC += ((tl.program_id(0) * batch + image) * LENGTH * 4 + path) * 2
 
-    # Always a[t+1] g[t+1] of the step to come.
+    # b_g always holds a[t+1] g[t+1], from the step that was walked before.
     o_last = ((count_of_image * 4 + path + 1) * num_segments - 1) * CHANNELS + o_d
     b_g = _walk_segments(p_carry, p_decay, o_last, -CHANNELS, num_segments - 1 - segment, m_d)
 

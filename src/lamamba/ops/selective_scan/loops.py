@@ -1,6 +1,6 @@
-"""The scans of a grid on a CPU, one step after the other: loops over channels that numba compiles to vector code.
+"""The scans of a grid on a CPU, one step after the other, as loops over channels that numba compiles to vector code.
 
-Equations in README.md. Arguments are contiguous and do not overlap:
+README.md has the equations. Arguments are contiguous and do not overlap:
 
     x, y, grad_x, grad_y   (b, l, e)           low, grad_low   (b, l, 4, r + 2 n)        order   (4, l)
     weight   (4, r, e)     bias   (4, e)       A   (4, n, e)   skip   (e,)               grad_*   (b, ...) of these
@@ -15,7 +15,7 @@ from lamamba.ops.selective_scan.cpu import TILE
 
 @njit(inline="always")
 def softplus(z):
-    """log(1 + e^z) as max(z, 0) + log(1 + u), u = e^-|z|; log(1 + u) = 2 artanh(u / (2 + u)), by its series."""
+    """Compute log(1 + e^z) as max(z, 0) + log(1 + u), u = e^-|z|, with the series of 2 artanh(u / (2 + u))."""
     u = exp(-abs(z))
     s = u / (u + f32(2))
     q = s * s
@@ -27,7 +27,7 @@ def softplus(z):
 
 @njit(inline="always")
 def copy(start, h):
-    """Write states, (n, e)."""
+    """Copy states, (n, e), from start to h."""
     for s in range(len(h)):
         for c in range(h.shape[1]):
             h[s, c] = start[s, c]
@@ -35,7 +35,7 @@ def copy(start, h):
 
 @njit(inline="always")
 def compute_delta(low, weight, bias, delta):
-    """Write one step's delta, (e,)."""
+    """Compute the delta of one step, (e,)."""
     for c in range(len(delta)):
         delta[c] = bias[c]
     for j in range(len(weight)):
@@ -46,7 +46,7 @@ def compute_delta(low, weight, bias, delta):
 
 
 def scan_forward(x, low, weight, bias, A, skip, order, y, starts):
-    """Write y, and the states before each tile."""
+    """Compute y, and the states before each tile."""
     delta, h = np.empty(x.shape[2], f32), np.empty(A.shape[1:], f32)
     _scan_forward(x, low, weight, bias, A, skip, order, y, starts, delta, h)
 
@@ -78,7 +78,7 @@ def scan_backward(
     x, low, starts, grad_y, weight, bias, A, skip, order,
     grad_x, grad_low, grad_weight, grad_bias, grad_A, grad_skip,
 ):  # fmt: skip
-    """Write every gradient; those of what the images share, image by image."""
+    """Compute all gradients; those of tensors that the images share, separately for each image."""
     delta, grad_z = np.empty((TILE, x.shape[2]), f32), np.empty(x.shape[2], f32)
     h, decay, carried = (np.empty((*tiles, *A.shape[1:]), f32) for tiles in ((TILE + 1,), (TILE,), ()))
     _scan_backward(
@@ -92,7 +92,7 @@ def _scan_backward(
     x, low, starts, grad_y, weight, bias, A, skip, order,
     grad_x, grad_low, grad_weight, grad_bias, grad_A, grad_skip, delta, decay, h, carried, grad_z,
 ):  # fmt: skip
-    """Walk the tiles of a path backwards, each first forwards for its states: h[t + 1] is the state after step t."""
+    """Walk the tiles of a path backward; in each, first recompute the states: h[t + 1] is the state after step t."""
     length, channels = x.shape[1:]
     rank, num_states = weight.shape[1], A.shape[1]
     for b in range(len(x)):
@@ -133,7 +133,7 @@ def _scan_backward(
                             grad_A_s[c] += carried_s[c] * past[c] * delta_t[c]
                             grad_z[c] += carried_s[c] * past[c] * A_s[c] + g * B * u[c]
                         grad_low_t[rank + s], grad_low_t[rank + num_states + s] = grad_B, grad_C
-                    # So far the gradient of delta = softplus(z), whose slope is 1 - e^-delta.
+                    # grad_z is still the gradient of delta = softplus(z), whose slope is 1 - e^-delta.
                     for c in range(channels):
                         grad_z[c] *= f32(1) - exp(-delta_t[c])
                         grad_bias[b, path, c] += grad_z[c]

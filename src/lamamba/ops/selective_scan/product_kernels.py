@@ -1,4 +1,4 @@
-"""What runs on the GPU after the backward pass of the scan: products that read a path's gradients once.
+"""Triton kernels for the matrix products of the scan's backward pass, which read large gradients only once.
 
 Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
 """
@@ -12,7 +12,7 @@ def sum_and_project_kernel(
     p_planes, p_grad_low, p_weight, p_grad_x, num_rows,
     PROJECTED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """Add up four planes (rows, e), and to that the product of (rows, low) and (low, e) where it is PROJECTED."""
+    """Add up four planes, (rows, e), and the product of (rows, low) and (low, e) unless PROJECTED is 0."""
     BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     o_row = (tl.program_id(0) // BLOCKS * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     o_e = (tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK))[None, :]
@@ -40,7 +40,7 @@ def steps_backward_kernel(
     RANK: tl.constexpr, LOW: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, RANK_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Multiply a path's gradient of z with the weight, and with the low-rank steps, as `steps_backward` says."""
+    """Multiply the gradient of z of a path with the weight and with the low-rank step sizes; see `steps_backward`."""
     FILLED: tl.constexpr = (RANK + 7) // 8 * 8
     path, chunk = tl.program_id(0), tl.program_id(1)
     o_r = tl.arange(0, RANK_BLOCK)[None, :]

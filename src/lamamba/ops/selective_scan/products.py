@@ -1,6 +1,6 @@
-"""Products in the backward pass of the scan, which read a path's gradients once where PyTorch would twice.
+"""Matrix products in the backward pass of the scan. They read large gradients once; PyTorch would read them twice.
 
-A path leaves two large gradients, (b h w, e): that of its input and that of its step sizes before their softplus.
+Each path has two large gradients, (b h w, e): of its input, and of its step sizes before softplus.
 """
 
 import torch
@@ -11,20 +11,20 @@ from torch import Tensor
 from lamamba.ops.launch import launch
 from lamamba.ops.selective_scan.product_kernels import steps_backward_kernel, sum_and_project_kernel
 
-# A block of `sum_and_project_kernel`; wider projections are faster in a product of their own.
+# Block sizes of `sum_and_project_kernel`. Projections wider than MAX_LOW are faster as a separate product.
 ROWS, CHANNELS, LOW, MAX_LOW = 64, 64, 64, 192
-# A block of `steps_backward_kernel`, and how much of the gradient of the weight a program holds at most.
+# Block sizes of `steps_backward_kernel`, and the largest gradient of the weight that a program can hold.
 STEP_ROWS, STEP_CHANNELS, MAX_RANK, MAX_PIECES = 64, 128, 32, 5
-# Two for each multiprocessor of a large GPU; each leaves its part of the gradient of the weight.
+# Two per multiprocessor of a large GPU. Each writes its part of the gradient of the weight.
 WANTED_PROGRAMS = 264
 
 
 @torch.library.custom_op("lamamba::sum_and_project", mutates_args=())
 def sum_and_project(planes: Tensor, grad_low: Tensor, weight: Tensor) -> Tensor:
-    """Add up what the paths leave to x, and what comes to it by its projection.
+    """Add up the gradients of x from the four paths and from its projection.
 
     Args:
-        planes: (4, b, h, w, e) gradients of x.
+        planes: (4, b, h, w, e) gradients of x, one per path.
         grad_low: (b, h, w, low) gradient of x weight^T.
         weight: (low, e), in the dtype of both.
 
@@ -53,14 +53,14 @@ def _(planes: Tensor, grad_low: Tensor, weight: Tensor) -> Tensor:
 
 
 def steps_backward(grad_z: Tensor, low: Tensor, weight: Tensor, rank: int, grad_low: Tensor) -> Tensor:
-    """Go back through z = weight low, the step sizes before bias and softplus.
+    """Compute the gradients of z = weight low, the step sizes before bias and softplus.
 
     Args:
         grad_z: (4, rows, e) gradient of z for each path.
-        low: (rows, 4, r + 2 n or more), of which the first r are the low-rank steps.
-        weight: (4, e, r'), rows filled up with zeros to a multiple of 8.
+        low: (rows, 4, r + 2 n or more); the first r values are the low-rank step sizes.
+        weight: (4, e, r'), rows padded with zeros to a multiple of 8.
         rank: r.
-        grad_low: like low; of the last dimension the first r are written.
+        grad_low: shaped like low; the first r values of the last dimension are written.
 
     Returns:
         The gradient of weight.
@@ -69,7 +69,7 @@ def steps_backward(grad_z: Tensor, low: Tensor, weight: Tensor, rank: int, grad_
     if not _fits(rank, width):
         steps, grad_steps = (tensor[..., :rank].transpose(0, 1) for tensor in (low, grad_low))
         fill = weight.shape[2] - rank
-        with torch.autocast(grad_z.device.type, enabled=False):  # or float32 products would be rounded to bfloat16
+        with torch.autocast(grad_z.device.type, enabled=False):  # autocast would round float32 products to bfloat16
             torch.bmm(grad_z, weight[..., :rank], out=grad_steps)
             grad_weight = grad_z.mT @ steps
         return F.pad(grad_weight, (0, fill)) if fill else grad_weight

@@ -1,11 +1,11 @@
-"""The meaning of the selective scan: one step after the other, nothing clever. Tests hold every other version to it."""
+"""The definition of the selective scan, one step after the other. Tests compare every other version with it."""
 
 import torch
 from torch import Tensor
 
 
 def selective_scan_reference(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    """Run k selective scans along l, literally; arguments and result as in `lamamba.ops.selective_scan`."""
+    """Run k selective scans along l, step by step; arguments and result as in `lamamba.ops.selective_scan`."""
     decay = torch.exp(torch.einsum("bkld,kdn->bkldn", delta, A))
     drive = torch.einsum("bkld,bkln,bkld->bkldn", delta, B, u)
     h = torch.zeros_like(drive[:, :, 0])

@@ -1,9 +1,9 @@
-"""Triton kernels of the scan with several states: as `kernels.py` for one, but the states are a loop.
+"""Triton kernels for the scan with several states. They work like those of `kernels.py`, with a loop over the states.
 
-The step sizes of a tile of 16 steps stay in registers while the kernels go over the states, one after the other. What a
-state leaves for the next tile waits in memory, so that any number of states will do. B and C come in the order of the
-paths: 32 values of a state and tile are one load, and shared memory gives all of them to every lane. What the next two
-states begin with is loaded while a state is walked. README.md has the equations.
+The step sizes of a tile of 16 steps stay in registers while the kernels walk one state after the other. The state at
+the end of a tile is stored in memory for the next tile, so there can be any number of states. B and C are in the order
+of the paths: the 32 values of a state and tile are one load, and shared memory passes them to every lane. The first
+data of the next states are loaded while a state is walked. README.md has the equations.
 
 Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
 """
@@ -30,8 +30,8 @@ from lamamba.ops.selective_scan.kernels import (
 def _sum_channels(rows, BLOCK: tl.constexpr):
     """Sum each of 16 rows (1, BLOCK) over its channels: (16,). Rows in 16 bits are summed by tensor cores.
 
-    Four rows make a matrix whose places lie in registers and lanes just as an operand of a product must, so that
-    nothing moves between lanes: `b_pick` has a one where a place belongs to a row. Eight sums of every row are left.
+    Four rows form a matrix that is already laid out in registers and lanes as the operand of a product, so no values
+    move between lanes. `b_pick` is 1 where a place belongs to a row. The product leaves eight partial sums per row.
     """
     if rows[0].dtype == tl.float32:
         return tl.sum(_stack(rows), axis=1)
@@ -48,7 +48,7 @@ def _sum_channels(rows, BLOCK: tl.constexpr):
 
 @triton.jit
 def _numbers(b_row):
-    """Cut a block (32,) into a tuple of 32 numbers (1, 1), which every lane then has."""
+    """Split a block (32,) into a tuple of 32 numbers (1, 1), which every lane then has."""
     parts = (b_row.reshape(32, 1),)
     for level in tl.static_range(5):
         cut = ()
@@ -64,7 +64,7 @@ def _pixels(
     start, path, o_d, m_d,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Find a tile's pixels, a block (16, d) of offsets and its mask: one access for all, which compiles much sooner."""
+    """Compute offsets (16, d) of the pixels of a tile, and their mask. One access for all 16 compiles much faster."""
     o_t = start + tl.arange(0, TILE)[:, None]
     return _pixel(o_t, path, HEIGHT, WIDTH, CONTINUOUS) * CHANNELS + o_d, m_d & _below(o_t, HEIGHT * WIDTH, TILE)
 
@@ -74,7 +74,7 @@ def _path_rows(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr,
     STATES: tl.constexpr, VALUES: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Find B and C of some steps of a path: offsets in (b, h, w, 4, r + 2n) and in (b, 4, tiles, n, 2, 16); masks."""
+    """Compute where B and C of steps lie: offsets in (b, h, w, 4, r + 2n) and (b, 4, tiles, n, 2, 16), and masks."""
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     NUM_TILES: tl.constexpr = (LENGTH + TILE - 1) // TILE
     path, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -93,7 +93,7 @@ def to_paths_kernel(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr,
     STATES: tl.constexpr, VALUES: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Copy B and C into the order of the paths, so that what a state needs in a tile lies side by side."""
+    """Copy B and C into the order of the paths, so that the values of a state and tile are contiguous."""
     o_low, o_row, m_low, m_row = _path_rows(HEIGHT, WIDTH, CONTINUOUS, LOW, RANK, STATES, VALUES, STEPS, TILE)
     tl.store(p_rows + o_row, tl.load(p_low + o_low, mask=m_low, other=0.0).to(tl.float32), mask=m_row)
 
@@ -104,7 +104,7 @@ def from_paths_kernel(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr,
     STATES: tl.constexpr, VALUES: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Add up the gradients of B and C over planes, `plane` apart, and copy the sums to where B and C lie in low."""
+    """Sum the gradients of B and C over planes that are `plane` apart, and copy the sums to their places in low."""
     o_low, o_row, m_low, _ = _path_rows(HEIGHT, WIDTH, CONTINUOUS, LOW, RANK, STATES, VALUES, STEPS, TILE)
     b_sum = tl.zeros([VALUES, STEPS], tl.float32)
     for index in range(0, num_planes):
@@ -114,7 +114,7 @@ def from_paths_kernel(
 
 @triton.jit
 def _walk_segments(p_carry, p_decay, o_first, STRIDE: tl.constexpr, count, m_d):
-    """Compute what `count` segments leave of one state, from what `states_summary_kernel` kept of each."""
+    """Compute one state after `count` segments from the results of `states_summary_kernel`."""
     AT_ONCE: tl.constexpr = 8
     b_h = tl.zeros(m_d.shape, tl.float32)
     for first in range(0, count, AT_ONCE):
@@ -122,7 +122,7 @@ def _walk_segments(p_carry, p_decay, o_first, STRIDE: tl.constexpr, count, m_d):
         b_ends = ()
         for index in tl.static_range(AT_ONCE):
             o_end = o_first + STRIDE * (first + index)
-            m = m_d & (first + index < count)  # a segment that is not there leaves the state as it is
+            m = m_d & (first + index < count)  # a segment that does not exist leaves the state unchanged
             b_decays = b_decays + (tl.load(p_decay + o_end, mask=m, other=1.0),)
             b_ends = b_ends + (tl.load(p_carry + o_end, mask=m, other=0.0),)
         for index in tl.static_range(AT_ONCE):
@@ -138,11 +138,11 @@ def states_summary_kernel(
     CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr,
     BLOCK: tl.constexpr, PRECISE: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Scan a segment from a zero state and keep only its end: the state, and what is left there of another, (n, e).
+    """Scan a segment from a zero state; store the last states and the decays over the segment, each (n, e).
 
-    Backward in time it does the same for the gradient of the state; there u is the gradient of y, and `plane` is from
-    that of one path to that of the next. The segment that is walked last has no program: no other one needs its end.
-    What is kept counts images from the first.
+    BACKWARD does the same backward in time for the gradient of the state. Then u is the gradient of y, and `plane` is
+    the distance between the gradients of two paths. The segment that is walked last has no program, because no other
+    segment needs its end. Results are indexed by image - `first_image`.
     """
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     NUM_TILES: tl.constexpr = (LENGTH + TILE - 1) // TILE
@@ -201,10 +201,10 @@ def states_forward_kernel(
     CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr,
     BLOCK: tl.constexpr, PRECISE: tl.constexpr, AT_ONCE: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    """Scan a segment and write y, one plane for each path.
+    """Scan a segment and write y, one plane per path.
 
-    `p_states` gets the states at the start of each tile where the backward pass will read them (SAVE), and otherwise
-    has room for those of one tile for each program.
+    With SAVE, `p_states` receives the states at the start of each tile, for the backward pass. Otherwise it has room
+    for the states of one tile per program.
     """
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     NUM_TILES: tl.constexpr = (LENGTH + TILE - 1) // TILE
@@ -255,8 +255,8 @@ def states_forward_kernel(
             b_inputs = b_inputs + (b_ms[step] * b_x * LN_2,)
             b_ys = b_ys + (b_D * b_x,)
         for turn in range(0, STATES, AT_ONCE):
-            # Load what the next turn begins with, be it of the next tile. The compiler would do so at the end of this
-            # turn, too late, but it moves no load across the barriers in `_numbers`.
+            # Load the first data of the next iteration, which may belong to the next tile. The compiler would move
+            # these loads to the end of this iteration, too late, but the barriers in `_numbers` prevent that.
             wraps = turn + AT_ONCE == STATES
             to_come = tl.where(wraps, 0, turn + AT_ONCE)
             p_row += tl.where(wraps & is_last, 0, AT_ONCE * 2 * TILE)
@@ -281,7 +281,7 @@ def states_forward_kernel(
         b_new_ys = ()
         for step in tl.static_range(TILE):
             b_new_ys = b_new_ys + (b_ys[step].to(p_y.dtype.element_ty),)
-        # Not to be read again soon: what others read stays in the cache longer.
+        # y is not read again soon: this leaves the cache to other data.
         tl.store(p_y + o_pixels, _stack(b_new_ys), mask=m_pixels, cache_modifier=".cs")
         tl.debug_barrier()
 
@@ -295,12 +295,15 @@ def states_backward_kernel(
     CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr,
     BLOCK: tl.constexpr, PRECISE: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Walk the tiles of a segment backward; in each, scan every state forward from where it was saved, then backward.
+    """Walk the tiles of a segment backward; in each, scan every state forward from the saved one, then backward.
 
-    Writes the gradients of x and of the step sizes before their softplus, a plane for each path; of B and C, in the
-    order of `to_paths_kernel`, a plane for each block of channels; of A_log, D and the bias, (n + 2, 4, e) for each
-    image, from the first, and segment. The caller adds them up. `plane` is from the gradient of one path's y to that
-    of the next. `p_grads` has room for the gradients of the states.
+    Writes these gradients, which the caller adds up:
+
+    * of x and of the step sizes before softplus, one plane per path
+    * of B and C, in the order of `to_paths_kernel`, one plane per block of channels
+    * of A_log, D and the bias, (n + 2, 4, e) per image (counted from `first_image`) and segment
+
+    `plane` is the distance between the gradients of y of two paths. `p_grads` has room for the gradients of the states.
     """
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     NUM_TILES: tl.constexpr = (LENGTH + TILE - 1) // TILE
@@ -324,7 +327,7 @@ def states_backward_kernel(
     p_grad_A = p_grad_shared + (count_of_image * num_segments + segment) * (STATES + 2) * 4 * CHANNELS + o_path
     weights = _load_expansion(p_weight, path, o_d, m_d, CHANNELS, RANK)
 
-    # Always a[t+1] g[t+1] of the step to come.
+    # b_g always holds a[t+1] g[t+1], from the step that was walked before.
     o_segment = (count_of_image * 4 + path) * num_segments
     p_grad = p_grads + (o_segment + segment) * STATES * CHANNELS + o_d
     for state in range(0, STATES):
@@ -360,7 +363,7 @@ def states_backward_kernel(
         b_ms = _steps(b_lows, weights, b_bias, start, LENGTH, RANK, PRECISE)
         b_lows = _load_low(p_low, start - TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
 
-        # Sums over the states: of g B, and of the gradient of the exponent times A.
+        # Sums over the states: g B, and the gradient of the exponent times A.
         b_inputs = ()
         b_drives = ()
         b_exponents = ()
@@ -407,7 +410,7 @@ def states_backward_kernel(
                 tl.store(p_grad + current * CHANNELS, b_g, mask=m_d)
                 b_last = tl.where(count + 1 == last, b_A * LN_2, 1.0)
                 tl.store(p_grad_A + current * 4 * CHANNELS, b_grad_A * b_last, mask=m_d)
-                if i == 0:  # what the next turn begins with, while there is still something to do
+                if i == 0:  # load the first data of the next iteration while there is still work left in this one
                     for j in tl.static_range(AT_ONCE):
                         to_come = tl.minimum(turn + AT_ONCE, STATES - AT_ONCE) + j
                         b_new_rows = b_new_rows + (tl.load(p_row + to_come * 2 * TILE),)
@@ -419,7 +422,7 @@ def states_backward_kernel(
             b_rows, b_rates, b_starts = b_new_rows, b_new_rates, b_new_starts
             b_gs, b_grad_As = b_new_gs, b_new_grad_As
 
-        # Read x again: meanwhile the registers had a better use.
+        # Read x again, because keeping it would have taken registers that the loop needed.
         b_xs = _rows(tl.load(p_x + o_pixels, mask=m_pixels, other=0.0))
         b_grad_xs = ()
         b_grad_zs = ()

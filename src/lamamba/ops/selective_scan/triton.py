@@ -1,4 +1,4 @@
-"""The kernels of `kernels.py` as one differentiable operation that torch.compile sees as a whole."""
+"""The scan kernels as one differentiable operation that torch.compile can see."""
 
 import math
 from collections.abc import Sequence
@@ -21,23 +21,24 @@ from lamamba.ops.selective_scan.states_kernels import (
     to_paths_kernel,
 )
 
-# Paths of this many tiles may be cut into segments, of three tiles or more; but those are walked twice. Forwards all
-# are, where there are fewer programs than enough, to make twice as many as a large GPU runs at once. The backward pass
-# takes so many registers that fewer run at once: there the images that are left when all others have filled the GPU,
-# once or more often, are cut until they fill it too.
+# Paths of LONG_PATH tiles or more may be cut into segments of SHORTEST_SEGMENT tiles or more, which are walked twice.
+# * Forward: with fewer than ENOUGH_PROGRAMS programs, all paths are cut, to get twice as many programs as a large GPU
+#   runs at once.
+# * Backward: programs need so many registers that fewer run at once. Most images fill the GPU a whole number of times;
+#   the paths of the remaining images are cut until they fill it as well.
 LONG_PATH, SHORTEST_SEGMENT, MAX_SEGMENTS = 16, 3, 112
 ENOUGH_PROGRAMS, WANTED_PROGRAMS, BACKWARD_AT_ONCE = 512, 4224, 1056
 TILE = 16  # steps; the smallest side of a matrix product on tensor cores
-# Channels of a program: the more, the fewer instructions a channel, until the registers of a warp run out. They get
-# fewer where there are fewer programs than these; not where paths are cut.
+# Channels per program. More channels mean fewer instructions per channel, until the registers of a warp run out. With
+# fewer programs than NARROWER_BELOW (forward) or NARROWER_BACKWARD_BELOW, they get fewer, unless paths are cut.
 BLOCK, NARROWER_BELOW, NARROWER_BACKWARD_BELOW = 64, 800, 1024
-STEPS = 64  # of a program that copies B and C into the order of the paths, or their gradients back
-STATES_REGISTERS = 128  # of a thread that scans several states forward: 16 warps run at once on a multiprocessor
-MAX_BATCH = 65535  # of CUDA, for the third axis of a grid of programs
+STEPS = 64  # per program that copies B and C into the order of the paths, or their gradients back
+STATES_REGISTERS = 128  # per thread of the forward kernel for several states, so that 16 warps fit on a multiprocessor
+MAX_BATCH = 65535  # CUDA's limit for the third axis of a grid of programs
 
 
 class _Part(NamedTuple):
-    """Some images of a batch, and in how many segments their paths are cut."""
+    """Some images of a batch, and the number of segments that their paths are cut into."""
 
     first_image: int
     num_images: int
@@ -46,7 +47,7 @@ class _Part(NamedTuple):
 
 
 class _Geometry(NamedTuple):
-    """What the kernels are told of a call beside its tensors; each part of the batch is a launch."""
+    """Sizes of a call, for the kernels. Each part of the batch is one launch."""
 
     num_blocks: int
     parts: list[_Part]
@@ -58,7 +59,7 @@ def _geometry(x: Tensor, low: Tensor, rank: int, A_log: Tensor, continuous: bool
     if batch > MAX_BATCH:
         raise ValueError(f"scan_grid: a batch of {batch} is too large for the kernels: split it, {MAX_BATCH} at most")
     states = A_log.shape[2]
-    # With several states, what is loaded ahead takes the registers of a lane's second channel.
+    # With several states, values that are loaded ahead need the registers that a second channel per lane would take.
     block = 32 if states > 1 else max(32, min(BLOCK, triton.next_power_of_2(channels)))
     num_tiles = triton.cdiv(height * width, TILE)
     block, cuts = (_cut_backward if backward else _cut_forward)(batch, channels, num_tiles, block)
@@ -80,7 +81,7 @@ Cut = tuple[int, list[tuple[int, int]]]
 
 
 def _cut_forward(batch: int, channels: int, num_tiles: int, block: int) -> Cut:
-    """Choose how wide blocks of channels are, at most `block`, and how many images are cut into how many segments."""
+    """Choose the channels per program, at most `block`, and pairs (number of images, segments per path)."""
     num_programs = 4 * batch * triton.cdiv(channels, block)
     if num_tiles >= LONG_PATH and num_programs < ENOUGH_PROGRAMS:
         return block, [(batch, _most_segments(num_tiles, WANTED_PROGRAMS // num_programs))]
@@ -88,7 +89,7 @@ def _cut_forward(batch: int, channels: int, num_tiles: int, block: int) -> Cut:
 
 
 def _cut_backward(batch: int, channels: int, num_tiles: int, block: int) -> Cut:
-    """Choose as `_cut_forward` does."""
+    """Choose the same for the backward pass."""
     if num_tiles < LONG_PATH:
         return _narrower(batch, channels, block, NARROWER_BACKWARD_BELOW), [(batch, 1)]
     of_image = 4 * triton.cdiv(channels, block)
@@ -112,7 +113,7 @@ def _summarise(
     kernel: Any, geometry: _Geometry, part: _Part, num_states: int,
     u: Tensor, plane: int, *shared: Tensor, backward: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Scan every segment of a part from a zero state; where a path is one segment there is nothing to do."""
+    """Scan every segment of a part from a zero state; does nothing if a path is one segment."""
     if part.num_segments == 1:
         nothing = shared[-1].new_empty(0)
         return nothing, nothing
@@ -138,15 +139,15 @@ def scan_grid_triton(
     continuous: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernels forwards; arguments as in `lamamba.ops.selective_scan.scan_grid`, bias, A_log and D in float32.
+    """Run the forward kernels; arguments as in `lamamba.ops.selective_scan.scan_grid`, bias, A_log and D in float32.
 
-    What low holds for a path may be followed by something that is not looked at. The rows of weight are filled up with
-    zeros to a multiple of 8, (4, e, r'), so that they begin at multiples of 16 bytes: loads of the kernels and matrix
-    products want that.
+    Each path's part of low may end with padding, which is ignored. The rows of weight, (4, e, r'), are padded with
+    zeros to a multiple of 8. So they begin at multiples of 16 bytes, as the loads of the kernels and matrix products
+    need.
 
     Returns:
-        y of each path, (4, b, h, w, e), and, where `save` asks for what the backward pass reads, the states at the
-        start of each tile, (b, 4, tiles, n, e) float32.
+        y of each path, (4, b, h, w, e), and with `save` the states at the start of each tile, (b, 4, tiles, n, e)
+        float32, which the backward pass reads.
     """
     x, low, weight, bias, A_log, D = (tensor.contiguous() for tensor in (x, low, weight, bias, A_log, D))
     batch, height, width, channels = x.shape
@@ -171,7 +172,7 @@ def _scan_states(
     low: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor,
     planes: Tensor, states: Tensor, rank: int, continuous: bool,
 ) -> None:  # fmt: skip
-    """Scan with several states: write y of each path to planes, and to `states`, unless it is empty, what to save."""
+    """Scan with several states: write y of each path to `planes`, and saved states to `states` unless it is empty."""
     batch, _, _, channels = x.shape
     num_states = A_log.shape[2]
     save = states.numel() > 0
@@ -190,18 +191,18 @@ def _scan_states(
 
 
 def _rates(A_log: Tensor) -> Tensor:
-    """Compute exp(A_log), (4, e, n), with channels as neighbors: (4, n, e)."""
+    """Compute exp of A_log, (4, e, n), with contiguous channels: (4, n, e)."""
     paths, channels, num_states = A_log.shape
     return torch.exp(A_log.mT, out=A_log.new_empty(paths, num_states, channels))
 
 
 def _states_at_once(num_states: int) -> int:
-    """Say how many states a turn of the kernels' loop walks: two, where that leaves several turns of two."""
+    """Return how many states an iteration of the kernels walks: two, if that leaves several iterations, else one."""
     return 2 if num_states % 2 == 0 and num_states > 2 else 1
 
 
 def _rows_of_weights(low: Tensor, rank: int, num_states: int, continuous: bool) -> Tensor:
-    """Copy B and C from low, (b, h, w, 4 (r + 2 n) or more), to the order of the paths: (b, 4, tiles, n, 2, 16)."""
+    """Copy B and C from low, (b, h, w, 4 (r + 2 n) or more), into the order of the paths: (b, 4, tiles, n, 2, 16)."""
     batch, height, width, _ = low.shape
     rows = low.new_empty(batch, 4, triton.cdiv(height * width, TILE), num_states, 2, TILE, dtype=torch.float32)
     _copy_rows(to_paths_kernel, low, rank, num_states, continuous, low, rows)
@@ -244,15 +245,15 @@ def _scan_grid_backward(
     grad_y: Tensor, states: Tensor,
     x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, rank: int, continuous: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Run the kernels backwards.
+    """Run the backward kernels.
 
     Returns:
-        The gradients of x, one for each path, (4, b, h, w, e), of low and of weight, and together, (n + 2, 4, e)
-        float32, those of A_log, of D and of bias.
+        The gradients of x, one per path, (4, b, h, w, e), of low and of weight. Then, stacked as (n + 2, 4, e) float32,
+        the gradients of A_log, of D and of bias.
     """
     tensors = (grad_y, x, low, weight, bias, A_log, D)
     grad_y, x, low, weight, bias, A_log, D = (tensor.contiguous() for tensor in tensors)
-    plane = x.numel() if grad_y.ndim == 5 else 0  # from the gradient of one path to that of the next
+    plane = x.numel() if grad_y.ndim == 5 else 0  # distance between the gradients of two paths
     batch, height, width, channels = x.shape
     num_states = A_log.shape[2]
     geometry = _geometry(x, low, rank, A_log, continuous, backward=True)
@@ -324,12 +325,12 @@ def _autograd(ctx: Any, grad_y: Tensor | None, grad_states: Tensor | None) -> tu
 
 
 def _gradients(grad_y: Tensor, saved: Sequence[Tensor], rank: int, continuous: bool) -> tuple[Tensor, ...]:
-    """Give the gradients of x, one for each path, low, weight, bias, A_log and D, from the states and these."""
-    if grad_y.stride(0) == 0:  # that of a sum: the same for all paths
+    """Compute the gradients of x (one per path), low, weight, bias, A_log and D from the saved tensors."""
+    if grad_y.stride(0) == 0:  # the gradient of a sum is the same for all paths
         grad_y = grad_y[0]
     grad_x, grad_low, grad_weight, shared = _scan_grid_backward(grad_y, *saved, rank, continuous)
     grad_A_log = shared[:-2].permute(1, 2, 0)
-    grad_A_log = grad_A_log.flatten().view(grad_A_log.shape)  # with the strides of a parameter, also where n is 1
+    grad_A_log = grad_A_log.flatten().view(grad_A_log.shape)  # gives it the strides of a parameter, also if n is 1
     return grad_x, grad_low, grad_weight, shared[-1], grad_A_log, shared[-2]
 
 
@@ -337,10 +338,10 @@ scan_grid_triton.register_autograd(_autograd, setup_context=_setup_context)
 
 
 class ProjectedScan(torch.autograd.Function):
-    """The scan of x and its own projection, whose gradients meet in one kernel.
+    """The projection of x and the scan as one function; one kernel adds up both gradients of x.
 
-    Takes x, the projection's weight (4 (r + 2 n), e), and what `scan_grid_triton` takes after `low`; returns y. Each
-    path's part of the weight may be filled up with rows of zeros.
+    Takes x, the weight of the projection, (4 (r + 2 n), e), and the arguments of `scan_grid_triton` after `low`.
+    Returns y. Each path's part of the weight may be padded with rows of zeros.
     """
 
     @staticmethod
