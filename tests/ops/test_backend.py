@@ -43,7 +43,7 @@ def test_what_is_left_to_choose_can_be_chosen_for_all() -> None:
 
 def test_auto_without_triton_warns_once_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.warns(RuntimeWarning, match="triton is not installed: lamamba runs without its kernels"):
+    with pytest.warns(RuntimeWarning, match="triton is not installed: lamamba falls back to slower PyTorch operations"):
         assert not backend.choose_kernels("operation", on_cuda(), "auto")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

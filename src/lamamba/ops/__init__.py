@@ -1,1 +1,1 @@
-"""The operations the network is made of that plain PyTorch does not have."""
+"""Operations of the network that plain PyTorch does not have, each with fast versions."""

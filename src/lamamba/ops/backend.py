@@ -1,4 +1,4 @@
-"""Which version of an operation runs: the Triton kernels, loops that numba compiles, or plain PyTorch."""
+"""Choose the version of an operation: Triton kernels, loops compiled by numba, or plain PyTorch."""
 
 import importlib
 import importlib.util
@@ -19,7 +19,7 @@ _left_to_choose: Backend = "auto"
 
 @contextmanager
 def use_backend(backend: Backend) -> Iterator[None]:
-    """Run every operation whose backend is "auto" by this one instead, as long as the context lasts."""
+    """Replace the backend "auto" by this one while the context lasts."""
     global _left_to_choose
     before, _left_to_choose = _left_to_choose, backend
     try:
@@ -29,18 +29,18 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
 
 def choose_kernels(operation: str, x: Tensor, backend: Backend, limit: str = "") -> bool:
-    """Say whether the kernels are to run.
+    """Return whether the Triton kernels should run.
 
     Args:
-        operation: its name, for the error.
-        x: what it works on.
-        backend: "triton" insists on the kernels, "pytorch" on doing without; "auto" takes the kernels for tensors on
-            CUDA, other than float64, that they fit, and warns once where triton is missing there. On a CPU "auto"
-            takes the loops of operations that have some, see `choose_loops`.
-        limit: what keeps the kernels from this call, whatever it works on, and what helps; empty if nothing.
+        operation: name of the operation, for the error.
+        x: input of the operation.
+        backend: "triton" always takes the kernels, "pytorch" never does. "auto" takes them for CUDA tensors of any
+            dtype but float64, unless `limit` rules them out, and warns once if triton is not installed. On a CPU,
+            "auto" takes compiled loops where an operation has some, see `choose_loops`.
+        limit: why the kernels cannot run this call on any device, and what to do; empty if they can.
 
     Raises:
-        ValueError: the kernels are insisted on and cannot run; the message says why and what helps.
+        ValueError: the backend is "triton" and the kernels cannot run; the message says why and what to do.
     """
     backend = _left_to_choose if backend == "auto" else backend
     if backend == "pytorch":
@@ -54,15 +54,16 @@ def choose_kernels(operation: str, x: Tensor, backend: Backend, limit: str = "")
 
 
 def choose_loops(x: Tensor, backend: Backend) -> bool:
-    """Say whether loops that numba compiles are to run: where it is installed, on a CPU, on anything but float64."""
+    """Return whether compiled loops should run: on a CPU with numba, for any dtype but float64."""
     chosen = _left_to_choose if backend == "auto" else backend
     return chosen == "auto" and x.device.type == "cpu" and x.dtype != torch.float64 and _has_numba()
 
 
 def choose_loops_outside_graphs(tensors: Iterable[Tensor], backend: Backend) -> bool:
-    """Say whether loops are to run that PyTorch does not know as an operation, on float32 alone.
+    """Return whether compiled loops should run that are not registered as a PyTorch operation, for float32 only.
 
-    Not in torch.compile, which makes one pass of the plain version, too, nor on what only stands for a tensor.
+    They do not run inside torch.compile, which fuses the plain version into one pass, too. They do not run on
+    subclasses of tensors either, which may have no memory.
     """
     tensors = list(tensors)
     plain = all(type(tensor) in (Tensor, Parameter) and tensor.dtype == torch.float32 for tensor in tensors)
@@ -76,19 +77,19 @@ def _has_numba() -> bool:
 
 @lru_cache(maxsize=1)
 def _import_numba() -> bool:
-    """Say whether numba can be imported; it refuses versions of NumPy and Python that it does not know."""
+    """Return whether numba can be imported; it refuses versions of NumPy and Python that it does not support."""
     if importlib.util.find_spec("numba") is None:
         return False
     try:
         importlib.import_module("numba")
     except ImportError as error:
-        message = f"numba cannot be imported ({error}): lamamba runs without its loops, and slower, on this CPU"
+        message = f"numba cannot be imported ({error}): lamamba falls back to slower PyTorch operations on this CPU"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         return False
     return True
 
 
-# Not the cached function itself: torch.compile would look through the cache and trace what is behind it.
+# A function of its own, because torch.compile ignores `lru_cache` and would trace the cached function.
 @torch.compiler.assume_constant_result
 def _has_triton() -> bool:
     return _find_triton()
@@ -96,21 +97,21 @@ def _has_triton() -> bool:
 
 @lru_cache(maxsize=1)
 def _find_triton() -> bool:
-    """Say whether there is a triton for NVIDIA's GPUs; where only the package is missing, say what is lost."""
+    """Return whether triton is installed on an NVIDIA machine; warn if only the package is missing."""
     if torch.version.hip is not None:
         return False
     found = importlib.util.find_spec("triton") is not None
     if not found:
-        message = "the package triton is not installed: lamamba runs without its kernels, and slower, on this GPU"
+        message = "triton is not installed: lamamba falls back to slower PyTorch operations on this GPU"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     return found
 
 
 @torch.compiler.assume_constant_result
 def _obstacle(device_type: str, dtype: torch.dtype) -> str | None:
-    """Say why the kernels cannot run and what would help, or None where they can."""
+    """Return why the kernels cannot run and what to do about it, or None if they can run."""
     if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed: pip install triton"
+        return "triton is not installed: pip install triton"
     from triton import knobs
 
     if device_type != "cuda" and not knobs.runtime.interpret:

@@ -1,7 +1,7 @@
-"""The four paths along which a scan walks an image, and the way back.
+"""The four paths along which a scan walks an image, and their inverses.
 
-A path is a permutation of the pixels of a grid. Its geometry depends on the grid alone, so it is computed once per size
-and device and then shared by every block and every call.
+A path is a permutation of the pixels of a grid. It depends only on the size of the grid, so it is computed once per
+size and device, and all blocks and calls share it.
 """
 
 from functools import lru_cache
@@ -16,11 +16,11 @@ NUM_PATHS = 4
 
 
 def path_order(height: int, width: int, scan: Scan) -> np.ndarray:
-    """Compute which pixel each path reads at each step (LaMamba-Diff, arXiv 2408.02615, section 3.2).
+    """Compute the pixel that each path reads at each step (LaMamba-Diff, arXiv 2408.02615, section 3.2).
 
-    "continuous" paths are serpentine, so that neighbours in the sequence are neighbours in the image: path 0 runs along
-    row 0 to the right, row 1 to the left, and so on down; path 2 up column 0, down column 1, and so on to the right;
-    paths 1 and 3 are 0 and 2 reversed. "raster" paths are row-major, column-major, and their reverses.
+    "continuous" paths are serpentine, so that neighbors on the path are neighbors in the image. Path 0 goes right along
+    row 0, left along row 1, and so on downward. Path 2 goes up column 0, down column 1, and so on to the right. Paths 1
+    and 3 are paths 0 and 2 reversed. "raster" paths are row-major, column-major, and their reverses.
 
     Returns:
         (4, height * width) int64, row-major pixel indices.
@@ -38,23 +38,23 @@ def path_order(height: int, width: int, scan: Scan) -> np.ndarray:
 
 
 class ScanPaths(NamedTuple):
-    """Row indices of one grid and the positions that undo them; rows are what `gather_rows` and `sum_rows` move."""
+    """Row indices of one grid for `gather_rows` and `sum_rows`, and the positions that invert them."""
 
-    pixels: Tensor  # (4 l,) pixel read by path k at step t, at k l + t
-    pixel_positions: Tensor  # (4, l) where in `pixels` path k reads each pixel
-    projections: Tensor  # (4 l,) the same reading from rows ordered (pixel, path)
+    pixels: Tensor  # (4 l,) pixel that path k reads at step t, at index k l + t
+    pixel_positions: Tensor  # (4, l) index in `pixels` where path k reads each pixel
+    projections: Tensor  # (4 l,) the same for rows in the order (pixel, path)
     projection_positions: Tensor  # (1, 4 l) its inverse
 
 
 def as_constant(size: int) -> int:
-    """Return a size as it is, but let torch.compile make a graph for each: to it, an iterated range is no variable."""
+    """Return the size unchanged, as a constant to torch.compile, which then makes a graph for each size."""
     return len(range(size))
 
 
-# The geometry is a constant to torch.compile: without this, every compiled graph would rebuild it on each call.
+# A constant to torch.compile: otherwise compiled graphs would compute the paths again at every call.
 @torch.compiler.assume_constant_result
 def scan_paths(height: int, width: int, scan: Scan, device: torch.device) -> ScanPaths:
-    """Look up the paths of a grid on a device, computing them the first time they are asked for."""
+    """Return the paths of a grid on a device; they are computed at the first call for a size."""
     return _scan_paths(height, width, scan, str(device))
 
 
@@ -67,28 +67,28 @@ def _scan_paths(height: int, width: int, scan: Scan, device: str) -> ScanPaths:
     path = np.arange(NUM_PATHS)[:, None]
     projections = (order * NUM_PATHS + path).reshape(-1)
     arrays = (order.reshape(-1), inverse + path * length, projections, np.argsort(projections)[None])
-    # Built outside inference mode, since the first caller may be a sampler and the next one a training step.
+    # Outside inference mode: the first caller may be a sampler, and a training step may use the same tensors later.
     with torch.inference_mode(False):
         return ScanPaths(*(torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays))
 
 
 def gather_rows(x: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-    """Read rows in a given order; the transpose of `sum_rows`.
+    """Read rows in the given order; the transpose of `sum_rows`.
 
     Args:
         x: (b, r, c).
-        rows: (m r,) row read at each place; every row is read m times.
-        positions: (m, r) places where each row is read: `rows[positions[j, i]] == i`.
+        rows: (m r,) which row to read at each index; every row is read m times.
+        positions: (m, r) the indices at which each row is read: `rows[positions[j, i]] == i`.
 
     Returns:
-        (b, m r, c). Its gradient is a gather too, where that of plain indexing would be a scatter.
+        (b, m r, c). Its gradient is also a gather; plain indexing would use a slower scatter.
     """
     result: Tensor = _GatherRows.apply(x, rows, positions)
     return result
 
 
 def sum_rows(y: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-    """Put every row back to where `gather_rows` read it and add up; the transpose of `gather_rows`.
+    """Add every row to the row that `gather_rows` read it from; the transpose of `gather_rows`.
 
     Args:
         y: (b, m r, c).

@@ -1,8 +1,8 @@
-"""Launching Triton kernels, and compiling beforehand all those that a function will launch.
+"""Launch Triton kernels, and precompile all kernels that a function will launch.
 
-A kernel is compiled when it is first launched, which takes up to five seconds, and a network has a hundred of them.
-`rehearse` finds out which they are, so that all the processor's cores compile at once; Triton keeps what was compiled
-in its cache on disk.
+Triton compiles a kernel at its first launch. This takes up to five seconds, and a network has a hundred kernels.
+`rehearse` collects the launches of a function and compiles them on all cores at once. Triton keeps compiled kernels in
+its cache on disk.
 """
 
 import os
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Launch(NamedTuple):
-    """A launch, its tensors replaced by their dtypes: all that the compiler asks of them."""
+    """A launch, with tensors replaced by their dtypes, which are all that the compiler needs."""
 
     kernel: Any
     arguments: tuple[object, ...]
@@ -25,12 +25,12 @@ class Launch(NamedTuple):
 
 
 _rehearsed: dict[Launch, None] | None = None
-# Held while there is a rehearsal, which is the whole process's: where threads share a GPU, each holds it at work.
+# Held while launches are recorded, which affects the whole process. Threads that share a GPU hold it while they work.
 LOCK = RLock()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | float | None, **constants: object) -> None:
-    """Launch a kernel on the device of its tensors, or only note it while there is a rehearsal."""
+    """Launch a kernel on the device of its tensors, or only record it while `rehearse` runs."""
     if _rehearsed is not None:
         kinds = tuple(argument.dtype if isinstance(argument, Tensor) else argument for argument in arguments)
         _rehearsed[Launch(kernel, kinds, tuple(constants.items()))] = None
@@ -41,9 +41,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | float | None
 
 
 def rehearse(function: Callable[..., object], *arguments: object) -> None:
-    """Call a function without launching its kernels, then compile them, as many at once as there are processors.
+    """Call a function without launching its kernels, then compile these kernels on all cores at once.
 
-    What the function computes is undefined: it must not change anything that is still needed.
+    The results of the function are undefined, so it must not overwrite anything that is still needed.
     """
     launches = record_launches(function, *arguments)
     with _compile_in_parallel():
@@ -52,10 +52,10 @@ def rehearse(function: Callable[..., object], *arguments: object) -> None:
 
 
 def record_launches(function: Callable[..., object], *arguments: object) -> list[Launch]:
-    """Call a function without launching its kernels, and return the launches, each kind once."""
+    """Call a function without launching its kernels, and return each distinct launch once."""
     global _rehearsed
     with LOCK:
-        # Of the module, not of the context, since autograd runs backward passes in a thread of its own.
+        # A global and not a context variable, because autograd runs the backward pass in another thread.
         _rehearsed = {}
         try:
             function(*arguments)
@@ -65,13 +65,13 @@ def record_launches(function: Callable[..., object], *arguments: object) -> list
 
 
 def compile_launch(launched: Launch) -> Any:
-    """Compile the kernel of a launch for the current device, and return what was compiled."""
+    """Compile the kernel of a launch for the current device, and return the compiled kernel."""
     return launched.kernel.warmup(*launched.arguments, grid=(1,), **dict(launched.constants))
 
 
 @contextmanager
 def _compile_in_parallel() -> Iterator[None]:
-    """Hand what is compiled to threads, whose work is done without Python's lock; before Triton 3.6, one by one."""
+    """Compile in threads, which release Python's lock; before Triton 3.6, compile one kernel after the other."""
     try:
         from triton import AsyncCompileMode
     except ImportError:

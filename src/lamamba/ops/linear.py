@@ -1,8 +1,9 @@
-"""Linear layers for mixed precision, and those before the scan: what autograd would do in extra passes over memory.
+"""Linear layers for mixed precision and before the scan, with fewer passes over memory than autograd needs.
 
-Where a float32 weight is rounded to 16 bits for its product, autograd makes its gradient in 16 bits, then copies it to
-float32; here the product of the gradient ends in float32. Where a tensor's parts, or its uses, have gradients of their
-own, autograd first puts them together; here each is multiplied where it lies, and added to by the next.
+* A float32 weight is rounded to 16 bits for its product. Autograd then computes the gradient of the weight in 16 bits
+  and copies it to float32. Here the matrix product writes float32 directly.
+* When the two halves of a result have separate gradients, autograd first concatenates them. Here each half is
+  multiplied where it lies, and the second product is added to the first.
 """
 
 from typing import Any
@@ -13,18 +14,18 @@ from torch import Tensor
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Say which dtype autocast asks for on the device of x, or None where it is off."""
+    """Return the autocast dtype on the device of x, or None if autocast is off."""
     device = x.device.type
     on = _has_autocast(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on else None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Say in which dtype the layers around x work: autocast's, or that of x."""
+    """Return the dtype in which layers process x: the autocast dtype, or the dtype of x."""
     return autocast_dtype(x) or x.dtype
 
 
-@torch.compiler.assume_constant_result  # torch 2.11 does not look into it
+@torch.compiler.assume_constant_result  # torch 2.11 cannot trace it
 def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
@@ -41,7 +42,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_in_halves(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the halves, each (..., o / 2), of x weight^T: x (..., i), weight (o, i)."""
+    """Compute both halves of x weight^T, each (..., o / 2): x (..., i), weight (o, i)."""
     if autocast_dtype(x) is None and _is_faster_as_convolution(x):
         return _convolve(x, weight[: len(weight) // 2], None), _convolve(x, weight[len(weight) // 2 :], None)
     first, second = _LinearInHalves.apply(x.to(compute_dtype(x)), weight)
@@ -49,10 +50,10 @@ def linear_in_halves(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _is_faster_as_convolution(x: Tensor) -> bool:
-    """Say whether oneDNN should multiply the float32 pixels of x, (b, h, w, i).
+    """Return whether to multiply the pixels of x, (b, h, w, i), as a convolution: float32 on a CPU.
 
-    PyTorch multiplies matrices by MKL, and calls oneDNN for convolutions alone. On AMD's processors, where MKL leaves
-    half of the vector unit unused, oneDNN is more than twice as fast; elsewhere it is no slower.
+    PyTorch uses MKL for matrix products and oneDNN for convolutions only. On AMD processors oneDNN is more than twice
+    as fast, because MKL leaves half of the vector unit unused. Elsewhere it is no slower.
     """
     if torch.compiler.is_compiling() or not (x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim == 4):
         return False
@@ -60,8 +61,8 @@ def _is_faster_as_convolution(x: Tensor) -> bool:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute a linear layer of every pixel of (b, h, w, i) as a 1x1 convolution."""
-    x = x.contiguous().permute(0, 3, 1, 2)  # PyTorch's channels-last format, which is kept
+    """Apply a linear layer to every pixel of (b, h, w, i) as a 1x1 convolution."""
+    x = x.contiguous().permute(0, 3, 1, 2)  # PyTorch's channels-last format, which the result has, too
     return F.conv2d(x, weight[:, :, None, None], bias).permute(0, 2, 3, 1)
 
 
@@ -76,7 +77,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         (grad,), (x, weight), (weight_dtype, bias_dtype) = grads, ctx.saved_tensors, ctx.dtypes
-        with torch.autocast(x.device.type, enabled=False):  # which would round what products are added to
+        with torch.autocast(x.device.type, enabled=False):  # autocast would round the gradients
             grad_x = grad @ weight
             grad_weight = weight_gradient(grad, x, weight_dtype)
         return grad_x, grad_weight, None if bias_dtype is None else grad.flatten(0, -2).sum(dim=0, dtype=bias_dtype)
@@ -88,7 +89,7 @@ class _LinearInHalves(torch.autograd.Function):
         rounded = weight.to(x.dtype)
         ctx.save_for_backward(x, rounded)
         ctx.weight_dtype = weight.dtype
-        if x.is_cuda:  # where kernels read halves as they lie
+        if x.is_cuda:  # kernels read the halves in place
             return F.linear(x, rounded).chunk(2, dim=-1)
         return tuple(F.linear(x, half) for half in rounded.chunk(2))
 
@@ -103,7 +104,7 @@ class _LinearInHalves(torch.autograd.Function):
 
 
 def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply gradients of results, (..., o), with inputs, (..., i): (o, i) in `dtype`."""
+    """Compute the gradient of a weight, (o, i) in `dtype`, from gradients (..., o) and inputs (..., i)."""
     grad, x = grad.flatten(0, -2), x.flatten(0, -2)
     if x.is_cuda and dtype == torch.float32 != x.dtype:
         return torch.mm(grad.mT, x, out_dtype=dtype)

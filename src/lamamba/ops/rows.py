@@ -1,7 +1,7 @@
-"""What the kernels of both norms share: rows of channels, one a pixel, in registers.
+"""Functions that the kernels of both norms share. They keep rows of channels, one per pixel, in registers.
 
-A row is cut into up to five pieces, because widths are often five times a power of two and blocks are powers of two.
-Several rows are worked on at once; what is known of them is a tuple of blocks (rows, piece), one for each piece.
+A row is cut into up to five pieces, because widths are often five times a power of two, and blocks must be powers of
+two. A program handles several rows at once, as a tuple of blocks (rows, piece), one block per piece.
 
 Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
 """
@@ -9,14 +9,14 @@ Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
 import triton
 import triton.language as tl
 
-# Channels of a piece that a thread holds (16 bytes of float32), and what a program takes at once of a piece: one warp's
-# share, so that narrow rows are summed up without any exchange between warps.
+# Channels of a piece per thread (16 bytes of float32), and values of a piece per program: as many as one warp holds, so
+# that sums over narrow rows need no exchange between warps.
 CHANNELS_PER_THREAD, PIECE_OF_ROWS = 4, 128
 MAX_PIECES, MAX_WARPS = 5, 32
 
 
 def cut_rows(channels: int, num_rows: int) -> dict[str, int]:
-    """Say how a program cuts rows into pieces, how many rows it takes at once, and by how many warps."""
+    """Choose the pieces of a row, the rows per program, and the number of warps."""
     piece = max(CHANNELS_PER_THREAD, triton.next_power_of_2(triton.cdiv(channels, MAX_PIECES)))
     rows = max(1, min(PIECE_OF_ROWS // piece, triton.next_power_of_2(num_rows)))
     num_warps = max(1, min(MAX_WARPS, rows * piece // (32 * CHANNELS_PER_THREAD)))
@@ -28,14 +28,14 @@ def cut_rows(channels: int, num_rows: int) -> dict[str, int]:
 
 @triton.jit
 def channels_of(piece: tl.constexpr, CHANNELS: tl.constexpr, PIECE: tl.constexpr):
-    """Give a piece's channels, (1, piece), and which of them there are."""
+    """Return the channels of a piece, (1, piece), and a mask of those that exist."""
     o_c = piece * PIECE + tl.arange(0, PIECE)[None, :]
     return o_c, o_c < CHANNELS
 
 
 @triton.jit
 def load_rows(p_row, stride, m_row, CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
-    """Load rows, `stride` apart, in float32; zeros where there are none."""
+    """Load rows that are `stride` apart, in float32; masked values are zero."""
     p_rows = p_row + tl.arange(0, m_row.shape[0])[:, None] * stride
     rows = ()
     for piece in tl.static_range(PIECES):
@@ -46,7 +46,7 @@ def load_rows(p_row, stride, m_row, CHANNELS: tl.constexpr, PIECE: tl.constexpr,
 
 @triton.jit
 def store_rows(p_row, rows, m_row, CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
-    """Store rows one after the other."""
+    """Store rows that lie one after the other."""
     p_rows = p_row + tl.arange(0, m_row.shape[0])[:, None] * CHANNELS
     for piece in tl.static_range(PIECES):
         o_c, m_c = channels_of(piece, CHANNELS, PIECE)
@@ -55,7 +55,7 @@ def store_rows(p_row, rows, m_row, CHANNELS: tl.constexpr, PIECE: tl.constexpr, 
 
 @triton.jit
 def store_sums(p_sums, sums, CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
-    """Add up the rows and store what is one row then."""
+    """Sum over rows, and store the result as one row."""
     for piece in tl.static_range(PIECES):
         o_c, m_c = channels_of(piece, CHANNELS, PIECE)
         tl.store(p_sums + o_c, tl.sum(sums[piece], axis=0, keep_dims=True), mask=m_c)
@@ -63,7 +63,7 @@ def store_sums(p_sums, sums, CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES
 
 @triton.jit
 def zeros(ROWS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
-    """Give rows of zeros."""
+    """Return rows of zeros."""
     rows = ()
     for _ in tl.static_range(PIECES):
         rows = rows + (tl.zeros([ROWS, PIECE], tl.float32),)
@@ -90,7 +90,7 @@ def add(a, b, PIECES: tl.constexpr):
 
 @triton.jit
 def mean(rows, CHANNELS: tl.constexpr, PIECES: tl.constexpr):
-    """Average over the channels, of which those that there are not hold zeros: (rows, 1)."""
+    """Average over the channels, (rows, 1); masked channels must be zero."""
     b_sum = rows[0]
     for piece in tl.static_range(1, PIECES):
         b_sum += rows[piece]
@@ -99,7 +99,7 @@ def mean(rows, CHANNELS: tl.constexpr, PIECES: tl.constexpr):
 
 @triton.jit
 def normalize(x, eps, CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
-    """Take the mean off and divide by the standard deviation; also give one over that, (rows, 1)."""
+    """Subtract the mean and divide by the standard deviation; also return 1 / standard deviation, (rows, 1)."""
     b_mean = mean(x, CHANNELS, PIECES)
     centred = ()
     for piece in tl.static_range(PIECES):
@@ -117,7 +117,7 @@ def normalize(x, eps, CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.co
 
 @triton.jit
 def normalize_backward(grad, normalized, b_rstd, CHANNELS: tl.constexpr, PIECES: tl.constexpr):
-    """Turn the gradient of what `normalize` gives into that of what it takes."""
+    """Compute the gradient of the input of `normalize` from the gradient of its result."""
     b_mean = mean(grad, CHANNELS, PIECES)
     b_along = mean(multiply(grad, normalized, PIECES), CHANNELS, PIECES)
     grad_x = ()

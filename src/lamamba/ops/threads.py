@@ -1,4 +1,4 @@
-"""Compiled loops on a CPU: threads share the images of a batch."""
+"""Run compiled loops on a CPU in several threads, which share the images of a batch."""
 
 import ctypes
 import itertools
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# A function of GNU's OpenMP, which LLVM's has too: to run another one in so many threads.
+# A function of GNU's OpenMP, which LLVM's OpenMP has, too. It runs a function in a given number of threads.
 _openmp: Any = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
 _Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 if _openmp is not None:
@@ -18,14 +18,14 @@ if _openmp is not None:
 
 
 def array(tensor: Tensor) -> np.ndarray:
-    """Show a tensor to a compiled loop: in the tensor's own memory if that is contiguous."""
+    """Convert a tensor to an array for compiled loops, without a copy if it is contiguous."""
     return tensor.detach().contiguous().numpy()
 
 
 def share_images(
     run: Callable[..., None], inputs: tuple[np.ndarray, ...], shared: tuple[Any, ...], outputs: tuple[np.ndarray, ...]
 ) -> None:
-    """Call run(*inputs, *shared, *outputs) in PyTorch's threads, each with some of the images of inputs and outputs."""
+    """Call run(*inputs, *shared, *outputs) in PyTorch's threads, each with its part of the images."""
     num_images, num_inputs = len(inputs[0]), len(inputs)
     bounds = np.linspace(0, num_images, min(torch.get_num_threads(), num_images) + 1).astype(int)
     parts = []
@@ -42,18 +42,18 @@ def share_images(
 
 
 def _run_by_openmp(run: Callable[..., None], parts: list[tuple[Any, ...]]) -> None:
-    """Run in the threads of PyTorch's own operations.
+    """Run in the threads that PyTorch's own operations use.
 
-    They wait for work without leaving their cores: other threads would have half of each as long as they do.
+    These threads keep their cores busy while they wait for work, so other threads would get only half of each core.
     """
     left, errors = iter(parts), []
 
     @_Body
     def body(_: int) -> None:
         try:
-            for part in left:  # however many threads there are
+            for part in left:  # works with any number of threads
                 run(*part)
-        except BaseException as error:  # which would end here, in a thread that is not Python's
+        except BaseException as error:  # would be lost in a thread that is not Python's
             errors.append(error)
 
     _openmp(body, None, len(parts), 0)
