@@ -1,6 +1,7 @@
 """The objectives against recorded numbers of the process they come from, and against what is known in closed form."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import diffusers
@@ -352,6 +353,17 @@ def test_a_true_prediction_implies_the_clean_image(objective: Diffusion | FlowMa
     t = torch.tensor([1, 400, 900])
     target = noise - x_0 if isinstance(objective, FlowMatching) else noise
     assert torch.allclose(objective.predict_x_0(objective.noise_image(x_0, t, noise), t, target), x_0, atol=1e-4)
+
+
+def test_logit_normal_timesteps_follow_their_density() -> None:
+    """The density of t/1000 is exp(-logit(t)^2 / 2) / (sqrt(2 pi) t (1 - t)) (arXiv 2403.03206, section 3.1)."""
+    t = FlowMatching("logit-normal").draw_timesteps(200_000, torch.device("cpu"), torch.Generator().manual_seed(0))
+    edges = torch.linspace(0, 1, 11, dtype=torch.float64)
+    points = torch.linspace(0, 1, 100_001, dtype=torch.float64)[1:-1]
+    density = torch.exp(-torch.logit(points).square() / 2) / (math.sqrt(2 * math.pi) * points * (1 - points))
+    wanted = [float(density[(points > low) & (points <= high)].sum()) / 100_000 for low, high in pairwise(edges)]
+    assert sum(wanted) == pytest.approx(1, abs=1e-3)
+    assert (torch.histc(t.double() / 1000, 10, 0, 1) / len(t)).tolist() == pytest.approx(wanted, abs=4e-3)
 
 
 @pytest.mark.parametrize("objective", list(OBJECTIVES.values()), ids=list(OBJECTIVES))

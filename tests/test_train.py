@@ -177,10 +177,11 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
         {"ema_decay": 0.1},
         {"horizontal_flip": True},
         {"objective": "flow"},
+        {"objective": "flow", "timesteps": "logit-normal"},
         {"precision": "bf16"},
         {"network": {"label_dropout": 0.9}},
     ],
-    ids=lambda options: next(iter(options)),
+    ids=lambda options: list(options)[-1],
 )
 def test_every_option_of_training_changes_it(tmp_path: Path, options: dict[str, Any]) -> None:
     changed = take_steps(make_trainer(tmp_path, **options), 3)

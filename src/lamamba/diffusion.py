@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lamamba.config import PLAIN_GUIDANCE, GuidanceOptions
+from lamamba.config import PLAIN_GUIDANCE, GuidanceOptions, Timesteps
 from lamamba.errors import ConfigError
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -205,7 +205,11 @@ class Diffusion:
 
 
 class FlowMatching:
-    """The straight path between data and noise; predicts its velocity, noise - x_0, on the first c channels."""
+    """The straight path between data and noise; predicts its velocity, noise - x_0, on the first c channels.
+
+    Args:
+        timesteps: distribution of the timesteps in training, see `draw_timesteps`.
+    """
 
     name = "flow"
     scheduler_options: Mapping[str, Any] = {
@@ -215,8 +219,16 @@ class FlowMatching:
     default_sampler = "unipc"
     scheduler = _deprecated_scheduler
 
+    def __init__(self, timesteps: Timesteps = "uniform") -> None:
+        self.timesteps = timesteps
+
     def draw_timesteps(self, batch: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-        """Draw (b,) float timesteps, uniform over 0 to 1000."""
+        """Draw (b,) float timesteps from 0 to 1000: uniform, or 1000 / (1 + exp(-u)) with u standard normal.
+
+        The latter is logit-normal (Esser et al. 2024, arXiv 2403.03206, section 3.1, with m = 0 and s = 1).
+        """
+        if self.timesteps == "logit-normal":
+            return torch.randn(batch, device=device, generator=generator).sigmoid() * NUM_TIMESTEPS
         return torch.rand(batch, device=device, generator=generator) * NUM_TIMESTEPS
 
     def noise_image(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:

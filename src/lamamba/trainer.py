@@ -18,7 +18,7 @@ from lamamba.captured import Captured, CapturedNetwork
 from lamamba.checkpoint import CheckpointInfo, load_checkpoint, load_network, read_info, verify
 from lamamba.config import TrainConfig
 from lamamba.data import Source, batches
-from lamamba.diffusion import OBJECTIVES, draw_noise, training_losses
+from lamamba.diffusion import OBJECTIVES, FlowMatching, Objective, draw_noise, training_losses
 from lamamba.errors import CheckpointError
 from lamamba.finetune import transfer_weights
 from lamamba.labels import why_unguided
@@ -57,7 +57,7 @@ class Trainer:
         # All ranks have the same number of parts, because sharded weights are gathered in each part.
         num_parts = min(config.accumulate, config.batch_size // processes.number)
         self.parts = cut_evenly(self.share.stop - self.share.start, num_parts)
-        self.objective = OBJECTIVES[config.objective]
+        self.objective = choose_objective(config)
         self.images = self.step = 0
         self.skipped_in_a_row = torch.zeros((), device=device)
         # Leave the global generator of the program alone.
@@ -349,6 +349,13 @@ class Trainer:
         images = self.space.decode(x).cpu().numpy()
         names = self.source.class_names[:rows]
         return make_grid(images, columns, scale=max(1, 64 // images.shape[-1]), row_names=names)
+
+
+def choose_objective(config: TrainConfig) -> Objective:
+    """Choose the objective of a run, with the options that only training uses."""
+    if config.timesteps != "uniform":
+        return FlowMatching(config.timesteps)
+    return OBJECTIVES[config.objective]
 
 
 class Gradients:

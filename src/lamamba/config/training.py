@@ -12,6 +12,7 @@ from lamamba.config.options import Option
 from lamamba.config.sampling import DEFAULT_GUIDANCE
 
 Objective = Literal["diffusion", "flow"]
+Timesteps = Literal["uniform", "logit-normal"]
 _OF_PRESET = NetworkConfig()  # this very object stands for the network of the preset
 
 
@@ -45,6 +46,8 @@ class TrainConfig:
     that encoded --data."""
     objective: Objective = "diffusion"
     """diffusion predicts noise with learned variance; flow is flow matching."""
+    timesteps: Timesteps = "uniform"
+    """Distribution of the timesteps that flow trains on; logit-normal draws more from the middle."""
     min_snr_gamma: float = 0.0
     """Weight timesteps by their signal-to-noise ratio, clipped at this value (min-SNR; the paper uses 5); 0 weights all
     equally."""
@@ -160,6 +163,8 @@ class TrainConfig:
             self.decay == "none" or self.warmup_images < self.num_images, "warmup_images", self.warmup_images,
             f"less than num_images {self.num_images}, where the learning rate decays",
         )  # fmt: skip
+        fits = self.timesteps == "uniform" or self.objective == "flow"
+        check(fits, "timesteps", self.timesteps, f"uniform with the objective {self.objective}")
         for length in self.power_averages:
             fits = 0 < length <= 0.288 and round(length, 3) == length
             check(fits, "power_averages", length, "from 0.001 to 0.288, with three decimals")
