@@ -24,17 +24,24 @@ def check(holds: bool, name: str, value: object, wanted: str) -> None:
         raise ConfigError(f"{name} is {value!r}: it must be {wanted}")
 
 
+def check_option(config: object, name: str, holds: bool, wanted: str) -> None:
+    """Raise ConfigError with the value of an option unless a condition on it holds."""
+    check(holds, name, getattr(config, name), wanted)
+
+
 MAX_SEED = 2**64 - 1  # the largest seed that torch's generators accept
 MAX_IMAGES = 10**12  # in one run or set
 MAX_SIDE = 1 << 14  # in pixels
 MAX_GRID_PIXELS = 1 << 28  # in one picture; Pillow refuses to open larger ones
 
 
-def check_range(name: str, value: Any, least: float, most: float) -> None:
-    """Raise ConfigError unless a number is within limits. None, an option that is not set, is accepted."""
-    if value is not None:
-        check(value >= least, name, value, f"{least:,} or more")
-        check(value <= most, name, value, f"at most {most:,}")
+def check_range(config: object, least: float, most: float, *names: str) -> None:
+    """Raise ConfigError unless options are within limits. None, an option that is not set, is accepted."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None:
+            check(value >= least, name, value, f"{least:,} or more")
+            check(value <= most, name, value, f"at most {most:,}")
 
 
 def check_seed(seed: Any, num_images: int = 1, name: str = "seed") -> int:

@@ -80,7 +80,7 @@ class EncodeConfig:
     """cpu, cuda, cuda:1 or mps; auto uses the fastest one available."""
 
     def __post_init__(self) -> None:
-        check_range("images_per_shard", self.images_per_shard, 1, 1_000_000)
-        check_range("batch_size", self.batch_size, 1, 100_000)
-        check_range("num_workers", self.num_workers, 0, 1024)
-        check_range("image_size", self.image_size, 1, MAX_SIDE)
+        check_range(self, 1, 1_000_000, "images_per_shard")
+        check_range(self, 1, 100_000, "batch_size")
+        check_range(self, 0, 1024, "num_workers")
+        check_range(self, 1, MAX_SIDE, "image_size")

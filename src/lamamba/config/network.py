@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from lamamba.config.checks import check, is_number, is_whole, nearest
+from lamamba.config.checks import check_option, is_number, is_whole, nearest
 from lamamba.config.options import Option
 from lamamba.errors import ConfigError
 
@@ -66,50 +66,37 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
-            check(is_whole(value), name, value, "a whole number")
-            check(least <= value <= most, name, value, f"from {least:,} to {most:,}")
+            check_option(self, name, is_whole(value), "a whole number")
+            check_option(self, name, least <= value <= most, f"from {least:,} to {most:,}")
         for name in ("ssm_ratio", "mlp_ratio", "label_dropout"):
-            check(is_number(getattr(self, name)), name, getattr(self, name), "a number")
+            check_option(self, name, is_number(getattr(self, name)), "a number")
         for name in ("ssm_conv_bias", "use_ssm", "use_attention"):
-            check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
-        check(self.sample_size % 2 == 0, "sample_size", self.sample_size, f"even: {self.sample_size + 1}")
-        check(self.embed_dim % 4 == 0, "embed_dim", self.embed_dim, "a multiple of 4, for the positional embedding")
-        check(
-            self.embed_dim % self.num_heads == 0,
-            "num_heads",
-            self.num_heads,
-            f"a divisor of embed_dim {self.embed_dim}",
-        )
-        check(self.window_size % 2 == 0, "window_size", self.window_size, "even: windows shift by half")
-        check(
-            # A configuration from JSON has a list.
-            isinstance(self.depths, (tuple, list)) and len(self.depths) == 4
-            and all(is_whole(depth) and depth >= 1 for depth in self.depths),
-            "depths", self.depths, "four whole numbers, each 1 or more",
-        )  # fmt: skip
+            check_option(self, name, isinstance(getattr(self, name), bool), "True or False")
+        check_option(self, "sample_size", self.sample_size % 2 == 0, f"even: {self.sample_size + 1}")
+        check_option(self, "embed_dim", self.embed_dim % 4 == 0, "a multiple of 4, for the positional embedding")
+        divides = self.embed_dim % self.num_heads == 0
+        check_option(self, "num_heads", divides, f"a divisor of embed_dim {self.embed_dim}")
+        check_option(self, "window_size", self.window_size % 2 == 0, "even: windows shift by half")
+        are_four = isinstance(self.depths, (tuple, list)) and len(self.depths) == 4  # from JSON comes a list
+        are_depths = are_four and all(is_whole(depth) and depth >= 1 for depth in self.depths)
+        check_option(self, "depths", are_depths, "four whole numbers, each 1 or more")
         blocks = 2 * sum(self.depths) + self.bottleneck_depth + 4 * self.decoder_extra_depth
-        check(
-            blocks <= MAX_BLOCKS, "depths", self.depths,
+        fewer = (
             f"smaller: with bottleneck_depth {self.bottleneck_depth} and decoder_extra_depth "
-            f"{self.decoder_extra_depth} they are {blocks:,} blocks, and at most {MAX_BLOCKS} are built",
-        )  # fmt: skip
-        check(
-            self.ssm_dt_rank is None or (is_whole(self.ssm_dt_rank) and 1 <= self.ssm_dt_rank <= 4096),
-            "ssm_dt_rank", self.ssm_dt_rank, "a whole number from 1 to 4,096, or None",
-        )  # fmt: skip
+            f"{self.decoder_extra_depth} they are {blocks:,} blocks, and at most {MAX_BLOCKS} are built"
+        )
+        check_option(self, "depths", blocks <= MAX_BLOCKS, fewer)
+        is_rank = self.ssm_dt_rank is None or (is_whole(self.ssm_dt_rank) and 1 <= self.ssm_dt_rank <= 4096)
+        check_option(self, "ssm_dt_rank", is_rank, "a whole number from 1 to 4,096, or None")
+        wanted = f"above 0, at most {MAX_RATIO}, and give whole channels with embed_dim {self.embed_dim}"
         for name in ("ssm_ratio", "mlp_ratio"):
             ratio = getattr(self, name)
-            check(
-                0 < ratio <= MAX_RATIO and ratio * self.embed_dim % 1 == 0, name, ratio,
-                f"above 0, at most {MAX_RATIO}, and give whole channels with embed_dim {self.embed_dim}",
-            )  # fmt: skip
-        check(self.scan in ("continuous", "raster"), "scan", self.scan, '"continuous" or "raster"')
-        check(self.downsample in ("merge", "conv"), "downsample", self.downsample, '"merge" or "conv"')
-        check(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "from 0 to less than 1")
-        check(
-            self.use_ssm or self.use_attention, "use_attention", self.use_attention,
-            "True where use_ssm is False: with neither branch no pixel sees another",
-        )  # fmt: skip
+            check_option(self, name, 0 < ratio <= MAX_RATIO and ratio * self.embed_dim % 1 == 0, wanted)
+        check_option(self, "scan", self.scan in ("continuous", "raster"), '"continuous" or "raster"')
+        check_option(self, "downsample", self.downsample in ("merge", "conv"), '"merge" or "conv"')
+        check_option(self, "label_dropout", 0 <= self.label_dropout < 1, "from 0 to less than 1")
+        wanted = "True where use_ssm is False: with neither branch no pixel sees another"
+        check_option(self, "use_attention", self.use_ssm or self.use_attention, wanted)
 
 
 SIXTEEN_STATES = "-16-states"  # suffix of presets with 16 states

@@ -1,9 +1,10 @@
 """Options of `lamamba info` and `lamamba plan`."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from lamamba.config.checks import MAX_IMAGES, check, check_range, check_size
+from lamamba.config.checks import MAX_IMAGES, check_option, check_range, check_size
 from lamamba.config.options import Option
 
 
@@ -55,23 +56,18 @@ class PlanConfig:
     """Bandwidth of a host's disk or network storage, in GB/s; by default reading is never the limit."""
 
     def __post_init__(self) -> None:
-        for name, most in (("gpus", 1_000_000), ("gpus_per_host", 1_000_000), ("num_images", MAX_IMAGES)):
-            check_range(name, getattr(self, name), 1, most)
-        check(self.power_averages >= 0, "power_averages", self.power_averages, "0 or more")
-        for name in (
-            "gpu_memory_gib", "images_per_s", "link_gbytes_per_s", "network_gbytes_per_s", "data_gbytes_per_s",
-        ):  # fmt: skip
-            check(getattr(self, name) is None or getattr(self, name) > 0, name, getattr(self, name), "more than 0")
-        check(
-            self.gpus <= self.gpus_per_host or self.gpus % self.gpus_per_host == 0, "gpus", self.gpus,
-            f"a multiple of gpus_per_host {self.gpus_per_host}, or less than it",
-        )  # fmt: skip
+        check_range(self, 1, 1_000_000, "gpus", "gpus_per_host")
+        check_range(self, 1, MAX_IMAGES, "num_images")
+        check_range(self, 0, math.inf, "power_averages")
+        speeds = ("images_per_s", "link_gbytes_per_s", "network_gbytes_per_s", "data_gbytes_per_s")
+        for name in ("gpu_memory_gib", *speeds):
+            check_option(self, name, getattr(self, name) is None or getattr(self, name) > 0, "more than 0")
+        fills_hosts = self.gpus <= self.gpus_per_host or self.gpus % self.gpus_per_host == 0
+        check_option(self, "gpus", fills_hosts, f"a multiple of gpus_per_host {self.gpus_per_host}, or less than it")
         if self.batch_size is not None:
             below = max(1, self.batch_size // self.gpus) * self.gpus
-            check(
-                self.batch_size > 0 and self.batch_size % self.gpus == 0, "batch_size", self.batch_size,
-                f"a multiple of the {self.gpus} gpus: {below} or {below + self.gpus}",
-            )  # fmt: skip
+            wanted = f"a multiple of the {self.gpus} gpus: {below} or {below + self.gpus}"
+            check_option(self, "batch_size", self.batch_size > 0 and self.batch_size % self.gpus == 0, wanted)
 
     @property
     def images_of_a_gpu(self) -> int:

@@ -1,10 +1,11 @@
 """Options of `lamamba convert` and `lamamba push`."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from lamamba.config.checks import check
+from lamamba.config.checks import check_range
 from lamamba.config.network import PRESETS, NetworkConfig
 from lamamba.config.options import Option
 from lamamba.errors import ConfigError
@@ -61,4 +62,4 @@ class PushConfig:
     def __post_init__(self) -> None:
         if self.out is None and self.repository is None:
             raise ConfigError("give --out FOLDER to write the pipeline there, or USER/NAME of a repository on the hub")
-        check(self.num_per_label >= 0, "num_per_label", self.num_per_label, "0 or more")
+        check_range(self, 0, math.inf, "num_per_label")

@@ -5,7 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from lamamba.config.checks import MAX_IMAGES, MAX_SIDE, check, check_range, check_seed, check_size, is_number
+from lamamba.config.checks import (
+    MAX_IMAGES,
+    MAX_SIDE,
+    check,
+    check_option,
+    check_range,
+    check_seed,
+    check_size,
+    is_number,
+)
 from lamamba.config.options import Option
 
 DEFAULT_GUIDANCE = 2.0  # scale of classifier-free guidance
@@ -73,12 +82,11 @@ class SamplingConfig:
     """cpu, cuda, cuda:1 or mps; auto uses the fastest one available."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        check_range(self, 1, math.inf, "steps", "batch_size")
         check_seed(self.seed)
         check_size("size", self.size)
         is_scale = self.guidance is None or math.isfinite(self.guidance)
-        check(is_scale, "guidance", self.guidance, "a number, 1 for no guidance")
+        check_option(self, "guidance", is_scale, "a number, 1 for no guidance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +105,8 @@ class SampleConfig(SamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(
-            1 <= self.num_per_label <= 10_000, "num_per_label", self.num_per_label,
-            "from 1 to 10,000 in one grid; lamamba generate makes any number of images",
-        )  # fmt: skip
+        wanted = "from 1 to 10,000 in one grid; lamamba generate makes any number of images"
+        check_option(self, "num_per_label", 1 <= self.num_per_label <= 10_000, wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +126,9 @@ class GenerateConfig(SamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("num_images", self.num_images, 1, MAX_IMAGES)
+        check_range(self, 1, MAX_IMAGES, "num_images")
         check_seed(self.seed, self.num_images)
-        check_range("images_per_shard", self.images_per_shard, 1, 100_000)  # which are in memory at once
+        check_range(self, 1, 100_000, "images_per_shard")  # which are in memory at once
 
 
 @dataclass(frozen=True)
@@ -157,10 +163,10 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         named = any(name.startswith("fashion-mnist") for name in (self.generated, self.reference))
         check(self.data_folder is None or named, "data_folder", str(self.data_folder), "left out without fashion-mnist")
-        check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
-        check(self.nearest_images >= 6, "nearest_images", self.nearest_images, "6 or more")
+        check_range(self, 1, math.inf, "batch_size")
+        check_range(self, 6, math.inf, "nearest_images")
         check_seed(self.seed)
-        check_range("image_size", self.image_size, 1, MAX_SIDE)
+        check_range(self, 1, MAX_SIDE, "image_size")
 
 
 @dataclass(frozen=True)
@@ -175,8 +181,7 @@ class DemoLimits:
     """Largest number of pixels of all images of a request; the default allows 16 images of 256 x 256."""
 
     def __post_init__(self) -> None:
-        for name in ("max_images", "max_steps", "max_pixels"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        check_range(self, 1, math.inf, "max_images", "max_steps", "max_pixels")
 
 
 @dataclass(frozen=True)
@@ -202,5 +207,5 @@ class DemoConfig:
     """Limits for each visitor."""
 
     def __post_init__(self) -> None:
-        check(self.at_once >= 1, "at_once", self.at_once, "1 or more")
-        check(0 <= self.port < 1 << 16, "port", self.port, "0 to 65535")
+        check_range(self, 1, math.inf, "at_once")
+        check_option(self, "port", 0 <= self.port < 1 << 16, "0 to 65535")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from lamamba.config.checks import check, check_range
+from lamamba.config.checks import check, check_option, check_range
 from lamamba.config.options import Option
 from lamamba.errors import ConfigError
 
@@ -31,7 +31,7 @@ class PlotConfig:
     def __post_init__(self) -> None:
         if not self.runs:
             raise ConfigError("give one run folder or more, such as runs/first")
-        check_range("frames", self.frames, 2, 1000)
+        check_range(self, 2, 1000, "frames")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class GridConfig:
     """Write each image's name below it."""
 
     def __post_init__(self) -> None:
-        check(len(self.images) >= 1, "images", self.images, "one image or folder, or more")
+        check_option(self, "images", len(self.images) >= 1, "one image or folder, or more")
         check(self.out.suffix == ".png", "out", str(self.out), "a .png file")
-        for name, most in (("columns", 10_000), ("rows", 10_000), ("scale", 64)):
-            check_range(name, getattr(self, name), 1, most)
+        check_range(self, 1, 10_000, "columns", "rows")
+        check_range(self, 1, 64, "scale")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from lamamba.config.checks import MAX_IMAGES, MAX_SIDE, check, check_seed
+from lamamba.config.checks import MAX_IMAGES, MAX_SIDE, check, check_option, check_range, check_seed
 from lamamba.config.data import WHOLE_DATASET, DatasetOptions
 from lamamba.config.network import PRESETS, NetworkConfig, preset
 from lamamba.config.options import Option
@@ -137,42 +137,27 @@ class TrainConfig:
             if isinstance(value := getattr(self, name), str):
                 object.__setattr__(self, name, Path(value))
         check_seed(self.seed)
-        check(math.isfinite(self.sample_guidance), "sample_guidance", self.sample_guidance, "a number")
-        for name in ("batch_size", "accumulate", "max_skipped_steps", "sample_steps", "num_images"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        limits = {
-            "num_images": MAX_IMAGES, "batch_size": 1_000_000, "sample_steps": 1000, "image_size": MAX_SIDE,
-            "num_workers": 1024,
-        }  # fmt: skip
-        for name, most in limits.items():  # other code says what image_size has to be at least
-            check((getattr(self, name) or 0) <= most, name, getattr(self, name), f"at most {most:,}")
-        for name in ("log_every", "sample_every", "checkpoint_every", "snapshot_every"):
-            check(getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in (
-            "max_grad_norm",
-            "min_snr_gamma",
-            "warmup_images",
-            "weight_decay",
-            "num_workers",
-            "keep_checkpoints",
-            "seed",
-        ):
-            check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        check(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "a number above 0")
-        check(
-            self.decay == "none" or self.warmup_images < self.num_images, "warmup_images", self.warmup_images,
-            f"less than num_images {self.num_images}, where the learning rate decays",
-        )  # fmt: skip
+        check_option(self, "sample_guidance", math.isfinite(self.sample_guidance), "a number")
+        check_range(self, 1, MAX_IMAGES, "num_images")
+        check_range(self, 1, 1_000_000, "batch_size")
+        check_range(self, 1, 1000, "sample_steps")
+        check_range(self, 1, math.inf, "accumulate", "max_skipped_steps")
+        check_range(self, 1, math.inf, "log_every", "sample_every", "checkpoint_every", "snapshot_every")
+        check_range(self, -math.inf, MAX_SIDE, "image_size")  # other code says what it has to be at least
+        check_range(self, 0, 1024, "num_workers")
+        check_range(self, 0, math.inf, "max_grad_norm", "min_snr_gamma", "warmup_images", "weight_decay")
+        check_range(self, 0, math.inf, "keep_checkpoints")
+        check_option(self, "learning_rate", 0 < self.learning_rate < math.inf, "a number above 0")
+        warms_up_in_time = self.decay == "none" or self.warmup_images < self.num_images
+        wanted = f"less than num_images {self.num_images}, where the learning rate decays"
+        check_option(self, "warmup_images", warms_up_in_time, wanted)
         fits = self.timesteps == "uniform" or self.objective == "flow"
-        check(fits, "timesteps", self.timesteps, f"uniform with the objective {self.objective}")
+        check_option(self, "timesteps", fits, f"uniform with the objective {self.objective}")
         for length in self.power_averages:
             fits = 0 < length <= 0.288 and round(length, 3) == length
             check(fits, "power_averages", length, "from 0.001 to 0.288, with three decimals")
-        check(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "from 0 to less than 1")
-        check(
-            self.accumulate <= self.batch_size, "accumulate", self.accumulate,
-            f"at most batch_size {self.batch_size}",
-        )  # fmt: skip
+        check_option(self, "ema_decay", 0 <= self.ema_decay < 1, "from 0 to less than 1")
+        check_option(self, "accumulate", self.accumulate <= self.batch_size, f"at most batch_size {self.batch_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,4 +198,4 @@ class WatchConfig:
     """Show the state once and stop."""
 
     def __post_init__(self) -> None:
-        check(0 < self.every <= 86400, "every", self.every, "above 0, at most 86,400")
+        check_option(self, "every", 0 < self.every <= 86400, "above 0, at most 86,400")
