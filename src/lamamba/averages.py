@@ -238,8 +238,7 @@ def cosines(gammas_a: Array, steps_a: Array, gammas_b: Array | float, steps_b: A
     of_the_longer = np.where(steps_a >= steps_b, gammas_a, gammas_b)
     ratio = np.minimum(steps_a, steps_b) / np.maximum(steps_a, steps_b)
     root = np.sqrt((2 * gammas_a + 1) * (2 * gammas_b + 1))
-    result: Array = root / (gammas_a + gammas_b + 1) * ratio ** (of_the_longer + 0.5)
-    return result
+    return root / (gammas_a + gammas_b + 1) * ratio ** (of_the_longer + 0.5)
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,7 @@ class DiT(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the parameters."""
-        device: torch.device = self.transformer.device
-        return device
+        return self.transformer.device
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict noise and variance, (b, 2c, h, w), for latents (b, c, h, w), timesteps (b,) and labels (b,).
@@ -72,8 +71,7 @@ class DiT(nn.Module):
             raise ConfigError(
                 f"a DiT samples square latents whose side is a multiple of {patch}, not {height} by {width}"
             )
-        out: Tensor = self.transformer(x_t, timestep=t, class_labels=y, return_dict=False)[0]
-        return out
+        return self.transformer(x_t, timestep=t, class_labels=y, return_dict=False)[0]
 
 
 @dataclass(frozen=True)

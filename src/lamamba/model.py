@@ -187,8 +187,7 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
             if index >= 2:
                 x = self.upsamples[index - 2](x)[:, : skip.shape[1], : skip.shape[2]]
             x = self._run(blocks, x + skip, condition)
-        out: Tensor = rearrange(self.head(x, condition), "b h w c -> b c h w").to(x_t.dtype).contiguous()
-        return out
+        return rearrange(self.head(x, condition), "b h w c -> b c h w").to(x_t.dtype).contiguous()
 
     def _run(self, blocks: Iterable[nn.Module], x: Tensor, condition: Tensor) -> Tensor:
         residual: Residual | None = None
@@ -201,8 +200,7 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
 
     def _embed(self, y: Tensor) -> Tensor:
         table = self.label_embedding.weight
-        embedded: Tensor = y.to(table.dtype) @ table if y.is_floating_point() else self.label_embedding(y)
-        return embedded
+        return y.to(table.dtype) @ table if y.is_floating_point() else self.label_embedding(y)
 
     def resize_position_embedding(self, height: int, width: int) -> Tensor:
         """Return the position embedding of a grid, (1, height, width, embed_dim), resized if necessary."""
@@ -287,8 +285,7 @@ class TimestepEmbedding(nn.Module):
         frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / half))
         angles = t.float()[:, None] * frequencies
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
-        x: Tensor = self.linear_2(F.silu(self.linear_1(sinusoids)))
-        return x
+        return self.linear_2(F.silu(self.linear_1(sinusoids)))
 
 
 class Block(nn.Module):
@@ -323,8 +320,7 @@ class Block(nn.Module):
 
     def modulate(self, condition: Tensor) -> Tensor:
         """Compute the concatenated shifts, scales and gates of all branches from the condition (b, 4 embed_dim)."""
-        modulation: Tensor = self.modulation(F.silu(self.condition_projection(condition)))
-        return modulation
+        return self.modulation(F.silu(self.condition_projection(condition)))
 
     def forward(self, x: Tensor, condition: Tensor, residual: Residual | None = None) -> tuple[Tensor, Residual]:
         """Run the block on x and the previous block's residual, not added yet; return both for the next block.
@@ -441,8 +437,7 @@ class MergeDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = rearrange(_pad_to_even(x), "b (h row) (w column) c -> b h w (column row c)", row=2, column=2)
-        out: Tensor = self.reduction(normalize(x, self.norm))
-        return out
+        return self.reduction(normalize(x, self.norm))
 
 
 class ConvDownsample(nn.Module):
@@ -488,8 +483,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.modulation(F.silu(self.condition_projection(condition))).chunk(2, dim=-1)
         x = normalize(self.linear(x), self.norm)
-        out: Tensor = self.output(layer_norm(x, modulation=(shift, scale), eps=1e-6))
-        return out
+        return self.output(layer_norm(x, modulation=(shift, scale), eps=1e-6))
 
 
 def _sine_cosine_positions(size: int, channels: int) -> Tensor:

@@ -129,8 +129,7 @@ def is_run(folder: Path) -> bool:
 
 def plain(config: TrainConfig) -> dict[str, Any]:
     """Convert a configuration to the values that JSON has."""
-    content: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
-    return content
+    return json.loads(json.dumps(asdict(config), default=str))
 
 
 def read_train_config(path: Path) -> TrainConfig:

@@ -48,8 +48,7 @@ def local(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def whole(tensor: Tensor) -> Tensor:
     """Gather a complete tensor. All ranks must call this together."""
-    full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()

@@ -110,8 +110,7 @@ def _transparent_value(image: Image.Image) -> Any:
 
 def scale_16_bits(values: np.ndarray) -> np.ndarray:
     """Scale values from 0..65535 to uint8, rounding."""
-    scaled: np.ndarray = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    return scaled
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def convert_given(name: str, given: Any, channels: int, background: str = "white") -> Any:

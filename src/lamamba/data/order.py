@@ -45,8 +45,7 @@ def flip_choices(positions: np.ndarray, *, seed: int) -> np.ndarray:
     """Return whether to mirror the image at each position, half of them: int64 (b,) -> bool (b,)."""
     key = _mix_bits(np.array([seed], dtype=np.uint64))
     bits = _mix_bits(key ^ _mix_bits(positions.astype(np.uint64)))
-    chosen: np.ndarray = bits >= np.uint64(1 << 63)
-    return chosen
+    return bits >= np.uint64(1 << 63)
 
 
 def batches(
