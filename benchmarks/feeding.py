@@ -1,15 +1,16 @@
-"""Measure what feeds a training and what interrupts it, with the commands themselves: encoding, latents, checkpoints.
+"""Measure encoding, training from latents, and saving checkpoints, with the commands that users run.
 
     python benchmarks/feeding.py                   XL at 256 px, on a GPU
-    python benchmarks/feeding.py --processes 2     on two, started by torchrun
-    python benchmarks/feeding.py --quick           tiny, on a CPU too: the numbers mean nothing
+    python benchmarks/feeding.py --processes 2     on two GPUs, started by torchrun
+    python benchmarks/feeding.py --quick           a quick check with tiny sizes, also on a CPU; ignore its numbers
     python benchmarks/feeding.py --parts checkpoints
 
-Images are JPEG files drawn at random, encoded by an autoencoder of Stable Diffusion's shape with random weights. The
-speed of encoding is that of the images that a larger folder has more than a smaller one, so that what a start takes
-does not count. Training from the latents logs its own speed, and the share of the time that it waited for data; how
-fast it is with images in memory is what benchmarks/scaling.py measures. A checkpoint is written while training goes
-on: how long `save` keeps the trainer, how long the writing takes, and how long steps take meanwhile.
+* Encoding: the images are random JPEG files. The autoencoder has the shape of Stable Diffusion's, with random weights.
+  A larger and a smaller folder are encoded. The speed is computed from the difference, so startup does not count.
+* Training: the log of a training from latents gives the speed, and the share of time spent waiting for data.
+  benchmarks/scaling.py measures the speed with images in memory.
+* Checkpoints: training continues while a checkpoint is written. Measured are the time until `save` returns, the time
+  until the file is written, and the time of steps meanwhile.
 """
 
 import argparse
@@ -41,7 +42,7 @@ TINY = ("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1")
 
 
 class Feeding:
-    """Runs the commands on random images in a folder."""
+    """Run the commands on random images in a folder."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.folder, self.quick, self.processes = folder, options.quick, options.processes
@@ -57,7 +58,7 @@ class Feeding:
         ).save_pretrained(folder / "vae")  # fmt: skip
 
     def run(self, *arguments: str) -> float:
-        """Run a command of lamamba, and return its seconds."""
+        """Run a command of lamamba, and return the seconds it took."""
         together = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
         command = [sys.executable, *(together if self.processes > 1 else []), "-m", "lamamba", *arguments]
         begun = time.perf_counter()
@@ -82,7 +83,7 @@ class Feeding:
         results.add("encode_both_ways_round", self.provider, "images_per_s", [speed], 32, "float32")
 
     def training(self, results: Results, latents: Path, steps: int) -> None:
-        """Train from latents, leaving out what the log says of the first steps."""
+        """Train from latents, and read the log without its first steps."""
         batch, run = self.each * self.processes, self.folder / "run"
         network = ("s-256", *TINY) if self.quick else ("xl-256",)
         self.run(
@@ -91,13 +92,13 @@ class Feeding:
             "--checkpoint-every", str(10**9), "--preset", *network,
         )  # fmt: skip
         records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()][1:]
-        shutil.rmtree(run)  # 10 GB of XL
+        shutil.rmtree(run)  # 10 GB for XL
         dtype = "bf16" if torch.cuda.is_available() else "float32"
         for metric in ("images_per_s", "data_wait"):
             results.add("train_from_latents", self.provider, metric, [r[metric] for r in records], batch, dtype)
 
     def checkpointing(self, results: Results) -> None:
-        """Save while training goes on, in one process."""
+        """Save checkpoints while training continues, in one process."""
         device = choose_device("auto")
         network = preset("xl-256")
         if self.quick:
@@ -153,18 +154,18 @@ def write_images(folder: Path, number: int, side: int) -> None:
 
 
 def main() -> None:
-    """Measure, in one run, and write results/feeding/."""
+    """Run the chosen measurements, and write their records to results/feeding/."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--batch-size", type=int, default=128, help="images of a process in a step")
-    parser.add_argument("--steps", type=int, default=90, help="of training from latents")
+    parser.add_argument("--batch-size", type=int, default=128, help="images per process and step")
+    parser.add_argument("--steps", type=int, default=90, help="number of steps when training from latents")
     parser.add_argument("--out", type=Path, default=RESULTS / "feeding", help="folder for the records")
-    parser.add_argument("--commit", default="", help="its name, for a copy without history")
+    parser.add_argument("--commit", default="", help="commit to note in the records, for a copy without history")
     options = parser.parse_args()
     if "training" in options.parts and "encoding" not in options.parts:
-        parser.error("training needs what encoding leaves: give both parts")
+        parser.error("part `training` needs the latents of part `encoding`: give both")
     few, many, steps = (8, 16, 6) if options.quick else (256, 1280, options.steps)
     results = Results(options.out, options.commit)
     if results.path:

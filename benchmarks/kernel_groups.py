@@ -1,8 +1,8 @@
-"""Where a training step's time goes, by group of operations, and how far each group is from the hardware's limit.
+"""Measure the time of a training step by group of operations, and compare each group with the hardware's limit.
 
-A group's limit is the time in which its operations could read their inputs and write their outputs once at the copy
-bandwidth, or do their matrix products at the measured peak, whichever is longer, operation by operation. It takes
-the operations as they are: fusing two of them would lower it.
+The limit of an operation is the longer of two times: reading its inputs and writing its outputs once at the copy
+bandwidth, or computing its matrix products at the measured peak. The limit of a group is the sum over its operations.
+Fusing two operations would lower it.
 """
 
 import re
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-# The first pattern that an operation's name matches says its group; operations of lamamba are groups of their own.
+# The first pattern that matches an operation's name decides its group. Each operation of lamamba is its own group.
 GROUPS = (
     ("optimizer", r"adam|foreach"),
     ("matrix products", r"mm$|baddbmm|linear|matmul|mm_backward"),
@@ -31,7 +31,7 @@ MOVES_NOTHING = re.compile(r"^(empty|new_empty|detach|alias|_unsafe_view|lift)")
 
 
 def group_of(names: list[str]) -> str:
-    """Name the group of an operation called by others; `names` goes from itself outwards."""
+    """Return the group of an operation; `names` lists the operation and its callers, innermost first."""
     for name in names:
         if name.startswith("lamamba::"):
             return name.removeprefix("lamamba::").replace("_", " ")
@@ -40,7 +40,7 @@ def group_of(names: list[str]) -> str:
 
 
 def milliseconds_by_group(step: Callable[[], object]) -> dict[str, float]:
-    """Profile one step: milliseconds on the GPU, or on the CPU where there is none, by group."""
+    """Profile one step: milliseconds per group on the GPU, or on the CPU if there is no GPU."""
     cuda = torch.cuda.is_available()
     step()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -61,14 +61,14 @@ def milliseconds_by_group(step: Callable[[], object]) -> dict[str, float]:
                 names.append(caller.name)
                 caller = caller.cpu_parent
             total[group_of(names)] += spent
-    unattributed = on_device - sum(total.values())  # kernels that no operation stands for
+    unattributed = on_device - sum(total.values())  # kernels without an operation
     if unattributed > 1:
         total["elementwise and the rest"] += unattributed
     return {group: microseconds / 1e3 for group, microseconds in total.items()}
 
 
 def limits_by_group(step: Callable[[], object], gb_per_s: float, tflop_per_s: float) -> dict[str, float]:
-    """Count one step's operations: milliseconds that the hardware's limits ask for, by group."""
+    """Count the operations of one step: milliseconds per group at the limits of the hardware."""
     count = _Limits(gb_per_s, tflop_per_s)
     with count:
         step()
@@ -98,7 +98,7 @@ def _multiplies(func: Any) -> bool:
 
 
 def _moved(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    """Bytes an operation reads and writes: every input and output once, what it changes in place twice."""
+    """Count the bytes that an operation reads and writes: each input and output once, in-place arguments twice."""
     given = list(zip(func._schema.arguments, args, strict=False))
     given += [(argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs]
     moved = 0
@@ -115,7 +115,7 @@ def _moved(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 
 def _size(tensor: torch.Tensor) -> int:
-    # An expanded tensor is read as often as it is stored.
+    # An expanded tensor is read only as often as it is stored.
     shape = (length for length, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
     size = tensor.element_size()
     for length in shape:

@@ -1,4 +1,4 @@
-"""Time a step, and keep what was measured as records."""
+"""Time steps, and write measurements as records."""
 
 import gc
 import json
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).with_name("results")
 
 @dataclass(frozen=True)
 class Record:
-    """One number; `value` is the median of the repetitions, `p20` and `p80` their spread."""
+    """One measurement: `value` is the median of the repetitions, `p20` and `p80` are percentiles."""
 
     case: str
     provider: str
@@ -39,7 +39,7 @@ class Record:
 
 
 def device_name() -> str:
-    """Name the GPU, or the processor where there is none."""
+    """Return the name of the GPU, or of the processor if there is no GPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
@@ -49,17 +49,17 @@ def device_name() -> str:
 
 
 def commit() -> str:
-    """Return the short hash of the checkout, with a + where it has changes; a copy without history says so."""
+    """Return the short commit hash of the checkout, with a + if it has changes, or "unknown" without history."""
     run = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True)
     return run.stdout.strip() or "unknown"
 
 
 class Results:
-    """Collects records, prints them as they come, writes them after each competitor.
+    """Collect records, print them as they come, and write them after each competitor.
 
     Args:
-        folder: where DATE_DEVICE_COMMIT.json goes; None writes nothing.
-        at_commit: stands in for the checkout's commit, where there is a copy without history.
+        folder: folder for DATE_DEVICE_COMMIT.json; None writes nothing.
+        at_commit: commit to note in the records, for a copy without history; empty means that of the checkout.
     """
 
     def __init__(self, folder: Path | None = None, at_commit: str = "") -> None:
@@ -77,7 +77,7 @@ class Results:
         self.path = folder / name if folder else None
 
     def add(self, case: str, provider: str, metric: str, values: list[float], batch: int, dtype: str) -> float:
-        """Keep the median and spread of repeated measurements; returns the median."""
+        """Record the median and spread of repeated measurements; return the median."""
         middle = statistics.median(values)
         low, high = (quantile(values, share) for share in (0.2, 0.8))
         self.records.append(Record(case, provider, metric, middle, low, high, batch, dtype, **self.common))
@@ -92,7 +92,7 @@ class Results:
             self.path.write_text(json.dumps([asdict(record) for record in self.records], indent=1) + "\n")
 
     def attempt(self, what: str, measure: Callable[..., None], *arguments: object) -> None:
-        """Call `measure(self, *arguments)`; if it fails say so and go on. Give its memory and compiled code back."""
+        """Call `measure(self, *arguments)` and free its memory and compiled code; report an error and continue."""
         start = time.perf_counter()
         try:
             measure(self, *arguments)
@@ -109,20 +109,20 @@ class Results:
 
 
 def quantile(values: list[float], share: float) -> float:
-    """Return the value below which this share of the values lies."""
+    """Return the value below which the given share of the values lies."""
     return sorted(values)[round(share * (len(values) - 1))]
 
 
 def milliseconds(
     step: Callable[[], object], repeats: int, warm_up: int = 3, between: Callable[[], object] | None = None
 ) -> list[float]:
-    """Time a step again and again: on CUDA by events, so that the host's own time hides behind the device's.
+    """Time a step repeatedly; on CUDA with events, which leave out the time of the host.
 
     Args:
-        step: what is timed.
-        repeats: number of times.
-        warm_up: number of times before.
-        between: runs before each step and is not timed, such as what empties the cache.
+        step: function to time.
+        repeats: number of timed calls.
+        warm_up: number of calls before them.
+        between: function to call before each step, not timed; for example to empty the cache.
     """
     cuda = torch.cuda.is_available()
     for _ in range(warm_up):
@@ -151,7 +151,7 @@ def _now(cuda: bool) -> Any:
 
 
 def captured(step: Callable[[], object]) -> Callable[[], object]:
-    """Record what a step launches as a CUDA graph and return its replay, which the host's speed does not hold up."""
+    """Capture a step as a CUDA graph and return its replay, which does not depend on the speed of the host."""
     if not torch.cuda.is_available():
         return step
     stream = torch.cuda.Stream()
@@ -176,9 +176,9 @@ def measure_step(
     repeats: int,
     capture: bool = False,
 ) -> list[float]:
-    """Record the first step's seconds (compilation), then milliseconds, images/s and, on CUDA, peak memory.
+    """Record the seconds of the first step (compilation), then milliseconds, images/s and, on CUDA, peak memory.
 
-    Returns the milliseconds. `capture` times the replay of a CUDA graph, where there is CUDA.
+    Returns the milliseconds. On CUDA, `capture` times the replay of a CUDA graph.
     """
     start = time.perf_counter()
     step()

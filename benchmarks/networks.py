@@ -1,13 +1,13 @@
-"""The networks that are compared, all called as (x_t, t, y) -> (b, 2c, h, w), and a step of training or inference.
+"""The networks that are compared, all called as (x_t, t, y) -> (b, 2c, h, w), and their training and inference steps.
 
-Each comes in four sizes, s, b, l and xl; `dit-b-2` is DiT-B/2.
+Each has four sizes: s, b, l and xl. For example, `dit-b-2` is DiT-B/2.
 
-lamamba              LaMamba with one state, as `pip install` gives it
-lamamba-16-states    the same with the sixteen states that the paper's operation counts stand for
-lamamba-compiled     LaMamba with one state through torch.compile
-dit-SIZE-2           DiT in its authors' layout, its block compiled
-dit-SIZE-2-whole     the same, the network compiled as a whole: a check that the block is enough
-dit-SIZE-2-diffusers DiT in diffusers' layout, its block compiled
+lamamba              LaMamba with one state, as installed
+lamamba-16-states    LaMamba with 16 states, as in the operation counts of the paper
+lamamba-compiled     LaMamba with one state and torch.compile
+dit-SIZE-2           DiT in the layout of its authors, with compiled blocks
+dit-SIZE-2-whole     the same with the whole network compiled, to check that compiling blocks is enough
+dit-SIZE-2-diffusers DiT in the layout of diffusers, with compiled blocks
 """
 
 from collections.abc import Callable
@@ -23,9 +23,9 @@ from lamamba.ops.launch import rehearse
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-# What inductor would do to a CPU is not of interest: there, tracing shows that a network compiles.
+# On a CPU, tracing is enough to show that a network compiles; the speed of inductor there does not matter.
 COMPILE = {"fullgraph": True, "dynamic": False, "backend": "inductor" if CUDA else "eager"}
-# Of each size: layers, attention heads and channels of a head of DiT (arXiv 2212.09748, table 1).
+# DiT of each size: layers, attention heads and channels per head (arXiv 2212.09748, table 1).
 SIZES = {"s": (12, 6, 64), "b": (12, 12, 64), "l": (24, 16, 64), "xl": (28, 16, 72)}
 PROVIDERS = ("lamamba", "lamamba-16-states", "dit-SIZE-2")
 MORE_PROVIDERS = ("lamamba-compiled", "dit-SIZE-2-whole", "dit-SIZE-2-diffusers")
@@ -33,17 +33,18 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 
 class Given(nn.Module):
-    """Stands in for the embedding of a DiT block, and returns the one made for all blocks."""
+    """Replaces the embedding of a DiT block, and returns the embedding that all blocks share."""
 
     def forward(self, timestep: Tensor, class_labels: Tensor, hidden_dtype: torch.dtype) -> Tensor:
         return timestep
 
 
 class DiT(nn.Module):
-    """DiT (Peebles & Xie 2023, arXiv 2212.09748) of diffusers' modules; attention by SDPA.
+    """DiT (Peebles & Xie 2023, arXiv 2212.09748) built from the modules of diffusers; attention uses SDPA.
 
-    diffusers gives every block an embedding of timestep and label of its own, for XL/2 750 M parameters in all. The
-    authors' layout has one for all blocks, 675 M parameters, and does less work: it is the one to compare with.
+    In diffusers every block has its own embedding of timestep and label, and XL/2 has 750 M parameters. In the layout
+    of the authors all blocks share one embedding, and XL/2 has 675 M parameters. It does less work, so we compare with
+    it.
     """
 
     def __init__(self, size: str, side: int, quick: bool, own_embeddings: bool) -> None:
@@ -56,7 +57,7 @@ class DiT(nn.Module):
             num_attention_heads=heads, attention_head_dim=head_dim, in_channels=4, out_channels=8,
             num_layers=layers, sample_size=side, patch_size=2,
         )  # fmt: skip
-        # The patches come transposed out of the convolution: a block would be compiled once more for the first of them.
+        # The convolution returns transposed patches, for which the block would be compiled once more.
         self.network.pos_embed.register_forward_hook(lambda module, inputs, tokens: tokens.contiguous())
         self.embedding = None
         if not own_embeddings:
@@ -72,7 +73,7 @@ class DiT(nn.Module):
 
 
 def build(size: str, provider: str, side: int, quick: bool) -> nn.Module:
-    """Build a network with fresh parameters for a grid of side x side latents, on the device."""
+    """Build a network with new parameters for side x side latents, on the device."""
     with DEVICE:
         if provider.startswith("lamamba"):
             options: dict[str, Any] = {"ssm_state_size": 16 if provider == "lamamba-16-states" else 1}
@@ -86,7 +87,7 @@ def build(size: str, provider: str, side: int, quick: bool) -> nn.Module:
     if provider.endswith(("-compiled", "-whole")):
         network.compile(**COMPILE)
     elif isinstance(network, DiT):
-        # The blocks are alike, so that one compilation serves all: the speed of the whole network compiled, sooner.
+        # All blocks are alike, so one compilation serves all. It is as fast as a compiled network, and compiles sooner.
         for block in network.network.transformer_blocks:
             block.compile(**COMPILE)
     return network
@@ -104,7 +105,7 @@ def random_batch(
 
 
 def training_step(network: nn.Module, batch: Batch, autocast: bool) -> Callable[[], object]:
-    """A step of AdamW on float32 weights, in bf16 autocast or without; all of it can be captured in a CUDA graph."""
+    """Make an AdamW step on float32 weights, with or without bf16 autocast; a CUDA graph can capture it."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True, capturable=CUDA)
 
     def find_gradients() -> None:
@@ -123,7 +124,7 @@ def training_step(network: nn.Module, batch: Batch, autocast: bool) -> Callable[
 
 
 def inference_step(network: nn.Module, batch: Batch) -> Callable[[], object]:
-    """A forward pass without gradients."""
+    """Make a forward pass without gradients."""
 
     @torch.no_grad()
     def step() -> object:
@@ -136,7 +137,7 @@ def inference_step(network: nn.Module, batch: Batch) -> Callable[[], object]:
 
 
 def prepared(network: nn.Module, function: Callable[[], object]) -> Callable[[], object]:
-    """Compile the kernels of LaMamba in parallel at the first call, as training and sampling do."""
+    """Make a step that precompiles the kernels of LaMamba at its first call, as training and sampling do."""
     waiting = CUDA and isinstance(network, LaMambaDiff)
 
     def call() -> object:
@@ -150,7 +151,7 @@ def prepared(network: nn.Module, function: Callable[[], object]) -> Callable[[],
 
 
 def to_bfloat16(network: nn.Module) -> nn.Module:
-    """Make all weights bfloat16 but those of the scan's state, as `LaMambaDiff.from_pretrained` does."""
+    """Convert all weights but those of the scan's state to bfloat16, as `LaMambaDiff.from_pretrained` does."""
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if tensor.is_floating_point() and not name.endswith((".A_log", ".D", ".dt_bias")):
             tensor.data = tensor.data.to(torch.bfloat16)

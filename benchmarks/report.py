@@ -1,9 +1,9 @@
-"""Make docs/performance.md, and the plots it shows, from the records of benchmarks/results/.
+"""Generate docs/performance.md and its plots from the records in benchmarks/results/.
 
     python benchmarks/report.py             from the newest file of each device
     python benchmarks/report.py FILE...     from these files
 
-No number on the page is typed by hand. benchmarks/profile_notes.md explains the profile, and is included after it.
+The tables contain no number that was typed by hand. The page includes benchmarks/profile_notes.md after the profile.
 """
 
 import argparse
@@ -23,7 +23,7 @@ PROFILE = "profile_train_xl_256"
 
 @dataclass(frozen=True)
 class Run:
-    """One file of results: the records of one device."""
+    """The records of one file, all from one device."""
 
     day: str
     records: list[Record]
@@ -42,12 +42,12 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Read a file of results; its name begins with the day."""
+    """Read a file of records, whose name begins with the date."""
     return Run(path.name.split("_")[0], [Record(**record) for record in json.loads(path.read_text())])
 
 
 def newest_runs(paths: Iterable[Path]) -> list[Run]:
-    """Read the newest file of each device; of two on one day, the one written last. GPUs first."""
+    """Read the newest file of each device, GPUs first; on the same day, the file that was written last."""
     newest = {}
     for path in sorted(paths, key=lambda path: (path.name.split("_")[0], path.stat().st_mtime)):
         run = read_run(path)
@@ -56,7 +56,7 @@ def newest_runs(paths: Iterable[Path]) -> list[Run]:
 
 
 def find(records: list[Record], case: str, provider: str, metric: str, batch: int | None = None) -> Record | None:
-    """Look one record up; None if it was not measured."""
+    """Return one record, or None if it was not measured."""
     for record in records:
         if (record.case, record.provider, record.metric) == (case, provider, metric) and batch in (None, record.batch):
             return record
@@ -64,7 +64,7 @@ def find(records: list[Record], case: str, provider: str, metric: str, batch: in
 
 
 def fastest_dit(records: list[Record], case: str, batch: int | None = None) -> str:
-    """Name the provider of the fastest DiT in a case."""
+    """Return the provider of the fastest DiT in a case."""
     times = [
         (record.value, record.provider)
         for record in records
@@ -77,7 +77,7 @@ def fastest_dit(records: list[Record], case: str, batch: int | None = None) -> s
 def against_dit(
     case: str, metric: str, batch: int, provider: str = "lamamba"
 ) -> Callable[[list[Record]], float | None]:
-    """Make a function of records that divides a network's value by the value of the fastest DiT of its size."""
+    """Return a function of records: the value of a network over that of the fastest DiT of its size."""
 
     def ratio(records: list[Record]) -> float | None:
         ours = find(records, case, provider, metric, batch)
@@ -88,7 +88,7 @@ def against_dit(
 
 
 def growth(provider: str) -> Callable[[list[Record]], float | None]:
-    """Make a function of records: the time of a pixel at the worst size up to 2048 px, over that at 256 px."""
+    """Return a function of records: the longest time per pixel up to 2048 px, over the time per pixel at 256 px."""
 
     def ratio(records: list[Record]) -> float | None:
         found = [find(records, f"resolution_{size}", provider, "ns_per_pixel") for size in (256, 512, 1024, 2048)]
@@ -100,7 +100,7 @@ def growth(provider: str) -> Callable[[list[Record]], float | None]:
 
 @dataclass(frozen=True)
 class Target:
-    """A ratio to reach: at least `must`, or at most `must` if `aim` is smaller."""
+    """A ratio to reach: at least `must`, or at most `must` if `aim` is smaller than it."""
 
     what: str
     measure: Callable[[list[Record]], float | None]
@@ -158,17 +158,17 @@ TARGETS = (
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
-    """Lay out a Markdown table: the first column to the left, the others to the right."""
+    """Format a Markdown table with the first column left-aligned and the others right-aligned."""
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] + ["---:"] * (len(header) - 1), *rows)] + [""]
 
 
 def number(value: float) -> str:
-    """Write a number with three digits that count."""
+    """Format a number with three significant digits."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def cell(record: Record | None) -> str:
-    """Write a value and, where there is one, its spread."""
+    """Format a value and its spread, if there is one."""
     if record is None:
         return ""
     value, low, high = (number(x) for x in (record.value, record.p20, record.p80))
@@ -176,7 +176,7 @@ def cell(record: Record | None) -> str:
 
 
 def target_table(records: list[Record]) -> list[str]:
-    """Compare the records with the targets; empty if none of the targets was measured."""
+    """Compare the records with the targets; empty if no target was measured."""
     rows = []
     for target in TARGETS:
         value = target.measure(records)
@@ -188,7 +188,7 @@ def target_table(records: list[Record]) -> list[str]:
 
 
 def network_tables(records: list[Record]) -> list[str]:
-    """Tabulate training and inference of the networks that are compared."""
+    """Make the tables of training and inference for all networks."""
     lines = []
     for title, prefix in (("Training", "train"), ("Inference", "infer")):
         pattern = rf"{prefix}_(s|b|l|xl)_\d+"
@@ -214,7 +214,7 @@ def network_tables(records: list[Record]) -> list[str]:
 
 
 def resolution_table(records: list[Record]) -> list[str]:
-    """Tabulate the time of a pixel over the size of the image."""
+    """Make the table of the time per pixel by image size."""
     timed = [record for record in records if record.metric == "ns_per_pixel"]
     sizes = sorted({int(record.case.removeprefix("resolution_")) for record in timed})
     rows = []
@@ -225,7 +225,7 @@ def resolution_table(records: list[Record]) -> list[str]:
 
 
 def scan_table(records: list[Record]) -> list[str]:
-    """Tabulate the scan by itself."""
+    """Make the table of the scan alone."""
     timed = [record for record in records if re.match(r"scan_\w+_\d+x", record.case) and record.metric == "ms"]
     copy = find(records, "copy", "pytorch", "gb_per_s")
     rows = []
@@ -238,7 +238,7 @@ def scan_table(records: list[Record]) -> list[str]:
 
 
 def profile_table(records: list[Record]) -> list[str]:
-    """Tabulate a training step by groups of operations, the longest first."""
+    """Make the table of a training step by group of operations, the longest first."""
     groups = [
         record for record in records if record.case.startswith(f"{PROFILE}_") and record.metric == "ms"
     ]  # fmt: skip
@@ -259,7 +259,7 @@ def profile_table(records: list[Record]) -> list[str]:
 
 
 def cpu_table(records: list[Record]) -> list[str]:
-    """Tabulate each case's providers, and how many times as long as lamamba the others take."""
+    """Make the table of each case's providers, with their time as a multiple of the time of lamamba."""
     rows = []
     for record in records:
         if record.metric == "ms":
@@ -275,7 +275,7 @@ def cpu_table(records: list[Record]) -> list[str]:
 
 
 def plot_speed(records: list[Record], path: Path) -> bool:
-    """Draw the speed over DiT by size, with one and sixteen states; False if there is nothing to draw."""
+    """Plot the speed over DiT by size, with one and sixteen states; return False if there is no data."""
     from matplotlib.figure import Figure
 
     largest = {("s", "256"): 256, ("b", "256"): 128, ("l", "256"): 128, ("xl", "256"): 128, ("xl", "512"): 32}
@@ -315,7 +315,7 @@ def plot_speed(records: list[Record], path: Path) -> bool:
 
 
 def plot_resolution(records: list[Record], path: Path) -> bool:
-    """Draw the time of a pixel over the size of the image; False if there is nothing to draw."""
+    """Plot the time per pixel by image size; return False if there is no data."""
     from matplotlib.figure import Figure
 
     drawn = [record for record in records if record.metric == "ns_per_pixel"]
@@ -348,7 +348,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def gpu_section(run: Run, docs: Path, notes: str) -> list[str]:
-    """Write what a GPU measured, and draw its plots beside the page."""
+    """Make the section of a GPU, and draw its plots beside the page."""
     records = run.records
     lines = heading(run)
     picture = docs / "performance" / f"{run.slug}-speed.png"
@@ -400,7 +400,7 @@ def gpu_section(run: Run, docs: Path, notes: str) -> list[str]:
 
 
 def heading(run: Run) -> list[str]:
-    """Say where numbers come from, also where a few cases were measured at another commit than the rest."""
+    """Make the heading of a device, with date, versions and all commits that its records come from."""
     first = run.records[0]
     commits = ", ".join(dict.fromkeys(record.commit for record in run.records))
     several = "s" if "," in commits else ""

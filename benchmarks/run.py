@@ -1,16 +1,21 @@
-"""Measure lamamba against its peers, after the tests of its operations have passed.
+"""Compare the speed of lamamba with other networks and scans. The tests of the operations must pass first.
 
-    python benchmarks/run.py                    everything this machine can run
-    python benchmarks/run.py train_s infer      the cases that begin so
-    python benchmarks/run.py --quick            tiny sizes, to see that it works: the numbers mean nothing
+    python benchmarks/run.py                    everything that this machine can run
+    python benchmarks/run.py train_s infer      only cases that begin with one of these
+    python benchmarks/run.py --quick            a quick check with tiny sizes; ignore its numbers
 
-On a GPU, in bf16: LaMamba with one and with sixteen states against DiT of the same size (networks.py), in training
-(float32 weights, autocast, fused AdamW) and inference (bfloat16 weights), each replayed as a CUDA graph; the scan by
-itself against a public one (peers.py) and the bytes it must move; a training step by groups of operations
-(kernel_groups.py). On a CPU: the scan and `nano` against the naive ways.
+On a GPU, in bf16:
 
-Writes results/DATE_DEVICE_COMMIT.json after every competitor. One that fails is reported and the others go on; the exit
-status is then 1. Prints the targets beside what was reached at the end. report.py makes docs/performance.md.
+* LaMamba with one and sixteen states against DiT of the same size (networks.py). Training uses float32 weights,
+  autocast and fused AdamW; inference uses bfloat16 weights. Both are replayed as CUDA graphs.
+* The scan alone, against a public one (peers.py) and the bytes that it must move.
+* A training step by groups of operations (kernel_groups.py).
+
+On a CPU: the scan and `nano` against naive implementations.
+
+The records go to results/DATE_DEVICE_COMMIT.json after every competitor. If a competitor fails, the error is reported,
+the others continue, and the exit status is 1. At the end, the targets are printed beside the measured values. report.py
+generates docs/performance.md.
 """
 
 import argparse
@@ -36,11 +41,11 @@ from measure import RESULTS, ROOT, Results, captured, measure_step, milliseconds
 from networks import CUDA, DEVICE, inference_step, random_batch, to_bfloat16, training_step
 from report import target_table
 
-# Bytes that no cache holds.
+# Bytes: too many for any cache.
 LARGE = 2**30 if CUDA else 2**24
 
 
-# Images at once, by size of the network and of the images in pixels; the first batch fills the GPU.
+# Batch sizes, by size of the network and image size in pixels. The first batch fills the GPU.
 TRAINING = {
     ("s", 256): (256, 32), ("b", 256): (128, 32), ("l", 256): (128,), ("xl", 256): (128,), ("xl", 512): (32,),
 }  # fmt: skip
@@ -51,7 +56,7 @@ INFERENCE = {
 
 
 def train(size: str, results: Results, providers: list[str], quick: bool) -> None:
-    """Steps of AdamW of one size of network."""
+    """Time AdamW steps of one network size."""
     for (of_size, pixels), batches in TRAINING.items():
         for provider in providers if of_size == size else ():
             for number, batch in enumerate(batches):
@@ -71,7 +76,7 @@ def _named(provider: str, size: str) -> str:
 
 
 def infer(size: str, results: Results, providers: list[str], quick: bool) -> None:
-    """Forward passes of one size of network; large batches, and those that wait for launches unless replayed."""
+    """Time forward passes of one network size: large batches, and small ones, which are limited by launches."""
     for (of_size, pixels), batches in INFERENCE.items():
         side, batches = (8, (2, 1)[: len(batches)]) if quick else (pixels // 8, batches)
         for provider in providers if of_size == size else ():
@@ -89,7 +94,7 @@ def _infer(
 
 
 def resolution(results: Results, providers: list[str], quick: bool) -> None:
-    """Inference from 256 to 2048 px: the time of one image pixel, in batches of as many pixels at every size."""
+    """Time inference per image pixel from 256 to 2048 px, with the same number of pixels per batch."""
     for size in (8, 12) if quick else (32, 64, 128, 256):
         for provider in providers:
             results.attempt(f"resolution_{8 * size} {provider}", _resolution, provider, size, quick)
@@ -106,7 +111,7 @@ def _resolution(results: Results, provider: str, size: int, quick: bool) -> None
 
 
 def limits(results: Results, providers: list[str], quick: bool) -> None:
-    """What this machine copies and multiplies, at most."""
+    """Measure the copy bandwidth and the matrix product peak of this machine."""
     results.attempt("limits", _limits, quick)
 
 
@@ -123,7 +128,7 @@ def _limits(results: Results, quick: bool) -> None:
 
 
 def scan(results: Results, providers: list[str], quick: bool) -> None:
-    """Four scans over the grids of XL's three widths; the first one of a public scan too."""
+    """Time the four scans over a grid at XL's three widths, and a public scan at the first."""
     number = 2 if quick or not CUDA else 128
     stages = ((8, 32, 2), (4, 64, 4)) if quick else ((32, 640, 20), (16, 1280, 40), (8, 2560, 80))
     for side, channels, rank in stages:
@@ -146,7 +151,7 @@ def _scan(results: Results, b: int, side: int, e: int, r: int, quick: bool) -> N
     times = _measure_scan(results, "lamamba", lambda *tensors: scan_grid(*tensors).sum(dim=0), inputs, quick)
     read = sum(x.numel() * x.element_size() for x in inputs)
     written = inputs[0].numel() * inputs[0].element_size()
-    # Forwards: all inputs, y. Backwards: all inputs, the gradient of y, and a gradient of each input.
+    # Forward: all inputs, y. Backward: all inputs, the gradient of y, and a gradient of each input.
     for direction, must_move in (("forward", read + written), ("backward", 2 * read + written)):
         case = _scan_case(direction, inputs)
         bandwidths = [must_move / ms / 1e6 for ms in times[direction]]
@@ -160,7 +165,7 @@ def _scan_case(direction: str, inputs: tuple[Tensor, ...]) -> str:
 def _measure_scan(
     results: Results, provider: str, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], quick: bool
 ) -> dict[str, list[float]]:
-    """Record milliseconds forwards and backwards, the cache emptied before each."""
+    """Record milliseconds of the forward and backward pass; the cache is emptied before each."""
     repeats = 2 if quick else 20 if CUDA else 5
     emptied = torch.empty(LARGE, dtype=torch.uint8, device=DEVICE)
     leaves = tuple(x.clone().requires_grad_() for x in inputs)
@@ -186,7 +191,7 @@ def _measure_scan(
 
 
 def _scan_peer(results: Results, b: int, side: int, e: int, r: int, quick: bool) -> None:
-    """A public recurrence, first held to the meaning: alone, and with all that `scan_grid` does around it."""
+    """Time a public recurrence, alone and with everything that `scan_grid` does; check its results first."""
 
     def whole(*tensors: Tensor) -> Tensor:
         with mock.patch.object(scan_module, "selective_scan", peers.selective_scan):
@@ -219,7 +224,7 @@ def _scan_peer(results: Results, b: int, side: int, e: int, r: int, quick: bool)
 
 
 def profile(results: Results, providers: list[str], quick: bool) -> None:
-    """LaMamba's training step by groups of operations, beside the hardware's limit of each."""
+    """Time LaMamba's training step by groups of operations, with the hardware's limit of each."""
     results.attempt("profile", _profile, quick)
 
 
@@ -241,7 +246,7 @@ def _profile(results: Results, quick: bool) -> None:
 
 
 def scan_naive(results: Results, providers: list[str], quick: bool) -> None:
-    """One scan over a sequence against the loop over time that autograd records."""
+    """Time one scan over a sequence, and a loop over time that autograd records."""
     b, length, d = (1, 64, 8) if quick else (8, 1024, 256)
     u, delta = torch.randn(b, 1, length, d), torch.rand(b, 1, length, d) * 0.1
     A, D = -torch.rand(1, d, 1), torch.randn(1, d)
@@ -257,7 +262,7 @@ def scan_naive(results: Results, providers: list[str], quick: bool) -> None:
 
 
 def train_nano(results: Results, providers: list[str], quick: bool) -> None:
-    """The network of the demo."""
+    """Time a training step of `nano`, the network of the demo."""
     for provider in ("lamamba",) if CUDA else ("lamamba", "naive scan"):
         results.attempt(f"train_nano {provider}", _train_nano, provider, quick)
 
@@ -286,11 +291,11 @@ ON_CPU: dict[str, Case] = {"limits": limits, "scan": scan, "scan_naive": scan_na
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help="run only cases that begin with one of these")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing is written")
-    parser.add_argument("--skip-tests", action="store_true", help="do not run the operations' tests first")
-    parser.add_argument("--also", nargs="+", default=[], choices=networks.MORE_PROVIDERS, help="more competitors")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records (benchmarks/results)")
-    parser.add_argument("--commit", default="", help="the commit to note, where this is a copy without history")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, writes nothing")
+    parser.add_argument("--skip-tests", action="store_true", help="do not run the tests of the operations first")
+    parser.add_argument("--also", nargs="+", default=[], choices=networks.MORE_PROVIDERS, help="more networks")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the records (benchmarks/results)")
+    parser.add_argument("--commit", default="", help="commit to note, for a copy without history")
     arguments = parser.parse_args()
     chosen = ON_GPU if CUDA else {**ON_CPU, **ON_GPU} if arguments.quick else ON_CPU
     if arguments.cases:

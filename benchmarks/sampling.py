@@ -1,18 +1,19 @@
-"""Measure how fast a set of images is made: `lamamba generate` of LaMamba-XL, against DiT-XL/2 in diffusers' pipeline.
+"""Measure how fast a set of images is generated: LaMamba-XL with `lamamba generate`, against DiT-XL/2 in diffusers.
 
     python benchmarks/sampling.py            XL at 256 px, on a GPU
-    python benchmarks/sampling.py --quick    tiny, on a CPU too: the numbers mean nothing
+    python benchmarks/sampling.py --quick    a quick check with tiny sizes, also on a CPU; ignore its numbers
 
-All from labels to PNG files on disk: 25 steps of DPM-Solver++ with guidance, the same autoencoder, whose share of the
-time is measured too. Weights are drawn at random, which makes no difference to the time. Each competitor makes a small
-set, once more a small one, and a large one. The speed is that of the images which the large one has more, so that what
-a start takes does not count; it is told by itself, of a first start that compiles and of a later one. The decoder is
-compiled as it is for 50,000 images.
+Everything from labels to PNG files on disk is timed: 25 steps of DPM-Solver++ with guidance, and the same autoencoder
+for all, whose time is also measured alone. Weights are random, which does not change the time.
+
+Each competitor generates a small set, another small set, and a large set. The speed is computed from the difference
+between the large and the small set, so startup does not count. Startup is recorded separately: for the first run, which
+compiles, and for a later one. The decoder is compiled, as it is for 50,000 images.
 
 lamamba          `lamamba generate`
-dit-pipeline     diffusers' DiTPipeline as it is, in the same dtype, its images written by the same threads
-dit-compiled     the same, its transformer's blocks compiled and its autoencoder laid out as tensor cores want it
-dit-generate     `lamamba generate` of the same DiT
+dit-pipeline     diffusers' DiTPipeline, in the same dtype; images are written by the same threads
+dit-compiled     the same with compiled transformer blocks, and the autoencoder in channels-last layout
+dit-generate     `lamamba generate` with the same DiT
 """
 
 import argparse
@@ -42,14 +43,14 @@ NAME = "bf16" if CUDA else "float32"
 
 
 class Sets:
-    """Makes sets of images in every way, and keeps how long it took."""
+    """Generate sets of images with each competitor, and record the time."""
 
     def __init__(self, folder: Path, quick: bool, batch: int, number: int) -> None:
         self.folder, self.quick, self.batch, self.number = folder, quick, batch, number
         self.case = "generate_quick" if quick else "generate_xl-256"
         self.steps = 2 if quick else STEPS
         torch.manual_seed(0)
-        channels = [8, 8, 8, 8] if quick else [128, 256, 512, 512]  # the second is Stable Diffusion's
+        channels = [8, 8, 8, 8] if quick else [128, 256, 512, 512]  # the second is that of Stable Diffusion
         AutoencoderKL(
             down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
             block_out_channels=channels, layers_per_block=1 if quick else 2, latent_channels=4, sample_size=256,
@@ -125,7 +126,7 @@ class Sets:
             results.add(self.case, provider, "peak_gib", [peak], self.batch, NAME)
 
     def autoencoder(self, results: Results) -> None:
-        """Time what all have in common, as it is and compiled."""
+        """Time the autoencoder that all competitors share, plain and compiled."""
         latents = Latents.open(self.folder / "vae", DEVICE, DTYPE)
         side = 8 if self.quick else 32
         x = torch.randn(self.batch, 4, side, side, device=DEVICE)
@@ -136,24 +137,24 @@ class Sets:
 
 
 def seconds(make: Callable[[int], None], number: int) -> float:
-    """Time making so many images."""
+    """Return the seconds that generating a number of images takes."""
     begun = time.perf_counter()
     make(number)
     return time.perf_counter() - begun
 
 
 def main() -> None:
-    """Measure, in one run, and write results/sampling/."""
+    """Measure all chosen competitors, and write their records to results/sampling/."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--num-images", type=int, default=2000)
     parser.add_argument("--providers", nargs="+", default=["lamamba", "dit-pipeline", "dit-compiled", "dit-generate"])
     parser.add_argument("--out", type=Path, default=RESULTS / "sampling")
-    parser.add_argument("--commit", default="", help="stands in for the checkout's, in a copy without history")
+    parser.add_argument("--commit", default="", help="commit to note in the records, for a copy without history")
     options = parser.parse_args()
     batch, number = (2, 4) if options.quick else (options.batch_size, options.num_images)
-    lamamba.generate.COMPILE_FROM = 0  # as if there were as many as pay
+    lamamba.generate.COMPILE_FROM = 0  # always compile, as for a large set
     results = Results(options.out, options.commit)
     with tempfile.TemporaryDirectory() as folder:
         sets = Sets(Path(folder), options.quick, batch, number)

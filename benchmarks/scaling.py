@@ -1,17 +1,19 @@
-"""Measure how training scales: images/s of one process, and of several that train together, each with as many images.
+"""Measure how training scales: images/s of one process, and of several processes with the same images per process.
 
     python benchmarks/scaling.py                                        one GPU
-    torchrun --nproc-per-node 2 benchmarks/scaling.py                   two, through NCCL
+    torchrun --nproc-per-node 2 benchmarks/scaling.py                   two GPUs, through NCCL
     torchrun --nproc-per-node 2 benchmarks/scaling.py --preset xl-256 xl-512 --batch-size 8 16 32 64
-    torchrun --nproc-per-node 2 benchmarks/scaling.py --shard           each with a part of the weights
-    torchrun --nproc-per-node 2 benchmarks/scaling.py --quick           tiny, on a CPU too: the numbers mean nothing
+    torchrun --nproc-per-node 2 benchmarks/scaling.py --shard           with sharded weights
+    torchrun --nproc-per-node 2 benchmarks/scaling.py --quick           quick check, also on a CPU
 
-It is the trainer itself that is timed, with all that a step does: drawing noise, the average, the gradients' way
-between processes. Images lie in memory, so that none are waited for. With it goes what else a prediction needs: alone,
-how fast latents are read and noise is drawn; together, how fast bytes go between processes when nothing else is done.
+`--quick` uses tiny sizes; ignore its numbers.
 
-Every preset is measured at every batch size. One that fails, such as for want of memory, is reported and the others go
-on; the exit status is then 1. The first process writes results/scaling/, a file a run, again after every case.
+The trainer itself is timed, with everything that a step does: drawing noise, EMA, all-reduce of gradients. Images are
+in memory, so no step waits for data. Other values that `lamamba plan` needs are measured as well. One process measures
+how fast latents are read and noise is drawn. Several processes measure how fast collectives are when nothing else runs.
+
+Every preset is measured at every batch size. If one fails, for example because memory runs out, the error is reported,
+the others continue, and the exit status is 1. Rank 0 writes one file per run to results/scaling/, after every case.
 """
 
 import argparse
@@ -48,7 +50,7 @@ MIB = 2**20
 
 
 class Measurement:
-    """What is measured by one process, or by all of them together, and goes into one file."""
+    """The measurements of one run, by one process or all of them together, which go into one file."""
 
     def __init__(self, options: argparse.Namespace, processes: Processes, device: torch.device) -> None:
         self.processes, self.device, self.quick = processes, device, options.quick
@@ -60,12 +62,12 @@ class Measurement:
             self.results.path = self.results.path.with_stem(f"{self.results.path.stem}_scaling_{cases}_{self.provider}")
 
     def add(self, case: str, metric: str, values: list[float], batch: int, dtype: str) -> None:
-        """Record repeated measurements, in the first process."""
+        """Record repeated measurements on rank 0."""
         if self.processes.is_first:
             self.results.add(case, self.provider, metric, values, batch, dtype)
 
     def training(self, results: Results, name: str, network: NetworkConfig, each: int) -> None:
-        """Time steps with so many images in each process."""
+        """Time training steps with `each` images per process."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         size = network.sample_size
@@ -77,7 +79,7 @@ class Measurement:
                 out=Path(folder), network=network, batch_size=each * self.processes.number, num_images=10**9,
                 max_grad_norm=1.0, shard=self.shard,
             )  # fmt: skip
-            with self.device:  # where weights are drawn, which takes a processor many seconds
+            with self.device:  # draws the weights there, which would take a CPU many seconds
                 trainer = Trainer(config, source, Pixels(), self.device, self.processes)
             with closing(trainer):
                 reader = trainer.batches()
@@ -89,11 +91,11 @@ class Measurement:
         self.add(case, "images_per_s", [1e3 * batch / ms for ms in times], batch, dtype)
         if self.device.type == "cuda":
             self.add(case, "peak_gib", [torch.cuda.max_memory_allocated() / 2**30], batch, dtype)
-            # Also what PyTorch keeps without using it, and what CUDA, NCCL and the recorded step take beside it.
+            # Includes memory that PyTorch caches, and memory of CUDA, NCCL and the CUDA graph.
             self.add(case, "in_use_gib", [(total - free) / 2**30], batch, dtype)
 
     def collectives(self, results: Results, num_bytes: int) -> None:
-        """Time how gradients and parameters of so many bytes go between processes, and what each sends in that time."""
+        """Time collectives over a given number of bytes, and compute the bandwidth per process."""
         number = self.processes.number
         share = num_bytes // 4 // number
         whole, part = torch.zeros(share * number, device=self.device), torch.zeros(share, device=self.device)
@@ -110,7 +112,7 @@ class Measurement:
             self.add(case, "sent_gb_per_s", [sent / ms / 1e6 for ms in times], length, "float32")
 
     def reading(self, results: Results, side: int) -> None:
-        """Time how one process reads latents of a grid, from files that the operating system has in memory."""
+        """Time how fast one process reads latents from files in the page cache."""
         number = 64 if self.quick else 512
         with tempfile.TemporaryDirectory() as folder:
             write_random_latents(Path(folder), number, side)
@@ -119,7 +121,7 @@ class Measurement:
         self.add(f"read_latents_{side}", "images_per_s", [1e3 * number / ms for ms in times], number, "float16")
 
     def drawing(self, results: Results) -> None:
-        """Time the noise of a whole batch, which every process draws."""
+        """Time drawing the noise of a whole batch, which every rank does."""
         shape = (64 if self.quick else 4096, 4, 64, 64)
         generator = torch.Generator(self.device).manual_seed(0)
 
@@ -131,7 +133,7 @@ class Measurement:
 
 
 def write_random_latents(folder: Path, number: int, side: int) -> None:
-    """Write a shard of random moments, as `lamamba encode` writes those of images."""
+    """Write a shard of random moments in the format of `lamamba encode`."""
     moments = np.random.default_rng(0).standard_normal((number, 2, 8, side, side), dtype=np.float32).astype(np.float16)
     sums = np.array([[zlib.crc32(view.tobytes()) for view in image] for image in moments], dtype=np.int64)
     labels = np.zeros(number, dtype=np.int64)
@@ -151,14 +153,14 @@ def write_random_latents(folder: Path, number: int, side: int) -> None:
 
 
 def main() -> None:
-    """Measure in this process, among others if torchrun started some."""
+    """Run all measurements, together with the other ranks if torchrun started some."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--preset", nargs="+", default=["xl-256"])
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[128], help="images of a process")
-    parser.add_argument("--shard", action="store_true", help="as lamamba train --shard")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[128], help="images per process")
+    parser.add_argument("--shard", action="store_true", help="shard weights, as `lamamba train --shard` does")
     parser.add_argument("--out", type=Path, default=RESULTS / "scaling", help="folder for the records")
-    parser.add_argument("--commit", default="", help="its name, for a copy without history")
+    parser.add_argument("--commit", default="", help="commit to note in the records, for a copy without history")
     options = parser.parse_args()
     networks = {"quick": TINY} if options.quick else {name: preset(name) for name in options.preset}
     with joined("auto") as (processes, device_name):
@@ -169,12 +171,12 @@ def main() -> None:
                 results.attempt(f"reading latents {side}x{side}", measured.reading, side)
             results.attempt("drawing noise", measured.drawing)
         else:
-            # What the trainer sends at once, and about the gradients of XL.
+            # The largest all-reduce of the trainer, and about the size of all gradients of XL.
             for num_bytes in (MIB,) if options.quick else (GradientSums.AT_A_TIME, 2488 * MIB):
                 results.attempt(f"collectives of {num_bytes / MIB:.0f} MiB", measured.collectives, num_bytes)
         for name, network in networks.items():
             for each in (2, 4) if options.quick else options.batch_size:
-                # In several processes one that alone fails leaves the others waiting: choose sizes that fit all.
+                # If a single rank fails, the others wait for it: choose sizes that fit on all.
                 results.attempt(f"{name}, {each} images", measured.training, name, network, each)
         if processes.is_first and results.path:
             print(f"written: {results.path}")

@@ -1,9 +1,9 @@
-"""Collect what scaling.py recorded: the table that `lamamba plan` calculates from, and the tables of docs/scaling.md.
+"""Collect the records of scaling.py: write the data of `lamamba plan`, and the tables of docs/scaling.md.
 
     python benchmarks/scaling_report.py
 
-Of each case the newest day's records count. The page's text is written by hand; its tables stand between <!-- NAME -->
-and <!-- end NAME -->, and no number in them is typed.
+For each case, the records of the newest day are used. The text of the page is written by hand. Its tables are between
+<!-- NAME --> and <!-- end NAME -->, and this program writes all of their numbers.
 """
 
 import json
@@ -26,9 +26,9 @@ Key = tuple[str, str, str, int]
 
 
 def newest_records(folder: Path = RESULTS / "scaling") -> dict[Key, list[Record]]:
-    """Read the newest day's records of each case, number of processes, metric and batch, on the GPU measured last.
+    """Read the records of the newest day for each case, number of processes, metric and batch, on the newest GPU.
 
-    Steps without the memory that was in use, as first recorded, are left out.
+    Early records of steps lack the memory in use. They are left out.
     """
     newest: dict[Key, tuple[str, list[Record]]] = {}
     runs = [read_run(path) for path in sorted(folder.glob("*.json"))]
@@ -44,7 +44,7 @@ def newest_records(folder: Path = RESULTS / "scaling") -> dict[Key, list[Record]
 
 
 def measured(records: dict[Key, list[Record]]) -> dict[str, Any]:
-    """Choose what the model is made of, as JSON holds it: the median where something was measured several times."""
+    """Collect the values that the model needs, as JSON data; values measured several times become their median."""
     used: list[Record] = []
 
     def median(case: str, metric: str, provider: str = "", batch: int = 0) -> float:
@@ -86,12 +86,12 @@ def measured(records: dict[Key, list[Record]]) -> dict[str, Any]:
 
 
 def error(predicted: float, actual: float) -> str:
-    """Write how far a prediction is off."""
+    """Format the relative error of a prediction."""
     return f"{predicted / actual - 1:+.1%}"
 
 
 def fit_table(model: Model) -> list[str]:
-    """Hold what is predicted against what was measured, for every step."""
+    """Make a table of predicted and measured values for every step."""
     rows, errors = [], []
     for point in model.points:
         predicted = predict(point_plan(point), model)
@@ -121,7 +121,7 @@ def fit_table(model: Model) -> list[str]:
 
 
 def constants_table(model: Model) -> list[str]:
-    """List what was fitted, and what was measured by itself."""
+    """List the fitted constants, and those measured directly."""
     presets = list(dict.fromkeys(point.preset for point in model.points))
     rows = []
     for name in presets:
@@ -146,7 +146,7 @@ def constants_table(model: Model) -> list[str]:
 
 
 def prediction_row(model: Model, config: PlanConfig) -> list[str]:
-    """Write a line of the predictions."""
+    """Make a row of the predictions."""
     predicted = predict(config, model)
     speed = predicted.images_per_s(config.gpus)
     hours = config.num_images / speed / 3600
@@ -159,7 +159,7 @@ def prediction_row(model: Model, config: PlanConfig) -> list[str]:
 
 
 def predictions_table(model: Model) -> list[str]:
-    """Predict XL-512: with as many images on every GPU, and with one batch shared by more and more of them."""
+    """Predict XL-512 with a constant batch per GPU, and with one batch divided among more and more GPUs."""
     header = [
         "GPUs", "batch", "images per GPU", "sharded", "images/s", "efficiency", "communication, ms", "GiB",
         "MB/s per host", "GPU-hours", "days", "limited by",
@@ -187,7 +187,7 @@ def predictions_table(model: Model) -> list[str]:
 
 
 def network_table(model: Model) -> list[str]:
-    """Show what the one number that was not measured decides."""
+    """Show how predictions depend on the network speed, the only value that was not measured."""
     speeds = (80.0, 40.0, 20.0, 10.0, 5.0)
     rows = []
     for gpus in (64, 512):
@@ -206,7 +206,7 @@ TABLES = {
 
 
 def filled(page: str, model: Model) -> str:
-    """Write the tables of a page anew."""
+    """Replace the tables of a page."""
     for name, lay_out in TABLES.items():
         start, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
         if page.count(start) != 1 or page.count(end) != 1:
