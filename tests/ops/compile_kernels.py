@@ -1,6 +1,6 @@
-"""Compile the kernels for GPUs that need not be there: `compile_kernels.py CAPABILITY ...`, such as 80 or 90.
+"""Compile all kernels without a GPU: `compile_kernels.py CAPABILITY ...`, such as 80 or 90.
 
-A block of the network runs forward and backward on a CPU while its launches are recorded; each kernel is then compiled
+A block of the network runs forward and backward on a CPU while its launches are recorded. Then each kernel is compiled
 once for every form of its arguments.
 """
 
@@ -14,7 +14,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
-# These import all kernels, which must happen before `knobs.runtime.interpret` is set: or they would be interpreted.
+# These import all kernels. That must happen before `knobs.runtime.interpret` is set, or they would be interpreted.
 import lamamba.ops.depthwise_convolution.triton
 import lamamba.ops.gated_norm.triton
 import lamamba.ops.linear_gelu.triton
@@ -27,27 +27,27 @@ from lamamba.ops.backend import use_backend
 from lamamba.ops.launch import Launch, compile_launch, record_launches
 from lamamba.ops.residual_norm import add_gated
 
-# How many values the loop with most of them carries from turn to turn. The compiler takes a variable that got the very
-# value of another for one that did not change; the interpreter, which runs the other tests, does not.
+# The largest number of values that a loop of each kernel carries between iterations. The compiler drops a variable from
+# a loop if it gets the very value of another one; the interpreter, which runs the other tests, does not.
 CARRIED: dict[str, Callable[[dict[str, Any]], int]] = {
-    # Columns of rows and their margins: two of x forward; two of x, two of the gradient and ten sums backward.
+    # Columns with rows and margins. Forward: two of x. Backward: two of x, two of the gradient, and ten sums.
     "convolution_forward_kernel": lambda c: 2 * (c["ROWS"] + 2),
     "convolution_backward_kernel": lambda c: 2 * (c["ROWS"] + 4) + 2 * (c["ROWS"] + 2) + 10,
-    # Sums at 16 steps: of y, and of each state B and C, A and itself, and where these are read; or of two gradients,
-    # and of each state five values.
+    # Forward: y at 16 steps; B and C, A and the state itself, per state; and the pointer to B and C. Backward: two
+    # gradients at 16 steps, and five values per state.
     "states_forward_kernel": lambda c: 16 + 3 * c["AT_ONCE"] + 1,
     "states_backward_kernel": lambda c: 2 * 16 + 5 * c["AT_ONCE"],
 }
 
 
 class AnyGPU:
-    """Stands in for Triton's driver: says which GPU to compile for."""
+    """Replaces Triton's driver, and returns the GPU to compile for."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
 
     def get_current_device(self) -> int:
-        return self.capability  # what is compiled is kept for each device
+        return self.capability  # compiled kernels are cached per device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -57,7 +57,7 @@ class AnyGPU:
 
 
 def run_block(num_states: int) -> None:
-    """Train on a block of S and the one after it, in bfloat16: that launches every kernel."""
+    """Run forward and backward of two blocks of S in bfloat16, which launches every kernel."""
     config = NetworkConfig(embed_dim=64, num_heads=4, ssm_state_size=num_states)
     block = Block(config, config.embed_dim, shifted=True, project=False)
     x, condition = torch.randn(1, 32, 32, config.embed_dim, requires_grad=True), torch.randn(1, config.embed_dim)
@@ -68,7 +68,7 @@ def run_block(num_states: int) -> None:
 
 
 def forms(*num_states: int) -> list[Launch]:
-    """Record the launches of blocks: of each kernel one for every choice of missing arguments and of switches."""
+    """Record the launches of blocks: for each kernel, one per combination of missing arguments and switches."""
     chosen: dict[object, Launch] = {}
     for launched in (launched for number in num_states for launched in record_launches(run_block, number)):
         missing = tuple(argument is None for argument in launched.arguments)
@@ -91,7 +91,7 @@ def compile_for(capability: int, launches: list[Launch]) -> None:
 
 
 if __name__ == "__main__":
-    knobs.runtime.interpret = True  # so that operations take tensors of a CPU, and launch what they would on a GPU
+    knobs.runtime.interpret = True  # so that operations accept CPU tensors and launch the same kernels as on a GPU
     for capability in map(int, sys.argv[1:]):
-        # Two states a turn of the loop, as for 16 states, or one, as for 3: that compiles twice as fast.
+        # Two states per iteration, as with 16 states, or one, as with 3. These numbers compile twice as fast.
         compile_for(capability, forms(1, 16 if capability == 90 else 3))

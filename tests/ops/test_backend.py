@@ -1,4 +1,4 @@
-"""Which version of an operation is chosen, and what is said where it cannot run."""
+"""Which version of an operation is chosen, and the errors if it cannot run."""
 
 import importlib.util
 import sys

@@ -1,4 +1,4 @@
-"""Every kernel compiles for GPUs that need not be there."""
+"""Every kernel compiles without a GPU."""
 
 import ast
 import os
@@ -14,17 +14,17 @@ pytest.importorskip("triton")
 
 
 def names_of_kernels() -> set[str]:
-    """Name the functions of ops/ that are launched: what Triton compiles and the code calls `..._kernel`."""
+    """Return the names of all kernels in ops/: Triton functions named `..._kernel`."""
     files = Path(lamamba.ops.__file__).parent.rglob("*kernels.py")
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
     return {node.name for node in nodes if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")}
 
 
-# From Ampere to Blackwell; two in each process, which share what it costs to start.
+# From Ampere to Blackwell. Two per process, to share the startup time.
 @pytest.mark.slow
 @pytest.mark.parametrize("capabilities", [(80, 86), (89, 90), (100, 120)], ids=str)
 def test_kernels_compile_without_a_gpu(capabilities: tuple[int, ...]) -> None:
-    """To a cubin, as a block launches them; in a process of its own, since here they are interpreted."""
+    """Compile to a cubin, as a block launches them. This needs its own process, because tests interpret the kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compile_kernels.py")
     command = [sys.executable, script, *map(str, capabilities)]

@@ -15,7 +15,7 @@ Shape = tuple[int, int, int, int]
 
 
 def make_inputs(shape: Shape, with_bias: bool = True) -> list[Tensor]:
-    """From (b, h, w, e)."""
+    """Draw inputs for (b, h, w, e)."""
     channels = shape[3]
     generator = torch.Generator().manual_seed(sum(shape))
     shapes = (shape, (channels, 1, 3, 3), (channels,))[: 3 if with_bias else 2]
@@ -34,7 +34,7 @@ def relative_error(value: Tensor, wanted: Tensor) -> float:
 
 
 def check(inputs: list[Tensor], dtype: torch.dtype) -> None:
-    """At most twice the error of the plain version in the same dtype, and half a unit in the last place."""
+    """Allow twice the error of the plain version in the same dtype, plus half a unit in the last place."""
     inputs = [inputs[0].to(dtype), *(tensor.float() for tensor in inputs[1:])]
     exact = output_and_gradients([tensor.double() for tensor in inputs], "pytorch")
     plain = output_and_gradients(inputs, "pytorch")
@@ -74,7 +74,7 @@ def test_the_plain_version_is_a_convolution_and_silu() -> None:
 
 
 def test_programs_share_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With few programs each takes several tiles, and the last ones fewer; tiles may be whole images or small."""
+    """With few programs, each takes several tiles, and the last ones fewer; tiles may be small or a whole image."""
     from lamamba.ops.depthwise_convolution import triton as host
 
     inputs = [tensor.float() for tensor in make_inputs((3, 10, 9, 4))]
@@ -87,7 +87,7 @@ def test_programs_share_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_value_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is handed out holds NaN: one value left as it came shows in the results."""
+    """New memory is filled with NaN, so a value that is never written shows up in the results."""
     new_empty = Tensor.new_empty
 
     def poisoned(tensor: Tensor, *shape: object, **options: object) -> Tensor:
@@ -128,7 +128,7 @@ def test_other_strides_are_copied() -> None:
     assert torch.equal(depthwise_convolution(cut, *parameters, backend="triton"), wanted)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy's: exp(-z) may be infinite, and y is 0 then
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy warns that exp(-z) may be infinite; then y is 0
 def test_large_inputs_neither_overflow_nor_vanish() -> None:
     x, weight, bias = (tensor.float() for tensor in make_inputs((1, 4, 4, 4)))
     check([100 * x, weight, bias], torch.float32)
@@ -170,7 +170,7 @@ def test_what_cannot_be_is_an_error_that_says_why() -> None:
         depthwise_convolution(x, weight, bias[1:])
 
 
-# On a GPU only: real sizes, and arithmetic that the interpreter does not have.
+# On a GPU only: real sizes, and arithmetic that the interpreter does not support.
 LARGE = {
     "XL, first stage": (4, 32, 32, 640),
     "XL, second stage": (2, 16, 16, 1280),

@@ -15,7 +15,7 @@ Shape = tuple[int, int, int, int, int]
 
 
 def make_inputs(shape: Shape) -> list[Tensor]:
-    """From (p, b, h, w, e); z is half of a tensor's channels, as in the network."""
+    """Draw inputs for (p, b, h, w, e); z is half of the channels of a tensor, as in the network."""
     channels = shape[4]
     generator = torch.Generator().manual_seed(sum(shape))
     shapes = (shape, (*shape[1:4], 2 * channels), (channels,), (channels,))
@@ -35,7 +35,7 @@ def relative_error(value: Tensor, wanted: Tensor) -> float:
 
 
 def check(inputs: list[Tensor], dtype: torch.dtype) -> None:
-    """At most twice the error of the plain version in the same dtype, and half a unit in the last place."""
+    """Allow twice the error of the plain version in the same dtype, plus half a unit in the last place."""
     inputs = [*(tensor.to(dtype) for tensor in inputs[:2]), *(tensor.float() for tensor in inputs[2:])]
     exact = output_and_gradients([tensor.double() for tensor in inputs], "pytorch")
     plain = output_and_gradients(inputs, "pytorch")
@@ -97,7 +97,7 @@ def test_programs_share_the_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("num_planes", [1, 2])
 def test_every_value_is_written(num_planes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is handed out holds NaN: one value left as it came shows in the results."""
+    """New memory is filled with NaN, so a value that is never written shows up in the results."""
     new_empty = Tensor.new_empty
 
     def poisoned(tensor: Tensor, *shape: object, **options: object) -> Tensor:
@@ -156,7 +156,7 @@ def test_planes_share_their_gradient() -> None:
     assert planes.stride(0) == 0
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy's: exp(-z) may be infinite, and the gate is 0 then
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy: exp(-z) may be infinite; the gate is 0 then
 def test_large_inputs_neither_overflow_nor_vanish() -> None:
     planes, z, weight, bias = make_inputs((2, 1, 4, 4, 8))
     check([1000 * planes, 100 * z, weight, bias], torch.float32)
@@ -197,7 +197,7 @@ def test_what_cannot_be_is_an_error_that_says_why() -> None:
         gated_norm(planes, z, weight[1:], bias)
 
 
-# On a GPU only: real sizes, and arithmetic that the interpreter does not have.
+# On a GPU only: real sizes, and arithmetic that the interpreter does not support.
 LARGE = {
     "XL, first stage": (2, 4, 32, 32, 640),
     "XL, second stage, four planes": (4, 2, 16, 16, 1280),

@@ -10,7 +10,7 @@ GRIDS = [(2, 2), (4, 4), (8, 8), (4, 6), (6, 4), (10, 2), (3, 5), (5, 3), (7, 7)
 
 
 def walk_continuous(height: int, width: int) -> list[list[int]]:
-    """Walk as the specification words it, one pixel after the other."""
+    """Walk as the specification describes it, one pixel after the other."""
     along_rows = []
     for row in range(height):
         to_the_right = row % 2 == 0

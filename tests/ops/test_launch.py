@@ -1,4 +1,4 @@
-"""Kernels are launched, or in a rehearsal compiled without being launched."""
+"""Kernels are launched, or precompiled without being launched."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from lamamba.ops.launch import launch, rehearse
 
 
 class Kernel:
-    """Stands in for a compiled kernel: remembers how it was called."""
+    """Replaces a compiled kernel, and remembers how it was called."""
 
     def __init__(self) -> None:
         self.launched: list[Any] = []
@@ -53,7 +53,7 @@ def test_a_failed_rehearsal_leaves_kernels_to_be_launched() -> None:
 
 
 def test_backward_passes_are_rehearsed_too() -> None:
-    """Autograd runs those on a GPU in another thread."""
+    """On a GPU, autograd runs backward passes in another thread."""
     pytest.importorskip("triton")
     kernel = Kernel()
 

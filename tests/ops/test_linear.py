@@ -1,4 +1,4 @@
-"""Linear layers against PyTorch's, in autocast and without."""
+"""Linear layers against those of PyTorch, with and without autocast."""
 
 from collections.abc import Callable
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from lamamba.ops.linear import _is_faster_as_convolution, _Linear, linear, linear_in_halves
 
-# The first thing that a GPU is asked to do in a thread may be a product.
+# A matrix product may be the first operation of a thread on a GPU.
 pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Layer = Callable[..., tuple[Tensor, ...]]
 
-# Ours and the same in plain PyTorch, of (x, weight, bias).
+# Our layers and the same in plain PyTorch, as functions of (x, weight, bias).
 LAYERS: dict[str, tuple[Layer, Layer]] = {
     "halves": (lambda x, w, b: linear_in_halves(x, w), lambda x, w, b: F.linear(x, w).chunk(2, dim=-1)),
     "bias": (lambda x, w, b: (_Linear.apply(x, w, b),), lambda x, w, b: (F.linear(x, w, b),)),
@@ -47,7 +47,7 @@ def test_in_float32_they_are_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_in_autocast_they_are_as_exact(name: str) -> None:
-    """At most the error of PyTorch's, against float64, where both round x to bfloat16 first."""
+    """Allow the error of PyTorch against float64; both round x to bfloat16 first."""
     layer, plain_layer = LAYERS[name]
     inputs = make_inputs()
     inputs[0] = inputs[0].bfloat16().float()
@@ -84,7 +84,7 @@ GRIDS = {
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("name", ["halves", "as chosen"])
 def test_pixels_of_a_grid_are_as_exact(name: str, grid: str) -> None:
-    """At most twice the error of PyTorch's, against float64."""
+    """Allow twice the error of PyTorch against float64."""
     layer, plain_layer = LAYERS[name]
     generator = torch.Generator().manual_seed(0)
     x = GRIDS[grid](torch.randn(2, 9, 11, 40, generator=generator))

@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 
 
 def make_inputs(shape: Shape) -> list[Tensor]:
-    """From (..., i, c): what goes to GELU is spread by about 2."""
+    """Draw inputs for (..., i, c); the input of GELU has a standard deviation of about 2."""
     *batch, width, hidden = shape
     generator = torch.Generator().manual_seed(sum(shape))
     shapes = ((*batch, width), (hidden, width), (hidden,))
@@ -37,7 +37,7 @@ def relative_error(value: Tensor, wanted: Tensor) -> float:
 
 
 def check(inputs: list[Tensor], dtype: torch.dtype) -> None:
-    """At most twice the error of the plain version in the same dtype, and half a unit in the last place."""
+    """Allow twice the error of the plain version in the same dtype, plus half a unit in the last place."""
     inputs = [tensor.to(dtype) for tensor in inputs]
     exact = output_and_gradients([tensor.double() for tensor in inputs], "pytorch")
     plain = output_and_gradients(inputs, "pytorch")
@@ -80,7 +80,7 @@ def test_the_plain_version_is_a_layer_and_gelu() -> None:
 
 @pytest.mark.parametrize("warps", [1, 3])
 def test_programs_share_the_rows(warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether all rows are one program's or many programs', the last of them with fewer rows."""
+    """One program takes all rows, or many programs share them and the last one has fewer rows."""
     from lamamba.ops.linear_gelu import triton as host
 
     inputs = [tensor.float() for tensor in make_inputs((2, 5, 7, 8, 512))]
@@ -92,7 +92,7 @@ def test_programs_share_the_rows(warps: int, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_every_value_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is handed out holds NaN: one value left as it came shows in the results."""
+    """New memory is filled with NaN, so a value that is never written shows up in the results."""
     new_empty = Tensor.new_empty
 
     def poisoned(tensor: Tensor, *shape: object, **options: object) -> Tensor:
@@ -117,7 +117,7 @@ def test_strided_inputs_mean_the_same() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy's: the square of z may be infinite
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy: the square of z may be infinite
 def test_large_inputs_neither_overflow_nor_vanish() -> None:
     x, weight, bias = make_inputs((4, 4, 8, 16))
     check([x, 10 * weight, 10 * bias], torch.float32)
@@ -170,7 +170,7 @@ def test_what_cannot_be_is_an_error_that_says_why() -> None:
         linear_gelu(x, weight, bias[1:])
 
 
-# On a GPU only: real sizes, and arithmetic that the interpreter does not have.
+# On a GPU only: real sizes, and arithmetic that the interpreter does not support.
 LARGE = {
     "XL, first stage": (4, 32, 32, 320, 1280),
     "XL, second stage": (4, 16, 16, 640, 2560),

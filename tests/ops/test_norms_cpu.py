@@ -59,7 +59,7 @@ def relative_error(value: Tensor, wanted: Tensor) -> float:
 
 
 def check(norm: str, inputs: Inputs) -> None:
-    """At most twice the error of the plain version, and a unit in the last place."""
+    """Allow twice the error of the plain version, plus one unit in the last place."""
     exact = outputs_and_gradients(norm, {name: tensor.double() for name, tensor in inputs.items()}, "pytorch")
     plain, ours = outputs_and_gradients(norm, inputs, "pytorch"), outputs_and_gradients(norm, inputs)
     for index, (value, other, wanted) in enumerate(zip(ours, plain, exact, strict=True)):
@@ -87,7 +87,7 @@ def test_large_gates_do_not_overflow() -> None:
 
 @pytest.mark.parametrize("norm", RUNS)
 def test_the_loops_do_run(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or the other tests would compare the plain version with itself."""
+    """Check that the loops run; otherwise the other tests would compare the plain version with itself."""
     ran = []
     for module, name in (("residual_norm", "ResidualNorm"), ("gated_norm", "GatedNorm")):
         apply: Callable[..., object] = lambda *_: ran.append(1) or (None, None)  # noqa: E731
@@ -136,7 +136,7 @@ def test_what_is_not_finite_is_passed_on(norm: str) -> None:
 
 @pytest.mark.parametrize("norm", RUNS)
 def test_every_value_is_written(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is handed out holds NaN: one value left as it came shows in the results."""
+    """New memory is filled with NaN, so a value that is never written shows up in the results."""
     new_empty = Tensor.new_empty
 
     def poisoned(tensor: Tensor, *shape: object, **options: object) -> Tensor:

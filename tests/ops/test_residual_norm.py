@@ -19,7 +19,7 @@ WITHOUT_RESIDUAL = EVERYTHING[3:]
 
 
 def make_inputs(shape: Shape, names: tuple[str, ...] = EVERYTHING) -> Inputs:
-    """From (b, h, w, c); what is of images is a (b, 3, c) tensor in parts, as in the network."""
+    """Draw inputs for (b, h, w, c); gate, shift and scale are parts of one (b, 3, c) tensor, as in the network."""
     batch, _, _, channels = shape
     generator = torch.Generator().manual_seed(sum(shape))
 
@@ -62,7 +62,7 @@ def relative_error(value: Tensor, wanted: Tensor) -> float:
 
 
 def check(inputs: Inputs, stream: torch.dtype, others: torch.dtype, norm: bool = True) -> None:
-    """At most twice the error of the plain version in the same dtypes, and half a unit in the last place."""
+    """Allow twice the error of the plain version in the same dtypes, plus half a unit in the last place."""
     dtypes = {"x": stream} | dict.fromkeys(("weight", "bias", "branch_bias"), torch.float32)
     inputs = {name: tensor.to(dtypes.get(name, others)) for name, tensor in inputs.items()}
     exact = outputs_and_gradients({name: tensor.double() for name, tensor in inputs.items()}, "pytorch", norm=norm)
@@ -166,7 +166,7 @@ def test_eps_counts() -> None:
 
 
 def test_programs_share_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether an image is one program's or many programs', the last of them with fewer pixels."""
+    """One program takes an image, or many programs share it and the last one has fewer pixels."""
     from lamamba.ops.residual_norm import triton as host
 
     inputs = {name: tensor.float() for name, tensor in make_inputs((2, 5, 7, 40)).items()}
@@ -180,7 +180,7 @@ def test_programs_share_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("names", [EVERYTHING, WITHOUT_RESIDUAL], ids=["residual", "no residual"])
 def test_every_value_is_written(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is handed out holds NaN: one value left as it came shows in the results."""
+    """New memory is filled with NaN, so a value that is never written shows up in the results."""
     new_empty = Tensor.new_empty
 
     def poisoned(tensor: Tensor, *shape: object, **options: object) -> Tensor:
@@ -223,7 +223,7 @@ def test_a_large_mean_costs_no_digits() -> None:
     inputs["x"] += 1000
     wanted = outputs_and_gradients({name: tensor.double() for name, tensor in inputs.items()}, "pytorch")
     for name, value in outputs_and_gradients(inputs, "triton").items():
-        assert relative_error(value, wanted[name]) < 2e-4, name  # the mean itself is off by 1e-4 of the deviation
+        assert relative_error(value, wanted[name]) < 2e-4, name  # the mean has an error of 1e-4 standard deviations
 
 
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
@@ -283,7 +283,7 @@ def test_what_cannot_be_is_an_error_that_says_why() -> None:
         layer_norm(x, inputs["weight"], inputs["bias"][1:])
 
 
-# On a GPU only: real sizes, and arithmetic that the interpreter does not have.
+# On a GPU only: real sizes, and arithmetic that the interpreter does not support.
 LARGE = {
     "XL, first stage": (4, 32, 32, 320),
     "XL, second stage": (4, 16, 16, 640),

@@ -1,4 +1,4 @@
-"""The scan over a grid: kernels against the version that runs anywhere, both against float64."""
+"""The scan over a grid: kernels against the PyTorch version, both against float64."""
 
 import math
 import os
@@ -48,7 +48,7 @@ def relative_error(value: Tensor, wanted: Tensor) -> float:
 
 
 def check(inputs: list[Tensor], dtype: torch.dtype, scan: str = "continuous") -> None:
-    """At most twice the error of the PyTorch version in the same dtype, and half a unit in the last place."""
+    """Allow twice the error of the PyTorch version in the same dtype, plus half a unit in the last place."""
     inputs = [tensor.to(dtype if index < 3 else torch.float32) for index, tensor in enumerate(inputs)]
     exact = output_and_gradients([tensor.double() for tensor in inputs], "pytorch", scan)
     plain = output_and_gradients(inputs, "pytorch", scan)
@@ -58,7 +58,7 @@ def check(inputs: list[Tensor], dtype: torch.dtype, scan: str = "continuous") ->
         assert relative_error(value, wanted) <= 2 * relative_error(reference, wanted) + rounding, name
 
 
-# (b, h, w, e, r, n): the interpreter takes seconds for each, so that they are few and tiny.
+# (b, h, w, e, r, n). The interpreter takes seconds for each, so there are few and they are tiny.
 TINY = {
     "plain": (2, 4, 4, 8, 3, 1),
     "length not a multiple of the tile, masked channels": (1, 4, 10, 40, 3, 1),
@@ -82,7 +82,7 @@ def test_paths_cut_into_segments_give_the_same(shape: tuple[int, ...], monkeypat
     whole = output_and_gradients(inputs, "triton")
     monkeypatch.setattr(triton_host, "LONG_PATH", 1)
     monkeypatch.setattr(triton_host, "SHORTEST_SEGMENT", 1)
-    monkeypatch.setattr(triton_host, "BACKWARD_AT_ONCE", 8)  # two images whole, and the third in two segments
+    monkeypatch.setattr(triton_host, "BACKWARD_AT_ONCE", 8)  # two uncut images, and the third in two segments
     assert triton_host._cut_forward(1, 8, 4, 32) == (32, [(1, 4)])
     assert triton_host._cut_backward(3, 8, 3, 32) == (32, [(2, 1), (1, 2)])
     cut = output_and_gradients(inputs, "triton")
@@ -90,8 +90,8 @@ def test_paths_cut_into_segments_give_the_same(shape: tuple[int, ...], monkeypat
         assert relative_error(a, b.double()) < 1e-6, name
 
 
-# (b, h, w, e, r, n): a narrow projection and step sizes in one piece; both too wide for that, in sizes that blocks do
-# not divide.
+# (b, h, w, e, r, n). First a projection and step sizes that fit into one kernel, then both too wide for that, in sizes
+# that blocks do not divide.
 PROJECTED = {"narrow": (1, 4, 6, 40, 3, 1), "wide": (1, 4, 4, 24, 35, 8)}
 
 
@@ -105,7 +105,7 @@ def test_projecting_first_has_the_gradients_of_both(
 
 
 def check_projection(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """At most twice the error of the PyTorch version in the same dtype, and half a unit in the last place."""
+    """Allow twice the error of the PyTorch version in the same dtype, plus half a unit in the last place."""
     x, _, dt_weight, *others = make_inputs(*shape)
     _, _, _, e, r, n = shape
     projection = torch.randn(4, r + 2 * n, e, generator=torch.Generator().manual_seed(0)).to(DEVICE) * e**-0.5
@@ -113,7 +113,7 @@ def check_projection(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     exact = [tensor.double().requires_grad_() for tensor in leaves]
     leaves = [tensor.requires_grad_() for tensor in leaves]
     ours = project_and_scan(*leaves, backend="triton").sum(dim=0)
-    with torch.no_grad():  # a kernel of its own, which saves nothing
+    with torch.no_grad():  # another kernel, which saves nothing
         without = project_and_scan(*leaves, backend="triton").sum(dim=0)
     plain, wanted = (
         scan_grid(x, x @ projection.flatten(0, 1).mT, *others, backend="pytorch").sum(dim=0)
@@ -143,7 +143,7 @@ def test_projecting_first_compiles_as_one_graph() -> None:
 
 
 def test_cuts_keep_a_large_gpu_busy_without_walking_twice() -> None:
-    """XL's stages in batches of 128, 32 at 512 px, and 1; (images, channels, tiles, channels of a block) each."""
+    """XL's stages with batch 128, batch 32 at 512 px, and batch 1: (images, channels, tiles, channels per program)."""
     assert triton_host._cut_forward(128, 640, 64, 64) == (64, [(128, 1)])
     assert triton_host._cut_forward(32, 640, 256, 64) == (64, [(32, 1)])
     assert triton_host._cut_forward(1, 640, 64, 64) == (64, [(1, 22)])
@@ -157,9 +157,9 @@ def test_cuts_keep_a_large_gpu_busy_without_walking_twice() -> None:
     assert triton_host._cut_backward(1, 2560, 4, 64) == (32, [(1, 1)])
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy's, where both sides of a selection are computed
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy computes both sides of a selection
 def test_extreme_steps() -> None:
-    """Steps from 1e-6 to 20 and beyond softplus's linear part, decay to -100: accurate, and nothing overflows."""
+    """Step sizes from 1e-6 to more than 20, and rates down to -100, give accurate results and no overflow."""
     inputs = make_inputs(1, 4, 8, 8, 3, 1)
     inputs[3] = torch.linspace(-14, 100, 32, dtype=torch.float64, device=DEVICE).view(4, 8)
     inputs[4] = torch.linspace(-3, 2, 32, dtype=torch.float64, device=DEVICE).view(4, 8, 1).flip(0) * math.log(10)
@@ -174,7 +174,7 @@ def test_input_need_not_be_contiguous() -> None:
 
 
 def test_the_parts_may_have_gradients_of_their_own() -> None:
-    """What follows need not be a sum; where it is, all parts have one gradient, which is not copied."""
+    """The next operation need not be a sum. If it is, all planes share one gradient, which is not copied."""
     inputs = [tensor.float().requires_grad_() for tensor in make_inputs(1, 4, 6, 8, 3, 2)]
     planes = scan_grid(*inputs, backend="triton")
     weights = torch.randn(planes.shape, generator=torch.Generator().manual_seed(0)).to(planes)
@@ -187,7 +187,7 @@ def test_the_parts_may_have_gradients_of_their_own() -> None:
 
 
 def test_every_value_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is handed out holds NaN: one value left as it came shows in the results."""
+    """New memory is filled with NaN, so a value that is never written shows up in the results."""
     new_empty = Tensor.new_empty
 
     def poisoned(tensor: Tensor, *shape: object, **options: object) -> Tensor:
@@ -233,7 +233,7 @@ def test_kernels_that_cannot_run_are_an_error_that_says_why() -> None:
 
 @pytest.mark.parametrize("block", [32, 64])
 def test_sums_over_channels_by_products(block: int) -> None:
-    """In float16, since the interpreter multiplies no bfloat16; whole numbers, so that nothing is rounded."""
+    """Use float16, because the interpreter cannot multiply bfloat16, and integers, so that nothing is rounded."""
     rows = torch.randint(-4, 5, (16, block), generator=torch.Generator().manual_seed(block)).to(DEVICE, torch.float16)
     sums = torch.full((16,), math.nan, device=DEVICE)
     _sum_rows_kernel[(1,)](rows, sums, BLOCK=block, num_warps=1)
@@ -266,7 +266,7 @@ def test_a_wrong_shape_is_named(index: int, shape: tuple[int, ...], message: str
         scan_grid(*inputs)
 
 
-# On a GPU only: real sizes, and arithmetic that the interpreter does not have.
+# On a GPU only: real sizes, and arithmetic that the interpreter does not support.
 LARGE = {
     "XL, first stage": (2, 32, 32, 640, 20, 1),
     "XL, second stage": (2, 16, 16, 1280, 40, 1),

@@ -47,7 +47,7 @@ def relative_error(value: Tensor, wanted: Tensor) -> float:
 
 
 def check(inputs: list[Tensor], scan: str = "continuous") -> None:
-    """In float32, to about what rounding leaves of a sum over a thousand steps."""
+    """Compare in float32, within about the rounding error of a sum over a thousand steps."""
     exact = output_and_gradients([tensor.double() for tensor in inputs], scan=scan)
     for name, value, wanted in zip(NAMES, output_and_gradients(inputs, scan=scan), exact, strict=True):
         assert value.shape == wanted.shape, name
@@ -61,7 +61,7 @@ def test_loops_agree_with_float64(case: str, scan: str) -> None:
 
 
 def test_extreme_steps() -> None:
-    """Steps from 1e-6 to 20 and beyond softplus's linear part, decay to -100: accurate, and nothing overflows."""
+    """Step sizes from 1e-6 to more than 20, and rates down to -100, give accurate results and no overflow."""
     inputs = make_inputs(1, 4, 8, 8, 3, 1)
     inputs[3] = torch.linspace(-14, 100, 32).view(4, 8)
     inputs[4] = torch.linspace(-3, 2, 32).view(4, 8, 1).flip(0) * math.log(10)
@@ -111,7 +111,7 @@ def test_input_need_not_be_contiguous() -> None:
 
 
 def test_every_value_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is handed out holds NaN: one value left as it came shows in the results."""
+    """New memory is filled with NaN, so a value that is never written shows up in the results."""
     new_empty = Tensor.new_empty
 
     def poisoned(tensor: Tensor, *shape: object, **options: object) -> Tensor:

@@ -1,4 +1,4 @@
-"""The selective scan: the reference against autograd's own check, the blocked version against the reference."""
+"""The selective scan: the reference with gradcheck, and the blocked version against the reference."""
 
 import math
 
@@ -45,7 +45,7 @@ def assert_agree(values: list[Tensor], exact: list[Tensor], tolerance: float) ->
     for name, value, wanted in zip(("y", *NAMES), values, exact, strict=True):
         assert value.shape == wanted.shape, name
         assert torch.isfinite(value).all(), name
-        if wanted.norm() == 0:  # one step from a zero state does not depend on A
+        if wanted.norm() == 0:  # a single step from a zero state does not depend on A
             assert value.norm() == 0, name
         else:
             assert relative_error(value, wanted) < tolerance, name
@@ -71,7 +71,7 @@ def test_reference_passes_gradcheck() -> None:
 
 @pytest.mark.parametrize("length", [1, 3, 7])
 def test_blocked_passes_gradcheck(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocked, "CHUNK", 2)  # so that three levels of chunks fit into a few steps
+    monkeypatch.setattr(blocked, "CHUNK", 2)  # gives three levels of chunks with few steps
     inputs = make_inputs(b=1, k=2, l=length, d=2, n=2)
     assert torch.autograd.gradcheck(selective_scan, inputs, check_undefined_grad=False)
 
@@ -145,7 +145,7 @@ def test_gradients_need_not_be_contiguous() -> None:
         assert relative_error(value, exact) < 1e-12, name
 
 
-# 240 elements a path of an image: all in one tile, one path at a time, and tiles that do not divide.
+# 240 elements per path and image: one tile for all, one path at a time, and tiles that do not divide the batch.
 @pytest.mark.parametrize("elements", [10**6, 3 * 240, 2 * 240, 240, 1])
 def test_tiles_do_not_change_the_result(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(b=5, k=3, l=40, d=3, n=2)
@@ -167,7 +167,7 @@ def test_extreme_steps_and_rates_stay_finite_and_right(step: float, rate: float)
         values = output_and_gradients(selective_scan, [x.detach().to(dtype) for x in inputs])
         for name, value, wanted in zip(("y", *NAMES), values, exact, strict=True):
             assert torch.isfinite(value).all(), name
-            # A state forgotten in one step leaves a gradient below the smallest float32.
+            # If a state decays completely in one step, its gradient is below the smallest float32.
             torch.testing.assert_close(
                 value.double(), wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()) + 1e-30, msg=name
             )
@@ -189,7 +189,7 @@ def test_float32_error_is_at_most_twice_the_reference_s(length: int, states: int
     single = [x.detach().float() for x in inputs]
     ours = output_and_gradients(selective_scan, single)
     literal = output_and_gradients(selective_scan_reference, single)
-    # The order of a sum over few values decides much of so small an error: half a unit in the last place is free.
+    # So small an error depends on the order of a short sum, so allow half a unit in the last place.
     rounding = torch.finfo(torch.float32).eps / 2
     for name, value, reference, wanted in zip(("y", *NAMES), ours, literal, exact, strict=True):
         assert relative_error(value, wanted) <= 2 * relative_error(reference, wanted) + rounding, name
@@ -204,7 +204,7 @@ def test_half_precision_input_is_the_float32_scan_rounded_once(dtype: torch.dtyp
 
 
 def test_state_is_float32_whatever_the_input() -> None:
-    """A bf16 state would stop growing at 256, where adding 1 is lost to rounding."""
+    """A bfloat16 state would stop growing at 256, where rounding drops an added 1."""
     length = 1024
     u, delta = torch.ones(1, 1, length, 1), torch.ones(1, 1, length, 1)
     A, D = torch.full((1, 1, 1), -1e-9), torch.zeros(1, 1)

@@ -1,4 +1,4 @@
-"""Compiled loops on a CPU: how threads share the images."""
+"""Threads share the images of a batch in compiled loops on a CPU."""
 
 import threading
 
@@ -19,7 +19,7 @@ def test_parts_run_side_by_side_and_their_errors_are_raised(by_openmp: bool, mon
     both, seen = threading.Barrier(2, timeout=20), []
 
     def note(part: np.ndarray) -> None:
-        both.wait()  # or they ran one after the other
+        both.wait()  # times out if they run one after the other
         seen.extend(part)
 
     threads.share_images(note, images, (), ())

@@ -1,4 +1,4 @@
-"""Attention in windows: kernels against the plain version, both against float64."""
+"""Window attention: kernels against the plain version, both against float64."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ Shape = tuple[int, int, int, int, int, int]
 
 
 def make_inputs(shape: Shape) -> list[Tensor]:
-    """From (b, h, w, heads, c, window_size)."""
+    """Draw inputs for (b, h, w, heads, c, window_size)."""
     b, h, w, heads, c, window_size = shape
     generator = torch.Generator().manual_seed(sum(shape))
     qkv = torch.randn(b, h, w, 3 * heads * c, dtype=torch.float64, generator=generator)
@@ -35,7 +35,7 @@ def relative_error(value: Tensor, wanted: Tensor) -> float:
 
 
 def check(shape: Shape, shifted: bool, dtype: torch.dtype) -> None:
-    """At most twice the error of the plain version in the same dtype, and half a unit in the last place."""
+    """Allow twice the error of the plain version in the same dtype, plus half a unit in the last place."""
     qkv, bias = make_inputs(shape)
     inputs = [qkv.to(dtype), bias.float()]
     exact = output_and_gradients([tensor.double() for tensor in inputs], shape, shifted, "pytorch")
@@ -106,7 +106,7 @@ def test_the_mask_is_minus_100_not_infinity() -> None:
 
 
 def test_programs_share_the_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With few programs each takes several windows, and the last ones fewer."""
+    """With few programs, each takes several windows, and the last ones fewer."""
     from lamamba.ops.window_attention import triton as host
 
     shape = (3, 8, 8, 2, 4, 4)
@@ -119,7 +119,7 @@ def test_programs_share_the_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_value_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is handed out holds NaN: one value left as it came shows in the results."""
+    """New memory is filled with NaN, so a value that is never written shows up in the results."""
     new_empty = Tensor.new_empty
 
     def poisoned(tensor: Tensor, *shape: object, **options: object) -> Tensor:
@@ -165,7 +165,7 @@ def test_what_cannot_be_is_an_error_that_says_why() -> None:
         window_attention(qkv, bias, 5, 16)
 
 
-# On a GPU only: real sizes, and arithmetic that the interpreter does not have.
+# On a GPU only: real sizes, and arithmetic that the interpreter does not support.
 LARGE = {
     "XL, first stage": (2, 32, 32, 16, 20, 8),
     "XL, second stage": (2, 16, 16, 16, 40, 8),

@@ -1,4 +1,4 @@
-"""Attention in windows on a CPU, by tiles and by compiled loops, against its meaning."""
+"""Window attention on a CPU, in tiles and in compiled loops, against the reference."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_tiles_agree_with_the_reference(
         assert relative_error(value, wanted) < 1e-13, name
 
 
-@pytest.mark.parametrize("backend", ["auto", "pytorch"])  # by compiled loops, where numba is installed, and by tiles
+@pytest.mark.parametrize("backend", ["auto", "pytorch"])  # compiled loops, if numba is installed, and tiles
 @pytest.mark.parametrize("case", SHAPES)
 def test_float32_error_is_at_most_twice_the_reference_s(case: str, backend: Backend) -> None:
     shape = SHAPES[case]
@@ -102,7 +102,7 @@ def test_threads_share_the_windows(threads: int) -> None:
 
 
 def test_every_value_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is handed out holds NaN: one value left as it came shows in the results."""
+    """New memory is filled with NaN, so a value that is never written shows up in the results."""
     new_empty = Tensor.new_empty
 
     def poisoned(tensor: Tensor, *shape: object, **options: object) -> Tensor:
