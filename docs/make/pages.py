@@ -20,6 +20,7 @@ ELSEWHERE = {
     "CHANGELOG.md": "changes.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
+    "src/lamamba/ops/README.md": "kernels/block.md",
     **{
         path.relative_to(ROOT).as_posix(): f"kernels/{path.parent.name}.md"
         for path in sorted(ROOT.glob("src/lamamba/ops/*/README.md"))
