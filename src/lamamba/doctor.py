@@ -17,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -169,28 +169,21 @@ def _check_version(name: str, wanted: str) -> Iterator[tuple[str, str]]:
 def _look_at_import(name: str) -> Iterator[Finding]:
     try:
         module = importlib.import_module(name)
+        yield Finding(name, "ok", module.__version__)
     except Exception as error:
-        line = (str(error).splitlines() or [""])[0]
-        yield Finding(
-            name,
-            "broken",
-            f"cannot be imported ({type(error).__name__}: {line})",
-            f"pip install --force-reinstall {name}",
-        )
-        return
-    yield Finding(name, "ok", f"{module.__version__}")
+        detail = f"cannot be imported ({_describe(error)})"
+        yield Finding(name, "broken", detail, f"pip install --force-reinstall {name}")
 
 
 def _look_at_torch() -> Iterator[Finding]:
-    for finding in _look_at_import("torch"):
-        if finding.state == "ok":
-            import torch
+    (finding,) = _look_at_import("torch")
+    if finding.state == "ok":
+        import torch
 
-            built = f"CUDA {torch.version.cuda}" if torch.version.cuda else ""
-            built = f"ROCm {torch.version.hip}" if torch.version.hip else built
-            yield Finding("torch", "ok", f"{torch.__version__}, built {f'for {built}' if built else 'without CUDA'}")
-        else:
-            yield finding
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        built = f"for ROCm {torch.version.hip}" if torch.version.hip else built
+        finding = replace(finding, detail=f"{torch.__version__}, built {built}")
+    yield finding
 
 
 def _look_at_gpus() -> Iterator[Finding]:
@@ -210,20 +203,16 @@ def _look_at_gpus() -> Iterator[Finding]:
             except RuntimeError as error:  # for example, torch has no kernels for this GPU
                 yield Finding(f"GPU {index}", "broken", f"{detail}: {_describe(error)}", _OTHER_TORCH)
     elif seen and torch.version.cuda is None:
-        yield Finding(
-            "GPU", "broken", f"{seen[0][0]} is present, but this torch is built without CUDA",
-            _OTHER_TORCH,
-        )  # fmt: skip
+        detail = f"{seen[0][0]} is present, but this torch is built without CUDA"
+        yield Finding("GPU", "broken", detail, _OTHER_TORCH)
     elif seen:
         try:
             torch.cuda.init()
             reason = "unknown reason"
         except (RuntimeError, AssertionError) as error:
             reason = _describe(error)
-        yield Finding(
-            "GPU", "broken", f"{seen[0][0]} is present, but torch cannot use it: {reason}",
-            f"install a newer driver than {seen[0][1]}, for CUDA {torch.version.cuda}; or {_OTHER_TORCH}",
-        )  # fmt: skip
+        fix = f"install a newer driver than {seen[0][1]}, for CUDA {torch.version.cuda}; or {_OTHER_TORCH}"
+        yield Finding("GPU", "broken", f"{seen[0][0]} is present, but torch cannot use it: {reason}", fix)
     elif torch.backends.mps.is_available():
         yield Finding("GPU", "ok", "Apple GPU, through Metal (MPS)")
     else:
@@ -274,16 +263,15 @@ def _look_at_distributed() -> Iterator[Finding]:
     if not torch.distributed.is_available():
         yield Finding("torch.distributed", "note", "not included in this torch; training uses a single process")
         return
-    backends = (
-        [f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"] if torch.distributed.is_nccl_available() else []
-    )
+    has_nccl, num_gpus = torch.distributed.is_nccl_available(), torch.cuda.device_count()
+    backends = [f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"] if has_nccl else []
     backends += ["gloo"] if torch.distributed.is_gloo_available() else []
-    num_gpus = torch.cuda.device_count()
-    lacks_nccl = num_gpus > 1 and not torch.distributed.is_nccl_available()
-    yield Finding(
-        "torch.distributed", "broken" if lacks_nccl else "ok", f"with {' and '.join(backends) or 'no backend'}",
-        f"install a torch with NCCL, to train on all {num_gpus} GPUs" if lacks_nccl else "",
-    )  # fmt: skip
+    detail = f"with {' and '.join(backends) or 'no backend'}"
+    if num_gpus > 1 and not has_nccl:
+        fix = f"install a torch with NCCL, to train on all {num_gpus} GPUs"
+        yield Finding("torch.distributed", "broken", detail, fix)
+    else:
+        yield Finding("torch.distributed", "ok", detail)
 
 
 def _look_at_triton() -> Iterator[Finding]:
@@ -292,10 +280,8 @@ def _look_at_triton() -> Iterator[Finding]:
     on_cuda = torch.cuda.is_available() and torch.version.hip is None
     if importlib.util.find_spec("triton") is None:
         if on_cuda:
-            yield Finding(
-                "Triton", "broken", "not installed; on this GPU lamamba runs without its kernels, and slower",
-                "pip install triton",
-            )  # fmt: skip
+            detail = "not installed; on this GPU lamamba runs without its kernels, and slower"
+            yield Finding("Triton", "broken", detail, "pip install triton")
         else:
             yield Finding("Triton", "note", "not installed, and not needed without an NVIDIA GPU")
         return
