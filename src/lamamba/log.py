@@ -384,30 +384,17 @@ def _start_tracker(config: TrainConfig) -> Any:
 class SilentLog:
     """Replaces the log in ranks other than the first, which neither write nor print."""
 
-    def step(self, images: int, terms: dict[str, Tensor]) -> None:
-        """Ignore the step."""
+    def step(self, *_: Any) -> None: ...
+
+    save_samples = note_checkpoint = finish = step
+
+    def pause(self, *_: Any) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    first_step = pause
 
     def waiting_for(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Return the batches."""
         return batches
 
-    def write(self, images: int, step: int, learning_rate: float) -> float:
-        """Write nothing; the first rank checks the loss."""
-        return 0.0
-
-    def pause(self, doing: str) -> AbstractContextManager[None]:
-        """Show nothing."""
-        return nullcontext()
-
-    def first_step(self, minutes: bool) -> AbstractContextManager[None]:
-        """Say nothing."""
-        return nullcontext()
-
-    def save_samples(self, grid: Any, images: int) -> None:
-        """Keep nothing."""
-
-    def note_checkpoint(self, path: Path | None) -> None:
-        """Say nothing."""
-
-    def finish(self, images: int) -> None:
-        """Say nothing."""
+    def write(self, *_: Any) -> float:
+        return 0.0  # the first rank checks the loss
