@@ -252,9 +252,8 @@ class Trainer:
             self.writer.begin(self.info(), networks, state)
 
     def save_snapshot(self) -> None:
-        """Write a snapshot of the power function EMAs; raises CheckpointError."""
-        assert self.power_averages is not None
-        averages = gather(self.power_averages.state_dict(), self.processes.is_first)
+        """Write a snapshot of the power function EMAs, if there are any; raises CheckpointError."""
+        averages = gather(self.power_averages.state_dict(), self.processes.is_first) if self.power_averages else {}
         if averages:
             save_snapshot(self.config.out, averages, self.step, self.images)
 
