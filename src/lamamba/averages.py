@@ -30,12 +30,12 @@ from torch import Tensor, nn
 
 from lamamba.checkpoint import find_checkpoint, read_info, read_network_config, write_weights
 from lamamba.config import AverageConfig
-from lamamba.errors import CheckpointError, ConfigError
+from lamamba.errors import CheckpointError, ConfigError, first_line
 from lamamba.files import atomic_write, utf8_path
 from lamamba.model import LaMambaDiff
 from lamamba.output import say
 from lamamba.records import parse_record
-from lamamba.weights import fill, first_line
+from lamamba.weights import fill
 
 FORMAT = 1
 MAX_SIGMA_REL = 12**-0.5

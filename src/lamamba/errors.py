@@ -3,6 +3,11 @@
 import signal
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class name if the message is empty."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class LamambaError(Exception):
     """Base class of all errors that lamamba raises. The message says what is wrong and what to do."""
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lamamba.errors import CheckpointError, ConfigError
+from lamamba.errors import CheckpointError, ConfigError, first_line
 
 
 def is_repository(name: str) -> bool:
@@ -84,7 +84,9 @@ def _explained(name: str, advice: str) -> Iterator[None]:
     except ConfigError:
         raise
     except HFValidationError as error:
-        raise ConfigError(f"{name!r} is not a valid name on the Hugging Face hub: {_first_line(error)}") from error
+        raise ConfigError(
+            f"{name!r} is not a valid name on the Hugging Face hub: {first_line(error).rstrip('.')}"
+        ) from error
     except Exception as error:
         status = getattr(error.response, "status_code", None) if isinstance(error, HfHubHTTPError) else None
         if isinstance(error, RepositoryNotFoundError):
@@ -102,9 +104,7 @@ def _explained(name: str, advice: str) -> Iterator[None]:
         elif constants.HF_HUB_OFFLINE:
             said = f"{name} is not in the cache, and HF_HUB_OFFLINE forbids contacting the hub: unset it, or {advice}"
         else:
-            said = f"{name} could not be requested from {constants.ENDPOINT} ({_first_line(error)}): {advice}"
+            said = (
+                f"{name} could not be requested from {constants.ENDPOINT} ({first_line(error).rstrip('.')}): {advice}"
+            )
         raise CheckpointError(said) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -10,7 +10,7 @@ from typing import IO
 
 import numpy as np
 
-from lamamba.errors import DataError
+from lamamba.errors import DataError, first_line
 
 
 @dataclass(frozen=True)
@@ -102,5 +102,4 @@ def _reading(fault: str) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:  # zipfile, zlib and NumPy's parser raise many kinds of errors, even SyntaxError
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{fault} ({said}): download or create it again") from error
+        raise DataError(f"{fault} ({first_line(error)}): download or create it again") from error

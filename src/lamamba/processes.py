@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # they are there, and documented
 from torch.distributed.distributed_c10d import _abort_process_group
 
-from lamamba.errors import ConfigError, LamambaError
+from lamamba.errors import ConfigError, LamambaError, first_line
 from lamamba.signals import SignalsNoted
 
 
@@ -215,10 +215,9 @@ def _meet(backend: str, rank: int, number: int) -> None:
     except (OSError, RuntimeError, ValueError) as error:
         if "EADDRINUSE" in str(error):
             raise ConfigError(f"another program uses MASTER_PORT {port}: choose another port") from error
-        cause = str(error).splitlines()[0]
         raise ConfigError(
-            f"{number} processes could not connect at {host}:{port} ({cause}): check MASTER_ADDR and MASTER_PORT, and "
-            "that all processes were started"
+            f"{number} processes could not connect at {host}:{port} ({first_line(error)}): check MASTER_ADDR and "
+            "MASTER_PORT, and that all processes were started"
         ) from error
 
 

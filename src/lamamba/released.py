@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lamamba.errors import CheckpointError, ConfigError
+from lamamba.errors import CheckpointError, ConfigError, first_line
 from lamamba.files import atomic_write
 from lamamba.model import LaMambaDiff
 from lamamba.ops.window_attention.geometry import WindowGeometry
@@ -175,7 +175,7 @@ def save_released(path: Path, model: LaMambaDiff, ema: LaMambaDiff) -> None:
         with atomic_write(path) as temporary:
             torch.save(states, temporary)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
-        raise CheckpointError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path} could not be written: {first_line(error)}") from error
 
 
 def translate(released_name: str) -> str:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from lamamba.errors import CheckpointError
+from lamamba.errors import CheckpointError, first_line
 from lamamba.files import utf8_path
 from lamamba.records import read_record
 
@@ -329,11 +329,6 @@ def _raise(source: str | Path, faults: Mapping[str, Sequence[str]]) -> None:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_NUM_LISTED]) + (", ..." if len(names) > _NUM_LISTED else "")
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class name if the message is empty."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def fill(network: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lamamba.config.checks import check_seed
 from lamamba.data.sources import ArraySource, Source
-from lamamba.errors import ConfigError, DataError
+from lamamba.errors import ConfigError, DataError, first_line
 from lamamba.signals import leave_signals_to_parent
 
 
@@ -116,7 +116,7 @@ def _read_batches(
         if not str(error).startswith("DataLoader worker (pid"):  # an error in a worker, not its death
             raise
         raise DataError(
-            f"a worker that reads {source.name} died ({str(error).splitlines()[0].rstrip('. ')}), perhaps for lack of "
+            f"a worker that reads {source.name} died ({first_line(error).rstrip('. ')}), perhaps for lack of "
             "memory: use fewer num_workers (--num-workers)"
         ) from error
     finally:
