@@ -9,8 +9,8 @@
   A larger and a smaller folder are encoded. The speed is computed from the difference, so startup does not count.
 * Training: the log of a training from latents gives the speed, and the share of time spent waiting for data.
   benchmarks/scaling.py measures the speed with images in memory.
-* Checkpoints: training continues while a checkpoint is written. Measured are the time until `save` returns, the time
-  until the file is written, and the time of steps meanwhile.
+* Checkpoints: training continues while a checkpoint is written. The records have the time until `save` returns, the
+  time until the file is written, and the time of steps meanwhile.
 """
 
 import argparse

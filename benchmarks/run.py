@@ -201,7 +201,7 @@ def _scan_peer(results: Results, b: int, side: int, e: int, r: int, quick: bool)
     wanted = scan_grid(*(x.float() for x in small), backend="pytorch")[0]
     error = (whole(*small).float() - wanted).norm() / wanted.norm()
     if not error < 0.02:
-        raise AssertionError(f"{peers.NAME}: relative error {error:.3g}: a wrong result has no speed")
+        raise AssertionError(f"{peers.NAME}: relative error {error:.3g}: too large, so its speed is not measured")
     inputs = _scan_inputs(b, side, e, r)
     _measure_scan(results, f"{peers.NAME}, end to end", whole, inputs, quick)
     repeats = 2 if quick else 20
@@ -302,10 +302,10 @@ def main() -> None:
         there_are = ", ".join(chosen)
         chosen = {name: case for name, case in chosen.items() if name.startswith(tuple(arguments.cases))}
         if not chosen:
-            parser.error(f"no case begins with {' or '.join(arguments.cases)}: there are {there_are}")
+            parser.error(f"no case begins with {' or '.join(arguments.cases)}: choose from {there_are}")
     untested = arguments.skip_tests or arguments.quick
     if not untested and subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/ops"], cwd=ROOT).returncode:
-        sys.exit("the operations' tests fail: a wrong result has no speed")
+        sys.exit("tests of the operations fail: fix them before you measure speed, or pass --skip-tests")
     torch.manual_seed(0)
     results = Results(None if arguments.quick else arguments.out, arguments.commit)
     for name, case in chosen.items():

@@ -55,7 +55,7 @@ def measured(records: dict[Key, list[Record]]) -> dict[str, Any]:
             if key[0] == case and key[2] == metric and provider in ("", key[1]) and batch in (0, key[3])
         ]
         if not found:
-            raise ValueError(f"nothing was recorded of {case}, {metric}: run benchmarks/scaling.py on one and two GPUs")
+            raise ValueError(f"there are no records of {case}, {metric}: run benchmarks/scaling.py on one and two GPUs")
         used.extend(found)
         return round(statistics.median(record.value for record in found), 3)
 
@@ -210,7 +210,7 @@ def filled(page: str, model: Model) -> str:
     for name, lay_out in TABLES.items():
         start, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
         if page.count(start) != 1 or page.count(end) != 1:
-            raise ValueError(f"the page has no place for the table {name}: put {start.strip()} and {end} there, once")
+            raise ValueError(f"the page has no place for the table {name}: add {start.strip()} and {end}, each once")
         lines = "\n".join(lay_out(model)).rstrip()
         page = re.sub(f"{start}.*{end}", lambda _, new=f"{start}\n{lines}\n\n{end}": new, page, flags=re.DOTALL)
     return page

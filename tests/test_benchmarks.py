@@ -49,7 +49,7 @@ def test_every_network_trains_infers_and_is_profiled() -> None:
 def test_an_unknown_case_is_an_error_that_lists_them() -> None:
     done = run("--quick", "trane")
     assert done.returncode == 2
-    assert "no case begins with trane: there are limits, scan" in done.stderr
+    assert "no case begins with trane: choose from limits, scan" in done.stderr
 
 
 def test_records_hold_median_spread_and_where_they_come_from(tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ def test_the_newest_day_of_a_case_counts_and_its_median(tmp_path: Path) -> None:
     assert (predict(plan, model).ms, predict(plan, model).memory_gib) == pytest.approx((210, 50))
     (tmp_path / "2026-01-04_f.json").unlink()
     (tmp_path / "2026-01-01_e.json").unlink()
-    with pytest.raises(ValueError, match="nothing was recorded of all_reduce_256_mib"):
+    with pytest.raises(ValueError, match="there are no records of all_reduce_256_mib"):
         measured(newest_records(tmp_path))
 
 

@@ -60,7 +60,7 @@ def test_auto_does_without_on_gpus_that_are_not_nvidia_s(monkeypatch: pytest.Mon
 def test_a_batch_beyond_cuda_s_grid_is_an_error() -> None:
     host = pytest.importorskip("lamamba.ops.selective_scan.triton")
     x = torch.empty(65536, 1, 1, 1, device="meta")
-    with pytest.raises(ValueError, match="a batch of 65536 is too large for the kernels: split it, 65535 at most"):
+    with pytest.raises(ValueError, match="a batch of 65536 is too large for the kernels: use 65535 or less"):
         host._geometry(x, torch.empty(65536, 1, 1, 12, device="meta"), 1, torch.empty(4, 1, 1), True, False)
 
 

@@ -57,7 +57,7 @@ class _Geometry(NamedTuple):
 def _geometry(x: Tensor, low: Tensor, rank: int, A_log: Tensor, continuous: bool, backward: bool) -> _Geometry:
     batch, height, width, channels = x.shape
     if batch > MAX_BATCH:
-        raise ValueError(f"scan_grid: a batch of {batch} is too large for the kernels: split it, {MAX_BATCH} at most")
+        raise ValueError(f"scan_grid: a batch of {batch} is too large for the kernels: use {MAX_BATCH} or less")
     states = A_log.shape[2]
     # With several states, values that are loaded ahead need the registers that a second channel per lane would take.
     block = 32 if states > 1 else max(32, min(BLOCK, triton.next_power_of_2(channels)))
