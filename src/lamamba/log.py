@@ -98,7 +98,7 @@ class TrainingLog:
         self.tflop_per_image = training_flops(self.config.network) / 1e12
         peak = peak_tflops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         self.peak_tflops = peak * num_processes if peak and uses_bf16 else None
-        kind = "grey" if source.channels == 1 else "color"
+        kind = "gray" if source.channels == 1 else "color"
         classes = f"{source.num_classes} classes" if source.num_classes else "no classes"
         self.note(
             f"{len(source):,} {kind} images of {source.name}, {source.image_size}x{source.image_size}, {classes} · "

@@ -198,7 +198,7 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     for arguments, message in (
         ((small, large, "--features", means), "large has images of 64x64, which scores would compare too"),
         ((small, large, *CLOTHES), "large has images of 64x64, and features clothes are of 28x28 or 32x32"),
-        ((colour, small, *CLOTHES), "0000.png is in color and these features are of grey images"),
+        ((colour, small, *CLOTHES), "0000.png is in color and these features are for gray images"),
         ((small, statistics, *CLOTHES), "mu and sigma of " + str(statistics) + " are of 3 features and clothes has 64"),
         ((statistics, small, *CLOTHES), "statistics.npz has statistics but no images (arr_0)"),
         ((write(tmp_path / "one", clothes(1)), small, *CLOTHES), "one has 1 image: statistics need 2"),

@@ -141,8 +141,8 @@ class EvaluateConfig:
     """A folder of images, a .npz of images or of published statistics (mu, sigma), or builtin (10,000 training images),
     fashion-mnist (60,000), fashion-mnist-test (the 10,000 others)."""
     features: str = "inception"
-    """inception, the graph of 2015, fetched once; clothes, a small network for grey clothes of 28 or 32 pixels; or a
-    TorchScript file that turns images into features."""
+    """inception, the network of 2015, downloaded once; clothes, a small network for gray clothes of 28 or 32 pixels;
+    or a TorchScript file that turns images into features."""
     pixels: Literal["uint8", "float"] = "uint8"
     """What a TorchScript file takes: 0 to 255, or float32 from 0 to 1."""
     data_folder: Path | None = None
@@ -156,7 +156,7 @@ class EvaluateConfig:
     batch_size: int = 50
     """Images in the network at once."""
     out: Path = Path("scores.json")
-    """The scores and what they are of."""
+    """JSON file for the scores and everything that affects them."""
     device: str = "auto"
     """cpu, cuda, cuda:1 or mps; auto uses the fastest one available."""
 

@@ -28,15 +28,15 @@ class TrainConfig:
     """Copy the weights that fit from this run, checkpoint or shipped weights (nano, emoji-64), as lamamba finetune
     does; the default is fresh weights."""
     data: str = "builtin"
-    """builtin (10,000 Fashion-MNIST images), fashion-mnist (60,000), a folder of images, flat or with one subfolder per
-    class, a Hugging Face dataset, as a folder of save_to_disk, parquet files, or its name on the hub, or a folder of
-    latents that lamamba encode wrote."""
+    """One of: builtin (10,000 Fashion-MNIST images); fashion-mnist (60,000); a folder of images, flat or with one
+    subfolder per class; a Hugging Face dataset, as its name on the hub, a folder of save_to_disk, or parquet files; a
+    folder of latents that lamamba encode wrote."""
     data_folder: Path | None = None
     """Folder with the files of fashion-mnist; by default Debian's package, or a download from the Hugging Face hub."""
     image_size: int | None = None
     """Crop the images of a folder to this many pixels square; the default with --vae is the preset's size."""
     channels: Literal[1, 3] | None = None
-    """1 for grey, 3 for color; the default is color for a folder or with --vae, otherwise grey."""
+    """1 for gray, 3 for color; the default is color for a folder or with --vae, otherwise gray."""
     skip_bad_images: bool = False
     """Count and report images that cannot be read, instead of stopping at the first."""
     horizontal_flip: bool = False

@@ -47,7 +47,7 @@ def open_source(
             f"folder {folder} (--data-folder) is only for data 'fashion-mnist', not for {data!r}: leave it out"
         )
     if channels not in (None, 1, 3):
-        raise ConfigError(f"channels {channels} is neither 1 (grey) nor 3 (color): give channels (--channels) 1 or 3")
+        raise ConfigError(f"channels {channels} is neither 1 (gray) nor 3 (color): give channels (--channels) 1 or 3")
     if data in NAMED_SOURCES:
         if image_size not in (None, 32):
             raise ConfigError(

@@ -148,7 +148,7 @@ def open_reference(name: str, image_size: int | None = None, data_folder: Path |
 def _as_grey(image: np.ndarray, name: str) -> np.ndarray:
     """Convert (h, w, c) to grey; DataError if the image is in color."""
     if (image != image[..., :1]).any():
-        raise DataError(f"{name} is in color and these features are of grey images: give others (--features)")
+        raise DataError(f"{name} is in color and these features are for gray images: give others (--features)")
     return image[..., :1]
 
 
@@ -202,7 +202,7 @@ def _images_of(path: Path) -> ImageSet:
     with opened_array(path, "arr_0") as array:
         shape, dtype = array.shape, array.dtype
         if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or math.prod(shape) == 0:
-            raise DataError(f"arr_0 of {path} is {dtype} {shape}: images are uint8 (n, height, width, 3), or 1 if grey")
+            raise DataError(f"arr_0 of {path} is {dtype} {shape}: images are uint8 (n, height, width, 3), or 1 if gray")
         if array.is_fortran:
             raise DataError(f"arr_0 of {path} is in Fortran order: save numpy.ascontiguousarray of it")
         if shape[1] * shape[2] > _MOST_PIXELS:
