@@ -11,7 +11,6 @@ import os
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
 from itertools import islice
@@ -30,7 +29,6 @@ from lamamba.output import make_console
 _SAVED = ("state.json", "dataset_dict.json")  # of save_to_disk: one split, or several
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _LOOKED_AT = 20  # entries of a subfolder: a million images are not listed to find that there is no parquet file
-_ROWS_AT_ONCE = 64
 
 
 def is_dataset(data: str) -> bool:
@@ -87,7 +85,11 @@ class DatasetSource(ImageSource):
                 self.images = images.cast_column(self.column, library.Image(decode=False))
         self.rows: Sequence[int] = range(len(self.images))  # those that are read
         if skip_bad_images:
-            self._leave_out_bad_images()
+            good = self.find_readable()
+            self.bad_files = tuple(f"row {row}" for row in self.rows if not good[row])
+            self.rows = [row for row in self.rows if good[row]]
+            if not self.rows:
+                raise DataError(f"{self.where} has no readable image: give image_column (--image-column) the images")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -127,23 +129,6 @@ class DatasetSource(ImageSource):
             ) from error
         pixels = np.array(image).reshape(self.image_size, self.image_size, self.channels)
         return pixels, self.labels[row] if self.class_names else 0
-
-    def _leave_out_bad_images(self) -> None:
-        rows, good = self.rows, list[bool]()
-        with ThreadPoolExecutor() as threads:
-            for first in range(0, len(rows), _ROWS_AT_ONCE):
-                good += threads.map(self._is_readable, rows[first : first + _ROWS_AT_ONCE])
-        self.bad_files = tuple(f"row {row}" for row in rows if not good[row])
-        self.rows = [row for row in rows if good[row]]
-        if not self.rows:
-            raise DataError(f"{self.where} has no readable image: give image_column (--image-column) the images")
-
-    def _is_readable(self, index: int) -> bool:
-        try:
-            self.load(index)
-        except DataError:
-            return False
-        return True
 
 
 def _import_datasets(dataset: str) -> Any:

@@ -79,6 +79,21 @@ class ImageSource(Source):
             DataError: the image cannot be read; the message names the file.
         """
 
+    def find_readable(self) -> list[bool]:
+        """Load all images, in threads, and return which of them can be read."""
+        readable: list[bool] = []
+        with ThreadPoolExecutor() as threads:
+            for first in range(0, len(self), _PIECE):
+                readable += threads.map(self._is_readable, range(first, min(first + _PIECE, len(self))))
+        return readable
+
+    def _is_readable(self, index: int) -> bool:
+        try:
+            self.load(index)
+        except DataError:
+            return False
+        return True
+
     def gather(self, indices: np.ndarray, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Read images, uint8 (b, c, h, w), and their labels."""
         images, labels = zip(*(self.load(index) for index in indices.tolist()), strict=True)
@@ -164,10 +179,7 @@ class FolderSource(ImageSource):
         return np.array(image).reshape(self.image_size, self.image_size, self.channels), self.labels[index]
 
     def _leave_out_bad_files(self) -> None:
-        good: list[bool] = []
-        with ThreadPoolExecutor() as threads:
-            for first in range(0, len(self.paths), _PIECE):
-                good += threads.map(self._is_readable, self.paths[first : first + _PIECE])
+        good = self.find_readable()
         self.bad_files = tuple(path for path, keep in zip(self.paths, good, strict=True) if not keep)
         self.labels = [label for label, keep in zip(self.labels, good, strict=True) if keep]
         self.paths = [path for path, keep in zip(self.paths, good, strict=True) if keep]
@@ -175,13 +187,6 @@ class FolderSource(ImageSource):
         if lost:
             which = self.folder / self.class_names[lost[0]] if self.class_names else self.folder
             raise DataError(f"{which} has no readable image ({self.skipped} bad files skipped): replace its images")
-
-    def _is_readable(self, path: str) -> bool:
-        try:
-            read_image(path, self.channels)
-        except DataError:
-            return False
-        return True
 
 
 def _size(path: str) -> int:
