@@ -27,12 +27,12 @@ from pydantic_core import PydanticCustomError
 from safetensors import SafetensorError
 from typing_extensions import TypedDict
 
-from lamamba import __version__
+from lamamba import __version__, files
 from lamamba.config import PRESETS, NetworkConfig, nearest
 from lamamba.diffusion import OBJECTIVES
 from lamamba.dit import DIT_CLASSES, DiT, DiTFolder
 from lamamba.errors import CheckpointError, ConfigError
-from lamamba.files import atomic_write, checksum, permit, write_text
+from lamamba.files import checksum, permit, write_text
 from lamamba.hub import fetch, is_repository
 from lamamba.model import LaMambaDiff
 from lamamba.records import is_run, read_record
@@ -91,14 +91,14 @@ def checkpoints_in(run: Path) -> list[Path]:
     return sorted((path.parent for path in folders if path.parent.name.isdigit()), key=lambda path: int(path.name))
 
 
-def save_network(network: LaMambaDiff, folder: Path) -> None:
-    """Write a network in diffusers' format."""
+def save_network(network: Any, folder: Path) -> None:
+    """Write a network or a pipeline in diffusers' format."""
     network.save_pretrained(folder)
-    permit(*folder.glob("*.safetensors"))
-    path = folder / "config.json"
-    config = json.loads(path.read_bytes())
-    config.pop("_name_or_path", None)  # a local path
-    write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    permit(*folder.rglob("*.safetensors"))
+    for path in folder.rglob("*.json"):
+        record = json.loads(path.read_bytes())
+        if record.pop("_name_or_path", None) is not None:  # a local path, which is private
+            write_text(path, json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
 def write_info(checkpoint: Path, info: CheckpointInfo) -> None:
@@ -410,7 +410,6 @@ def write_weights(folder: Path, network: LaMambaDiff, info: CheckpointInfo, trai
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file atomically; raises CheckpointError."""
     try:
-        with atomic_write(path) as temporary:
-            write_text(temporary, json.dumps(content, indent=2) + "\n")
+        files.write_json(path, content)
     except OSError as error:
         raise CheckpointError(f"{path} could not be written: {error}") from error

@@ -27,7 +27,7 @@ from lamamba.config import EncodeConfig
 from lamamba.data import Source, open_source
 from lamamba.data.latent_files import FORMAT, INDEX, SETTINGS, are_latents, read_settings
 from lamamba.errors import ConfigError, DataError
-from lamamba.files import atomic_write, checksum, utf8_path, write_text
+from lamamba.files import atomic_write, checksum, utf8_path, write_json
 from lamamba.latents import Latents, identify
 from lamamba.output import progress_bars, say
 from lamamba.processes import Processes, joined
@@ -113,8 +113,7 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
     if left:
         raise DataError(f"{folder} contains {min(left)} but no {SETTINGS} that describes it: choose another --out")
     try:
-        with atomic_write(path) as temporary:
-            write_text(temporary, json.dumps({"format": FORMAT, "settings": settings}, indent=2) + "\n")
+        write_json(path, {"format": FORMAT, "settings": settings})
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error}): free some space, or choose another --out") from error
 
@@ -208,11 +207,7 @@ def _write_index(folder: Path, settings: dict[str, Any]) -> None:
     _, height, width = settings["shape"]
     mean, square = sums / (settings["images"] * (1 + settings["mirrored"]) * height * width)
     statistics = {"mean": mean.tolist(), "standard_deviation": np.sqrt(np.maximum(square - mean**2, 0)).tolist()}
-    index = {
-        "format": FORMAT, "lamamba": __version__, "settings": settings, "channel_statistics": statistics,
-        "shards": shards,
-    }  # fmt: skip
-    with atomic_write(folder / INDEX) as temporary:
-        write_text(temporary, json.dumps(index, indent=2) + "\n")
+    begun = {"format": FORMAT, "lamamba": __version__, "settings": settings}
+    write_json(folder / INDEX, {**begun, "channel_statistics": statistics, "shards": shards})
     number = f"{len(shards)} shard{'s' * (len(shards) > 1)}"
     say(f"encoded {settings['images']:,} images in {number}; train with --data {shlex.quote(str(folder))}")

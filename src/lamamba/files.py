@@ -1,5 +1,6 @@
 """Atomic writes and checksums of files."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 # Prefix of files that are not complete yet. They are hidden, and nothing reads them.
 TEMPORARY = ".incomplete-"
@@ -35,6 +37,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     r"""Write text as UTF-8, whatever the locale. A byte of a name that is not UTF-8 becomes `\udcff`, as in JSON."""
     path.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file atomically; raises OSError."""
+    with atomic_write(path) as temporary:
+        write_text(temporary, json.dumps(content, indent=2) + "\n")
 
 
 def utf8_path(path: Path) -> Path:

@@ -17,11 +17,11 @@ from huggingface_hub import ModelCardData
 from typing_extensions import TypedDict
 
 from lamamba import __version__
-from lamamba.checkpoint import find_checkpoint, shipped_weights
+from lamamba.checkpoint import find_checkpoint, save_network, shipped_weights
 from lamamba.config import PushConfig, SamplingConfig
 from lamamba.data.fashion_mnist import HUB_REPOSITORY
 from lamamba.errors import CheckpointError, ConfigError, DataError
-from lamamba.files import TEMPORARY, permit, write_text
+from lamamba.files import TEMPORARY, write_text
 from lamamba.generate import ImageSampler, sample_with_bar
 from lamamba.hub import make_repository, send
 from lamamba.labels import why_unguided
@@ -109,12 +109,7 @@ def _write_pipeline(pipe: LaMambaDiffPipeline, folder: Path, *, half: bool) -> N
                 bool(weight.isfinite().all()) for weight in module.half().state_dict().values()
             ):
                 raise CheckpointError(f"weights of the {name} exceed the range of float16: leave half out")
-    pipe.save_pretrained(folder)
-    permit(*folder.rglob("*.safetensors"))
-    for path in folder.rglob("*.json"):
-        record = json.loads(path.read_bytes())
-        if record.pop("_name_or_path", None) is not None:  # a local path, which is private
-            write_text(path, json.dumps(record, indent=2, sort_keys=True) + "\n")
+    save_network(pipe, folder)
 
 
 def _draw(folder: Path, config: PushConfig) -> list[int]:
