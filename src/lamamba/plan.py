@@ -210,15 +210,11 @@ class Model:
     @cached_property
     def together_gib(self) -> float:
         """Average the memory of NCCL: what two GPUs have in use beyond one GPU."""
-        return float(
-            np.mean([
-                point.memory_gib
-                - 4 * network_of(point.preset).state_bytes / 2**30
-                - self.other_gib(point.preset).at(point.images)
-                for point in self.points
-                if point.gpus == 2 and not point.shard
-            ])
-        )  # fmt: skip
+        pairs = [point for point in self.points if point.gpus == 2 and not point.shard]
+        held = [4 * network_of(point.preset).state_bytes / 2**30 for point in pairs]
+        others = [self.other_gib(point.preset).at(point.images) for point in pairs]
+        in_use = [point.memory_gib for point in pairs]
+        return float(np.mean(np.array(in_use) - held - others))
 
     def communication(self, config: PlanConfig) -> tuple[float, float, float]:
         """Compute the time of a step's bare collectives in ms, and the GB sent per GPU inside and outside its host."""

@@ -79,8 +79,7 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 8), layout="constrained")
-    panels = figure.subplots(2, 2).flat
-    losses, quarters, speed, gradient = panels
+    losses, quarters, speed, gradient = figure.subplots(2, 2).flat
     for index, (run, records) in enumerate(runs.items()):
         style = {"color": f"C{index}"}
         for axes, name in ((losses, "loss"), (speed, "images_per_s"), (gradient, "grad_norm")):
@@ -90,10 +89,8 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
             own = {"color": f"C{number}"} if alone else {"linestyle": line, **style}
             label = timesteps if alone else f"{timesteps}, {run}"
             draw_lines(quarters, records, {name: {"label": label, **own}})
-    for axes, title in zip(
-        (losses, quarters, speed, gradient), ("loss", "loss by timestep", "images/s", "gradient norm"),
-        strict=True,
-    ):  # fmt: skip
+    titles = {losses: "loss", quarters: "loss by timestep", speed: "images/s", gradient: "gradient norm"}
+    for axes, title in titles.items():
         axes.set(xlabel="images seen", title=title)
         if axes.lines:
             draw_legend(axes, fontsize="small")

@@ -228,9 +228,8 @@ def _list_images(source: Path, files: Mapping[str, bytes], expected: Expected) -
     odd = sorted(listed.keys() ^ (files.keys() - {_LIST})) or [name for name, number in listed.items() if number > 1]
     if odd:
         raise DataError(f"{source}: {odd[0]} is not once in {_LIST} and once among the images: {mend}")
-    for found, wanted, what in (
-        (len(categories), expected.num_classes, "categories"), (len(listed), expected.num_images, "images")
-    ):  # fmt: skip
+    numbers = {"categories": (len(categories), expected.num_classes), "images": (len(listed), expected.num_images)}
+    for what, (found, wanted) in numbers.items():
         if found != wanted:
             raise DataError(f"{source} has {found:,} {what}, not {wanted:,}: {mend}")
     return {name: sorted(categories[name]) for name in sorted(categories)}

@@ -97,10 +97,8 @@ def _read_batches(
         num_workers = 0  # gathering a batch is faster than sending it between processes
     # Without a generator of its own, the loader would draw from PyTorch's global one, and the noise of a run would
     # depend on how often it was resumed.
-    loader = DataLoader[Any](
-        reader, batch_size=None, sampler=every_positions, num_workers=num_workers, generator=torch.Generator(),
-        worker_init_fn=leave_signals_to_parent,
-    )  # fmt: skip
+    options: dict[str, Any] = {"generator": torch.Generator(), "worker_init_fn": leave_signals_to_parent}
+    loader = DataLoader[Any](reader, None, sampler=every_positions, num_workers=num_workers, **options)
     with _worker_deaths_left_to_the_reader():
         loaded = iter(loader)
     try:

@@ -124,11 +124,8 @@ def _measure(
     features, logits = [], []
     for names, batch in images.batches(batch_size, network.channels):
         found = network(batch.to(device))
-        bad = ~found.features.isfinite().all(dim=1)
-        if found.spatial is not None:
-            bad |= ~found.spatial.isfinite().all(dim=1)
-        if found.logits is not None:
-            bad |= ~found.logits.isfinite().all(dim=1)
+        parts = [part for part in (found.features, found.spatial, found.logits) if part is not None]
+        bad = torch.stack([~part.isfinite().all(dim=1) for part in parts]).any(dim=0)
         if bad.any():
             raise DataError(
                 f"features {network.name} of {names[int(bad.nonzero()[0])]} are not finite: look at that image, or try "
@@ -176,9 +173,9 @@ def _check_statistics(generated: ImageSet, reference: Reference, network: Featur
     """Send one image through the network, to check the number of features of the statistics."""
     _, image = next(generated.batches(1, network.channels))
     found = network(image.to(device))
-    for names, gaussian, features in (
-        ("mu and sigma", reference.features, found.features), ("mu_s and sigma_s", reference.spatial, found.spatial)
-    ):  # fmt: skip
+    pooled = ("mu and sigma", reference.features, found.features)
+    spatial = ("mu_s and sigma_s", reference.spatial, found.spatial)
+    for names, gaussian, features in (pooled, spatial):
         if gaussian is not None and features is not None and len(gaussian.mean) != features.shape[1]:
             raise DataError(
                 f"{names} of {reference.name} are of {len(gaussian.mean)} features and {network.name} has "
