@@ -49,13 +49,7 @@ Array = NDArray[np.float64]
 
 
 def sigma_rel_of(gamma: float) -> float:
-    """Compute the relative length of a power-function EMA from its exponent (section 3.1).
-
-    Args:
-        gamma: 0 or more.
-
-    Returns:
-        sigma_rel, in (0, 12^-1/2].
+    """Compute the relative length of a power-function EMA, in (0, 12^-1/2], from its exponent (section 3.1).
 
     Raises:
         ValueError: gamma is negative or not finite.
@@ -72,9 +66,6 @@ def gamma_of(sigma_rel: float) -> float:
 
     Args:
         sigma_rel: in (0, 12^-1/2], about 0.289; 0.05 gives 16.97 and 0.10 gives 6.94.
-
-    Returns:
-        gamma, 0 or more.
 
     Raises:
         ValueError: sigma_rel is out of range.
@@ -137,11 +128,8 @@ class PowerAverages:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the EMAs as "0.050.<parameter>". The tensors are not copied, so `update` keeps changing them."""
-        return {
-            f"{_prefix(sigma_rel)}{name}": value
-            for sigma_rel, average in zip(self.sigma_rels, self._averages, strict=True)
-            for name, value in average.items()
-        }
+        averages = zip(map(_prefix, self.sigma_rels), self._averages, strict=True)
+        return {f"{prefix}{name}": value for prefix, average in averages for name, value in average.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy the tensors that `state_dict` returned.
@@ -150,11 +138,8 @@ class PowerAverages:
             CheckpointError: names or shapes differ.
         """
         own = self.state_dict()
-        different = sorted(
-            name
-            for name in {*own, *state}
-            if name not in own or name not in state or own[name].shape != state[name].shape
-        )
+        shapes, given = ({name: value.shape for name, value in part.items()} for part in (own, state))
+        different = sorted(name for name, _ in shapes.items() ^ given.items())
         if different:
             raise CheckpointError(
                 f"the saved EMAs do not match, first in {different[0]}: use the network and sigma_rels of the run"
@@ -181,9 +166,6 @@ def save_snapshot(
         images: number of images seen so far, the name of the file.
         dtype: dtype of the weights in the file, float16 or float32.
 
-    Returns:
-        The file.
-
     Raises:
         CheckpointError: it could not be written, or a weight is not finite in dtype. Earlier snapshots are untouched.
         ValueError: another dtype, or step is less than 1.
@@ -204,7 +186,7 @@ def save_snapshot(
         "format": str(FORMAT),
         "step": str(step),
         "images": str(images),
-        "sigma_rels": json.dumps(sorted({_sigma_rel_of(name) for name in averages})),
+        "sigma_rels": json.dumps(sorted({float(name[: len(_prefix(0)) - 1]) for name in averages})),
     }
     checksum = _Checksum(record)
     for name in sorted(tensors):
@@ -284,14 +266,9 @@ def fit_profile(gammas: Array, steps: Array, gamma: float, step: float) -> Fit:
 
 
 def reconstruct(run: Path, sigma_rel: float, images: int | None = None) -> dict[str, Tensor]:
-    """Compute the EMA of any length from a run's snapshots, ending at the newest snapshot or at a given one.
+    """Compute the EMA of any length from a run's snapshots, ending at the newest snapshot or at one of `images`.
 
     Reads all snapshots up to that one, one tensor at a time.
-
-    Args:
-        run: the run folder.
-        sigma_rel: the relative length wanted.
-        images: which snapshot to end at; None is the newest.
 
     Returns:
         Float32 weights on the CPU, named like the module's parameters. For a stored length, these are the stored ones.
@@ -452,7 +429,3 @@ class _Checksum:
 
 def _prefix(sigma_rel: float) -> str:
     return f"{sigma_rel:.3f}."
-
-
-def _sigma_rel_of(name: str) -> float:
-    return float(name[: len(_prefix(0)) - 1])

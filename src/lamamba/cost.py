@@ -66,9 +66,8 @@ def count(network: LaMambaDiff, height: int, width: int) -> dict[str, tuple[int,
     """Count the parameters, and the multiply-adds of one image's forward pass.
 
     Args:
-        network: the network, on any device including meta.
-        height: height of the network's input grid.
-        width: width of the network's input grid.
+        network: on any device including meta.
+        height, width: size of the network's input grid.
 
     Returns:
         Parameters and multiply-adds of each stage, in the order in which they run, and of "all".

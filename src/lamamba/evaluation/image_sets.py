@@ -109,12 +109,9 @@ class Reference:
 
 
 def open_images(name: str, image_size: int | None = None, data_folder: Path | None = None) -> ImageSet:
-    """Open a folder of images (at any depth), a .npz of images, or a named set; images of a folder can be cropped.
+    """Open a folder of images (at any depth), a .npz of images, or builtin, fashion-mnist or fashion-mnist-test.
 
-    Args:
-        name: path of the folder or file, or builtin, fashion-mnist or fashion-mnist-test.
-        image_size: to crop a folder's images to.
-        data_folder: where the files of Fashion-MNIST are.
+    Images of a folder are cropped to `image_size`; `data_folder` has the files of Fashion-MNIST.
 
     Raises:
         DataError: the set is missing, or has no image.
