@@ -44,8 +44,7 @@ def encode(config: EncodeConfig) -> None:
             settings.
     """
     with joined(config.device) as (processes, device_name):
-        device = choose_device(device_name)
-        space = Latents.open(config.vae, device)
+        space = Latents.open(config.vae, choose_device(device_name))
         source = _open(config, space)
         settings = describe(config, source, space) if processes.is_first else {}
         # The others wait until rank 0 has created or checked the folder.
@@ -56,7 +55,7 @@ def encode(config: EncodeConfig) -> None:
                     say(f"left out of {config.data}: {source.left_out}")
             processes.wait()
             with SignalsNoted() as signals:
-                _encode_shards(config, source, space, device, processes, signals)
+                _encode_shards(config, source, space, processes, signals)
                 processes.wait_at_end(signals)
             if processes.is_first:
                 _write_index(config.out, settings)
@@ -119,9 +118,8 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _encode_shards(
-    config: EncodeConfig, source: Source, space: Latents, device: torch.device, processes: Processes,
-    signals: SignalsNoted,
-) -> None:  # fmt: skip
+    config: EncodeConfig, source: Source, space: Latents, processes: Processes, signals: SignalsNoted
+) -> None:
     size = config.images_per_shard
     shards = {first // size: range(first, min(first + size, len(source))) for first in range(0, len(source), size)}
     mine = {shard: images for shard, images in shards.items() if shard % processes.number == processes.rank}
@@ -136,7 +134,9 @@ def _encode_shards(
             for pixels, labels in _read(source, images, config):
                 where = f"shard {shard + 1} of {len(shards)}: the same command continues there"
                 signals.end_if_noted(where, silent=not processes.is_first)
-                parts.append(_encode_batch(space, torch.from_numpy(pixels).to(device), config.mirrored))
+                parts.append(
+                    _encode_batch(space, torch.from_numpy(pixels).to(space.autoencoder.device), config.mirrored)
+                )
                 parts[-1]["labels"] = torch.from_numpy(labels)
                 advance(len(labels))
             _write_shard(path, parts)

@@ -401,10 +401,8 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mix (b, h, w, c) locally; return the result without its bias, and the bias."""
-        x = project_and_attend(
-            x, self.qkv.weight, self.qkv.bias,
-            self.relative_position_bias, self.num_heads, self.window_size, self.shifted,
-        )  # fmt: skip
+        geometry = (self.num_heads, self.window_size, self.shifted)
+        x = project_and_attend(x, self.qkv.weight, self.qkv.bias, self.relative_position_bias, *geometry)
         return linear(x, self.out_proj.weight), self.out_proj.bias
 
 

@@ -286,10 +286,8 @@ def _score_lines(scores: _Scores) -> list[str]:
     """Write the scores and the settings that they depend on. File names are given without folders."""
     generated, reference, features = scores["generated"], scores["reference"], scores["features"]
     against = f"{reference['images']:,} images" if reference.get("images") else "published statistics"
-    how = {
-        key: value for key, value in (scores["generation"] or {}).items()
-        if key in ("sampler", "steps", "guidance") or (key.startswith("guidance_") and value)
-    }  # fmt: skip
+    settings, always = scores["generation"] or {}, ("sampler", "steps", "guidance")
+    how = {key: value for key, value in settings.items() if key in always or (key.startswith("guidance_") and value)}
     if "guidance_checkpoint" in how:
         how["guidance_checkpoint"] = Path(str(how["guidance_checkpoint"])).name
     made = ", ".join(_escaped(f"{key.replace('_', ' ')} {value}") for key, value in how.items())

@@ -195,8 +195,9 @@ def _prepare_train(
         make_folder(folder)
         _check_no_others(folder, members.keys())
         for wnid, member in members.items():
-            with _reading(f"{path}: {member.name}", TRAIN_TAR), _open_inner(tar, member) as inner:
-                written, number = _prepare_class(f"{path}: {member.name}", inner, folder / wnid, advance)
+            where, file = f"{path}: {member.name}", tar.extractfile(member)
+            with _reading(where, TRAIN_TAR), tarfile.open(fileobj=file, mode="r:") as inner:
+                written, number = _prepare_class(where, inner, folder / wnid, advance)
             extracted, total = extracted + written, total + number
     _check_number(total, expected.num_train, "images", path, TRAIN_TAR)
     return SplitCounts(len(members), extracted, total - extracted)
@@ -244,10 +245,6 @@ def _read_entries(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
             raise tarfile.ReadError(f"bad header at byte {tar.offset}")
-
-
-def _open_inner(tar: tarfile.TarFile, member: tarfile.TarInfo) -> tarfile.TarFile:
-    return tarfile.open(fileobj=tar.extractfile(member), mode="r:")
 
 
 def _read_entry(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -274,10 +274,8 @@ def _describe(images: ImageSet | None, name: str | None = None) -> dict[str, Any
     if images is None:
         return {"name": name, "images": None}
     height, width = images.size or (None, None)
-    return {
-        "name": images.name, "images": images.num_images, "height": height, "width": width,
-        "pixels_sha256": images.pixels_sha256, "left_out_files": images.left_out,
-    }  # fmt: skip
+    described = {"name": images.name, "images": images.num_images, "height": height, "width": width}
+    return {**described, "pixels_sha256": images.pixels_sha256, "left_out_files": images.left_out}
 
 
 def _print(result: dict[str, Any], network: FeatureNetwork) -> None:
