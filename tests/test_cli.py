@@ -315,7 +315,7 @@ def test_a_default_is_shown_or_said(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["train", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "AdamW learning rate. (default: 0.0001)" in shown
+    assert "Learning rate of the optimizer. (default: 0.0001)" in shown
     assert "images seen. (default: 100,000)" in shown
     assert "--cuda-graph, --no-cuda-graph On CUDA, launch the kernels of a step as one CUDA graph" in shown
     assert "(default: on)" in shown

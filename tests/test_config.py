@@ -209,6 +209,7 @@ def test_limits_are_allowed(options: dict[str, object]) -> None:
         (lambda: GridConfig((Path("a"),), scale=10**9), "scale is 1000000000: it must be at most 64"),
         (lambda: PlotConfig((Path("a"),), frames=10**9), "frames is 1000000000: it must be at most 1,000"),
         (lambda: PlanConfig("nano", num_images=10**15), "num_images is 1000000000000000: it must be at most"),
+        (lambda: TrainConfig(Path("a"), optimizer="muon", shard=True), "'muon': it must be adamw with shard"),
         (lambda: TrainConfig(Path("a"), timesteps="logit-normal"), "'logit-normal': it must be uniform with"),
         (lambda: WatchConfig(Path("a"), every=float("inf")), "every is inf: it must be above 0, at most 86,400"),
     ],

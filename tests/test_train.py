@@ -23,7 +23,7 @@ from lamamba.data import to_float
 from lamamba.diffusion import Diffusion
 from lamamba.errors import LamambaError
 from lamamba.records import read_train_config
-from lamamba.trainer import describe_weight_decay
+from lamamba.trainer import describe_weight_decay, hidden_matrices, weights_decayed
 from lamamba.training import _set_aside
 from steps import Replayed
 
@@ -46,7 +46,9 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(r["images"], r["loss"]) for r in map(json.loads, (run / "log.jsonl").read_text().splitlines())]
 
 
-@pytest.mark.parametrize("extra", [[], ["--horizontal-flip", "--accumulate", "2"], ["--objective", "flow"]])
+@pytest.mark.parametrize(
+    "extra", [[], ["--horizontal-flip", "--accumulate", "2"], ["--objective", "flow"], ["--optimizer", "muon"]]
+)
 def test_ten_and_ten_steps_are_bitwise_twenty(tmp_path: Path, extra: list[str]) -> None:
     intervals = ["--log-every", "4", "--checkpoint-every", "40"]
     train(tmp_path / "whole", "--num-images", "80", "--sample-every", "80", *intervals, *extra)
@@ -174,6 +176,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
         {"decay": "cosine", "num_images": 20},
         {"weight_decay": 0.1},
         {"max_grad_norm": 0.01},
+        {"optimizer": "muon"},
         {"ema_decay": 0.1},
         {"horizontal_flip": True},
         {"objective": "flow"},
@@ -212,6 +215,48 @@ def test_the_log_names_what_has_no_weight_decay(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().out.count("weight decay 0.1 on 107 matrices and convolution kernels; none on A_log") == 1
     main(["train", "--out", str(tmp_path / "run"), "--resume", "--num-images", "8"])
     assert "weight decay 0.1 on 107 matrices" in capsys.readouterr().out
+
+
+def test_muon_steps_by_its_equation_and_adamw_trains_the_rest(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, optimizer="muon", learning_rate=0.01, weight_decay=0.5)
+    generator = torch.Generator().manual_seed(0)
+    before = {name: value.detach().clone() for name, value in trainer.network.named_parameters()}
+    for parameter in trainer.network.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    trainer._step_if_finite(torch.tensor(1.0))
+    hidden = hidden_matrices(trainer.network)
+    assert {name for name in before if re.search(r"^patch_proj|^head|embedding|_norm|dt_|x_proj", name)}.isdisjoint(
+        hidden
+    )
+    assert {"encoder.0.0.mlp.linear_1.weight", "bottleneck.0.attention.qkv.weight"} < set(hidden)
+    for name, parameter in trainer.network.named_parameters():
+        kept = before[name] * (0.995 if weights_decayed(trainer.network)[name] else 1)  # 1 - 0.01 * 0.5
+        assert parameter.grad is not None
+        if name not in hidden:
+            torch.testing.assert_close(parameter.detach(), kept - 0.01 * parameter.grad.sign(), rtol=1e-4, atol=1e-5)
+            continue
+        # Newton-Schulz changes the singular values alone: x <- 3.4445 x - 4.775 x^3 + 2.0315 x^5, five times.
+        left, values, right = torch.linalg.svd(parameter.grad.double(), full_matrices=False)
+        values = values / values.norm()
+        for _ in range(5):
+            values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+        step = 0.2 * max(parameter.shape) ** 0.5 * (left * values) @ right
+        distance = (kept - parameter.detach()).double() / 0.01 - step
+        assert float(distance.norm() / step.norm()) < 0.03, name  # it computes in bf16
+
+
+def test_muon_skips_a_step_whose_gradient_is_not_finite(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, optimizer="muon")
+    before = take_steps(trainer, 1)
+    momenta = [
+        trainer.optimizers[1].state[value]["momentum_buffer"] for value in hidden_matrices(trainer.network).values()
+    ]
+    kept = [momentum.clone() for momentum in momenta]
+    for parameter in trainer.network.parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    assert float(trainer._step_if_finite(torch.tensor(float("nan")))) == 1
+    assert same(before, take_steps(trainer, 0))
+    assert all(torch.equal(first, second) for first, second in zip(kept, momenta, strict=True))
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from lamamba.errors import CheckpointError, LamambaError
 from lamamba.files import atomic_write
 from lamamba.latents import Pixels
 from lamamba.sampling import make_grid
-from lamamba.trainer import Trainer
+from lamamba.trainer import Trainer, optimizer_keys
 from pieces import Scale, Training
 from scoring import Denoiser, InAutocast, score
 from setting import OutOfTimeError, Record, Setting, rounded
@@ -57,7 +57,7 @@ class ComparisonTrainer(Trainer):
         """Write a checkpoint atomically."""
         state = self._state()
         for name, parameter in self.network.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
+            for key, value in self.optimizer_of[parameter].state.get(parameter, {}).items():
                 state[f"optimizer.{key}.{name}"] = value
         with atomic_write(self.path) as temporary:
             save_file(state, temporary, {"images": str(self.images), "step": str(self.step)})
@@ -73,9 +73,10 @@ class ComparisonTrainer(Trainer):
                 tensor.copy_(saved[name])
         self.generator.set_state(saved["random_state"].cpu())
         for name, parameter in self.network.named_parameters():
-            if f"optimizer.step.{name}" in saved:
-                moments = {key: saved[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-                self.optimizer.state[parameter] = moments
+            optimizer = self.optimizer_of[parameter]
+            keys = optimizer_keys(optimizer)
+            if f"optimizer.{keys[0]}.{name}" in saved:
+                optimizer.state[parameter] = {key: saved[f"optimizer.{key}.{name}"] for key in keys}
         self.images, self.step = int(metadata["images"]), int(metadata["step"])
 
     def _state(self) -> dict[str, Tensor]:

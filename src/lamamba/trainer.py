@@ -77,7 +77,9 @@ class Trainer:
         self._saved: dict[str, dict[str, Tensor]] = {name: {} for name in self._networks()}  # of the last checkpoint
         self.power_averages = PowerAverages(self.network, config.power_averages) if config.power_averages else None
         self.generator = torch.Generator(device).manual_seed(config.seed)
-        named, decays = list(self.network.named_parameters()), weights_decayed(self.network)
+        decays = weights_decayed(self.network)
+        hidden = hidden_matrices(self.network) if config.optimizer == "muon" else {}
+        named = [(name, value) for name, value in self.network.named_parameters() if name not in hidden]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [value for name, value in named if decays[name]], "weight_decay": config.weight_decay},
@@ -86,6 +88,19 @@ class Trainer:
             lr=config.learning_rate,
             fused=device.type in ("cpu", "cuda"),
         )
+        self.optimizers: list[torch.optim.Optimizer] = [self.optimizer]
+        if config.optimizer == "muon":
+            # Its steps get the length of AdamW's, so that both use one learning rate (arXiv 2502.16982, section 2.2).
+            muon = torch.optim.Muon(
+                hidden.values(), config.learning_rate, config.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+            self.optimizers.append(muon)
+        self.optimizer_of: dict[Tensor, torch.optim.Optimizer] = {
+            parameter: optimizer
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
         if config.gradient_checkpointing:
             # Without dropout there is no random state to preserve, which a CUDA graph could not do.
             self.network.enable_gradient_checkpointing(
@@ -133,8 +148,9 @@ class Trainer:
         limit = self.config.max_grad_norm or math.inf
         terms["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit))
         self.images += self.config.batch_size
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.images)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.config, self.images)
         terms["skipped"] = self._step_if_finite(terms["grad_norm"])
         self.step += 1
         self._update_average()
@@ -180,14 +196,18 @@ class Trainer:
         return sums
 
     def _step_if_finite(self, grad_norm: Tensor) -> Tensor:
-        """Step the optimizer unless the gradient is not finite; return 1 if skipped. Does not wait for the device."""
+        """Step the optimizers unless the gradient is not finite; return 1 if skipped.
+
+        Fused AdamW does not wait for the device. Muon does, because it cannot skip a step on the device.
+        """
         skipped = (~grad_norm.isfinite()).float()
         self.skipped_in_a_row = (self.skipped_in_a_row + skipped) * skipped
-        if self.optimizer.defaults["fused"]:
-            self.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # as a gradient scaler does
-            self.optimizer.step()
-        elif not skipped:
-            self.optimizer.step()
+        for optimizer in self.optimizers:
+            if optimizer.defaults.get("fused"):
+                optimizer.found_inf = skipped  # type: ignore[attr-defined]  # as a gradient scaler does
+                optimizer.step()
+            elif not skipped:
+                optimizer.step()
         return skipped
 
     def _draw(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
@@ -239,7 +259,7 @@ class Trainer:
         self.writer.finish()  # the writer still reads the memory to which the weights are copied now
         state = {"random_state": self.generator.get_state()}
         for name, parameter in self.network.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
+            for key, value in self.optimizer_of[parameter].state.get(parameter, {}).items():
                 state[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
         if self.power_averages:
             state |= {f"power.{name}": value for name, value in self.power_averages.state_dict().items()}
@@ -281,7 +301,8 @@ class Trainer:
         state, optimizer_state = self._empty_state(checkpoint)
         load_training_state(checkpoint, state, self.writer.group)
         self.generator.set_state(state["random_state"])
-        self.optimizer.state.update(optimizer_state)
+        for parameter, moments in optimizer_state.items():
+            self.optimizer_of[parameter].state[parameter] = moments
         self.images, self.step = info.images, info.step
 
     def _empty_state(self, checkpoint: Path) -> tuple[dict[str, Tensor], dict[Tensor, dict[str, Tensor]]]:
@@ -292,10 +313,13 @@ class Trainer:
         saved = describe_training_state(checkpoint)
         state, optimizer_state = {"random_state": torch.empty_like(self.generator.get_state())}, {}
         for name, parameter in self.network.named_parameters():
-            if f"optimizer.step.{name}" not in saved:
+            keys = optimizer_keys(self.optimizer_of[parameter])
+            if f"optimizer.{keys[0]}.{name}" not in saved:
                 continue  # it had no gradient yet
-            moments = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer_state[parameter] = {"step": torch.zeros((), device=self.device), **moments}
+            optimizer_state[parameter] = {
+                key: torch.zeros((), device=self.device) if key == "step" else torch.zeros_like(parameter.detach())
+                for key in keys
+            }
             state |= {f"optimizer.{key}.{name}": value for key, value in optimizer_state[parameter].items()}
         if self.power_averages:
             state |= {f"power.{name}": value for name, value in self.power_averages.state_dict().items()}
@@ -387,7 +411,8 @@ class Gradients:
 
     def zero(self) -> None:
         """Start with no gradients."""
-        self.trainer.optimizer.zero_grad(set_to_none=not self.keeps_tensors)
+        for optimizer in self.trainer.optimizers:
+            optimizer.zero_grad(set_to_none=not self.keeps_tensors)
 
     def cut(self, inputs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         """Cut a batch into its parts."""
@@ -442,6 +467,22 @@ def _sum(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     for part in parts:
         terms = {name: terms.get(name, 0) + value for name, value in part.items()}
     return terms
+
+
+def optimizer_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Name the tensors that an optimizer keeps for a parameter."""
+    return ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq")
+
+
+def hidden_matrices(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Find the matrices that Muon trains, by name: the weights of all linear layers in lists of modules.
+
+    These are the layers of the blocks and between the stages. The first and the last layer, embeddings, convolutions
+    and stacks of matrices are for AdamW (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+    """
+    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
+    layers = {layer for inside in lists for layer in inside.modules() if isinstance(layer, nn.Linear)}
+    return {f"{path}.weight": layer.weight for path, layer in network.named_modules() if layer in layers}
 
 
 def weights_decayed(network: nn.Module) -> dict[str, bool]:

@@ -58,14 +58,16 @@ class TrainConfig:
     accumulate: int = 1
     """Compute each batch in this many parts, one after the other, to save memory; with several ranks, each rank splits
     its share. The gradient is the same."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon trains the matrices of the blocks with Muon, and all other parameters with AdamW."""
     learning_rate: float = 1e-4
-    """AdamW learning rate."""
+    """Learning rate of the optimizer."""
     warmup_images: int = 0
     """Images over which the learning rate rises linearly from 0."""
     decay: Literal["none", "linear", "cosine"] = "none"
     """Shape in which the learning rate falls to 0 between the warmup and --num-images; none keeps it constant."""
     weight_decay: float = 0.0
-    """AdamW weight decay of matrices and convolution kernels; biases, norms, embeddings, A_log and D have none."""
+    """Weight decay of matrices and convolution kernels; biases, norms, embeddings, A_log and D have none."""
     max_grad_norm: float = 1.0
     """Clip the gradient to this norm; 0 turns clipping off."""
     max_skipped_steps: int = 10
@@ -153,6 +155,7 @@ class TrainConfig:
         check_option(self, "warmup_images", warms_up_in_time, wanted)
         fits = self.timesteps == "uniform" or self.objective == "flow"
         check_option(self, "timesteps", fits, f"uniform with the objective {self.objective}")
+        check_option(self, "optimizer", not (self.optimizer == "muon" and self.shard), "adamw with shard")
         for length in self.power_averages:
             fits = 0 < length <= 0.288 and round(length, 3) == length
             check(fits, "power_averages", length, "from 0.001 to 0.288, with three decimals")
