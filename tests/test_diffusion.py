@@ -355,6 +355,34 @@ def test_a_true_prediction_implies_the_clean_image(objective: Diffusion | FlowMa
     assert torch.allclose(objective.predict_x_0(objective.noise_image(x_0, t, noise), t, target), x_0, atol=1e-4)
 
 
+def test_contrastive_flow_matching_follows_its_equation() -> None:
+    """The loss is ||v - u||^2 - 0.05 ||v - u'||^2, u' of another image (arXiv 2506.05350); here by hand, two values."""
+    x_0 = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 0.0]])[:, None, :, None]
+    noise = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 1.0]])[:, None, :, None]  # u: (-1, 0), (3, -2), (1, 1)
+    terms = FlowMatching(contrast=0.05).losses(
+        lambda x_t, t, y: torch.zeros(3, 2, 2, 1), x_0, torch.tensor([100.0, 500.0, 900.0]), torch.zeros(3), noise
+    )  # a velocity of 0 everywhere
+    assert terms["mse"].tolist() == pytest.approx([0.5, 6.5, 1.0])
+    assert terms["mse_other"].tolist() == pytest.approx([1.0, 0.5, 6.5])
+    assert terms["loss"].tolist() == pytest.approx([0.5 - 0.05, 6.5 - 0.025, 1.0 - 0.325])
+
+
+def test_the_contrastive_loss_has_the_minimum_that_the_docs_name() -> None:
+    """Averaged over all other images, the best velocity for one image is (u - 0.05 mean) / 0.95."""
+    u = torch.randn(200, 1, 2, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    v = torch.zeros(1, 2, 2, 1, dtype=torch.float64, requires_grad=True)
+    objective, zero, t = FlowMatching(contrast=0.05), torch.zeros_like(u[:2]), torch.full((2,), 500.0)
+    loss = sum(
+        objective.losses(lambda *_: v.expand(2, 2, 2, 1), zero, t, t, torch.stack([other, u[0]]))["loss"][1]
+        for other in u
+    )
+    assert isinstance(loss, Tensor)
+    gradient = torch.autograd.grad(loss, v, create_graph=True)[0]
+    curvature = torch.autograd.grad(gradient[0, 0, 0, 0], v)[0][0, 0, 0, 0]
+    best = -(gradient / curvature)[:, :1]  # the loss is a parabola, and v was 0
+    torch.testing.assert_close(best[0].detach(), (u[0] - 0.05 * u.mean(0)) / 0.95)
+
+
 def test_logit_normal_timesteps_follow_their_density() -> None:
     """The density of t/1000 is exp(-logit(t)^2 / 2) / (sqrt(2 pi) t (1 - t)) (arXiv 2403.03206, section 3.1)."""
     t = FlowMatching("logit-normal").draw_timesteps(200_000, torch.device("cpu"), torch.Generator().manual_seed(0))

@@ -181,6 +181,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
         {"horizontal_flip": True},
         {"objective": "flow"},
         {"objective": "flow", "timesteps": "logit-normal"},
+        {"objective": "flow", "contrast": 0.05},
         {"precision": "bf16"},
         {"network": {"label_dropout": 0.9}},
     ],

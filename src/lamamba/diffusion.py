@@ -209,6 +209,7 @@ class FlowMatching:
 
     Args:
         timesteps: distribution of the timesteps in training, see `draw_timesteps`.
+        contrast: weight of the contrastive term in the loss, see `losses`; from 0 to less than 1.
     """
 
     name = "flow"
@@ -219,8 +220,8 @@ class FlowMatching:
     default_sampler = "unipc"
     scheduler = _deprecated_scheduler
 
-    def __init__(self, timesteps: Timesteps = "uniform") -> None:
-        self.timesteps = timesteps
+    def __init__(self, timesteps: Timesteps = "uniform", contrast: float = 0.0) -> None:
+        self.timesteps, self.contrast = timesteps, contrast
 
     def draw_timesteps(self, batch: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
         """Draw (b,) float timesteps from 0 to 1000: uniform, or 1000 / (1 + exp(-u)) with u standard normal.
@@ -260,13 +261,20 @@ class FlowMatching:
     def losses(self, denoiser: Predict, x_0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Compute the squared error of the velocity (arXiv 2401.08740, eq. 8); arguments as `Diffusion.losses`.
 
+        With `contrast`, the squared distance from the velocity of another image of the batch and its noise is
+        subtracted with this weight (contrastive flow matching, Stoica et al. 2025, arXiv 2506.05350). The batch is in
+        random order, so the other image is the one before.
+
         Returns:
-            (b,) each: `mse` and, the same, `loss`.
+            (b,) each: `mse`; with `contrast`, `mse_other`, the distance from the other velocity; and `loss`.
         """
         x_t = self.noise_image(x_0, t, noise)
         velocity = denoiser(x_t, t, y).to(x_0.dtype).chunk(2, dim=1)[0]
         mse = _mean(torch.square(noise - x_0 - velocity))
-        return {"loss": mse, "mse": mse}
+        if not self.contrast:
+            return {"loss": mse, "mse": mse}
+        mse_other = _mean(torch.square((noise - x_0).roll(1, dims=0) - velocity))
+        return {"loss": mse - self.contrast * mse_other, "mse": mse, "mse_other": mse_other}
 
 
 OBJECTIVES: dict[str, Objective] = {kind.name: kind for kind in (Diffusion(), FlowMatching())}

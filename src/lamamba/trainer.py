@@ -19,7 +19,7 @@ from lamamba.checkpoint import CheckpointInfo, load_checkpoint, load_network, re
 from lamamba.config import TrainConfig
 from lamamba.data import Source, batches
 from lamamba.diffusion import OBJECTIVES, FlowMatching, Objective, draw_noise, training_losses
-from lamamba.errors import CheckpointError
+from lamamba.errors import CheckpointError, ConfigError
 from lamamba.finetune import transfer_weights
 from lamamba.labels import why_unguided
 from lamamba.latents import Space
@@ -58,6 +58,10 @@ class Trainer:
         num_parts = min(config.accumulate, config.batch_size // processes.number)
         self.parts = cut_evenly(self.share.stop - self.share.start, num_parts)
         self.objective = choose_objective(config)
+        if config.contrast and config.batch_size < 2 * processes.number:
+            raise ConfigError(
+                f"contrast needs two images per rank: give batch_size {2 * processes.number} or more, or fewer ranks"
+            )
         self.images = self.step = 0
         self.skipped_in_a_row = torch.zeros((), device=device)
         # Leave the global generator of the program alone.
@@ -376,8 +380,8 @@ class Trainer:
 
 def choose_objective(config: TrainConfig) -> Objective:
     """Choose the objective of a run, with the options that only training uses."""
-    if config.timesteps != "uniform":
-        return FlowMatching(config.timesteps)
+    if config.timesteps != "uniform" or config.contrast:
+        return FlowMatching(config.timesteps, config.contrast)
     return OBJECTIVES[config.objective]
 
 

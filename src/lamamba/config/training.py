@@ -48,6 +48,9 @@ class TrainConfig:
     """diffusion predicts noise with learned variance; flow is flow matching."""
     timesteps: Timesteps = "uniform"
     """Distribution of the timesteps that flow trains on; logit-normal draws more from the middle."""
+    contrast: float = 0.0
+    """Train flow contrastively: subtract the distance from another image's velocity with this weight (the paper uses
+    0.05); 0 turns it off."""
     min_snr_gamma: float = 0.0
     """Weight timesteps by their signal-to-noise ratio, clipped at this value (min-SNR; the paper uses 5); 0 weights all
     equally."""
@@ -155,6 +158,13 @@ class TrainConfig:
         check_option(self, "warmup_images", warms_up_in_time, wanted)
         fits = self.timesteps == "uniform" or self.objective == "flow"
         check_option(self, "timesteps", fits, f"uniform with the objective {self.objective}")
+        check_range(self, 0, 0.99, "contrast")
+        if self.contrast:
+            check_option(self, "contrast", self.objective == "flow", f"0 with the objective {self.objective}")
+            # Where min-SNR makes the error's weight smaller than that of the contrast, the loss has no minimum.
+            check_option(self, "contrast", not self.min_snr_gamma, "0 with min_snr_gamma")
+            check_option(self, "contrast", self.accumulate == 1, "0 with accumulate above 1")
+            check_option(self, "contrast", self.batch_size > 1, "0 with batch_size 1")
         check_option(self, "optimizer", not (self.optimizer == "muon" and self.shard), "adamw with shard")
         for length in self.power_averages:
             fits = 0 < length <= 0.288 and round(length, 3) == length
