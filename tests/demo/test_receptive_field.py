@@ -54,7 +54,8 @@ def test_attention_alone_sees_what_windows_allow(network: LaMambaDiff) -> None:
     allowed = allowed_by_windows(network, 64, PIXEL)
     assert 0 < allowed.sum() < allowed.size
     field = receptive_field(network, 64, 64, PIXEL, "attention", DemoLimits())
-    assert not field[~allowed].any()
+    # A mask of -100 on the logits leaves weights below e^-80, not zeros.
+    assert field[~allowed].max() < 1e-34 * field.max()
     assert (field[allowed] > 0).mean() > 0.99
 
 

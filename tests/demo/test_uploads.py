@@ -144,8 +144,8 @@ def test_only_whole_png_files_are_read(content: bytes) -> None:
 def test_the_documented_limits_are_these() -> None:
     text = " ".join((Path(__file__).parents[2] / "docs" / "demo.md").read_text().split())
     for said in (
-        f"an uploaded file {MAX_FILE_BYTES >> 20} MiB",
-        f"may have {MAX_PIXELS:,} pixels together",
+        f"an uploaded file at most {MAX_FILE_BYTES >> 20} MiB",
+        f"may have at most {MAX_PIXELS:,} pixels together",
         f"at most {MAX_FILES} files and {MAX_BYTES >> 20} MiB together, each for {MAX_AGE_S / 60:g} minutes",
     ):
         assert said in text
