@@ -59,7 +59,7 @@ class Results:
 
     Args:
         folder: folder for DATE_DEVICE_COMMIT.json; None writes nothing.
-        at_commit: commit to note in the records, for a copy without history; empty means that of the checkout.
+        at_commit: commit to note in the records, for a copy without history; empty takes the checkout's commit.
     """
 
     def __init__(self, folder: Path | None = None, at_commit: str = "") -> None:

@@ -151,7 +151,7 @@ def prepared(network: nn.Module, function: Callable[[], object]) -> Callable[[],
 
 
 def to_bfloat16(network: nn.Module) -> nn.Module:
-    """Convert all weights but those of the scan's state to bfloat16, as `LaMambaDiff.from_pretrained` does."""
+    """Convert weights to bfloat16, except A_log, D and dt_bias, as `LaMambaDiff.from_pretrained` does."""
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if tensor.is_floating_point() and not name.endswith((".A_log", ".D", ".dt_bias")):
             tensor.data = tensor.data.to(torch.bfloat16)

@@ -77,7 +77,7 @@ def fastest_dit(records: list[Record], case: str, batch: int | None = None) -> s
 def against_dit(
     case: str, metric: str, batch: int, provider: str = "lamamba"
 ) -> Callable[[list[Record]], float | None]:
-    """Return a function of records: the value of a network over that of the fastest DiT of its size."""
+    """Return a function of records that divides a network's value by the fastest DiT's of the same size."""
 
     def ratio(records: list[Record]) -> float | None:
         ours = find(records, case, provider, metric, batch)

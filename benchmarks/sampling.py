@@ -50,7 +50,7 @@ class Sets:
         self.case = "generate_quick" if quick else "generate_xl-256"
         self.steps = 2 if quick else STEPS
         torch.manual_seed(0)
-        channels = [8, 8, 8, 8] if quick else [128, 256, 512, 512]  # the second is that of Stable Diffusion
+        channels = [8, 8, 8, 8] if quick else [128, 256, 512, 512]  # the second list is Stable Diffusion's
         AutoencoderKL(
             down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
             block_out_channels=channels, layers_per_block=1 if quick else 2, latent_channels=4, sample_size=256,

@@ -129,7 +129,7 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
         for network in ("s", "dit-s-2")
     ),
     "high-rate": tuple(_train(f"{network}-at-0.001", network, learning_rate=1e-3) for network in ("s", "dit-s-2")),
-    # Studies of their weights follow at once, while the weights exist: those of seed 0 were lost before steps were
+    # The studies run right after the training, while its weights exist: seed 0's were lost before the steps were
     # scored.
     "seed-0": (
         _S, _DIT_S, Memorisation("memorisation-s", _S), Memorisation("memorisation-dit-s-2", _DIT_S)

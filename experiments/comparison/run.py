@@ -92,7 +92,7 @@ def main() -> int:
 
 
 def run(setting: Setting, pieces: Sequence[Piece], learning_rate: float | None = None) -> int:
-    """Run all pieces that no other process runs, and wait for those of the others."""
+    """Run all pieces that no other process runs, and wait for the other processes."""
     for piece in pieces:
         if is_finished(setting, piece):
             print(f"{piece.name}: done before", flush=True)

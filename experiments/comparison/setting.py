@@ -92,7 +92,7 @@ class Setting:
             raise OutOfTimeError
 
     def open_training_images(self, data: str) -> ArraySource:
-        """Decode all images into memory once, also those of a folder."""
+        """Decode all images into memory once, even from a folder."""
         if data == "fashion-mnist":
             return _first(load_fashion_mnist("train", folder=self.data_folder), self.scale.num_training_images)
         if self.emoji is None:
