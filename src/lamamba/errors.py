@@ -1,6 +1,9 @@
 """The errors that lamamba raises. The command line prints each as one line and exits with code 2."""
 
 import signal
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def first_line(error: BaseException) -> str:
@@ -18,6 +21,21 @@ class ConfigError(LamambaError):  # not a ValueError: the option parser would wr
 
 class DataError(LamambaError, ValueError):
     """Images or labels cannot be read, or do not fit the options."""
+
+
+@contextmanager
+def reading(what: str, mend: str) -> Iterator[None]:
+    """Turn any error into a DataError `what (the reason): mend`: readers raise nearly every kind on damaged files.
+
+    DataErrors and a lack of memory are passed on.
+    """
+    try:
+        yield
+    except (MemoryError, DataError):
+        raise
+    except Exception as error:
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        raise DataError(f"{what} ({reason}): {mend}") from error
 
 
 class CheckpointError(LamambaError, RuntimeError):

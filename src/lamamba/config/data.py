@@ -46,7 +46,7 @@ class PrepareEmojiConfig:
     out: Path
     """Folder for the images, with one folder per category."""
     source: Path | None = None
-    """Tarball of the npm package emoji-datasource-google, or the unpacked folder; the default downloads it (74 MB)."""
+    """Tarball of the npm package emoji-datasource-google; the default downloads it (74 MB)."""
 
 
 @dataclass(frozen=True)

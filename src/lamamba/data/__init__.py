@@ -13,7 +13,7 @@ dataset, or a folder of latents that `lamamba encode` wrote.
     hugging_face.py   Hugging Face datasets
     imagenet.py       the official ImageNet files -> folders
     emoji.py          the Noto emoji -> folders
-    preparing.py      what these two share
+    preparing.py      folders that are complete once they have their name
     decoding.py       a file -> pixels of one size; uint8 <-> float
     order.py          which image is read when; batches
 """

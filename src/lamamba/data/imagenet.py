@@ -2,46 +2,93 @@
 
 ILSVRC2012_img_train.tar: n01440764.tar: n01440764_18.JPEG -> train/n01440764/n01440764_18.JPEG
 ILSVRC2012_img_val.tar: ILSVRC2012_val_00000001.JPEG       -> validation/n01751748/ILSVRC2012_val_00000001.JPEG
-
-What has its final name is whole; what is not yet whole lies below a hidden folder `.incomplete-*`.
 """
 
-import errno
 import io
 import os
 import re
 import tarfile
-import textwrap
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from gzip import BadGzipFile
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
 from rich.progress import MofNCompleteColumn
 
 from lamamba.config import PrepareImagenetConfig
-from lamamba.data.preparing import SplitCounts, is_there, list_names, make_folder, rename, using
-from lamamba.errors import ConfigError, DataError
+from lamamba.data.preparing import NewFile, SplitCounts, check_names, fill_folder
+from lamamba.errors import ConfigError, DataError, reading
 from lamamba.output import progress_bars, say
 
-TRAIN_TAR = "ILSVRC2012_img_train.tar"
-VALIDATION_TAR = "ILSVRC2012_img_val.tar"
-DEVKIT_TAR = "ILSVRC2012_devkit_t12.tar.gz"
-
-_MD5 = {
-    TRAIN_TAR: "1d675b47d978889d74fa0da5fadfb00e",
-    VALIDATION_TAR: "29b22e2961454d5413ddabcf34fc5622",
-    DEVKIT_TAR: "fa75699e90414af021442c21a62c3abf",
-}
 _DEVKIT_META = "ILSVRC2012_devkit_t12/data/meta.mat"
 _DEVKIT_TRUTH = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
-_WNID = re.compile(r"n[0-9]{8}")
+
+
+@dataclass(frozen=True)
+class Official:
+    """A file of image-net.org."""
+
+    name: str
+    md5: str
+
+    @property
+    def again(self) -> str:
+        """What to do about a damaged copy."""
+        return f"download {self.name} again from image-net.org (its MD5 is {self.md5})"
+
+    def check_number(self, where: object, number: int, expected: int, what: str) -> None:
+        """Raise DataError if a copy of this file has a wrong number of something."""
+        if number != expected:
+            raise DataError(f"{where} has {number:,} {what}, not {expected:,}: {self.again}")
+
+    @contextmanager
+    def open(self, where: object, mode: str = "r:", file: IO[bytes] | None = None) -> Iterator[tarfile.TarFile]:
+        """Open a copy of this file, or a tar inside it, which is `file`; raises DataError if it is damaged."""
+        try:
+            with tarfile.open(str(where), mode, file) as tar:  # type: ignore[call-overload]
+                yield tar
+        except (tarfile.TarError, EOFError, zlib.error, BadGzipFile) as error:
+            raise DataError(f"{where} is damaged or cut off ({error}): {self.again}") from error
+        except OSError as error:
+            raise DataError(
+                f"{where} cannot be read ({error.strerror or error}): make it readable, or {self.again}"
+            ) from error
+
+    def list_entries(
+        self, where: object, tar: tarfile.TarFile, fits: Callable[[str], object], wanted: str
+    ) -> Iterator[tarfile.TarInfo]:
+        """Yield the entries of a tar: regular files whose names fit, each once. Anything else is a DataError."""
+        names = set[str]()
+        for member in tar:
+            fault = (
+                f", which is not {wanted}"
+                if not fits(member.name)
+                else ", which is not a regular file"
+                if not member.isreg()
+                else " twice"
+                if member.name in names
+                else ""
+            )
+            if fault:
+                raise DataError(f"{where} has the entry {member.name!r}{fault}: {self.again}")
+            names.add(member.name)
+            yield member
+        if tar.fileobj is not None:  # at a damaged header, tarfile ends silently
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError(f"bad header at byte {tar.offset}")
+
+
+TRAIN = Official("ILSVRC2012_img_train.tar", "1d675b47d978889d74fa0da5fadfb00e")
+VALIDATION = Official("ILSVRC2012_img_val.tar", "29b22e2961454d5413ddabcf34fc5622")
+DEVKIT = Official("ILSVRC2012_devkit_t12.tar.gz", "fa75699e90414af021442c21a62c3abf")
 
 
 @dataclass(frozen=True)
@@ -72,17 +119,16 @@ def prepare_imagenet(
 ) -> dict[str, SplitCounts]:
     """Extract the official ImageNet files to `out`/train and `out`/validation, one folder per class, named by its WNID.
 
-    A call that was stopped, killed or ran out of space is repeated as it was, and goes on where it stopped. Images
-    are copied byte by byte, each is held in memory alone, and their sizes and numbers are checked, not their MD5.
-    A progress bar is shown in a terminal.
+    If a call was stopped or ran out of space, the same call continues it. Images are copied byte by byte, one at a
+    time; their sizes and numbers are checked, not their MD5. A terminal shows a progress bar.
 
     Args:
-        out: folder for the splits; made where missing.
+        out: folder for the splits; created if missing.
         train: ILSVRC2012_img_train.tar.
         validation: ILSVRC2012_img_val.tar; needs devkit.
-        devkit: ILSVRC2012_devkit_t12.tar.gz, which knows the classes of the validation images, and is read with scipy.
+        devkit: ILSVRC2012_devkit_t12.tar.gz, which has the classes of the validation images, and is read with scipy.
             With it, the classes of train are checked too.
-        expected: the size of a whole set.
+        expected: the size of the complete set.
 
     Returns:
         The counts of "validation" and "train", for the files that were given.
@@ -93,158 +139,98 @@ def prepare_imagenet(
             be written; or scipy is missing.
     """
     if train is None and validation is None:
-        raise ConfigError(f"no ImageNet file is given: give train ({TRAIN_TAR}), validation ({VALIDATION_TAR}) or both")
+        raise ConfigError(
+            f"no ImageNet file is given: give train ({TRAIN.name}), validation ({VALIDATION.name}) or both"
+        )
     if validation is not None and devkit is None:
-        raise ConfigError(f"validation is given without devkit, which has its classes: give devkit ({DEVKIT_TAR}) too")
-    for path, official in ((train, TRAIN_TAR), (validation, VALIDATION_TAR), (devkit, DEVKIT_TAR)):
+        raise ConfigError(f"validation is given without devkit, which has its classes: give devkit ({DEVKIT.name}) too")
+    for path, official in ((train, TRAIN), (validation, VALIDATION), (devkit, DEVKIT)):
         if path is not None and not os.path.isfile(path):  # check all files before hours of work
-            raise DataError(f"{path} is missing or not a file: give the path of {official} from image-net.org")
-    classes = None if devkit is None else _read_devkit(devkit, expected)
+            raise DataError(f"{path} is missing or not a file: give the path of {official.name} from image-net.org")
+    classes = {} if devkit is None else _read_devkit(devkit, expected)
     counts: dict[str, SplitCounts] = {}
     with progress_bars(MofNCompleteColumn(), "images ·") as bar:
-        if validation is not None and classes is not None:
-            counts["validation"] = _prepare_validation(validation, out, classes, bar("validation", len(classes)))
+        if validation is not None:
+            advance = bar("validation", len(classes))
+            counts["validation"] = _extract_validation(validation, out / "validation", classes, advance)
         if train is not None:
-            wnids = None if classes is None else set(classes)
-            counts["train"] = _prepare_train(train, out / "train", wnids, expected, bar("train", expected.num_train))
+            advance = bar("train", expected.num_train)
+            counts["train"] = _extract_train(train, out / "train", set(classes.values()), expected, advance)
     return counts
 
 
-def _read_devkit(path: Path, expected: Expected) -> list[str]:
-    """Return the WNID of each validation image, in the order of their numbers."""
-    try:
+def _read_devkit(path: Path, expected: Expected) -> dict[str, str]:
+    """Return the WNID of each validation image, by the name of its file."""
+    with reading(f"reading {path} needs scipy", "run 'pip install scipy'"):
         loadmat = import_module("scipy.io").loadmat
-    except ImportError as error:
-        raise DataError(f"reading {path} needs scipy ({error}): run 'pip install scipy'") from error
-    with _reading(path, DEVKIT_TAR), tarfile.open(path, "r:gz") as tar:
+    with DEVKIT.open(path, "r:gz") as tar:
         members = {member.name: member for member in tar if member.isreg()}
         for name in (_DEVKIT_META, _DEVKIT_TRUTH):
             if name not in members:
-                raise DataError(f"{path} has no file {name}: {_download_again(DEVKIT_TAR)}")
+                raise DataError(f"{path} has no file {name}: {DEVKIT.again}")
         meta, truth = (_read_entry(tar, members[name]) for name in (_DEVKIT_META, _DEVKIT_TRUTH))
-    try:
-        wnids = _read_wnids(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
-    except MemoryError:
-        raise
-    except Exception as error:  # scipy raises nearly everything on damaged files
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-        raise DataError(f"{path}: {_DEVKIT_META} cannot be read ({reason}): {_download_again(DEVKIT_TAR)}") from error
-    unsafe = [wnid for wnid in wnids.values() if not _WNID.fullmatch(wnid)]
+    with reading(f"{path}: {_DEVKIT_META} cannot be read", DEVKIT.again):
+        synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
+        classes = [synset for synset in synsets if int(synset["num_children"]) == 0]  # the others are groups of classes
+        wnids = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in classes}
+    unsafe = [wnid for wnid in wnids.values() if not re.fullmatch("n[0-9]{8}", wnid)]
     if unsafe:
-        raise DataError(f"{path} names a class {unsafe[0]!r}, unlike n01440764: {_download_again(DEVKIT_TAR)}")
-    _check_number(len(set(wnids.values())), expected.num_classes, "classes", path, DEVKIT_TAR)
+        raise DataError(f"{path} names a class {unsafe[0]!r}, unlike n01440764: {DEVKIT.again}")
+    DEVKIT.check_number(path, len(set(wnids.values())), expected.num_classes, "classes")
     try:
-        classes = [wnids[int(number)] for number in truth.split()]
+        of_images = [wnids[int(number)] for number in truth.split()]
     except (KeyError, ValueError) as error:
         raise DataError(
-            f"{path}: {_DEVKIT_TRUTH} has a line with the number of no class ({error}): {_download_again(DEVKIT_TAR)}"
+            f"{path}: {_DEVKIT_TRUTH} has a line with the number of no class ({error}): {DEVKIT.again}"
         ) from error
-    number_of_images = Counter(classes)
+    numbers = Counter(of_images)
     for wnid in sorted(wnids.values()):
         what = f"validation images of {wnid}"
-        _check_number(number_of_images[wnid], expected.num_validation_per_class, what, path, DEVKIT_TAR)
-    return classes
+        DEVKIT.check_number(path, numbers[wnid], expected.num_validation_per_class, what)
+    return {f"ILSVRC2012_val_{number:08d}.JPEG": wnid for number, wnid in enumerate(of_images, start=1)}
 
 
-def _read_wnids(synsets: Any) -> dict[int, str]:
-    """Return the WNID of each class number, without groups of classes, which have children."""
-    return {
-        int(synset["ILSVRC2012_ID"]): str(synset["WNID"])
-        for synset in np.atleast_1d(synsets)
-        if int(synset["num_children"]) == 0
-    }
-
-
-def _prepare_validation(path: Path, out: Path, classes: list[str], advance: Callable[[int], None]) -> SplitCounts:
-    """Extract the validation tar to out/validation; `classes` lists the WNID of each image."""
-    final, temporary = out / "validation", out / ".incomplete-validation"
-    number_of_images = Counter(classes)
-    if is_there(final):
-        _check_split(final, number_of_images)
-        advance(len(classes))
-        return SplitCounts(len(number_of_images), 0, len(classes))
-    for wnid in number_of_images:
-        make_folder(temporary / wnid)
-    extracted, names = 0, set[str]()
-    with _reading(path, VALIDATION_TAR), tarfile.open(path, "r:") as tar:
-        for member in _read_entries(tar):
-            match = re.fullmatch(r"ILSVRC2012_val_([0-9]{8})\.JPEG", member.name)
-            number = int(match[1]) if match else 0
-            if not 1 <= number <= len(classes):
-                highest = f"ILSVRC2012_val_{len(classes):08d}.JPEG"
-                raise _unexpected(path, member, f"ILSVRC2012_val_00000001.JPEG to {highest}", VALIDATION_TAR)
-            _check_new_file(path, member, names, VALIDATION_TAR)
-            extracted += _extract(tar, member, temporary / classes[number - 1])
-            advance(1)
-    _check_number(len(names), len(classes), "images", path, VALIDATION_TAR)
-    _check_split(temporary, number_of_images)
-    rename(temporary, final)
-    return SplitCounts(len(number_of_images), extracted, len(classes) - extracted)
-
-
-def _prepare_train(
-    path: Path, folder: Path, wnids: set[str] | None, expected: Expected, advance: Callable[[int], None]
+def _extract_validation(
+    path: Path, final: Path, classes: dict[str, str], advance: Callable[[int], None]
 ) -> SplitCounts:
-    """Extract the training tar to the folder; `wnids` are the expected classes, if known."""
+    """Extract the validation tar to a folder; `classes` has the WNID of each image."""
+
+    def list_files(tar: tarfile.TarFile) -> Iterator[NewFile]:
+        number = 0
+        for member in VALIDATION.list_entries(path, tar, classes.get, f"{min(classes)} to {max(classes)}"):
+            number += 1
+            yield NewFile(f"{classes[member.name]}/{member.name}", member.size, partial(_read_entry, tar, member))
+        VALIDATION.check_number(path, number, len(classes), "images")
+
+    with VALIDATION.open(path) as tar:
+        written, number = fill_folder(final, list_files(tar), advance)
+    return SplitCounts(len(set(classes.values())), written, number - written)
+
+
+def _extract_train(
+    path: Path, folder: Path, wnids: set[str], expected: Expected, advance: Callable[[int], None]
+) -> SplitCounts:
+    """Extract the training tar, which has one tar per class, to a folder; `wnids` are the expected classes if known."""
     extracted = total = 0
-    with _reading(path, TRAIN_TAR), tarfile.open(path, "r:") as tar:
-        members = _list_classes(path, tar, expected)
-        odd = sorted(members.keys() ^ wnids) if wnids is not None else []
-        if odd:
+    with TRAIN.open(path) as tar:
+        # This reads only headers, and so finds a truncated tar at once.
+        tars = list(
+            TRAIN.list_entries(path, tar, re.compile(r"n[0-9]{8}\.tar").fullmatch, "a name such as n01440764.tar")
+        )
+        members = {member.name.removesuffix(".tar"): member for member in tars}
+        TRAIN.check_number(path, len(members), expected.num_classes, "classes")
+        if wnids and (odd := sorted(members.keys() ^ wnids)):
             raise DataError(f"the class {odd[0]} is in only one of {path} and the devkit: take both from ILSVRC2012")
-        make_folder(folder)
-        _check_no_others(folder, members.keys())
+        check_names(folder, members.keys())
         for wnid, member in members.items():
-            where, file = f"{path}: {member.name}", tar.extractfile(member)
-            with _reading(where, TRAIN_TAR), tarfile.open(fileobj=file, mode="r:") as inner:
-                written, number = _prepare_class(where, inner, folder / wnid, advance)
+            where, is_image = f"{path}: {member.name}", re.compile(rf"{wnid}_[0-9]+\.JPEG").fullmatch
+            with TRAIN.open(where, file=tar.extractfile(member)) as inner:
+                images = TRAIN.list_entries(where, inner, is_image, f"a name such as {wnid}_18.JPEG")
+                files = (NewFile(image.name, image.size, partial(_read_entry, inner, image)) for image in images)
+                written, number = fill_folder(folder / wnid, files, advance)
             extracted, total = extracted + written, total + number
-    _check_number(total, expected.num_train, "images", path, TRAIN_TAR)
+    TRAIN.check_number(path, total, expected.num_train, "images")
     return SplitCounts(len(members), extracted, total - extracted)
-
-
-def _list_classes(path: Path, tar: tarfile.TarFile, expected: Expected) -> dict[str, tarfile.TarInfo]:
-    """Return the tar of each class by its WNID; read only headers, to find a truncated tar at once."""
-    names = set[str]()
-    members = {}
-    for member in _read_entries(tar):
-        wnid = member.name.removesuffix(".tar")
-        if not member.name.endswith(".tar") or not _WNID.fullmatch(wnid):
-            raise _unexpected(path, member, "a name such as n01440764.tar", TRAIN_TAR)
-        _check_new_file(path, member, names, TRAIN_TAR)
-        members[wnid] = member
-    _check_number(len(members), expected.num_classes, "classes", path, TRAIN_TAR)
-    return members
-
-
-def _prepare_class(where: str, tar: tarfile.TarFile, final: Path, advance: Callable[[int], None]) -> tuple[int, int]:
-    """Extract the tar of one class to the folder `final`; return the number of images extracted, and of all images."""
-    temporary = final.with_name(f".incomplete-{final.name}")
-    there = is_there(final)
-    if not there:
-        make_folder(temporary)
-    extracted, names = 0, set[str]()
-    for member in _read_entries(tar):
-        if not re.fullmatch(rf"{final.name}_[0-9]+\.JPEG", member.name):
-            raise _unexpected(where, member, f"a name such as {final.name}_18.JPEG", TRAIN_TAR)
-        _check_new_file(where, member, names, TRAIN_TAR)
-        if not there:
-            extracted += _extract(tar, member, temporary)
-        advance(1)
-    folder = final if there else temporary
-    _check_class(folder, len(names), delete=folder)
-    if not there:
-        rename(temporary, final)
-    return extracted, len(names)
-
-
-def _read_entries(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Yield the entries; raise an error at a damaged header, where tarfile would end silently."""
-    yield from tar
-    if tar.fileobj is not None:
-        tar.fileobj.seek(tar.offset)
-        if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            raise tarfile.ReadError(f"bad header at byte {tar.offset}")
 
 
 def _read_entry(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -253,68 +239,3 @@ def _read_entry(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     if len(content) != member.size:
         raise tarfile.ReadError(f"{len(content)} of {member.size} bytes of {member.name}")
     return content
-
-
-def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> bool:
-    """Write an image into the folder unless it is there with its full size; return whether it was written."""
-    path = folder / member.name
-    if is_there(path) and path.stat().st_size == member.size:
-        return False
-    content = _read_entry(tar, member)
-    with using(path, "written"):
-        path.write_bytes(content)
-        if path.stat().st_size != member.size:
-            raise OSError(errno.EIO, f"{path.stat().st_size} bytes arrived of {member.size}")
-    return True
-
-
-def _check_split(folder: Path, number_of_images: Counter[str]) -> None:
-    _check_no_others(folder, number_of_images.keys())
-    for wnid, number in number_of_images.items():
-        _check_class(folder / wnid, number, delete=folder)
-
-
-def _check_no_others(folder: Path, wnids: Set[str]) -> None:
-    others = sorted(set(list_names(folder)) - wnids)
-    if others:
-        raise DataError(f"{folder} also holds {others[0]!r}, which is not in the tar: move it elsewhere")
-
-
-def _check_class(folder: Path, number: int, delete: Path) -> None:
-    there = len(list_names(folder)) if is_there(folder) else 0
-    if there != number:
-        raise DataError(f"{folder} has {there} files, not {number}: delete {delete}, and it is extracted again")
-
-
-def _check_number(number: int, expected: int, what: str, where: object, official: str) -> None:
-    if number != expected:
-        raise DataError(f"{where} has {number:,} {what}, not {expected:,}: {_download_again(official)}")
-
-
-def _check_new_file(where: object, member: tarfile.TarInfo, names: set[str], official: str) -> None:
-    """Record the name of an entry, which must be new and a regular file."""
-    if not member.isreg():
-        raise _unexpected(where, member, "a regular file", official)
-    if member.name in names:
-        raise DataError(f"{where} has the entry {member.name!r} twice: {_download_again(official)}")
-    names.add(member.name)
-
-
-def _unexpected(where: object, member: tarfile.TarInfo, wanted: str, official: str) -> DataError:
-    return DataError(f"{where} has the entry {member.name!r}, which is not {wanted}: {_download_again(official)}")
-
-
-def _download_again(official: str) -> str:
-    return f"download {official} again from image-net.org (its MD5 is {_MD5[official]})"
-
-
-@contextmanager
-def _reading(where: object, official: str) -> Iterator[None]:
-    try:
-        yield
-    except (tarfile.TarError, EOFError, zlib.error, BadGzipFile) as error:
-        raise DataError(f"{where} is damaged or cut off ({error}): {_download_again(official)}") from error
-    except OSError as error:
-        raise DataError(
-            f"{where} cannot be read ({error.strerror or error}): make it readable, or {_download_again(official)}"
-        ) from error
