@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
 from lamamba.config import NetworkConfig
 from lamamba.diffusion import OBJECTIVES, guide, training_losses
-from lamamba.model import LaMambaDiff, WindowAttention
+from lamamba.model import LaMambaDiff, Mlp, WindowAttention
 from lamamba.ops.window_attention.geometry import window_geometry
 from lamamba.released import load_released, translate
 
@@ -428,6 +429,20 @@ def gradients_of(network: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     out = network(*make_batch())
     out.square().mean().backward()
     return out.detach(), {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
+
+
+def test_dropout_acts_on_the_activations_of_the_mlp() -> None:
+    mlp = Mlp(8, 8)
+    mlp.linear_2.weight.data = torch.eye(8)
+    x = torch.randn(1, 100, 100, 8)
+    whole = F.gelu(mlp.linear_1(x))
+    torch.testing.assert_close(mlp(x)[0], whole)
+    mlp.dropout.p = 0.25
+    left = mlp(x)[0]
+    kept = left != 0
+    assert float(kept.float().mean()) == pytest.approx(0.75, abs=0.01)
+    torch.testing.assert_close(left[kept], whole[kept] / 0.75)
+    torch.testing.assert_close(mlp.eval()(x)[0], whole)
 
 
 def test_gradient_checkpointing_gives_identical_gradients() -> None:

@@ -228,7 +228,16 @@ def losses_of(trainer: Trainer, number: int) -> Iterator[float]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"accumulate": 2}, {"accumulate": 3}, {"gradient_checkpointing": True}], ids=str
+    "options",
+    [
+        {},
+        {"accumulate": 2},
+        {"accumulate": 3},
+        {"gradient_checkpointing": True},
+        {"dropout": 0.3},
+        {"dropout": 0.3, "accumulate": 3},
+    ],
+    ids=str,
 )
 def test_a_cuda_graph_trains_the_same(tmp_path: Path, options: dict[str, Any]) -> None:
     """In float32, where nothing but the order of sums could differ."""

@@ -47,7 +47,13 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize(
-    "extra", [[], ["--horizontal-flip", "--accumulate", "2"], ["--objective", "flow"], ["--optimizer", "muon"]]
+    "extra",
+    [
+        [],
+        ["--horizontal-flip", "--accumulate", "2"],
+        ["--objective", "flow", "--dropout", "0.2"],
+        ["--optimizer", "muon"],
+    ],
 )
 def test_ten_and_ten_steps_are_bitwise_twenty(tmp_path: Path, extra: list[str]) -> None:
     intervals = ["--log-every", "4", "--checkpoint-every", "40"]
@@ -176,6 +182,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
         {"decay": "cosine", "num_images": 20},
         {"weight_decay": 0.1},
         {"max_grad_norm": 0.01},
+        {"dropout": 0.1},
         {"optimizer": "muon"},
         {"ema_decay": 0.1},
         {"horizontal_flip": True},
@@ -264,6 +271,28 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     saved = make_trainer(tmp_path, gradient_checkpointing=True)
     assert saved.network.is_gradient_checkpointing
     assert same(take_steps(saved, 2), take_steps(make_trainer(tmp_path), 2))
+
+
+def test_dropout_is_for_training_alone(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, dropout=0.25)
+    before = torch.get_rng_state()
+    take_steps(trainer, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    batch = torch.randn(2, 1, 32, 32), torch.tensor([3, 500]), torch.tensor([0, 2])
+    with torch.no_grad():
+        assert not torch.equal(trainer.network(*batch), trainer.network(*batch))
+        for network in (trainer.average, trainer.network.eval()):
+            assert torch.equal(network(*batch), network(*batch))
+    assert trainer.network.state_dict().keys() == make_trainer(tmp_path).network.state_dict().keys()
+    assert "dropout" not in trainer.network.config
+    with pytest.raises(LamambaError, match=r"dropout is 0.1: it must be 0 with gradient_checkpointing"):
+        make_trainer(tmp_path, dropout=0.1, gradient_checkpointing=True)
+
+
+def test_dropout_in_a_network_without_such_layers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.Trainer, "build", lambda self: torch.nn.Linear(2, 2))
+    with pytest.raises(LamambaError, match=r"dropout is 0.1, but the network has no layer nn.Dropout"):
+        make_trainer(tmp_path, dropout=0.1)
 
 
 def test_the_average_follows_its_formula(tmp_path: Path) -> None:

@@ -34,7 +34,9 @@ class Captured:
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
         if self.graph is None:
+            state = torch.cuda.get_rng_state(inputs[0].device)
             self._record(*inputs)
+            torch.cuda.set_rng_state(state, inputs[0].device)  # so that this call draws the same as a later one would
         assert self.graph is not None
         torch._foreach_copy_(self.inputs, list(inputs))
         self.graph.replay()

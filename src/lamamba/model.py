@@ -407,16 +407,17 @@ class WindowAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an exact GELU between them."""
+    """Two linear layers with an exact GELU and, in training, dropout between them."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.linear_1 = Linear(width, hidden)
+        self.dropout = nn.Dropout(0.0)  # training sets its probability, see `lamamba.trainer.Trainer`
         self.linear_2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map the channels of every pixel; return the result without its bias, and the bias."""
-        x = linear_gelu(x, self.linear_1.weight, self.linear_1.bias)
+        x = self.dropout(linear_gelu(x, self.linear_1.weight, self.linear_1.bias))
         return linear(x, self.linear_2.weight), self.linear_2.bias
 
 

@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
 import torch.utils.checkpoint
@@ -68,6 +69,12 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.network, self.average = self.build().to(device), self.build().to(device)
+        if config.dropout:
+            layers = [module for module in self.network.modules() if isinstance(module, nn.Dropout)]
+            if not layers:
+                raise ConfigError(f"dropout is {config.dropout}, but the network has no layer nn.Dropout: leave it out")
+            for layer in layers:
+                layer.p = config.dropout
         self.average.eval().requires_grad_(False)
         self.average.load_state_dict(self.network.state_dict())
         self.shards = config.shard and processes.number > 1
@@ -106,7 +113,7 @@ class Trainer:
             for parameter in group["params"]
         }
         if config.gradient_checkpointing:
-            # Without dropout there is no random state to preserve, which a CUDA graph could not do.
+            # There is no random state to preserve, which a CUDA graph could not do: dropout is off.
             self.network.enable_gradient_checkpointing(
                 partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
             )
@@ -146,9 +153,14 @@ class Trainer:
             that is not finite, so that the weights did not change. All ranks return the same, as they share gradients.
         """
         inputs = self._draw(images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
-        if self.gradients is None:
-            self.gradients = choose_gradients(self, inputs)
-        terms = self.processes.add_up(self.gradients(*inputs))
+        on_gpu = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(on_gpu, enabled=self.config.dropout > 0):
+            if self.gradients is None:
+                self.gradients = choose_gradients(self, inputs)
+            if self.config.dropout:  # it can only use the global generator; seeded so that a resumed run repeats it
+                key = np.random.SeedSequence([self.config.seed, self.images, self.processes.rank])
+                torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+            terms = self.processes.add_up(self.gradients(*inputs))
         limit = self.config.max_grad_norm or math.inf
         terms["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit))
         self.images += self.config.batch_size

@@ -71,6 +71,8 @@ class TrainConfig:
     """Shape in which the learning rate falls to 0 between the warmup and --num-images; none keeps it constant."""
     weight_decay: float = 0.0
     """Weight decay of matrices and convolution kernels; biases, norms, embeddings, A_log and D have none."""
+    dropout: float = 0.0
+    """Probability of dropout in the MLP of each block (EDM uses 0.13 on CIFAR-10); 0 turns it off."""
     max_grad_norm: float = 1.0
     """Clip the gradient to this norm; 0 turns clipping off."""
     max_skipped_steps: int = 10
@@ -166,6 +168,11 @@ class TrainConfig:
             check_option(self, "contrast", self.accumulate == 1, "0 with accumulate above 1")
             check_option(self, "contrast", self.batch_size > 1, "0 with batch_size 1")
         check_option(self, "optimizer", not (self.optimizer == "muon" and self.shard), "adamw with shard")
+        check_option(self, "dropout", 0 <= self.dropout < 1, "from 0 to less than 1")
+        # The second computation would drop other activations.
+        check_option(
+            self, "dropout", not (self.dropout and self.gradient_checkpointing), "0 with gradient_checkpointing"
+        )
         for length in self.power_averages:
             fits = 0 < length <= 0.288 and round(length, 3) == length
             check(fits, "power_averages", length, "from 0.001 to 0.288, with three decimals")
