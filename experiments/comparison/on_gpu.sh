@@ -18,12 +18,14 @@ data=/tmp/fashion-mnist
 if [ ! -d $data ] && [ -d .data ]; then
     mkdir $data
     python3 -c "import lzma, pathlib, sys
-for path in pathlib.Path('.data').glob('*.xz'):
+for path in pathlib.Path('.data').glob('*ubyte.xz'):
     pathlib.Path(sys.argv[1], path.stem).write_bytes(lzma.decompress(path.read_bytes()))" $data || exit
 fi
 options=(--seconds $((${SECONDS_LEFT:-600} - 45 - SECONDS)) --commit "${COMMIT:-unknown}")
 [ -d $data ] && options+=(--data-folder $data)
 [ -d .emoji ] && options+=(--emoji .emoji)
+[ -d .cifar ] && options+=(--cifar .cifar)
+[ -d .features ] && options+=(--features .features)
 gpus=$(nvidia-smi -L | wc -l)
 ((gpus > 0)) || exit
 export OMP_NUM_THREADS=$(($(nproc) / gpus))

@@ -4,8 +4,8 @@ Each piece writes one record, named after it, to the folder of results. Lists ru
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 NUM_IMAGES = 1_228_800  # four times 30 intervals of the log
 LENGTHS = (0.02, 0.05, 0.1, 0.2)  # of EMAs; the trainer's own, 0.9999 with warm-up, has length 0.09 in so few steps
@@ -18,16 +18,20 @@ class Training:
     name: str
     network: str
     seed: int = 0
-    data: Literal["fashion-mnist", "emoji"] = "fashion-mnist"
+    data: Literal["fashion-mnist", "cifar-10", "emoji"] = "fashion-mnist"
     objective: Literal["diffusion", "flow"] = "diffusion"
     num_images: int = NUM_IMAGES
     learning_rate: float = 5e-4
+    warmup: float = 0.0
+    """Part of the training in which the learning rate rises."""
     num_scores: int = 4
     """Number of scores without guidance, at equal intervals; the last one at the end."""
     sweep: bool = False
     """Score other guidance scales at the end."""
     averages: tuple[float, ...] = ()
     """Relative lengths of further EMAs to score at the end."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """Further options of the training, by their names in `TrainConfig`."""
     compile: bool = False
     """Compile a DiT's blocks for training and scoring; this package's network has its own kernels."""
 
@@ -87,6 +91,9 @@ class Scale:
     num_training_images: int | None = None
     """Use only the first images of the data; None uses all."""
     num_test_images: int | None = None
+    num_loss_images: int = 5_000
+    """Training images and as many test images whose losses are compared at `loss_timesteps` with each score."""
+    loss_timesteps: tuple[int, ...] = (25, 100, 250, 500, 750, 900, 975)
     num_timed_steps: int = 100
     steps: int = 50
     """Sampler steps for scores."""
@@ -100,10 +107,26 @@ class Scale:
 
 FULL = Scale()
 QUICK = Scale(
-    quick=True, num_images=64, batch_size=8, log_every=16, num_samples=16, num_sweep_samples=8, num_steps_samples=8,
-    num_nearest=8, num_training_images=48, num_test_images=24, num_timed_steps=2, steps=2, sweep=(1.5, 3.0),
-    step_counts=(2, 4), sample_batch_size=8, checkpoint_every_s=0.0, num_grid=1,
-)  # fmt: skip
+    quick=True,
+    num_images=64,
+    batch_size=8,
+    log_every=16,
+    num_samples=16,
+    num_sweep_samples=8,
+    num_steps_samples=8,
+    num_nearest=8,
+    num_training_images=48,
+    num_test_images=24,
+    num_loss_images=8,
+    loss_timesteps=(100, 900),
+    num_timed_steps=2,
+    steps=2,
+    sweep=(1.5, 3.0),
+    step_counts=(2, 4),
+    sample_batch_size=8,
+    checkpoint_every_s=0.0,
+    num_grid=1,
+)
 
 
 def _train(name: str, network: str, **options: object) -> Training:
@@ -118,6 +141,8 @@ _FLOW = _train("s-flow", "s", objective="flow", sweep=True)
 # Small enough to ship, with the learning rate of the previously shipped weights.
 _NANO = _train("nano", "nano", num_images=4_915_200, learning_rate=6e-4, sweep=True)
 _EMOJI = _train("emoji-64", "emoji-64", data="emoji", num_images=2_457_600, learning_rate=6e-4)
+
+_DECAY = {"decay": "cosine"}
 
 LISTS: Mapping[str, tuple[Piece, ...]] = {
     "speed": (Speed(),),
@@ -173,6 +198,20 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
             _train(f"{network}-longer-seed-1", network, seed=1, num_images=3 * NUM_IMAGES, averages=LENGTHS)
             for network in ("s", "dit-s-2")
         ),
+    ),
+    # Flow matching with a learning rate that rises to twice the usual one and falls to 0.
+    "decay": tuple(
+        _train(f"{network}-flow-decay", network, objective="flow", learning_rate=1e-3, warmup=0.05, recipe=_DECAY,
+               num_scores=2)
+        for network in ("s", "dit-s-2")
+    ),
+    "cifar": tuple(
+        _train(
+            f"cifar-{network}-seed-{seed}", network, data="cifar-10", objective="flow", learning_rate=1e-3, seed=seed,
+            warmup=0.05, recipe={**_DECAY, "horizontal_flip": True}, num_scores=2,
+        )
+        for seed in (0, 1, 2)
+        for network in ("s", "dit-s-2")
     ),
     "b": (_B, _DIT_B, Clipping("clipping-b", _B), Clipping("clipping-dit-b-2", _DIT_B)),
     "emoji": (

@@ -43,6 +43,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many, all being saved")
     parser.add_argument("--data-folder", type=Path, help="the four files of Fashion-MNIST, without Debian's package")
     parser.add_argument("--emoji", type=Path, help="the folder that `lamamba prepare emoji` made")
+    parser.add_argument("--cifar", type=Path, help="the folder that cifar.py made")
+    parser.add_argument("--features", type=Path, help="the folder that features.py made, for more scores")
     parser.add_argument("--learning-rate", type=float, help="in place of the pieces' own")
     parser.add_argument("--commit", help="of the code, where there is a copy without history")
     parser.add_argument("--device", default="auto", help="cpu, cuda; auto takes the best there is")
@@ -81,7 +83,8 @@ def main() -> int:
         with joined(arguments.device) as (processes, device):
             setting = Setting(
                 arguments.out, arguments.results, QUICK if arguments.quick else FULL, choose_device(device), clock,
-                arguments.data_folder, arguments.emoji, arguments.commit, processes,
+                arguments.data_folder, arguments.emoji, arguments.commit, processes, arguments.cifar,
+                arguments.features,
             )  # fmt: skip
             if not pieces:
                 show(setting)

@@ -1,16 +1,18 @@
-"""Sample a trained network, and score the samples with the shipped clothes features."""
+"""Sample a trained network, and score the samples."""
 
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamamba.captured import CapturedNetwork
-from lamamba.data import to_uint8
+from lamamba.data import ArraySource, to_float, to_uint8
 from lamamba.diffusion import OBJECTIVES
 from lamamba.evaluation.features import open_features
 from lamamba.evaluation.metrics import Gaussian, Moments, compare_neighbours, frechet_distance
@@ -37,10 +39,11 @@ class InAutocast(nn.Module):
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A network to sample from, and its objective."""
+    """A network to sample from, its objective and its data."""
 
     network: InAutocast
     objective: str
+    data: str
 
     def draw(
         self,
@@ -73,45 +76,107 @@ class Denoiser:
         """Compare samples with the test images; options as for `draw`.
 
         Returns:
-            The distance, precision, recall, density and coverage, and the seconds that sampling took.
+            The scores, see `score`, and the seconds that sampling took.
         """
         options = {"sampler": SAMPLERS[self.objective], "steps": setting.scale.steps, **options}
         start = time.perf_counter()
         images = self.draw(setting, number, **options)
         seconds = time.perf_counter() - start
-        return {**score(setting, images), "num_samples": number, **options, "sampling_s": rounded(seconds, 4)}
+        scores = score(setting, self.data, images)
+        return {**scores, "num_samples": number, **options, "sampling_s": rounded(seconds, 4)}
+
+    @torch.inference_mode()
+    def losses(self, setting: Setting, source: ArraySource) -> dict[str, list[float]]:
+        """Compare losses on training images with those on test images, which no training saw.
+
+        Returns:
+            For each of `loss_timesteps`, the mean loss of `num_loss_images` images of each set, with the same noise for
+            both; and the same with the next class's label in place of the image's.
+        """
+        objective, device = OBJECTIVES[self.objective], setting.device
+        network = CapturedNetwork(self.network)
+        found: dict[str, list[float]] = {}
+        for name, images in (("training", source), ("test", setting.open_test_images(self.data))):
+            x_0, y = spread(images, setting.scale.num_loss_images)
+            for wrong in (False, True):
+                rows = found.setdefault(f"{name}_with_wrong_labels" if wrong else name, [])
+                labels = (y + wrong) % images.num_classes
+                for timestep in setting.scale.loss_timesteps:
+                    sums = []
+                    for first in range(0, len(x_0) - _LOSS_BATCH + 1, _LOSS_BATCH) or (0,):
+                        part = slice(first, first + _LOSS_BATCH)
+                        clean = to_float(x_0[part].to(device))
+                        generator = torch.Generator(device).manual_seed(first)
+                        noise = torch.randn(clean.shape, device=device, generator=generator)
+                        t = torch.full((len(clean),), timestep, device=device)
+                        t = t.float() if objective.name == "flow" else t
+                        losses = objective.losses(network, clean, t, labels[part].to(device), noise)
+                        sums.append(losses["mse"].mean())
+                    rows.append(rounded(float(torch.stack(sums).mean())))
+        return found
 
 
-def score(setting: Setting, images: Tensor) -> dict[str, float]:
-    """Compare uint8 images with the test images."""
-    features, gaussian = extract(setting, images)
-    reference, reference_gaussian = _reference(setting)
-    neighbours = compare_neighbours(features, reference)
-    scores = {"distance": frechet_distance(gaussian, reference_gaussian), **vars(neighbours)}
-    return {name: rounded(value) for name, value in scores.items()}
+_LOSS_BATCH = 500
+FEATURES = {"fashion-mnist": ("clothes", "squeezenet", "vgg16"), "cifar-10": ("squeezenet", "vgg16")}
+"""The first one's scores stand at the top of a row. VGG16's were never used to choose anything."""
 
 
-def extract(setting: Setting, images: Tensor) -> tuple[Tensor, Gaussian]:
-    """Return features, (n, 64) float64 on the device, and their statistics."""
-    network = _features(setting.device)
+def spread(source: ArraySource, number: int) -> tuple[Tensor, Tensor]:
+    """Return images and labels at equal distances in the source, whose classes may stand one after the other."""
+    rows = torch.linspace(0, len(source) - 1, min(number, len(source))).long().numpy()
+    return torch.from_numpy(source.images[rows]), torch.from_numpy(source.labels[rows])
+
+
+def score(setting: Setting, data: str, images: Tensor) -> dict[str, Any]:
+    """Compare uint8 images with the test images.
+
+    Returns:
+        `distance`, its part `distance_of_means`, precision, recall, density and coverage; the same with every further
+        feature network under its name; and the distance of images that are averaged over 8x8 pixels.
+    """
+    names = [name for name in FEATURES[data] if name == "clothes" or setting.features]
+    rows: dict[str, Any] = {}
+    for name in names:
+        features, gaussian = extract(setting, name, images)
+        reference, reference_gaussian = _reference(setting, data, name)
+        neighbours = compare_neighbours(features, reference)
+        means = float((gaussian.mean - reference_gaussian.mean).square().sum())
+        distance = frechet_distance(gaussian, reference_gaussian)
+        scores = {"distance": distance, "distance_of_means": means, **vars(neighbours)}
+        rows[name] = {key: rounded(value) for key, value in scores.items()}
+    means_of_pixels = _low_frequencies(images.to(setting.device))
+    reference_means = _low_frequencies(torch.from_numpy(setting.open_test_images(data).images).to(setting.device))
+    rows["average-4x4"] = {"distance": rounded(frechet_distance(means_of_pixels, reference_means))}
+    return {**rows.pop(names[0]), **rows}
+
+
+def _low_frequencies(images: Tensor) -> Gaussian:
+    """Average uint8 images over squares, to 4x4 values from -1 to 1 per channel."""
+    moments = Moments()
+    moments.add(F.adaptive_avg_pool2d(to_float(images), 4).flatten(1).double())
+    return moments.gaussian()
+
+
+def extract(setting: Setting, name: str, images: Tensor) -> tuple[Tensor, Gaussian]:
+    """Return features, (n, d) float64 on the device, and their statistics."""
+    network = _features(name, setting.features, setting.device)
     features = torch.cat([network(part.to(setting.device)).features for part in images.split(500)]).double()
     moments = Moments()
     moments.add(features)
     return features, moments.gaussian()
 
 
-@lru_cache(maxsize=1)
-def _features(device: torch.device) -> Any:
-    return open_features("clothes", device)
+@lru_cache(maxsize=4)
+def _features(name: str, folder: Path | None, device: torch.device) -> Any:
+    return open_features(name if name == "clothes" else f"{folder}/{name}.pt", device)
 
 
-_references: dict[int, tuple[Tensor, Gaussian]] = {}
+_references: dict[tuple[int, str, str], tuple[Tensor, Gaussian]] = {}
 
 
-def _reference(setting: Setting) -> tuple[Tensor, Gaussian]:
+def _reference(setting: Setting, data: str, name: str) -> tuple[Tensor, Gaussian]:
     """Extract the test images' features, once."""
-    key = id(setting)
+    key = id(setting), data, name
     if key not in _references:
-        _references.clear()
-        _references[key] = extract(setting, torch.from_numpy(setting.test_images.images))
+        _references[key] = extract(setting, name, torch.from_numpy(setting.open_test_images(data).images))
     return _references[key]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from cifar import load_cifar
 from lamamba import __version__
 from lamamba.checkpoint import write_json
 from lamamba.data import ArraySource, FolderSource, load_fashion_mnist
@@ -64,6 +65,8 @@ class Setting:
         clock: the time left.
         data_folder: folder of Fashion-MNIST's idx files; None is Debian's.
         emoji: the folder that `lamamba prepare emoji` made.
+        cifar: the folder that `cifar.py` made.
+        features: the folder of feature networks that `features.py` made; without it, there are fewer scores.
         commit: the commit, for a copy without history.
         processes: this rank and the number of ranks.
     """
@@ -77,6 +80,8 @@ class Setting:
     emoji: Path | None = None
     commit: str | None = None
     processes: Processes = field(default_factory=Processes)
+    cifar: Path | None = None
+    features: Path | None = None
 
     def check_time(self, to_begin: bool = False) -> None:
         """Raise OutOfTimeError on all ranks if time is over for one of them, or too short to start a network."""
@@ -95,6 +100,8 @@ class Setting:
         """Decode all images into memory once, even from a folder."""
         if data == "fashion-mnist":
             return _first(load_fashion_mnist("train", folder=self.data_folder), self.scale.num_training_images)
+        if data == "cifar-10":
+            return _first(load_cifar("train", self.cifar), self.scale.num_training_images)
         if self.emoji is None:
             raise ConfigError("emoji is not given: make the folder with 'lamamba prepare emoji' and give --emoji")
         key = str(self.emoji)
@@ -104,8 +111,10 @@ class Setting:
             _decoded[key] = ArraySource("emoji", images, labels, folder.class_names)
         return _decoded[key]
 
-    @cached_property
-    def test_images(self) -> ArraySource:
+    def open_test_images(self, data: str) -> ArraySource:
+        """Open the images that samples are compared with; emoji have none."""
+        if data == "cifar-10":
+            return _first(load_cifar("test", self.cifar), self.scale.num_test_images)
         return _first(load_fashion_mnist("test", folder=self.data_folder), self.scale.num_test_images)
 
     @cached_property

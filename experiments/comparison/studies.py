@@ -65,10 +65,10 @@ def look_for_copies(setting: Setting, piece: Memorisation) -> None:
     record = Record(setting, piece, {})
     training = torch.from_numpy(source.images).to(setting.device)
     is_clothes = piece.of.data == "fashion-mnist"
-    others = torch.from_numpy(setting.test_images.images).to(setting.device) if is_clothes else None
+    others = torch.from_numpy(setting.open_test_images(piece.of.data).images).to(setting.device) if is_clothes else None
     spaces: dict[str, Any] = {"pixels": _pixels}
     if is_clothes:
-        spaces["features"] = lambda images: extract(setting, images)[0]
+        spaces["features"] = lambda images: extract(setting, "clothes", images)[0]
     samples = {guidance: denoiser.draw(setting, setting.scale.num_nearest, guidance) for guidance in (1.0, 2.0)}
     found = {}
     for space, embed in spaces.items():

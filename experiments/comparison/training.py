@@ -23,7 +23,7 @@ from lamamba.latents import Pixels
 from lamamba.sampling import make_grid
 from lamamba.trainer import Trainer, optimizer_keys
 from pieces import Scale, Training
-from scoring import Denoiser, InAutocast, score
+from scoring import FEATURES, Denoiser, InAutocast, score, spread
 from setting import OutOfTimeError, Record, Setting, rounded
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -48,7 +48,7 @@ class ComparisonTrainer(Trainer):
         if piece.compile:
             self.network.compile_blocks()
             self.average.compile_blocks()
-        self.denoiser = Denoiser(InAutocast(self.average, self.autocast), config.objective)
+        self.denoiser = Denoiser(InAutocast(self.average, self.autocast), config.objective, piece.data)
 
     def build(self) -> Any:
         return build(self.name, self.config.network, self.quick)
@@ -104,10 +104,12 @@ class ComparisonTrainer(Trainer):
 def train_config(scale: Scale, piece: Training, source: ArraySource) -> TrainConfig:
     """Make the trainer's configuration, which is the same for all networks."""
     network = network_config(piece.network, source.channels, source.image_size, source.num_classes, scale.quick)
+    num_images = scale.num_images or piece.num_images
     return TrainConfig(
-        out=Path(), data=piece.data, objective=piece.objective, num_images=scale.num_images or piece.num_images,
+        out=Path(), data=piece.data, objective=piece.objective, num_images=num_images,
+        warmup_images=round(piece.warmup * num_images),
         batch_size=scale.batch_size, learning_rate=piece.learning_rate, seed=piece.seed, network=network,
-        power_averages=piece.averages,
+        power_averages=piece.averages, **piece.recipe,
     )  # fmt: skip
 
 
@@ -189,8 +191,11 @@ def _next_line(setting: Setting, trainer: ComparisonTrainer) -> int:
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """Select the options that determine the numbers."""
-    names = ("objective", "num_images", "batch_size", "learning_rate", "weight_decay", "max_grad_norm", "ema_decay",
-             "warmup_images", "precision", "horizontal_flip", "seed", "network")  # fmt: skip
+    names = (
+        *("objective", "timesteps", "contrast", "num_images", "batch_size", "optimizer", "learning_rate"),
+        *("warmup_images", "decay", "weight_decay", "max_grad_norm", "ema_decay", "dropout", "horizontal_flip"),
+        *("precision", "seed", "network"),
+    )
     content: dict[str, Any] = json.loads(json.dumps({name: getattr(config, name) for name in names}, default=vars))
     return content
 
@@ -234,11 +239,12 @@ def _train(setting: Setting, trainer: ComparisonTrainer, record: Record, num_sco
     while True:
         scored = evaluations[-1]["images"] if evaluations else 0
         due = trainer.images * num_scores // total > scored * num_scores // total
-        if due and trainer.config.data == "fashion-mnist":
+        if due and trainer.config.data in FEATURES:
             save()  # scoring takes long, and time may run out meanwhile
             seconds = curve[-1]["seconds"]
             scores = trainer.denoiser.score(setting, setting.scale.num_samples, guidance=1.0)
-            evaluations.append({"images": trainer.images, "seconds": seconds, **scores})
+            losses = trainer.denoiser.losses(setting, trainer.source)
+            evaluations.append({"images": trainer.images, "seconds": seconds, **scores, "losses": losses})
             print(json.dumps(evaluations[-1]), flush=True)
             record.write()
         if trainer.images >= total:
@@ -322,16 +328,16 @@ def forget(device: torch.device) -> None:
 
 def _score_training_images(setting: Setting, trainer: ComparisonTrainer) -> dict[str, float] | None:
     """Score as many training images as samples: the score of a perfect network."""
-    if trainer.config.data != "fashion-mnist":
+    if trainer.config.data not in FEATURES:
         return None
-    return score(setting, torch.from_numpy(trainer.source.images[: setting.scale.num_samples]))
+    return score(setting, trainer.config.data, spread(trainer.source, setting.scale.num_samples)[0])
 
 
 def _conclude(
     setting: Setting, trainer: ComparisonTrainer, record: Record, piece: Training, source: ArraySource
 ) -> None:
     """Sweep guidance, score further EMAs and draw a grid, each once."""
-    scored = piece.data == "fashion-mnist"
+    scored = piece.data in FEATURES
     if piece.sweep and scored:
         sweep = record.rows("sweep")
         for guidance in setting.scale.sweep[len(sweep) :]:
