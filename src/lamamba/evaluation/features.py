@@ -6,12 +6,11 @@ any other   colour images -> features (b, d), or a pair of features and logits (
 """
 
 import os
-import shutil
 import urllib.request
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
+from hashlib import sha256
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, Literal
@@ -36,58 +35,49 @@ Pixels = Literal["uint8", "float"]
 
 @dataclass(frozen=True)
 class Features:
-    """The outputs of a feature network for b images, in float32.
-
-    Attributes:
-        features: (b, d).
-        logits: (b, c), where it knows classes.
-        spatial: (b, s), where it has features that keep places.
-    """
+    """The outputs of a feature network for b images, in float32."""
 
     features: Tensor
+    """(b, d)."""
     logits: Tensor | None = None
+    """(b, c), if it knows classes."""
     spatial: Tensor | None = None
+    """(b, s), if it has features that keep places."""
 
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """A feature network, and what must be the same for scores to be comparable.
-
-    Attributes:
-        name: "inception", "clothes", or the file's.
-        sha256: of its file.
-        channels: of the images it takes, 1 or 3.
-        sizes: heights and widths that it takes and treats alike; empty where any set of equal sizes will do.
-        extract: uint8 (b, channels, h, w) -> Features, without gradients.
-    """
+    """A feature network, and what must be the same for scores to be comparable."""
 
     name: str
+    """inception, clothes, or the name of its file."""
     sha256: str
     channels: int
+    """Channels of the images that it takes, 1 or 3."""
     sizes: tuple[tuple[int, int], ...]
+    """Heights and widths that it takes and treats alike; empty if it takes any size."""
     extract: Callable[[Tensor], Features]
+    """uint8 (b, channels, h, w) -> Features, without gradients."""
 
     @property
     def is_standard(self) -> bool:
-        """Whether distances of its features are called by the names in papers, such as FID."""
+        """Whether distances of its features have the names in papers, such as FID."""
         return self.name == "inception"
 
     def __call__(self, images: Tensor) -> Features:
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode())
-            # TF32, which CUDA convolutions use by default, changes scores.
-            stack.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False))
-            try:
-                found = self.extract(images)
-            except (RuntimeError, torch.jit.Error) as error:  # the last line of the error says why
-                if "out of memory" in str(error):
-                    raise ConfigError(f"{len(images)} images at once do not fit: give a smaller batch_size") from error
-                said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-                raise ConfigError(
-                    f"features {self.name} cannot take images {tuple(images.shape)} of uint8 ({said[-1]}): give a "
-                    "module that does, or pixels (--pixels) float; docs/evaluation.md shows how to wrap a network"
-                ) from error
-        return found
+        # TF32, which CUDA convolutions use by default, changes scores.
+        exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+        try:
+            with torch.inference_mode(), exact:
+                return self.extract(images)
+        except (RuntimeError, torch.jit.Error) as error:  # the last line of the error says why
+            if "out of memory" in str(error):
+                raise ConfigError(f"{len(images)} images at once do not fit: give a smaller batch_size") from error
+            said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            raise ConfigError(
+                f"features {self.name} cannot take images {tuple(images.shape)} of uint8 ({said[-1]}): give a "
+                "module that does, or pixels (--pixels) float; docs/evaluation.md shows how to wrap a network"
+            ) from error
 
 
 def open_features(name: str, device: torch.device, pixels: Pixels = "uint8") -> FeatureNetwork:
@@ -102,27 +92,24 @@ def open_features(name: str, device: torch.device, pixels: Pixels = "uint8") -> 
         ConfigError: the file is missing or not TorchScript, or pixels is given for a known network.
     """
     if name == "clothes":
-        _check_pixels(name, pixels)
-        with as_file(files("lamamba") / "assets" / "clothes" / "features.safetensors") as weights:
-            network = ClothesNetwork()
-            found = load_file(weights)  # stored as float16, used as float32
-            check_weights(weights, network.state_dict(), found)
-            network.load_state_dict(found)
-            extract = _caller(network.eval().to(device), name, pixels)
-            return FeatureNetwork(name, checksum(weights), 1, ((28, 28), (32, 32)), extract)
-    path = _fetched_inception() if name == "inception" else Path(name).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"features {name} is no file: give inception, clothes or a TorchScript file")
-    sha256 = checksum(path)
-    if sha256 == INCEPTION_SHA256:
-        _check_pixels(name, pixels)
-        return FeatureNetwork("inception", sha256, 3, (), _Inception(_load(path, device)))
-    return FeatureNetwork(path.name, sha256, 3, (), _caller(_load(path, device), path.name, pixels))
-
-
-def _check_pixels(name: str, pixels: Pixels) -> None:
+        with as_file(files("lamamba") / "assets" / "clothes" / "features.safetensors") as path:
+            digest, weights = checksum(path), load_file(path)  # stored as float16, used as float32
+            clothes = ClothesNetwork()
+            check_weights(path, clothes.state_dict(), weights)
+        clothes.load_state_dict(weights)
+        extract = _wrap(clothes.eval().to(device), name, "uint8")
+        network = FeatureNetwork(name, digest, 1, ((28, 28), (32, 32)), extract)
+    else:
+        path = _fetch_inception() if name == "inception" else Path(name).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"features {name} is no file: give inception, clothes or a TorchScript file")
+        digest, module = checksum(path), _load(path, device)
+        if digest != INCEPTION_SHA256:
+            return FeatureNetwork(path.name, digest, 3, (), _wrap(module, path.name, pixels))
+        network = FeatureNetwork("inception", digest, 3, (), _Inception(module))
     if pixels != "uint8":
         raise ConfigError(f"pixels (--pixels) {pixels} is not for features {name}, which take uint8: leave it out")
+    return network
 
 
 def _load(path: Path, device: torch.device) -> Any:
@@ -136,18 +123,18 @@ def _load(path: Path, device: torch.device) -> Any:
         ) from error
 
 
-def _caller(module: Any, name: str, pixels: Pixels) -> Callable[[Tensor], Features]:
+def _wrap(module: Any, name: str, pixels: Pixels) -> Callable[[Tensor], Features]:
     def extract(images: Tensor) -> Features:
         found = module(images if pixels == "uint8" else images.float() / 255)
-        features, logits = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
-        for tensor in (features,) if logits is None else (features, logits):
+        outputs = found if isinstance(found, tuple) and len(found) == 2 else (found,)
+        for tensor in outputs:
             if not isinstance(tensor, Tensor) or tensor.ndim != 2 or len(tensor) != len(images):
                 said = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise ConfigError(
                     f"features {name} returned {said} for {len(images)} images: it must be (b, d), or a pair of that "
                     "and logits (b, c); docs/evaluation.md shows how to wrap a network"
                 )
-        return Features(features.float(), None if logits is None else logits.float())
+        return Features(*(tensor.float() for tensor in outputs))
 
     return extract
 
@@ -164,10 +151,10 @@ class _Inception:
 
     def __call__(self, images: Tensor) -> Features:
         found = self._extract(images)
-        if not self.checked:
-            whole = self.module(images, return_features=True)
+        if not self.checked and found.logits is not None:
+            pooled = self.module(images, return_features=True)
             classes = self.module(images, no_output_bias=True)
-            if not (_agree(found.features, whole) and _agree(found.logits.softmax(dim=1), classes)):  # type: ignore[union-attr]
+            if not (_agree(found.features, pooled) and _agree(found.logits.softmax(dim=1), classes)):
                 raise ConfigError("inception by its layers is not inception as a whole on this device: try device cpu")
             self.checked = True
         return found
@@ -204,28 +191,24 @@ def resize_as_in_2015(images: Tensor, size: int = 299) -> Tensor:
     return images
 
 
-def _fetched_inception() -> Path:
-    """Return the file of the standard graph in the cache; download it the first time.
-
-    Raises:
-        ConfigError: it cannot be downloaded, or its checksum is wrong.
-    """
+def _fetch_inception() -> Path:
+    """Return the file of the standard graph in the cache, downloaded the first time; raises ConfigError."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lamamba"
     path = cache / INCEPTION_URL.rsplit("/", 1)[-1]
-    by_hand = f"fetch {INCEPTION_URL} elsewhere and give it with features (--features) FILE"
     if not path.is_file():
         try:
             cache.mkdir(parents=True, exist_ok=True)
+            with urllib.request.urlopen(INCEPTION_URL, timeout=60) as answer:
+                content = answer.read()
+            if sha256(content).hexdigest() != INCEPTION_SHA256:
+                raise OSError(f"its checksum is not {INCEPTION_SHA256}")
             with atomic_write(path) as temporary:
-                with urllib.request.urlopen(INCEPTION_URL, timeout=60) as answer, temporary.open("wb") as file:
-                    shutil.copyfileobj(answer, file)
-                if checksum(temporary) != INCEPTION_SHA256:
-                    raise ConfigError(
-                        f"what {INCEPTION_URL} gave is not the file of checksum {INCEPTION_SHA256}: {by_hand}"
-                    )
+                temporary.write_bytes(content)
         except OSError as error:  # includes a missing network
-            reason = getattr(error, "reason", error)
-            raise ConfigError(f"the Inception network could not be fetched to {path} ({reason}): {by_hand}") from error
+            raise ConfigError(
+                f"the Inception network could not be downloaded to {path} ({getattr(error, 'reason', error)}): "
+                f"download {INCEPTION_URL} elsewhere and give it with features (--features) FILE"
+            ) from error
     elif checksum(path) != INCEPTION_SHA256:
-        raise ConfigError(f"{path} is not the file of checksum {INCEPTION_SHA256}: delete it, and it is fetched again")
+        raise ConfigError(f"{path} does not have the checksum {INCEPTION_SHA256}: delete it to download it again")
     return path

@@ -35,27 +35,23 @@ _MOST_VALUES = 10  # named of a setting that differs between images; of the othe
 
 @dataclass
 class ImageSet:
-    """Images that are read once, in order.
-
-    Attributes:
-        name: where they are from.
-        num_images: how many there are.
-        read: yields (name of the image, uint8 (h, w, c)).
-        paths: of the files, where they are in files of their own.
-        file: that all are in, where they are in one.
-        left_out: what else lies in a folder and is no image, in words.
-        size: height and width, once the first was read.
-        pixels_sha256: of all pixels, once the last was read; the same for a folder and a .npz of the same images.
-    """
+    """Images that are read once, in order."""
 
     name: str
+    """Where the images are from."""
     num_images: int
     read: Callable[[], Iterator[tuple[str, np.ndarray]]]
+    """Yields (name of the image, uint8 (h, w, c))."""
     paths: tuple[str, ...] = ()
+    """Paths of the images that are in files of their own."""
     file: Path | None = None
+    """The file with all images."""
     left_out: str = ""
+    """The other files of a folder, which are not images, in words."""
     size: tuple[int, int] | None = None
+    """Height and width, once the first image was read."""
     pixels_sha256: str | None = None
+    """Digest of all pixels, once the last image was read; the same for a folder and a .npz of the same images."""
 
     def first_size(self) -> tuple[int, ...]:
         """Return height and width of the first image; DataError if it cannot be read."""
@@ -68,18 +64,22 @@ class ImageSet:
             DataError: an image cannot be read, has another size than the first, or is in color where channels is 1.
         """
         digest = hashlib.sha256()
-        names, images, first = [], [], ""
+        names: list[str] = []
+        images: list[np.ndarray] = []
+        first = "the first"
         for name, image in self.read():
             if self.size is None:
                 self.size, first = image.shape[:2], name
             if image.shape[:2] != self.size:
-                sizes = f"{name} is {show_size(image.shape)} and {first or 'the first'} {show_size(self.size)}"
                 raise DataError(
-                    f"{sizes}: give images of one size, or image_size (--image-size) to crop the files of folders to"
+                    f"{name} is {show_size(image.shape)} and {first} {show_size(self.size)}: give images of one size, "
+                    "or image_size (--image-size) to crop the files of folders to"
                 )
-            in_colour = np.broadcast_to(image, (*self.size, 3))
-            digest.update(in_colour.tobytes())
-            images.append(_as_grey(image, name) if channels == 1 else in_colour)
+            if channels == 1 and (image != image[..., :1]).any():
+                raise DataError(f"{name} is in color and these features are for gray images: give others (--features)")
+            in_color = np.broadcast_to(image, (*self.size, 3))
+            digest.update(in_color.tobytes())
+            images.append(in_color[..., :channels])
             names.append(name)
             if len(images) == batch_size:
                 yield names, _to_tensor(images)
@@ -91,21 +91,14 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference for scores: images, statistics of their features, or both.
-
-    Attributes:
-        name: where it is from.
-        images: those that are there.
-        features: statistics that were published, which go before those of `images`.
-        spatial: the same of the spatial features.
-        sha256: of the file with the statistics.
-    """
+    """A reference for scores: images, published statistics of their features, or both. Statistics go before images."""
 
     name: str
     images: ImageSet | None
     features: Gaussian | None = None
     spatial: Gaussian | None = None
     sha256: str | None = None
+    """Checksum of the file with the statistics."""
 
 
 def open_images(name: str, image_size: int | None = None, data_folder: Path | None = None) -> ImageSet:
@@ -140,13 +133,6 @@ def open_reference(name: str, image_size: int | None = None, data_folder: Path |
         return _open_npz(path)
     kinds = f"a folder of images, a .npz file, {', '.join(_NAMED)}"
     raise DataError(f"{name} is {'none of what can be scored' if path.exists() else 'missing'}: give {kinds}")
-
-
-def _as_grey(image: np.ndarray, name: str) -> np.ndarray:
-    """Convert (h, w, c) to grey; DataError if the image is in color."""
-    if (image != image[..., :1]).any():
-        raise DataError(f"{name} is in color and these features are for gray images: give others (--features)")
-    return image[..., :1]
 
 
 def show_size(shape: tuple[int, ...]) -> str:
@@ -247,8 +233,8 @@ def read_settings(images: ImageSet) -> tuple[dict[str, Any] | None, list[str]]:
     """Read how images were made, from the metadata that lamamba writes into PNG files or beside a .npz.
 
     Returns:
-        A setting that all images share has its value. Labels have their counts, seeds are first, last and how many
-        different ones. Of another that differs, the values with their counts. None where no image says anything.
+        Settings, or None if no image has any. A setting that all images share has its value; of another, the values
+        with their counts. Labels have their counts; seeds are first, last and how many different ones.
         And warnings of images that say nothing, or were made differently.
     """
     if images.file and (generation := read_generation(images.file)):
@@ -263,22 +249,18 @@ def read_settings(images: ImageSet) -> tuple[dict[str, Any] | None, list[str]]:
     for name in dict.fromkeys(name for settings in found for name in settings):
         values = Counter(json.dumps(settings.get(name)) for settings in found)
         if name == "seed":
-            seeds = [settings["seed"] for settings in found if isinstance(settings.get("seed"), int)]
-            gathered["seeds"] = (
-                {"first": min(seeds), "last": max(seeds), "different": len(set(seeds))} if seeds else None
-            )
+            seeds = {settings["seed"] for settings in found if isinstance(settings.get("seed"), int)}
+            described = {"first": min(seeds), "last": max(seeds), "different": len(seeds)} if seeds else None
+            gathered["seeds"] = described
         elif name == "label":
-            gathered["images_of_label"] = {
-                value: values[value] for value in sorted(values, key=lambda text: (len(text), text))
-            }
+            gathered["images_of_label"] = dict(sorted(values.items(), key=lambda item: (len(item[0]), item[0])))
         elif len(values) == 1:
             gathered[name] = found[0][name]
         else:
             common = dict(values.most_common(_MOST_VALUES))
             gathered[name] = {"different": len(values), "images_of_value": common}
-            warned.append(
-                f"generated images differ in {name}: {', '.join(list(common)[:3])}{', ...' * (len(values) > 3)}"
-            )
+            more = ", ..." * (len(values) > 3)
+            warned.append(f"generated images differ in {name}: {', '.join(list(common)[:3])}{more}")
     return gathered, warned
 
 

@@ -123,30 +123,28 @@ def compare_neighbours(generated: Tensor, reference: Tensor) -> Neighbours:
     generated, reference = generated.to(torch.float64), reference.to(torch.float64)
     radii_g, _ = _radii(generated)
     radii_r, wide_radii_r = _radii(reference)
-    precise = recalled = num_balls = 0.0
-    precise_rows = []
+    num_precise = num_balls = 0
     covered = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
-    recalled_rows = torch.zeros_like(covered)
+    recalled = torch.zeros_like(covered)
     for rows, squares in _distances(generated, reference):
-        precise_rows.append((squares <= radii_r).any(dim=1))
-        recalled_rows |= (squares <= radii_g[rows, None]).any(dim=0)
+        num_precise += int((squares <= radii_r).any(dim=1).sum())
+        recalled |= (squares <= radii_g[rows, None]).any(dim=0)
         inside = squares < wide_radii_r
-        num_balls += float(inside.sum())
+        num_balls += int(inside.sum())
         covered |= inside.any(dim=0)
-    precise = float(torch.cat(precise_rows).double().mean())
-    recalled = float(recalled_rows.double().mean())
-    density = num_balls / (DENSITY_K * len(generated))
-    return Neighbours(precise, recalled, density, float(covered.double().mean()))
+    return Neighbours(
+        precision=num_precise / len(generated),
+        recall=float(recalled.double().mean()),
+        density=num_balls / (DENSITY_K * len(generated)),
+        coverage=float(covered.double().mean()),
+    )
 
 
 def _radii(features: Tensor) -> tuple[Tensor, Tensor]:
     """Return squared distances of each feature to its neighbours number MANIFOLD_K and DENSITY_K."""
-    manifold, density = [], []
-    for _, squares in _distances(features, features):
-        nearest = squares.topk(1 + DENSITY_K, largest=False, sorted=True).values  # the first is the feature itself
-        manifold.append(nearest[:, MANIFOLD_K])
-        density.append(nearest[:, DENSITY_K])
-    return torch.cat(manifold), torch.cat(density)
+    # The nearest is the feature itself.
+    nearest = [squares.topk(1 + DENSITY_K, largest=False).values for _, squares in _distances(features, features)]
+    return torch.cat(nearest)[:, MANIFOLD_K], torch.cat(nearest)[:, DENSITY_K]
 
 
 def _distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -154,7 +152,7 @@ def _distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
     size = max(1, _BLOCK_BYTES // (8 * len(b)))
     squares_of_b = b.square().sum(dim=1)
     for start in range(0, len(a), size):
-        rows = slice(start, min(start + size, len(a)))
+        rows = slice(start, start + size)
         block = a[rows] @ b.T
         block.mul_(-2).add_(squares_of_b).add_(a[rows].square().sum(dim=1, keepdim=True))
         yield rows, block.clamp_min_(0)
