@@ -32,9 +32,9 @@ from PIL import Image
 
 from lamamba.config import TrainConfig, preset
 from lamamba.data import ArraySource
-from lamamba.latents import Pixels
+from lamamba.data.latents import Pixels
 from lamamba.sampling import choose_device
-from lamamba.trainer import Trainer
+from lamamba.training.trainer import Trainer
 from measure import RESULTS, Results
 
 PARTS = ["encoding", "training", "checkpoints"]

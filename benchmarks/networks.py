@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lamamba.captured import modulations_ahead
 from lamamba.model import LaMambaDiff
 from lamamba.ops.launch import rehearse
+from lamamba.sampling.captured import modulations_ahead
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -26,13 +26,13 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
 
-import lamamba.generate
-from lamamba.checkpoint import CheckpointInfo, write_weights
+import lamamba.sampling.generate
+from lamamba.checkpoints.checkpoint import CheckpointInfo, write_weights
 from lamamba.config import GenerateConfig
+from lamamba.data.latents import Latents
 from lamamba.diffusion import Diffusion
-from lamamba.generate import generate, write_pngs
-from lamamba.latents import Latents
 from lamamba.model import LaMambaDiff
+from lamamba.sampling.generate import generate, write_pngs
 from measure import RESULTS, Results, milliseconds
 from networks import COMPILE, CUDA, DEVICE
 
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--commit", default="", help="commit to note in the records, for a copy without history")
     options = parser.parse_args()
     batch, number = (2, 4) if options.quick else (options.batch_size, options.num_images)
-    lamamba.generate.COMPILE_FROM = 0  # always compile, as for a large set
+    lamamba.sampling.generate.COMPILE_FROM = 0  # always compile, as for a large set
     results = Results(options.out, options.commit)
     with tempfile.TemporaryDirectory() as folder:
         sets = Sets(Path(folder), options.quick, batch, number)

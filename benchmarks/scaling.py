@@ -36,11 +36,11 @@ from torch import Tensor
 from lamamba.config import NetworkConfig, TrainConfig, preset
 from lamamba.data import ArraySource, LatentSource, batches
 from lamamba.data.latent_files import FORMAT, INDEX
+from lamamba.data.latents import Pixels
 from lamamba.diffusion import OBJECTIVES, draw_noise
-from lamamba.latents import Pixels
-from lamamba.processes import GradientSums, Processes, joined
+from lamamba.distributed.processes import GradientSums, Processes, joined
 from lamamba.sampling import choose_device
-from lamamba.trainer import Trainer
+from lamamba.training.trainer import Trainer
 from measure import RESULTS, Results, milliseconds
 
 TINY = NetworkConfig(

@@ -12,8 +12,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from lamamba.commands.plan import MEASURED, Model, network_of, point_plan, predict
 from lamamba.config import PlanConfig
-from lamamba.plan import MEASURED, Model, network_of, point_plan, predict
 from measure import RESULTS, Record
 from report import DOCS, number, read_run, table
 

@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lamamba import trainer as training
 from lamamba.config import PRESETS, TrainConfig
-from lamamba.processes import GradientSums, Processes, joined
-from lamamba.sharding import whole
-from lamamba.trainer import Trainer
-from lamamba.training import resolve
+from lamamba.distributed.processes import GradientSums, Processes, joined
+from lamamba.distributed.sharding import whole
+from lamamba.training import trainer as training
+from lamamba.training.run import resolve
+from lamamba.training.trainer import Trainer
 
 # Batch and parts, for two ranks: more parts than a share has images; uneven shares and parts; a share of one image.
 CUTS = ((8, 8), (7, 2), (3, 3))

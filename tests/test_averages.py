@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import lamamba.averages
-from lamamba.averages import (
+import lamamba.training.averages
+from lamamba.checkpoints.checkpoint import load_checkpoint
+from lamamba.cli import main
+from lamamba.errors import CheckpointError
+from lamamba.training.averages import (
     MAX_RESIDUAL,
     MAX_SIGMA_REL,
     PowerAverages,
@@ -24,9 +27,6 @@ from lamamba.averages import (
     sigma_rel_of,
     snapshots_in,
 )
-from lamamba.checkpoint import load_checkpoint
-from lamamba.cli import main
-from lamamba.errors import CheckpointError
 
 STEPS, EVERY, BATCH = 400, 50, 8
 
@@ -340,7 +340,7 @@ def test_a_snapshot_under_another_name(tmp_path: Path) -> None:
 
 def test_a_later_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(lamamba.averages, "FORMAT", 99)
+        patch.setattr(lamamba.training.averages, "FORMAT", 99)
         small_run(tmp_path)
     with pytest.raises(CheckpointError, match="update lamamba"):
         reconstruct(tmp_path, 0.05)
@@ -473,5 +473,5 @@ def test_the_default_twenty_snapshots_reach_what_the_docs_say(length: float) -> 
     steps = np.repeat(np.arange(1, 21) * 1000.0, 2)
     gammas = np.array([gamma_of(0.05), gamma_of(0.10)] * 20)
     fit = fit_profile(gammas, steps, gamma_of(length), 20_000)
-    assert fit.residual < lamamba.averages.MAX_RESIDUAL
-    assert np.linalg.norm(fit.weights) * torch.finfo(torch.float16).eps / 2 < lamamba.averages.MAX_ROUNDING
+    assert fit.residual < lamamba.training.averages.MAX_RESIDUAL
+    assert np.linalg.norm(fit.weights) * torch.finfo(torch.float16).eps / 2 < lamamba.training.averages.MAX_ROUNDING

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamamba.captured import modulations_ahead
 from lamamba.model import Block, LaMambaDiff
+from lamamba.sampling.captured import modulations_ahead
 
 
 class Stream:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from forked import run_python
-from lamamba.checkpoint import (
+from lamamba.checkpoints.checkpoint import (
     CheckpointInfo,
     checkpoints_in,
     export,
@@ -16,13 +16,13 @@ from lamamba.checkpoint import (
     load_network,
     shipped_weights,
 )
+from lamamba.checkpoints.saving import save_checkpoint
 from lamamba.cli import main
 from lamamba.config import TrainConfig
 from lamamba.errors import CheckpointError, ConfigError
+from lamamba.files.records import plain
 from lamamba.model import LaMambaDiff
-from lamamba.pipeline import LaMambaDiffPipeline
-from lamamba.records import plain
-from lamamba.saving import save_checkpoint
+from lamamba.sampling.pipeline import LaMambaDiffPipeline
 
 TINY = {"embed_dim": 8, "num_heads": 2, "in_channels": 1, "sample_size": 8, "num_classes": 2, "depths": (1, 1, 1, 1)}
 
@@ -57,10 +57,10 @@ def test_a_full_disk_leaves_what_was_saved(run: Path) -> None:
 import resource, signal
 import torch
 from pathlib import Path
-from lamamba.checkpoint import CheckpointInfo, CheckpointError
-from lamamba.saving import save_checkpoint
+from lamamba.checkpoints.checkpoint import CheckpointInfo, CheckpointError
+from lamamba.checkpoints.saving import save_checkpoint
 from lamamba.model import LaMambaDiff
-from lamamba.pipeline import LaMambaDiffPipeline
+from lamamba.sampling.pipeline import LaMambaDiffPipeline
 network = LaMambaDiff(**{TINY!r})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))

@@ -18,11 +18,11 @@ from PIL import Image
 
 from forked import run_python
 from lamamba import __version__
-from lamamba.checkpoint import checkpoints_in
+from lamamba.checkpoints.checkpoint import checkpoints_in
 from lamamba.cli import COMMANDS, main
 from lamamba.config import PRESETS, OptionReader, TrainConfig
 from lamamba.config.options import read_docstrings
-from lamamba.records import read_train_config
+from lamamba.files.records import read_train_config
 
 TINY = [
     *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),

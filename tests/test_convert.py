@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lamamba.checkpoint import load_checkpoint
+from lamamba.checkpoints.checkpoint import load_checkpoint
+from lamamba.checkpoints.released import load_released, read_released, save_released
 from lamamba.cli import main
 from lamamba.config import PRESETS
 from lamamba.model import LaMambaDiff
-from lamamba.released import load_released, read_released, save_released
 
 GEOMETRY = {"embed_dim": 8, "num_heads": 2, "window_size": 4, "ssm_state_size": 2}
 OPTIONS = [word for name, value in GEOMETRY.items() for word in (f"--{name.replace('_', '-')}", str(value))]

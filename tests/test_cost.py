@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lamamba.config import PRESETS, InfoConfig
-from lamamba.cost import WHOSE_STATES, count, count_as_papers_on_mamba, print_info
 from lamamba.model import LaMambaDiff
+from lamamba.training.cost import WHOSE_STATES, count, count_as_papers_on_mamba, print_info
 
 
 def build_on_meta(**options: object) -> LaMambaDiff:

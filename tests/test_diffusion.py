@@ -23,7 +23,7 @@ from lamamba.diffusion import (
 )
 from lamamba.errors import ConfigError
 from lamamba.sampling import sample
-from lamamba.schedulers import make_scheduler, set_timesteps
+from lamamba.sampling.schedulers import make_scheduler, set_timesteps
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "golden_diffusion.safetensors")
 

@@ -10,11 +10,11 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from PIL import Image
 from safetensors.torch import load_file
 
-from lamamba.checkpoint import load_denoiser
+from lamamba.checkpoints.checkpoint import load_denoiser
 from lamamba.cli import main
+from lamamba.data.latents import Latents
 from lamamba.diffusion import Diffusion
 from lamamba.errors import CheckpointError, ConfigError
-from lamamba.latents import Latents
 from lamamba.model import LaMambaDiff
 from lamamba.sampling import sample
 from tiny_autoencoder import write_autoencoder

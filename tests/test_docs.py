@@ -89,12 +89,16 @@ def test_docstrings_are_shown(site: Path) -> None:
 
 def test_the_map_of_the_code_names_every_module() -> None:
     page = (DOCS / "code.md").read_text()
+    tree, modules = page.split("The modules of the folders:")
     package = ROOT / "src" / "lamamba"
-    modules = {path.name for path in package.glob("[a-z]*.py")}
-    named = set(re.findall(r"^      ([a-z_]+\.py) ", page, re.MULTILINE))
-    assert named == modules
-    folders = {path.name for path in package.iterdir() if path.is_dir() and not path.name.startswith("_")}
-    assert folders == set(re.findall(r"^      ([a-z_]+)/ ", page, re.MULTILINE))
+    entries = {f"{path.name}{'/' * path.is_dir()}" for path in package.iterdir() if path.name != "__pycache__"}
+    assert set(re.findall(r"^      ([a-z_.]+/?) ", tree, re.MULTILINE)) == entries
+    assert len(entries) <= 20
+    for folder, listed in re.findall(r"^    ([a-z]+)/\n((?:      .*\n)+)", modules, re.MULTILINE):
+        named = set(re.findall(r"^      ([a-z_]+\.py|__init__\.py|[a-z_]+/) ", listed, re.MULTILINE))
+        assert {path.name for path in (package / folder).glob("[a-z]*.py")} == {
+            name for name in named if name.endswith(".py") and name != "__init__.py"
+        }
 
 
 def test_a_link_that_is_broken_is_left_to_mkdocs() -> None:

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lamamba import doctor as doctors
 from lamamba.cli import main
-from lamamba.doctor import Finding, examine, look
+from lamamba.commands import doctor as doctors
+from lamamba.commands.doctor import Finding, examine, look
 from lamamba.ops.backend import use_backend
-from lamamba.selfcheck import OPERATIONS, check_operation
+from lamamba.ops.selfcheck import OPERATIONS, check_operation
 
 CPU = torch.device("cpu")
 
@@ -188,7 +188,7 @@ def test_kernels_are_named_where_they_run() -> None:
 
 
 def test_an_operation_that_computes_something_else_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    selfcheck = sys.modules["lamamba.selfcheck"]
+    selfcheck = sys.modules["lamamba.ops.selfcheck"]
     for name, operation in OPERATIONS.items():
         for wrong in (lambda y: y * 1.001, lambda y: y + float("nan")):
             broken = operation._replace(run=lambda *inputs, run=operation.run, wrong=wrong: wrong(run(*inputs)))

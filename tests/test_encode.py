@@ -13,15 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import lamamba.encode
+import lamamba.commands.encode
 from forked import run_ranks
 from lamamba.cli import main
+from lamamba.commands.encode import encode
 from lamamba.config import EncodeConfig, TrainConfig
 from lamamba.data import LatentSource, batches, open_source
-from lamamba.encode import encode
+from lamamba.data.latents import Latents
 from lamamba.errors import ConfigError, DataError
-from lamamba.latents import Latents
-from lamamba.training import resolve
+from lamamba.training.run import resolve
 from test_latents import CPU, TINY
 from tiny_autoencoder import write_autoencoder
 
@@ -105,7 +105,7 @@ def test_encoding_goes_on_where_it_was_interrupted(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    encode_batch, calls = lamamba.encode._encode_batch, []
+    encode_batch, calls = lamamba.commands.encode._encode_batch, []
 
     def fail_at_third(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -113,7 +113,7 @@ def test_encoding_goes_on_where_it_was_interrupted(
             raise KeyboardInterrupt
         return encode_batch(*arguments)
 
-    monkeypatch.setattr(lamamba.encode, "_encode_batch", fail_at_third)
+    monkeypatch.setattr(lamamba.commands.encode, "_encode_batch", fail_at_third)
     with pytest.raises(KeyboardInterrupt):
         encoded(images, autoencoder, tmp_path / "latents")
     assert [path.name for path in (tmp_path / "latents").glob("shard-*")] == ["shard-00000.safetensors"]

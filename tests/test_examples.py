@@ -11,7 +11,7 @@ import pytest
 import torch
 from packaging.version import parse
 
-from lamamba.checkpoint import checkpoints_in
+from lamamba.checkpoints.checkpoint import checkpoints_in
 
 pytestmark = pytest.mark.skipif(parse(torch.__version__) < parse("2.12"), reason="torchrun takes no --shutdown-timeout")
 SLURM = Path(__file__).parent.parent / "examples" / "slurm" / "train.sbatch"

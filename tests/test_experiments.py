@@ -29,8 +29,8 @@ import studies  # noqa: E402
 import training  # noqa: E402
 import weights  # noqa: E402
 from lamamba.cli import main as lamamba  # noqa: E402
+from lamamba.distributed.processes import Processes  # noqa: E402
 from lamamba.errors import CheckpointError, ConfigError  # noqa: E402
-from lamamba.processes import Processes  # noqa: E402
 
 TIMES = {"seconds", "images_per_s", "compile_s", "sampling_s"}
 

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 import lamamba
-from lamamba.checkpoint import CheckpointInfo
+from lamamba.checkpoints.checkpoint import CheckpointInfo
 from lamamba.config import NetworkConfig
 from lamamba.data import FASHION_MNIST_CLASSES
 from lamamba.diffusion import OBJECTIVES
-from lamamba.schedulers import check_scheduler, make_scheduler
+from lamamba.sampling.schedulers import check_scheduler, make_scheduler
 
 
 def load(name: str) -> ModuleType:

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from lamamba import LaMambaDiff
-from lamamba.checkpoint import CheckpointInfo, verify
+from lamamba.checkpoints.checkpoint import CheckpointInfo, verify
+from lamamba.checkpoints.saving import save_checkpoint
 from lamamba.files import atomic_write, flush
-from lamamba.saving import save_checkpoint
 
 SYNC, OPEN = os.fsync, os.open
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from lamamba.checkpoint import CheckpointInfo, checkpoints_in, load_checkpoint
+from lamamba.checkpoints.checkpoint import CheckpointInfo, checkpoints_in, load_checkpoint
+from lamamba.checkpoints.saving import save_checkpoint
 from lamamba.cli import main
 from lamamba.diffusion import OBJECTIVES
 from lamamba.errors import CheckpointError
-from lamamba.finetune import transfer_weights
 from lamamba.model import LaMambaDiff
-from lamamba.saving import save_checkpoint
+from lamamba.training.transfer import transfer_weights
 
 OPTIONS: dict[str, Any] = {
     "in_channels": 1, "sample_size": 8, "num_classes": 3, "embed_dim": 8, "num_heads": 2, "depths": (1, 1, 1, 1),

@@ -8,17 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from lamamba.checkpoint import CheckpointInfo, load_checkpoint
+from lamamba.checkpoints.checkpoint import CheckpointInfo, load_checkpoint
+from lamamba.checkpoints.saving import save_checkpoint
 from lamamba.cli import main
 from lamamba.config import SamplingConfig
+from lamamba.data.latents import Pixels
 from lamamba.demo.settings import label_names, read_guidance
 from lamamba.diffusion import Diffusion
-from lamamba.generate import ImageSampler
-from lamamba.latents import Pixels
 from lamamba.model import LaMambaDiff
-from lamamba.pipeline import LaMambaDiffPipeline
 from lamamba.sampling import sample as draw
-from lamamba.saving import save_checkpoint
+from lamamba.sampling.generate import ImageSampler
+from lamamba.sampling.pipeline import LaMambaDiffPipeline
 
 CLASS_NAMES = ("Cat", "Dog", "Great owl")
 

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 from forked import run_ranks
-from lamamba import generate as module
-from lamamba.checkpoint import CheckpointInfo, write_weights
+from lamamba.checkpoints.checkpoint import CheckpointInfo, write_weights
 from lamamba.cli import main
 from lamamba.config import GenerateConfig
-from lamamba.latents import Latents
+from lamamba.data.latents import Latents
 from lamamba.model import LaMambaDiff
+from lamamba.sampling import generate as module
 from test_generate import CLASS_NAMES, write_run
 
 

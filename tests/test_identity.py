@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lamamba import training
 from lamamba.cli import main
 from lamamba.data import ArraySource, FolderSource
+from lamamba.data.latents import identify_autoencoder
 from lamamba.errors import CheckpointError
-from lamamba.identity import compare_origin
-from lamamba.latents import identify_autoencoder
+from lamamba.training import run as training
+from lamamba.training.resuming import compare_origin
 
 TINY = [
     *("--embed-dim", "4", "--num-heads", "1", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "0"),

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from lamamba.errors import ConfigError
-from lamamba.labels import Labels
+from lamamba.sampling.labels import Labels
 
 NAMES = ("Cat", "Dog", "Great owl")
 

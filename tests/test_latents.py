@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lamamba.checkpoint import load_checkpoint
+from lamamba.checkpoints.checkpoint import load_checkpoint
 from lamamba.cli import main
 from lamamba.data import to_float, to_uint8
+from lamamba.data.latents import Latents, Pixels, open_space
 from lamamba.errors import CheckpointError, ConfigError
-from lamamba.latents import Latents, Pixels, open_space
 from tiny_autoencoder import write_autoencoder
 
 CPU = torch.device("cpu")
@@ -96,7 +96,7 @@ def test_the_autoencoder_works_in_parts_that_fit_in_memory(autoencoder: Path, mo
 def test_a_compiled_decoder_is_called_with_as_few_shapes_as_can_be(
     autoencoder: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr("lamamba.latents._PIXELS_AT_ONCE", 3 * 16**2)
+    monkeypatch.setattr("lamamba.data.latents._PIXELS_AT_ONCE", 3 * 16**2)
     latents = torch.randn(number, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     space = Latents.open(autoencoder, CPU)
     wanted = space.decode(latents)

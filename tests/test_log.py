@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.progress import Progress
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lamamba import log as logging_of_runs
-from lamamba import watch as watching
 from lamamba.cli import main
+from lamamba.commands import watch as watching
+from lamamba.commands.watch import _line
 from lamamba.config import NetworkConfig, TrainConfig, preset
-from lamamba.cost import peak_tflops, training_flops
-from lamamba.output import describe_duration
-from lamamba.trainer import Trainer
-from lamamba.watch import _line
+from lamamba.terminal.output import describe_duration
+from lamamba.training import log as logging_of_runs
+from lamamba.training.cost import peak_tflops, training_flops
+from lamamba.training.trainer import Trainer
 
 TINY = [
     *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),

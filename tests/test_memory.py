@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 
-from lamamba.memory import in_parts
+from lamamba.data.latents import in_parts
 
 PROGRAM = """
 import resource
 import torch
-from lamamba.memory import keep_freed_memory
+from lamamba.training.run import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

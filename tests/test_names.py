@@ -12,7 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lamamba.cli import main
-from lamamba.pipeline import LaMambaDiffPipeline
+from lamamba.sampling.pipeline import LaMambaDiffPipeline
 
 CLASSES = (b"[red]$a_$", b"_\xff\n|<b>")  # in order, as their names are printed below
 SHOWN = ("[red]$a_$", r"_\xff\n|<b>")

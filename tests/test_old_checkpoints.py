@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lamamba import load_checkpoint, sample
-from lamamba.checkpoint import FORMAT, checkpoints_in
+from lamamba.checkpoints.checkpoint import FORMAT, checkpoints_in
 from lamamba.cli import main
 from lamamba.diffusion import Diffusion
 

@@ -12,21 +12,21 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from lamamba.captured import Captured, CapturedNetwork
-from lamamba.checkpoint import load_network
+from lamamba.checkpoints.checkpoint import load_network
+from lamamba.checkpoints.dit import DiT
+from lamamba.checkpoints.saving import load_training_state
 from lamamba.config import PRESETS, GuidanceOptions, TrainConfig
+from lamamba.data.latents import Latents
 from lamamba.diffusion import Diffusion
-from lamamba.dit import DiT
-from lamamba.latents import Latents
 from lamamba.model import LaMambaDiff
 from lamamba.ops.backend import use_backend
 from lamamba.ops.launch import rehearse
-from lamamba.pipeline import LaMambaDiffPipeline
 from lamamba.sampling import sample
-from lamamba.saving import load_training_state
-from lamamba.schedulers import make_scheduler
-from lamamba.trainer import Trainer
-from lamamba.training import resolve
+from lamamba.sampling.captured import Captured, CapturedNetwork
+from lamamba.sampling.pipeline import LaMambaDiffPipeline
+from lamamba.sampling.schedulers import make_scheduler
+from lamamba.training.run import resolve
+from lamamba.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

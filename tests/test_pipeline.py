@@ -16,9 +16,9 @@ from lamamba.data import read_image
 from lamamba.diffusion import OBJECTIVES
 from lamamba.errors import CheckpointError, ConfigError, LamambaError
 from lamamba.model import LaMambaDiff
-from lamamba.pipeline import LaMambaDiffPipeline
 from lamamba.sampling import sample, slerp
-from lamamba.schedulers import make_scheduler
+from lamamba.sampling.pipeline import LaMambaDiffPipeline
+from lamamba.sampling.schedulers import make_scheduler
 from tiny_autoencoder import write_autoencoder
 
 NAMES = ("T-shirt", "Coat", "Bag")

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from lamamba.cli import main
+from lamamba.commands.plan import MEASURED, Line, Model, Point, basis, network_of, point_plan, predict
 from lamamba.config import PlanConfig
-from lamamba.cost import training_flops
 from lamamba.errors import ConfigError
-from lamamba.plan import MEASURED, Line, Model, Point, basis, network_of, point_plan, predict
+from lamamba.training.cost import training_flops
 
 ROOT = Path(__file__).parent.parent
 S = 4 * 653_467_688  # bytes of xl-512's gradients

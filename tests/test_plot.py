@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from lamamba.cli import main
-from lamamba.log import save_figure
-from lamamba.plot import add_caption, choose_evenly, draw_curves, name_runs
+from lamamba.commands.plot import add_caption, choose_evenly, draw_curves, name_runs
+from lamamba.training.log import save_figure
 
 TINY = [
     *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
@@ -169,7 +169,7 @@ def test_images_that_do_not_fit_are_said(
     (tmp_path / "empty").mkdir()
     assert "is missing" in refused(capsys, "grid", str(tmp_path / "nowhere"))
     assert "has no images" in refused(capsys, "grid", str(tmp_path / "empty"))
-    monkeypatch.setattr("lamamba.plot.MAX_GRID_PIXELS", 100)
+    monkeypatch.setattr("lamamba.commands.plot.MAX_GRID_PIXELS", 100)
     assert "too large" in refused(capsys, "grid", str(folder))
     monkeypatch.undo()
     assert "must be a .png file" in refused(capsys, "grid", str(folder), "--out", "grid.jpg")

@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 
 import steps
 from forked import Fork, run_ranks
-from lamamba.averages import snapshots_in
-from lamamba.checkpoint import checkpoints_in, load_checkpoint
+from lamamba.checkpoints.checkpoint import checkpoints_in, load_checkpoint
 from lamamba.cli import main
+from lamamba.distributed.processes import Processes, joined
 from lamamba.errors import ConfigError
-from lamamba.processes import Processes, joined
+from lamamba.training.averages import snapshots_in
 
 TINY = [
     *("--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
@@ -60,7 +60,7 @@ def program_with(folder: Path, fault: str) -> tuple[str, ...]:
         f"""
 import os, signal, sys, time
 from lamamba.cli import main
-from lamamba.trainer import Trainer
+from lamamba.training.trainer import Trainer
 
 rank, restart = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 draw = Trainer._draw
@@ -317,7 +317,7 @@ def test_a_signal_to_the_whole_job_is_one_checkpoint(tmp_path: Path, tiny: list[
         """
 import time
 from lamamba.cli import main
-from lamamba.trainer import Trainer
+from lamamba.training.trainer import Trainer
 
 save = Trainer.save
 Trainer.save = lambda trainer: time.sleep(1.5) or save(trainer)

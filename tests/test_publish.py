@@ -20,11 +20,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hub_server import TOKEN, Hub, Repository, running_hub
-from lamamba.checkpoint import CheckpointInfo, load_checkpoint, write_json, write_weights
+from lamamba.checkpoints.checkpoint import CheckpointInfo, load_checkpoint, write_json, write_weights
 from lamamba.cli import main
+from lamamba.commands.push import _code, _escaped
 from lamamba.model import LaMambaDiff
-from lamamba.pipeline import LaMambaDiffPipeline
-from lamamba.publish import _code, _escaped
+from lamamba.sampling.pipeline import LaMambaDiffPipeline
 
 CLASSES = ("bird, large", "fish|flat", "newt")
 
@@ -341,7 +341,7 @@ def test_refusals_are_one_line_before_any_work(
         client.delenv("HF_TOKEN")
     else:
         client.setenv("HF_TOKEN", token)
-    client.setattr("lamamba.publish._write_pipeline", lambda *_, **__: pytest.fail("it was written"))
+    client.setattr("lamamba.commands.push._write_pipeline", lambda *_, **__: pytest.fail("it was written"))
     assert said in fails(capsys, str(run), name)
 
 

@@ -7,14 +7,20 @@ from typing import Any
 import pytest
 import torch
 
-from lamamba.checkpoint import CheckpointInfo, find_checkpoint, load_checkpoint, load_denoiser, shipped_weights
+from lamamba.checkpoints.checkpoint import (
+    CheckpointInfo,
+    find_checkpoint,
+    load_checkpoint,
+    load_denoiser,
+    shipped_weights,
+)
+from lamamba.checkpoints.saving import save_checkpoint
 from lamamba.config import TrainConfig
+from lamamba.data.latents import Latents
 from lamamba.errors import CheckpointError, DataError
-from lamamba.latents import Latents
-from lamamba.log import read_log
+from lamamba.files.records import MAX_BYTES, SchedulerRecord, parse_record, plain, read_record, read_train_config
 from lamamba.model import LaMambaDiff
-from lamamba.records import MAX_BYTES, SchedulerRecord, parse_record, plain, read_record, read_train_config
-from lamamba.saving import save_checkpoint
+from lamamba.training.log import read_log
 from test_weights import TINY, build_autoencoder, build_dit
 
 

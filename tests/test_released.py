@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lamamba.checkpoints.released import load_released, released_state, save_released, sizes_in, translate
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.model import LaMambaDiff
-from lamamba.released import load_released, released_state, save_released, sizes_in, translate
 
 GOLDEN = Path(__file__).parent / "golden"
 OPTIONS = {

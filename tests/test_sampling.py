@@ -10,10 +10,10 @@ from torch import Tensor
 from lamamba.config import GuidanceOptions
 from lamamba.diffusion import OBJECTIVES, Diffusion
 from lamamba.errors import ConfigError
-from lamamba.labels import choose_guidance
 from lamamba.model import LaMambaDiff
 from lamamba.sampling import Start, Step, choose_device, make_grid, sample
-from lamamba.schedulers import check_scheduler, make_scheduler
+from lamamba.sampling.labels import choose_guidance
+from lamamba.sampling.schedulers import check_scheduler, make_scheduler
 
 LABELS, SEEDS = [0, 1, 2, 0, 1, 2, 3, 1], [5, 6, 7, 8, 9, 10, 11, 12]
 

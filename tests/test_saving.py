@@ -8,14 +8,14 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from lamamba import saving
-from lamamba.checkpoint import CheckpointInfo, checkpoints_in, load_network
+from lamamba.checkpoints import saving
+from lamamba.checkpoints.checkpoint import CheckpointInfo, checkpoints_in, load_network
+from lamamba.checkpoints.saving import CheckpointWriter, describe_training_state, load_training_state, save_checkpoint
 from lamamba.config import NetworkConfig, TrainConfig
 from lamamba.errors import CheckpointError
 from lamamba.model import LaMambaDiff
-from lamamba.saving import CheckpointWriter, describe_training_state, load_training_state, save_checkpoint
-from lamamba.trainer import Trainer
-from lamamba.training import resolve
+from lamamba.training.run import resolve
+from lamamba.training.trainer import Trainer
 
 TINY = {"embed_dim": 8, "num_heads": 2, "in_channels": 1, "sample_size": 8, "num_classes": 2, "depths": (1, 1, 1, 1)}
 

@@ -17,8 +17,8 @@ from known_data import KnownDenoiser, mixture
 from lamamba.diffusion import OBJECTIVES, Diffusion
 from lamamba.errors import ConfigError
 from lamamba.model import LaMambaDiff
-from lamamba.pipeline import LaMambaDiffPipeline
-from lamamba.schedulers import Steps, check_scheduler, make_scheduler
+from lamamba.sampling.pipeline import LaMambaDiffPipeline
+from lamamba.sampling.schedulers import Steps, check_scheduler, make_scheduler
 
 DATA = mixture([0.4, 0.6], [-0.4, 0.4], [0.12, 0.15])  # within -1 and 1
 NUM_IMAGES, NUM_STEPS = 32, 50

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 
 from forked import Fork, run_ranks
-from lamamba import encode as encoding
-from lamamba import generate as generating
-from lamamba.checkpoint import checkpoints_in
+from lamamba.checkpoints.checkpoint import checkpoints_in
 from lamamba.cli import main
+from lamamba.commands import encode as encoding
 from lamamba.data import FolderSource, batches, open_source
+from lamamba.distributed.processes import Processes
+from lamamba.distributed.signals import NAMES, SignalsNoted
 from lamamba.errors import DataError, LamambaError
-from lamamba.processes import Processes
-from lamamba.signals import NAMES, SignalsNoted
-from lamamba.trainer import Trainer
+from lamamba.sampling import generate as generating
+from lamamba.training.trainer import Trainer
 
 TINY = [
     *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),

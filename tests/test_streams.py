@@ -15,8 +15,8 @@ from rich.table import Table
 import lamamba
 from lamamba.cli import main
 from lamamba.files import write_text
-from lamamba.output import make_console, make_progress, say
-from lamamba.streams import StandardStream, standard_streams, visible
+from lamamba.terminal.output import make_console, make_progress, say
+from lamamba.terminal.streams import StandardStream, standard_streams, visible
 
 HOSTILE = "r[flow]x[/b] :smile: $x_$ https://a.b 12 'q' <b>"  # markup of several kinds, which is text all the same
 

@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file
 
 from forked import Fork
-from lamamba.checkpoint import checkpoints_in, load_checkpoint, locked
+from lamamba.checkpoints.checkpoint import checkpoints_in, load_checkpoint, locked
 from lamamba.cli import main
 from lamamba.diffusion import Diffusion
 from lamamba.errors import CheckpointError
 from lamamba.sampling import Step, sample
-from lamamba.trainer import Trainer
+from lamamba.training.trainer import Trainer
 
 TINY = [
     *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
@@ -141,7 +141,7 @@ def test_a_signal_ends_the_drawing_of_samples_and_saves(
 
         return sample(*arguments, callback=note, **options)
 
-    monkeypatch.setattr("lamamba.trainer.sample", draw)
+    monkeypatch.setattr("lamamba.training.trainer.sample", draw)
     options = [*TINY, "--sample-every", "8", "--sample-steps", "50", "--log-every", "4", "--num-images", "40"]
     with pytest.raises(SystemExit) as stopped:
         main(["train", "--out", str(tmp_path / "run"), *options])

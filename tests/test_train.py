@@ -15,16 +15,16 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lamamba
-from lamamba import training
-from lamamba.checkpoint import checkpoints_in, load_checkpoint
+from lamamba.checkpoints.checkpoint import checkpoints_in, load_checkpoint
 from lamamba.cli import main
 from lamamba.config import PRESETS, NetworkConfig, TrainConfig
 from lamamba.data import to_float
 from lamamba.diffusion import Diffusion
 from lamamba.errors import LamambaError
-from lamamba.records import read_train_config
-from lamamba.trainer import describe_weight_decay, hidden_matrices, weights_decayed
-from lamamba.training import _set_aside
+from lamamba.files.records import read_train_config
+from lamamba.training import run as training
+from lamamba.training.run import _set_aside
+from lamamba.training.trainer import describe_weight_decay, hidden_matrices, weights_decayed
 from steps import Replayed
 
 TINY = [
@@ -130,7 +130,7 @@ def test_a_run_is_neither_overwritten_nor_changed(
 def test_an_infinite_loss_stops_the_run_and_names_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lamamba import training as module
+    from lamamba.training import run as module
 
     calls = 0
 
@@ -349,7 +349,7 @@ def test_a_step_that_is_replayed_is_the_same(tmp_path: Path, monkeypatch: pytest
     options = {"batch_size": 7, "accumulate": accumulate, "learning_rate": 1e-3}
     called, replayed = (make_trainer(tmp_path, **options) for _ in range(2))
     replayed.captures = True
-    monkeypatch.setattr("lamamba.trainer.Captured", Replayed)
+    monkeypatch.setattr("lamamba.training.trainer.Captured", Replayed)
     monkeypatch.setattr(Replayed, "parameters", list(replayed.network.parameters()))
     wanted, ours = (take_steps(trainer, 4) for trainer in (called, replayed))
     assert replayed.gradients is not None
@@ -538,7 +538,7 @@ def test_grids_of_a_run_that_never_drops_labels_are_without_guidance(
         scales.append(guidance_scale)
         return torch.zeros(20, 1, 32, 32)
 
-    monkeypatch.setattr("lamamba.trainer.sample", note_scale)
+    monkeypatch.setattr("lamamba.training.trainer.sample", note_scale)
     for dropout in ("0", "0.1"):
         train(tmp_path / dropout, "--num-images", "4", "--label-dropout", dropout)
         said = "sample grids are without guidance: this network was trained with label_dropout 0"

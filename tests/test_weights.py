@@ -15,15 +15,15 @@ from diffusers import AutoencoderKL, DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lamamba.checkpoint import load_denoiser, load_network
+from lamamba.checkpoints.checkpoint import load_denoiser, load_network
 from lamamba.cli import main
 from lamamba.config import SamplingConfig
+from lamamba.data.latents import Latents, check_autoencoder
 from lamamba.errors import CheckpointError, ConfigError
-from lamamba.generate import ImageSampler
-from lamamba.latents import Latents, check_autoencoder
+from lamamba.files.weights import read_pickle
 from lamamba.model import LaMambaDiff
-from lamamba.pipeline import LaMambaDiffPipeline
-from lamamba.weights import read_pickle
+from lamamba.sampling.generate import ImageSampler
+from lamamba.sampling.pipeline import LaMambaDiffPipeline
 
 TINY = {"embed_dim": 8, "num_heads": 2, "in_channels": 1, "sample_size": 8, "num_classes": 2, "depths": (1, 1, 1, 1)}
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -13,10 +13,10 @@ import torch
 import torch.distributed.fsdp
 import torch.distributed.launcher.api
 
-import lamamba.encode
+import lamamba.commands.encode
 import lamamba.evaluation.evaluate
-import lamamba.generate
-import lamamba.training  # noqa: F401 - what commands import when they are called
+import lamamba.sampling.generate
+import lamamba.training.run  # noqa: F401 - what commands import when they are called
 from lamamba.cli import main
 
 TINY = [

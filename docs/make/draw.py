@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lamamba.checkpoint import load_checkpoint
+from lamamba.checkpoints.checkpoint import load_checkpoint
+from lamamba.commands.plan import predict
 from lamamba.config import PRESETS, DemoLimits, NetworkConfig, PlanConfig
-from lamamba.cost import count, count_as_papers_on_mamba
 from lamamba.demo.figures import draw_paths, draw_windows
 from lamamba.demo.receptive_field import draw_receptive_field, receptive_field
 from lamamba.model import LaMambaDiff
-from lamamba.plan import predict
 from lamamba.sampling import make_grid
+from lamamba.training.cost import count, count_as_papers_on_mamba
 
 DOCS = Path(__file__).parents[1]
 FIELD = "network/receptive_field.png"

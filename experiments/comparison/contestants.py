@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lamamba.checkpoints.dit import DiT as SampledDiT
 from lamamba.config import NetworkConfig, preset
-from lamamba.cost import count
-from lamamba.dit import DiT as SampledDiT
 from lamamba.model import LaMambaDiff
+from lamamba.training.cost import count
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lamamba.config import nearest
+from lamamba.distributed.processes import joined
 from lamamba.errors import LamambaError
-from lamamba.processes import joined
 from lamamba.sampling import choose_device
 from pieces import FULL, LISTS, PIECES, QUICK, Clipping, Memorisation, Piece, Speed, Steps, Study, Training
 from setting import RESULTS, Clock, OutOfTimeError, Setting, is_finished, of_learning_rate

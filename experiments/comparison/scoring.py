@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lamamba.captured import CapturedNetwork
 from lamamba.data import ArraySource, to_float, to_uint8
 from lamamba.diffusion import OBJECTIVES
 from lamamba.evaluation.features import open_features
 from lamamba.evaluation.metrics import Gaussian, Moments, compare_neighbours, frechet_distance
 from lamamba.sampling import sample
+from lamamba.sampling.captured import CapturedNetwork
 from setting import Setting, rounded
 
 # Second order, so that the error of the steps is far smaller than the differences between networks.

@@ -17,11 +17,11 @@ from torch import Tensor
 from contestants import build, cost, network_config
 from lamamba.config import NetworkConfig, TrainConfig
 from lamamba.data import ArraySource
+from lamamba.data.latents import Pixels
 from lamamba.errors import CheckpointError, LamambaError
 from lamamba.files import atomic_write
-from lamamba.latents import Pixels
 from lamamba.sampling import make_grid
-from lamamba.trainer import Trainer, optimizer_keys
+from lamamba.training.trainer import Trainer, optimizer_keys
 from pieces import Scale, Training
 from scoring import FEATURES, Denoiser, InAutocast, score, spread
 from setting import OutOfTimeError, Record, Setting, rounded

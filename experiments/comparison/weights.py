@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from contestants import LAMAMBA
-from lamamba.checkpoint import CheckpointInfo, write_weights
+from lamamba.checkpoints.checkpoint import CheckpointInfo, write_weights
 from lamamba.config import NetworkConfig
 from lamamba.data import FASHION_MNIST_CLASSES
 from lamamba.files import atomic_write

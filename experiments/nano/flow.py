@@ -20,7 +20,7 @@ from lamamba.data import load_fashion_mnist
 from lamamba.diffusion import NUM_TIMESTEPS, Diffusion
 from lamamba.evaluation.features import open_features
 from lamamba.evaluation.metrics import Gaussian, frechet_distance
-from lamamba.schedulers import make_scheduler
+from lamamba.sampling.schedulers import make_scheduler
 
 LEVELS = Diffusion().sigma(torch.arange(NUM_TIMESTEPS)).double().log().numpy()  # log of noise over signal
 

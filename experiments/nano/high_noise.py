@@ -16,7 +16,7 @@ from lamamba import Diffusion, load_checkpoint, to_uint8
 from lamamba.data import load_fashion_mnist, to_float
 from lamamba.evaluation.metrics import frechet_distance
 from lamamba.model import LaMambaDiff
-from lamamba.schedulers import make_scheduler
+from lamamba.sampling.schedulers import make_scheduler
 
 BATCH = 100
 

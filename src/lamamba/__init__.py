@@ -13,26 +13,27 @@ _HOMES = {
     "FlowMatching": "lamamba.diffusion",
     "GuidanceOptions": "lamamba.config",
     "LaMambaDiff": "lamamba.model",
-    "LaMambaDiffPipeline": "lamamba.pipeline",
+    "LaMambaDiffPipeline": "lamamba.sampling.pipeline",
     "LamambaError": "lamamba.errors",
-    "Run": "lamamba.training",
+    "Run": "lamamba.training.run",
     "TrainConfig": "lamamba.config",
     "guide": "lamamba.diffusion",
-    "load_checkpoint": "lamamba.checkpoint",
-    "load_denoiser": "lamamba.checkpoint",
-    "load_released": "lamamba.released",
-    "make_scheduler": "lamamba.schedulers",
+    "load_checkpoint": "lamamba.checkpoints.checkpoint",
+    "load_denoiser": "lamamba.checkpoints.checkpoint",
+    "load_released": "lamamba.checkpoints.released",
+    "make_scheduler": "lamamba.sampling.schedulers",
     "sample": "lamamba.sampling",
     "to_uint8": "lamamba.data",
-    "train": "lamamba.training",
+    "train": "lamamba.training.run",
     "training_losses": "lamamba.diffusion",
 }
 
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from lamamba.checkpoint import load_checkpoint as load_checkpoint
-    from lamamba.checkpoint import load_denoiser as load_denoiser
+    from lamamba.checkpoints.checkpoint import load_checkpoint as load_checkpoint
+    from lamamba.checkpoints.checkpoint import load_denoiser as load_denoiser
+    from lamamba.checkpoints.released import load_released as load_released
     from lamamba.config import GuidanceOptions as GuidanceOptions
     from lamamba.config import TrainConfig as TrainConfig
     from lamamba.data import to_uint8 as to_uint8
@@ -45,12 +46,11 @@ if TYPE_CHECKING:
     from lamamba.errors import DataError as DataError
     from lamamba.errors import LamambaError as LamambaError
     from lamamba.model import LaMambaDiff as LaMambaDiff
-    from lamamba.pipeline import LaMambaDiffPipeline as LaMambaDiffPipeline
-    from lamamba.released import load_released as load_released
     from lamamba.sampling import sample as sample
-    from lamamba.schedulers import make_scheduler as make_scheduler
-    from lamamba.training import Run as Run
-    from lamamba.training import train as train
+    from lamamba.sampling.pipeline import LaMambaDiffPipeline as LaMambaDiffPipeline
+    from lamamba.sampling.schedulers import make_scheduler as make_scheduler
+    from lamamba.training.run import Run as Run
+    from lamamba.training.run import train as train
 
 
 def __getattr__(name: str) -> Any:

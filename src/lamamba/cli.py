@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lamamba import __version__
-from lamamba.completion import write_completion
+from lamamba.commands.completion import write_completion
 from lamamba.config import (
     AverageConfig,
     ConvertConfig,
@@ -36,7 +36,7 @@ from lamamba.config import (
     preset,
 )
 from lamamba.errors import ConfigError, LamambaError, OtherProcessError, SignalError
-from lamamba.streams import StandardStream, standard_streams, visible
+from lamamba.terminal.streams import StandardStream, standard_streams, visible
 
 
 class Command(NamedTuple):
@@ -51,15 +51,15 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command(
-        TrainConfig, "lamamba.training:train", "train a network on images",
+        TrainConfig, "lamamba.training.run:train", "train a network on images",
         "lamamba train --preset nano --data builtin --out runs/first",
     ),
     "finetune": Command(
-        FinetuneConfig, "lamamba.training:train", "train from a checkpoint's weights",
+        FinetuneConfig, "lamamba.training.run:train", "train from a checkpoint's weights",
         "lamamba finetune nano --data photos --image-size 32 --out runs/photos",
     ),
     "encode": Command(
-        EncodeConfig, "lamamba.encode:encode", "encode images to latents",
+        EncodeConfig, "lamamba.commands.encode:encode", "encode images to latents",
         "lamamba encode --data photos --vae vae --image-size 256 --out latents",
     ),
     "prepare imagenet": Command(
@@ -71,20 +71,20 @@ COMMANDS = {
         "lamamba prepare emoji --out emoji",
     ),
     "average": Command(
-        AverageConfig, "lamamba.averages:average", "make an EMA of any length",
+        AverageConfig, "lamamba.training.averages:average", "make an EMA of any length",
         "lamamba average runs/first --sigma-rel 0.07 --out averaged",
     ),
-    "watch": Command(WatchConfig, "lamamba.watch:watch", "follow a run", "lamamba watch runs/first"),
+    "watch": Command(WatchConfig, "lamamba.commands.watch:watch", "follow a run", "lamamba watch runs/first"),
     "convert": Command(
-        ConvertConfig, "lamamba.convert:convert", "convert released checkpoints",
+        ConvertConfig, "lamamba.commands.convert:convert", "convert released checkpoints",
         "lamamba convert released.pt lamamba-xl",
     ),
     "sample": Command(
-        SampleConfig, "lamamba.generate:sample_grid", "sample a grid of images",
+        SampleConfig, "lamamba.sampling.generate:sample_grid", "sample a grid of images",
         "lamamba sample nano --labels 0,1,2 --out grid.png",
     ),
     "generate": Command(
-        GenerateConfig, "lamamba.generate:generate", "sample any number of images",
+        GenerateConfig, "lamamba.sampling.generate:generate", "sample any number of images",
         "lamamba generate nano --num-images 10000 --out images",
     ),
     "demo": Command(DemoConfig, "lamamba.demo.serving:serve", "sample in a browser", "lamamba demo nano runs/photos"),
@@ -93,21 +93,25 @@ COMMANDS = {
         "lamamba evaluate samples fashion-mnist --features clothes",
     ),
     "push": Command(
-        PushConfig, "lamamba.publish:push", "upload to the Hugging Face hub", "lamamba push runs/first user/first",
+        PushConfig, "lamamba.commands.push:push", "upload to the Hugging Face hub",
+        "lamamba push runs/first user/first",
     ),
     "info": Command(
-        InfoConfig, "lamamba.cost:print_info", "count parameters and multiply-adds", "lamamba info xl-256",
+        InfoConfig, "lamamba.training.cost:print_info", "count parameters and multiply-adds", "lamamba info xl-256",
     ),
     "plan": Command(
-        PlanConfig, "lamamba.plan:print_plan", "predict training on a cluster", "lamamba plan xl-512 --gpus 64",
+        PlanConfig, "lamamba.commands.plan:print_plan", "predict training on a cluster",
+        "lamamba plan xl-512 --gpus 64",
     ),
     "plot": Command(
-        PlotConfig, "lamamba.plot:plot", "plot curves and samples of runs", "lamamba plot runs/first runs/second",
+        PlotConfig, "lamamba.commands.plot:plot", "plot curves and samples of runs",
+        "lamamba plot runs/first runs/second",
     ),
     "grid": Command(
-        GridConfig, "lamamba.plot:grid", "arrange images in a grid", "lamamba grid samples --rows 4 --columns 8",
+        GridConfig, "lamamba.commands.plot:grid", "arrange images in a grid",
+        "lamamba grid samples --rows 4 --columns 8",
     ),
-    "doctor": Command(DoctorConfig, "lamamba.doctor:doctor", "check this machine", "lamamba doctor"),
+    "doctor": Command(DoctorConfig, "lamamba.commands.doctor:doctor", "check this machine", "lamamba doctor"),
 }  # fmt: skip
 
 # Their output is their only result. The others go on when nobody can read what they print, and succeed.
@@ -298,7 +302,7 @@ def _run_defaults(arguments: list[str]) -> dict[str, Any]:
         return {}
     if not (Path(out) / "config.json").is_file():
         return {}
-    from lamamba.records import read_train_config
+    from lamamba.files.records import read_train_config
 
     return vars(read_train_config(Path(out) / "config.json"))
 
@@ -319,7 +323,7 @@ def _finetune_defaults(arguments: list[str]) -> dict[str, Any]:
             )
         return started
     with _loading():
-        from lamamba.checkpoint import check_network, find_checkpoint, locate
+        from lamamba.checkpoints.checkpoint import check_network, find_checkpoint, locate
 
     folder, info = locate(find_checkpoint(name))
     return {

@@ -70,7 +70,7 @@ class Objective(Protocol):
 
     @property
     def samplers(self) -> tuple[str, ...]:
-        """Names of the samplers that work, see `lamamba.schedulers.make_scheduler`."""
+        """Names of the samplers that work, see `lamamba.sampling.schedulers.make_scheduler`."""
 
     @property
     def default_sampler(self) -> str:
@@ -105,7 +105,7 @@ def _deprecated_scheduler(self: Objective, *arguments: Any, **options: Any) -> A
         DeprecationWarning,
         stacklevel=2,
     )
-    return import_module("lamamba.schedulers").make_scheduler(self, *arguments, **options)
+    return import_module("lamamba.sampling.schedulers").make_scheduler(self, *arguments, **options)
 
 
 class Diffusion:

@@ -30,6 +30,8 @@ from torch import Tensor, nn
 
 from lamamba.config import NetworkConfig, preset
 from lamamba.files import utf8_path
+from lamamba.files.records import read_record
+from lamamba.files.weights import CONFIG, check_loaded
 from lamamba.ops.depthwise_convolution import depthwise_convolution
 from lamamba.ops.gated_norm import gated_norm
 from lamamba.ops.grid import NUM_PATHS
@@ -38,8 +40,6 @@ from lamamba.ops.linear_gelu import linear_gelu
 from lamamba.ops.residual_norm import Residual, add_gated, layer_norm, residual_norm
 from lamamba.ops.selective_scan import project_and_scan
 from lamamba.ops.window_attention import project_and_attend
-from lamamba.records import read_record
-from lamamba.weights import CONFIG, check_loaded
 
 
 class LaMambaDiff(ModelMixin, ConfigMixin):
@@ -412,7 +412,7 @@ class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.linear_1 = Linear(width, hidden)
-        self.dropout = nn.Dropout(0.0)  # training sets its probability, see `lamamba.trainer.Trainer`
+        self.dropout = nn.Dropout(0.0)  # training sets its probability, see `lamamba.training.trainer.Trainer`
         self.linear_2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from lamamba.demo.gallery import draw_images
-from lamamba.generate import encode_png
+from lamamba.sampling.generate import encode_png
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8), dtype=np.uint8)
 

@@ -22,10 +22,10 @@ import pytest
 from PIL import Image
 
 import lamamba
-from lamamba.checkpoint import CheckpointInfo, write_weights
+from lamamba.checkpoints.checkpoint import CheckpointInfo, write_weights
 from lamamba.config import SampleConfig
-from lamamba.generate import sample_grid
 from lamamba.model import LaMambaDiff
+from lamamba.sampling.generate import sample_grid
 
 pytest.importorskip("gradio", reason="needs Gradio: pip install 'lamamba[demo]'")
 pytest.importorskip("selenium", reason="needs Selenium: pip install 'lamamba[dev]'")

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lamamba.checkpoint import CheckpointInfo, write_weights
+from lamamba.checkpoints.checkpoint import CheckpointInfo, write_weights
 from lamamba.config import DemoLimits, SampleConfig, SamplingConfig
 from lamamba.demo.previews import Models, Pictures, Preview, compare_guidance, inpaint, interpolate, sample
 from lamamba.demo.settings import Request, read_request
 from lamamba.diffusion import Diffusion
 from lamamba.errors import ConfigError
-from lamamba.generate import ImageSampler, encode_png, sample_grid
 from lamamba.model import LaMambaDiff
 from lamamba.sampling import choose_device
+from lamamba.sampling.generate import ImageSampler, encode_png, sample_grid
 
 LIMITS = DemoLimits()
 
@@ -106,7 +106,7 @@ def test_an_error_reaches_who_reads(model: ImageSampler, monkeypatch: pytest.Mon
     def fail(*_: Any, **__: Any) -> None:
         raise ConfigError("on purpose")
 
-    monkeypatch.setattr("lamamba.generate.sample", fail)
+    monkeypatch.setattr("lamamba.sampling.generate.sample", fail)
     with pytest.raises(ConfigError, match="on purpose"):
         list(sample(model, ask(model)))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lamamba.checkpoint import load_checkpoint
+from lamamba.checkpoints.checkpoint import load_checkpoint
 from lamamba.config import DemoLimits
 from lamamba.demo.figures import attention_groups
 from lamamba.demo.receptive_field import NUM_DRAWS, TIMESTEP, draw_receptive_field, receptive_field, receptive_fields

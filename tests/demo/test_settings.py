@@ -11,8 +11,8 @@ from lamamba.config import DemoLimits, SamplingConfig
 from lamamba.demo.previews import Models
 from lamamba.demo.settings import label_names, read_label, read_numbers, read_request
 from lamamba.errors import ConfigError
-from lamamba.generate import ImageSampler
 from lamamba.sampling import choose_device
+from lamamba.sampling.generate import ImageSampler
 
 LIMITS = DemoLimits(max_images=4, max_steps=10, max_pixels=4 * 32 * 32)
 

@@ -29,7 +29,7 @@ from lamamba.data.decoding import decode_image
 from lamamba.data.preparing import NewFile, SplitCounts, check_names, fill_folder, list_names, using
 from lamamba.errors import DataError
 from lamamba.files import TEMPORARY
-from lamamba.output import progress_bars, say
+from lamamba.terminal.output import progress_bars, say
 
 PACKAGE = "emoji-datasource-google"
 REGISTRY = "https://registry.npmjs.org"

@@ -24,7 +24,7 @@ from lamamba.config import DatasetOptions
 from lamamba.data.decoding import crop_centre, decode_image
 from lamamba.data.sources import ImageSource
 from lamamba.errors import DataError
-from lamamba.output import make_console
+from lamamba.terminal.output import make_console
 
 _SAVED = ("state.json", "dataset_dict.json")  # of save_to_disk: one split, or several
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

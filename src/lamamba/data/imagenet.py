@@ -25,7 +25,7 @@ from rich.progress import MofNCompleteColumn
 from lamamba.config import PrepareImagenetConfig
 from lamamba.data.preparing import NewFile, SplitCounts, check_names, fill_folder
 from lamamba.errors import ConfigError, DataError, reading
-from lamamba.output import progress_bars, say
+from lamamba.terminal.output import progress_bars, say
 
 _DEVKIT_META = "ILSVRC2012_devkit_t12/data/meta.mat"
 _DEVKIT_TRUTH = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"

@@ -24,7 +24,7 @@ from typing_extensions import TypedDict
 from lamamba.data.sources import Source
 from lamamba.errors import DataError
 from lamamba.files import utf8_path
-from lamamba.records import read_record
+from lamamba.files.records import read_record
 
 INDEX, SETTINGS = "latents.json", "settings.json"
 FORMAT = 1

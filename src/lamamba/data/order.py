@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lamamba.config.checks import check_seed
 from lamamba.data.sources import ArraySource, Source
+from lamamba.distributed.signals import leave_signals_to_parent
 from lamamba.errors import ConfigError, DataError, first_line
-from lamamba.signals import leave_signals_to_parent
 
 
 @lru_cache(maxsize=2)

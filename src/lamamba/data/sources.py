@@ -61,7 +61,7 @@ class Source(ABC):
             mirrored: bool (b,), which of them to mirror left to right.
 
         Returns:
-            The input of `lamamba.latents.Space.encode`, and int64 labels (b,), 0 without classes.
+            The input of `lamamba.data.latents.Space.encode`, and int64 labels (b,), 0 without classes.
 
         Raises:
             DataError: an image cannot be read; the message names the file.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lamamba.generate import encode_png
+from lamamba.sampling.generate import encode_png
 
 # Browsers refuse to save long `data:` links, but save the same bytes as a blob.
 SAVE_LINKS = """

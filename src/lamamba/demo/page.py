@@ -32,9 +32,9 @@ from lamamba.demo.settings import (
 )
 from lamamba.demo.uploads import FOLDER, Uploads, read_drawing
 from lamamba.errors import ConfigError, LamambaError
-from lamamba.generate import ImageSampler
-from lamamba.labels import choose_guidance, why_unguided
 from lamamba.model import LaMambaDiff
+from lamamba.sampling.generate import ImageSampler
+from lamamba.sampling.labels import choose_guidance, why_unguided
 
 _TITLE = """
 # LaMamba-Diff

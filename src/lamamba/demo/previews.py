@@ -21,14 +21,14 @@ from PIL import Image
 from lamamba.config import DemoLimits, SamplingConfig, nearest
 from lamamba.data import to_float
 from lamamba.data.decoding import convert_image
+from lamamba.data.latents import Latents, Space
 from lamamba.demo.settings import MAX_GUIDANCE, Request, check_pixels, read_number, read_seed, read_whole
 from lamamba.errors import ConfigError
-from lamamba.generate import ImageSampler
-from lamamba.labels import why_unguided
-from lamamba.latents import Latents, Space
 from lamamba.sampling import Callback, Start, Step, choose_device
 from lamamba.sampling import interpolate as interpolated
-from lamamba.streams import visible
+from lamamba.sampling.generate import ImageSampler
+from lamamba.sampling.labels import why_unguided
+from lamamba.terminal.streams import visible
 
 
 @dataclass(frozen=True)

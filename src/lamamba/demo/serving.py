@@ -10,7 +10,7 @@ from types import FrameType
 from lamamba.config import DemoConfig
 from lamamba.demo.previews import Models
 from lamamba.errors import ConfigError
-from lamamba.output import say
+from lamamba.terminal.output import say
 
 _MAX_CONNECTIONS = 512  # a browser keeps up to six
 

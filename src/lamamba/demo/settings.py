@@ -8,8 +8,8 @@ from typing import Any, cast
 from lamamba.config import DemoLimits, GuidanceOptions, Sampler, SamplingConfig, nearest
 from lamamba.config.checks import check_seed
 from lamamba.errors import ConfigError
-from lamamba.generate import ImageSampler
-from lamamba.labels import NO_LABEL, choose_guidance, why_unguided
+from lamamba.sampling.generate import ImageSampler
+from lamamba.sampling.labels import NO_LABEL, choose_guidance, why_unguided
 
 MAX_GUIDANCE = 20.0
 

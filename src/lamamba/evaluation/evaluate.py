@@ -22,8 +22,8 @@ from lamamba.evaluation.features import FeatureNetwork, open_features
 from lamamba.evaluation.image_sets import ImageSet, Reference, open_images, open_reference, read_settings, show_size
 from lamamba.evaluation.metrics import Gaussian, Moments
 from lamamba.files import atomic_write, write_text
-from lamamba.output import make_console, progress_bars, say
 from lamamba.sampling import choose_device
+from lamamba.terminal.output import make_console, progress_bars, say
 
 PUBLISHED_IMAGES = 50_000  # in published FIDs
 IMAGES_PER_FEATURE = 10  # with fewer, even two samples of the same set are far apart

@@ -23,7 +23,7 @@ from torch import Tensor
 from lamamba.errors import ConfigError
 from lamamba.evaluation.clothes import ClothesNetwork
 from lamamba.files import atomic_write, checksum
-from lamamba.weights import check_weights
+from lamamba.files.weights import check_weights
 
 INCEPTION_URL = (
     "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"  # 91 MiB

@@ -20,8 +20,8 @@ from lamamba.data.folders import list_images_below, no_images
 from lamamba.errors import DataError
 from lamamba.evaluation.metrics import Gaussian
 from lamamba.files import checksum
-from lamamba.generate import SAMPLES, read_generation
-from lamamba.npz import list_arrays, opened_array
+from lamamba.files.npz import list_arrays, opened_array
+from lamamba.sampling.generate import SAMPLES, read_generation
 
 _NAMED: Mapping[str, Callable[[Path | None], ArraySource]] = {
     "builtin": lambda _: load_builtin(),

@@ -1,0 +1,1 @@
+"""Checkpoints: their format, finding and writing them, and foreign formats."""

@@ -1,0 +1,1 @@
+"""What commands print: standard streams, lines, tables and progress bars."""

@@ -1,0 +1,1 @@
+"""Training: setting up a run, its steps, EMAs and log."""

@@ -1,0 +1,540 @@
+"""The state of a training run and a step of it: batch, loss, gradient, optimizer, EMA; its checkpoints and samples."""
+
+import math
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from copy import deepcopy
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from lamamba.checkpoints.checkpoint import CheckpointInfo, load_checkpoint, load_network, read_info, verify
+from lamamba.checkpoints.saving import CheckpointWriter, describe_training_state, load_training_state
+from lamamba.config import TrainConfig
+from lamamba.data import Source, batches
+from lamamba.data.latents import Space
+from lamamba.diffusion import OBJECTIVES, FlowMatching, Objective, draw_noise, training_losses
+from lamamba.distributed.processes import GradientSums, Processes, cut_evenly
+from lamamba.distributed.sharding import gather, load, local, shard, whole
+from lamamba.errors import CheckpointError, ConfigError
+from lamamba.files.weights import check_weights
+from lamamba.model import LaMambaDiff
+from lamamba.ops.backend import use_backend
+from lamamba.ops.launch import rehearse
+from lamamba.sampling import Callback, make_grid, sample, uses_bf16
+from lamamba.sampling.captured import Captured, CapturedNetwork
+from lamamba.sampling.labels import why_unguided
+from lamamba.training.averages import PowerAverages, save_snapshot
+from lamamba.training.transfer import transfer_weights
+
+
+class Trainer:
+    """A training run: the network, its EMA, the optimizer and the random state.
+
+    Args:
+        config: resolved, see `lamamba.training.run.resolve`.
+        source: the images.
+        space: pixels or latents.
+        device: where to train.
+        processes: the ranks that train together.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        source: Source,
+        space: Space,
+        device: torch.device,
+        processes: Processes = Processes(),  # noqa: B008 - frozen
+    ) -> None:
+        self.config, self.source, self.space, self.device, self.processes = config, source, space, device, processes
+        self.share = processes.share(config.batch_size)
+        # All ranks have the same number of parts, because sharded weights are gathered in each part.
+        num_parts = min(config.accumulate, config.batch_size // processes.number)
+        self.parts = cut_evenly(self.share.stop - self.share.start, num_parts)
+        self.objective = choose_objective(config)
+        if config.contrast and config.batch_size < 2 * processes.number:
+            raise ConfigError(
+                f"contrast needs two images per rank: give batch_size {2 * processes.number} or more, or fewer ranks"
+            )
+        self.images = self.step = 0
+        self.skipped_in_a_row = torch.zeros((), device=device)
+        # Leave the global generator of the program alone.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.network, self.average = self.build().to(device), self.build().to(device)
+        if config.dropout:
+            layers = [module for module in self.network.modules() if isinstance(module, nn.Dropout)]
+            if not layers:
+                raise ConfigError(f"dropout is {config.dropout}, but the network has no layer nn.Dropout: leave it out")
+            for layer in layers:
+                layer.p = config.dropout
+        self.average.eval().requires_grad_(False)
+        self.average.load_state_dict(self.network.state_dict())
+        self.shards = config.shard and processes.number > 1
+        if self.shards:
+            shard(self.network, processes.number, compile=config.compile)
+            shard(self.average, processes.number)
+        # FSDP frees gathered parameters after use, which it cannot if the CPU's compiled loops have seen them.
+        self.backend = partial(use_backend, "pytorch") if self.shards and device.type == "cpu" else nullcontext
+        group = torch.distributed.new_group(backend="gloo") if self.shards else None
+        self.writer = CheckpointWriter(config.out, config.keep_checkpoints, group)
+        self._saved: dict[str, dict[str, Tensor]] = {name: {} for name in self._networks()}  # of the last checkpoint
+        self.power_averages = PowerAverages(self.network, config.power_averages) if config.power_averages else None
+        self.generator = torch.Generator(device).manual_seed(config.seed)
+        decays = weights_decayed(self.network)
+        hidden = hidden_matrices(self.network) if config.optimizer == "muon" else {}
+        named = [(name, value) for name, value in self.network.named_parameters() if name not in hidden]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [value for name, value in named if decays[name]], "weight_decay": config.weight_decay},
+                {"params": [value for name, value in named if not decays[name]], "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            fused=device.type in ("cpu", "cuda"),
+        )
+        self.optimizers: list[torch.optim.Optimizer] = [self.optimizer]
+        if config.optimizer == "muon":
+            # Its steps get the length of AdamW's, so that both use one learning rate (arXiv 2502.16982, section 2.2).
+            muon = torch.optim.Muon(
+                hidden.values(), config.learning_rate, config.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+            self.optimizers.append(muon)
+        self.optimizer_of: dict[Tensor, torch.optim.Optimizer] = {
+            parameter: optimizer
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        if config.gradient_checkpointing:
+            # There is no random state to preserve, which a CUDA graph could not do: dropout is off.
+            self.network.enable_gradient_checkpointing(
+                partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
+            )
+        self.uses_bf16 = uses_bf16(config.precision, device)
+        self.autocast = torch.autocast(device.type, torch.bfloat16) if self.uses_bf16 else nullcontext()
+        self.compiled: Any = torch.compile(self.network) if config.compile and not self.shards else self.network
+        sums_up = processes.number > 1 and not self.shards
+        self.gradient_sums = GradientSums(self.network.parameters()) if sums_up else None
+        self.captures = config.cuda_graph and device.type == "cuda" and not self.shards
+        self.gradients: Gradients | None = None  # chosen at the first step
+
+    def build(self) -> LaMambaDiff:
+        """Build the network with fresh parameters; override this, `save` and `restore` to train another network."""
+        return LaMambaDiff(**vars(self.config.network))
+
+    def batches(self) -> Generator[tuple[Tensor, Tensor]]:
+        """Read batches, starting with the first image not yet seen."""
+        return batches(
+            self.source,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            start=self.images,
+            horizontal_flip=self.config.horizontal_flip,
+            num_workers=self.config.num_workers,
+            share=self.share,
+        )
+
+    def take_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Step the optimizer once.
+
+        Args:
+            images: (b, c, h, w) uint8, this rank's share of a batch.
+            labels: (b,).
+
+        Returns:
+            The means of the loss terms over the whole batch; `grad_norm`, the norm of its gradient; and `skipped`, 1 if
+            that is not finite, so that the weights did not change. All ranks return the same, as they share gradients.
+        """
+        inputs = self._draw(images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
+        on_gpu = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(on_gpu, enabled=self.config.dropout > 0):
+            if self.gradients is None:
+                self.gradients = choose_gradients(self, inputs)
+            if self.config.dropout:  # it can only use the global generator; seeded so that a resumed run repeats it
+                key = np.random.SeedSequence([self.config.seed, self.images, self.processes.rank])
+                torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+            terms = self.processes.add_up(self.gradients(*inputs))
+        limit = self.config.max_grad_norm or math.inf
+        terms["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit))
+        self.images += self.config.batch_size
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.config, self.images)
+        terms["skipped"] = self._step_if_finite(terms["grad_norm"])
+        self.step += 1
+        self._update_average()
+        return terms
+
+    def add_gradients(
+        self, x_0: Tensor, y: Tensor, t: Tensor, noise: Tensor, dropped: Tensor, *, reduces: bool = False
+    ) -> dict[str, Tensor]:
+        """Add the gradients of a part of the batch to those of the parameters.
+
+        Args:
+            x_0: the images or latents; of `_draw`, like all others.
+            y: labels.
+            t, noise, dropped: see `draw_noise`.
+            reduces: sum all gradients over the ranks, during the backward pass.
+
+        Returns:
+            What the part adds to the means of the loss terms: sums over its images, divided by the size of the whole
+            batch, so that the sizes of the parts do not matter.
+        """
+        number = self.config.batch_size
+        # FSDP takes the mean over the ranks by itself.
+        scale = self.processes.number if self.shards else 1
+        if self.shards:
+            self.network.set_requires_gradient_sync(reduces)
+        with self.backend(), self.gradient_sums.added_up() if self.gradient_sums and reduces else nullcontext():
+            losses = training_losses(
+                self.objective,
+                self._denoise,
+                x_0,
+                y,
+                null_label=self.network.null_label,
+                label_dropout=self.config.network.label_dropout,
+                drawn=(t, noise, dropped),
+                min_snr_gamma=self.config.min_snr_gamma,
+            )
+            (losses["loss"].sum() * (scale / number)).backward()
+        sums = {name: loss.detach().sum() / number for name, loss in losses.items()}
+        for quarter in range(4):  # of the timesteps, 0 to 1000; the loss is that of a quarter over its share
+            here = ((t * (4 / 1000)).clamp(max=3.5).floor() == quarter).float()
+            sums[f"loss_q{quarter + 1}"] = (losses["loss"].detach() * here).sum() / number
+            sums[f"share_q{quarter + 1}"] = here.sum() / number
+        return sums
+
+    def _step_if_finite(self, grad_norm: Tensor) -> Tensor:
+        """Step the optimizers unless the gradient is not finite; return 1 if skipped.
+
+        Fused AdamW does not wait for the device. Muon does, because it cannot skip a step on the device.
+        """
+        skipped = (~grad_norm.isfinite()).float()
+        self.skipped_in_a_row = (self.skipped_in_a_row + skipped) * skipped
+        for optimizer in self.optimizers:
+            if optimizer.defaults.get("fused"):
+                optimizer.found_inf = skipped  # type: ignore[attr-defined]  # as a gradient scaler does
+                optimizer.step()
+            elif not skipped:
+                optimizer.step()
+        return skipped
+
+    def _draw(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """Encode this rank's images, and draw what is random in a step: x_0, y, t, noise, dropped.
+
+        It is drawn for the whole batch, so that it does not depend on the number of ranks or parts.
+        """
+        network = self.config.network
+        shape = (self.config.batch_size, network.in_channels, network.sample_size, network.sample_size)
+        latent_noise = None
+        if self.space.draws:
+            latent_noise = torch.randn(shape, device=self.device, generator=self.generator)[self.share]
+        drawn = draw_noise(
+            self.objective, shape, self.device, label_dropout=network.label_dropout, generator=self.generator
+        )
+        return self.space.encode(images, latent_noise), labels, *(tensor[self.share] for tensor in drawn)
+
+    def _denoise(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with self.autocast:
+            out: Tensor = self.compiled(x_t, t, y)
+        return out
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        # The decay starts low and grows, so that the EMA forgets the initial weights in short runs too.
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(local(self.average.parameters()), local(self.network.parameters()), 1 - decay)
+        if self.power_averages:
+            self.power_averages.update(self.network, self.step)
+
+    def close(self) -> None:
+        """Wait for the checkpoint being written, and free the CUDA graphs, since NCCL waits for graphs that use it."""
+        self.writer.close()
+        for graph in self.gradients.graphs.values() if self.gradients else ():
+            graph.forget()
+
+    def is_finite(self) -> bool:
+        """Check that all weights of all ranks are finite."""
+        finite = torch.stack([tensor.isfinite().all() for tensor in local(self.network.parameters())]).all()
+        return not self.processes.largest(int(not finite))
+
+    def info(self) -> CheckpointInfo:
+        """Describe the current state of the run."""
+        vae = str(self.config.vae.resolve()) if self.config.vae else None
+        return CheckpointInfo(self.images, self.step, self.config.objective, self.source.class_names, vae)
+
+    def save(self) -> None:
+        """Start writing a checkpoint; `writer.finish` waits for it. Raises CheckpointError."""
+        self.writer.finish()  # the writer still reads the memory to which the weights are copied now
+        state = {"random_state": self.generator.get_state()}
+        for name, parameter in self.network.named_parameters():
+            for key, value in self.optimizer_of[parameter].state.get(parameter, {}).items():
+                state[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+        if self.power_averages:
+            state |= {f"power.{name}": value for name, value in self.power_averages.state_dict().items()}
+        weights = {
+            name: gather(network.state_dict(), self.processes.is_first, self._saved[name])
+            for name, network in self._networks().items()
+        }
+        if self.processes.is_first or self.shards:
+            networks = {name: self._rebuild(value) for name, value in weights.items() if value}
+            self.writer.begin(self.info(), networks, state)
+
+    def save_snapshot(self) -> None:
+        """Write a snapshot of the power function EMAs, if there are any; raises CheckpointError."""
+        averages = gather(self.power_averages.state_dict(), self.processes.is_first) if self.power_averages else {}
+        if averages:
+            save_snapshot(self.config.out, averages, self.step, self.images)
+
+    def _networks(self) -> dict[str, LaMambaDiff]:
+        return {"network": self.network, "ema": self.average}
+
+    def _rebuild(self, weights: Mapping[str, Tensor]) -> LaMambaDiff:
+        network = deepcopy(self._empty_network)
+        network.load_state_dict(weights, assign=True)
+        return network
+
+    @cached_property
+    def _empty_network(self) -> LaMambaDiff:
+        with torch.device("meta"):
+            return LaMambaDiff(**vars(self.config.network))
+
+    def restore(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint as if the run had never stopped; raises CheckpointError."""
+        verify(checkpoint)
+        info = read_info(checkpoint)
+        for name, network in self._networks().items():
+            weights = load_network(checkpoint / name).state_dict()
+            check_weights(checkpoint / name, network.state_dict(), weights)
+            load(network, weights)
+        state, optimizer_state = self._empty_state(checkpoint)
+        load_training_state(checkpoint, state, self.writer.group)
+        self.generator.set_state(state["random_state"])
+        for parameter, moments in optimizer_state.items():
+            self.optimizer_of[parameter].state[parameter] = moments
+        self.images, self.step = info.images, info.step
+
+    def _empty_state(self, checkpoint: Path) -> tuple[dict[str, Tensor], dict[Tensor, dict[str, Tensor]]]:
+        """Allocate the tensors into which a checkpoint's training state is read, by name; and the optimizer's state.
+
+        On disk, the optimizer's state is stored by parameter name, so that it does not depend on parameter groups.
+        """
+        saved = describe_training_state(checkpoint)
+        state, optimizer_state = {"random_state": torch.empty_like(self.generator.get_state())}, {}
+        for name, parameter in self.network.named_parameters():
+            keys = optimizer_keys(self.optimizer_of[parameter])
+            if f"optimizer.{keys[0]}.{name}" not in saved:
+                continue  # it had no gradient yet
+            optimizer_state[parameter] = {
+                key: torch.zeros((), device=self.device) if key == "step" else torch.zeros_like(parameter.detach())
+                for key in keys
+            }
+            state |= {f"optimizer.{key}.{name}": value for key, value in optimizer_state[parameter].items()}
+        if self.power_averages:
+            state |= {f"power.{name}": value for name, value in self.power_averages.state_dict().items()}
+        if "random_state" in saved and saved["random_state"].shape != state["random_state"].shape:
+            raise CheckpointError(
+                f"{checkpoint} was written on another kind of device than {self.device}: resume on that kind"
+            )
+        check_weights(checkpoint / "training", state, saved)
+        return state, optimizer_state
+
+    def begin_with(self, name: str) -> list[str]:
+        """Copy the EMA weights that fit from a run, a checkpoint or shipped weights.
+
+        Returns:
+            A line for everything that could not simply be copied.
+
+        Raises:
+            CheckpointError: nothing can be loaded, or it was trained with another objective.
+        """
+        loaded = load_checkpoint(name)
+        if loaded.info.objective != self.config.objective:
+            raise CheckpointError(
+                f"{name} was trained with the objective {loaded.info.objective}: give objective {loaded.info.objective}"
+            )
+        network = self._rebuild(gather(self.network.state_dict()))
+        notes = transfer_weights(network, loaded.network, self.source.class_names, loaded.info.class_names)
+        for own in self._networks().values():
+            load(own, network.state_dict())
+        return notes
+
+    def draw_samples(self, callback: Callback | None = None) -> Any:
+        """Sample a grid from the EMA, with the same seeds every time; `callback` is that of `sample`.
+
+        There is one row for each of the first ten classes, with its name; without classes there are two rows.
+        """
+        rows = min(self.config.network.num_classes, 10)
+        columns = max(2, min(10, 20 // max(rows, 1)))
+        labels = [row for row in range(rows) for _ in range(columns)] or [0] * 2 * columns
+        with self.backend():
+            x = sample(
+                CapturedNetwork(self.average, captures=False),
+                self.objective,
+                labels,
+                list(range(len(labels))),
+                num_steps=self.config.sample_steps,
+                guidance_scale=1.0 if why_unguided(self.config.network) else self.config.sample_guidance,
+                clip_sample=self.space.bounded,
+                callback=callback,
+            )
+        images = self.space.decode(x).cpu().numpy()
+        names = self.source.class_names[:rows]
+        return make_grid(images, columns, scale=max(1, 64 // images.shape[-1]), row_names=names)
+
+
+def choose_objective(config: TrainConfig) -> Objective:
+    """Choose the objective of a run, with the options that only training uses."""
+    if config.timesteps != "uniform" or config.contrast:
+        return FlowMatching(config.timesteps, config.contrast)
+    return OBJECTIVES[config.objective]
+
+
+class Gradients:
+    """Computes the gradients of a batch by calling the network for each of its parts.
+
+    Called with what `Trainer._draw` returns, it leaves the gradients of the whole batch in the parameters, summed over
+    the ranks, and returns what this rank's images add to the means of the loss terms.
+
+    Args:
+        trainer: whose network, optimizer and ranks these are.
+        inputs: of the first step. On CUDA, the kernels for parts of every size are compiled now, all at once.
+    """
+
+    keeps_tensors = False  # gradients are zeroed, instead of freed, before a step
+
+    def __init__(self, trainer: Trainer, inputs: Sequence[Tensor]) -> None:
+        self.trainer = trainer
+        self.graphs: dict[int, Captured] = {}  # by the images in a part
+        # All ranks compile as many, since with sharded weights they meet in each.
+        if trainer.device.type == "cuda":
+            for part in self.largest_and_smallest(inputs):
+                rehearse(partial(trainer.add_gradients, reduces=trainer.shards), *part)
+        self.zero()
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        self.zero()
+        *first, last = self.cut(inputs)
+        terms = _sum(self.trainer.add_gradients(*part) for part in first)
+        return _sum([terms, self.trainer.add_gradients(*last, reduces=True)])
+
+    def zero(self) -> None:
+        """Start with no gradients."""
+        for optimizer in self.trainer.optimizers:
+            optimizer.zero_grad(set_to_none=not self.keeps_tensors)
+
+    def cut(self, inputs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """Cut a batch into its parts."""
+        return list(zip(*(tensor.split(self.trainer.parts) for tensor in inputs), strict=True))
+
+    def largest_and_smallest(self, inputs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """Cut a part of the largest and one of the smallest size from a batch; just one where there is one part."""
+        sizes = (self.trainer.parts[-1], self.trainer.parts[0])[: len(self.trainer.parts)]
+        return [tuple(tensor[:size] for tensor in inputs) for size in sizes]
+
+
+class RecordedGradients(Gradients):
+    """The same for a batch in one part, as one CUDA graph: zero, forward, backward, and the sum over the ranks."""
+
+    def __init__(self, trainer: Trainer, inputs: Sequence[Tensor]) -> None:
+        super().__init__(trainer, inputs)
+        self.graphs[len(inputs[0])] = Captured(super().__call__)
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        return _sum([self.graphs[len(inputs[0])](*inputs)])  # copies, as the next step writes to the same tensors
+
+
+class RecordedPartGradients(Gradients):
+    """The same for a batch in several parts: each is a CUDA graph that adds to the same gradients."""
+
+    keeps_tensors = True
+
+    def __init__(self, trainer: Trainer, inputs: Sequence[Tensor]) -> None:
+        super().__init__(trainer, inputs)
+        for part in self.largest_and_smallest(inputs):
+            another = next(iter(self.graphs.values()), None)
+            self.graphs.setdefault(len(part[0]), Captured(trainer.add_gradients, shares_memory_with=another))(*part)
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        self.zero()
+        terms = _sum(self.graphs[len(part[0])](*part) for part in self.cut(inputs))
+        if sums := self.trainer.gradient_sums:
+            sums.add_up(value.grad for value in self.trainer.network.parameters() if value.grad is not None)
+        return terms
+
+
+def choose_gradients(trainer: Trainer, inputs: Sequence[Tensor]) -> Gradients:
+    """Choose how gradients are computed, and prepare it for the inputs of the first step."""
+    if not trainer.captures:
+        return Gradients(trainer, inputs)
+    return (RecordedGradients if len(trainer.parts) == 1 else RecordedPartGradients)(trainer, inputs)
+
+
+def _sum(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Sum terms of the same names, each before the next is computed: graphs write to the same tensors again."""
+    terms: dict[str, Tensor] = {}
+    for part in parts:
+        terms = {name: terms.get(name, 0) + value for name, value in part.items()}
+    return terms
+
+
+def optimizer_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Name the tensors that an optimizer keeps for a parameter."""
+    return ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq")
+
+
+def hidden_matrices(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Find the matrices that Muon trains, by name: the weights of all linear layers in lists of modules.
+
+    These are the layers of the blocks and between the stages. The first and the last layer, embeddings, convolutions
+    and stacks of matrices are for AdamW (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+    """
+    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
+    layers = {layer for inside in lists for layer in inside.modules() if isinstance(layer, nn.Linear)}
+    return {f"{path}.weight": layer.weight for path, layer in network.named_modules() if layer in layers}
+
+
+def weights_decayed(network: nn.Module) -> dict[str, bool]:
+    """Decide for each parameter, by name, whether weight decay applies: only for matrices and convolution kernels.
+
+    Biases, norms, embeddings, `A_log` and `D` have none, because zero is not their neutral value.
+    """
+
+    def decays(module: nn.Module, name: str, parameter: Tensor) -> bool:
+        return name.endswith("weight") and parameter.ndim >= 2 and not isinstance(module, nn.Embedding)
+
+    return {
+        f"{path}.{name}".lstrip("."): decays(module, name, parameter)
+        for path, module in network.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def describe_weight_decay(network: nn.Module, weight_decay: float) -> str:
+    """Describe which parameters weight decay applies to, and name the kinds that it leaves out."""
+    decayed = weights_decayed(network)
+    # Name a layer's weight with its layer, and other parameters alone, so that each kind is named once.
+    kinds = {
+        ".".join(name.split(".")[-2 if name.endswith(".weight") else -1 :])
+        for name, decays in decayed.items()
+        if not decays
+    }
+    return (
+        f"weight decay {weight_decay:g} on {sum(decayed.values())} matrices and convolution kernels; "
+        f"none on {', '.join(sorted(kinds))}"
+    )
+
+
+def learning_rate(config: TrainConfig, images: int) -> float:
+    """Compute the learning rate of the step that brings the number of images seen to `images`."""
+    rising = min(1.0, images / config.warmup_images) if config.warmup_images else 1.0
+    past = max(0, images - config.warmup_images) / max(1, config.num_images - config.warmup_images)
+    falling = {"none": 1.0, "linear": 1 - past, "cosine": (1 + math.cos(math.pi * past)) / 2}[config.decay]
+    return config.learning_rate * rising * max(0.0, falling)
