@@ -297,11 +297,11 @@ def test_a_browser_is_told_to_ask_nobody_else(client: TestClient) -> None:
 
 def test_another_model_sets_the_fields_that_depend_on_it(models: Models) -> None:
     page = Page(models, DemoLimits(max_pixels=2 * 32 * 32))
-    changed = dict(zip(page.values, page._on_model("nano", list(page.values)), strict=True))
+    changed = dict(zip(page.values, page._on_model("nano"), strict=True))
     assert changed["num_images"]["value"] == 2  # no more than the limit of pixels allows
     assert changed["labels"]["choices"][-1] == "no label"
     with pytest.raises(gradio.Error, match="no model is named"):
-        page._on_model("../nano", [])
+        page._on_model("../nano")
 
 
 def test_the_smallest_limits_make_a_page(models: Models) -> None:

@@ -111,7 +111,7 @@ def attention_groups(height: int, width: int, window_size: int, shifted: bool) -
 
 def _bands(groups: np.ndarray) -> np.ndarray:
     """Number the runs of equal groups along one side of the grid."""
-    return np.concatenate([[0], np.cumsum(groups[1:] != groups[:-1])])
+    return np.cumsum([0, *(groups[1:] != groups[:-1])])
 
 
 def _centre(place: int) -> float:
@@ -120,9 +120,8 @@ def _centre(place: int) -> float:
 
 def _distances(points: Sequence[tuple[float, float]]) -> str:
     """Say where along the line each point lies, from 0 to 1."""
-    steps = np.hypot(*np.diff(np.array(points), axis=0).T)
-    travelled = np.concatenate([[0], np.cumsum(steps)])
-    return ";".join(f"{fraction:.5f}" for fraction in travelled / travelled[-1])
+    traveled = np.cumsum([0, *np.hypot(*np.diff(np.array(points), axis=0).T)])
+    return ";".join(f"{fraction:.5f}" for fraction in traveled / traveled[-1])
 
 
 def _grid_lines(height: int, width: int) -> str:

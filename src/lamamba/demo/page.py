@@ -3,7 +3,7 @@
 import asyncio
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from html import escape
@@ -19,7 +19,7 @@ from lamamba.config import DemoLimits
 from lamamba.demo.figures import MAX_SIDE, PATH_NAMES, draw_paths, draw_windows
 from lamamba.demo.gallery import SAVE_LINKS, STYLE, draw_images, png_address
 from lamamba.demo.gate import Gate
-from lamamba.demo.previews import Models, Pictures, Preview, compare_guidance, inpaint, interpolate, sample
+from lamamba.demo.previews import Models, Preview, Shown, compare_guidance, inpaint, interpolate, sample
 from lamamba.demo.receptive_field import NUM_DRAWS, Branches, draw_receptive_field, receptive_fields
 from lamamba.demo.settings import (
     MAX_GUIDANCE,
@@ -84,7 +84,8 @@ _MAX_UNREAD_MESSAGES = 64  # per visitor, with errors and positions in the queue
 _MAX_ERROR = 2000  # characters
 _GRID = 16
 _NEW_SEED = "() => Math.floor(Math.random() * 4294967296)"
-Shown = Iterator[Preview | Pictures]
+_AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+_QUEUED = {"concurrency_id": "network", "show_progress": "minimal", "api_visibility": "private"}
 
 
 def make_app(
@@ -107,13 +108,12 @@ def make_app(
     blocks.state_session_capacity = _MAX_SESSIONS
     _bound_unread_messages(blocks)
     _open_uploads_alone(blocks, page.uploads)
-    theme = gr.themes.Default(
-        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    ).set(block_info_text_color="*neutral_500")
-    app = gr.mount_gradio_app(
-        FastAPI(docs_url=None, redoc_url=None, openapi_url=None), blocks, path="/", footer_links=[], run_history=False,
-        show_error=False, enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, theme=theme, css=_STYLE,
-    )  # fmt: skip
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    theme = gr.themes.Default(primary_hue="blue", **fonts).set(block_info_text_color="*neutral_500")
+    bare = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    off = ("run_history", "show_error", "enable_monitoring", "ssr_mode", "pwa", "mcp_server")
+    options = {**dict.fromkeys(off, False), "footer_links": [], "theme": theme, "css": _STYLE}
+    app = gr.mount_gradio_app(bare, blocks, path="/", **options)
     return Gate(app, page.uploads, local=local, hosts=hosts)
 
 
@@ -188,155 +188,135 @@ class Page:
 
     def __init__(self, models: Models, limits: DemoLimits) -> None:
         self.models, self.limits, self.uploads = models, limits, Uploads()
-        model = models[models.names[0]]
-        self.values = _of_model(model, limits)
+        self.fields: dict[str, Any] = {}
+        self.values = _of_model(models[models.names[0]], limits)
         with gr.Blocks(title="LaMamba-Diff", analytics_enabled=False) as self.blocks:
             with gr.Row(equal_height=True):
                 with gr.Column(scale=3):
                     gr.Markdown(_TITLE)
                 with gr.Column(scale=2, min_width=300):
-                    self.model = gr.Dropdown(models.names, label="Model", elem_id="model", **self.values["model"])
+                    self.model = self._field(gr.Dropdown, "model", choices=models.names, label="Model", elem_id="model")
             self.last = gr.State(None, time_to_live=3600)  # image, for inpainting
             with gr.Tab("Images"), gr.Row():
                 with gr.Column(scale=1, min_width=300), gr.Group():
                     self.settings = self._settings()
                 with gr.Column(scale=3):
-                    more = {**self._generate(), **self._compare_guidance(), **self._interpolate(), **self._inpaint()}
+                    self._generate()
+                    self._compare_guidance()
+                    self._interpolate()
+                    self._inpaint()
             with gr.Tab("The network"):
-                more |= {**self._geometry(), **self._receptive_field()}
-            fields = {"model": self.model, **self.settings, **more}
-            changing = [name for name in self.values if name in fields]
-            self.model.change(
-                lambda name: self._on_model(name, changing), self.model, [fields[name] for name in changing],
-                queue=False, show_progress="hidden", api_visibility="private",
-            )  # fmt: skip
+                self._geometry()
+                self._receptive_field()
+            changing = [self.fields[name] for name in self.values]
+            self.model.change(self._on_model, self.model, changing, **_AT_ONCE)
 
-    def _on_model(self, name: Any, changing: Sequence[str]) -> list[dict[str, Any]]:
+    def _on_model(self, name: Any) -> list[dict[str, Any]]:
+        """Update the fields that depend on the model, in the order of `values`."""
         with _as_messages():
-            values = _of_model(self.models[name], self.limits)
-        return [gr.update(**values[field]) for field in changing]
+            return [gr.update(**values) for values in _of_model(self.models[name], self.limits).values()]
+
+    def _field(self, kind: Any, name: str, *given: Any, **options: Any) -> Any:
+        """Make a field whose value depends on the model if `_of_model` has one for it."""
+        self.fields[name] = kind(*given, **options, **self.values.get(name, {}))
+        return self.fields[name]
 
     def _settings(self) -> dict[str, Any]:
-        values, most = self.values, max(2, self.limits.max_steps)  # the two ends of a slider must differ
-        labels = gr.Dropdown(
-            multiselect=True, label="Labels", elem_id="labels",
-            info="Several images use the labels in turn; the other tabs use the first.", **values["labels"],
-        )  # fmt: skip
-        sampler = gr.Dropdown(label="Sampler", elem_id="sampler", **values["sampler"])
-        steps = gr.Slider(1, most, min(25, self.limits.max_steps), step=1, label="Steps", elem_id="steps")
-        guidance = gr.Slider(
-            0, MAX_GUIDANCE, step=0.1, label="Guidance", elem_id="guidance", info="1 is none.", **values["guidance"]
-        )
-        seed = gr.Number(0, label="Seed", elem_id="seed")
+        """Make the fields that all tabs use; their names are those of `read_request`."""
+        before, most = set(self.fields), max(2, self.limits.max_steps)  # the two ends of a slider must differ
+        info = "Several images use the labels in turn; the other tabs use the first."
+        self._field(gr.Dropdown, "labels", multiselect=True, label="Labels", elem_id="labels", info=info)
+        self._field(gr.Dropdown, "sampler", label="Sampler", elem_id="sampler")
+        steps = min(25, self.limits.max_steps)
+        self._field(gr.Slider, "steps", 1, most, steps, step=1, label="Steps", elem_id="steps")
+        ends = (0, MAX_GUIDANCE)
+        self._field(gr.Slider, "guidance", *ends, step=0.1, label="Guidance", elem_id="guidance", info="1 is none.")
+        seed = self._field(gr.Number, "seed", 0, label="Seed", elem_id="seed")
         gr.Button("New seed", size="sm").click(None, None, seed, js=_NEW_SEED)
         with gr.Accordion("Size and more of guidance", open=False, elem_id="more"):
             with gr.Row():
-                height = gr.Number(label="Height", elem_id="height", min_width=100, **values["height"])
-                width = gr.Number(label="Width", elem_id="width", min_width=100, **values["width"])
-            rescale = gr.Slider(0, 1, 0, step=0.05, label="Rescale", info="Reduces too much contrast.")
+                self._field(gr.Number, "height", label="Height", elem_id="height", min_width=100)
+                self._field(gr.Number, "width", label="Width", elem_id="width", min_width=100)
+            info = "Reduces too much contrast."
+            self._field(gr.Slider, "rescale", 0, 1, 0, step=0.05, label="Rescale", info=info)
             with gr.Row():
-                low = gr.Number(None, label="Guide from", min_width=100, info="Noise over signal.")
-                high = gr.Number(None, label="Guide up to", min_width=100, info="Empty: everywhere.")
-        return {
-            "labels": labels, "sampler": sampler, "steps": steps, "guidance": guidance, "seed": seed,
-            "height": height, "width": width, "rescale": rescale, "interval_low": low, "interval_high": high,
-        }  # fmt: skip
+                info = "Noise over signal."
+                self._field(gr.Number, "interval_low", None, label="Guide from", min_width=100, info=info)
+                info = "Empty: everywhere."
+                self._field(gr.Number, "interval_high", None, label="Guide up to", min_width=100, info=info)
+        return {name: field for name, field in self.fields.items() if name not in before}
 
-    def _generate(self) -> dict[str, Any]:
+    def _generate(self) -> None:
         with gr.Tab("Generate"):
-            number = gr.Slider(
-                1, max(2, self.limits.max_images), step=1, label="Images", elem_id="images", **self.values["num_images"]
-            )
+            most = max(2, self.limits.max_images)
+            self._field(gr.Slider, "num_images", 1, most, step=1, label="Images", elem_id="images")
 
             def start(model: ImageSampler, asked: dict[str, Any]) -> Shown:
                 return sample(model, read_request(asked, model, self.limits))
 
-            self._button("Generate", {"num_images": number}, start, _label_and_seed)
-        return {"num_images": number}
+            self._button("Generate", ["num_images"], start, _label_and_seed)
 
-    def _compare_guidance(self) -> dict[str, Any]:
+    def _compare_guidance(self) -> None:
         with gr.Tab("Compare guidance"):
-            scales = gr.Textbox(
-                "1, 2, 4, 7",
-                label="Scales",
-                elem_id="scales",
-                info="One image at each scale, with the same label and seed.",
-            )
+            info = "One image at each scale, with the same label and seed."
+            self._field(gr.Textbox, "scales", "1, 2, 4, 7", label="Scales", elem_id="scales", info=info)
 
             def start(model: ImageSampler, asked: dict[str, Any]) -> Shown:
                 wanted = read_numbers("scales", asked.pop("scales"))
                 return compare_guidance(model, read_request(asked, model, self.limits), wanted, self.limits)
 
-            def caption(model: ImageSampler, made: dict[str, Any]) -> str:
-                return f"guidance {made['guidance']:g}"
+            self._button("Compare", ["scales"], start, lambda _, made: f"guidance {made['guidance']:g}")
 
-            self._button("Compare", {"scales": scales}, start, caption)
-        return {}
-
-    def _interpolate(self) -> dict[str, Any]:
+    def _interpolate(self) -> None:
         with gr.Tab("Interpolate"):
             gr.Markdown(
                 "From the first label and the seed on the left to the label and seed here, on an arc through the noise."
             )
             with gr.Row():
-                label = gr.Dropdown(label="Last label", **self.values["end_label"])
-                seed = gr.Number(1, label="Last seed")
-                number = gr.Slider(
-                    2,
-                    max(3, self.limits.max_images),
-                    step=1,
-                    label="Images in all",
-                    elem_id="between",
-                    **self.values["num_between"],
-                )
-            fields = {"end_label": label, "end_seed": seed, "num_between": number}
+                self._field(gr.Dropdown, "end_label", label="Last label")
+                self._field(gr.Number, "end_seed", 1, label="Last seed")
+                most = max(3, self.limits.max_images)
+                self._field(gr.Slider, "num_between", 2, most, step=1, label="Images in all", elem_id="between")
 
             def start(model: ImageSampler, asked: dict[str, Any]) -> Shown:
-                label, seed, number = (asked.pop(name) for name in fields)
+                label, seed, number = (asked.pop(name) for name in ("end_label", "end_seed", "num_between"))
                 request = read_request(asked, model, self.limits)
                 return interpolate(model, request, seed, read_label(label, model), number, self.limits)
 
-            def caption(model: ImageSampler, made: dict[str, Any]) -> str:
-                return f"{made['fraction']:.0%}"
+            more = ["end_label", "end_seed", "num_between"]
+            self._button("Interpolate", more, start, lambda _, made: f"{made['fraction']:.0%}")
 
-            self._button("Interpolate", fields, start, caption)
-        return {"end_label": label, "num_between": number}
-
-    def _inpaint(self) -> dict[str, Any]:
+    def _inpaint(self) -> None:
         def start(model: ImageSampler, asked: dict[str, Any]) -> Shown:
             drawn, strength = asked.pop("image"), asked.pop("strength")
             if drawn is None:
                 raise ConfigError("there is no image: upload one, or take the last one made")
             image, mask = drawn
-            request = read_request(asked, model, self.limits)
-            return inpaint(model, request, image, mask, strength)
+            return inpaint(model, read_request(asked, model, self.limits), image, mask, strength)
 
         with gr.Tab("Inpaint"):
             gr.Markdown("Draw over the part to repaint with the first label on the left. The rest stays.")
             with gr.Row():
                 with gr.Column():
-                    image = gr.ImageEditor(
-                        type="pil", sources=("upload", "clipboard"), transforms=(), layers=False, buttons=[],
-                        brush=gr.Brush(default_size=36, colors=["#db2777"], color_mode="fixed"), elem_id="editor",
-                        canvas_size=(_EDITOR_SIDE, _EDITOR_SIDE), height=_EDITOR_SIDE + 60, label="Image and mask",
-                    )  # fmt: skip
+                    side = {"canvas_size": (_EDITOR_SIDE, _EDITOR_SIDE), "height": _EDITOR_SIDE + 60}
+                    sources = {"sources": ("upload", "clipboard"), "transforms": (), "layers": False, "buttons": []}
+                    brush = gr.Brush(default_size=36, colors=["#db2777"], color_mode="fixed")
+                    options = {"label": "Image and mask", "elem_id": "editor", "type": "pil", "brush": brush}
+                    image = self._field(gr.ImageEditor, "image", **options, **sources, **side)
                     _read_drawings(image, self.uploads)
-                    gr.Button("Take the last image made", elem_id="take").click(
-                        _to_editor, self.last, image, postprocess=False, queue=False, api_visibility="private"
-                    )
+                    take = gr.Button("Take the last image made", elem_id="take")
+                    take.click(_to_editor, self.last, image, postprocess=False, queue=False, api_visibility="private")
                 with gr.Column():
-                    strength = gr.Slider(
-                        0.05, 1, 1, step=0.05, label="Strength", info="Below 1, the old image shows through."
-                    )
-                    self._button("Inpaint", {"image": image, "strength": strength}, start, _label_and_seed)
-        return {}
+                    info = "Below 1, the old image shows through."
+                    self._field(gr.Slider, "strength", 0.05, 1, 1, step=0.05, label="Strength", info=info)
+                    self._button("Inpaint", ["image", "strength"], start, _label_and_seed)
 
-    def _geometry(self) -> dict[str, Any]:
+    def _geometry(self) -> None:
         with gr.Row():
             rows = gr.Slider(2, MAX_SIDE, _GRID, step=1, label="Rows", elem_id="rows")
             columns = gr.Slider(2, MAX_SIDE, _GRID, step=1, label="Columns", elem_id="columns")
-            window_size = gr.Slider(2, 16, step=2, label="Side of a window", **self.values["window_size"])
-            scan = gr.Radio(list(PATH_NAMES), label="Scan", **self.values["scan"])
+            window_size = self._field(gr.Slider, "window_size", 2, 16, step=2, label="Side of a window")
+            scan = self._field(gr.Radio, "scan", list(PATH_NAMES), label="Scan")
 
         def draw(height: Any, width: Any, window: Any, kind: Any) -> tuple[str, str]:
             with _as_messages():
@@ -351,18 +331,15 @@ class Page:
                 gr.Markdown(_WINDOWS)
                 windows = gr.HTML(drawn[1], elem_id="windows")
         inputs = [rows, columns, window_size, scan]
-        gr.on(
-            [field.change for field in inputs], draw, inputs, [paths, windows], queue=False, show_progress="hidden",
-            trigger_mode="always_last", api_visibility="private",
-        )  # fmt: skip
-        return {"scan": scan, "window_size": window_size}
+        changes = [field.change for field in inputs]
+        gr.on(changes, draw, inputs, [paths, windows], trigger_mode="always_last", **_AT_ONCE)
 
-    def _receptive_field(self) -> dict[str, Any]:
+    def _receptive_field(self) -> None:
         gr.Markdown(_FIELD)
         with gr.Row():
-            side = gr.Number(label="Side of the grid", elem_id="side", **self.values["side"])
-            row = gr.Number(label="Row", elem_id="row", **self.values["row"])
-            column = gr.Number(label="Column", elem_id="column", **self.values["column"])
+            side = self._field(gr.Number, "side", label="Side of the grid", elem_id="side")
+            row = self._field(gr.Number, "row", label="Row", elem_id="row")
+            column = self._field(gr.Number, "column", label="Column", elem_id="column")
             measure = gr.Button("Measure", variant="primary", elem_id="measure")
             cancel = gr.Button("Cancel", elem_classes="cancel", min_width=100)
         status = gr.HTML(elem_classes="status")
@@ -373,25 +350,20 @@ class Page:
                     gr.Markdown(f"**{title}**")
                     pictures.append(gr.HTML(js_on_load=_SELECT_PIXEL, elem_classes="field", elem_id=name))
 
-        def see(name: Any, side: Any, row: Any, column: Any, request: gr.Request) -> Iterator[list[Any]]:
-            began, unchanged = time.monotonic(), [gr.skip()] * len(pictures)
-            yield ["", *unchanged]
-            with _as_messages():
-                network = self.models[name].network.network
-                if not isinstance(network, LaMambaDiff):
-                    raise ConfigError("this model is a DiT, which has neither branch: choose another model")
-                # Gradients keep the activations of every layer: many times the memory of sampling.
-                limits = replace(self.limits, max_pixels=max(1, self.limits.max_pixels // 16))
-                for place, branches in enumerate(get_args(Branches)):
-                    fields = receptive_fields(network, side, side, (row, column), branches, limits)
-                    for number, field in enumerate(fields, start=1):
-                        _wait_for_reader(self.blocks, request.session_hash, _MAX_UNREAD)
-                        drawn = list(unchanged)
-                        drawing = draw_receptive_field(field, (int(row), int(column)))
-                        drawn[place] = f'<img alt="What the pixel sees: {branches}" src="{png_address(drawing)}">'
-                        yield [_bar((place + number / NUM_DRAWS) / len(pictures)), *drawn]
-                _wait_for_reader(self.blocks, request.session_hash, 0)
-            yield [f"Done in {time.monotonic() - began:.1f} s.", *unchanged]
+        def see(values: dict[Any, Any]) -> Iterator[tuple[float, list[Any]]]:
+            network = self.models[values[self.model]].network.network
+            if not isinstance(network, LaMambaDiff):
+                raise ConfigError("this model is a DiT, which has neither branch: choose another model")
+            # Gradients keep the activations of every layer: many times the memory of sampling.
+            limits = replace(self.limits, max_pixels=max(1, self.limits.max_pixels // 16))
+            grid, pixel = (values[side], values[side]), (values[row], values[column])
+            for place, branches in enumerate(get_args(Branches)):
+                fields = receptive_fields(network, *grid, pixel, branches, limits)
+                for number, field in enumerate(fields, start=1):
+                    drawn = [gr.skip()] * len(pictures)
+                    address = png_address(draw_receptive_field(field, (int(pixel[0]), int(pixel[1]))))
+                    drawn[place] = f'<img alt="What the pixel sees: {branches}" src="{address}">'
+                    yield (place + number / NUM_DRAWS) / len(pictures), drawn
 
         def point(event: gr.SelectData, side: Any) -> tuple[int, int]:
             with _as_messages():
@@ -401,65 +373,67 @@ class Page:
                 row, column = (int(read_number("place of a click", place, 0, 1) * cells) for place in event.index)
             return min(row, cells - 1), min(column, cells - 1)
 
-        inputs = [self.model, side, row, column]
-        measured = {"concurrency_id": "network", "show_progress": "minimal", "api_visibility": "private"}
-        started = [measure.click(see, inputs, [status, *pictures], **measured)]
+        run = {"fn": self._stream(see, len(pictures)), "inputs": {self.model, side, row, column}, **_QUEUED}
+        started = [measure.click(**run, outputs=[status, *pictures])]
         for picture in pictures:
-            pointed = picture.select(
-                point, side, [row, column], queue=False, show_progress="hidden", api_visibility="private"
-            )
-            started.append(pointed.then(see, inputs, [status, *pictures], **measured))
+            pointed = picture.select(point, side, [row, column], **_AT_ONCE)
+            started.append(pointed.then(**run, outputs=[status, *pictures]))
         _cancels(cancel, started, status)
-        return {"side": side, "row": row, "column": column}
 
     def _button(
         self,
         name: str,
-        more: Mapping[str, Any],
+        more: Sequence[str],
         start: Callable[[ImageSampler, dict[str, Any]], Shown],
         caption: Callable[[ImageSampler, dict[str, Any]], str],
     ) -> None:
-        """Add a button, a button that cancels it, and the place where images appear."""
+        """Add a button, a button that cancels it, and the place where images appear.
+
+        Args:
+            name: what the button says.
+            more: names of the fields that are needed beside the settings.
+            start: begins to sample what the fields ask for.
+            caption: describes an image by its settings.
+        """
         with gr.Row():
             run = gr.Button(name, variant="primary", elem_classes="run", scale=4)
             cancel = gr.Button("Cancel", elem_classes="cancel", min_width=100)
         status = gr.HTML(elem_classes="status")
         images = gr.HTML(js_on_load=SAVE_LINKS, elem_classes="images")
-        fields = {**self.settings, **more}
+        fields = {**self.settings, **{other: self.fields[other] for other in more}}
 
-        def show(values: dict[Any, Any], request: gr.Request) -> Iterator[tuple[Any, Any, Any]]:
-            began = time.monotonic()
-            asked = {name: values[field] for name, field in fields.items()}
-            yield "", gr.skip(), gr.skip()  # clears the message of the previous request
+        def show(values: dict[Any, Any]) -> Iterator[tuple[float, list[Any]]]:
+            model = self.models[values[self.model]]
+            for shown in start(model, {name: values[field] for name, field in fields.items()}):
+                if isinstance(shown, Preview):
+                    yield shown.done, [draw_images(shown.images), gr.skip()]
+                else:
+                    captions = [caption(model, made) for made in shown.settings]
+                    yield 1.0, [draw_images(shown.images, captions, shown.settings), shown.images[0]]
+
+        inputs, outputs = {self.model, *fields.values()}, [status, images, self.last]
+        _cancels(cancel, [run.click(self._stream(show, 2), inputs, outputs, **_QUEUED)], status)
+
+    def _stream(self, work: Callable[[dict[Any, Any]], Iterator[tuple[float, list[Any]]]], num_outputs: int) -> Any:
+        """Make an event's function of work that yields how much is done, and its outputs; the status is shown first."""
+
+        def stream(values: dict[Any, Any], request: gr.Request) -> Iterator[list[Any]]:
+            began, unchanged = time.monotonic(), [gr.skip()] * num_outputs
+            yield ["", *unchanged]  # clears the message of the previous request
             with _as_messages():
-                model = self.models[values[self.model]]
-                for shown in start(model, asked):
+                for done, outputs in work(values):
                     _wait_for_reader(self.blocks, request.session_hash, _MAX_UNREAD)
-                    if isinstance(shown, Preview):
-                        yield _bar(shown.done), draw_images(shown.images), gr.skip()
-                    else:
-                        captions = [caption(model, made) for made in shown.settings]
-                        drawn = draw_images(shown.images, captions, shown.settings)
-                        yield f"Done in {time.monotonic() - began:.1f} s.", drawn, shown.images[0]
+                    bar = f'<div class="bar"><div style="width:{done:.0%}"></div></div>{done:.0%}'
+                    yield [bar, *outputs]
                 _wait_for_reader(self.blocks, request.session_hash, 0)
+            yield [f"Done in {time.monotonic() - began:.1f} s.", *unchanged]
 
-        started = run.click(
-            show, {self.model, *fields.values()}, [status, images, self.last], concurrency_id="network",
-            show_progress="minimal", api_visibility="private",
-        )  # fmt: skip
-        _cancels(cancel, [started], status)
-
-
-def _bar(done: float) -> str:
-    return f'<div class="bar"><div style="width:{done:.0%}"></div></div>{done:.0%}'
+        return stream
 
 
 def _cancels(button: gr.Button, started: list[Any], status: gr.HTML) -> None:
     """Make a button cancel running work, and say so."""
-    button.click(
-        lambda: "Cancelled.", None, status, cancels=started, queue=False, show_progress="hidden",
-        api_visibility="private",
-    )  # fmt: skip
+    button.click(lambda: "Cancelled.", None, status, cancels=started, **_AT_ONCE)
 
 
 @contextmanager
@@ -486,9 +460,7 @@ def _of_model(model: ImageSampler, limits: DemoLimits) -> dict[str, dict[str, An
         "model": {"info": _describe(model)},
         "labels": {"choices": names, "value": labels},
         "sampler": {"choices": samplers, "value": default},
-        "guidance": {
-            "value": choose_guidance(config, None), "interactive": not why_unguided(config),
-        },
+        "guidance": {"value": choose_guidance(config, None), "interactive": not why_unguided(config)},
         "height": {"value": pixels},
         "width": {"value": pixels},
         "num_images": {"value": number},
@@ -500,7 +472,7 @@ def _of_model(model: ImageSampler, limits: DemoLimits) -> dict[str, dict[str, An
         "side": {"value": 2 * side},
         "row": {"value": side + side // 4},
         "column": {"value": side // 2},
-    }  # fmt: skip
+    }
 
 
 def _describe(model: ImageSampler) -> str:

@@ -52,6 +52,9 @@ class Pictures:
     the last part of each path is shown to visitors."""
 
 
+Shown = Iterator[Preview | Pictures]
+
+
 class Models:
     """The loaded checkpoints that visitors can choose from. Nothing else is ever opened.
 
@@ -71,39 +74,24 @@ class Models:
         self._models = {
             name: ImageSampler(SamplingConfig(checkpoint=checkpoint), chosen) for name, checkpoint in named.items()
         }
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the checkpoints."""
-        return list(self._models)
+        self.names = list(self._models)
 
     def __getitem__(self, name: Any) -> ImageSampler:
         """Return a checkpoint by name; raises ConfigError for any other name, even if such a file exists."""
-        if not isinstance(name, str) or name not in self._models:
-            raise ConfigError(f"no model is named {name!r} here: {nearest(str(name), self._models)}")
+        if name not in self.names:
+            raise ConfigError(f"no model is named {name!r} here: {nearest(str(name), self.names)}")
         return self._models[name]
 
 
-def sample(model: ImageSampler, request: Request) -> Iterator[Preview | Pictures]:
-    """Sample the images of a request. They equal those of `lamamba sample` with the same settings.
-
-    Raises:
-        LamambaError: an option is wrong.
-    """
+def sample(model: ImageSampler, request: Request) -> Shown:
+    """Sample the images of a request. They equal those of `lamamba sample` with the same settings."""
     own = model.with_config(request.config)
-    settings = [
-        _settings(own, label=label, seed=seed) for label, seed in zip(request.labels, request.seeds, strict=True)
-    ]
-
-    def work(callback: Callback) -> np.ndarray:
-        return own.sample(request.labels, request.seeds, callback)
-
-    yield from _in_steps(work, own.space, settings)
+    images = zip(request.labels, request.seeds, strict=True)
+    settings = [_settings(own, label=label, seed=seed) for label, seed in images]
+    return _in_steps([lambda callback: own.sample(request.labels, request.seeds, callback)], own.space, settings)
 
 
-def compare_guidance(
-    model: ImageSampler, request: Request, scales: Sequence[Any], limits: DemoLimits
-) -> Iterator[Preview | Pictures]:
+def compare_guidance(model: ImageSampler, request: Request, scales: Sequence[Any], limits: DemoLimits) -> Shown:
     """Sample the first image of a request at several guidance scales, one after another.
 
     Raises:
@@ -112,26 +100,18 @@ def compare_guidance(
     if why := why_unguided(model.network.config):
         raise ConfigError(f"{why}: choose another model")
     number = read_whole("number of scales", len(scales), 1, limits.max_images)
-    height, width = request.config.size or (0, 0)
-    check_pixels(number, height, width, limits)
+    check_pixels(number, *request.size, limits)
     wanted = [read_number("guidance", scale, 0, MAX_GUIDANCE) for scale in scales]
-    finished: list[Pictures] = []
-    for place, scale in enumerate(wanted):
-        config = replace(request.config, guidance=scale, batch_size=1)
-        for shown in sample(model, Request(config, request.labels[:1])):
-            if isinstance(shown, Pictures):
-                finished.append(shown)
-            else:
-                before = [part.images for part in finished]
-                yield Preview(np.concatenate([*before, shown.images]), (place + shown.done) / number)
-    yield Pictures(
-        np.concatenate([part.images for part in finished]), [own for part in finished for own in part.settings]
-    )
+    label, seed = request.labels[0], request.config.seed
+    own = [model.with_config(replace(request.config, guidance=scale, batch_size=1)) for scale in wanted]
+    settings = [_settings(one, label=label, seed=seed) for one in own]
+    parts = [lambda callback, one=one: one.sample([label], [seed], callback) for one in own]
+    return _in_steps(parts, model.space, settings)
 
 
 def interpolate(
     model: ImageSampler, request: Request, end_seed: int, end_label: int, num_images: int, limits: DemoLimits
-) -> Iterator[Preview | Pictures]:
+) -> Shown:
     """Interpolate from a request's first image to that of another seed and label.
 
     Args:
@@ -145,31 +125,19 @@ def interpolate(
     Raises:
         ConfigError: there are too many images or pixels, or the model takes no mixtures of labels.
     """
-    config, start_label = request.config, request.labels[0]
     number = read_whole("num_images", num_images, 2, limits.max_images)
-    end_seed = read_seed("end_seed", end_seed)
-    height, width = config.size or (0, 0)
-    check_pixels(number, height, width, limits)
-    fractions = torch.linspace(0, 1, number).tolist()
-    own = model.with_config(replace(config, batch_size=number))
-    settings = [
-        _settings(
-            own, label=start_label, seed=config.seed, end_label=end_label, end_seed=end_seed, fraction=fraction
-        )
-        for fraction in fractions
-    ]  # fmt: skip
-    rows = torch.tensor([own.labels.weights(label) for label in (start_label, end_label)])
-    labels, noise, generators = interpolated(own.network, rows, (config.seed, end_seed), number, own.grid_size)
-
-    def work(callback: Callback) -> np.ndarray:
-        return own.sample(labels, generators, callback, noise)
-
-    yield from _in_steps(work, own.space, settings)
+    ends = {"label": request.labels[0], "seed": request.config.seed}
+    ends |= {"end_label": end_label, "end_seed": read_seed("end_seed", end_seed)}
+    check_pixels(number, *request.size, limits)
+    own = model.with_config(replace(request.config, batch_size=number))
+    settings = [_settings(own, **ends, fraction=fraction) for fraction in torch.linspace(0, 1, number).tolist()]
+    rows = torch.tensor([own.labels.weights(ends[name]) for name in ("label", "end_label")])
+    seeds = (ends["seed"], ends["end_seed"])
+    labels, noise, generators = interpolated(own.network, rows, seeds, number, own.grid_size)
+    return _in_steps([lambda callback: own.sample(labels, generators, callback, noise)], own.space, settings)
 
 
-def inpaint(
-    model: ImageSampler, request: Request, image: Image.Image, mask: Image.Image, strength: float
-) -> Iterator[Preview | Pictures]:
+def inpaint(model: ImageSampler, request: Request, image: Image.Image, mask: Image.Image, strength: float) -> Shown:
     """Repaint the white part of a mask with the label of a request; the rest of the image stays.
 
     Args:
@@ -187,21 +155,20 @@ def inpaint(
     image, mask = convert_image(image, model.image_channels), convert_image(mask, 1, "black")
     if not np.asarray(mask).any():
         raise ConfigError("nothing is masked: draw over the part to repaint")
-    config = request.config
     read_number("strength", strength, 0, 1)
-    own = model.with_config(config)
-    # The mask shrinks with the image: a thin stroke must not fall between the pixels that are kept.
-    height, width = config.size or (0, 0)
+    own = model.with_config(request.config)
+    height, width = request.size
     pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS)).reshape(1, height, width, -1)
+    # The mask shrinks with the image: a thin stroke must not fall between the pixels that are kept.
     masked = np.asarray(mask.resize(own.grid_size[::-1], Image.Resampling.BOX)) >= 64
-    settings = _settings(own, label=request.labels[0], seed=config.seed, strength=strength, inpainted=True)
+    settings = _settings(own, label=request.labels[0], seed=request.config.seed, strength=strength, inpainted=True)
 
     def work(callback: Callback) -> np.ndarray:
         x_0 = own.space.encode_float(to_float(torch.tensor(pixels).permute(0, 3, 1, 2).to(own.network.device)))
         start = Start(x_0, strength, torch.from_numpy(masked).float()[None, None])
         return own.sample(request.labels[:1], request.seeds[:1], callback, start=start)
 
-    yield from _in_steps(work, own.space, [settings])
+    return _in_steps([work], own.space, [settings])
 
 
 def _settings(model: ImageSampler, **more: Any) -> dict[str, Any]:
@@ -215,44 +182,40 @@ class _Stopped(Exception):  # noqa: N818 - nothing went wrong
     """The generator was closed."""
 
 
-def _in_steps(
-    work: Callable[[Callback], np.ndarray], space: Space, settings: list[dict[str, Any]]
-) -> Iterator[Preview | Pictures]:
-    """Turn work that calls back after every step into a generator; once that is closed, the next callback raises."""
-    shown: queue.Queue[Preview | Pictures | Exception] = queue.Queue(
-        maxsize=1
-    )  # at most one preview waits for a slow reader
+def _in_steps(parts: Sequence[Callable[[Callback], np.ndarray]], space: Space, settings: list[dict[str, Any]]) -> Shown:
+    """Turn samplings, one after another, into a generator; once that is closed, the next callback ends them."""
+    # At most one preview waits for a slow reader.
+    shown: queue.Queue[Preview | Pictures | Exception] = queue.Queue(maxsize=1)
     stopped = threading.Event()
+    finished: list[np.ndarray] = []
     due = 0.0
 
     def hand_over(latest: Preview | Pictures | Exception) -> None:
         while not stopped.is_set():
-            try:
-                shown.put(latest, timeout=0.1)
-            except queue.Full:
-                continue
-            return
+            with suppress(queue.Full):
+                return shown.put(latest, timeout=0.1)
         raise _Stopped
 
     def show(step: Step) -> None:
         nonlocal due
-        done = (step.index + 1) / step.num_steps
         if stopped.is_set():
             raise _Stopped
         if step.x.is_cuda:  # or steps would be queued far ahead, and closing the generator could not stop them
             torch.cuda.current_stream(step.x.device).synchronize()
-        begun = time.monotonic()
-        if begun < due and done < 1:
+        begun, last = time.monotonic(), step.index + 1 == step.num_steps
+        if begun < due and not last:
             return
-        images = space.decode(step.x_0).cpu().numpy()
+        images = np.concatenate([*finished, space.decode(step.x_0).cpu().numpy()])
         if isinstance(space, Latents):  # decoding takes longer than a step: spend at most a quarter of the time on it
             due = time.monotonic() + 3 * (time.monotonic() - begun)
-        hand_over(Preview(images, done))
+        hand_over(Preview(images, (len(finished) + (step.index + 1) / step.num_steps) / len(parts)))
 
     def run() -> None:
         with suppress(_Stopped):
             try:
-                hand_over(Pictures(work(show), settings))
+                for part in parts:
+                    finished.append(part(show))
+                hand_over(Pictures(np.concatenate(finished), settings))
             except Exception as error:
                 hand_over(error)
 

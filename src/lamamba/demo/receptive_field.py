@@ -3,12 +3,11 @@
 import copy
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 from lamamba.config import DemoLimits, nearest
 from lamamba.demo.settings import check_pixels, read_whole
@@ -61,34 +60,24 @@ def receptive_fields(
     check_pixels(NUM_DRAWS, height, width, limits)
     row = read_whole("row", pixel[0], 0, height - 1)
     column = read_whole("column", pixel[1], 0, width - 1)
-    tensors = chain(network.parameters(), network.buffers())
-    own = copy.deepcopy(
-        network, {id(tensor): tensor for tensor in tensors}
-    )  # other visitors use the network at the same time
+    # A copy with the same weights: other visitors use the network at the same time.
+    own = copy.deepcopy(network, {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())})
     for block in own.modules():
-        if isinstance(block, Block):
-            left_out = {"scan": block.attention, "attention": block.ssm, "both": None}[branches]
-            if left_out is not None:
-                left_out.register_forward_hook(_add_nothing)
+        left_out = {"scan": block.attention, "attention": block.ssm}.get(branches) if isinstance(block, Block) else None
+        if left_out is not None:
+            left_out.register_forward_hook(lambda branch, inputs, output: (torch.zeros_like(output[0]), None))
     channels = int(own.config.in_channels)
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.randn((NUM_DRAWS, channels, height, width), generator=generator).to(own.device)
+    draws = torch.randn((NUM_DRAWS, channels, height, width), generator=torch.Generator().manual_seed(0))
     t = torch.full((1,), TIMESTEP, device=own.device)
     total = torch.zeros((height, width), device=own.device)
-    for number, draw in enumerate(
-        draws.split(1), start=1
-    ):  # one by one, since a gradient keeps the activations of every layer in memory
+    # One by one, since a gradient keeps the activations of every layer in memory.
+    for number, draw in enumerate(draws.to(own.device).split(1), start=1):
         x_t = draw.requires_grad_()
         with LOCK, torch.enable_grad():
             prediction = own(x_t, t, torch.full_like(t, own.null_label))[:, :channels, row, column]
             gradient = torch.autograd.grad(prediction.sum(), x_t)[0]
         total += gradient.abs().sum(dim=(0, 1)).float()
         yield (total / number).cpu().numpy()
-
-
-def drawn_cell(side: int) -> int:
-    """Return the size of a cell in pixels, so that a field of so many cells is drawn at least 320 pixels wide."""
-    return max(1, -(-320 // max(1, int(side))))
 
 
 def draw_receptive_field(field: np.ndarray, pixel: tuple[int, int]) -> Image.Image:
@@ -103,7 +92,7 @@ def draw_receptive_field(field: np.ndarray, pixel: tuple[int, int]) -> Image.Ima
     decades = np.log10(np.maximum(field / max(float(field.max()), 1e-30), 1e-4)) / 4 + 1
     colours = np.asarray(colormaps["viridis"](decades))[:, :, :3]
     colours[field == 0] = 0.9
-    scale = drawn_cell(max(field.shape))
+    scale = max(1, -(-320 // max(field.shape)))  # at least 320 pixels wide
     pixels = (255 * colours).round().astype(np.uint8).repeat(scale, axis=0).repeat(scale, axis=1)
     top, left = pixel[0] * scale, pixel[1] * scale
     frame = np.zeros(pixels.shape[:2], dtype=bool)
@@ -111,7 +100,3 @@ def draw_receptive_field(field: np.ndarray, pixel: tuple[int, int]) -> Image.Ima
     frame[top + 2 : top + scale - 2, left + 2 : left + scale - 2] = False
     pixels[frame] = (220, 38, 38)
     return Image.fromarray(pixels)
-
-
-def _add_nothing(branch: nn.Module, inputs: Any, output: tuple[torch.Tensor, torch.Tensor | None]) -> Any:
-    return torch.zeros_like(output[0]), None

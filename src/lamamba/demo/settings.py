@@ -1,7 +1,7 @@
 """Checks the settings that a visitor sends. It does not rely on the limits of the page's fields."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,6 +21,8 @@ class Request:
     config: SamplingConfig
     labels: tuple[int, ...]
     """One label for each image."""
+    size: tuple[int, int]
+    """Height and width in pixels."""
 
     @property
     def seeds(self) -> list[int]:
@@ -32,6 +34,13 @@ def label_names(model: ImageSampler) -> list[str]:
     """List the names of all classes in order, and "no label" at the end if the model was trained with it."""
     names = [model.labels.name(label) for label in range(model.num_classes)]
     return names if names and why_unguided(model.network.config) else [*names, NO_LABEL]
+
+
+# What a page may send, and the values of what it leaves out; None is the default of the model or of guidance.
+_DEFAULTS = {
+    **dict.fromkeys(("sampler", "guidance", "interval_low", "interval_high", "height", "width")),
+    **{"labels": [NO_LABEL], "steps": 25, "rescale": 0.0, "seed": 0, "num_images": 1},
+}
 
 
 def read_request(values: Mapping[str, Any], model: ImageSampler, limits: DemoLimits) -> Request:
@@ -48,39 +57,42 @@ def read_request(values: Mapping[str, Any], model: ImageSampler, limits: DemoLim
     Raises:
         ConfigError: a value is no number, is out of range or beyond a limit, or there is no such label or sampler.
     """
-    known = {
-        "labels", "sampler", "steps", "guidance", "interval_low", "interval_high", "rescale", "seed", "num_images",
-        "height", "width",
-    }  # fmt: skip
-    unknown = sorted(set(values) - known)
+    unknown = sorted(set(values) - set(_DEFAULTS))
     if unknown:
-        raise ConfigError(f"nothing is named {unknown[0]!r} here: {nearest(unknown[0], sorted(known))}")
-    number = read_whole("num_images", values.get("num_images", 1), 1, limits.max_images)
-    steps = read_whole("steps", values.get("steps", 25), 1, limits.max_steps)
-    height = read_side("height", values.get("height"), model)
-    width = read_side("width", values.get("width"), model)
-    check_pixels(number, height, width, limits)
-    sampler = values.get("sampler") or model.objective.default_sampler
+        raise ConfigError(f"nothing is named {unknown[0]!r} here: {nearest(unknown[0], _DEFAULTS)}")
+    asked = {**_DEFAULTS, **values}
+    number = read_whole("num_images", asked["num_images"], 1, limits.max_images)
+    steps = read_whole("steps", asked["steps"], 1, limits.max_steps)
+    size = (_read_side("height", asked["height"], model), _read_side("width", asked["width"], model))
+    check_pixels(number, *size, limits)
+    sampler = asked["sampler"] or model.objective.default_sampler
     if sampler not in model.objective.samplers:
         hint = nearest(str(sampler), model.objective.samplers)
         raise ConfigError(f"no sampler of this model is named {sampler!r}: {hint}")
+    ends = [asked["interval_low"], asked["interval_high"]]
+    if ends.count(None) == 1:
+        raise ConfigError("the guidance interval has one end: give both noise levels, or neither")
+    low, high = (None if end is None else read_number("guidance interval", end, 0, 1e4) for end in ends)
     config = SamplingConfig(
         checkpoint=model.config.checkpoint,
         sampler=cast(Sampler, sampler),
         steps=steps,
-        guidance=read_guidance(values.get("guidance"), model),
+        guidance=read_guidance(asked["guidance"], model),
         guidance_options=GuidanceOptions(
-            interval=_read_interval(values.get("interval_low"), values.get("interval_high")),
-            rescale=read_number("rescale", values.get("rescale", 0.0), 0, 1),
+            interval=None if low is None or high is None else (low, high),
+            rescale=read_number("rescale", asked["rescale"], 0, 1),
         ),
-        seed=read_seed("seed", values.get("seed", 0), number),
-        size=(height, width),
+        seed=read_seed("seed", asked["seed"], number),
+        size=size,
         batch_size=number,  # all at once, so that a preview shows all
         vae=model.config.vae,
         device=model.config.device,
     )
-    labels = [read_label(name, model) for name in _read_names(values.get("labels"))]
-    return Request(config, tuple(labels[index % len(labels)] for index in range(number)))
+    names = asked["labels"]
+    if not isinstance(names, list | tuple) or not names:
+        raise ConfigError("no label is chosen: choose one or more")
+    labels = [read_label(name, model) for name in names]
+    return Request(config, tuple(labels[index % len(labels)] for index in range(number)), size)
 
 
 def read_guidance(value: Any, model: ImageSampler) -> float:
@@ -96,7 +108,7 @@ def read_label(name: Any, model: ImageSampler) -> int:
     return model.labels.find(str(name))
 
 
-def read_side(name: str, value: Any, model: ImageSampler) -> int:
+def _read_side(name: str, value: Any, model: ImageSampler) -> int:
     """Check a height or width in pixels, also against what the model can sample. None is the training size."""
     default = int(model.network.config.sample_size) * model.space.factor
     pixels = default if value is None else read_whole(name, value, 4, 1 << 16)
@@ -143,19 +155,3 @@ def read_number(name: str, value: Any, least: float, most: float) -> float:
         shown = f"{value:g}" if abs(value) < 1e15 else "far out of range"
         raise ConfigError(f"{name} is {shown}: give {least:,.0f} to {most:,.0f}")
     return float(value)
-
-
-def _read_interval(low: Any, high: Any) -> tuple[float, float] | None:
-    if low is None and high is None:
-        return None
-    if low is None or high is None:
-        raise ConfigError("the guidance interval has one end: give both noise levels, or neither")
-    return read_number("interval_low", low, 0, 1e4), read_number("interval_high", high, 0, 1e4)
-
-
-def _read_names(names: Any) -> Sequence[Any]:
-    if names is None:
-        return [NO_LABEL]
-    if not isinstance(names, list | tuple) or not names:
-        raise ConfigError("no label is chosen: choose one or more")
-    return names
