@@ -4,7 +4,7 @@
     python examples/objective.py runs/v --num-images 200000    # longer
 
 An objective is a class with the members of `lamamba.diffusion.Objective`. Once it is in `OBJECTIVES` under its name,
-training, checkpoints, samplers, guidance and the pipeline can use it; only `resume` cannot. Here the network predicts
+training, checkpoints, samplers, guidance and the pipeline can use it. Here the network predicts
 
     v = signal noise - noise_share x_0,        x_t = signal x_0 + noise_share noise
 
@@ -13,7 +13,7 @@ with the noise schedule of `lamamba.Diffusion`.
 
 import argparse
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ OBJECTIVES[VPrediction.name] = VPrediction()
 def main(out: Path, num_images: int = 20_000, **options: Any) -> None:
     """Train in a run folder, then sample an image of each class to samples.png in it."""
     config = lamamba.TrainConfig(
-        out=out, objective=cast(Any, VPrediction.name), num_images=num_images, learning_rate=1e-3, **options
+        out=out, objective=VPrediction.name, num_images=num_images, learning_rate=1e-3, **options
     )
     lamamba.train(config)
     network = lamamba.load_checkpoint(out).network

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lamamba.diffusion import Diffusion, FlowMatching, schedule_arrays
+from lamamba.diffusion import Diffusion, FlowMatching, XPredictionFlow, schedule_arrays
 
 
 class Mixture(NamedTuple):
@@ -80,7 +80,8 @@ class KnownDenoiser:
         expected_x_0 = (share * component_x_0).sum(-1)
         expected_noise = (share * noise / variance * excess).sum(-1)
         if isinstance(self.objective, FlowMatching):
-            prediction, position = expected_noise - expected_x_0, torch.zeros_like(expected_x_0)
+            velocity, position = expected_noise - expected_x_0, torch.zeros_like(expected_x_0)
+            prediction = expected_x_0 if isinstance(self.objective, XPredictionFlow) else velocity
         else:
             square = (share * (component_x_0**2 + (spreads * noise) ** 2 / variance)).sum(-1)
             prediction = expected_noise

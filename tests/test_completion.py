@@ -37,7 +37,7 @@ def test_commands_options_and_values_are_completed(script: Path) -> None:
         "--guidance-checkpoint", "--guidance-interval", "--guidance-cosine-power", "--guidance-rescale",
     }  # fmt: skip
     assert complete(script, "prepare", "imagenet", "--dev") == {"--devkit"}
-    assert complete(script, "finetune", "nano", "--objective", "") == {"diffusion", "flow"}
+    assert complete(script, "finetune", "nano", "--objective", "") == {"diffusion", "flow", "flow-x"}
     assert complete(script, "train", "--no-c") == {"--no-cuda-graph"}
 
 

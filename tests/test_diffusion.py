@@ -17,6 +17,7 @@ from lamamba.diffusion import (
     OBJECTIVES,
     Diffusion,
     FlowMatching,
+    XPredictionFlow,
     guide,
     schedule_arrays,
     training_losses,
@@ -102,6 +103,9 @@ def deviation(objective: Diffusion | FlowMatching, sampler: str, num_steps: int)
         ("flow", "unipc", 10, 100, 0.002),
         ("flow", "euler", 10, 100, 0.01),
         ("flow", "heun", 5, 50, 0.0005),
+        ("flow-x", "unipc", 10, 100, 0.002),
+        ("flow-x", "euler", 10, 100, 0.01),
+        ("flow-x", "heun", 5, 50, 0.0005),
     ],
 )
 def test_samplers_reach_the_distribution_of_the_data(
@@ -346,13 +350,25 @@ def test_autoguidance_moves_away_from_the_weaker_denoiser_with_the_same_label() 
     assert guide(denoiser, 1.0, 5, weaker=weaker)(x, t, y).flatten().tolist() == [1, 10, 2, 20]
 
 
-@pytest.mark.parametrize("objective", [Diffusion(), FlowMatching()])
+@pytest.mark.parametrize("objective", [Diffusion(), FlowMatching(), XPredictionFlow()])
 def test_a_true_prediction_implies_the_clean_image(objective: Diffusion | FlowMatching) -> None:
     generator = torch.Generator().manual_seed(0)
     x_0, noise = torch.randn((2, 3, 1, 4, 4), generator=generator)
     t = torch.tensor([1, 400, 900])
-    target = noise - x_0 if isinstance(objective, FlowMatching) else noise
+    target = {"diffusion": noise, "flow": noise - x_0, "flow-x": x_0}[objective.name]
     assert torch.allclose(objective.predict_x_0(objective.noise_image(x_0, t, noise), t, target), x_0, atol=1e-4)
+
+
+def test_x_prediction_follows_its_equation() -> None:
+    """The loss is that of the velocity (z - x) / t, with t held at 0.05 or more (arXiv 2511.13720); here by hand."""
+    x_0 = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 0.0]])[:, None, :, None]
+    x = torch.tensor([[1.5, 0.0], [0.0, 1.0], [-1.0, 0.01]])[:, None, :, None]
+    t, zero = torch.tensor([500.0, 1000.0, 10.0]), torch.zeros(3)
+    terms = XPredictionFlow().losses(lambda *_: torch.cat([x, x], dim=1), x_0, t, zero, torch.randn(3, 1, 2, 1))
+    assert terms["loss"].tolist() == pytest.approx([0.25 / 2 / 0.5**2, 1 / 2, 1e-4 / 2 / 0.05**2], rel=1e-4)
+    snr = ((1000 - t) / t).square()
+    weight = XPredictionFlow().min_snr_weight(t, 5.0) / (t / 1000).clamp(min=0.05).square()  # of the error of x
+    torch.testing.assert_close(weight, snr.clamp(max=5.0))
 
 
 def test_contrastive_flow_matching_follows_its_equation() -> None:
@@ -383,12 +399,15 @@ def test_the_contrastive_loss_has_the_minimum_that_the_docs_name() -> None:
     torch.testing.assert_close(best[0].detach(), (u[0] - 0.05 * u.mean(0)) / 0.95)
 
 
-def test_logit_normal_timesteps_follow_their_density() -> None:
-    """The density of t/1000 is exp(-logit(t)^2 / 2) / (sqrt(2 pi) t (1 - t)) (arXiv 2403.03206, section 3.1)."""
-    t = FlowMatching("logit-normal").draw_timesteps(200_000, torch.device("cpu"), torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(("mean", "spread"), [(0.0, 1.0), (0.8, 0.8)])
+def test_logit_normal_timesteps_follow_their_density(mean: float, spread: float) -> None:
+    """t/1000 has the density exp(-(logit(t) - m)^2 / 2s^2) / (s sqrt(2 pi) t (1 - t)) (arXiv 2403.03206, sec. 3.1)."""
+    kind = FlowMatching("logit-normal", logits=(mean, spread))
+    t = kind.draw_timesteps(200_000, torch.device("cpu"), torch.Generator().manual_seed(0))
     edges = torch.linspace(0, 1, 11, dtype=torch.float64)
     points = torch.linspace(0, 1, 100_001, dtype=torch.float64)[1:-1]
-    density = torch.exp(-torch.logit(points).square() / 2) / (math.sqrt(2 * math.pi) * points * (1 - points))
+    density = torch.exp(-((torch.logit(points) - mean) / spread).square() / 2)
+    density /= spread * math.sqrt(2 * math.pi) * points * (1 - points)
     wanted = [float(density[(points > low) & (points <= high)].sum()) / 100_000 for low, high in pairwise(edges)]
     assert sum(wanted) == pytest.approx(1, abs=1e-3)
     assert (torch.histc(t.double() / 1000, 10, 0, 1) / len(t)).tolist() == pytest.approx(wanted, abs=4e-3)

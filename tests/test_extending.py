@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -70,6 +71,9 @@ def test_an_objective_is_added_in_one_file(objective: ModuleType, tmp_path: Path
     objective.main(tmp_path / "run", num_images=16, **options)
     assert (tmp_path / "run" / "samples.png").is_file()
     assert lamamba.load_checkpoint(tmp_path / "run").info == CheckpointInfo(16, 2, "v", FASHION_MNIST_CLASSES)
+    run = lamamba.Run(tmp_path / "run")
+    lamamba.train(replace(run.config, num_images=24, resume=True, device="cpu"))
+    assert [record["images"] for record in run.records] == [8, 16, 24]
     pipe = lamamba.LaMambaDiffPipeline.from_checkpoint(tmp_path / "run")
     pipe.set_progress_bar_config(disable=True)
     assert pipe.scheduler.config["prediction_type"] == "v_prediction"

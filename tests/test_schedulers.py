@@ -75,6 +75,7 @@ EVERYTHING = {
     },
 }  # fmt: skip
 FROM_NOISE = {"diffusion": {"LMSDiscreteScheduler", "PNDMScheduler"}, "flow": {"LTXEulerAncestralRFScheduler"}}
+EVERYTHING["flow-x"], FROM_NOISE["flow-x"] = EVERYTHING["flow"], FROM_NOISE["flow"]
 NAMES = [name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax")]
 # What some cannot be built without; SASolver has another name for what the pipeline's own scheduler is told.
 NEEDED: dict[str, dict[str, Any]] = {

@@ -53,6 +53,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
         ["--horizontal-flip", "--accumulate", "2"],
         ["--objective", "flow", "--dropout", "0.2"],
         ["--optimizer", "muon"],
+        ["--objective", "flow-x", "--timesteps", "logit-normal", "--timestep-logits", "0.8", "0.8"],
     ],
 )
 def test_ten_and_ten_steps_are_bitwise_twenty(tmp_path: Path, extra: list[str]) -> None:
@@ -188,7 +189,9 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
         {"horizontal_flip": True},
         {"objective": "flow"},
         {"objective": "flow", "timesteps": "logit-normal"},
+        {"objective": "flow", "timesteps": "logit-normal", "timestep_logits": (0.8, 0.8)},
         {"objective": "flow", "contrast": 0.05},
+        {"objective": "flow-x"},
         {"precision": "bf16"},
         {"network": {"label_dropout": 0.9}},
     ],

@@ -1,12 +1,13 @@
 """The objectives that a denoiser is trained with, and guidance.
 
-A denoiser is any callable `(x_t, t, y) -> (b, 2c, h, w)`; nothing here knows the network. There are two
+A denoiser is any callable `(x_t, t, y) -> (b, 2c, h, w)`; nothing here knows the network. These are the
 objectives, see `Objective` for what they have in common:
 
 * `Diffusion`: 1000 linear steps, noise prediction with a learned variance (Nichol & Dhariwal 2021, arXiv 2102.09672),
   what LaMamba-Diff, DiT and ADM train with.
 * `FlowMatching`: the straight path from data to noise, velocity prediction (SiT, arXiv 2401.08740), in diffusers'
   direction: x_t = (1 - t/1000) x_0 + t/1000 noise.
+* `XPredictionFlow`: the same path; the network predicts the clean image (JiT, arXiv 2511.13720).
 """
 
 import math
@@ -210,6 +211,7 @@ class FlowMatching:
     Args:
         timesteps: distribution of the timesteps in training, see `draw_timesteps`.
         contrast: weight of the contrastive term in the loss, see `losses`; from 0 to less than 1.
+        logits: mean and standard deviation of the logit of logit-normal timesteps.
     """
 
     name = "flow"
@@ -220,16 +222,20 @@ class FlowMatching:
     default_sampler = "unipc"
     scheduler = _deprecated_scheduler
 
-    def __init__(self, timesteps: Timesteps = "uniform", contrast: float = 0.0) -> None:
-        self.timesteps, self.contrast = timesteps, contrast
+    def __init__(
+        self, timesteps: Timesteps = "uniform", contrast: float = 0.0, logits: tuple[float, float] = (0.0, 1.0)
+    ) -> None:
+        self.timesteps, self.contrast, self.logits = timesteps, contrast, logits
 
     def draw_timesteps(self, batch: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-        """Draw (b,) float timesteps from 0 to 1000: uniform, or 1000 / (1 + exp(-u)) with u standard normal.
+        """Draw (b,) float timesteps from 0 to 1000: uniform, or 1000 / (1 + exp(-u)) with u normal.
 
-        The latter is logit-normal (Esser et al. 2024, arXiv 2403.03206, section 3.1, with m = 0 and s = 1).
+        The latter is logit-normal (Esser et al. 2024, arXiv 2403.03206, section 3.1, where m and s are `logits`).
         """
         if self.timesteps == "logit-normal":
-            return torch.randn(batch, device=device, generator=generator).sigmoid() * NUM_TIMESTEPS
+            mean, spread = self.logits
+            u = mean + spread * torch.randn(batch, device=device, generator=generator)
+            return u.sigmoid() * NUM_TIMESTEPS
         return torch.rand(batch, device=device, generator=generator) * NUM_TIMESTEPS
 
     def noise_image(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -270,14 +276,50 @@ class FlowMatching:
         """
         x_t = self.noise_image(x_0, t, noise)
         velocity = denoiser(x_t, t, y).to(x_0.dtype).chunk(2, dim=1)[0]
-        mse = _mean(torch.square(noise - x_0 - velocity))
+        return self._compare(velocity, noise - x_0)
+
+    def _compare(self, velocity: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+        mse = _mean(torch.square(wanted - velocity))
         if not self.contrast:
             return {"loss": mse, "mse": mse}
-        mse_other = _mean(torch.square((noise - x_0).roll(1, dims=0) - velocity))
+        mse_other = _mean(torch.square(wanted.roll(1, dims=0) - velocity))
         return {"loss": mse - self.contrast * mse_other, "mse": mse, "mse_other": mse_other}
 
 
-OBJECTIVES: dict[str, Objective] = {kind.name: kind for kind in (Diffusion(), FlowMatching())}
+class XPredictionFlow(FlowMatching):
+    """Flow matching whose network predicts the clean image x; the loss is the velocity's (JiT, arXiv 2511.13720).
+
+    Images lie near a surface of few dimensions, and velocities do not, so x is easier to predict.
+    """
+
+    name = "flow-x"
+    scheduler_options: Mapping[str, Any] = {**FlowMatching.scheduler_options, "prediction_type": "sample"}
+    least = 0.05
+    """The loss divides by t/1000, or by this if it is larger, as in JiT."""
+
+    def predict_x_0(self, x_t: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        """Return the prediction, which is the clean image."""
+        return x
+
+    def move_x_0(self, x_t: Tensor, t: Tensor, x: Tensor, x_0: Tensor) -> Tensor:
+        """Return x_0, which is the prediction that implies it."""
+        return x_0
+
+    def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
+        """Compute the weights of `mse` that give the error of x_0 the weight min(SNR, gamma): (b,)."""
+        fraction = t / NUM_TIMESTEPS
+        clipped = fraction.clamp(min=self.least)
+        return torch.minimum((1 - fraction) * (clipped / fraction), math.sqrt(gamma) * clipped).square()
+
+    def losses(self, denoiser: Predict, x_0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Compute the squared error of the velocity that x implies, (x_t - x) / (t/1000); see `FlowMatching.losses`."""
+        x_t = self.noise_image(x_0, t, noise)
+        x = denoiser(x_t, t, y).to(x_0.dtype).chunk(2, dim=1)[0]
+        clipped = (t / NUM_TIMESTEPS).clamp(min=self.least)[:, None, None, None]
+        return self._compare((x_t - x) / clipped, (x_t - x_0) / clipped)
+
+
+OBJECTIVES: dict[str, Objective] = {kind.name: kind for kind in (Diffusion(), FlowMatching(), XPredictionFlow())}
 """Every objective by its name. Code may add its own."""
 
 

@@ -38,6 +38,7 @@ _MOST_NAMES = 20  # class names listed in the card
 _OBJECTIVES = {
     "diffusion": "noise prediction with learned variance, 1000 linear steps",
     "flow": "flow matching: velocity on the straight path from data to noise",
+    "flow-x": "flow matching: prediction of the clean image on the straight path from data to noise",
 }
 _OF_WRITING = ("license", "dataset", "scores", "vae", "half", "num_per_label")
 
@@ -251,7 +252,7 @@ def _table_lines(pipe: LaMambaDiffPipeline, dataset: str | None, *, half: bool) 
         "network": f"LaMamba-Diff ([arXiv 2408.02615](https://arxiv.org/abs/2408.02615)), {number:,} parameters",
         "weights": "float16" if half else "float32",
         "images": images,
-        "objective": _OBJECTIVES[pipe.config.objective],
+        "objective": _OBJECTIVES.get(pipe.config.objective, pipe.config.objective),
         "training": f"{pipe.config.images_seen:,} images seen" if pipe.config.images_seen else None,
         "data": None if dataset is None else f"[{_escaped(dataset)}]({link})",
         "classes": classes,

@@ -34,7 +34,6 @@ from lamamba.config.tools import GridConfig as GridConfig
 from lamamba.config.tools import PlotConfig as PlotConfig
 from lamamba.config.training import AverageConfig as AverageConfig
 from lamamba.config.training import FinetuneConfig as FinetuneConfig
-from lamamba.config.training import Objective as Objective
 from lamamba.config.training import Timesteps as Timesteps
 from lamamba.config.training import TrainConfig as TrainConfig
 from lamamba.config.training import WatchConfig as WatchConfig

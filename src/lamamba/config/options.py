@@ -27,6 +27,8 @@ class Option:
     """Name of the option; the default is the field's, with dashes."""
     metavar: str = ""
     """What stands for the value in the help; the default names the type."""
+    choices: tuple[str, ...] = ()
+    """The values that the command line accepts, where the type allows more."""
     positional: bool = False
     """The value is given without an option."""
     hidden: bool = False
@@ -101,7 +103,7 @@ class OptionReader:
             yield from self._add_field(group, entry.name, type_, option, default, helps[entry.name])
 
     def _add_field(self, group: Any, name: str, type_: Any, option: Option, default: Any, text: str) -> Iterator[str]:
-        value = _Value.of(type_)
+        value = _Value.one_of(option.choices) if option.choices else _Value.of(type_)
         metavar = option.metavar or (name.upper() if option.positional else value.metavar)
         needed = default is MISSING and value.number != "*"
         text = (text + _describe_default(default, option)).replace("%", "%%")
@@ -157,8 +159,7 @@ class _Value:
             value = cls.of(present)
             return replace(value, parse=lambda text: None if text == "None" else value.parse(text))
         if origin is Literal:
-            names = {str(choice): choice for choice in inner}
-            return cls(lambda text: _choose(text, names), "{" + ",".join(names) + "}", None, tuple(names))
+            return cls.one_of(inner)
         if origin is tuple:
             value = cls.of(inner[0])
             if inner[1] is Ellipsis:
@@ -166,6 +167,11 @@ class _Value:
             return replace(value, number=len(inner), metavar=value.metavar)
         parse, metavar = _SCALARS[type_]
         return cls(parse, metavar)
+
+    @classmethod
+    def one_of(cls, choices: Sequence[Any]) -> "_Value":
+        names = {str(choice): choice for choice in choices}
+        return cls(lambda text: _choose(text, names), "{" + ",".join(names) + "}", None, tuple(names))
 
 
 def _choose(text: str, names: Mapping[str, Any]) -> Any:

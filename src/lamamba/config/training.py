@@ -11,7 +11,7 @@ from lamamba.config.network import PRESETS, NetworkConfig, preset
 from lamamba.config.options import Option
 from lamamba.config.sampling import DEFAULT_GUIDANCE
 
-Objective = Literal["diffusion", "flow"]
+OBJECTIVES = ("diffusion", "flow", "flow-x")
 Timesteps = Literal["uniform", "logit-normal"]
 _OF_PRESET = NetworkConfig()  # this very object stands for the network of the preset
 
@@ -44,13 +44,17 @@ class TrainConfig:
     vae: Path | None = None
     """Train on latents of this AutoencoderKL folder, as saved by diffusers; the default is pixels, or the autoencoder
     that encoded --data."""
-    objective: Objective = "diffusion"
-    """diffusion predicts noise with learned variance; flow is flow matching."""
+    objective: Annotated[str, Option(choices=OBJECTIVES)] = "diffusion"
+    """diffusion predicts noise with learned variance; flow is flow matching; flow-x is flow matching whose network
+    predicts the clean image."""
     timesteps: Timesteps = "uniform"
-    """Distribution of the timesteps that flow trains on; logit-normal draws more from the middle."""
+    """Distribution of the timesteps that flow and flow-x train on; logit-normal draws more from the middle."""
+    timestep_logits: tuple[float, float] = (0.0, 1.0)
+    """Mean and standard deviation of the logit of logit-normal timesteps; higher means train on more noise. JiT uses
+    0.8 0.8 with flow-x."""
     contrast: float = 0.0
-    """Train flow contrastively: subtract the distance from another image's velocity with this weight (the paper uses
-    0.05); 0 turns it off."""
+    """Train flow or flow-x contrastively: subtract the distance from another image's velocity with this weight (the
+    paper uses 0.05); 0 turns it off."""
     min_snr_gamma: float = 0.0
     """Weight timesteps by their signal-to-noise ratio, clipped at this value (min-SNR; the paper uses 5); 0 weights all
     equally."""
@@ -158,11 +162,15 @@ class TrainConfig:
         warms_up_in_time = self.decay == "none" or self.warmup_images < self.num_images
         wanted = f"less than num_images {self.num_images}, where the learning rate decays"
         check_option(self, "warmup_images", warms_up_in_time, wanted)
-        fits = self.timesteps == "uniform" or self.objective == "flow"
+        fits = self.timesteps == "uniform" or self.objective.startswith("flow")
         check_option(self, "timesteps", fits, f"uniform with the objective {self.objective}")
+        logits = self.timestep_logits
+        fits = tuple(logits) == (0, 1) or self.timesteps == "logit-normal"
+        check_option(self, "timestep_logits", fits, f"0 1 with the timesteps {self.timesteps}")
+        check_option(self, "timestep_logits", 0 < logits[1] < math.inf, "a mean, and a standard deviation above 0")
         check_range(self, 0, 0.99, "contrast")
         if self.contrast:
-            check_option(self, "contrast", self.objective == "flow", f"0 with the objective {self.objective}")
+            check_option(self, "contrast", self.objective.startswith("flow"), f"0 with the objective {self.objective}")
             # Where min-SNR makes the error's weight smaller than that of the contrast, the loss has no minimum.
             check_option(self, "contrast", not self.min_snr_gamma, "0 with min_snr_gamma")
             check_option(self, "contrast", self.accumulate == 1, "0 with accumulate above 1")

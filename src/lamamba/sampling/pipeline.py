@@ -43,11 +43,11 @@ class LaMambaDiffPipeline(DiffusionPipeline):
     Args:
         network: the denoiser.
         scheduler: any scheduler of diffusers for what the network predicts: noise with the schedule of `Diffusion`, or
-            the velocity of `FlowMatching`. Replace it as in any pipeline:
+            the velocity of `FlowMatching`, for example. Replace it as in any pipeline:
             `pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)`.
         vae: decodes latents; None for a network of pixels.
         id2label: a name for each label; none are needed.
-        objective: what the network was trained with, "diffusion" or "flow".
+        objective: what the network was trained with, a name in `lamamba.diffusion.OBJECTIVES`.
         images_seen: number of images seen in training; 0 if unknown.
     """
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from lamamba.config.checks import is_whole
-from lamamba.diffusion import NUM_TIMESTEPS, Objective
+from lamamba.diffusion import NUM_TIMESTEPS, FlowMatching, Objective
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files.records import SchedulerRecord, read_record
 from lamamba.files.weights import PIPELINE_INDEX
@@ -157,7 +157,8 @@ def _is_flow(objective: Objective) -> bool:
 def _working(objective: Objective) -> str:
     """Return a scheduler that works for an objective, as code for error messages."""
     if _is_flow(objective):
-        return 'UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")'
+        takes = objective.scheduler_options["prediction_type"]
+        return f'UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="{takes}")'
     return "DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)"
 
 
@@ -201,6 +202,9 @@ class Steps:
         # Whether `clipped` has to be applied before `step`. These schedulers clip correctly by themselves.
         own = (diffusers.DDPMScheduler, diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler)
         self.needs_clipping = self._clips and not (self._thresholds and isinstance(self.scheduler, own))
+        # The schedulers for flows alone have no option for what they take, and take velocities.
+        takes_velocity = _is_flow(objective) and option(self.scheduler, "prediction_type") is None
+        self._to_velocity = takes_velocity and objective.scheduler_options["prediction_type"] != "flow_prediction"
         self._takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
 
     def begin(self, noise: Tensor, start: Tensor | None = None) -> Tensor:
@@ -249,6 +253,10 @@ class Steps:
     def step(self, out: Tensor, t: Tensor, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """Take the step that begins at timestep t. `out` is (b, 2c, h, w); there is one generator per image."""
         prediction = out if self._takes_variance else out.chunk(2, dim=1)[0]
+        if self._to_velocity:
+            times = t.expand(len(x))
+            x_0 = self.objective.predict_x_0(x, times, prediction)
+            prediction = FlowMatching().move_x_0(x, times, torch.zeros_like(x), x_0)
         options = {"generator": list(generators)} if self._takes_generator else {}
         after: Tensor = self.scheduler.step(prediction, t, x, return_dict=False, **options)[0]
         return after

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lamamba.checkpoints.checkpoint import CheckpointInfo, load_checkpoint, load_network, read_info, verify
 from lamamba.checkpoints.saving import CheckpointWriter, describe_training_state, load_training_state
-from lamamba.config import TrainConfig
+from lamamba.config import TrainConfig, nearest
 from lamamba.data import Source, batches
 from lamamba.data.latents import Space
 from lamamba.diffusion import OBJECTIVES, FlowMatching, Objective, draw_noise, training_losses
@@ -392,9 +392,12 @@ class Trainer:
 
 def choose_objective(config: TrainConfig) -> Objective:
     """Choose the objective of a run, with the options that only training uses."""
+    if config.objective not in OBJECTIVES:
+        raise ConfigError(f"no objective is named {config.objective!r}: {nearest(config.objective, OBJECTIVES)}")
+    kind = OBJECTIVES[config.objective]
     if config.timesteps != "uniform" or config.contrast:
-        return FlowMatching(config.timesteps, config.contrast)
-    return OBJECTIVES[config.objective]
+        return type(cast(FlowMatching, kind))(config.timesteps, config.contrast, config.timestep_logits)
+    return kind
 
 
 class Gradients:
