@@ -1,9 +1,15 @@
-"""An autoencoder that halves images, as small as they come."""
+"""A tiny autoencoder that halves images, and options of a tiny run on its latents."""
 
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+
+CPU = torch.device("cpu")
+TINY = [
+    *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
+    *("--batch-size", "2", "--num-images", "4", "--device", "cpu", "--sample-steps", "1"),
+]
 
 
 def write_autoencoder(folder: Path, scaling_factor: float = 0.5, shift_factor: float | None = 0.3) -> Path:

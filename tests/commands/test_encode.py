@@ -22,8 +22,7 @@ from lamamba.data import LatentSource, batches, open_source
 from lamamba.data.latents import Latents
 from lamamba.errors import ConfigError, DataError
 from lamamba.training.run import resolve
-from test_latents import CPU, TINY
-from tiny_autoencoder import write_autoencoder
+from tiny_autoencoder import CPU, TINY, write_autoencoder
 
 FIRST = np.array([0])
 AS_THEY_ARE = np.zeros(6, dtype=bool)

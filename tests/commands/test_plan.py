@@ -13,7 +13,7 @@ from lamamba.config import PlanConfig
 from lamamba.errors import ConfigError
 from lamamba.training.cost import training_flops
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 S = 4 * 653_467_688  # bytes of xl-512's gradients
 GIB = 2**30
 

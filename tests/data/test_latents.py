@@ -13,15 +13,9 @@ from PIL import Image
 from lamamba.checkpoints.checkpoint import load_checkpoint
 from lamamba.cli import main
 from lamamba.data import to_float, to_uint8
-from lamamba.data.latents import Latents, Pixels, open_space
+from lamamba.data.latents import Latents, Pixels, in_parts, open_space
 from lamamba.errors import CheckpointError, ConfigError
-from tiny_autoencoder import write_autoencoder
-
-CPU = torch.device("cpu")
-TINY = [
-    *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
-    *("--batch-size", "2", "--num-images", "4", "--device", "cpu", "--sample-steps", "1"),
-]
+from tiny_autoencoder import CPU, TINY, write_autoencoder
 
 
 def some_pixels() -> torch.Tensor:
@@ -207,3 +201,18 @@ def test_what_does_not_fit_the_autoencoder_is_one_line(
     assert message in shown
     assert shown.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_parts_are_halved_until_they_fit() -> None:
+    asked: list[int] = []
+
+    def double(part: slice) -> torch.Tensor:
+        asked.append(part.stop - part.start)
+        if asked[-1] > 2:
+            raise torch.OutOfMemoryError("no more")
+        return 2 * torch.arange(7)[part]
+
+    assert torch.cat(list(in_parts(double, 7, 100))).tolist() == [0, 2, 4, 6, 8, 10, 12]
+    assert asked == [7, 4, 2, 2, 2, 1]
+    with pytest.raises(torch.OutOfMemoryError):
+        list(in_parts(lambda part: double(slice(0, 3)), 1, 1))

@@ -17,7 +17,7 @@ from lamamba.checkpoints.released import load_released, released_state, save_rel
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.model import LaMambaDiff
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 OPTIONS = {
     "num_classes": 0,
     "ssm_state_size": 4,

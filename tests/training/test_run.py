@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -614,3 +616,33 @@ def test_the_preset_decides_the_network_in_python_too() -> None:
     assert TrainConfig(out=Path("run")).network == PRESETS["nano"]
     own = NetworkConfig(embed_dim=8, num_heads=2)
     assert TrainConfig(out=Path("run"), preset="b-256", network=own).network == own
+
+
+COUNT_PAGE_FAULTS = """
+import resource
+import torch
+from lamamba.training.run import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        large = [torch.ones(1 << 23) for _ in range(2)]
+        del large
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+first = faults()
+keep_freed_memory()
+for _ in range(3):  # what is kept grows until all fits
+    faults()
+print(first, faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only the GNU C library returns memory like this")
+def test_freed_memory_is_used_again() -> None:
+    printed = subprocess.run(
+        [sys.executable, "-c", COUNT_PAGE_FAULTS], capture_output=True, text=True, check=True
+    ).stdout
+    given_back, kept = map(int, printed.split())
+    assert given_back > 10_000
+    assert kept < given_back / 20

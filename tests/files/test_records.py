@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_weights import TINY, build_autoencoder, build_dit
 
 from lamamba.checkpoints.checkpoint import (
     CheckpointInfo,
@@ -21,7 +22,6 @@ from lamamba.errors import CheckpointError, DataError
 from lamamba.files.records import MAX_BYTES, SchedulerRecord, parse_record, plain, read_record, read_train_config
 from lamamba.model import LaMambaDiff
 from lamamba.training.log import read_log
-from test_weights import TINY, build_autoencoder, build_dit
 
 
 def edit(path: Path, **values: Any) -> None:

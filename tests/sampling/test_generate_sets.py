@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_generate import CLASS_NAMES, write_run
 
 from forked import run_ranks
 from lamamba.checkpoints.checkpoint import CheckpointInfo, write_weights
@@ -20,7 +21,6 @@ from lamamba.config import GenerateConfig
 from lamamba.data.latents import Latents
 from lamamba.model import LaMambaDiff
 from lamamba.sampling import generate as module
-from test_generate import CLASS_NAMES, write_run
 
 
 @pytest.fixture(scope="module")
