@@ -1,15 +1,19 @@
 """The comparison of LaMamba with DiT: its pieces run, are stopped, go on to the same records, and are shown."""
 
 import importlib.util
+import io
 import json
+import pickle
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from filelock import FileLock
@@ -20,7 +24,10 @@ from forked import run_python, run_ranks
 COMPARISON = Path(__file__).parent.parent / "experiments" / "comparison"
 sys.path.append(str(COMPARISON))  # last: its names are its own
 
+import cifar  # noqa: E402
 import contestants  # noqa: E402
+import features  # noqa: E402
+import make_findings  # noqa: E402
 import make_page  # noqa: E402
 import pieces  # noqa: E402
 import scoring  # noqa: E402
@@ -30,7 +37,8 @@ import training  # noqa: E402
 import weights  # noqa: E402
 from lamamba.cli import main as lamamba  # noqa: E402
 from lamamba.distributed.processes import Processes  # noqa: E402
-from lamamba.errors import CheckpointError, ConfigError  # noqa: E402
+from lamamba.errors import CheckpointError, ConfigError, DataError  # noqa: E402
+from lamamba.evaluation.features import open_features  # noqa: E402
 
 TIMES = {"seconds", "images_per_s", "compile_s", "sampling_s"}
 
@@ -541,3 +549,63 @@ def test_a_real_list_has_names_of_its_own_and_even_quarters() -> None:
             assert piece.num_images % (4 * pieces.FULL.batch_size) == 0
             assert piece.num_images % pieces.FULL.log_every == 0
     assert pieces.FULL.num_samples <= 60_000, "there are not more images to compare as many samples with"
+
+
+def test_the_findings_are_those_of_the_records() -> None:
+    text = make_findings.page(make_page.read_records(COMPARISON / "results"), (COMPARISON / "findings.md").read_text())
+    assert text == make_findings.PAGE.read_text()
+    assert "| LaMamba-S | 1,228,800 | 198 | 1,167 | 0.668 | 0.922 | 11.6 |" in text
+    assert "{" not in text
+
+
+def test_packed_cifar_holds_the_same_pictures(tmp_path: Path) -> None:
+    files, colors = [], ((200, 30, 30), (30, 30, 200), (30, 200, 30))
+    for color in colors:
+        file = io.BytesIO()
+        Image.new("RGB", (32, 32), color).save(file, "JPEG", quality=95)
+        files.append({"bytes": file.getvalue(), "path": None})
+    pyarrow.parquet.write_table(pyarrow.table({"image": files, "label": [3, 0, 9]}), tmp_path / "test-0.parquet")
+    cifar.pack(tmp_path / "test-0.parquet", tmp_path / "cifar10-test.xz")
+    source = cifar.load_cifar("test", tmp_path)
+    assert source.labels.tolist() == [3, 0, 9]
+    assert np.abs(source.images.mean((2, 3)) - np.array(colors)).max() < 3
+    with pytest.raises(DataError, match="train"):
+        cifar.load_cifar("train", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vgg16", "squeezenet"])
+def test_feature_networks_take_images_of_both_kinds(name: str, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+
+    def weights(sizes: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+        side, inputs, outputs = sizes
+        scale = (2 / (side * side * inputs)) ** 0.5
+        weight = random.standard_normal((side, side, inputs, outputs), np.float32) * scale
+        return weight, np.zeros(outputs, np.float32)
+
+    if name == "vgg16":
+        widths = (3, 64, 64, 128, 128, 256, 256, 256, *[512] * 6)
+        layers = [weights((3, *pair)) for pair in pairwise(widths)]
+        network = features.vgg16(
+            {"VGG16_0": {f"Conv_{i}": {"kernel": w, "bias": b} for i, (w, b) in enumerate(layers)}}
+        )
+    else:
+        arrays, inputs = {"conv1": weights((3, 3, 64))}, 64
+        for fire, narrow in zip(range(2, 10), (16, 16, 32, 32, 48, 48, 64, 64), strict=True):
+            arrays[f"fire{fire}/squeeze1x1"] = weights((1, inputs, narrow))
+            arrays[f"fire{fire}/expand1x1"] = weights((1, narrow, 4 * narrow))
+            arrays[f"fire{fire}/expand3x3"] = weights((3, narrow, 4 * narrow))
+            inputs = 8 * narrow
+        network = features.squeezenet(arrays)
+    torch.jit.script(network.eval()).save(str(tmp_path / "network.pt"))
+    extract = open_features(str(tmp_path / "network.pt"), torch.device("cpu"))
+    gray = torch.from_numpy(random.integers(0, 256, (2, 1, 32, 32), np.uint8))
+    found = extract(gray.expand(-1, 3, -1, -1)).features
+    assert found.shape == (2, 512)
+    assert found.std() > 0
+    torch.testing.assert_close(network(gray), found)
+
+
+def test_arrays_are_read_without_running_code() -> None:
+    with pytest.raises(pickle.UnpicklingError, match="is not an array"):
+        features.read_arrays(io.BytesIO(pickle.dumps(print)))
