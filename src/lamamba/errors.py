@@ -34,8 +34,9 @@ def reading(what: str, mend: str) -> Iterator[None]:
     except (MemoryError, DataError):
         raise
     except Exception as error:
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-        raise DataError(f"{what} ({reason}): {mend}") from error
+        cause = error.__cause__ or error
+        reason = textwrap.shorten(f"{type(cause).__name__}: {cause}", 300)
+        raise DataError(f"{what} ({reason.rstrip('.')}): {mend}") from error
 
 
 class CheckpointError(LamambaError, RuntimeError):

@@ -9,20 +9,24 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
 import lamamba
 from lamamba.cli import main
-from lamamba.config import DatasetOptions
+from lamamba.commands.encode import encode as encode_latents
+from lamamba.config import DatasetOptions, EncodeConfig, TrainConfig
 from lamamba.data import DatasetSource, FolderSource, batches, open_source
 from lamamba.data.hugging_face import is_dataset
 from lamamba.data.preparing import using
 from lamamba.errors import ConfigError, DataError
+from lamamba.training.run import resolve
 
 NAMES = ("zebra", "cat", "dog")
 NUM_ROWS = 12
+TINY = ["--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -218,6 +222,67 @@ class TestColumns:
         assert re.search(expected[column], refused(path, label_column=column))
 
 
+class TestLatents:
+    LATENTS = np.random.default_rng(0).normal(size=(6, 2, 4, 4)).astype(np.float32)
+
+    def save(self, folder, feature=None, values=LATENTS, **more):
+        feature = feature or datasets.Array3D((2, 4, 4), "float32")
+        columns = {"encoded": list(values), "label": [row % 2 for row in range(6)]}
+        features = {"encoded": feature, "label": ClassLabel(names=["cat", "dog"])}
+        Dataset.from_dict({**columns, **more}, Features(features)).save_to_disk(folder)
+        return str(folder)
+
+    @pytest.mark.parametrize("feature", [None, datasets.List(datasets.List(datasets.List(Value("float32"))))])
+    def test_they_are_found_and_scaled_by_the_autoencoder(self, folder, autoencoder, feature):
+        config = TrainConfig(Path("x"), data=self.save(folder, feature), vae=autoencoder, device="cpu")
+        resolved, source, space, _ = resolve(config)
+        network = resolved.network
+        assert (source.image_size, network.in_channels, network.sample_size, network.num_classes) == (8, 2, 4, 2)
+        moments, labels = source.gather(np.array([4, 1]), np.zeros(2, dtype=bool))
+        noise = torch.ones(2, 2, 4, 4)  # which has no effect: a latent has no deviation
+        wanted = (torch.from_numpy(self.LATENTS[[4, 1]]) - 0.3) * 0.5
+        torch.testing.assert_close(space.encode(torch.from_numpy(moments), noise), wanted)
+        assert labels.tolist() == [0, 1]
+
+    def test_they_are_trained_on(self, folder, autoencoder, tmp_path):
+        options = ["--data", self.save(folder), "--vae", str(autoencoder), "--num-images", "8", "--batch-size", "4"]
+        main(["train", "--out", str(tmp_path / "run"), *options, "--device", "cpu", "--sample-steps", "1", *TINY])
+        assert lamamba.Run(tmp_path / "run").config.network.in_channels == 2
+
+    def test_another_value_is_other_data(self, folder, tmp_path):
+        digest = opened(self.save(folder)).identify()
+        assert opened(self.save(tmp_path / "same")).identify() == digest
+        assert opened(self.save(tmp_path / "other", values=self.LATENTS + 1)).identify() != digest
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"vae": None, "image_size": 8}, r"has latents: give vae \(--vae\)"),
+            ({"horizontal_flip": True}, "has no mirrored images: leave horizontal_flip out"),
+        ],
+    )
+    def test_what_they_cannot_do_is_said(self, folder, autoencoder, options, message):
+        chosen = {"data": self.save(folder), "vae": autoencoder, "device": "cpu", **options}
+        with pytest.raises(ConfigError, match=message):
+            resolve(TrainConfig(Path("x"), **chosen))
+
+    def test_others_are_refused(self, folder, autoencoder, tmp_path):
+        lists = datasets.List(datasets.List(datasets.List(Value("float32"))))
+        ragged = [*self.LATENTS[:5].tolist(), [[[0.0]]]]
+        source = opened(self.save(folder, lists, ragged))
+        with pytest.raises(DataError, match=r"encoded' of .*: give image_column"):
+            source.gather(np.array([0, 5]), np.zeros(2, dtype=bool))
+        wide = self.save(tmp_path / "wide", datasets.Array3D((4, 4, 4), "float32"), np.zeros((6, 4, 4, 4)))
+        with pytest.raises(DataError, match=r"has latents of \(4, 4, 4\), and its autoencoder makes \(2, 4, 4\)"):
+            resolve(TrainConfig(Path("x"), data=wide, vae=autoencoder, device="cpu"))
+        nan = self.save(tmp_path / "nan", values=np.full_like(self.LATENTS, np.nan))
+        assert "latents that are not finite" in refused(nan)
+        with pytest.raises(ConfigError, match="contains latents: give images"):
+            encode_latents(
+                EncodeConfig(self.save(tmp_path / "a"), autoencoder, tmp_path / "b", image_size=8, device="cpu")
+            )
+
+
 class TestOpening:
     def test_what_can_be_a_dataset(self, folder, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -253,10 +318,9 @@ class TestOpening:
 
 def test_training_stopped_and_resumed_is_bitwise_the_same(folder, tmp_path):
     path = save(labelled(), folder)
-    tiny = ["--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"]
     options = ["--data", path, "--image-size", "8", "--batch-size", "4", "--device", "cpu", "--sample-steps", "1"]
     for name, images in (("whole", "16"), ("parts", "8")):
-        main(["train", "--out", str(tmp_path / name), "--num-images", images, *options, *tiny])
+        main(["train", "--out", str(tmp_path / name), "--num-images", images, *options, *TINY])
     main(["train", "--out", str(tmp_path / "parts"), "--resume", "--num-images", "16"])
     whole, parts = (lamamba.load_checkpoint(tmp_path / name).network.state_dict() for name in ("whole", "parts"))
     assert all(value.equal(parts[name]) for name, value in whole.items())

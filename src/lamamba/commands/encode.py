@@ -25,7 +25,7 @@ from lamamba import __version__
 from lamamba.checkpoints.checkpoint import locked
 from lamamba.config import EncodeConfig
 from lamamba.data import Source, open_source
-from lamamba.data.latent_files import FORMAT, INDEX, SETTINGS, are_latents, read_settings
+from lamamba.data.latent_files import FORMAT, INDEX, SETTINGS, read_settings
 from lamamba.data.latents import Latents, identify
 from lamamba.distributed.processes import Processes, joined
 from lamamba.distributed.signals import SignalsNoted
@@ -62,8 +62,6 @@ def encode(config: EncodeConfig) -> None:
 
 
 def _open(config: EncodeConfig, space: Latents) -> Source:
-    if are_latents(config.data):
-        raise ConfigError(f"{config.data} contains latents: give a folder of images")
     source = open_source(
         config.data,
         image_size=config.image_size,
@@ -72,6 +70,8 @@ def _open(config: EncodeConfig, space: Latents) -> Source:
         skip_bad_images=config.skip_bad_images,
         dataset=config.dataset,
     )
+    if source.latent_shape:
+        raise ConfigError(f"{config.data} contains latents: give images")
     space.grid_size(source.image_size)
     return source
 

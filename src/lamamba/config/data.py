@@ -30,7 +30,8 @@ class DatasetOptions:
     subset: str | None = None
     """Subset (configuration) of a dataset that has several; the default is the only one."""
     image_column: str | None = None
-    """Column with the images; the default is the only column of type Image."""
+    """Column with the images, or with latents: arrays (c, h, w) as the encoder of --vae makes them, before scaling. The
+    default is the only column of type Image, or else the only one with such arrays."""
     label_column: str | None = "auto"
     """Column with the classes: ClassLabel, strings or integers. auto is the only ClassLabel column, if there is one;
     None trains without classes."""

@@ -1,7 +1,8 @@
-"""A Hugging Face dataset of images as a source: a folder of `save_to_disk`, parquet files, or a name on the hub.
+"""A Hugging Face dataset as a source: a folder of `save_to_disk`, parquet files, or a name on the hub.
 
-Rows are read at random from Arrow files, which datasets maps into memory. A folder of `save_to_disk` holds such files
-and is read in place; for parquet files and the hub, datasets makes them once, in its cache.
+Rows hold images or latents. They are read at random from Arrow files, which datasets maps into memory. A folder of
+`save_to_disk` holds such files and is read in place; for parquet files and the hub, datasets makes them once, in its
+cache.
 """
 
 import hashlib
@@ -9,7 +10,6 @@ import io
 import json
 import os
 import re
-import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -23,7 +23,7 @@ from PIL import UnidentifiedImageError
 from lamamba.config import DatasetOptions
 from lamamba.data.decoding import crop_centre, decode_image
 from lamamba.data.sources import ImageSource
-from lamamba.errors import DataError
+from lamamba.errors import DataError, reading
 from lamamba.terminal.output import make_console
 
 _SAVED = ("state.json", "dataset_dict.json")  # of save_to_disk: one split, or several
@@ -52,12 +52,12 @@ def _has_parquet(folder: str) -> bool:
 
 
 class DatasetSource(ImageSource):
-    """The images of one split of a Hugging Face dataset, decoded when they are asked for; labels are the dataset's own.
+    """The images, or the latents, of one split of a Hugging Face dataset. Labels have the numbers of the dataset.
 
     Args:
         data: a folder that datasets.load_from_disk or load_dataset opens, a parquet file, or a name on the hub.
         options: split, subset and columns.
-        image_size: pixels; images are center-cropped to it, see `crop_centre`.
+        image_size: pixels; images are center-cropped to it, see `crop_centre`. Latents stay as they are.
         channels: 1 or 3.
         skip_bad_images: decode every image now, in threads, and leave the unreadable ones out (see `bad_files`).
 
@@ -73,18 +73,22 @@ class DatasetSource(ImageSource):
         self.name = path.resolve().name if path.exists() else data
         self.image_size, self.channels = image_size, channels
         self.where = f"{data} ({options.split})"
-        library = _import_datasets(data)
+        with reading(f"reading {data} needs datasets", "run pip install 'lamamba[datasets]'"):
+            library = import_module("datasets")
         with _quiet(library, unless=make_console().is_terminal):
             rows = _open(library, data, options.subset, options.split).with_format(None)
             self.column = _find_image_column(library, rows, self.where, options.image_column)
             self.class_names, self.labels = _find_classes(library, rows, self.where, options.label_column)
-            with _opening(
-                f"the column {self.column!r} of {self.where}", "images", "give image_column (--image-column) another"
-            ):
-                images = rows.select_columns([self.column])
-                self.images = images.cast_column(self.column, library.Image(decode=False))
+            self.images = rows.select_columns([self.column])
+            if _is_array(rows.features[self.column]):
+                self.images = self.images.with_format("numpy")
+                self.latent_shape, self.is_mirrored = self._read_latents([0])[0].shape, False
+            else:
+                what = f"the column {self.column!r} of {self.where} cannot be opened as images"
+                with reading(what, "give image_column (--image-column) another"):
+                    self.images = self.images.cast_column(self.column, library.Image(decode=False))
         self.rows: Sequence[int] = range(len(self.images))  # those that are read
-        if skip_bad_images:
+        if skip_bad_images and not self.latent_shape:
             good = self.find_readable()
             self.bad_files = tuple(f"row {row}" for row in self.rows if not good[row])
             self.rows = [row for row in self.rows if good[row]]
@@ -95,8 +99,12 @@ class DatasetSource(ImageSource):
         return len(self.rows)
 
     def identify(self) -> str:
-        """Digest all labels, and the sizes of the images in bytes, which is quick."""
+        """Digest all labels, and the sizes of the images in bytes, or some of the latents, which is quick."""
         together = hashlib.sha256(json.dumps([self.class_names, self.labels, list(self.rows)]).encode())
+        if self.latent_shape:
+            some = np.linspace(0, len(self) - 1, 64).round().astype(int).tolist()
+            together.update(self._read_latents(some).tobytes())
+            return together.hexdigest()
         compute = import_module("pyarrow.compute")
         for table in self.images.with_format("arrow").iter(1000):
             for chunk in table[self.column].chunks:
@@ -113,29 +121,38 @@ class DatasetSource(ImageSource):
     def load(self, index: int) -> tuple[np.ndarray, int]:
         """Return one image, uint8 (h, w, c), and its label (0 without classes); DataError if it cannot be read."""
         row = self.rows[index]
-        try:
+        mend = "replace it, or skip it with skip_bad_images (--skip-bad-images)"
+        with reading(f"row {row} of {self.where} cannot be read as an image", mend):
             entry = self.images[row][self.column] or {}
             content = entry.get("bytes") or Path(entry.get("path") or "").read_bytes()
-            image = crop_centre(decode_image(io.BytesIO(content), self.channels), self.image_size)
-        except MemoryError:
-            raise
-        except Exception as error:  # Pillow's decoders raise nearly everything on damaged files
-            fault = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
-            if isinstance(error, UnidentifiedImageError):  # its message names a place in memory
-                fault = "it is of no known format"
-            raise DataError(
-                f"row {row} of {self.where} cannot be read as an image ({textwrap.shorten(fault, 200)}): replace it, "
-                "or skip it with skip_bad_images (--skip-bad-images)"
-            ) from error
+            try:
+                decoded = decode_image(io.BytesIO(content), self.channels)
+            except DataError as error:
+                raise ValueError(str(error)) from error
+            except UnidentifiedImageError:  # its message names a place in memory
+                raise ValueError("it is of no known format") from None
+            image = crop_centre(decoded, self.image_size)
         pixels = np.array(image).reshape(self.image_size, self.image_size, self.channels)
         return pixels, self.labels[row] if self.class_names else 0
 
+    def gather(self, indices: np.ndarray, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Read images, uint8 (b, c, h, w), or latents with a deviation of 0, float32 (b, 2 c, h, w), and labels."""
+        if not self.latent_shape:
+            return super().gather(indices, mirrored)
+        latents = self._read_latents(indices.tolist())
+        labels = [self.labels[index] if self.class_names else 0 for index in indices.tolist()]
+        return np.concatenate([latents, np.zeros_like(latents)], axis=1), np.array(labels, dtype=np.int64)
 
-def _import_datasets(dataset: str) -> Any:
-    try:
-        return import_module("datasets")
-    except ImportError as error:
-        raise DataError(f"reading {dataset} needs datasets ({error}): run pip install 'lamamba[datasets]'") from error
+    def _read_latents(self, rows: list[int]) -> np.ndarray:
+        """Read latents, float32 (b, c, h, w)."""
+        column = f"the column {self.column!r} of {self.where}"
+        with reading(f"{column} cannot be read as latents", "give image_column (--image-column) another"):
+            latents = np.asarray(self.images[rows][self.column], dtype=np.float32)
+        if latents.shape[1:] != (self.latent_shape or latents.shape[1:]) or latents.ndim != 4:
+            raise DataError(f"{column} has latents of several shapes: give arrays (c, h, w) of one")
+        if not np.isfinite(latents).all():
+            raise DataError(f"{column} has latents that are not finite, among the rows {rows[:5]}: replace them")
+        return latents
 
 
 @contextmanager
@@ -155,13 +172,12 @@ def _open(library: Any, data: str, subset: str | None, split: str) -> Any:
     """Open one split, without decoding anything."""
     path = Path(data).expanduser()
     mend = "give a folder or a name on the hub that datasets opens, with --subset and --split if needed"
-    if path.is_file():
-        with _opening(data, "a dataset", mend):
+    was_saved = any((path / name).is_file() for name in _SAVED)
+    with reading(f"{data} cannot be opened as a dataset", mend):
+        if path.is_file():
             return library.load_dataset("parquet", data_files={split: str(path)}, split=split)
-    if not any((path / name).is_file() for name in _SAVED):
-        with _opening(data, "a dataset", mend):
+        if not was_saved:
             return library.load_dataset(str(path) if path.exists() else data, subset, split=split)
-    with _opening(data, "a dataset", mend):
         saved = library.load_from_disk(str(path))
     if subset is not None:
         raise DataError(f"{data} was written by save_to_disk, without subsets: leave subset (--subset) out")
@@ -171,37 +187,36 @@ def _open(library: Any, data: str, subset: str | None, split: str) -> Any:
     return splits[split]
 
 
-@contextmanager
-def _opening(what: str, kind: str, mend: str) -> Iterator[None]:
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:  # datasets passes on what its many readers raise, with the reason as the cause
-        reason = textwrap.shorten(str(error.__cause__ or error), 300).rstrip(".")
-        raise DataError(f"{what} cannot be opened as {kind} ({reason}): {mend}") from error
-
-
 def _find_image_column(library: Any, rows: Any, where: str, given: str | None) -> str:
+    option = "give image_column (--image-column)"
     if given is not None:
-        _check_column(rows, where, given, "image_column (--image-column)")
+        _check_column(rows, where, given, option)
         if _type_of(rows.features[given]) == "string":  # which datasets would take for paths
-            raise DataError(f"the column {given!r} of {where} holds text: give image_column (--image-column) another")
+            raise DataError(f"the column {given!r} of {where} holds text: {option} another")
         return given
-    found = [name for name, feature in rows.features.items() if isinstance(feature, library.Image)]
+    images = [name for name, feature in rows.features.items() if isinstance(feature, library.Image)]
+    found = images or [name for name, feature in rows.features.items() if _is_array(feature)]
     if not found:
         raise DataError(
-            f"{where} has no column of images: give image_column (--image-column) the one that holds image files, of "
-            f"{', '.join(rows.features)}"
+            f"{where} has no column of images: {option} the one that holds image files, of {', '.join(rows.features)}"
         )
     if len(found) > 1:
-        raise DataError(f"{where} has several columns of images: give image_column (--image-column) {_any_of(found)}")
+        what = "images" if images else "latents"
+        raise DataError(f"{where} has several columns of {what}: {option} {_any_of(found)}")
     return found[0]
 
 
 def _check_column(rows: Any, where: str, column: str, option: str) -> None:
     if column not in rows.features:
-        raise DataError(f"{where} has no column {column!r}: give {option} {_any_of(list(rows.features))}")
+        raise DataError(f"{where} has no column {column!r}: {option} {_any_of(list(rows.features))}")
+
+
+def _is_array(feature: Any) -> bool:
+    """Return whether a column holds arrays of three dimensions of floats: Array3D, or lists of lists of lists."""
+    dimensions = len(getattr(feature, "shape", ()))
+    while hasattr(feature, "feature"):
+        feature, dimensions = feature.feature, dimensions + 1
+    return dimensions == 3 and str(getattr(feature, "dtype", "")).startswith("float")
 
 
 def _type_of(feature: Any) -> str:
@@ -226,7 +241,7 @@ def _find_classes(library: Any, rows: Any, where: str, column: str | None) -> tu
         column = found[0] if found else None
     if column is None:
         return (), []
-    _check_column(rows, where, column, "label_column (--label-column)")
+    _check_column(rows, where, column, "give label_column (--label-column)")
     feature, values = rows.features[column], rows[column][:]
     if isinstance(feature, library.ClassLabel):
         names = dict(enumerate(map(str, feature.names)))

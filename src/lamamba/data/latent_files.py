@@ -87,7 +87,6 @@ class LatentSource(Source):
 
     Attributes:
         autoencoder: "folder", its path at the time, and "sha256", the checksum of its weights.
-        shape: (c, h, w) of the latents of an image.
 
     Raises:
         DataError: the folder is incomplete, or of a later version.
@@ -102,7 +101,7 @@ class LatentSource(Source):
         self.class_names = tuple(settings["class_names"])
         self.image_size, self.channels = settings["image_size"], settings["channels"]
         self.is_mirrored = settings["mirrored"]
-        self.shape = tuple(settings["shape"])
+        self.latent_shape = tuple(settings["shape"])
         self.autoencoder = settings["autoencoder"]
         self.shards = [folder / shard["file"] for shard in index["shards"]]
         self.ends = list(accumulate(shard["images"] for shard in index["shards"]))

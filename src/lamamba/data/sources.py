@@ -26,6 +26,8 @@ class Source(ABC):
         channels: channels of an image, 1 (grey) or 3 (red, green, blue).
         bad_files: files that were left out because they cannot be read.
         left_out: a description of the other files in the folder, which are not images.
+        latent_shape: (c, h, w) of the latents of an image, for a source of latents instead of images.
+        is_mirrored: whether `gather` can mirror.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Source(ABC):
     channels: int
     bad_files: tuple[str, ...] = ()
     left_out: str = ""
+    latent_shape: tuple[int, ...] | None = None
+    is_mirrored: bool = True
 
     @property
     def num_classes(self) -> int:

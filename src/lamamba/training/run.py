@@ -55,21 +55,11 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Source, Space, torch.devi
     device = choose_device(config.device)
     latents = open_source(config.data, image_size=config.image_size) if are_latents(config.data) else None
     assert latents is None or isinstance(latents, LatentSource)
-    if latents and config.horizontal_flip and not latents.is_mirrored:
-        raise ConfigError(f"{config.data} has no mirrored images: leave horizontal_flip out, or encode them too")
     if latents and config.vae is None:
         config = replace(config, vae=Path(latents.autoencoder["folder"]))
     space = open_space(config.vae, device)
     if latents and config.vae and identify(config.vae) != latents.autoencoder["sha256"]:
         raise ConfigError(f"{config.vae} is not the autoencoder that {config.data} was encoded with: leave vae out")
-    if latents:
-        grid = space.grid_size(latents.image_size)
-        wanted = (space.channels(latents.channels), grid, grid)
-        if latents.shape != wanted:
-            raise DataError(
-                f"{config.data} has latents of {latents.shape}, and its autoencoder makes {wanted} of images of "
-                f"{latents.image_size}: encode the images again"
-            )
     size = config.image_size
     # Named sources and latents have a size of their own.
     if size is None and isinstance(space, Latents) and config.data not in NAMED_SOURCES and not latents:
@@ -83,6 +73,20 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Source, Space, torch.devi
         skip_bad_images=config.skip_bad_images,
         dataset=config.dataset,
     )
+    if config.horizontal_flip and not source.is_mirrored:
+        raise ConfigError(f"{config.data} has no mirrored images: leave horizontal_flip out, or encode them too")
+    if source.latent_shape:
+        if not isinstance(space, Latents):
+            raise ConfigError(f"{config.data} has latents: give vae (--vae), the autoencoder that made them")
+        if not latents:  # a dataset, which does not say how large its images were
+            source.image_size = source.latent_shape[-1] * space.factor
+        grid = space.grid_size(source.image_size)
+        wanted = (space.channels(source.channels), grid, grid)
+        if source.latent_shape != wanted:
+            raise DataError(
+                f"{config.data} has latents of {source.latent_shape}, and its autoencoder makes {wanted} of images of "
+                f"{source.image_size}: encode the images again"
+            )
     network = replace(
         config.network,
         in_channels=space.channels(source.channels),
