@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lamamba.config import PRESETS, TrainConfig
 from lamamba.distributed.processes import GradientSums, Processes, joined
 from lamamba.distributed.sharding import whole
-from lamamba.training import trainer as training
+from lamamba.training import gradients
 from lamamba.training.run import resolve
 from lamamba.training.trainer import Trainer
 
@@ -85,7 +85,7 @@ def distance(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if not ON_GPU:
-        training.Captured = Replayed
+        gradients.Captured = Replayed
     launch, sent = GradientSums._launch, 0
 
     def count(sums: GradientSums) -> None:

@@ -354,7 +354,7 @@ def test_a_step_that_is_replayed_is_the_same(tmp_path: Path, monkeypatch: pytest
     options = {"batch_size": 7, "accumulate": accumulate, "learning_rate": 1e-3}
     called, replayed = (make_trainer(tmp_path, **options) for _ in range(2))
     replayed.captures = True
-    monkeypatch.setattr("lamamba.training.trainer.Captured", Replayed)
+    monkeypatch.setattr("lamamba.training.gradients.Captured", Replayed)
     monkeypatch.setattr(Replayed, "parameters", list(replayed.network.parameters()))
     wanted, ours = (take_steps(trainer, 4) for trainer in (called, replayed))
     assert replayed.gradients is not None
