@@ -18,12 +18,12 @@ from lamamba.diffusion import (
     Diffusion,
     FlowMatching,
     XPredictionFlow,
-    guide,
     schedule_arrays,
     training_losses,
 )
 from lamamba.errors import ConfigError
 from lamamba.sampling import sample
+from lamamba.sampling.guidance import guide
 from lamamba.sampling.schedulers import make_scheduler, set_timesteps
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "golden_diffusion.safetensors")

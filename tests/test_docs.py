@@ -1,10 +1,12 @@
 """The site builds with every link whole, asks no other host for anything, and shows what the package computes."""
 
+import ast
 import importlib.util
 import os
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -99,6 +101,25 @@ def test_the_map_of_the_code_names_every_module() -> None:
         assert {path.name for path in (package / folder).glob("[a-z]*.py")} == {
             name for name in named if name.endswith(".py") and name != "__init__.py"
         }
+
+
+def test_files_are_short_and_import_in_one_direction() -> None:
+    package = ROOT / "src" / "lamamba"
+    imports: dict[str, set[str]] = {}
+    for path in package.rglob("*.py"):
+        text = path.read_text()
+        assert text.count("\n") < 500, path
+        name = ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
+        # Imports at the top of the file: what functions and `if TYPE_CHECKING` import is read later or never.
+        tops = [node for node in ast.parse(text).body if isinstance(node, ast.ImportFrom) and node.module]
+        imports[name] = {
+            target
+            for node in tops
+            for target in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+            if target.startswith("lamamba.")
+        }
+    graph = {name: targets & imports.keys() - {name} for name, targets in imports.items()}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError with the circle
 
 
 def test_a_link_that_is_broken_is_left_to_mkdocs() -> None:

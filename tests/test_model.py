@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lamamba.checkpoints.released import load_released, translate
 from lamamba.config import NetworkConfig
-from lamamba.diffusion import OBJECTIVES, guide, training_losses
+from lamamba.diffusion import OBJECTIVES, training_losses
 from lamamba.model import LaMambaDiff, Mlp, WindowAttention
 from lamamba.ops.window_attention.geometry import window_geometry
+from lamamba.sampling.guidance import guide
 
 GOLDEN = Path(__file__).parent / "golden"
 NETWORKS = ["golden_continuous", "golden_window8_res32", "golden_cross_dstate4_uncond"]

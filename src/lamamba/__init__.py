@@ -18,7 +18,7 @@ _HOMES = {
     "Run": "lamamba.training.run",
     "TrainConfig": "lamamba.config",
     "XPredictionFlow": "lamamba.diffusion",
-    "guide": "lamamba.diffusion",
+    "guide": "lamamba.sampling.guidance",
     "load_checkpoint": "lamamba.checkpoints.checkpoint",
     "load_denoiser": "lamamba.checkpoints.checkpoint",
     "load_released": "lamamba.checkpoints.released",
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from lamamba.diffusion import Diffusion as Diffusion
     from lamamba.diffusion import FlowMatching as FlowMatching
     from lamamba.diffusion import XPredictionFlow as XPredictionFlow
-    from lamamba.diffusion import guide as guide
     from lamamba.diffusion import training_losses as training_losses
     from lamamba.errors import CheckpointError as CheckpointError
     from lamamba.errors import ConfigError as ConfigError
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
     from lamamba.errors import LamambaError as LamambaError
     from lamamba.model import LaMambaDiff as LaMambaDiff
     from lamamba.sampling import sample as sample
+    from lamamba.sampling.guidance import guide as guide
     from lamamba.sampling.pipeline import LaMambaDiffPipeline as LaMambaDiffPipeline
     from lamamba.sampling.schedulers import make_scheduler as make_scheduler
     from lamamba.training.run import Run as Run

@@ -23,7 +23,7 @@ Sampler = Literal["ancestral", "ddim", "dpm++", "sde-dpm++", "unipc", "euler", "
 
 @dataclass(frozen=True)
 class GuidanceOptions:
-    """Options of guidance beyond its scale; `lamamba.diffusion.guide` has the equations."""
+    """Options of guidance beyond its scale; `lamamba.guide` has the equations."""
 
     interval: Annotated[tuple[float, float] | None, Option(name="guidance-interval")] = None
     """Guide only between these two noise levels, given as noise over signal (arXiv 2404.07724); the default guides at

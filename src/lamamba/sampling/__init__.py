@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lamamba.config import PLAIN_GUIDANCE, GuidanceOptions
 from lamamba.config.checks import check, check_seed, is_number
-from lamamba.diffusion import Denoiser, Objective, Predict, guide
+from lamamba.diffusion import Denoiser, Objective, Predict
 from lamamba.errors import ConfigError
 from lamamba.sampling.captured import capture, device_of
+from lamamba.sampling.guidance import guide
 from lamamba.sampling.labels import check_no_label, check_numbers, choose_guidance
 from lamamba.sampling.schedulers import Steps, choose_scheduler
 from lamamba.terminal.streams import visible
@@ -147,7 +148,7 @@ def sample(
             known data first.
         num_steps: steps of the sampler. Heun evaluates the network twice in each but the last.
         guidance_scale: 1 is no guidance.
-        guidance_options: see `lamamba.diffusion.guide`.
+        guidance_options: see `lamamba.guide`.
         weaker: a network to guide away from, with the same label; None is the same network without a label.
         size: height and width of the grid; None is the network's `sample_size`.
         clip_sample: clip the clean image that each prediction implies to -1 to 1. Set this for pixels, which may have

@@ -184,9 +184,9 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             num_inference_steps: number of steps of the scheduler.
             guidance_scale: 1 is no guidance. The default is 2, or 1 for a network trained with label_dropout 0, which
                 cannot be guided; an unconditional network ignores it.
-            guidance_interval: two noise levels, see `lamamba.diffusion.guide`.
-            guidance_cosine_power: see `lamamba.diffusion.guide`.
-            guidance_rescale: see `lamamba.diffusion.guide`.
+            guidance_interval: two noise levels, see `lamamba.guide`.
+            guidance_cosine_power: see `lamamba.guide`.
+            guidance_rescale: see `lamamba.guide`.
             weaker_network: a network to guide away from, with the same label; None is the network without a label.
             num_images_per_label: number of images of each label.
             generator: one for all images, or one for each. An image is the same on every device.
