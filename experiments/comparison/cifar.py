@@ -3,7 +3,7 @@
     python experiments/comparison/cifar.py FOLDER_OF_PARQUET_FILES --out .cifar
 
 The folder has the layout of Hugging Face datasets: `train-*.parquet` and `test-*.parquet`, with columns `image` and
-`label`. The pictures are JPEG files (chroma halved), so distances are not those of papers about CIFAR-10.
+`label`. The pictures are JPEG files with half the color resolution. So distances cannot be compared with papers.
 """
 
 import argparse

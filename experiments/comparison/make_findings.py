@@ -37,7 +37,7 @@ def scores_table(records: Records, names: Sequence[str]) -> list[str]:
 
 
 def _cells(row: dict[str, Any], features: Sequence[str]) -> list[str]:
-    """Format the scores of every feature network; those of the first stand at the top of a row."""
+    """Format the scores of every feature network. A record has the first one's scores outside, the others' by name."""
     of_features = (row if feature == features[0] else row[feature] for feature in features)
     return [number(scores[score]) for scores in of_features for score in _SCORES]
 

@@ -91,7 +91,7 @@ class Denoiser:
 
         Returns:
             For each of `loss_timesteps`, the mean loss of `num_loss_images` images of each set, with the same noise for
-            both; and the same with the next class's label in place of the image's.
+            both sets; and the same again with wrong labels, each of the next class.
         """
         objective, device = OBJECTIVES[self.objective], setting.device
         network = CapturedNetwork(self.network)

@@ -171,7 +171,7 @@ class TrainConfig:
         check_range(self, 0, 0.99, "contrast")
         if self.contrast:
             check_option(self, "contrast", self.objective.startswith("flow"), f"0 with the objective {self.objective}")
-            # Where min-SNR makes the error's weight smaller than that of the contrast, the loss has no minimum.
+            # If min-SNR weights the error less than the contrast, the loss has no minimum.
             check_option(self, "contrast", not self.min_snr_gamma, "0 with min_snr_gamma")
             check_option(self, "contrast", self.accumulate == 1, "0 with accumulate above 1")
             check_option(self, "contrast", self.batch_size > 1, "0 with batch_size 1")

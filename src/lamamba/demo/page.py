@@ -222,7 +222,7 @@ class Page:
         return self.fields[name]
 
     def _settings(self) -> dict[str, Any]:
-        """Make the fields that all tabs use; their names are those of `read_request`."""
+        """Make the fields that all tabs use, named as in `read_request`."""
         before, most = set(self.fields), max(2, self.limits.max_steps)  # the two ends of a slider must differ
         info = "Several images use the labels in turn; the other tabs use the first."
         self._field(gr.Dropdown, "labels", multiselect=True, label="Labels", elem_id="labels", info=info)

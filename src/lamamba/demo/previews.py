@@ -84,7 +84,7 @@ class Models:
 
 
 def sample(model: ImageSampler, request: Request) -> Shown:
-    """Sample the images of a request. They equal those of `lamamba sample` with the same settings."""
+    """Sample the images of a request, as `lamamba sample` does with the same settings."""
     own = model.with_config(request.config)
     images = zip(request.labels, request.seeds, strict=True)
     settings = [_settings(own, label=label, seed=seed) for label, seed in images]

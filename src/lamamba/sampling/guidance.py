@@ -1,4 +1,4 @@
-"""Guidance: predictions move away from those of a worse denoiser."""
+"""Classifier-free guidance and autoguidance."""
 
 import math
 from collections.abc import Callable
