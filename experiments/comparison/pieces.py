@@ -213,6 +213,21 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
         for seed in (0, 1, 2)
         for network in ("s", "dit-s-2")
     ),
+    # The same at three times the length: does the distance still rise towards the end?
+    "decay-longer": tuple(
+        _train(f"{network}-flow-decay-longer", network, objective="flow", num_images=3 * NUM_IMAGES, learning_rate=1e-3,
+               warmup=0.05, recipe=_DECAY)
+        for network in ("s", "dit-s-2")
+    ),
+    "cifar-longer": tuple(
+        _train(
+            f"cifar-{network}-longer-seed-{seed}", network, data="cifar-10", objective="flow",
+            num_images=3 * NUM_IMAGES, learning_rate=1e-3, seed=seed, warmup=0.05,
+            recipe={**_DECAY, "horizontal_flip": True},
+        )
+        for seed in (0, 1, 2)
+        for network in ("s", "dit-s-2")
+    ),
     "b": (_B, _DIT_B, Clipping("clipping-b", _B), Clipping("clipping-dit-b-2", _DIT_B)),
     "emoji": (
         *(_train(f"emoji-{network}", network, data="emoji", num_images=307_200) for network in ("s", "dit-s-2")),
