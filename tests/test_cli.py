@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -22,6 +23,7 @@ from lamamba.checkpoints.checkpoint import checkpoints_in
 from lamamba.cli import COMMANDS, main
 from lamamba.config import PRESETS, OptionReader, TrainConfig
 from lamamba.config.options import read_docstrings
+from lamamba.config.training import RECIPES
 from lamamba.files.records import read_train_config
 
 TINY = [
@@ -81,6 +83,36 @@ def test_a_preset_sets_the_network_and_options_refine_it(tmp_path: Path, capsys:
     assert network["num_heads"] == PRESETS["b-256"].num_heads
     main([*arguments, "--preset=nano"])
     assert json.loads(capsys.readouterr().out)["network"]["embed_dim"] == PRESETS["nano"].embed_dim
+
+
+def test_a_recipe_sets_the_options_that_are_not_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "--recipe=best", "--data", "builtin", "--out", str(tmp_path / "run"), "--device", "cpu"]
+    main([*arguments, "--num-images", "2000", "--learning-rate", "0.0001", "--no-horizontal-flip", "--dry-run"])
+    config = json.loads(capsys.readouterr().out)
+    assert (config["recipe"], config["objective"], config["decay"]) == ("best", "flow", "cosine")
+    assert (config["warmup_images"], config["learning_rate"], config["horizontal_flip"]) == (100, 1e-4, False)
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help", "--recipe", "best"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Learning rate of the optimizer. (default: 0.001)" in shown
+    assert "mirror makes wrong. (default: on)" in shown
+
+
+def test_a_run_keeps_its_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "--out", str(tmp_path / "run"), "--device", "cpu", "--batch-size", "4"]
+    main([*arguments, "--recipe", "best", "--num-images", "8", "--checkpoint-every", "4", *TINY])
+    assert "half of the images are mirrored" in capsys.readouterr().out
+    shutil.rmtree(checkpoints_in(tmp_path / "run")[-1])
+    main(["train", "--out", str(tmp_path / "run"), "--resume"])
+    assert "mirrored" not in capsys.readouterr().out
+    config = read_train_config(tmp_path / "run" / "config.json")
+    assert (config.recipe, config.objective, config.horizontal_flip) == ("best", "flow", True)
+    assert "recipe was best, now paper" in refused(
+        capsys, ["train", "--out", str(tmp_path / "run"), "--resume", "--recipe", "paper"]
+    )
+    assert "no option is named --recipe" in refused(
+        capsys, ["finetune", "nano", "--out", str(tmp_path / "other"), "--recipe", "best"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -323,6 +355,8 @@ def test_a_default_is_shown_or_said(capsys: pytest.CaptureFixture[str]) -> None:
     for command in COMMANDS.values():
         texts, reader = read_docstrings(command.config), OptionReader(command.config, "")
         unset = [entry.name for entry in fields(command.config) if entry.default is None and entry.name in texts]
+        if issubclass(command.config, TrainConfig):
+            unset = [name for name in unset if name not in RECIPES["paper"] or name == "warmup_images"]
         silent = [name for name in unset if not re.search("default|[Ww]ithout", texts[name])]
         assert (silent, bool(reader.choices)) == ([], True)
 

@@ -35,6 +35,7 @@ from lamamba.config import (
     nearest,
     preset,
 )
+from lamamba.config.training import RECIPES
 from lamamba.errors import ConfigError, LamambaError, OtherProcessError, SignalError
 from lamamba.terminal.streams import StandardStream, standard_streams, visible
 
@@ -283,12 +284,18 @@ def _loading() -> Iterator[None]:
 
 
 def _train_defaults(arguments: list[str]) -> dict[str, Any]:
-    """Make the defaults of `lamamba train`: the network's are the preset's; with --resume, all are the run's own."""
+    """Make the defaults of `lamamba train`: of the recipe and the preset; with --resume, all are the run's own."""
     name = _peek(arguments, "--preset")
     started = _run_defaults(arguments)
     if started:
         return started if name == started["preset"] else started | _network_defaults(name)
-    return _network_defaults(name or TrainConfig.preset)
+    return _recipe_defaults(_peek(arguments, "--recipe")) | _network_defaults(name or TrainConfig.preset)
+
+
+def _recipe_defaults(name: str | None) -> dict[str, Any]:
+    # The configuration computes the warm-up from --num-images.
+    values = RECIPES.get(name or TrainConfig.recipe, {})
+    return {option: value for option, value in values.items() if option != "warmup_images"}
 
 
 def _network_defaults(name: str | None) -> dict[str, Any]:
@@ -311,7 +318,7 @@ def _finetune_defaults(arguments: list[str]) -> dict[str, Any]:
     """Make the defaults of `lamamba finetune`: the checkpoint's network and objective; with --resume, the run's own."""
     name = arguments[0] if arguments else ""
     if name in ("-h", "--help"):
-        return {}
+        return _recipe_defaults(None)
     if not name or name.startswith("-"):
         raise LamambaError(f"give a checkpoint first: {COMMANDS['finetune'].example}")
     if started := _run_defaults(arguments):
@@ -326,7 +333,7 @@ def _finetune_defaults(arguments: list[str]) -> dict[str, Any]:
         from lamamba.checkpoints.checkpoint import check_network, find_checkpoint, locate
 
     folder, info = locate(find_checkpoint(name))
-    return {
+    return _recipe_defaults(None) | {
         "preset": f"of {name}",
         "network": check_network(folder),
         "objective": info.objective,

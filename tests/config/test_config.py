@@ -227,6 +227,24 @@ def test_options_have_limits(make: Callable[[], object], said: str) -> None:
     assert said in str(caught.value)
 
 
+def of_recipe(config: TrainConfig) -> tuple[object, ...]:
+    names = ("objective", "learning_rate", "warmup_images", "decay", "horizontal_flip")
+    return tuple(getattr(config, name) for name in names)
+
+
+def test_a_recipe_sets_what_is_not_given() -> None:
+    out = Path("run")
+    assert of_recipe(TrainConfig(out)) == of_recipe(TrainConfig(out, recipe="paper"))
+    assert of_recipe(TrainConfig(out)) == ("diffusion", 1e-4, 0, "none", False)
+    best = TrainConfig(out, recipe="best", num_images=7_000)
+    assert of_recipe(best) == ("flow", 1e-3, 350, "cosine", True)
+    assert of_recipe(replace(best, seed=3)) == of_recipe(best)
+    given = dict(objective="flow-x", learning_rate=1e-4, warmup_images=0, decay="none", horizontal_flip=False)
+    assert of_recipe(TrainConfig(out, recipe="best", **given)) == tuple(given.values())
+    with pytest.raises(ConfigError, match="recipe is 'bset': it must be paper or best"):
+        TrainConfig(out, recipe="bset")  # type: ignore[arg-type]
+
+
 def test_config_errors_are_errors_of_this_package() -> None:
     assert issubclass(ConfigError, LamambaError)
 

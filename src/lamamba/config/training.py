@@ -1,9 +1,10 @@
 """`lamamba train` and what goes with a run: `finetune`, `average`, `watch`."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from lamamba.config.checks import MAX_IMAGES, MAX_SIDE, check, check_option, check_range, check_seed
 from lamamba.config.data import WHOLE_DATASET, DatasetOptions
@@ -14,6 +15,14 @@ from lamamba.config.sampling import DEFAULT_GUIDANCE
 OBJECTIVES = ("diffusion", "flow", "flow-x")
 Timesteps = Literal["uniform", "logit-normal"]
 _OF_PRESET = NetworkConfig()  # this very object stands for the network of the preset
+_OF_RECIPE: Any = None  # stands for the value of the recipe
+
+# The options that a recipe decides; `warmup_images` is a share of `num_images`. `paper` is the training of the paper.
+# `best` gave the best small images (docs/findings.md).
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "paper": dict(objective="diffusion", learning_rate=1e-4, warmup_images=0.0, decay="none", horizontal_flip=False),
+    "best": dict(objective="flow", learning_rate=1e-3, warmup_images=0.05, decay="cosine", horizontal_flip=True),
+}
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,9 @@ class TrainConfig:
     """Run folder for checkpoints, samples, logs and the resolved configuration."""
     preset: str = "nano"
     """The network: nano, or s, b, l or xl with -256 or -512, and -16-states for 16 states."""
+    recipe: Literal["paper", "best"] = "paper"
+    """paper is the training of the paper; best is what gave the best small images: --objective flow, --learning-rate
+    0.001, --decay cosine, a warm-up, and mirrored images. Options that you give replace those of the recipe."""
     start_from: str | None = None
     """Copy the weights that fit from this run, checkpoint or shipped weights (nano, emoji-64), as lamamba finetune
     does; the default is fresh weights."""
@@ -39,12 +51,13 @@ class TrainConfig:
     """1 for gray, 3 for color; the default is color for a folder or with --vae, otherwise gray."""
     skip_bad_images: bool = False
     """Count and report images that cannot be read, instead of stopping at the first."""
-    horizontal_flip: bool = False
-    """Mirror half of the images, chosen at random."""
+    horizontal_flip: bool = _OF_RECIPE
+    """Mirror half of the images, chosen at random. The recipe best does; add --no-horizontal-flip for letters and other
+    images that a mirror makes wrong."""
     vae: Path | None = None
     """Train on latents of this AutoencoderKL folder, as saved by diffusers; the default is pixels, or the autoencoder
     that encoded --data."""
-    objective: Annotated[str, Option(choices=OBJECTIVES)] = "diffusion"
+    objective: Annotated[str, Option(choices=OBJECTIVES)] = _OF_RECIPE
     """diffusion predicts noise with learned variance; flow is flow matching; flow-x is flow matching whose network
     predicts the clean image."""
     timesteps: Timesteps = "uniform"
@@ -67,11 +80,12 @@ class TrainConfig:
     its share. The gradient is the same."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon trains the matrices of the blocks with Muon, and all other parameters with AdamW."""
-    learning_rate: float = 1e-4
+    learning_rate: float = _OF_RECIPE
     """Learning rate of the optimizer."""
-    warmup_images: int = 0
-    """Images over which the learning rate rises linearly from 0."""
-    decay: Literal["none", "linear", "cosine"] = "none"
+    warmup_images: int = _OF_RECIPE
+    """Images over which the learning rate rises linearly from 0; the default is 0, and with the recipe best 5 % of
+    --num-images."""
+    decay: Literal["none", "linear", "cosine"] = _OF_RECIPE
     """Shape in which the learning rate falls to 0 between the warmup and --num-images; none keeps it constant."""
     weight_decay: float = 0.0
     """Weight decay of matrices and convolution kernels; biases, norms, embeddings, A_log and D have none."""
@@ -144,6 +158,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.network is _OF_PRESET:
             object.__setattr__(self, "network", preset(self.preset))
+        check_option(self, "recipe", self.recipe in RECIPES, " or ".join(RECIPES))
+        for name, value in RECIPES[self.recipe].items():
+            if getattr(self, name) is None:
+                own = round(value * self.num_images) if name == "warmup_images" else value
+                object.__setattr__(self, name, own)
         for name in ("out", "data_folder", "vae"):  # in Python, paths may be strings
             if isinstance(value := getattr(self, name), str):
                 object.__setattr__(self, name, Path(value))
@@ -196,6 +215,8 @@ class FinetuneConfig(TrainConfig):
     """A run, a checkpoint, shipped weights (nano, emoji-64), a pipeline folder, or user/name on the hub."""
     preset: Annotated[str, Option(hidden=True)] = "nano"
     """Where the network is from."""
+    recipe: Annotated[Literal["paper", "best"], Option(hidden=True)] = "paper"
+    """Decides the defaults of other options."""
     network: NetworkConfig = PRESETS["nano"]
     """Network options; CHECKPOINT sets their defaults (below: those of nano)."""
 

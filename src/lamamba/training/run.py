@@ -74,7 +74,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Source, Space, torch.devi
         dataset=config.dataset,
     )
     if config.horizontal_flip and not source.is_mirrored:
-        raise ConfigError(f"{config.data} has no mirrored images: leave horizontal_flip out, or encode them too")
+        raise ConfigError(f"{config.data} has no mirrored images: give --no-horizontal-flip, or encode them too")
     if source.latent_shape:
         if not isinstance(space, Latents):
             raise ConfigError(f"{config.data} has latents: give vae (--vae), the autoencoder that made them")
@@ -256,6 +256,8 @@ def _train(
                     log.introduce(source, trainer.network, processes.number, trainer.uses_bf16)
                     if len(trainer.parts) < config.accumulate:
                         log.note(f"accumulate {config.accumulate} is limited to {len(trainer.parts)}, a rank's images")
+                    if config.recipe == "best" and config.horizontal_flip and not saved:
+                        log.note("half of the images are mirrored: for letters and the like, give --no-horizontal-flip")
                     if config.weight_decay:
                         log.note(describe_weight_decay(trainer.network, config.weight_decay))
                     if config.network.num_classes and (why := why_unguided(config.network)):
@@ -278,7 +280,7 @@ def advise_short_run(config: TrainConfig) -> str:
         return ""
     return (
         f"learning rate {config.learning_rate:g} suits long runs: after {steps:,} steps samples may still be noise. "
-        f"Try --learning-rate 0.001 --warmup-images {max(1, config.num_images // 25)}"
+        "Try --recipe best"
     )
 
 
