@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lamamba.ops.depthwise_convolution.kernels import convolution_backward_kernel, convolution_forward_kernel
 from lamamba.ops.launch import launch
+from lamamba.ops.sum_kernels import sum_parts
 
 # Channels and rows per program: with more rows it reads fewer shared rows, until registers run out.
 FORWARD_BLOCK, FORWARD_ROWS = 64, 8
@@ -86,7 +87,7 @@ def _backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
         convolution_backward_kernel, plan.grid,
         x, weight.contiguous(), bias, grad_y.contiguous(), grad_x, sums, plan.num_tiles, **plan.constants,
     )  # fmt: skip
-    return grad_x, sums.sum(dim=0)
+    return grad_x, sum_parts(sums)
 
 
 @_backward.register_fake

@@ -9,6 +9,7 @@ from torch import Tensor
 from lamamba.ops.gated_norm.kernels import gated_norm_backward_kernel, gated_norm_forward_kernel
 from lamamba.ops.launch import launch
 from lamamba.ops.rows import cut_rows
+from lamamba.ops.sum_kernels import sum_parts
 
 # Enough warps to keep a large GPU busy; with more pixels, each program takes more of them. In the backward pass each
 # program writes two sums, so there are only as many programs as run at once: more for narrow rows, where a program is
@@ -94,7 +95,7 @@ def _backward(
         y, z, weight, bias, grad_out, grad_y, grad_z, sums,
         z_stride, eps, plan.num_pixels, plan.pixels_per_program, **plan.constants,
     )  # fmt: skip
-    return grad_y, grad_z, sums.sum(dim=0)
+    return grad_y, grad_z, sum_parts(sums)
 
 
 @_backward.register_fake

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lamamba.ops.launch import launch
 from lamamba.ops.linear_gelu.kernels import cut_columns, linear_gelu_backward_kernel, linear_gelu_forward_kernel
+from lamamba.ops.sum_kernels import sum_parts
 
 # Enough warps to keep a large GPU busy; with more rows, each program takes more of them. In the backward pass each
 # program writes a sum.
@@ -62,7 +63,7 @@ def _backward(grad_out: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
         linear_gelu_backward_kernel, plan.grid,
         x, bias, grad_out, grad_x, sums, plan.num_rows, plan.rows_per_program, **plan.constants,
     )  # fmt: skip
-    return grad_x, sums.sum(dim=0)
+    return grad_x, sum_parts(sums)
 
 
 @_backward.register_fake

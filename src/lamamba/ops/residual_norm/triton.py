@@ -13,6 +13,7 @@ from lamamba.ops.residual_norm.kernels import (
     residual_norm_sum_kernel,
 )
 from lamamba.ops.rows import cut_rows
+from lamamba.ops.sum_kernels import sum_parts
 
 # Enough warps to keep a large GPU busy: several programs share an image where there are fewer images. In the backward
 # pass each program writes its sums.
@@ -145,7 +146,7 @@ def _backward(
         gate_stride, scale_stride, of_images.stride(0), plan.grid[1],
         SUMS=num_sums, CHANNELS=channels, BLOCK=SUM_BLOCK, ROWS=SUM_ROWS, num_warps=2,
     )  # fmt: skip
-    torch.sum(of_images, dim=0, out=of_parameters)
+    sum_parts(of_images, out=of_parameters)
     return results
 
 

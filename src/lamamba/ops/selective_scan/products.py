@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lamamba.ops.launch import launch
 from lamamba.ops.selective_scan.product_kernels import steps_backward_kernel, sum_and_project_kernel
+from lamamba.ops.sum_kernels import sum_parts
 
 # Block sizes of `sum_and_project_kernel`. Projections wider than MAX_LOW are faster as a separate product.
 ROWS, CHANNELS, LOW, MAX_LOW = 64, 64, 64, 192
@@ -84,7 +85,7 @@ def steps_backward(grad_z: Tensor, low: Tensor, weight: Tensor, rank: int, grad_
         RANK=rank, LOW=4 * low.shape[2], WIDTH=width, ROWS=STEP_ROWS, PIECE=STEP_CHANNELS, PIECES=pieces,
         RANK_BLOCK=max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=1,
     )  # fmt: skip
-    return parts.sum(dim=0).to(weight.dtype)
+    return sum_parts(parts).to(weight.dtype)
 
 
 def _fits(rank: int, width: int) -> bool:

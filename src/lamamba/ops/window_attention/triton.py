@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lamamba.ops.launch import launch
 from lamamba.ops.linear import weight_gradient
+from lamamba.ops.sum_kernels import sum_parts
 from lamamba.ops.window_attention.geometry import Windows
 from lamamba.ops.window_attention.kernels import (
     attention_backward_kernel,
@@ -74,7 +75,7 @@ def _backward(
     rows = _row_of_each_pair(plan.constants["SIDE_Y"], plan.constants["SIDE_X"], places, window_size, str(qkv.device))
     # A product with zeros and ones, because `index_add` has no fixed order on a GPU.
     with torch.autocast(qkv.device.type, enabled=False):
-        return grad_qkv, (rows @ logits.sum(dim=0).mT).to(bias.dtype)
+        return grad_qkv, (rows @ sum_parts(logits).mT).to(bias.dtype)
 
 
 @_backward.register_fake
@@ -156,7 +157,7 @@ def _sum_columns(x: Tensor, width: int) -> Tensor:
         column_sum_kernel, (num_blocks, num_programs), x, sums, num_rows, SUM_ROWS * steps_per_program,
         STRIDE=stride, WIDTH=width, ROWS=SUM_ROWS, BLOCK=SUM_BLOCK, num_warps=4, num_stages=1,
     )  # fmt: skip
-    return sums.sum(dim=0)
+    return sum_parts(sums)
 
 
 @lru_cache(maxsize=64)
