@@ -16,7 +16,7 @@ from lamamba.ops.selective_scan import project_and_scan, scan_grid
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from lamamba.ops.selective_scan.states_kernels import _sum_channels  # noqa: E402
+from lamamba.ops.selective_scan.states_kernels import _sum_products  # noqa: E402
 
 triton_host = pytest.importorskip("lamamba.ops.selective_scan.triton")
 NAMES = ("x", "low", "dt_weight", "dt_bias", "A_log", "D")
@@ -234,18 +234,22 @@ def test_kernels_that_cannot_run_are_an_error_that_says_why() -> None:
 @pytest.mark.parametrize("block", [32, 64])
 def test_sums_over_channels_by_products(block: int) -> None:
     """Use float16, because the interpreter cannot multiply bfloat16, and integers, so that nothing is rounded."""
-    rows = torch.randint(-4, 5, (16, block), generator=torch.Generator().manual_seed(block)).to(DEVICE, torch.float16)
+    generator = torch.Generator().manual_seed(block)
+    rows, others = torch.randint(-4, 5, (2, 16, block), generator=generator).to(DEVICE, torch.float16)
     sums = torch.full((16,), math.nan, device=DEVICE)
-    _sum_rows_kernel[(1,)](rows, sums, BLOCK=block, num_warps=1)
-    assert torch.equal(sums, rows.float().sum(dim=1))
+    _sum_products_kernel[(1,)](rows, others, sums, BLOCK=block, num_warps=1)
+    assert torch.equal(sums, (rows.float() * others.float()).sum(dim=1))
 
 
 @triton.jit
-def _sum_rows_kernel(p_rows, p_sums, BLOCK: tl.constexpr):
+def _sum_products_kernel(p_rows, p_others, p_sums, BLOCK: tl.constexpr):
     rows = ()
+    others = ()
     for row in tl.static_range(16):
-        rows = rows + (tl.load(p_rows + row * BLOCK + tl.arange(0, BLOCK)[None, :]),)  # noqa: RUF005
-    tl.store(p_sums + tl.arange(0, 16), _sum_channels(rows, BLOCK))
+        o_row = row * BLOCK + tl.arange(0, BLOCK)[None, :]
+        rows = rows + (tl.load(p_rows + o_row),)  # noqa: RUF005
+        others = others + (tl.load(p_others + o_row),)  # noqa: RUF005
+    tl.store(p_sums + tl.arange(0, 16), _sum_products(rows, others, BLOCK))
 
 
 @pytest.mark.parametrize(

@@ -27,20 +27,26 @@ from lamamba.ops.selective_scan.kernels import (
 
 
 @triton.jit
-def _sum_channels(rows, BLOCK: tl.constexpr):
-    """Sum each of 16 rows (1, BLOCK) over its channels: (16,). Rows in 16 bits are summed by tensor cores.
+def _operand(rows, first: tl.constexpr, BLOCK: tl.constexpr):
+    """Arrange four rows as the operand of a product; their values already lie in the lanes that it needs."""
+    b_rows = tl.join(tl.join(rows[first], rows[first + 1]), tl.join(rows[first + 2], rows[first + 3]))
+    return b_rows.reshape(8, 4, BLOCK // 32, 2, 2).permute(2, 1, 4, 3, 0).reshape(BLOCK // 2, 8)
 
-    Four rows form a matrix that is already laid out in registers and lanes as the operand of a product, so no values
-    move between lanes. `b_pick` is 1 where a place belongs to a row. The product leaves eight partial sums per row.
+
+@triton.jit
+def _sum_products(rows, others, BLOCK: tl.constexpr):
+    """Multiply 16 pairs of rows (1, BLOCK), and sum each product over its channels: (16,).
+
+    In 16 bits, tensor cores add up. `b_pick` is 1 where a place of the operand belongs to a row. Eight partial sums per
+    row remain.
     """
     if rows[0].dtype == tl.float32:
-        return tl.sum(_stack(rows), axis=1)
+        return tl.sum(_stack(rows) * _stack(others), axis=1)
     PLACES: tl.constexpr = BLOCK // 2
     o_row, o_of_four = tl.arange(0, 16)[:, None], tl.arange(0, PLACES)[None, :] % 4
     b_sums = tl.zeros([16, 8], tl.float32)
     for four in tl.static_range(0, 16, 4):
-        b_rows = tl.join(tl.join(rows[four], rows[four + 1]), tl.join(rows[four + 2], rows[four + 3]))
-        b_rows = b_rows.reshape(8, 4, BLOCK // 32, 2, 2).permute(2, 1, 4, 3, 0).reshape(PLACES, 8)
+        b_rows = _operand(rows, four, BLOCK) * _operand(others, four, BLOCK)
         b_pick = tl.maximum(1 - tl.abs(o_row - four - o_of_four), 0).to(tl.float32)
         b_sums = tl.dot(b_pick.to(rows[0].dtype), b_rows, b_sums)
     return tl.sum(b_sums, axis=1)
@@ -195,7 +201,7 @@ def states_summary_kernel(
 
 @triton.jit(do_not_specialize=["batch", "tiles_per_segment", "num_segments"])
 def states_forward_kernel(
-    p_x, p_low, p_rows, p_weight, p_bias, p_rates, p_D, p_y, p_states, p_carry, p_decay,
+    p_x, p_low, p_rows, p_weight, p_bias, p_rates, p_D, p_y, p_room, p_saved, p_carry, p_decay,
     batch, tiles_per_segment, num_segments,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr,
     CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr,
@@ -203,12 +209,11 @@ def states_forward_kernel(
 ):  # fmt: skip
     """Scan a segment and write y, one plane per path.
 
-    With SAVE, `p_states` receives the states at the start of each tile, for the backward pass. Otherwise it has room
-    for the states of one tile per program.
+    `p_room` has room for the states of each program between two tiles. With SAVE, `p_saved` receives the states at the
+    start of each tile, for the backward pass.
     """
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     NUM_TILES: tl.constexpr = (LENGTH + TILE - 1) // TILE
-    TO_NEXT: tl.constexpr = STATES * CHANNELS if SAVE else 0
     o_d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     m_d = _below(o_d, CHANNELS, BLOCK)
     path, segment, image = tl.program_id(1) % 4, tl.program_id(1) // 4, tl.program_id(2).to(tl.int64)
@@ -226,12 +231,14 @@ def states_forward_kernel(
     weights = _load_expansion(p_weight, path, o_d, m_d, CHANNELS, RANK)
 
     o_segment = (image * 4 + path) * num_segments
-    o_states = (image * 4 + path) * NUM_TILES + first if SAVE else o_segment + segment
-    p_state = p_states + o_states * STATES * CHANNELS + o_d
+    p_state = p_room + (o_segment + segment) * STATES * CHANNELS + o_d
+    p_saved += ((image * 4 + path) * NUM_TILES + first) * STATES * CHANNELS + o_d
     for state in range(0, STATES):
         o_first = (o_segment * STATES + state) * CHANNELS + o_d
         b_h = _walk_segments(p_carry, p_decay, o_first, STATES * CHANNELS, segment, m_d)
         tl.store(p_state + state * CHANNELS, b_h, mask=m_d)
+        if SAVE:
+            tl.store(p_saved + state * CHANNELS, b_h.to(p_saved.dtype.element_ty), mask=m_d)
 
     b_lows = _load_low(p_low, first * TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
     b_rows = ()
@@ -260,7 +267,7 @@ def states_forward_kernel(
             wraps = turn + AT_ONCE == STATES
             to_come = tl.where(wraps, 0, turn + AT_ONCE)
             p_row += tl.where(wraps & is_last, 0, AT_ONCE * 2 * TILE)
-            p_start = p_state + to_come * CHANNELS + tl.where(wraps & (not is_last), TO_NEXT, 0)
+            p_start = p_state + to_come * CHANNELS
             b_new_rows = ()
             b_new_rates = ()
             b_new_starts = ()
@@ -275,9 +282,12 @@ def states_forward_kernel(
                     b_h = tl.fma(_exp2(b_A * b_ms[step], PRECISE), b_h, BC[step] * b_inputs[step])
                     b_sums = b_sums + (b_ys[step] + BC[TILE + step] * b_h,)
                 b_ys = b_sums
-                tl.store(p_state + (turn + i) * CHANNELS + TO_NEXT, b_h, mask=m_d & (not is_last))
+                tl.store(p_state + (turn + i) * CHANNELS, b_h, mask=m_d)
+                if SAVE:
+                    p_next = p_saved + (STATES + turn + i) * CHANNELS
+                    tl.store(p_next, b_h.to(p_saved.dtype.element_ty), mask=m_d & (not is_last))
             b_rows, b_rates, b_starts = b_new_rows, b_new_rates, b_new_starts
-        p_state += TO_NEXT
+        p_saved += STATES * CHANNELS
         b_new_ys = ()
         for step in tl.static_range(TILE):
             b_new_ys = b_new_ys + (b_ys[step].to(p_y.dtype.element_ty),)
@@ -357,7 +367,7 @@ def states_backward_kernel(
         for i in tl.static_range(AT_ONCE):
             b_rows = b_rows + (tl.load(p_row + i * 2 * TILE),)
             b_rates = b_rates + (tl.load(p_rates + i * CHANNELS, mask=m_d, other=0.0),)
-            b_starts = b_starts + (tl.load(p_state + i * CHANNELS, mask=m_d, other=0.0),)
+            b_starts = b_starts + (tl.load(p_state + i * CHANNELS, mask=m_d, other=0.0).to(tl.float32),)
             b_gs = b_gs + (tl.load(p_grad + i * CHANNELS, mask=m_d, other=0.0),)
             b_grad_As = b_grad_As + (tl.load(p_grad_A + i * 4 * CHANNELS, mask=m_d, other=0.0),)
         b_ms = _steps(b_lows, weights, b_bias, start, LENGTH, RANK, PRECISE)
@@ -367,10 +377,14 @@ def states_backward_kernel(
         b_inputs = ()
         b_drives = ()
         b_exponents = ()
+        b_rounded = ()
+        b_rounded_ys = ()
         for step in tl.static_range(TILE):
             b_inputs = b_inputs + (b_ms[step] * b_xs[step].to(tl.float32) * LN_2,)
             b_drives = b_drives + (tl.zeros([1, BLOCK], tl.float32),)
             b_exponents = b_exponents + (tl.zeros([1, BLOCK], tl.float32),)
+            b_rounded = b_rounded + (b_inputs[step].to(SUM),)
+            b_rounded_ys = b_rounded_ys + (b_grad_ys[step].to(SUM),)
         for turn in range(0, STATES, AT_ONCE):
             b_new_rows = ()
             b_new_rates = ()
@@ -395,8 +409,8 @@ def states_backward_kernel(
                 for step in tl.static_range(TILE - 1, -1, -1):
                     b_grad_y = b_grad_ys[step].to(tl.float32)
                     b_g += BC[TILE + step] * b_grad_y
-                    b_grad_Bs = ((b_g * b_inputs[step]).to(SUM),) + b_grad_Bs
-                    b_grad_Cs = ((b_hs[step + 1] * b_grad_y).to(SUM),) + b_grad_Cs
+                    b_grad_Bs = (b_g.to(SUM),) + b_grad_Bs
+                    b_grad_Cs = (b_hs[step + 1].to(SUM),) + b_grad_Cs
                     b_new_drives = (b_drives[step] + b_g * BC[step],) + b_new_drives
                     b_g *= b_as[step]
                     b_exponent = b_g * b_hs[step]
@@ -405,8 +419,10 @@ def states_backward_kernel(
                 b_drives = b_new_drives
                 b_exponents = b_new_exponents
                 p_grad_row = p_grad_rows + (tile * STATES + current) * 2 * TILE
-                tl.store(p_grad_row, _sum_channels(b_grad_Bs, BLOCK))
-                tl.store(p_grad_row + TILE, _sum_channels(b_grad_Cs, BLOCK))
+                b_sums = _sum_products(b_grad_Bs, b_rounded, BLOCK)
+                tl.store(p_grad_row, b_sums.to(p_grad_rows.dtype.element_ty))
+                b_sums = _sum_products(b_grad_Cs, b_rounded_ys, BLOCK)
+                tl.store(p_grad_row + TILE, b_sums.to(p_grad_rows.dtype.element_ty))
                 tl.store(p_grad + current * CHANNELS, b_g, mask=m_d)
                 b_last = tl.where(count + 1 == last, b_A * LN_2, 1.0)
                 tl.store(p_grad_A + current * 4 * CHANNELS, b_grad_A * b_last, mask=m_d)
@@ -415,7 +431,8 @@ def states_backward_kernel(
                         to_come = tl.minimum(turn + AT_ONCE, STATES - AT_ONCE) + j
                         b_new_rows = b_new_rows + (tl.load(p_row + to_come * 2 * TILE),)
                         b_new_rates = b_new_rates + (tl.load(p_rates + to_come * CHANNELS, mask=m_d, other=0.0),)
-                        b_new_starts = b_new_starts + (tl.load(p_state + to_come * CHANNELS, mask=m_d, other=0.0),)
+                        b_start = tl.load(p_state + to_come * CHANNELS, mask=m_d, other=0.0)
+                        b_new_starts = b_new_starts + (b_start.to(tl.float32),)
                         b_new_gs = b_new_gs + (tl.load(p_grad + to_come * CHANNELS, mask=m_d, other=0.0),)
                         b_of_A = tl.load(p_grad_A + to_come * 4 * CHANNELS, mask=m_d, other=0.0)
                         b_new_grad_As = b_new_grad_As + (b_of_A,)

@@ -20,6 +20,7 @@ from lamamba.ops.selective_scan.states_kernels import (
     states_summary_kernel,
     to_paths_kernel,
 )
+from lamamba.ops.sum_kernels import sum_parts
 
 # Paths of LONG_PATH tiles or more may be cut into segments of SHORTEST_SEGMENT tiles or more, which are walked twice.
 # * Forward: with fewer than ENOUGH_PROGRAMS programs, all paths are cut, to get twice as many programs as a large GPU
@@ -146,14 +147,14 @@ def scan_grid_triton(
     need.
 
     Returns:
-        y of each path, (4, b, h, w, e), and with `save` the states at the start of each tile, (b, 4, tiles, n, e)
-        float32, which the backward pass reads.
+        y of each path, (4, b, h, w, e), and with `save` the states at the start of each tile, (b, 4, tiles, n, e),
+        which the backward pass reads.
     """
     x, low, weight, bias, A_log, D = (tensor.contiguous() for tensor in (x, low, weight, bias, A_log, D))
     batch, height, width, channels = x.shape
     geometry = _geometry(x, low, rank, A_log, continuous, backward=False)
     planes = x.new_empty(4, batch, height, width, channels)
-    states = A_log.new_empty(_states_shape(x, A_log, save))
+    states = x.new_empty(_states_shape(x, A_log, save), dtype=_states_dtype(x, A_log.shape[2]))
     (part,) = geometry.parts
     if A_log.shape[2] > 1:
         _scan_states(geometry, part, x, low, weight, bias, A_log, D, planes, states, rank, continuous)
@@ -176,7 +177,7 @@ def _scan_states(
     batch, _, _, channels = x.shape
     num_states = A_log.shape[2]
     save = states.numel() > 0
-    room = states if save else A_log.new_empty(batch, 4, part.num_segments, num_states, channels)
+    room = A_log.new_empty(batch, 4, part.num_segments, num_states, channels)
     rows = _rows_of_weights(low, rank, num_states, continuous)
     rates = _rates(A_log)
     carry, decay = _summarise(
@@ -184,9 +185,9 @@ def _scan_states(
     )
     launch(
         states_forward_kernel, (geometry.num_blocks, 4 * part.num_segments, batch),
-        x, low, rows, weight, bias, rates, D, planes, room, carry, decay,
+        x, low, rows, weight, bias, rates, D, planes, room, states, carry, decay,
         batch, part.tiles_per_segment, part.num_segments,
-        SAVE=save, AT_ONCE=_states_at_once(num_states), maxnreg=STATES_REGISTERS, **geometry.constants,
+        SAVE=save, AT_ONCE=_states_at_once(num_states, 4), maxnreg=STATES_REGISTERS, **geometry.constants,
     )  # fmt: skip
 
 
@@ -196,9 +197,10 @@ def _rates(A_log: Tensor) -> Tensor:
     return torch.exp(A_log.mT, out=A_log.new_empty(paths, num_states, channels))
 
 
-def _states_at_once(num_states: int) -> int:
-    """Return how many states an iteration of the kernels walks: two, if that leaves several iterations, else one."""
-    return 2 if num_states % 2 == 0 and num_states > 2 else 1
+def _states_at_once(num_states: int, most: int) -> int:
+    """Return how many states an iteration walks: 4 or 2, at most `most`, if that leaves several iterations; else 1."""
+    numbers = (number for number in (4, 2) if number <= most and num_states % number == 0 and number < num_states)
+    return next(numbers, 1)
 
 
 def _rows_of_weights(low: Tensor, rank: int, num_states: int, continuous: bool) -> Tensor:
@@ -225,6 +227,11 @@ def _states_shape(x: Tensor, A_log: Tensor, save: bool) -> tuple[int, ...]:
     return (batch, 4, triton.cdiv(height * width, TILE), A_log.shape[2], channels) if save else (0,)
 
 
+def _states_dtype(x: Tensor, num_states: int) -> torch.dtype:
+    """Return the dtype of saved states and of the parts of dB and dC: bfloat16 saves memory, float16 could overflow."""
+    return torch.bfloat16 if x.dtype == torch.bfloat16 and num_states > 1 else torch.float32
+
+
 @scan_grid_triton.register_fake
 def _(
     x: Tensor,
@@ -237,7 +244,7 @@ def _(
     continuous: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(4, *x.shape), A_log.new_empty(_states_shape(x, A_log, save))
+    return x.new_empty(4, *x.shape), x.new_empty(_states_shape(x, A_log, save), dtype=_states_dtype(x, A_log.shape[2]))
 
 
 @torch.library.custom_op("lamamba::scan_grid_backward", mutates_args=())
@@ -278,7 +285,7 @@ def _scan_grid_backward(
         grad_low_by_path[..., rank : rank + 2] = grad_BC.sum(dim=0).flatten(0, 1)
     else:
         rows = _rows_of_weights(low, rank, num_states, continuous)
-        grad_rows = rows.new_empty(geometry.num_blocks, *rows.shape)
+        grad_rows = x.new_empty(geometry.num_blocks, *rows.shape, dtype=_states_dtype(x, num_states))
         rates = _rates(A_log)
         for part, of_part in zip(geometry.parts, grad_shared.split(num_rows), strict=True):
             carry, decay = _summarise(
@@ -291,14 +298,14 @@ def _scan_grid_backward(
                 x, low, rows, weight, bias, rates, D, grad_y, states, carry, decay,
                 grads, grad_x, grad_z, grad_rows, of_part,
                 plane, batch, part.first_image, part.tiles_per_segment, part.num_segments,
-                AT_ONCE=_states_at_once(num_states), **geometry.constants,
+                AT_ONCE=_states_at_once(num_states, 2), **geometry.constants,
             )  # fmt: skip
         _copy_rows(
             from_paths_kernel, low, rank, num_states, continuous,
             grad_rows, grad_low, geometry.num_blocks, rows.numel(),
         )  # fmt: skip
     grad_weight = steps_backward(grad_z.flatten(1, 2), low_by_path, weight, rank, grad_low_by_path)
-    return grad_x.view(4, *x.shape), grad_low, grad_weight, grad_shared.sum(dim=0)
+    return grad_x.view(4, *x.shape), grad_low, grad_weight, sum_parts(grad_shared)
 
 
 @_scan_grid_backward.register_fake
