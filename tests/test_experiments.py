@@ -214,6 +214,7 @@ def test_the_networks_have_the_sizes_of_their_papers() -> None:
     assert count("dit-s-2") == pytest.approx((33e6, 6.06e9), rel=0.02)
     assert count("dit-b-2") == pytest.approx((130e6, 23.01e9), rel=0.01)
     whole = count("s")
+    assert count("unet")[0] == pytest.approx(whole[0], rel=0.03)
     for name in ("s-scan-only", "s-attention-only"):
         assert all(part < all_of_it for part, all_of_it in zip(count(name), whole, strict=True))
     assert count("s-raster") == whole
@@ -265,7 +266,26 @@ def test_a_dit_begins_as_the_identity_and_learns_with_every_parameter(dit: conte
         assert bool(parameter.grad.any()), name
 
 
-@pytest.mark.parametrize("name", ["s", "dit-s-2"])
+def test_a_u_net_learns_with_every_parameter() -> None:
+    network = contestants.build("unet", contestants.network_config("unet", 1, 8, 10, quick=True), quick=True)
+    x, t, y = inputs(4)
+    y[0] = network.null_label
+    network.train()(x, t, y).square().mean().backward()
+    assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in network.parameters())
+    labels = torch.arange(4)
+    assert bool((network(x, t, labels) != network(x, t, labels.flip(0))).flatten(1).any(dim=1).all())
+
+
+def test_a_u_net_is_trained_and_scored(tmp_path: Path) -> None:
+    piece = replace(pieces.PIECES["cifar-unet-seed-0"], data="fashion-mnist")
+    assert piece.compile
+    training.train(place(tmp_path), piece)
+    record = read(place(tmp_path), "cifar-unet-seed-0")
+    assert record["network"]["step"].startswith("compiled")
+    assert [row["images"] for row in record["evaluations"]] == [32, 64]
+
+
+@pytest.mark.parametrize("name", ["s", "dit-s-2", "unet"])
 def test_autocast_rounds_the_network_but_not_what_the_sampler_gets(name: str) -> None:
     network = contestants.build(name, contestants.network_config(name, 1, 8, 10, quick=True), quick=True).eval()
     stir(network)

@@ -2,23 +2,25 @@
 
 s, b            LaMamba-S and -B, on pixels
 dit-s-2, ...    DiT-S/2 and DiT-B/2 in their authors' layout, made of diffusers' modules
+unet            diffusers' UNet2DModel, about as large as LaMamba-S
 s-...           LaMamba-S with one change
 nano            the shipped network for 32x32
 emoji-64        the shipped network for 64x64: narrower, and deeper where the grid is small
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, UNet2DModel
 from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lamamba.checkpoints.dit import DiT as SampledDiT
+from lamamba.checkpoints.dit import DiTConfig
 from lamamba.config import NetworkConfig, preset
 from lamamba.model import LaMambaDiff
 from lamamba.training.cost import count
@@ -45,10 +47,14 @@ LAMAMBA: Mapping[str, NetworkConfig] = {
     "emoji-64": replace(preset("nano"), embed_dim=32, num_heads=2, depths=(2, 2, 4, 2)),
 }
 DIT: Mapping[str, DiTGeometry] = {"dit-s-2": DiTGeometry(12, 384, 6), "dit-b-2": DiTGeometry(12, 768, 12)}
-NAMES = (*LAMAMBA, *DIT)
+NAMES = (*LAMAMBA, *DIT, "unet")
+COMPILED = (*DIT, "unet")
+"""Networks without kernels of their own, which torch.compile makes faster."""
 
 _QUICK_LAMAMBA = {"embed_dim": 8, "num_heads": 2, "depths": (1, 1, 1, 1), "bottleneck_depth": 1}
 _QUICK_DIT = DiTGeometry(2, 16, 2)
+_UNET: dict[str, Any] = {"block_out_channels": (128, 256, 256), "layers_per_block": 2, "attention_head_dim": 64}
+_QUICK_UNET: dict[str, Any] = {"block_out_channels": (32, 32, 64), "layers_per_block": 1, "attention_head_dim": 16}
 
 
 class _Given(nn.Module):
@@ -103,14 +109,51 @@ class DiT(SampledDiT):
 
     def compile_blocks(self) -> None:
         """Compile one block, which serves all of them: as fast as compiling the network, but quicker to compile."""
-        # On a CPU, tracing is enough to show that a block compiles.
-        backend = "inductor" if self.device.type == "cuda" else "eager"
-        for block in self.transformer.transformer_blocks:
-            block.compile(fullgraph=True, dynamic=False, backend=backend)
+        _compile(self.transformer.transformer_blocks, self.device)
+
+
+class UNet(nn.Module):
+    """diffusers' UNet2DModel with labels, in the shape of DDPM's U-Net for CIFAR-10, with diffusers' initialization.
+
+    It has residual blocks of convolutions on grids of 32, 16 and 8, and attention on 16 (Ho et al. 2020, arXiv
+    2006.11239, appendix B). DDPM's fourth grid, 4x4, is left out, so that it is about as large as LaMamba-S.
+    """
+
+    def __init__(self, in_channels: int, sample_size: int, num_classes: int, **geometry: Any) -> None:
+        super().__init__()
+        self.unet = UNet2DModel(
+            sample_size=sample_size, in_channels=in_channels, out_channels=2 * in_channels,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), num_class_embeds=num_classes + 1, **geometry,
+        )  # fmt: skip
+        self.config = DiTConfig(in_channels, sample_size, num_classes)
+
+    @property
+    def null_label(self) -> int:
+        """The label that means "no label"."""
+        return self.config.num_classes
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return self.unet.device
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.unet(x_t, t, y, return_dict=False)[0]
+
+    def compile_blocks(self) -> None:
+        """Compile each block; all are different."""
+        _compile((*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks), self.device)
+
+
+def _compile(blocks: Iterable[nn.Module], device: torch.device) -> None:
+    # On a CPU, tracing is enough to show that a block compiles.
+    for block in blocks:
+        block.compile(fullgraph=True, dynamic=False, backend="inductor" if device.type == "cuda" else "eager")
 
 
 def network_config(name: str, channels: int, size: int, num_classes: int, quick: bool = False) -> NetworkConfig:
-    """Return the options of a network; for a DiT, those that trainer and sampler need."""
+    """Return the options of a network; for DiT and U-Net, those that trainer and sampler need."""
     config = LAMAMBA.get(name, NetworkConfig())
     small = _QUICK_LAMAMBA if quick else {}
     return replace(config, in_channels=channels, sample_size=size, num_classes=num_classes, **small)
@@ -120,6 +163,9 @@ def build(name: str, config: NetworkConfig, quick: bool = False) -> Any:
     """Build a network with new parameters, from its name and `network_config`."""
     if name in LAMAMBA:
         return LaMambaDiff(**vars(config))
+    if name == "unet":
+        geometry = _QUICK_UNET if quick else _UNET
+        return UNet(config.in_channels, config.sample_size, config.num_classes, **geometry)
     return DiT(_QUICK_DIT if quick else DIT[name], config.in_channels, config.sample_size, config.num_classes)
 
 

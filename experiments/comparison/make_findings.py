@@ -16,7 +16,7 @@ from scoring import FEATURES
 from setting import HERE, RESULTS
 
 PAGE = HERE.parents[1] / "docs" / "findings.md"
-NAMES = {"s": "LaMamba-S", "dit-s-2": "DiT-S/2"}
+NAMES = {"s": "LaMamba-S", "dit-s-2": "DiT-S/2", "unet": "U-Net"}
 GRIDS = ("cifar-s-seed-0", "cifar-dit-s-2-seed-0")
 _SCORES = ("distance", "recall", "coverage")
 

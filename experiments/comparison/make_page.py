@@ -150,7 +150,7 @@ _SCORES = ["", "seeds", "images/s", "loss", *_SCORED]
 _BEST = "seed 0 at its best guidance"
 _PERCENTILES = ("percentile_1", "percentile_5", "percentile_50")  # of more that the records have
 _COSTS = ["", "M parameters", "G multiply-adds", "GiB", "s for 10,000"]
-_NAMES = {"s": "LaMamba-S", "b": "LaMamba-B", "dit-s-2": "DiT-S/2", "dit-b-2": "DiT-B/2"}
+_NAMES = {"s": "LaMamba-S", "b": "LaMamba-B", "dit-s-2": "DiT-S/2", "dit-b-2": "DiT-B/2", "unet": "U-Net"}
 
 
 def scores_row(name: str, several: Sequence[Content]) -> list[str]:

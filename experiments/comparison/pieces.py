@@ -33,7 +33,7 @@ class Training:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """Further options of the training, by their names in `TrainConfig`."""
     compile: bool = False
-    """Compile a DiT's blocks for training and scoring; this package's network has its own kernels."""
+    """Compile the blocks of DiT or U-Net for training and scoring; this package's network has its own kernels."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ QUICK = Scale(
 
 
 def _train(name: str, network: str, **options: object) -> Training:
-    # The fastest configuration of a DiT; the piece `speed` confirms this.
-    return replace(Training(name, network, compile=network.startswith("dit")), **options)
+    # The fastest configuration of a DiT; the piece `speed` confirms this. `speed-unet` does it for the U-Net.
+    return replace(Training(name, network, compile=network.startswith(("dit", "unet"))), **options)
 
 
 _S, _DIT_S = _train("s-seed-0", "s", sweep=True), _train("dit-s-2-seed-0", "dit-s-2", sweep=True)
@@ -146,6 +146,7 @@ _DECAY = {"decay": "cosine"}
 
 LISTS: Mapping[str, tuple[Piece, ...]] = {
     "speed": (Speed(),),
+    "speed-unet": (Speed("speed-unet", ("unet",)),),
     # Which learning rate is best for each network? In short runs it is 1e-3, but at full length (`high-rate`) DiT-S had
     # a spike from which it did not recover. So all others use 5e-4.
     "rates": tuple(
@@ -211,7 +212,7 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
             warmup=0.05, recipe={**_DECAY, "horizontal_flip": True}, num_scores=2,
         )
         for seed in (0, 1, 2)
-        for network in ("s", "dit-s-2")
+        for network in ("s", "dit-s-2", "unet")
     ),
     # The same at three times the length: does the distance still rise towards the end?
     "decay-longer": tuple(
@@ -226,7 +227,7 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
             recipe={**_DECAY, "horizontal_flip": True},
         )
         for seed in (0, 1, 2)
-        for network in ("s", "dit-s-2")
+        for network in ("s", "dit-s-2", "unet")
     ),
     "b": (_B, _DIT_B, Clipping("clipping-b", _B), Clipping("clipping-dit-b-2", _DIT_B)),
     "emoji": (

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contestants import DIT
+from contestants import COMPILED
 from lamamba.data import ArraySource
 from lamamba.diffusion import OBJECTIVES
 from lamamba.files import atomic_write
@@ -143,7 +143,7 @@ def time_steps(setting: Setting, piece: Speed) -> None:
     source: ArraySource = setting.open_training_images("fashion-mnist")
     for network in piece.networks:
         # The package's own network has its own kernels; compiling it was measured before.
-        ways = ((True, True), (True, False), (False, True)) if network in DIT else ((False, True), (False, False))
+        ways = ((True, True), (True, False), (False, True)) if network in COMPILED else ((False, True), (False, False))
         for compile, cuda_graph in ways:
             case: dict[str, Any] = {"network": network, "compile": compile, "cuda_graph": cuda_graph}
             if tuple(case.values()) in there:
