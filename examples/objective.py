@@ -1,14 +1,15 @@
-"""Add an objective in one file: v-prediction (Salimans & Ho 2022, arXiv 2202.00512).
+"""Add an objective in one file: prediction of the clean image (Salimans & Ho 2022, arXiv 2202.00512, section 4).
 
-    python examples/objective.py runs/v                        # trains a small network on the built-in images
-    python examples/objective.py runs/v --num-images 200000    # longer
+    python examples/objective.py runs/x                        # trains a small network on the built-in images
+    python examples/objective.py runs/x --num-images 200000    # longer
 
 An objective is a class with the members of `lamamba.diffusion.Objective`. Once it is in `OBJECTIVES` under its name,
-training, checkpoints, samplers, guidance and the pipeline can use it. Here the network predicts
+training, checkpoints, samplers, guidance and the pipeline can use it. Here the network predicts x_0 of
 
-    v = signal noise - noise_share x_0,        x_t = signal x_0 + noise_share noise
+    x_t = signal x_0 + noise_share noise
 
-with the noise schedule of `lamamba.Diffusion`.
+with the noise schedule of `lamamba.Diffusion`. Its squared error has the weight max(signal^2 / noise_share^2, 1). Noise
+prediction is the same without the 1, so at high noise its weight vanishes.
 """
 
 import argparse
@@ -25,12 +26,12 @@ from lamamba.sampling import make_grid
 DIFFUSION = lamamba.Diffusion()
 
 
-class VPrediction:
-    """Predict v on the first c channels; the other channels are not trained."""
+class XPrediction:
+    """Predict x_0 on the first c channels; the other channels are not trained."""
 
-    name = "v"
+    name = "x"
     # In diffusers' terms. Samplers are made from these options, and schedulers of users are checked against them.
-    scheduler_options = {**DIFFUSION.scheduler_options, "prediction_type": "v_prediction"}  # noqa: RUF012
+    scheduler_options = {**DIFFUSION.scheduler_options, "prediction_type": "sample"}  # noqa: RUF012
     samplers = ("ddim", "dpm++", "sde-dpm++", "unipc")
     default_sampler = "dpm++"
 
@@ -46,40 +47,38 @@ class VPrediction:
         """Compute noise over signal."""
         return DIFFUSION.sigma(t)
 
-    def predict_x_0(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        """Compute the clean image that v implies: signal x_t - noise_share v."""
-        signal, noise_share = (level[:, None, None, None] for level in self.levels(t))
-        return signal * x_t - noise_share * v
+    def predict_x_0(self, x_t: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        """Return the prediction, which is the clean image."""
+        return x
 
-    def move_x_0(self, x_t: Tensor, t: Tensor, v: Tensor, x_0: Tensor) -> Tensor:
-        """Change v so that it implies the clean image x_0 instead of its own."""
-        _, noise_share = (level[:, None, None, None] for level in self.levels(t))
-        return v + (self.predict_x_0(x_t, t, v) - x_0) / noise_share
+    def move_x_0(self, x_t: Tensor, t: Tensor, x: Tensor, x_0: Tensor) -> Tensor:
+        """Return x_0, which is the prediction that implies it."""
+        return x_0
 
     def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
-        """Weigh the error of v so that the error of x_0 has the weight min(SNR, gamma)."""
-        signal, noise_share = self.levels(t)
-        return torch.minimum(signal.square(), gamma * noise_share.square())
+        """Weight `mse` so that the error of x_0 has the weight min(SNR, gamma)."""
+        snr = self.sigma(t) ** -2
+        return snr.clamp(max=gamma) / snr.clamp(min=1)
 
     def losses(self, denoiser: Predict, x_0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Compute the squared error of v, (b,)."""
+        """Compute the weighted squared error of x_0, (b,)."""
         signal, noise_share = (level[:, None, None, None] for level in self.levels(t))
-        v = denoiser(signal * x_0 + noise_share * noise, t, y).to(x_0.dtype).chunk(2, dim=1)[0]
-        mse = (signal * noise - noise_share * x_0 - v).square().flatten(1).mean(1)
+        x = denoiser(signal * x_0 + noise_share * noise, t, y).to(x_0.dtype).chunk(2, dim=1)[0]
+        mse = (x_0 - x).square().flatten(1).mean(1) * (self.sigma(t) ** -2).clamp(min=1)
         return {"loss": mse, "mse": mse}
 
 
-OBJECTIVES[VPrediction.name] = VPrediction()
+OBJECTIVES[XPrediction.name] = XPrediction()
 
 
 def main(out: Path, num_images: int = 20_000, **options: Any) -> None:
     """Train in a run folder, then sample an image of each class to samples.png in it."""
     config = lamamba.TrainConfig(
-        out=out, objective=VPrediction.name, num_images=num_images, learning_rate=1e-3, **options
+        out=out, objective=XPrediction.name, num_images=num_images, learning_rate=1e-3, **options
     )
     lamamba.train(config)
     network = lamamba.load_checkpoint(out).network
-    x = lamamba.sample(network, VPrediction(), range(10), range(10), guidance_scale=2.0, clip_sample=True)
+    x = lamamba.sample(network, XPrediction(), range(10), range(10), guidance_scale=2.0, clip_sample=True)
     make_grid(lamamba.to_uint8(x).numpy(), columns=10, scale=2).save(out / "samples.png")
 
 

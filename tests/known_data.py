@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lamamba.diffusion import Diffusion, FlowMatching, XPredictionFlow, schedule_arrays
+from lamamba.diffusion import Diffusion, FlowMatching, VPrediction, XPredictionFlow, schedule_arrays
 
 
 class Mixture(NamedTuple):
@@ -53,14 +53,14 @@ def levels(objective: Diffusion | FlowMatching, t: float) -> tuple[float, float]
     """Share of signal and of noise in x_t, in float64."""
     if isinstance(objective, FlowMatching):
         return 1 - t / 1000, t / 1000
-    log_sigma = (1 / schedule_arrays()["alpha_bar"] - 1).log() / 2
+    log_sigma = (1 / schedule_arrays(objective.zero_terminal_snr)["alpha_bar"].clamp(min=2**-24) - 1).log() / 2
     below = min(int(t), 998)
     sigma = math.exp(torch.lerp(log_sigma[below], log_sigma[below + 1], min(t, 999) - below))  # log-linear between
     return 1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma)
 
 
 class KnownDenoiser:
-    """What a perfectly trained network answers: noise or velocity and, where the timesteps are known, the variance."""
+    """What a perfectly trained network answers: its prediction and, where the timesteps are known, the variance."""
 
     def __init__(
         self, objective: Diffusion | FlowMatching, data: Mixture = GAUSSIAN, timesteps: list[int] | None = None
@@ -84,13 +84,14 @@ class KnownDenoiser:
             prediction = expected_x_0 if isinstance(self.objective, XPredictionFlow) else velocity
         else:
             square = (share * (component_x_0**2 + (spreads * noise) ** 2 / variance)).sum(-1)
-            prediction = expected_noise
+            v = signal * expected_noise - noise * expected_x_0
+            prediction = v if isinstance(self.objective, VPrediction) else expected_noise
             position = self.log_variance_position(int(t[0]), square - expected_x_0**2)
         return torch.cat([prediction, position], dim=1).float()
 
     def log_variance_position(self, t: int, variance_of_x_0: Tensor) -> Tensor:
         """Where, from -1 to 1, the log of the true variance of x_earlier given x_t lies between the two bounds."""
-        alpha_bars = schedule_arrays()["alpha_bar"]
+        alpha_bars = schedule_arrays(getattr(self.objective, "zero_terminal_snr", False))["alpha_bar"]
         if t not in self.earlier:
             return torch.zeros_like(variance_of_x_0)
         alpha_bar, earlier = float(alpha_bars[t]), float(alpha_bars[self.earlier[t]])

@@ -17,6 +17,7 @@ from lamamba.diffusion import (
     OBJECTIVES,
     Diffusion,
     FlowMatching,
+    VPrediction,
     XPredictionFlow,
     schedule_arrays,
     training_losses,
@@ -100,6 +101,10 @@ def deviation(objective: Diffusion | FlowMatching, sampler: str, num_steps: int)
         ("diffusion", "dpm++", 10, 1000, 0.002),
         ("diffusion", "unipc", 10, 100, 0.002),
         ("diffusion", "unipc", 10, 1000, 0.002),
+        ("diffusion-v", "dpm++", 10, 100, 0.002),
+        ("diffusion-v-zero-snr", "ddim", 20, 200, 0.01),
+        ("diffusion-v-zero-snr", "dpm++", 20, 400, 0.002),
+        ("diffusion-v-zero-snr", "unipc", 20, 400, 0.002),
         ("flow", "unipc", 10, 100, 0.002),
         ("flow", "euler", 10, 100, 0.01),
         ("flow", "heun", 5, 50, 0.0005),
@@ -128,9 +133,10 @@ def test_every_number_of_steps_goes_down_from_noise(sampler: str) -> None:
         assert timesteps[-1] == 0 or num_steps == 1
 
 
+@pytest.mark.parametrize("objective", [Diffusion(), VPrediction(), VPrediction(True)], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("sampler", Diffusion.samplers)
-def test_a_single_step_answers_the_mean_of_the_data(sampler: str) -> None:
-    x = sample(KnownDenoiser(Diffusion()), Diffusion(), [0], [5], sampler=sampler, num_steps=1)  # type: ignore[arg-type]
+def test_a_single_step_answers_the_mean_of_the_data(objective: Diffusion, sampler: str) -> None:
+    x = sample(KnownDenoiser(objective), objective, [0], [5], sampler=sampler, num_steps=1)  # type: ignore[arg-type]
     # What noise alone says of an image is next to nothing, so the best guess is the same for all.
     torch.testing.assert_close(x, torch.full_like(x, GAUSSIAN.mean), atol=0.01, rtol=0)
 
@@ -164,7 +170,7 @@ def test_samplers_converge_with_their_order(
 
 def draw(denoiser: KnownDenoiser, sampler: str, num_steps: int) -> Tensor:
     """36,864 values, which know a mean to half a percent of the spread and the spread to 0.4 %."""
-    return sample(denoiser, Diffusion(), [0] * 16, list(range(16)), sampler=sampler, num_steps=num_steps)  # type: ignore[arg-type]
+    return sample(denoiser, denoiser.objective, [0] * 16, list(range(16)), sampler=sampler, num_steps=num_steps)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("data", "num_steps"), [(GAUSSIAN, 12), (TWO_HILLS, 40)], ids=["Gaussian", "two hills"])
@@ -176,6 +182,15 @@ def test_ancestral_sampling_follows_the_learned_variance(data: Mixture, num_step
     assert float(x.mean()) == pytest.approx(data.mean, abs=0.02 * data.spread)
     assert float(x.std()) == pytest.approx(data.spread, rel=0.015)
     assert abs(float(wrong.std()) / data.spread - 1) > 0.03
+
+
+@pytest.mark.parametrize("objective", [VPrediction(), VPrediction(zero_terminal_snr=True)], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(("sampler", "num_steps"), [("ancestral", 12), ("sde-dpm++", 200)])
+def test_v_prediction_is_sampled_with_noise(objective: VPrediction, sampler: str, num_steps: int) -> None:
+    timesteps = make_scheduler(objective, sampler, num_steps).timesteps.tolist() if sampler == "ancestral" else None
+    x = draw(KnownDenoiser(objective, GAUSSIAN, timesteps), sampler, num_steps)
+    assert float(x.mean()) == pytest.approx(GAUSSIAN.mean, abs=0.02 * GAUSSIAN.spread)
+    assert float(x.std()) == pytest.approx(GAUSSIAN.spread, rel=0.015)
 
 
 @pytest.mark.parametrize("data", [GAUSSIAN, TWO_HILLS], ids=["Gaussian", "two hills"])
@@ -350,13 +365,59 @@ def test_autoguidance_moves_away_from_the_weaker_denoiser_with_the_same_label() 
     assert guide(denoiser, 1.0, 5, weaker=weaker)(x, t, y).flatten().tolist() == [1, 10, 2, 20]
 
 
-@pytest.mark.parametrize("objective", [Diffusion(), FlowMatching(), XPredictionFlow()])
+@pytest.mark.parametrize("objective", [Diffusion(), VPrediction(), FlowMatching(), XPredictionFlow()])
 def test_a_true_prediction_implies_the_clean_image(objective: Diffusion | FlowMatching) -> None:
     generator = torch.Generator().manual_seed(0)
     x_0, noise = torch.randn((2, 3, 1, 4, 4), generator=generator)
     t = torch.tensor([1, 400, 900])
-    target = {"diffusion": noise, "flow": noise - x_0, "flow-x": x_0}[objective.name]
+    signal, noise_share = (level[:, None, None, None] for level in objective.levels(t))
+    v = signal * noise - noise_share * x_0
+    target = {"diffusion": noise, "diffusion-v": v, "flow": noise - x_0, "flow-x": x_0}[objective.name]
     assert torch.allclose(objective.predict_x_0(objective.noise_image(x_0, t, noise), t, target), x_0, atol=1e-4)
+
+
+def test_v_prediction_follows_its_equations() -> None:
+    """v = alpha noise - sigma x_0, and x_0 = alpha x_t - sigma v (arXiv 2202.00512, appendix D)."""
+    kind = VPrediction()
+    alpha_bar = GOLDEN["full.alphas_cumprod"]
+    x_0, noise, other = torch.randn((3, 4, 1, 6, 6), generator=torch.Generator().manual_seed(0))
+    t, y = torch.tensor([0, 300, 700, 999]), torch.zeros(4)
+    alpha, sigma = (part.sqrt().float()[:, None, None, None] for part in (alpha_bar[t], 1 - alpha_bar[t]))
+    x_t, v = alpha * x_0 + sigma * noise, alpha * noise - sigma * x_0
+    zero = torch.zeros_like(v)
+    losses = kind.losses(lambda x, *_: torch.cat([zero, zero], dim=1), x_0, t, y, noise)
+    torch.testing.assert_close(losses["mse"], v.square().flatten(1).mean(1))
+    torch.testing.assert_close(kind.predict_x_0(x_t, t, v), x_0, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(kind.predict_x_0(x_t, t, kind.move_x_0(x_t, t, v, other)), other, atol=1e-3, rtol=1e-3)
+    # The variational bound is that of the same clean image predicted through the noise.
+    wrong = v + 0.1
+    as_noise = sigma * x_t + alpha * wrong
+    by_v = kind.losses(lambda *_: torch.cat([wrong, zero + 0.3], dim=1), x_0, t, y, noise)
+    by_noise = Diffusion().losses(lambda *_: torch.cat([as_noise, zero + 0.3], dim=1), x_0, t, y, noise)
+    torch.testing.assert_close(by_v["vb"], by_noise["vb"], atol=1e-4, rtol=1e-2)
+    snr = (alpha / sigma).square().flatten()
+    error_of_x_0 = (kind.predict_x_0(x_t, t, wrong) - x_0).square().flatten(1).mean(1)
+    weighted = kind.min_snr_weight(t, 5.0) * by_v["mse"]
+    torch.testing.assert_close(weighted, snr.clamp(max=5.0) * error_of_x_0, atol=1e-5, rtol=1e-2)
+
+
+def test_zero_terminal_snr_follows_its_algorithm() -> None:
+    """Shift sqrt(alpha_bar) so that it ends at 0, and scale it so that it begins where it did (arXiv 2305.08891)."""
+    plain, ours = GOLDEN["full.alphas_cumprod"].sqrt(), schedule_arrays(zero_terminal_snr=True)
+    scaled = (plain - plain[-1]) * plain[0] / (plain[0] - plain[-1])
+    assert_close(ours["sqrt_alpha_bar"], scaled, 1e-12)
+    assert (float(ours["alpha_bar"][-1]), float(ours["beta"][-1])) == (0.0, 1.0)
+    assert_close((1 - ours["beta"]).cumprod(0)[:-1], ours["alpha_bar"][:-1], 1e-9)
+    theirs = diffusers.DDIMScheduler(beta_schedule="linear", beta_end=0.02, rescale_betas_zero_snr=True).alphas_cumprod
+    assert_close(ours["alpha_bar"], theirs, 1e-5)
+    kind = VPrediction(zero_terminal_snr=True)
+    x_0, noise = torch.randn((2, 1, 1, 6, 6), generator=torch.Generator().manual_seed(0))
+    last = torch.tensor([999])
+    assert torch.equal(kind.noise_image(x_0, last, noise), noise)
+    losses = kind.losses(lambda x, *_: torch.cat([-x_0, 0 * x_0], dim=1), x_0, last, last, noise)  # v is -x_0 there
+    assert float(losses["mse"]) == 0
+    assert all(bool(value.isfinite()) for value in losses.values())
+    assert bool(kind.sigma(torch.arange(1000)).isfinite().all())
 
 
 def test_x_prediction_follows_its_equation() -> None:

@@ -37,32 +37,32 @@ def test_a_network_is_added_in_one_file(tmp_path: Path) -> None:
 @pytest.fixture
 def objective() -> Iterator[ModuleType]:
     yield load("objective")
-    del OBJECTIVES["v"]
+    del OBJECTIVES["x"]
 
 
 def test_the_equations_of_the_objective_fit_together(objective: ModuleType) -> None:
-    kind = objective.VPrediction()
+    kind = objective.XPrediction()
     x_0, noise, other = torch.randn((3, 4, 1, 6, 6), generator=torch.Generator().manual_seed(0))
     t = torch.tensor([1, 300, 700, 998])
     signal, noise_share = (level[:, None, None, None] for level in kind.levels(t))
-    x_t, v = signal * x_0 + noise_share * noise, signal * noise - noise_share * x_0
-    torch.testing.assert_close(kind.predict_x_0(x_t, t, v), x_0, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(kind.predict_x_0(x_t, t, kind.move_x_0(x_t, t, v, other)), other, atol=1e-3, rtol=1e-3)
-    right = torch.cat([v, torch.zeros_like(v)], dim=1)
-    assert float(kind.losses(lambda *_: right, x_0, t, t, noise)["loss"].max()) < 1e-6
-    # The weighted error of v is min(SNR, gamma) times that of x_0.
-    wrong = v + 0.1
+    x_t = signal * x_0 + noise_share * noise
+    torch.testing.assert_close(kind.predict_x_0(x_t, t, kind.move_x_0(x_t, t, x_0, other)), other)
+    wrong = x_0 + 0.1
+    losses = kind.losses(lambda *_: torch.cat([wrong, x_0], dim=1), x_0, t, t, noise)
     snr = (signal / noise_share).square().flatten()
-    error = (kind.predict_x_0(x_t, t, wrong) - x_0).square().flatten(1).mean(1)
-    weighted = kind.min_snr_weight(t, 5.0) * (wrong - v).square().flatten(1).mean(1)
-    torch.testing.assert_close(weighted, snr.clamp(max=5.0) * error, atol=1e-5, rtol=1e-2)
+    torch.testing.assert_close(losses["loss"], 0.01 * snr.clamp(min=1.0), atol=1e-5, rtol=1e-3)
+    # Where it is 1 or more, the weighted error of x_0 is that of noise prediction.
+    noise_error = (signal * 0.1 / noise_share).square().flatten()
+    torch.testing.assert_close(losses["loss"][:2], noise_error[:2], atol=1e-5, rtol=1e-3)
+    weighted = kind.min_snr_weight(t, 5.0) * losses["mse"]
+    torch.testing.assert_close(weighted, 0.01 * snr.clamp(max=5.0), atol=1e-5, rtol=1e-3)
 
 
 def test_an_objective_is_added_in_one_file(objective: ModuleType, tmp_path: Path) -> None:
-    for sampler in objective.VPrediction.samplers:  # reach data whose right samples are known
-        scheduler = make_scheduler(objective.VPrediction(), sampler, 25)
+    for sampler in objective.XPrediction.samplers:  # reach data whose right samples are known
+        scheduler = make_scheduler(objective.XPrediction(), sampler, 25)
         for strength in (1.0, 0.5):
-            check_scheduler(scheduler, objective.VPrediction(), 1, pixels=False, num_steps=25, strength=strength)
+            check_scheduler(scheduler, objective.XPrediction(), 1, pixels=False, num_steps=25, strength=strength)
     tiny = NetworkConfig(
         in_channels=1, sample_size=32, num_classes=10, embed_dim=8, num_heads=2, depths=(1, 1, 1, 1),
         bottleneck_depth=1, decoder_extra_depth=0,
@@ -70,7 +70,7 @@ def test_an_objective_is_added_in_one_file(objective: ModuleType, tmp_path: Path
     options = {"batch_size": 8, "sample_steps": 1, "device": "cpu", "network": tiny}
     objective.main(tmp_path / "run", num_images=16, **options)
     assert (tmp_path / "run" / "samples.png").is_file()
-    assert lamamba.load_checkpoint(tmp_path / "run").info == CheckpointInfo(16, 2, "v", FASHION_MNIST_CLASSES)
+    assert lamamba.load_checkpoint(tmp_path / "run").info == CheckpointInfo(16, 2, "x", FASHION_MNIST_CLASSES)
     run = lamamba.Run(tmp_path / "run")
     lamamba.train(replace(run.config, num_images=24, resume=True, device="cpu"))
     assert [record["images"] for record in run.records] == [8, 16, 24]

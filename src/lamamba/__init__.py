@@ -17,6 +17,7 @@ _HOMES = {
     "LamambaError": "lamamba.errors",
     "Run": "lamamba.training.run",
     "TrainConfig": "lamamba.config",
+    "VPrediction": "lamamba.diffusion",
     "XPredictionFlow": "lamamba.diffusion",
     "guide": "lamamba.sampling.guidance",
     "load_checkpoint": "lamamba.checkpoints.checkpoint",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from lamamba.data import to_uint8 as to_uint8
     from lamamba.diffusion import Diffusion as Diffusion
     from lamamba.diffusion import FlowMatching as FlowMatching
+    from lamamba.diffusion import VPrediction as VPrediction
     from lamamba.diffusion import XPredictionFlow as XPredictionFlow
     from lamamba.diffusion import training_losses as training_losses
     from lamamba.errors import CheckpointError as CheckpointError

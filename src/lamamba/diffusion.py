@@ -5,6 +5,7 @@ objectives, see `Objective` for what they have in common:
 
 * `Diffusion`: 1000 linear steps, noise prediction with a learned variance (Nichol & Dhariwal 2021, arXiv 2102.09672),
   what LaMamba-Diff, DiT and ADM train with.
+* `VPrediction`: the same, but the network predicts v; optionally, the last timestep is pure noise.
 * `FlowMatching`: the straight path from data to noise, velocity prediction (SiT, arXiv 2401.08740), in diffusers'
   direction: x_t = (1 - t/1000) x_0 + t/1000 noise.
 * `XPredictionFlow`: the same path; the network predicts the clean image (JiT, arXiv 2511.13720).
@@ -57,7 +58,7 @@ class Denoiser(Protocol):
 class Objective(Protocol):
     """What a network is trained for: how images are noised, and what the network predicts on its first c channels.
 
-    Training and sampling need no more than this. `examples/objective.py` adds a third objective in one file.
+    Training and sampling need no more than this. `examples/objective.py` adds another objective in one file.
     """
 
     @property
@@ -119,6 +120,10 @@ class Diffusion:
     samplers = ("ancestral", "ddim", "dpm++", "sde-dpm++", "unipc")
     default_sampler = "dpm++"
     scheduler = _deprecated_scheduler
+    zero_terminal_snr = False
+
+    def _schedule(self, device: torch.device) -> Mapping[str, Tensor]:
+        return linear_schedule(device, self.zero_terminal_snr)
 
     def draw_timesteps(self, batch: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
         """Draw (b,) integer timesteps, uniform over 0 to 999."""
@@ -126,7 +131,7 @@ class Diffusion:
 
     def noise_image(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Draw x_t from q(x_t | x_0): sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise."""
-        schedule = linear_schedule(x_0.device)
+        schedule = self._schedule(x_0.device)
         return _at(schedule["sqrt_alpha_bar"], t) * x_0 + _at(schedule["sqrt_one_minus_alpha_bar"], t) * noise
 
     def sigma(self, t: Tensor) -> Tensor:
@@ -134,7 +139,7 @@ class Diffusion:
 
         Between whole timesteps its logarithm is linear, as in the schedulers of diffusers that use such timesteps.
         """
-        log_sigma = linear_schedule(t.device)["log_sigma"]
+        log_sigma = self._schedule(t.device)["log_sigma"]
         below = t.long().clamp(0, NUM_TIMESTEPS - 1)
         above = (below + 1).clamp(max=NUM_TIMESTEPS - 1)
         return torch.lerp(log_sigma[below], log_sigma[above], (t - below).float()).exp()
@@ -168,27 +173,34 @@ class Diffusion:
         """Compute the hybrid loss (arXiv 2102.09672, eq. 16, with the weights of DiT).
 
         Args:
-            denoiser: returns noise and variance, (b, 2c, h, w).
+            denoiser: returns noise (or v) and variance, (b, 2c, h, w).
             x_0: (b, c, h, w) clean images, about -1 to 1.
             t: (b,) integer timesteps.
             y: (b,) labels.
             noise: (b, c, h, w) standard normal.
 
         Returns:
-            (b,) each: `mse` of the noise; `vb`, the variational bound in bits per dimension, through which only the
-            variance learns; and `loss`, their sum.
+            (b,) each: `mse` of the noise (or v); `vb`, the variational bound in bits per dimension, through which only
+            the variance learns; and `loss`, their sum.
         """
         x_t = self.noise_image(x_0, t, noise)
-        predicted_noise, variance = denoiser(x_t, t, y).to(x_0.dtype).chunk(2, dim=1)
-        mse = _mean(torch.square(noise - predicted_noise))
-        vb = self._variational_bound(x_0, x_t, t, predicted_noise.detach(), variance)
+        prediction, variance = denoiser(x_t, t, y).to(x_0.dtype).chunk(2, dim=1)
+        schedule = {name: _at(values, t) for name, values in self._schedule(x_0.device).items()}
+        mse = _mean(torch.square(self._target(schedule, x_0, noise) - prediction))
+        predicted_x_0 = self._implied_x_0(schedule, x_t, prediction.detach())
+        vb = self._variational_bound(schedule, x_0, x_t, t, predicted_x_0, variance)
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
-    def _variational_bound(self, x_0: Tensor, x_t: Tensor, t: Tensor, predicted_noise: Tensor, v: Tensor) -> Tensor:
-        schedule = {name: _at(values, t) for name, values in linear_schedule(x_0.device).items()}
-        predicted_x_0 = (
-            schedule["sqrt_recip_alpha_bar"] * x_t - schedule["sqrt_recip_alpha_bar_minus_1"] * predicted_noise
-        )
+    def _target(self, schedule: Mapping[str, Tensor], x_0: Tensor, noise: Tensor) -> Tensor:
+        return noise
+
+    def _implied_x_0(self, schedule: Mapping[str, Tensor], x_t: Tensor, noise: Tensor) -> Tensor:
+        return schedule["sqrt_recip_alpha_bar"] * x_t - schedule["sqrt_recip_alpha_bar_minus_1"] * noise
+
+    @staticmethod
+    def _variational_bound(
+        schedule: Mapping[str, Tensor], x_0: Tensor, x_t: Tensor, t: Tensor, predicted_x_0: Tensor, v: Tensor
+    ) -> Tensor:
         true_mean = schedule["posterior_x_0"] * x_0 + schedule["posterior_x_t"] * x_t
         mean = schedule["posterior_x_0"] * predicted_x_0 + schedule["posterior_x_t"] * x_t
         true_log_variance = schedule["posterior_log_variance"]
@@ -202,6 +214,42 @@ class Diffusion:
         )  # fmt: skip
         likelihood = -_discretised_gaussian_log_likelihood(x_0, mean, 0.5 * log_variance)
         return torch.where(t == 0, _mean(likelihood), _mean(divergence)) / math.log(2)
+
+
+class VPrediction(Diffusion):
+    """Predict v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, arXiv 2202.00512, section 4).
+
+    Args:
+        zero_terminal_snr: shift and scale sqrt(alpha_bar) so that it ends at 0: the last timestep is pure noise, as in
+            sampling, and the network learns the overall brightness there (Lin et al. 2023, arXiv 2305.08891, alg. 1).
+    """
+
+    def __init__(self, zero_terminal_snr: bool = False) -> None:
+        self.zero_terminal_snr = zero_terminal_snr
+        self.name = "diffusion-v-zero-snr" if zero_terminal_snr else "diffusion-v"
+        self.scheduler_options = {**Diffusion.scheduler_options, "prediction_type": "v_prediction"}
+        if zero_terminal_snr:
+            self.scheduler_options["rescale_betas_zero_snr"] = True
+
+    def predict_x_0(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        """Compute the clean image that v implies: sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v."""
+        signal, noise_share = (level[:, None, None, None] for level in self.levels(t))
+        return signal * x_t - noise_share * v
+
+    def move_x_0(self, x_t: Tensor, t: Tensor, v: Tensor, x_0: Tensor) -> Tensor:
+        """Change v so that it implies the clean image x_0 instead of its own."""
+        return v + (self.predict_x_0(x_t, t, v) - x_0) / self.levels(t)[1][:, None, None, None]
+
+    def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
+        """Compute the weights of the error of v that give the error of x_0 the weight min(SNR, gamma): (b,)."""
+        signal, noise_share = self.levels(t)
+        return torch.minimum(signal.square(), gamma * noise_share.square())
+
+    def _target(self, schedule: Mapping[str, Tensor], x_0: Tensor, noise: Tensor) -> Tensor:
+        return schedule["sqrt_alpha_bar"] * noise - schedule["sqrt_one_minus_alpha_bar"] * x_0
+
+    def _implied_x_0(self, schedule: Mapping[str, Tensor], x_t: Tensor, v: Tensor) -> Tensor:
+        return schedule["sqrt_alpha_bar"] * x_t - schedule["sqrt_one_minus_alpha_bar"] * v
 
 
 class FlowMatching:
@@ -318,7 +366,10 @@ class XPredictionFlow(FlowMatching):
         return self._compare((x_t - x) / clipped, (x_t - x_0) / clipped)
 
 
-OBJECTIVES: dict[str, Objective] = {kind.name: kind for kind in (Diffusion(), FlowMatching(), XPredictionFlow())}
+_BUILT_IN: tuple[Objective, ...] = (
+    Diffusion(), VPrediction(), VPrediction(zero_terminal_snr=True), FlowMatching(), XPredictionFlow()
+)  # fmt: skip
+OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in _BUILT_IN}
 """Every objective by its name. Code may add its own."""
 
 
@@ -377,22 +428,21 @@ def training_losses(
     return losses
 
 
-def linear_schedule(device: torch.device) -> Mapping[str, Tensor]:
-    """Look up the schedule of `Diffusion`: (1000,) float32 each, computed in float64 once per device."""
-    return _linear_schedule(str(device))
-
-
 @lru_cache(maxsize=16)
-def _linear_schedule(device: str) -> Mapping[str, Tensor]:
+def linear_schedule(device: torch.device, zero_terminal_snr: bool = False) -> Mapping[str, Tensor]:
+    """Look up the schedule of `Diffusion`: (1000,) float32 each, computed in float64 once per device."""
     with torch.inference_mode(False):
-        values = {name: array.float().to(device) for name, array in schedule_arrays().items()}
-    return values
+        return {name: array.float().to(device) for name, array in schedule_arrays(zero_terminal_snr).items()}
 
 
-def schedule_arrays() -> dict[str, Tensor]:
-    """Compute the schedule in float64 (Ho et al. 2020, arXiv 2006.11239, eq. 4 and 7)."""
+def schedule_arrays(zero_terminal_snr: bool = False) -> dict[str, Tensor]:
+    """Compute the schedule in float64 (Ho et al. 2020, arXiv 2006.11239, eq. 4 and 7); see `VPrediction`."""
     beta = torch.linspace(BETA_START, BETA_END, NUM_TIMESTEPS, dtype=torch.float64)
     alpha_bar = torch.cumprod(1 - beta, dim=0)
+    if zero_terminal_snr:
+        first, last = alpha_bar[[0, -1]].sqrt()
+        alpha_bar = ((alpha_bar.sqrt() - last) * first / (first - last)).square()
+        beta = 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
     previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
     posterior_variance = beta * (1 - previous) / (1 - alpha_bar)
     # The first posterior variance is 0; its logarithm is taken from the second.
@@ -404,7 +454,8 @@ def schedule_arrays() -> dict[str, Tensor]:
         "sqrt_one_minus_alpha_bar": (1 - alpha_bar).sqrt(),
         "sqrt_recip_alpha_bar": (1 / alpha_bar).sqrt(),
         "sqrt_recip_alpha_bar_minus_1": (1 / alpha_bar - 1).sqrt(),
-        "log_sigma": (1 / alpha_bar - 1).log() / 2,
+        # Finite where the signal ends: schedulers of diffusers have this limit too.
+        "log_sigma": (1 / alpha_bar.clamp(min=2**-24) - 1).log() / 2,
         "posterior_variance": posterior_variance,
         "posterior_log_variance": clipped.log(),
         "posterior_x_0": beta * previous.sqrt() / (1 - alpha_bar),

@@ -236,7 +236,7 @@ def test_a_saved_pipeline_is_a_checkpoint_too(run: Path, pipeline: Path) -> None
     ("values", "said"),
     [
         ({"_class_name": "StableDiffusionPipeline"}, "(holds|is) a StableDiffusionPipeline"),
-        ({"objective": "score"}, "objective is 'score': it should be 'diffusion' or 'flow'"),
+        ({"objective": "score"}, "objective is 'score': it should be 'diffusion' or 'diffusion-v'"),
         ({"id2label": {"0": "cat", "2": "dog"}}, "id2label names 2 classes, but not 1"),
         ({"id2label": ["cat"]}, r"model_index.json: id2label is \['cat'\]: it should be an object"),
     ],

@@ -8,6 +8,7 @@ import pytest
 
 from lamamba.cli import COMMANDS, main
 from lamamba.config import OptionReader
+from lamamba.config.training import OBJECTIVES
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_commands_options_and_values_are_completed(script: Path) -> None:
         "--guidance-checkpoint", "--guidance-interval", "--guidance-cosine-power", "--guidance-rescale",
     }  # fmt: skip
     assert complete(script, "prepare", "imagenet", "--dev") == {"--devkit"}
-    assert complete(script, "finetune", "nano", "--objective", "") == {"diffusion", "flow", "flow-x"}
+    assert complete(script, "finetune", "nano", "--objective", "") == {*OBJECTIVES}
     assert complete(script, "train", "--no-c") == {"--no-cuda-graph"}
 
 

@@ -15,6 +15,7 @@ from lamamba.sampling import Start, Step, choose_device, make_grid, sample
 from lamamba.sampling.labels import choose_guidance
 from lamamba.sampling.schedulers import check_scheduler, make_scheduler
 
+KINDS = [name for name in OBJECTIVES if name != "diffusion-v"]  # whose samplers have the steps of "diffusion"
 LABELS, SEEDS = [0, 1, 2, 0, 1, 2, 3, 1], [5, 6, 7, 8, 9, 10, 11, 12]
 
 
@@ -50,7 +51,7 @@ def sample_in_batches(network: LaMambaDiff, batch_size: int, objective: str, sam
 
 
 @pytest.mark.parametrize(
-    ("objective", "sampler"), [(name, sampler) for name, kind in OBJECTIVES.items() for sampler in kind.samplers]
+    ("objective", "sampler"), [(name, sampler) for name in KINDS for sampler in OBJECTIVES[name].samplers]
 )
 def test_an_image_does_not_depend_on_its_neighbours(network: LaMambaDiff, objective: str, sampler: str) -> None:
     together = sample_in_batches(network, 8, objective, sampler)
@@ -80,7 +81,7 @@ def test_sampling_neither_uses_nor_disturbs_the_global_generator(network: LaMamb
     assert torch.equal(sample(network, Diffusion(), [0], [4], sampler=sampler, num_steps=3), first)
 
 
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
+@pytest.mark.parametrize("objective", KINDS)
 def test_guidance_in_an_interval(network: LaMambaDiff, objective: str) -> None:
     def draw(scale: float, interval: tuple[float, float] | None = None) -> Tensor:
         options = GuidanceOptions(interval)
@@ -97,7 +98,7 @@ def test_guidance_in_an_interval(network: LaMambaDiff, objective: str) -> None:
     assert float((partly - nowhere).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
+@pytest.mark.parametrize("objective", KINDS)
 def test_every_option_of_guidance_changes_the_image(network: LaMambaDiff, objective: str) -> None:
     variants: list[dict] = [
         {},
@@ -217,7 +218,7 @@ def test_earlier_callbacks_still_work(network: LaMambaDiff) -> None:
     torch.testing.assert_close(previews[-1], x, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
+@pytest.mark.parametrize("objective", KINDS)
 def test_a_sampler_can_be_a_scheduler_of_diffusers(network: LaMambaDiff, objective: str) -> None:
     kind = OBJECTIVES[objective]
     for sampler in kind.samplers:
@@ -226,12 +227,12 @@ def test_a_sampler_can_be_a_scheduler_of_diffusers(network: LaMambaDiff, objecti
             for given in (make_scheduler(kind, sampler, 25), sampler)
         )
         assert torch.equal(x, wanted), sampler
-    other = OBJECTIVES["flow" if objective == "diffusion" else "diffusion"]
+    other = OBJECTIVES["diffusion" if objective.startswith("flow") else "flow"]
     with pytest.raises(ConfigError, match="flow"):
         sample(network, kind, [0], [1], sampler=make_scheduler(other, "unipc", 4), num_steps=4)
 
 
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
+@pytest.mark.parametrize("objective", KINDS)
 def test_every_sampler_starts_from_an_image_and_keeps_what_is_not_masked(network: LaMambaDiff, objective: str) -> None:
     kind = OBJECTIVES[objective]
     x_0 = torch.linspace(-0.9, 0.9, 64).reshape(1, 1, 8, 8).expand(2, -1, -1, -1)
@@ -243,7 +244,8 @@ def test_every_sampler_starts_from_an_image_and_keeps_what_is_not_masked(network
         near = sample(network, kind, [0, 1], [1, 2], start=Start(x_0, 0.02), **options)
         far = sample(network, kind, [0, 1], [1, 2], start=Start(x_0, 0.6), **options)
         if objective != "flow-x":  # an untrained network's x is far from the image at any level of noise
-            assert float((near - x_0).norm()) < 0.2 * float(x_0.norm()), sampler
+            most = 0.3 if objective == "diffusion-v-zero-snr" else 0.2  # whose last step begins with more noise
+            assert float((near - x_0).norm()) < most * float(x_0.norm()), sampler
         assert 0.2 * float(x_0.norm()) < float((far - x_0).norm()), sampler
         painted = sample(network, kind, [0, 1], [1, 2], start=Start(x_0, 1.0, mask), **options)
         torch.testing.assert_close(painted[..., 4:], x_0[..., 4:])

@@ -24,7 +24,7 @@ DATA = mixture([0.4, 0.6], [-0.4, 0.4], [0.12, 0.15])  # within -1 and 1
 NUM_IMAGES, NUM_STEPS = 32, 50
 
 
-@pytest.fixture(scope="module", params=list(OBJECTIVES))
+@pytest.fixture(scope="module", params=["diffusion", "flow", "flow-x"])
 def known(request: pytest.FixtureRequest) -> LaMambaDiffPipeline:
     """A pipeline whose network is perfectly trained on `DATA`."""
     return build(request.param, KnownDenoiser(OBJECTIVES[request.param], DATA))
@@ -143,7 +143,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("UniPCMultistepScheduler", {"solver_type": "bh1"}, "(on known data they are not finite)"),
     ("EDMEulerScheduler", {}, "is not of the noise schedule that this network was trained with"),
 ]  # fmt: skip
-PLAIN = {"use_karras_sigmas": False, "timestep_spacing": "leading"}
+PLAIN: dict[str, Any] = {"use_karras_sigmas": False, "timestep_spacing": "leading"}
 
 
 @pytest.mark.parametrize(("name", "options"), RIGHT, ids=str)
@@ -152,6 +152,23 @@ def test_options_that_work(name: str, options: dict[str, Any]) -> None:
     pipe.scheduler = make(name, pipe, **{**PLAIN, **options})
     assert is_right(draw(pipe))
     assert is_right(draw(pipe, image=(draw_data() / 2 + 0.5).float(), strength=0.5))
+
+
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"]
+)
+def test_schedulers_with_zero_terminal_snr_can_be_swapped(name: str) -> None:
+    pipe = build("diffusion-v-zero-snr", KnownDenoiser(OBJECTIVES["diffusion-v-zero-snr"], DATA))
+    own = pipe.scheduler.config
+    assert (own.prediction_type, own.rescale_betas_zero_snr, own.timestep_spacing) == ("v_prediction", True, "trailing")
+    pipe.scheduler = make(name, pipe)
+    assert is_right(draw(pipe))
+    pipe.scheduler = make(name, pipe, rescale_betas_zero_snr=False)
+    with pytest.raises(ConfigError, match=r"other noise levels .*\(rescale_betas_zero_snr False\)"):
+        draw(pipe)
+    pipe.scheduler = make(name, pipe, prediction_type="epsilon")
+    with pytest.raises(ConfigError, match="takes epsilon, and this network predicts v"):
+        draw(pipe)
 
 
 @pytest.mark.parametrize(("name", "options", "said"), WRONG, ids=str)

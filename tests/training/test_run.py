@@ -194,6 +194,8 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
         {"objective": "flow", "timesteps": "logit-normal", "timestep_logits": (0.8, 0.8)},
         {"objective": "flow", "contrast": 0.05},
         {"objective": "flow-x"},
+        {"objective": "diffusion-v"},
+        {"objective": "diffusion-v-zero-snr"},
         {"precision": "bf16"},
         {"network": {"label_dropout": 0.9}},
     ],

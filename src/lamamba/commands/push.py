@@ -37,6 +37,8 @@ CARD, PICTURE = "README.md", "samples.png"
 _MOST_NAMES = 20  # class names listed in the card
 _OBJECTIVES = {
     "diffusion": "noise prediction with learned variance, 1000 linear steps",
+    "diffusion-v": "v-prediction with learned variance, 1000 linear steps",
+    "diffusion-v-zero-snr": "v-prediction with learned variance, 1000 linear steps scaled to zero terminal SNR",
     "flow": "flow matching: velocity on the straight path from data to noise",
     "flow-x": "flow matching: prediction of the clean image on the straight path from data to noise",
 }

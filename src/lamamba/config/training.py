@@ -12,7 +12,7 @@ from lamamba.config.network import PRESETS, NetworkConfig, preset
 from lamamba.config.options import Option
 from lamamba.config.sampling import DEFAULT_GUIDANCE
 
-OBJECTIVES = ("diffusion", "flow", "flow-x")
+OBJECTIVES = ("diffusion", "diffusion-v", "diffusion-v-zero-snr", "flow", "flow-x")
 Timesteps = Literal["uniform", "logit-normal"]
 _OF_PRESET = NetworkConfig()  # this very object stands for the network of the preset
 _OF_RECIPE: Any = None  # stands for the value of the recipe
@@ -58,8 +58,8 @@ class TrainConfig:
     """Train on latents of this AutoencoderKL folder, as saved by diffusers; the default is pixels, or the autoencoder
     that encoded --data."""
     objective: Annotated[str, Option(choices=OBJECTIVES)] = _OF_RECIPE
-    """diffusion predicts noise with learned variance; flow is flow matching; flow-x is flow matching whose network
-    predicts the clean image."""
+    """diffusion predicts noise with learned variance, diffusion-v predicts v instead, and diffusion-v-zero-snr also
+    trains on pure noise; flow is flow matching; flow-x is flow matching whose network predicts the clean image."""
     timesteps: Timesteps = "uniform"
     """Distribution of the timesteps that flow and flow-x train on; logit-normal draws more from the middle."""
     timestep_logits: tuple[float, float] = (0.0, 1.0)

@@ -46,7 +46,8 @@ def make_scheduler(
     2000/n, ..., which starts at 1000 - 1000/n. Fewer steps of that stride would start where noise does not hide the
     image yet. The steps of `ancestral` and `ddim` are even in time. Those of the multistep solvers are even in the
     seventh root of noise over signal (arXiv 2206.00364, eq. 5), rounded to whole timesteps, so that from 79 steps on
-    a timestep can occur twice. For flows all steps are even in time; Heun has two timesteps for each step but the last.
+    a timestep can occur twice; with zero terminal SNR, whose noise has no upper limit, they are even in time (arXiv
+    2305.08891, section 3.3). For flows all steps are even in time; Heun has two timesteps for each step but the last.
 
     Args:
         objective: what the network was trained with.
@@ -66,6 +67,7 @@ def make_scheduler(
         )
     if not (is_whole(num_steps) and 1 <= num_steps <= NUM_TIMESTEPS):  # beyond the training's, levels of noise repeat
         raise ConfigError(f"{num_steps} steps are out of range: use 1 to {NUM_TIMESTEPS}")
+    ends_in_noise = objective.scheduler_options.get("rescale_betas_zero_snr")
     options = {**objective.scheduler_options, "thresholding": clip_sample}  # to 1 by default: clipping
     if sampler == "euler":
         scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS)
@@ -78,9 +80,11 @@ def make_scheduler(
         # DDIM is the solver of first order (arXiv 2206.00927); diffusers' own DDIM assumes that timesteps are a whole
         # number apart, and the same everywhere.
         scheduler = diffusers.DPMSolverMultistepScheduler(**options, algorithm_type="dpmsolver++", solver_order=1)
-        scheduler.choose_timesteps = _ddim_timesteps
+        scheduler.choose_timesteps = _even_timesteps if ends_in_noise else _ddim_timesteps
     else:
-        if not _is_flow(objective):
+        if ends_in_noise:
+            options["timestep_spacing"] = "trailing"
+        elif not _is_flow(objective):
             options["use_karras_sigmas"] = True
         if sampler == "unipc":
             scheduler = diffusers.UniPCMultistepScheduler(**options, solver_order=2)
