@@ -1,32 +1,35 @@
-"""Add a network in one file: a small convolutional one, trained and sampled like any other.
+"""Add a network in one file: a small convolutional one, trained, saved, resumed and sampled like any other.
 
-    python examples/network.py grid.png                        # about a minute on a CPU
-    python examples/network.py grid.png --num-images 100000    # longer
+    python examples/network.py runs/convnet                        # about a minute on a CPU
+    python examples/network.py runs/convnet --num-images 100000    # longer
 
-A network needs the members of `lamamba.diffusion.Denoiser`. Then losses, samplers, guidance and callbacks can use it.
+A network is a module of diffusers (`ModelMixin` and `ConfigMixin`, which save and load it) with the members of
+`lamamba.diffusion.Denoiser`. Once it is in `NETWORKS` under its class's name, training, checkpoints, EMAs, samplers and
+guidance can use it.
 """
 
 import argparse
 import math
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 import lamamba
-from lamamba.data import batches, load_builtin, to_float
-from lamamba.diffusion import Objective
+from lamamba.model import NETWORKS
 from lamamba.sampling import make_grid
 
 
-class ConvNet(nn.Module):
+class ConvNet(ModelMixin, ConfigMixin):
     """Residual 3x3 convolutions at half resolution, each modulated by the timestep and the label."""
 
+    @register_to_config  # which makes `config` of the arguments
     def __init__(self, in_channels: int, sample_size: int, num_classes: int, width: int = 32, depth: int = 4) -> None:
         super().__init__()
-        self.config = SimpleNamespace(in_channels=in_channels, sample_size=sample_size, num_classes=num_classes)
         self.first = nn.Conv2d(in_channels, width, 2, stride=2)
         self.labels = nn.Embedding(num_classes + 1, width)
         self.norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in range(depth))
@@ -40,11 +43,6 @@ class ConvNet(nn.Module):
     def null_label(self) -> int:
         """The label that means "no label"."""
         return int(self.config.num_classes)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.first.weight.device
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict (b, 2c, h, w) from (b, c, h, w) noisy images, (b,) timesteps and (b,) labels."""
@@ -60,32 +58,16 @@ class ConvNet(nn.Module):
         return out
 
 
-def train(network: ConvNet, objective: Objective, num_images: int, batch_size: int = 64) -> list[float]:
-    """Train on the built-in images, and return the loss of each step."""
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
-    losses = []
-    for (images, labels), _ in zip(
-        batches(load_builtin(), batch_size=batch_size, seed=0), range(num_images // batch_size), strict=False
-    ):
-        x_0, y = to_float(images).to(network.device), labels.to(network.device)
-        loss = lamamba.training_losses(
-            objective, network, x_0, y, null_label=network.null_label, label_dropout=0.1
-        )["loss"].mean()  # fmt: skip
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return losses
+NETWORKS["ConvNet"] = ConvNet
 
 
-def main(out: Path, num_images: int = 20_000) -> list[float]:
-    """Train, then sample an image of each class to a PNG file; returns the losses."""
-    torch.manual_seed(0)
-    network, objective = ConvNet(in_channels=1, sample_size=32, num_classes=10), lamamba.FlowMatching()
-    losses = train(network, objective, num_images)
-    x = lamamba.sample(network, objective, range(10), range(10), guidance_scale=2.0, clip_sample=True)
-    make_grid(lamamba.to_uint8(x).numpy(), columns=10, scale=2).save(out)
-    return losses
+def main(out: Path, num_images: int = 20_000, **options: Any) -> None:
+    """Train in a run folder, then sample an image of each class to samples.png in it."""
+    config = lamamba.TrainConfig(out=out, network_class="ConvNet", recipe="best", num_images=num_images, **options)
+    lamamba.train(config)
+    network = lamamba.load_checkpoint(out).network
+    x = lamamba.sample(network, lamamba.FlowMatching(), range(10), range(10), guidance_scale=2.0, clip_sample=True)
+    make_grid(lamamba.to_uint8(x).numpy(), columns=10, scale=2).save(out / "samples.png")
 
 
 if __name__ == "__main__":
@@ -93,4 +75,4 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("--num-images", type=int, default=20_000)
     arguments = parser.parse_args()
-    print(f"loss {main(arguments.out, arguments.num_images)[-1]:.3f}")
+    main(arguments.out, arguments.num_images)

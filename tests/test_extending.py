@@ -1,6 +1,8 @@
 """A third network and a third objective take one file each."""
 
 import importlib.util
+import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +14,12 @@ from PIL import Image
 
 import lamamba
 from lamamba.checkpoints.checkpoint import CheckpointInfo
-from lamamba.config import NetworkConfig
+from lamamba.config import AverageConfig, NetworkConfig
 from lamamba.data import FASHION_MNIST_CLASSES
 from lamamba.diffusion import OBJECTIVES
+from lamamba.model import NETWORKS
 from lamamba.sampling.schedulers import check_scheduler, make_scheduler
+from lamamba.training.averages import average
 
 
 def load(name: str) -> ModuleType:
@@ -28,10 +32,51 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def test_a_network_is_added_in_one_file(tmp_path: Path) -> None:
-    losses = load("network").main(tmp_path / "grid.png", num_images=640)
-    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
-    assert Image.open(tmp_path / "grid.png").width == 2 * (10 * 34 + 2)
+@pytest.fixture
+def network() -> Iterator[ModuleType]:
+    yield load("network")
+    del NETWORKS["ConvNet"]
+
+
+def test_a_network_is_added_in_one_file(network: ModuleType, tmp_path: Path) -> None:
+    options = {"batch_size": 64, "device": "cpu", "sample_steps": 1, "power_averages": (0.05, 0.1)}
+    network.main(tmp_path / "run", num_images=1280, checkpoint_every=640, log_every=128, **options)
+    assert Image.open(tmp_path / "run" / "samples.png").width == 2 * (10 * 34 + 2)
+    run = lamamba.Run(tmp_path / "run")
+    losses = [record["loss"] for record in run.records]
+    assert losses[-1] < 0.7 * losses[0]
+    loaded = lamamba.load_checkpoint(run.checkpoint)
+    assert isinstance(loaded.network, network.ConvNet)
+    assert not loaded.network.training
+    assert loaded.info == CheckpointInfo(1280, 20, "flow", FASHION_MNIST_CLASSES)
+    # Resumed from the middle, it ends with the same weights.
+    wanted = {name: value.clone() for name, value in loaded.network.state_dict().items()}
+    shutil.rmtree(run.checkpoint)
+    assert int(run.checkpoint.name) == 640
+    lamamba.train(replace(run.config, resume=True))
+    resumed = lamamba.load_checkpoint(tmp_path / "run").network.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in resumed.items())
+    average(AverageConfig(tmp_path / "run", 0.07, tmp_path / "averaged"))
+    assert isinstance(lamamba.load_denoiser(tmp_path / "averaged").network, network.ConvNet)
+    with pytest.raises(lamamba.CheckpointError, match="holds a ConvNet, and this pipeline a LaMambaDiff"):
+        lamamba.LaMambaDiffPipeline.from_checkpoint(tmp_path / "run")
+    with pytest.raises(lamamba.CheckpointError, match="only weights of a LaMambaDiff to another one can"):
+        lamamba.train(lamamba.TrainConfig(tmp_path / "other", start_from=str(tmp_path / "run"), objective="flow"))
+
+
+def test_a_network_that_is_not_registered_is_named(network: ModuleType, tmp_path: Path) -> None:
+    config = lamamba.TrainConfig(tmp_path / "run", network_class="ConvNets", device="cpu")
+    with pytest.raises(lamamba.ConfigError, match=r"no network is named 'ConvNets' .* did you mean ConvNet\?"):
+        lamamba.train(config)
+    own = network.ConvNet(1, 8, 2)
+    own.save_pretrained(tmp_path / "own")
+    record = json.loads((tmp_path / "own" / "config.json").read_text())
+    (tmp_path / "own" / "config.json").write_text(json.dumps({**record, "widths": 3}))
+    with pytest.raises(lamamba.CheckpointError, match=r"config.json does not fit the network ConvNet: .*'widths'"):
+        lamamba.load_checkpoint(tmp_path / "own")
+    (tmp_path / "own" / "config.json").write_text(json.dumps({**record, "_class_name": "Unknown"}))
+    with pytest.raises(lamamba.CheckpointError, match="Unknown"):
+        lamamba.load_checkpoint(tmp_path / "own")
 
 
 @pytest.fixture
@@ -43,7 +88,7 @@ def objective() -> Iterator[ModuleType]:
 def test_the_equations_of_the_objective_fit_together(objective: ModuleType) -> None:
     kind = objective.XPrediction()
     x_0, noise, other = torch.randn((3, 4, 1, 6, 6), generator=torch.Generator().manual_seed(0))
-    t = torch.tensor([1, 300, 700, 998])
+    t = torch.tensor([1, 200, 700, 998])
     signal, noise_share = (level[:, None, None, None] for level in kind.levels(t))
     x_t = signal * x_0 + noise_share * noise
     torch.testing.assert_close(kind.predict_x_0(x_t, t, kind.move_x_0(x_t, t, x_0, other)), other)
@@ -76,8 +121,8 @@ def test_an_objective_is_added_in_one_file(objective: ModuleType, tmp_path: Path
     assert [record["images"] for record in run.records] == [8, 16, 24]
     pipe = lamamba.LaMambaDiffPipeline.from_checkpoint(tmp_path / "run")
     pipe.set_progress_bar_config(disable=True)
-    assert pipe.scheduler.config["prediction_type"] == "v_prediction"
+    assert pipe.scheduler.config["prediction_type"] == "sample"
     assert len(pipe([1, 2], num_inference_steps=2).images) == 2
     pipe.scheduler = make_scheduler(lamamba.Diffusion(), "dpm++", 2)
-    with pytest.raises(lamamba.ConfigError, match="takes epsilon, and this network predicts v"):
+    with pytest.raises(lamamba.ConfigError, match="takes epsilon, and this network predicts the clean image"):
         pipe([1], num_inference_steps=2)

@@ -30,7 +30,8 @@ BETA_START, BETA_END = 1e-4, 2e-2
 
 
 class Denoiser(Protocol):
-    """A network that can be sampled. `examples/network.py` adds another one in one file.
+    """A network that can be sampled. To be trained and saved, it is also a module in `lamamba.model.NETWORKS` with
+    diffusers' `save_pretrained` and `config`; `examples/network.py` adds one in one file.
 
     On CUDA, `sample` records an `nn.Module` as a CUDA graph; wrap one that cannot be recorded,
     `CapturedNetwork(network, captures=False)`.

@@ -17,7 +17,7 @@ Initialization (`LaMambaDiff.reset_parameters`):
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -251,6 +251,10 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         nn.init.normal_(self.label_embedding.weight, std=0.02)
         _, size, _, channels = self.position_embedding.shape
         self.position_embedding.copy_(_sine_cosine_positions(size, channels))
+
+
+NETWORKS: dict[str, Callable[..., Any]] = {"LaMambaDiff": LaMambaDiff}
+"""All networks that can be trained, by class name. Code may add its own: `examples/network.py`."""
 
 
 def _stages(stages: nn.ModuleList) -> Iterable[nn.ModuleList]:

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from typing_extensions import TypedDict
 
 from lamamba import __version__, files
-from lamamba.checkpoints.dit import DIT_CLASSES, DiT, DiTFolder
+from lamamba.checkpoints.dit import DIT_CLASSES, DiTFolder
 from lamamba.checkpoints.hub import fetch, is_repository
 from lamamba.config import PRESETS, NetworkConfig, nearest
 from lamamba.diffusion import OBJECTIVES
@@ -46,7 +46,7 @@ from lamamba.files.weights import (
     find_weights,
     read_weights,
 )
-from lamamba.model import LaMambaDiff
+from lamamba.model import NETWORKS, LaMambaDiff
 
 FORMAT = 1
 SHIPPED = Path(__file__).parents[1] / "assets"
@@ -70,19 +70,13 @@ class CheckpointInfo:
 
 
 @dataclass(frozen=True)
-class LoadedDenoiser:
-    """A network to sample from, and where it was loaded from."""
+class LoadedCheckpoint:
+    """A network, and where it was loaded from."""
 
-    network: LaMambaDiff | DiT
+    network: Any
+    """A `lamamba.diffusion.Denoiser` that is an `nn.Module`."""
     info: CheckpointInfo
     path: Path
-
-
-@dataclass(frozen=True)
-class LoadedCheckpoint(LoadedDenoiser):
-    """A network of this package, and where it was loaded from."""
-
-    network: LaMambaDiff
 
 
 def checkpoints_in(run: Path) -> list[Path]:
@@ -272,18 +266,28 @@ def check_network(folder: Path) -> NetworkConfig:
     return config
 
 
-def load_network(folder: Path) -> LaMambaDiff:
+def load_network(folder: Path) -> Any:
     """Load a network that `save_pretrained` wrote, in any of its formats, in float32 on the CPU.
 
     Raises:
         CheckpointError: the folder is missing, damaged or of another model, or weights are missing or unexpected.
     """
-    config = read_network_config(folder)
-    found = find_weights(folder)
-    with torch.device("meta"):  # initializing weights would take longer than reading them
-        network = LaMambaDiff(**vars(config))
-    fill(network, read_weights(found), folder)
+    network = build_empty(folder)
+    fill(network, read_weights(find_weights(folder)), folder)
     return network.eval()
+
+
+def build_empty(folder: Path) -> Any:
+    """Build the network that a folder describes, without its weights; raises CheckpointError."""
+    name = class_of(folder)
+    if name not in NETWORKS or NETWORKS[name] is LaMambaDiff:
+        with torch.device("meta"):  # initializing weights would take longer than reading them
+            return LaMambaDiff(**vars(read_network_config(folder)))
+    options = read_record(folder / CONFIG, dict[str, Any])
+    try:
+        return NETWORKS[name](**{key: value for key, value in options.items() if not key.startswith("_")})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG} does not fit the network {name}: {error}") from error
 
 
 def load_checkpoint(name: str | Path, weights: str = "ema") -> LoadedCheckpoint:
@@ -314,7 +318,7 @@ def _check_names(info: CheckpointInfo, num_classes: int, path: Path) -> None:
         )
 
 
-def load_denoiser(name: str | Path) -> LoadedDenoiser:
+def load_denoiser(name: str | Path) -> LoadedCheckpoint:
     """Load what `load_checkpoint` loads, or a DiT that diffusers saved: a pipeline or the model alone.
 
     Raises:
@@ -328,7 +332,7 @@ def load_denoiser(name: str | Path) -> LoadedDenoiser:
     info = CheckpointInfo(class_names=folder.class_names, vae=str(folder.vae) if folder.vae else None)
     network = folder.load()
     _check_names(info, network.config.num_classes, path)
-    return LoadedDenoiser(network, info, path)
+    return LoadedCheckpoint(network, info, path)
 
 
 def find_checkpoint(name: str | Path) -> Path:
@@ -396,7 +400,7 @@ def export(checkpoint: Path, folder: Path) -> None:
     write_weights(folder, loaded.network.half(), loaded.info)
 
 
-def write_weights(folder: Path, network: LaMambaDiff, info: CheckpointInfo, trained: LaMambaDiff | None = None) -> None:
+def write_weights(folder: Path, network: Any, info: CheckpointInfo, trained: Any = None) -> None:
     """Write EMA weights, and optionally trained ones, in the layout of a checkpoint; raises CheckpointError."""
     try:
         save_network(network, folder / "ema")

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,6 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from lamamba.checkpoints.checkpoint import CheckpointInfo, checkpoints_in, save_network, write_info
 from lamamba.errors import CheckpointError
 from lamamba.files import TEMPORARY, flush, utf8_path
-from lamamba.model import LaMambaDiff
 
 # PyTorch's CheckpointException is not an Exception.
 _ERRORS = (OSError, SafetensorError, CheckpointException)
@@ -33,7 +33,7 @@ _ERRORS = (OSError, SafetensorError, CheckpointException)
 def save_checkpoint(
     run: Path,
     info: CheckpointInfo,
-    networks: Mapping[str, LaMambaDiff],
+    networks: Mapping[str, Any],
     training_state: Mapping[str, Tensor],
     keep: int = 0,
     group: dist.ProcessGroup | None = None,
@@ -120,9 +120,7 @@ class CheckpointWriter:
         self._executor = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: Future[Path] | None = None
 
-    def begin(
-        self, info: CheckpointInfo, networks: Mapping[str, LaMambaDiff], training_state: Mapping[str, Tensor]
-    ) -> None:
+    def begin(self, info: CheckpointInfo, networks: Mapping[str, Any], training_state: Mapping[str, Tensor]) -> None:
         """Copy the state and start writing it and the networks. The networks must not change until that is done.
 
         Raises:

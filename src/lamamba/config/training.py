@@ -33,6 +33,9 @@ class TrainConfig:
     """Run folder for checkpoints, samples, logs and the resolved configuration."""
     preset: str = "nano"
     """The network: nano, or s, b, l or xl with -256 or -512, and -16-states for 16 states."""
+    network_class: Annotated[str, Option(hidden=True)] = "LaMambaDiff"
+    """Name of the network's class, which code may add to `lamamba.model.NETWORKS`. Classes other than LaMambaDiff take
+    only in_channels, sample_size and num_classes."""
     recipe: Literal["paper", "best"] = "paper"
     """paper is the training of the paper; best is what gave the best small images: --objective flow, --learning-rate
     0.001, --decay cosine, a warm-up, and mirrored images. Options that you give replace those of the recipe."""

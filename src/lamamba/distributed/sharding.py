@@ -13,11 +13,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lamamba.model import Block, LaMambaDiff
+from lamamba.model import Block
 from lamamba.ops.residual_norm import Residual
 
 
-def shard(network: LaMambaDiff, number: int, compile: bool = False) -> None:
+def shard(network: Any, number: int, compile: bool = False) -> None:
     """Shard the parameters of a network over all ranks. The parameters of a block are gathered while it runs.
 
     Args:

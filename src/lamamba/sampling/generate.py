@@ -26,7 +26,7 @@ from rich.progress import MofNCompleteColumn
 from torch import Tensor
 
 from lamamba import __version__
-from lamamba.checkpoints.checkpoint import CheckpointInfo, LoadedDenoiser, load_denoiser, locked, write_json
+from lamamba.checkpoints.checkpoint import CheckpointInfo, LoadedCheckpoint, load_denoiser, locked, write_json
 from lamamba.config import GenerateConfig, SampleConfig, SamplingConfig
 from lamamba.config.checks import MAX_GRID_PIXELS, check_seed
 from lamamba.data.latents import IMAGE_CHANNELS, Latents, identify_autoencoder, open_space
@@ -430,7 +430,7 @@ def _join(config: GenerateConfig) -> None:
         shard.unlink()
 
 
-def _load_weaker(checkpoint: str, info: CheckpointInfo) -> LoadedDenoiser:
+def _load_weaker(checkpoint: str, info: CheckpointInfo) -> LoadedCheckpoint:
     """Load the network to guide away from, and check that it has the same objective."""
     weaker = load_denoiser(checkpoint)
     if weaker.info.objective != info.objective:

@@ -20,7 +20,7 @@ from lamamba.config.checks import MAX_SIDE, check, is_number, is_whole
 from lamamba.data.decoding import convert_given
 from lamamba.data.latents import IMAGE_CHANNELS, Latents, Pixels, check_autoencoder, in_parts
 from lamamba.diffusion import NUM_TIMESTEPS, OBJECTIVES, Denoiser
-from lamamba.errors import ConfigError
+from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import utf8_path
 from lamamba.files.weights import PIPELINE_INDEX
 from lamamba.model import LaMambaDiff
@@ -86,6 +86,10 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             CheckpointError: there is nothing to load.
         """
         loaded = load_checkpoint(name)
+        if not isinstance(loaded.network, LaMambaDiff):
+            raise CheckpointError(
+                f"{name} holds a {type(loaded.network).__name__}, and this pipeline a LaMambaDiff: use lamamba.sample"
+            )
         folder = vae or loaded.info.vae
         autoencoder = None
         if folder is not None:

@@ -28,13 +28,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lamamba.checkpoints.checkpoint import find_checkpoint, read_info, read_network_config, write_weights
+from lamamba.checkpoints.checkpoint import build_empty, find_checkpoint, read_info, write_weights
 from lamamba.config import AverageConfig
 from lamamba.errors import CheckpointError, ConfigError, first_line
 from lamamba.files import atomic_write, utf8_path
 from lamamba.files.records import parse_record
 from lamamba.files.weights import fill
-from lamamba.model import LaMambaDiff
 from lamamba.terminal.output import say
 
 FORMAT = 1
@@ -326,8 +325,7 @@ def average(config: AverageConfig) -> None:
     checkpoint = find_checkpoint(config.run)
     weights = reconstruct(config.run, config.sigma_rel, config.images)
     images = config.images if config.images is not None else int(snapshots_in(config.run)[-1].stem)
-    with torch.device("meta"):
-        network = LaMambaDiff(**vars(read_network_config(checkpoint / "ema")))
+    network = build_empty(checkpoint / "ema")
     fill(network, weights, f"the snapshots in {config.run / 'averages'}")
     write_weights(config.out, network, replace(read_info(checkpoint), images=images))
     say(f"EMA of length {config.sigma_rel} after {images:,} images")

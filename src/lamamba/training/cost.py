@@ -15,7 +15,7 @@ import lamamba.ops.selective_scan
 import lamamba.ops.window_attention  # noqa: F401 - both register operations counted below
 from lamamba.checkpoints.checkpoint import find_checkpoint, load_checkpoint
 from lamamba.config import PRESETS, SIXTEEN_STATES, InfoConfig, NetworkConfig
-from lamamba.errors import ConfigError
+from lamamba.errors import CheckpointError, ConfigError
 from lamamba.model import Block, LaMambaDiff
 from lamamba.ops.window_attention.geometry import Windows
 from lamamba.terminal.output import make_console
@@ -157,6 +157,8 @@ def print_info(config: InfoConfig) -> None:
         title = config.network
     else:
         network = load_checkpoint(config.network).network.to("meta")
+        if not isinstance(network, LaMambaDiff):
+            raise CheckpointError(f"{config.network} holds a {type(network).__name__}: only a LaMambaDiff is counted")
         title = str(find_checkpoint(config.network))
     size = config.size or (network.config.sample_size, network.config.sample_size)
     table = Table(

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Self
 import torch
 from pydantic import Field
 from rich.progress import MofNCompleteColumn
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from lamamba.config import TrainConfig
@@ -24,7 +24,6 @@ from lamamba.data import Source
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import atomic_write, utf8_path, write_text
 from lamamba.files.records import plain, read_record
-from lamamba.model import LaMambaDiff
 from lamamba.terminal.output import describe_duration, make_console, make_progress, say
 from lamamba.terminal.streams import visible
 from lamamba.training.cost import peak_tflops, training_flops
@@ -93,16 +92,18 @@ class TrainingLog:
             write_text(temporary, "".join(json.dumps(record) + "\n" for record in records))
         return records, damaged_lines
 
-    def introduce(self, source: Source, network: LaMambaDiff, num_processes: int = 1, uses_bf16: bool = False) -> None:
+    def introduce(self, source: Source, network: nn.Module, num_processes: int = 1, uses_bf16: bool = False) -> None:
         """Describe data and network, and work out the TFLOP of an image and the peak of the devices."""
-        self.tflop_per_image = training_flops(self.config.network) / 1e12
+        if self.config.network_class == "LaMambaDiff":
+            self.tflop_per_image = training_flops(self.config.network) / 1e12
         peak = peak_tflops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         self.peak_tflops = peak * num_processes if peak and uses_bf16 else None
+        name = self.config.preset if self.config.network_class == "LaMambaDiff" else self.config.network_class
         kind = "gray" if source.channels == 1 else "color"
         classes = f"{source.num_classes} classes" if source.num_classes else "no classes"
         self.note(
             f"{len(source):,} {kind} images of {source.name}, {source.image_size}x{source.image_size}, {classes} · "
-            f"network {self.config.preset}, {sum(p.numel() for p in network.parameters()):,} parameters · {self.device}"
+            f"network {name}, {sum(p.numel() for p in network.parameters()):,} parameters · {self.device}"
             + (f" and {num_processes - 1} more" if num_processes > 1 else "")
         )
         if self.damaged_lines:
@@ -168,8 +169,9 @@ class TrainingLog:
             "data_wait": self.waited_s / seconds,
             "seconds": time.perf_counter() - self.started,
         }
-        record["tflop_per_s"] = record["images_per_s"] * self.tflop_per_image
-        if self.peak_tflops:
+        if self.tflop_per_image:
+            record["tflop_per_s"] = record["images_per_s"] * self.tflop_per_image
+        if self.peak_tflops and self.tflop_per_image:
             record["mfu"] = record["tflop_per_s"] / self.peak_tflops
         if self.device.type == "cuda":
             record["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30

@@ -24,7 +24,7 @@ from lamamba.distributed.processes import GradientSums, Processes, cut_evenly
 from lamamba.distributed.sharding import gather, load, local, shard, whole
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files.weights import check_weights
-from lamamba.model import LaMambaDiff
+from lamamba.model import NETWORKS, LaMambaDiff
 from lamamba.ops.backend import use_backend
 from lamamba.sampling import Callback, make_grid, sample, uses_bf16
 from lamamba.sampling.captured import CapturedNetwork
@@ -125,9 +125,14 @@ class Trainer:
         self.captures = config.cuda_graph and device.type == "cuda" and not self.shards
         self.gradients: Gradients | None = None  # chosen at the first step
 
-    def build(self) -> LaMambaDiff:
-        """Build the network with fresh parameters; override this, `save` and `restore` to train another network."""
-        return LaMambaDiff(**vars(self.config.network))
+    def build(self) -> Any:
+        """Build the network with fresh parameters: a `Denoiser` that is an `nn.Module`."""
+        name, options = self.config.network_class, vars(self.config.network)
+        if name not in NETWORKS:
+            raise ConfigError(f"no network is named {name!r} in lamamba.model.NETWORKS: {nearest(name, NETWORKS)}")
+        if name != "LaMambaDiff":
+            options = {key: options[key] for key in ("in_channels", "sample_size", "num_classes")}
+        return NETWORKS[name](**options)
 
     def batches(self) -> Generator[tuple[Tensor, Tensor]]:
         """Read batches, starting with the first image not yet seen."""
@@ -293,18 +298,18 @@ class Trainer:
         if averages:
             save_snapshot(self.config.out, averages, self.step, self.images)
 
-    def _networks(self) -> dict[str, LaMambaDiff]:
+    def _networks(self) -> dict[str, Any]:
         return {"network": self.network, "ema": self.average}
 
-    def _rebuild(self, weights: Mapping[str, Tensor]) -> LaMambaDiff:
+    def _rebuild(self, weights: Mapping[str, Tensor]) -> Any:
         network = deepcopy(self._empty_network)
         network.load_state_dict(weights, assign=True)
         return network
 
     @cached_property
-    def _empty_network(self) -> LaMambaDiff:
+    def _empty_network(self) -> Any:
         with torch.device("meta"):
-            return LaMambaDiff(**vars(self.config.network))
+            return self.build()
 
     def restore(self, checkpoint: Path) -> None:
         """Continue from a checkpoint as if the run had never stopped; raises CheckpointError."""
@@ -356,6 +361,8 @@ class Trainer:
             CheckpointError: nothing can be loaded, or it was trained with another objective.
         """
         loaded = load_checkpoint(name)
+        if not (isinstance(self.network, LaMambaDiff) and isinstance(loaded.network, LaMambaDiff)):
+            raise CheckpointError(f"{name} cannot be transferred: only weights of a LaMambaDiff to another one can")
         if loaded.info.objective != self.config.objective:
             raise CheckpointError(
                 f"{name} was trained with the objective {loaded.info.objective}: give objective {loaded.info.objective}"
