@@ -453,8 +453,9 @@ _KINDS = {
 def environments(records: Records) -> list[str]:
     """Say on what it was all measured."""
     parts = [part for record in records.values() for part in record["parts"]]
-    rows = sorted({tuple(str(part[key]) for key in ("device", "torch", "triton", "diffusers", "commit"))
-                   for part in parts})  # fmt: skip
+    rows = sorted(
+        {tuple(str(part[key]) for key in ("device", "torch", "triton", "diffusers", "commit")) for part in parts}
+    )
     return table(["device", "PyTorch", "Triton", "diffusers", "commit"], rows)
 
 

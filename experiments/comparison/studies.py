@@ -81,8 +81,9 @@ def look_for_copies(setting: Setting, piece: Memorisation) -> None:
             distances, indices = find_nearest(embed(images), known)
             nearer = float((distances < threshold).double().mean())
             rows[f"samples at guidance {guidance:g}"] = {
-                **_summary(distances), "share_nearer_than_percentile_1": rounded(nearer)
-            }  # fmt: skip
+                **_summary(distances),
+                "share_nearer_than_percentile_1": rounded(nearer),
+            }
             found[space, guidance] = distances, indices
     distances, _ = found["pixels", 2.0]
     neighbours = [found[space, 2.0][1] for space in spaces]

@@ -46,8 +46,9 @@ def main() -> None:
         sigma = float(Diffusion().sigma(torch.tensor([timestep])))
         print(
             f"t {timestep:3}, noise {sigma:6.3g} of signal   loss of trained on {known.mean():.4g}, "
-            f"of others {unseen.mean():.4g}   ratio {ratio:.3f} +- {error:.3f}", flush=True,
-        )  # fmt: skip
+            f"of others {unseen.mean():.4g}   ratio {ratio:.3f} +- {error:.3f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -114,10 +114,10 @@ class Diffusion:
     """1000 linear steps; predicts the noise, and the log-variance of each value as a position between two bounds."""
 
     name = "diffusion"
-    scheduler_options: Mapping[str, Any] = {
-        "num_train_timesteps": NUM_TIMESTEPS, "beta_start": BETA_START, "beta_end": BETA_END,
-        "beta_schedule": "linear", "prediction_type": "epsilon",
-    }  # fmt: skip
+    scheduler_options: Mapping[str, Any] = dict(
+        **dict(num_train_timesteps=NUM_TIMESTEPS, beta_start=BETA_START, beta_end=BETA_END),
+        **dict(beta_schedule="linear", prediction_type="epsilon"),
+    )
     samplers = ("ancestral", "ddim", "dpm++", "sde-dpm++", "unipc")
     default_sampler = "dpm++"
     scheduler = _deprecated_scheduler
@@ -208,11 +208,8 @@ class Diffusion:
         fraction = (v + 1) / 2
         log_variance = fraction * schedule["log_beta"] + (1 - fraction) * true_log_variance
 
-        divergence = 0.5 * (
-            -1 + log_variance - true_log_variance
-            + torch.exp(true_log_variance - log_variance)
-            + torch.square(true_mean - mean) * torch.exp(-log_variance)
-        )  # fmt: skip
+        widths = -1 + log_variance - true_log_variance + torch.exp(true_log_variance - log_variance)
+        divergence = 0.5 * (widths + torch.square(true_mean - mean) * torch.exp(-log_variance))
         likelihood = -_discretised_gaussian_log_likelihood(x_0, mean, 0.5 * log_variance)
         return torch.where(t == 0, _mean(likelihood), _mean(divergence)) / math.log(2)
 
@@ -263,9 +260,9 @@ class FlowMatching:
     """
 
     name = "flow"
-    scheduler_options: Mapping[str, Any] = {
-        "num_train_timesteps": NUM_TIMESTEPS, "prediction_type": "flow_prediction", "use_flow_sigmas": True
-    }  # fmt: skip
+    scheduler_options: Mapping[str, Any] = dict(
+        num_train_timesteps=NUM_TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True
+    )
     samplers = ("unipc", "euler", "heun")
     default_sampler = "unipc"
     scheduler = _deprecated_scheduler
@@ -367,9 +364,7 @@ class XPredictionFlow(FlowMatching):
         return self._compare((x_t - x) / clipped, (x_t - x_0) / clipped)
 
 
-_BUILT_IN: tuple[Objective, ...] = (
-    Diffusion(), VPrediction(), VPrediction(zero_terminal_snr=True), FlowMatching(), XPredictionFlow()
-)  # fmt: skip
+_BUILT_IN: list[Objective] = [Diffusion(), VPrediction(), VPrediction(True), FlowMatching(), XPredictionFlow()]
 OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in _BUILT_IN}
 """Every objective by its name. Code may add its own."""
 

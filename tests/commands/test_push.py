@@ -236,9 +236,8 @@ def run_client(hub: Hub, folder: Path, script: str) -> str:
         "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, **settings}, capture_output=True, text=True,
-        cwd=folder,
-    )  # fmt: skip
+        [sys.executable, "-c", script], env={**os.environ, **settings}, capture_output=True, text=True, cwd=folder
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 

@@ -220,7 +220,7 @@ def test_limits_are_allowed(options: dict[str, object]) -> None:
         (lambda: TrainConfig(Path("a"), timesteps="logit-normal"), "'logit-normal': it must be uniform with"),
         (lambda: WatchConfig(Path("a"), every=float("inf")), "every is inf: it must be above 0, at most 86,400"),
     ],
-)  # fmt: skip
+)
 def test_options_have_limits(make: Callable[[], object], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         make()

@@ -174,8 +174,9 @@ def test_the_command_says_how_many_of_each(
     monkeypatch.setattr(emoji.prepare_emoji, "__kwdefaults__", {"source": None, "expected": tarball[1]})
     main(["prepare", "emoji", "--out", str(tmp_path / "out"), "--source", str(tarball[0])])
     assert capsys.readouterr().out.splitlines() == [
-        f"{tmp_path / 'out'}: 2 classes, 4 images extracted", "Flags 1, Smileys & Emotion 3"
-    ]  # fmt: skip
+        f"{tmp_path / 'out'}: 2 classes, 4 images extracted",
+        "Flags 1, Smileys & Emotion 3",
+    ]
 
 
 def test_the_published_package() -> None:

@@ -256,9 +256,7 @@ def test_what_is_on_its_way_is_limited_too(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_request_does_not_take_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate_module, "_MAX_BODY_S", 0.01)
     gate = make_gate()
-    scope = {
-        "type": "http", "method": "POST", "path": JOIN, "query_string": b"", "headers": [(b"host", b"localhost")],
-    }  # fmt: skip
+    scope = {"type": "http", "method": "POST", "path": JOIN, "query_string": b"", "headers": [(b"host", b"localhost")]}
     sent: list[Any] = []
 
     async def send(message: Any) -> None:

@@ -98,10 +98,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
 @pytest.mark.parametrize(
     ("how", "number", "options"),
     [
-        ("torchrun", 2, []), ("forks", 4, []),
+        ("torchrun", 2, []),
+        ("forks", 4, []),
         ("forks", 2, ["--shard", "--accumulate", "2", "--gradient-checkpointing"]),
     ],
-)  # fmt: skip
+)
 def test_the_loss_curve_is_that_of_one_process(
     tmp_path: Path, tiny: list[str], alone: Path, how: str, number: int, options: list[str]
 ) -> None:
@@ -274,7 +275,7 @@ def test_where_one_dies_the_others_end_and_a_restart_goes_on(tmp_path: Path, tin
     again = tmp_path / "again"
     done = train_together(
         2, "--out", str(again), "--resume-or-start", *tiny, "--num-images", "40", program=program, restarts=1
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     for ours, wanted in zip(curve(again), curve(alone), strict=True):
         assert ours == pytest.approx(wanted, rel=1e-4)

@@ -80,8 +80,9 @@ def test_the_result_says_all_that_tells_two_numbers_apart(tmp_path: Path, capsys
     assert result["generation"]["seeds"] == {"first": 0, "last": 99, "different": 100}
     assert result["torch"] == torch.__version__
     assert [text.split(" are few for")[0] for text in result["warnings"]] == [
-        "100 generated images", "120 reference images",
-    ]  # fmt: skip
+        "100 generated images",
+        "120 reference images",
+    ]
     shown = capsys.readouterr().out
     for text in ("100 images of", "against 120 images of", "features clothes, 64 numbers", "Fréchet distance", "±"):
         assert text in shown

@@ -464,7 +464,7 @@ def test_steps_are_called_back_and_can_be_changed_or_ended() -> None:
         (["Coat"], {"callback_on_step_end": lambda *_: torch.ones(1)}, "callback_on_step_end returned Tensor"),
         (["Coat"], {"callback_on_step_end": lambda *_: {"latents": torch.ones(1)}}, "latents (1,): return a tensor"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_is_refused(arguments: list[Any], options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as error:
         build()(*arguments, **options)
@@ -536,9 +536,7 @@ def decoded(autoencoder: Path) -> LaMambaDiffPipeline:
 
 
 def images_of(pipe: LaMambaDiffPipeline) -> torch.Tensor:
-    images: torch.Tensor = pipe(
-        ["Coat", "Bag"], 4, generator=torch.Generator().manual_seed(7), output_type="pt"
-    ).images  # fmt: skip
+    images: torch.Tensor = pipe(["Coat", "Bag"], 4, generator=torch.Generator().manual_seed(7), output_type="pt").images
     return images
 
 

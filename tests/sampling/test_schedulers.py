@@ -142,7 +142,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("UniPCMultistepScheduler", {"use_beta_sigmas": True, "use_karras_sigmas": False}, "makes wrong images of what"),
     ("UniPCMultistepScheduler", {"solver_type": "bh1"}, "(on known data they are not finite)"),
     ("EDMEulerScheduler", {}, "is not of the noise schedule that this network was trained with"),
-]  # fmt: skip
+]
 PLAIN: dict[str, Any] = {"use_karras_sigmas": False, "timestep_spacing": "leading"}
 
 

@@ -85,10 +85,11 @@ def test_a_digest_does_not_depend_on_place_time_order_or_links(
 def test_a_digest_of_arrays_is_of_pixels_and_labels() -> None:
     images, labels = np.arange(8, dtype=np.uint8).reshape(2, 1, 2, 2), np.array([0, 1])
     digests = [
-        ArraySource("a", images, labels, ()).identify(), ArraySource("a", images[::-1], labels, ()).identify(),
+        ArraySource("a", images, labels, ()).identify(),
+        ArraySource("a", images[::-1], labels, ()).identify(),
         ArraySource("a", images, labels[::-1], ()).identify(),
         ArraySource("a", images.reshape(2, 1, 1, 4), labels, ()).identify(),
-    ]  # fmt: skip
+    ]
     assert len(set(digests)) == 4
     assert ArraySource("b", images.copy(), labels.astype(np.uint8), ()).identify() == digests[0]
 

@@ -29,9 +29,9 @@ from lamamba.terminal.output import say
 
 LIMIT_S = 300.0  # for one part; a check that takes longer hangs
 OPERATIONS = (  # as in lamamba.ops.selfcheck, which only the other process imports
-    "scan_grid", "scan_grid, 4 states", "window_attention", "depthwise_convolution",
-    "gated_norm", "residual_norm", "linear_gelu",
-)  # fmt: skip
+    *("scan_grid", "scan_grid, 4 states", "window_attention", "depthwise_convolution"),
+    *("gated_norm", "residual_norm", "linear_gelu"),
+)
 TRACKERS = ("wandb", "trackio")
 _OTHER_TORCH = (
     "pip install --force-reinstall torch --index-url URL, with the URL that pytorch.org/get-started/locally names"

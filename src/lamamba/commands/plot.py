@@ -22,9 +22,11 @@ from lamamba.training.log import draw_legend, draw_lines, read_log, save_figure
 
 # The loss of each quarter of the timesteps: its key in the log, its label, and its line style.
 QUARTERS = {
-    "loss_q1": ("timesteps 0 to 250", "-"), "loss_q2": ("250 to 500", "--"),
-    "loss_q3": ("500 to 750", "-."), "loss_q4": ("750 to 1000", ":"),
-}  # fmt: skip
+    "loss_q1": ("timesteps 0 to 250", "-"),
+    "loss_q2": ("250 to 500", "--"),
+    "loss_q3": ("500 to 750", "-."),
+    "loss_q4": ("750 to 1000", ":"),
+}
 MAX_FRAME_WIDTH = 1280  # in pixels; wider sample grids are scaled down
 MAX_GIF_FRAMES = 100
 _FRAME_MS, _LAST_FRAME_MS = 250, 2000

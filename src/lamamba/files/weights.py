@@ -38,11 +38,10 @@ CONFIG, PIPELINE_INDEX = "config.json", "model_index.json"  # of a model's folde
 _VARIANTS = ("", "fp16", "bf16")  # the one with the most bits first
 _NUM_LISTED = 5
 # No global of a pickle is ever called, but a file that refers to one of these was made to do harm.
-_CODE_MODULES = {
-    "os", "posix", "nt", "sys", "subprocess", "pty", "shutil", "socket", "runpy", "importlib", "ctypes", "code", "pdb",
-    "webbrowser", "multiprocessing", "timeit", "pip",
-}  # fmt: skip
-_CODE_BUILTINS = {"eval", "exec", "compile", "open", "__import__", "getattr", "setattr", "globals", "breakpoint"}
+_CODE = re.compile(
+    r"(os|posix|nt|sys|subprocess|pty|shutil|socket|runpy|importlib|ctypes|code|pdb|webbrowser|multiprocessing|timeit"
+    r"|pip)\..+|builtins\.(eval|exec|compile|open|__import__|getattr|setattr|globals|breakpoint)"
+)
 
 
 @dataclass(frozen=True)
@@ -116,8 +115,8 @@ def find_weights(folder: Path, variant: str | None = None) -> WeightFiles:
         names = sorted(set(read_record(path, _Index)["weight_map"].values()))
         outside = [name for name in names if not _is_plain(name)]
         if outside or not names:
-            raise CheckpointError(f"{path} names {outside[0]!r}, which is not a file beside it" if outside else
-                                  f"{path} names no files: its weight_map is empty")  # fmt: skip
+            fault = f"{outside[0]!r}, which is not a file beside it" if outside else "no files: its weight_map is empty"
+            raise CheckpointError(f"{path} names {fault}")
         files = [folder / name for name in names]
     missing = [file for file in files if not file.is_file()]
     if missing:
@@ -199,7 +198,7 @@ def read_pickle(path: Path) -> Any:
     """
     try:
         names = _globals_in(path)
-        dangerous = sorted(name for name in names if _is_code(name))
+        dangerous = sorted(filter(_CODE.fullmatch, names))
         if dangerous:
             name = re.sub(r"^(posix|nt)\.", "os.", dangerous[0])
             raise CheckpointError(
@@ -255,12 +254,6 @@ def _opened_pickles(path: Path) -> Iterator[tuple[IO[bytes], int]]:
         members = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         with archive.open(members[0]) if members else io.BytesIO() as file:
             yield file, len(members[:1])
-
-
-def _is_code(name: str) -> bool:
-    module, _, attribute = name.rpartition(".")
-    builtin = module == "builtins" and attribute in _CODE_BUILTINS
-    return builtin or module.partition(".")[0] in _CODE_MODULES
 
 
 def _check_storage(content: Any, path: Path) -> None:
@@ -373,10 +366,8 @@ def load_model(kind: Any, folder: Path, schema: type[Any]) -> Any:
     """Load a diffusers model to the CPU in float32, with the checks of `check_model`; raises CheckpointError."""
     found = check_model(kind, folder, schema)
     try:
-        model = kind.from_pretrained(
-            utf8_path(folder), local_files_only=True, low_cpu_mem_usage=False, torch_dtype=torch.float32,
-            variant=found.variant, use_safetensors=found.use_safetensors,
-        )  # fmt: skip
+        options = {"variant": found.variant, "use_safetensors": found.use_safetensors, "torch_dtype": torch.float32}
+        model = kind.from_pretrained(utf8_path(folder), local_files_only=True, low_cpu_mem_usage=False, **options)
     except Exception as error:  # diffusers raises many kinds of errors for damaged folders
         raise CheckpointError(f"{folder} cannot be read as a {kind.__name__}: {first_line(error)}") from error
     _raise(folder, {"not finite": _not_finite(model.state_dict())})

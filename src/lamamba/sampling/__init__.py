@@ -176,10 +176,10 @@ def sample(
     choose_guidance(network.config, guidance_scale, by_weaker=weaker is not None)
     height, width = size or (network.config.sample_size, network.config.sample_size)
     device, channels = device_of(network), int(network.config.in_channels)
+    worse = None if weaker is None else capture(weaker)
     denoiser = guide(
-        capture(network), guidance_scale, network.null_label, guidance_options, sigma=objective.sigma,
-        weaker=None if weaker is None else capture(weaker),
-    )  # fmt: skip
+        capture(network), guidance_scale, network.null_label, guidance_options, sigma=objective.sigma, weaker=worse
+    )
     strength = 1.0 if start is None else start.strength
     scheduler = choose_scheduler(sampler, objective, channels, num_steps, strength, clip_sample)
     steps = Steps(scheduler, objective, num_steps, strength, device)
@@ -215,9 +215,7 @@ def seeded(seed: int | torch.Generator) -> torch.Generator:
 
 def seeded_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> Tensor:
     """Draw standard normal noise (b, *shape) on the CPU, each image's from its own generator."""
-    return torch.stack([
-        torch.randn(shape, generator=generator, device=generator.device).to("cpu") for generator in generators
-    ])  # fmt: skip
+    return torch.stack([torch.randn(shape, generator=own, device=own.device).to("cpu") for own in generators])
 
 
 def _read_labels(labels: Sequence[int] | Tensor, config: Any) -> Tensor:

@@ -237,9 +237,9 @@ def generate(config: GenerateConfig) -> None:
             "weights": _weights_digest(model.path),
             "guidance_weights": None if model.weaker_path is None else _weights_digest(model.weaker_path),
             "vae_digest": None if model.vae is None else identify_autoencoder(Path(model.vae)),
-            "seed": config.seed, "labels": config.labels, "num_images": config.num_images, "size": config.size,
-            "format": config.format, "images_per_shard": config.images_per_shard,
-        }  # fmt: skip
+            **{name: getattr(config, name) for name in ("seed", "labels", "num_images", "size", "format")},
+            "images_per_shard": config.images_per_shard,
+        }
         # The other ranks wait until the folder exists and was checked.
         with locked(config.out) if processes.is_first else nullcontext():
             if processes.is_first:
@@ -297,9 +297,8 @@ def _begin_set(out: Path, made: dict[str, Any]) -> None:
     for digest in {"guidance_weights", "vae_digest"} - before.keys():  # an earlier version wrote none
         del made[digest]
     # Weights and autoencoder may have moved: their digests count.
-    for place, digest in (
-        ("checkpoint", "weights"), ("guidance_checkpoint", "guidance_weights"), ("vae", "vae_digest")
-    ):  # fmt: skip
+    places = {"checkpoint": "weights", "guidance_checkpoint": "guidance_weights", "vae": "vae_digest"}
+    for place, digest in places.items():
         if before.get(place) and before.get(digest, "") == made.get(digest):
             made[place] = before[place]
     number = before.get("num_images")
@@ -407,9 +406,7 @@ def _write_npz(out: Path, places: range, images: np.ndarray, settings: Sequence[
         np.savez(file, arr_0=images.transpose(0, 2, 3, 1), arr_1=labels)
 
 
-_WRITERS: dict[str, Callable[[Path, range, np.ndarray, Sequence[dict[str, Any]]], None]] = {
-    "png": write_pngs, "webdataset": _write_tar, "npz": _write_npz
-}  # fmt: skip
+_WRITERS = {"png": write_pngs, "webdataset": _write_tar, "npz": _write_npz}
 
 
 def _join(config: GenerateConfig) -> None:

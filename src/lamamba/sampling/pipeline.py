@@ -216,14 +216,10 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         Raises:
             ConfigError: a label, a size or an option is wrong, or the scheduler does not suit the network.
         """
-        check(
-            callback_on_step_end is None or callable(callback_on_step_end), "callback_on_step_end",
-            callback_on_step_end, "a function",
-        )  # fmt: skip
-        check(
-            isinstance(callback_on_step_end_tensor_inputs, list | tuple), "callback_on_step_end_tensor_inputs",
-            callback_on_step_end_tensor_inputs, "a list of names",
-        )  # fmt: skip
+        is_function = callback_on_step_end is None or callable(callback_on_step_end)
+        check(is_function, "callback_on_step_end", callback_on_step_end, "a function")
+        wanted = callback_on_step_end_tensor_inputs
+        check(isinstance(wanted, list | tuple), "callback_on_step_end_tensor_inputs", wanted, "a list of names")
         if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
             raise ConfigError(
                 f"callback_on_step_end_tensor_inputs {list(callback_on_step_end_tensor_inputs)}: only "
@@ -233,9 +229,8 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             raise ConfigError(f"output_type {output_type!r} is unknown: give pil, np, pt or latent")
         _check_whole("num_inference_steps", num_inference_steps, NUM_TIMESTEPS)
         _check_whole("num_images_per_label", num_images_per_label, _MAX_IMAGES)
-        for name, value, most in (
-            ("max_batch_size", max_batch_size, None), ("height", height, MAX_SIDE), ("width", width, MAX_SIDE)
-        ):  # fmt: skip
+        limits = {"max_batch_size": (max_batch_size, None), "height": (height, MAX_SIDE), "width": (width, MAX_SIDE)}
+        for name, (value, most) in limits.items():
             if value is not None:
                 _check_whole(name, value, most)
         is_scale = guidance_scale is None or is_number(guidance_scale)
@@ -294,10 +289,8 @@ class LaMambaDiffPipeline(DiffusionPipeline):
                         noise=noise[part], start=start and start[part], callback=after,
                     )  # fmt: skip
 
-            images = torch.cat([
-                x if output_type == "latent" else self._decode(x)
-                for x in in_parts(draw, len(rows), max_batch_size or len(rows))
-            ])  # fmt: skip
+            drawn = in_parts(draw, len(rows), max_batch_size or len(rows))
+            images = torch.cat([x if output_type == "latent" else self._decode(x) for x in drawn])
             if output_type != "latent":
                 images = self._image_processor().postprocess(images, output_type, [False] * len(images))
             self.maybe_free_model_hooks()

@@ -19,9 +19,7 @@ from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files.records import SchedulerRecord, read_record
 from lamamba.files.weights import PIPELINE_INDEX
 
-_PREDICTIONS = {
-    "epsilon": "noise", "v_prediction": "v", "sample": "the clean image", "flow_prediction": "the velocity of a flow"
-}  # fmt: skip
+_PREDICTIONS = dict(epsilon="noise", v_prediction="v", sample="the clean image", flow_prediction="a flow's velocity")
 
 
 def make_scheduler(
@@ -337,10 +335,8 @@ def _check_options(scheduler: Any, objective: Objective, pixels: bool) -> None:
     ours = objective.levels(torch.arange(NUM_TIMESTEPS))[0].double().square()
     theirs = torch.as_tensor(alpha_bars).detach().double().cpu()
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-7):
-        wanted = {
-            "trained_betas": None, "rescale_betas_zero_snr": False, "snr_shift_scale": 1.0,
-            **objective.scheduler_options,
-        }  # fmt: skip
+        usual = {"trained_betas": None, "rescale_betas_zero_snr": False, "snr_shift_scale": 1.0}
+        wanted = {**usual, **objective.scheduler_options}
         given = {key: option(scheduler, key) for key in wanted}
         other = [key for key, value in given.items() if value is not None and value != wanted[key]]
         said = ", ".join(key if key == "trained_betas" else f"{key} {given[key]}" for key in other)

@@ -84,12 +84,13 @@ def count(network: LaMambaDiff, height: int, width: int) -> dict[str, tuple[int,
         "bottleneck": [*network.bottleneck],
         **{
             f"decoder {index} ({_width(blocks)} wide)": [
-                *blocks, *([network.upsamples[index - 2]] if index >= 2 else [])
+                *blocks,
+                *([network.upsamples[index - 2]] if index >= 2 else []),
             ]
             for index, blocks in enumerate(cast(Iterable[nn.ModuleList], network.decoder))
         },
         "head": [network.head],
-    }  # fmt: skip
+    }
     names = {module: name for name, module in network.named_modules()}
     root = type(network).__name__
     flops = {

@@ -111,11 +111,11 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Source, Space, torch.devi
 # Options that may differ when a run is resumed, because they do not change what it has computed so far. Data and
 # autoencoder are compared by their contents instead.
 _FREE_TO_CHANGE = {
-    "out", "num_images", "device", "cuda_graph", "compile", "num_workers", "resume", "resume_or_start", "fall_back",
-    "dry_run", "allow_changed", "data", "dataset", "data_folder", "vae", "keep_checkpoints", "shard",
-    "max_skipped_steps", "tracker", "project", "accumulate", "log_every", "sample_every", "checkpoint_every",
-    "snapshot_every", "sample_steps", "sample_guidance",
-}  # fmt: skip
+    *("out", "num_images", "device", "cuda_graph", "compile", "num_workers", "resume", "resume_or_start", "fall_back"),
+    *("dry_run", "allow_changed", "data", "dataset", "data_folder", "vae", "keep_checkpoints", "shard", "accumulate"),
+    *("max_skipped_steps", "tracker", "project", "log_every", "sample_every", "checkpoint_every", "snapshot_every"),
+    *("sample_steps", "sample_guidance"),
+}
 
 
 def check_resumable(config: TrainConfig, origin: Mapping[str, Any], checkpoint: Path) -> list[str]:
@@ -286,8 +286,9 @@ def advise_short_run(config: TrainConfig) -> str:
 
 # Files of a run. An earlier start that saved no checkpoint leaves some, which must not mix with those of this run.
 _WRITTEN = (
-    "config.json", "log.jsonl", "loss.png", "samples", "averages", "checkpoints", "tensorboard", "wandb", "wandb-id",
-)  # fmt: skip
+    *("config.json", "log.jsonl", "loss.png", "samples", "averages", "checkpoints", "tensorboard"),
+    *("wandb", "wandb-id"),
+)
 
 
 def _check_can_begin(out: Path) -> None:
