@@ -19,6 +19,7 @@ from lamamba.config import (
     DoctorConfig,
     EncodeConfig,
     EvaluateConfig,
+    ExportConfig,
     FinetuneConfig,
     GenerateConfig,
     GridConfig,
@@ -79,6 +80,10 @@ COMMANDS = {
     "convert": Command(
         ConvertConfig, "lamamba.commands.convert:convert", "convert released checkpoints",
         "lamamba convert released.pt lamamba-xl",
+    ),
+    "export": Command(
+        ExportConfig, "lamamba.commands.export:export", "export to ONNX and C++",
+        "lamamba export nano --guidance --out exported",
     ),
     "sample": Command(
         SampleConfig, "lamamba.sampling.generate:sample_grid", "sample a grid of images",

@@ -231,6 +231,15 @@ def test_kernels_that_cannot_run_are_an_error_that_says_why() -> None:
     assert "the kernels need CUDA tensors, x is on cpu: move it to a GPU" in done.stderr
 
 
+@pytest.mark.parametrize("scan", ["continuous", "raster"])
+@pytest.mark.parametrize("shape", [(2, 6, 10, 5, 3, 1), (2, 4, 4, 5, 2, 3), (1, 20, 18, 3, 1, 2)])
+def test_the_version_for_export_agrees(shape: tuple[int, ...], scan: str) -> None:
+    """Padded blocks, a single block, and blocks of blocks."""
+    inputs = make_inputs(*shape)
+    found, wanted = (scan_grid(*inputs, scan=scan, backend=backend).sum(dim=0) for backend in ("portable", "pytorch"))
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("block", [32, 64])
 def test_sums_over_channels_by_products(block: int) -> None:
     """Use float16, because the interpreter cannot multiply bfloat16, and integers, so that nothing is rounded."""

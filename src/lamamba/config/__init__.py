@@ -8,7 +8,7 @@ from lamamba.config.data import WHOLE_DATASET, DatasetOptions, EncodeConfig, Pre
 from lamamba.config.network import PRESETS, SIXTEEN_STATES, NetworkConfig, preset
 from lamamba.config.options import Option, OptionReader
 from lamamba.config.planning import InfoConfig, PlanConfig
-from lamamba.config.publishing import ConvertConfig, PushConfig
+from lamamba.config.publishing import ConvertConfig, ExportConfig, PushConfig
 from lamamba.config.sampling import (
     PLAIN_GUIDANCE,
     DemoConfig,

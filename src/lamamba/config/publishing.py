@@ -1,11 +1,11 @@
-"""Options of `lamamba convert` and `lamamba push`."""
+"""Options of `lamamba convert`, `lamamba export` and `lamamba push`."""
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from lamamba.config.checks import check_range
+from lamamba.config.checks import check_range, check_size
 from lamamba.config.network import PRESETS, NetworkConfig
 from lamamba.config.options import Option
 from lamamba.errors import ConfigError
@@ -27,6 +27,29 @@ class ConvertConfig:
     """AutoencoderKL folder that decodes the latents of a released checkpoint; by default lamamba sample needs --vae."""
     network: NetworkConfig = PRESETS["xl-256"]
     """Network options; --preset sets their defaults."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Export a network for other runtimes: ONNX for onnxruntime, and a torch.export program for C++."""
+
+    checkpoint: Annotated[str, Option(positional=True)]
+    """A run folder (its newest checkpoint), a checkpoint folder, shipped weights (nano, emoji-64), or a pipeline."""
+    out: Path
+    """Folder for network.onnx and network.pt2."""
+    format: Literal["both", "onnx", "pt2"] = "both"
+    """What to write. ONNX takes seconds; torch.export takes a minute or more."""
+    guidance: bool = False
+    """Include guidance: adds the input guidance, a scale, and evaluates every image with and without its label."""
+    precision: Literal["float32", "float16", "float16-weights"] = "float32"
+    """float16 computes in float16, except for the state of the scan. float16-weights rounds only the stored weights,
+    and computes in float32."""
+    size: tuple[int, int] | None = None
+    """Height and width that the network takes: in pixels, or in latents for a network of latents. The default is the
+    training size."""
+
+    def __post_init__(self) -> None:
+        check_size("size", self.size)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Choose the version of an operation: Triton kernels, loops compiled by numba, or plain PyTorch."""
+"""Choose the version of an operation: Triton kernels, loops compiled by numba, plain PyTorch, or one for export."""
 
 import importlib
 import importlib.util
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-Backend = Literal["auto", "triton", "pytorch"]
+Backend = Literal["auto", "triton", "pytorch", "portable"]
 
 _left_to_choose: Backend = "auto"
 
@@ -34,16 +34,17 @@ def choose_kernels(operation: str, x: Tensor, backend: Backend, limit: str = "")
     Args:
         operation: name of the operation, for the error.
         x: input of the operation.
-        backend: "triton" always takes the kernels, "pytorch" never does. "auto" takes them for CUDA tensors of any
-            dtype but float64, unless `limit` rules them out, and warns once if triton is not installed. On a CPU,
-            "auto" takes compiled loops where an operation has some, see `choose_loops`.
+        backend: "triton" always takes the kernels, "pytorch" and "portable" never do. "auto" takes them for CUDA
+            tensors of any dtype but float64, unless `limit` rules them out, and warns once if triton is not installed.
+            On a CPU, "auto" takes compiled loops where an operation has some, see `choose_loops`. "portable" takes
+            operations that other runtimes have, too, see `is_portable`.
         limit: why the kernels cannot run this call on any device, and what to do; empty if they can.
 
     Raises:
         ValueError: the backend is "triton" and the kernels cannot run; the message says why and what to do.
     """
     backend = _left_to_choose if backend == "auto" else backend
-    if backend == "pytorch":
+    if backend in ("pytorch", "portable"):
         return False
     if backend == "auto" and not (x.is_cuda and x.dtype != torch.float64 and not limit and _has_triton()):
         return False
@@ -51,6 +52,11 @@ def choose_kernels(operation: str, x: Tensor, backend: Backend, limit: str = "")
     if obstacle:
         raise ValueError(f'{operation}: {obstacle}, or use backend "pytorch"')
     return True
+
+
+def is_portable(backend: Backend) -> bool:
+    """Return whether to use only operations that exporters know, with no custom operation of this package."""
+    return "portable" in (backend, _left_to_choose)
 
 
 def choose_loops(x: Tensor, backend: Backend) -> bool:

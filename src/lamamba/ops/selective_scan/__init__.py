@@ -5,7 +5,8 @@
 * `project_and_scan` also computes the projection before them. The network calls this one.
 
 `reference.py` defines the operation, and `blocked.py` is the version for any device. `cpu.py` (compiled loops) and
-`triton.py` (Triton kernels) are fast versions of `scan_grid`. README.md has the equations.
+`triton.py` (Triton kernels) are fast versions of `scan_grid`. `portable.py` is the version of exported networks.
+README.md has the equations.
 """
 
 import torch
@@ -13,11 +14,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from lamamba.ops.backend import Backend, choose_kernels, choose_loops
+from lamamba.ops.backend import Backend, choose_kernels, choose_loops, is_portable
 from lamamba.ops.grid import NUM_PATHS, Scan, as_constant, gather_rows, scan_paths, sum_rows
 from lamamba.ops.linear import compute_dtype, linear
 from lamamba.ops.selective_scan.blocked import selective_scan_blocked
 from lamamba.ops.selective_scan.cpu import scan_grid_cpu
+from lamamba.ops.selective_scan.portable import scan_grid_portable
 
 __all__ = ["project_and_scan", "scan_grid", "selective_scan"]
 
@@ -65,6 +67,8 @@ def scan_grid(
         save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         planes: Tensor = scan_grid_triton(*tensors, dt_weight.shape[2], scan == "continuous", save)[0]
         return planes
+    if is_portable(backend):
+        return scan_grid_portable(x, low, dt_weight, dt_bias, A_log, D, scan)
     if choose_loops(x, backend):
         A = -torch.exp(A_log.float())
         floats = (tensor.float() for tensor in (x, low, dt_weight, dt_bias, A, D))

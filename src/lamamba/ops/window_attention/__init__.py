@@ -7,7 +7,7 @@
 import torch
 from torch import Tensor
 
-from lamamba.ops.backend import Backend, choose_kernels
+from lamamba.ops.backend import Backend, choose_kernels, is_portable
 from lamamba.ops.linear import compute_dtype, linear
 from lamamba.ops.window_attention.cpu import window_attention_cpu
 from lamamba.ops.window_attention.reference import window_attention_reference
@@ -48,7 +48,7 @@ def window_attention(
 
         out: Tensor = window_attention_triton(qkv, bias, num_heads, window_size, shifted)
         return out
-    if qkv.device.type == "cpu" and qkv.dtype in (torch.float32, torch.float64):
+    if qkv.device.type == "cpu" and qkv.dtype in (torch.float32, torch.float64) and not is_portable(backend):
         out = window_attention_cpu(qkv, bias, num_heads, window_size, shifted)
         return out
     return window_attention_reference(qkv, bias, num_heads, window_size, shifted)
