@@ -47,6 +47,9 @@ def export(config: ExportConfig) -> None:
     if config.format != "onnx" and config.precision == "float16-weights":
         raise ConfigError("precision float16-weights is for ONNX only: add --format onnx")
     loaded = load_checkpoint(config.checkpoint)
+    if not isinstance(loaded.network, LaMambaDiff):
+        kind = type(loaded.network).__name__
+        raise ConfigError(f"{config.checkpoint} holds a {kind}: only LaMambaDiff networks can be exported")
     network = loaded.network.requires_grad_(False)
     side = int(network.config.sample_size)
     size = config.size or (side, side)
