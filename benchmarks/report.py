@@ -47,12 +47,13 @@ def read_run(path: Path) -> Run:
 
 
 def newest_runs(paths: Iterable[Path]) -> list[Run]:
-    """Read the newest file of each device, GPUs first; on the same day, the file that was written last."""
+    """Read the newest file of each device, GPUs first, new runs first; on the same day, the file written last."""
     newest = {}
     for path in sorted(paths, key=lambda path: (path.name.split("_")[0], path.stat().st_mtime)):
         run = read_run(path)
         newest[run.device] = run
-    return sorted(newest.values(), key=lambda run: (run.on_cpu, run.device))
+    by_date = sorted(newest.values(), key=lambda run: (run.day, run.device), reverse=True)
+    return sorted(by_date, key=lambda run: run.on_cpu)
 
 
 def find(records: list[Record], case: str, provider: str, metric: str, batch: int | None = None) -> Record | None:
@@ -187,6 +188,11 @@ def target_table(records: list[Record]) -> list[str]:
     return table(["", "measured", "target", "goal", "status"], rows) if rows else []
 
 
+def _size_and_batch(record: Record) -> tuple[int, int, int]:
+    _, size, pixels = record.case.split("_")
+    return ("s", "b", "l", "xl").index(size), int(pixels), -record.batch
+
+
 def network_tables(records: list[Record]) -> list[str]:
     """Make the tables of training and inference for all networks."""
     lines = []
@@ -196,7 +202,7 @@ def network_tables(records: list[Record]) -> list[str]:
         if not timed:
             continue
         rows = []
-        for record in sorted(timed, key=lambda record: (record.case, -record.batch)):
+        for record in sorted(timed, key=_size_and_batch):
 
             def other(metric: str, record: Record = record) -> str:
                 return cell(find(records, record.case, record.provider, metric, record.batch))
@@ -208,7 +214,7 @@ def network_tables(records: list[Record]) -> list[str]:
             )  # fmt: skip
         lines += [f"### {title}", ""]
         if prefix == "train":
-            lines += ["`dit-xl-2` is DiT-XL/2 from diffusers, compiled. The first step includes compiling.", ""]
+            lines += ["`dit-xl-2` is DiT-XL/2 from diffusers, compiled, and so on. The first step includes compiling.", ""]
         lines += table(["network", "size", "px", "batch", "images/s", "ms", "peak GiB", "first step, s"], rows)
     return lines
 
