@@ -214,7 +214,7 @@ def network_tables(records: list[Record]) -> list[str]:
             )  # fmt: skip
         lines += [f"### {title}", ""]
         if prefix == "train":
-            lines += ["`dit-xl-2` is DiT-XL/2 from diffusers, compiled, and so on. The first step includes compiling.", ""]
+            lines += ["`dit-xl-2` is DiT-XL/2 from diffusers, compiled. The first step includes compiling.", ""]
         lines += table(["network", "size", "px", "batch", "images/s", "ms", "peak GiB", "first step, s"], rows)
     return lines
 
