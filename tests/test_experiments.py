@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import sys
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -594,35 +595,42 @@ def test_packed_cifar_holds_the_same_pictures(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["vgg16", "squeezenet"])
-def test_feature_networks_take_images_of_both_kinds(name: str, tmp_path: Path) -> None:
+def test_feature_networks_take_images_of_both_kinds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a package to packed weights, to a network."""
     random = np.random.default_rng(0)
 
-    def weights(sizes: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-        side, inputs, outputs = sizes
+    def weights(side: int, inputs: int, outputs: int) -> list[np.ndarray]:
         scale = (2 / (side * side * inputs)) ** 0.5
         weight = random.standard_normal((side, side, inputs, outputs), np.float32) * scale
-        return weight, np.zeros(outputs, np.float32)
+        return [weight, np.zeros(outputs, np.float32)]
 
     if name == "vgg16":
         widths = (3, 64, 64, 128, 128, 256, 256, 256, *[512] * 6)
-        layers = [weights((3, *pair)) for pair in pairwise(widths)]
-        network = features.vgg16(
-            {"VGG16_0": {f"Conv_{i}": {"kernel": w, "bias": b} for i, (w, b) in enumerate(layers)}}
-        )
+        layers = [dict(zip(("kernel", "bias"), weights(3, *pair), strict=True)) for pair in pairwise(widths)]
+        arrays = {"VGG16_0": {f"Conv_{i}": layer for i, layer in enumerate(layers)}, "unused": np.ones(3)}
+        file = "vgg16.ckpt"
     else:
-        arrays, inputs = {"conv1": weights((3, 3, 64))}, 64
+        arrays, inputs = {"conv1": weights(3, 3, 64)}, 64
         for fire, narrow in zip(range(2, 10), (16, 16, 32, 32, 48, 48, 64, 64), strict=True):
-            arrays[f"fire{fire}/squeeze1x1"] = weights((1, inputs, narrow))
-            arrays[f"fire{fire}/expand1x1"] = weights((1, narrow, 4 * narrow))
-            arrays[f"fire{fire}/expand3x3"] = weights((3, narrow, 4 * narrow))
+            arrays[f"fire{fire}/squeeze1x1"] = weights(1, inputs, narrow)
+            arrays[f"fire{fire}/expand1x1"] = weights(1, narrow, 4 * narrow)
+            arrays[f"fire{fire}/expand3x3"] = weights(3, narrow, 4 * narrow)
             inputs = 8 * narrow
-        network = features.squeezenet(arrays)
-    torch.jit.script(network.eval()).save(str(tmp_path / "network.pt"))
-    extract = open_features(str(tmp_path / "network.pt"), torch.device("cpu"))
+        file = "squeezenet_weights.pkl"
+    (tmp_path / file).write_bytes(pickle.dumps(arrays))
+    with tarfile.open(tmp_path / "package.tar.gz", "w:gz", compresslevel=1) as archive:
+        archive.add(tmp_path / file, f"package-0.1/weights/{file}")
+    for given in (["package.tar.gz", "--pack"], [f"{name}.npz"]):
+        monkeypatch.setattr(sys, "argv", ["features.py", str(tmp_path / given[0]), *given[1:], "--out", str(tmp_path)])
+        features.main()
+    assert "unused" not in np.load(tmp_path / f"{name}.npz")
+
+    extract = open_features(str(tmp_path / f"{name}.pt"), torch.device("cpu"))
     gray = torch.from_numpy(random.integers(0, 256, (2, 1, 32, 32), np.uint8))
     found = extract(gray.expand(-1, 3, -1, -1)).features
     assert found.shape == (2, 512)
     assert found.std() > 0
+    network = features.NETWORKS[name](features.unflatten(dict(features.flatten(arrays))))
     torch.testing.assert_close(network(gray), found)
 
 

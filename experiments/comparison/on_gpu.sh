@@ -21,11 +21,14 @@ if [ ! -d $data ] && [ -d .data ]; then
 for path in pathlib.Path('.data').glob('*ubyte.xz'):
     pathlib.Path(sys.argv[1], path.stem).write_bytes(lzma.decompress(path.read_bytes()))" $data || exit
 fi
+if [ -d .features ] && [ ! -d /tmp/features ]; then
+    python3 experiments/comparison/features.py .features/*.npz --out /tmp/features || exit
+fi
 options=(--seconds $((${SECONDS_LEFT:-600} - 45 - SECONDS)) --commit "${COMMIT:-unknown}")
 [ -d $data ] && options+=(--data-folder $data)
 [ -d .emoji ] && options+=(--emoji .emoji)
 [ -d .cifar ] && options+=(--cifar .cifar)
-[ -d .features ] && options+=(--features .features)
+[ -d /tmp/features ] && options+=(--features /tmp/features)
 gpus=$(nvidia-smi -L | wc -l)
 ((gpus > 0)) || exit
 export OMP_NUM_THREADS=$(($(nproc) / gpus))
