@@ -1,19 +1,30 @@
-"""The site builds with every link whole, asks no other host for anything, and shows what the package computes."""
+"""The site builds with every link whole, asks no other host for anything, and shows what the package computes.
+
+`python -m pytest -n 0 tests/test_docs.py -k browser --screenshots docs/browser` takes the picture of the browser page.
+"""
 
 import ast
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
+import threading
+from functools import partial
 from graphlib import TopologicalSorter
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+import lamamba
+from lamamba.checkpoints.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -64,6 +75,70 @@ def test_a_page_fetches_nothing_from_elsewhere(site: Path) -> None:
         assert not [target for target in fetched.targets if re.match(r"(https?:)?//", target)], page
     for style in site.rglob("*.css"):
         assert not re.search(r"(url\(|@import)[\"' ]*(https?:)?//", style.read_text()), style
+
+
+class Handler(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_the_browser_samples_what_pytorch_does(site: Path, request: pytest.FixtureRequest) -> None:
+    selenium = pytest.importorskip("selenium", reason="needs Selenium: pip install 'lamamba[dev]'")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("needs Chromium: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (
+        "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars", "--window-size=1250,950",
+        "--proxy-server=127.0.0.1:9",  # which nobody is at; 127.0.0.1 itself is asked directly
+    ):  # fmt: skip
+        options.add_argument(flag)
+    try:
+        browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    except selenium.common.exceptions.WebDriverException as error:
+        pytest.skip(f"Chromium does not start: {error}")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    pictures = request.config.getoption("--screenshots")
+    steps = 20 if pictures else 3
+    try:
+        browser.get(f"http://127.0.0.1:{server.server_port}/browser.html")
+        waiting = WebDriverWait(browser, 120, 0.1)
+        waiting.until(lambda _: browser.execute_script("return document.querySelector('#sampler.ready') !== null"))
+        set_up = """const form = document.querySelector("#sampler");
+            for (const [name, value] of Object.entries(arguments[0])) {
+                const input = form.querySelector(`[name=${name}]`);
+                input.value = value;
+                input.dispatchEvent(new Event("input"));
+            }
+            form.querySelector("[name=label][value='8']").click();"""
+        browser.execute_script(set_up, {"steps": steps, "seed": 7, "guidance": 2.5})
+        done = "return !sampler.busy && sampler.request.steps === arguments[0] && sampler.step === arguments[0]"
+        waiting.until(lambda _: browser.execute_script(done, steps))
+        read = "return [sampler.request, Array.from(sampler.noise), Array.from(sampler.image)]"
+        asked, noise, image = browser.execute_script(read)
+        canvas = """const context = document.querySelector(".picture canvas").getContext("2d");
+            return Array.from(context.getImageData(0, 0, 32, 32).data);"""
+        shown = np.array(browser.execute_script(canvas)).reshape(32, 32, 4)
+        if pictures:
+            form = browser.find_element("id", "sampler")
+            form.screenshot(str(Path(pictures) / "page.png"))
+    finally:
+        browser.quit()
+        server.shutdown()
+    assert (asked["label"], asked["seed"], asked["guidance"]) == (8, 7, 2.5)
+    start = torch.tensor(noise).view(1, 1, 32, 32)
+    assert abs(float(start.mean())) < 0.2
+    assert 0.9 < float(start.std()) < 1.1
+    network = load_checkpoint("nano").network
+    guided = {"num_steps": steps, "guidance_scale": 2.5, "clip_sample": True, "noise": start}
+    wanted = lamamba.sample(network, lamamba.Diffusion(), [8], [0], **guided)[0, 0].numpy()
+    np.testing.assert_allclose(np.reshape(image, (32, 32)), wanted, atol=2e-3)
+    assert np.abs(shown[:, :, 0] - (wanted + 1) * 127.5).max() < 1
 
 
 def test_links_that_leave_the_site_are_listed(site: Path) -> None:

@@ -5,6 +5,7 @@ that are not pages are copied to source/. `external_links.txt` in the built site
 """
 
 import json
+import lzma
 import posixpath
 import re
 from html.parser import HTMLParser
@@ -47,7 +48,28 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for target in sorted(copied):
             if f"source/{target}" not in files.src_uris:
                 files.append(File.generated(config, f"source/{target}", abs_src_path=str(ROOT / target)))
+    for uri, content in browser_files().items():
+        files.append(File.generated(config, uri, content=content))
     return files
+
+
+def browser_files() -> dict[str, str | bytes]:
+    """Make what the page browser.md loads: the runtime, unpacked, and nano as ONNX with its metadata."""
+    from lamamba.checkpoints.checkpoint import load_checkpoint
+    from lamamba.commands.export import describe
+    from lamamba.commands.onnx_graph import build
+    from lamamba.config import ExportConfig
+
+    config = ExportConfig("nano", Path(), "onnx", guidance=True, precision="float16-weights")
+    loaded = load_checkpoint("nano")
+    size = (loaded.network.config.sample_size,) * 2
+    network = build(loaded.network, size, guided=True, stored="float16", computed="float32", metadata={})
+    packed = sorted((ROOT / "docs" / "browser" / "ort").glob("*.xz"))
+    return {
+        "browser/nano.onnx": network.SerializeToString(),
+        "browser/nano.json": json.dumps(describe(loaded, config, size)),
+        **{f"browser/ort/{path.stem}": lzma.decompress(path.read_bytes()) for path in packed},
+    }
 
 
 def follow_links(text: str, path: str, pages: dict[str, str]) -> tuple[str, set[str]]:
