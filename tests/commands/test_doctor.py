@@ -174,7 +174,8 @@ def test_operations_agree_with_their_meaning(name: str, backend: str) -> None:
 def test_loops_are_named_where_they_run() -> None:
     pytest.importorskip("numba")
     versions = {name: check_operation(name, CPU, torch.float32).version for name in OPERATIONS}
-    with_loops = {"scan_grid", "scan_grid, 4 states", "gated_norm", "residual_norm"}
+    scans = {f"{name}{states}" for name in ("scan_grid", "selective_scan_fn") for states in ("", ", 4 states")}
+    with_loops = {*scans, "gated_norm", "residual_norm"}
     assert versions == {name: "compiled loops" if name in with_loops else "PyTorch" for name in OPERATIONS}
 
 

@@ -20,9 +20,11 @@ import lamamba.ops.gated_norm.triton
 import lamamba.ops.linear_gelu.triton
 import lamamba.ops.residual_norm.triton
 import lamamba.ops.selective_scan.triton
+import lamamba.ops.sequence_scan.triton
 import lamamba.ops.window_attention.triton  # noqa: F401
 from lamamba.config import NetworkConfig
 from lamamba.model import Block
+from lamamba.ops import selective_scan_fn
 from lamamba.ops.backend import use_backend
 from lamamba.ops.launch import Launch, compile_launch, record_launches
 from lamamba.ops.residual_norm import add_gated
@@ -67,6 +69,16 @@ def run_block(num_states: int) -> None:
         add_gated(out, residual).float().sum().backward()
 
 
+def scan_sequences(num_states: int) -> None:
+    """Run forward and backward of a gated scan in bfloat16, cut into segments, which launches its every kernel."""
+    u, delta, z = (torch.randn(1, 32, 256, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    B, C = (torch.randn(1, num_states, 256, dtype=torch.bfloat16) for _ in range(2))
+    D = bias = torch.ones(32)
+    y = selective_scan_fn(u, delta, -torch.rand(32, num_states), B, C, D, z, bias, True, backend="triton")
+    assert isinstance(y, torch.Tensor)
+    y.float().sum().backward()
+
+
 def forms(*num_states: int) -> list[Launch]:
     """Record the launches of blocks: for each kernel, one per combination of missing arguments and switches."""
     chosen: dict[object, Launch] = {}
@@ -95,3 +107,5 @@ if __name__ == "__main__":
     for capability in map(int, sys.argv[1:]):
         # Two states per iteration, as with 16 states, or one, as with 3. These numbers compile twice as fast.
         compile_for(capability, forms(1, 16 if capability == 90 else 3))
+        # One state, which stays in registers, or several, one or two per iteration.
+        compile_for(capability, record_launches(scan_sequences, {80: 1, 89: 1, 90: 4, 100: 1}.get(capability, 3)))

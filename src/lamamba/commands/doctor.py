@@ -29,8 +29,8 @@ from lamamba.terminal.output import say
 
 LIMIT_S = 300.0  # for one part; a check that takes longer hangs
 OPERATIONS = (  # as in lamamba.ops.selfcheck, which only the other process imports
-    *("scan_grid", "scan_grid, 4 states", "window_attention", "depthwise_convolution"),
-    *("gated_norm", "residual_norm", "linear_gelu"),
+    *("scan_grid", "scan_grid, 4 states", "selective_scan_fn", "selective_scan_fn, 4 states"),
+    *("window_attention", "depthwise_convolution", "gated_norm", "residual_norm", "linear_gelu"),
 )
 TRACKERS = ("wandb", "trackio")
 _OTHER_TORCH = (

@@ -3,18 +3,28 @@
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 Backend = Literal["auto", "triton", "pytorch", "portable"]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _left_to_choose: Backend = "auto"
+
+
+def assume_constant_result(function: _Function) -> _Function:
+    """Mark a function whose results are constants to torch.compile.
+
+    `torch.compiler.assume_constant_result` does the same, but first imports the compiler, which takes seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @contextmanager
@@ -76,7 +86,7 @@ def choose_loops_outside_graphs(tensors: Iterable[Tensor], backend: Backend) -> 
     return not torch.compiler.is_compiling() and plain and choose_loops(tensors[0], backend)
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _has_numba() -> bool:
     return _import_numba()
 
@@ -96,7 +106,7 @@ def _import_numba() -> bool:
 
 
 # A function of its own, because torch.compile ignores `lru_cache` and would trace the cached function.
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _has_triton() -> bool:
     return _find_triton()
 
@@ -113,7 +123,7 @@ def _find_triton() -> bool:
     return found
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _obstacle(device_type: str, dtype: torch.dtype) -> str | None:
     """Return why the kernels cannot run and what to do about it, or None if they can run."""
     if importlib.util.find_spec("triton") is None:

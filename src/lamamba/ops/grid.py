@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lamamba.ops.backend import assume_constant_result
+
 Scan = Literal["continuous", "raster"]
 NUM_PATHS = 4
 
@@ -52,7 +54,7 @@ def as_constant(size: int) -> int:
 
 
 # A constant to torch.compile: otherwise compiled graphs would compute the paths again at every call.
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def scan_paths(height: int, width: int, scan: Scan, device: torch.device) -> ScanPaths:
     """Return the paths of a grid on a device; they are computed at the first call for a size."""
     return _scan_paths(height, width, scan, str(device))

@@ -29,7 +29,9 @@ _rehearsed: dict[Launch, None] | None = None
 LOCK = RLock()
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | float | None, **constants: object) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Tensor | float | tuple[int, ...] | None, **constants: object
+) -> None:
     """Launch a kernel on the device of its tensors, or only record it while `rehearse` runs."""
     if _rehearsed is not None:
         kinds = tuple(argument.dtype if isinstance(argument, Tensor) else argument for argument in arguments)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lamamba.ops.backend import assume_constant_result
+
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the autocast dtype on the device of x, or None if autocast is off."""
@@ -25,7 +27,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return autocast_dtype(x) or x.dtype
 
 
-@torch.compiler.assume_constant_result  # torch 2.11 cannot trace it
+@assume_constant_result  # torch 2.11 cannot trace it
 def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 

@@ -1,7 +1,8 @@
 """Compare each operation, as it runs on this machine, with its reference, on a tiny input."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +19,11 @@ from lamamba.ops.linear_gelu.reference import linear_gelu_reference
 from lamamba.ops.residual_norm import Residual, residual_norm
 from lamamba.ops.residual_norm.reference import add_gated_reference, layer_norm_reference
 from lamamba.ops.selective_scan import scan_grid
+from lamamba.ops.sequence_scan import selective_scan_fn
 from lamamba.ops.window_attention import window_attention
 from lamamba.ops.window_attention.reference import window_attention_reference
 
-_BATCH, _SIDE, _CHANNELS, _RANK, _HEADS, _WINDOW, _EPS = 2, 6, 16, 3, 2, 4, 1e-5
+_BATCH, _SIDE, _CHANNELS, _RANK, _HEADS, _WINDOW, _EPS, _LENGTH = 2, 6, 16, 3, 2, 4, 1e-5, 20
 # Wrong results differ by a tenth or more; rounding changes only the last digits.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
@@ -115,9 +117,23 @@ def _scan(num_states: int) -> Operation:
     )
 
 
+def _sequences(num_states: int) -> Operation:
+    sequences, weights = (1, _CHANNELS, _LENGTH), (1, num_states, _LENGTH)
+
+    def scan(
+        u: Tensor, delta: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, **options: Any
+    ) -> Tensor:
+        return selective_scan_fn(u, delta, -torch.exp(A_log), B, C, D, z, delta_softplus=True, **options)
+
+    shapes = (sequences, sequences, (_CHANNELS, num_states), weights, weights, (_CHANNELS,), sequences)
+    return Operation(scan, partial(scan, backend="pytorch"), shapes, lambda x: choose_loops(x, "auto"))
+
+
 OPERATIONS: Mapping[str, Operation] = {
     "scan_grid": _scan(num_states=1),
     "scan_grid, 4 states": _scan(num_states=4),
+    "selective_scan_fn": _sequences(num_states=1),
+    "selective_scan_fn, 4 states": _sequences(num_states=4),
     "window_attention": Operation(
         lambda qkv, bias: window_attention(qkv, bias, _HEADS, _WINDOW, shifted=True),
         lambda qkv, bias: window_attention_reference(qkv, bias, _HEADS, _WINDOW, True),

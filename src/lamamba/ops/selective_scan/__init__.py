@@ -11,7 +11,6 @@ README.md has the equations.
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from lamamba.ops.backend import Backend, choose_kernels, choose_loops, is_portable
@@ -133,8 +132,8 @@ def _scan_grid_pytorch(
     height, width = as_constant(x.shape[1]), as_constant(x.shape[2])
     rank, num_states = dt_weight.shape[2], A_log.shape[2]
     paths = scan_paths(height, width, scan, x.device)
-    x = rearrange(x, "b h w e -> b (h w) e")
-    low = rearrange(low, "b h w (k r) -> b (h w k) r", k=NUM_PATHS)
+    x = x.flatten(1, 2)
+    low = low.unflatten(3, (NUM_PATHS, -1)).flatten(1, 3)
     low = gather_rows(low, paths.projections, paths.projection_positions).unflatten(1, (NUM_PATHS, -1))
     delta_low, B, C = low.split([rank, num_states, num_states], dim=-1)
     delta = delta_low @ dt_weight.mT
@@ -144,7 +143,7 @@ def _scan_grid_pytorch(
     A = -torch.exp(A_log.to(state_dtype))
     y = selective_scan(u, delta, A, B, C, D)
     y = sum_rows(y.flatten(1, 2), paths.pixels, paths.pixel_positions)
-    return rearrange(y, "b (h w) e -> 1 b h w e", h=height)
+    return y.unflatten(1, (height, width))[None]
 
 
 def _check_grid_shapes(x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> None:

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from lamamba.ops.backend import assume_constant_result
+
 
 class Windows(NamedTuple):
     """How a grid is cut. A grid that is not larger than the window is one window, and one window is never shifted."""
@@ -72,7 +74,7 @@ class WindowGeometry:
         return rearrange(grid, "(ny sy) (nx sx) -> (ny nx) (sy sx)", sy=side_y, sx=side_x)
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def window_geometry(height: int, width: int, window_size: int, shifted: bool, device: torch.device) -> WindowGeometry:
     """Return the tables of a grid; they are computed at the first call for a size."""
     return _window_geometry(height, width, window_size, shifted, str(device))

@@ -1,0 +1,212 @@
+"""The kernels of `kernels.py` as one differentiable operation that torch.compile can see."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from lamamba.ops.launch import launch
+from lamamba.ops.sequence_scan.kernels import sequence_backward_kernel, sequence_forward_kernel, sequence_starts_kernel
+
+TILE, BLOCK = 16, 32  # steps, and channels per program
+FORWARD_REGISTERS = 128  # per thread, so that 16 warps fit on a multiprocessor
+# With fewer than ENOUGH_PROGRAMS programs, sequences are cut into segments of SHORTEST_SEGMENT tiles or more, to get
+# WANTED_PROGRAMS. Segments are walked twice.
+ENOUGH_PROGRAMS, WANTED_PROGRAMS, SHORTEST_SEGMENT, MAX_SEGMENTS = 512, 2112, 4, 512
+COLUMNS = 16  # states per program that computes the states before segments
+MAX_BATCH = 65535  # CUDA's limit for the third axis of a grid of programs
+
+Strided = tuple[Tensor | None, tuple[int, ...]]
+NOTHING: Strided = (None, (0, 0, 0, 0))
+
+
+class _Plan(NamedTuple):
+    """Sizes of a call, for the kernels."""
+
+    grid: tuple[int, int, int]
+    num_blocks: int
+    num_segments: int
+    sizes: tuple[int, ...]
+    constants: dict[str, Any]
+    carry: tuple[int, ...]
+    """Shape of one state per segment."""
+    states: tuple[int, ...]
+    """Shape of one state per tile."""
+
+
+def _plan(u: Tensor, num_states: int, softplus: bool) -> _Plan:
+    batch, groups, channels, length = u.shape
+    if batch > MAX_BATCH:
+        raise ValueError(f"selective_scan_fn: a batch of {batch} is too large for the kernels: use {MAX_BATCH} or less")
+    num_blocks, num_tiles = -(-channels // BLOCK), -(-length // TILE)
+    num_programs = batch * groups * num_blocks
+    wanted = -(-WANTED_PROGRAMS // num_programs) if num_programs < ENOUGH_PROGRAMS else 1
+    tiles_per_segment = -(-num_tiles // max(1, min(wanted, MAX_SEGMENTS, num_tiles // SHORTEST_SEGMENT)))
+    num_segments = -(-num_tiles // tiles_per_segment)
+    constants = {
+        "STATES": num_states, "TILE": TILE, "BLOCK": BLOCK, "AT_ONCE": 2 if num_states % 2 == 0 else 1,
+        "SOFTPLUS": softplus, "WHOLE": length % TILE == 0, "PRECISE": u.dtype == torch.float32,
+        "num_warps": 1, "num_stages": 1,
+    }  # fmt: skip
+    sizes = (groups, channels, length, tiles_per_segment, num_segments)
+    grid = (groups * num_blocks, num_segments, batch)
+    carry, states = ((batch, groups, number, num_states, channels) for number in (num_segments, num_tiles))
+    return _Plan(grid, num_blocks, num_segments, sizes, constants, carry, states)
+
+
+def _strided(x: Tensor | None) -> Strided:
+    return NOTHING if x is None else (x, x.stride())
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+def _prepare_carry(
+    plan: _Plan, first: Tensor | None, rates: Tensor, arguments: tuple[Any, ...], backward: bool
+) -> tuple[Tensor, bool]:
+    """Compute the state before every segment, or in the backward pass the gradient of the state after it.
+
+    Args:
+        plan: sizes of the call.
+        first: (b, g, w, n) state before the first segment (gradient after the last one), or None for zero.
+        rates: A as (g, n, w).
+        arguments: of the forward kernel, up to `p_bias`, to summarize the segments.
+        backward: whether this is the backward pass.
+
+    Returns:
+        Room for states, (b, g, segments, n, w) float32, and whether they are set. Otherwise the first one is zero, and
+        there are no others.
+    """
+    carry = rates.new_empty(plan.carry)
+    if plan.num_segments == 1:
+        return (carry, False) if first is None else (carry.copy_(first.mT[:, :, None]), True)
+    ends, decays = rates.new_empty(plan.carry), rates.new_empty(plan.carry)
+    channels, _, images = plan.grid
+    launch(
+        sequence_forward_kernel, (channels, plan.num_segments - 1, images),
+        *arguments, *NOTHING, None, ends, decays, *plan.sizes,
+        STARTED=False, BACKWARD=backward, maxnreg=FORWARD_REGISTERS, **plan.constants,
+    )  # fmt: skip
+    columns = plan.carry[3] * plan.carry[4]
+    launch(
+        sequence_starts_kernel, (-(-columns // COLUMNS), plan.carry[0] * plan.carry[1], 1),
+        ends, decays, _float(None if first is None else first.mT), carry, columns, plan.num_segments,
+        SEGMENTS=triton.next_power_of_2(plan.num_segments), COLUMNS=COLUMNS, BACKWARD=backward, num_warps=4,
+    )  # fmt: skip
+    return carry, True
+
+
+@torch.library.custom_op("lamamba::scan_sequences", mutates_args=())
+def scan_sequences_triton(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, initial_state: Tensor | None,
+    softplus: bool, save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Run the forward kernels; arguments as in `lamamba.ops.sequence_scan._Grouped`.
+
+    Returns:
+        y, (b, g, w, l), the states after each segment, (b, g, segments, n, w), and with `save` the states before each
+        tile, (b, g, tiles, n, w), which the backward pass reads.
+    """
+    plan = _plan(u, A.shape[2], softplus)
+    rates, bias = A.float().mT.contiguous(), _float(delta_bias)
+    y, states = torch.empty_like(u), rates.new_empty(plan.states if save else (0,))
+    inputs = (*_strided(u), *_strided(delta), rates, *_strided(B), *_strided(C))
+    carry, started = _prepare_carry(plan, initial_state, rates, (*inputs, None, *NOTHING, bias), backward=False)
+    launch(
+        sequence_forward_kernel, plan.grid,
+        *inputs, _float(D), *_strided(z), bias, *_strided(y), states if save else None, carry, None, *plan.sizes,
+        STARTED=started, BACKWARD=False, maxnreg=FORWARD_REGISTERS, **plan.constants,
+    )  # fmt: skip
+    return y, carry, states
+
+
+@scan_sequences_triton.register_fake
+def _(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, initial_state: Tensor | None,
+    softplus: bool, save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    plan = _plan(u, A.shape[2], softplus)
+    carry, states = (A.new_empty(shape, dtype=torch.float32) for shape in (plan.carry, plan.states if save else (0,)))
+    return torch.empty_like(u), carry, states
+
+
+@torch.library.custom_op("lamamba::scan_sequences_backward", mutates_args=())
+def _backward(
+    grad_y: Tensor, grad_last: Tensor | None, states: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Run the backward kernels.
+
+    Returns:
+        Gradients of u, delta, z (empty if z is None) and A; of B and C, stacked in float32; of D and the bias, stacked
+        in float32; and of the initial state.
+    """
+    plan = _plan(u, A.shape[2], softplus)
+    rates, bias = A.float().mT.contiguous(), _float(delta_bias)
+    others = (rates, *_strided(B), *_strided(C))
+    summary = (*_strided(grad_y), *_strided(delta), *others, None, *_strided(z), bias)
+    carry, started = _prepare_carry(plan, grad_last, rates, summary, backward=True)
+    grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
+    grad_z = u.new_empty(0) if z is None else torch.empty_like(z)
+    batch, groups, segments, _, channels = plan.carry
+    grad_A = rates.new_empty(plan.carry)
+    grad_BC = rates.new_empty(2, batch, groups, plan.num_blocks, *B.shape[2:])
+    grad_D_bias = rates.new_empty(2, batch, groups, segments, channels)
+    launch(
+        sequence_backward_kernel, plan.grid,
+        *_strided(u), *_strided(delta), *others, _float(D), *_strided(z), bias, *_strided(grad_y), states, carry,
+        *_strided(grad_u), *_strided(grad_delta), *(NOTHING if z is None else _strided(grad_z)),
+        grad_BC, grad_A, grad_D_bias, grad_BC[0].numel(), grad_D_bias[0].numel(), *plan.sizes,
+        STARTED=started, **plan.constants,
+    )  # fmt: skip
+    return (
+        grad_u, grad_delta, grad_z, grad_A.sum(dim=(0, 2)).mT, grad_BC.sum(dim=3), grad_D_bias.sum(dim=(1, 3)),
+        carry[:, :, 0].mT.clone(),
+    )  # fmt: skip
+
+
+@_backward.register_fake
+def _(
+    grad_y: Tensor, grad_last: Tensor | None, states: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, softplus: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    groups, channels, num_states = A.shape
+    return (
+        torch.empty_like(u), torch.empty_like(delta), u.new_empty(0) if z is None else torch.empty_like(z),
+        states.new_empty(groups, num_states, channels).mT, states.new_empty(2, *B.shape),
+        states.new_empty(2, groups, channels), states.new_empty(len(u), groups, num_states, channels).mT,
+    )  # fmt: skip
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, initial_state, ctx.softplus, _ = inputs
+    ctx.save_for_backward(output[2], *tensors)
+    ctx.dtype_of_state = None if initial_state is None else initial_state.dtype
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(
+    ctx: Any, grad_y: Tensor | None, grad_carry: Tensor | None, grad_states: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    states, u, delta, A, B, C, D, z, delta_bias = ctx.saved_tensors
+    if grad_y is None and grad_carry is None:  # nothing downstream depends on the results
+        return (None,) * 11
+    grad_y = torch.zeros_like(u) if grad_y is None else grad_y
+    grad_last = None if grad_carry is None else grad_carry[:, :, -1].mT
+    of_u, of_delta, of_z, of_A, of_BC, of_D_bias, of_state = _backward(
+        grad_y, grad_last, states, u, delta, A, B, C, D, z, delta_bias, ctx.softplus
+    )
+    return (
+        of_u, of_delta, of_A.to(A.dtype), of_BC[0].to(B.dtype), of_BC[1].to(C.dtype),
+        None if D is None else of_D_bias[0].to(D.dtype), None if z is None else of_z,
+        None if delta_bias is None else of_D_bias[1].to(delta_bias.dtype),
+        None if ctx.dtype_of_state is None else of_state.to(ctx.dtype_of_state), None, None,
+    )  # fmt: skip
+
+
+scan_sequences_triton.register_autograd(_autograd, setup_context=_setup_context)
