@@ -1,7 +1,9 @@
+import itertools
 import json
 import math
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from forked import run_python, run_ranks
 from lamamba.ops.selective_scan import selective_scan
+from lamamba.ops.sequence_scan import selective_scan_cuda
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -215,6 +218,28 @@ def test_a_batch_too_large_is_reported_and_the_next_is_measured(
     (path,) = tmp_path.iterdir()
     trained = [record["batch"] for record in json.loads(path.read_text()) if record["case"] == "scaling_quick"]
     assert set(trained) == {4}
+
+
+def test_scans_are_compared_with_the_compiled_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What replaces the compiled kernel in other networks stands for it here; it takes the same arguments."""
+    monkeypatch.setitem(sys.modules, "selective_scan_cuda", selective_scan_cuda)
+    benchmark = import_module("selective_scan")
+    times = itertools.count(1)
+    monkeypatch.setattr(benchmark, "milliseconds", lambda run, repeats, warm_up: [run() is not None and next(times)])
+    benchmark.main(["--quick", "--out", str(tmp_path / "records")])
+    benchmark.main(["--quick", "--network", "--batch", "2", "--out", str(tmp_path / "records")])
+    records = [json.loads(line) for line in (tmp_path / "records").read_text().splitlines()]
+    assert not [record for record in records if "failed" in record]
+    forward = [record for record in records if record.get("pass") == "forward"]
+    assert len(forward) == 4
+    assert all(record["error"] < (1e-6 if record["dtype"] == "float32" else 1e-2) for record in forward)
+    assert max(value for record in records for value in record.get("difference", {}).values()) < 1e-6
+    # Times count up: 1 and 2 for the first shape, 3 and 4 for the other version, and so on.
+    assert [record["all"] for record in records if record.get("ratios_of") == "forward"] == [[3 / 1, 7 / 5]]
+    assert [record["mean"] for record in records if record.get("ratios_of") == "backward"] == [1]
+    losses = [record["first_loss"] for record in records if "network" in record]
+    assert len(losses) == 4
+    assert max(losses) - min(losses) < 0.05
 
 
 def test_sets_of_images_are_timed_in_every_way(tmp_path: Path) -> None:

@@ -79,6 +79,16 @@ def test_a_network_that_is_not_registered_is_named(network: ModuleType, tmp_path
         lamamba.load_checkpoint(tmp_path / "own")
 
 
+def test_blocks_like_vmamba_train_and_scan_in_two_ways() -> None:
+    example = load("vmamba")
+    losses = example.main(num_images=512)
+    assert sum(losses[-2:]) < 0.95 * sum(losses[:2])
+    scan, x = example.CrossScan(width=32, num_states=2), torch.randn(2, 4, 6, 32)
+    fused = scan(x)
+    scan.fused = False
+    torch.testing.assert_close(scan(x), fused, rtol=1e-4, atol=1e-5)
+
+
 @pytest.fixture
 def objective() -> Iterator[ModuleType]:
     yield load("objective")

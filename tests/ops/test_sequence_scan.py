@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lamamba.ops import selective_scan_2d, selective_scan_fn, sequence_scan
 from lamamba.ops.grid import Scan, path_order
+from lamamba.ops.sequence_scan import selective_scan_cuda
 from lamamba.ops.sequence_scan.reference import selective_scan_fn_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -244,6 +245,30 @@ def test_importing_the_operations_loads_nothing_else() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["lamamba", "False"]
+
+
+@pytest.mark.parametrize("without", [("initial_state",), OPTIONAL], ids=str)
+def test_the_compiled_module_can_be_replaced(without: tuple[str, ...]) -> None:
+    """Call what `mamba_ssm` calls in its compiled module, and compare with autograd."""
+    inputs = make_inputs(l=40, n=3, weights=("bgnl", "bgnl"), without=without)
+    tensors = [inputs.get(name) for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
+    out, x, *gated = selective_scan_cuda.fwd(*tensors, True)
+    y, last = selective_scan_fn(**inputs, delta_softplus=True, return_last_state=True)
+    torch.testing.assert_close(gated[0] if gated else out, y)
+    torch.testing.assert_close(x[:, :, -1, 1::2], last)
+    dz = None if "z" in without else torch.empty_like(tensors[0])
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    found = selective_scan_cuda.bwd(*tensors, weights, x, out, dz, True, True)
+    wanted = results(selective_scan_fn, inputs, with_last=False, **ours())
+    names = ("u", "delta", "A", "B", "C", "D", "delta_bias", *(() if dz is None else ("z",)))
+    for name, gradient in zip(names, found, strict=False):
+        if name in without:
+            assert gradient is None
+        else:
+            torch.testing.assert_close(gradient, wanted[name])
+    if dz is not None:
+        assert found[7] is dz
+        torch.testing.assert_close(found[8], y)
 
 
 # The kernels, in Triton's interpreter if there is no GPU. It takes seconds for each case, so they are few and tiny.

@@ -122,7 +122,7 @@ def _sequences(num_states: int) -> Operation:
 
     def scan(
         u: Tensor, delta: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, **options: Any
-    ) -> Tensor:
+    ) -> Any:
         return selective_scan_fn(u, delta, -torch.exp(A_log), B, C, D, z, delta_softplus=True, **options)
 
     shapes = (sequences, sequences, (_CHANNELS, num_states), weights, weights, (_CHANNELS,), sequences)

@@ -5,7 +5,6 @@ It is the scan in blocks of README.md. `blocked.py` computes the same as a custo
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from lamamba.ops.grid import NUM_PATHS, Scan, as_constant, scan_paths
@@ -21,8 +20,8 @@ def scan_grid_portable(
     num_states, rank = A_log.shape[2], dt_weight.shape[2]
     paths = scan_paths(height, width, scan, x.device)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    u = rearrange(x, "b h w e -> b (h w) e").index_select(1, paths.pixels).unflatten(1, (NUM_PATHS, -1))
-    parts = rearrange(low, "b h w (k r) -> b (h w k) r", k=NUM_PATHS).split([rank, num_states, num_states], dim=-1)
+    u = x.flatten(1, 2).index_select(1, paths.pixels).unflatten(1, (NUM_PATHS, -1))
+    parts = low.unflatten(3, (NUM_PATHS, -1)).flatten(1, 3).split([rank, num_states, num_states], dim=-1)
     delta_low, B, C = (part.index_select(1, paths.projections).unflatten(1, (NUM_PATHS, -1)) for part in parts)
     delta = F.softplus((delta_low @ dt_weight.mT).to(dtype) + dt_bias.to(dtype)[:, None])
     A = -torch.exp(A_log.to(dtype)).mT
@@ -32,7 +31,7 @@ def scan_grid_portable(
     y = (h * C.unsqueeze(-1)).sum(dim=-2)
     y = (y + D.to(dtype)[:, None] * u).to(x.dtype)
     y = y.flatten(1, 2).index_select(1, paths.pixel_positions.flatten()).unflatten(1, (NUM_PATHS, -1)).sum(dim=1)
-    return rearrange(y, "b (h w) e -> 1 b h w e", h=height)
+    return y.unflatten(1, (height, width))[None]
 
 
 def linear_recurrence(a: Tensor, x: Tensor) -> Tensor:
