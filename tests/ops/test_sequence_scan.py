@@ -45,7 +45,8 @@ def results(
     """Return y, the last state, and all gradients of a random weighted sum of both."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
     y, last = scan(**leaves, delta_softplus=softplus, **options)
-    weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x) for x in (y, last)]
+    # All dtypes represent these weights.
+    weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(x) for x in (y, last)]
     outputs = (y, last)[: 1 + with_last]
     gradients = torch.autograd.grad(outputs, list(leaves.values()), weights[: 1 + with_last])
     return {"y": y.detach(), "last": last.detach(), **dict(zip(leaves, gradients, strict=True))}
@@ -53,6 +54,11 @@ def results(
 
 def ours(backend: str = "auto") -> dict[str, Any]:
     return {"return_last_state": True, "backend": backend}
+
+
+def rounded_reference(u: Tensor, *tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    y, last = selective_scan_fn_reference(u, *tensors, **options)
+    return y.to(u.dtype), last
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
@@ -64,7 +70,7 @@ def check(inputs: dict[str, Tensor], backend: str = "auto", dtype: torch.dtype =
     wide = ("A", "D", "delta_bias", "initial_state")
     inputs = {name: x.to(torch.float32 if name in wide else dtype) for name, x in inputs.items()}
     exact = results(selective_scan_fn_reference, {name: x.double() for name, x in inputs.items()}, **options)
-    plain = results(selective_scan_fn_reference, inputs, **options)
+    plain = results(rounded_reference, inputs, **options)
     found = results(selective_scan_fn, inputs, **options, **ours(backend))
     for name, wanted in exact.items():
         assert found[name].shape == wanted.shape, name
@@ -257,7 +263,7 @@ def test_the_compiled_module_can_be_replaced(without: tuple[str, ...]) -> None:
     torch.testing.assert_close(gated[0] if gated else out, y)
     torch.testing.assert_close(x[:, :, -1, 1::2], last)
     dz = None if "z" in without else torch.empty_like(tensors[0])
-    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(y)
     found = selective_scan_cuda.bwd(*tensors, weights, x, out, dz, True, True)
     wanted = results(selective_scan_fn, inputs, with_last=False, **ours())
     names = ("u", "delta", "A", "B", "C", "D", "delta_bias", *(() if dz is None else ("z",)))

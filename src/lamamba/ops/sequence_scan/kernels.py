@@ -4,8 +4,8 @@ One program is one warp. It walks one sequence, or a segment of it, for a block 
 channels, and time is a loop over tiles of 16 steps. A tile is read along its contiguous dimension, which may be time
 or channels. Shared memory then passes it to the lanes, so that each has all steps of its channel.
 
-Up to two states stay in registers. Otherwise a loop walks two states at a time, or one, and keeps the others in memory.
-It loads the data of its next iteration first, as the kernels of `..selective_scan.states_kernels` do.
+AT_ONCE states stay in registers. If there are more, a loop walks as many at a time, and keeps the others in memory. It
+loads the data of its next iteration first, as the kernels of `lamamba.ops.selective_scan.states_kernels` do.
 
 Tensors of sequences are (b, g, w, l) and come with their strides. States are (b, g, segments or tiles, n, w), and
 `p_rates` is A as (g, n, w), all contiguous. `p_carry` holds the state before each segment, and receives the state after
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from lamamba.ops.selective_scan.kernels import LN_2, LOG2_E, _exp2, _rows, _slope, _softplus, _stack
-from lamamba.ops.selective_scan.states_kernels import _numbers, _sum_channels
+from lamamba.ops.selective_scan.states_kernels import _numbers, _operand
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _load_states(p, first, stride, m, AT_ONCE: tl.constexpr):
     """Load rows (1, BLOCK) of states, from `first` on."""
     rows = ()
     for i in tl.static_range(AT_ONCE):
-        rows = rows + (tl.load(p + (first + i) * stride, mask=m, other=0.0),)
+        rows = rows + (tl.load(p + (first + i) * stride, mask=m, other=0.0).to(tl.float32),)
     return rows
 
 
@@ -180,7 +180,7 @@ def sequence_forward_kernel(
                 o_state = (turn + i) * num_channels
                 if p_states is not None:
                     o_tile = ((image * num_groups + group) * num_tiles + tile) * STATES * num_channels + o_w
-                    tl.store(p_states + o_tile + o_state, b_hs[i], mask=m_w)
+                    tl.store(p_states + o_tile + o_state, b_hs[i].to(p_states.dtype.element_ty), mask=m_w)
                 b_h, b_ys = _walk(b_hs[i], b_As[i], _numbers(b_BCs[i]), b_ms, b_inputs, b_ys, TILE, PRECISE, BACKWARD)
                 b_ends = b_ends + (b_h,)
                 tl.store(p_carry + o_state, b_h, mask=m_w & (not IN_REGISTERS or count == last - 1))
@@ -235,6 +235,23 @@ def sequence_starts_kernel(
 
 
 @triton.jit
+def _sum_channels(rows, BLOCK: tl.constexpr):
+    """Sum each of 16 rows (1, BLOCK) over its channels: (16,). Rows in 16 bits are summed by tensor cores.
+
+    The products are rounded, not the factors as in `_sum_products` for grids: rounding a pair of products is one
+    instruction here, but packing factors that do not come as 16-bit pairs is two more.
+    """
+    if rows[0].dtype == tl.float32:
+        return tl.sum(_stack(rows), axis=1)
+    o_row, o_of_four = tl.arange(0, 16)[:, None], tl.arange(0, BLOCK // 2)[None, :] % 4
+    b_sums = tl.zeros([16, 8], tl.float32)
+    for four in tl.static_range(0, 16, 4):
+        b_pick = tl.maximum(1 - tl.abs(o_row - four - o_of_four), 0).to(tl.float32)
+        b_sums = tl.dot(b_pick.to(rows[0].dtype), _operand(rows, four, BLOCK), b_sums)
+    return tl.sum(b_sums, axis=1)
+
+
+@triton.jit
 def _walk_back(
     b_h, b_g, b_grad_A, b_A, BC, b_ms, b_inputs, b_grad_ys, b_drives, b_exponents, b_ys,
     TILE: tl.constexpr, BLOCK: tl.constexpr, PRECISE: tl.constexpr, SUM: tl.constexpr, GATED: tl.constexpr,
@@ -274,11 +291,11 @@ def _walk_back(
     return b_g, b_grad_A, b_new_drives, b_new_exponents, b_new_ys, of_BC
 
 
-@triton.jit(do_not_specialize=["plane_of_B", "plane_of_D", "num_groups", "tiles_per_segment", "num_segments"])
+@triton.jit(do_not_specialize=["plane", "num_groups", "tiles_per_segment", "num_segments"])
 def sequence_backward_kernel(
     p_u, s_u, p_delta, s_delta, p_rates, p_B, s_B, p_C, s_C, p_D, p_z, s_z, p_bias, p_grad_y, s_grad_y, p_states,
-    p_carry, p_grad_u, s_grad_u, p_grad_delta, s_grad_delta, p_grad_z, s_grad_z, p_grad_BC, p_grad_A, p_grad_D_bias,
-    plane_of_B, plane_of_D, num_groups, num_channels, length, tiles_per_segment, num_segments,
+    p_carry, p_grad_u, s_grad_u, p_grad_delta, s_grad_delta, p_grad_z, s_grad_z, p_grad_BC, p_grad_shared,
+    plane, num_groups, num_channels, length, tiles_per_segment, num_segments,
     STATES: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, SOFTPLUS: tl.constexpr,
     WHOLE: tl.constexpr, PRECISE: tl.constexpr, STARTED: tl.constexpr,
 ):  # fmt: skip
@@ -287,9 +304,8 @@ def sequence_backward_kernel(
     `p_carry` holds the gradient of the state after the segment, and receives that of the state before it. Besides the
     gradients of u, delta and z, the kernel writes these, which the caller adds up:
 
-    * of B and C, `plane_of_B` apart, (b, g, blocks of channels, n, l)
-    * of A, (b, g, segments, n, w)
-    * of D and the bias, `plane_of_D` apart, (b, g, segments, w)
+    * of B and C, `plane` apart, (b, g, blocks of channels, n, l)
+    * of A, D and the bias, (b, segments, n + 2, g, w)
     """
     IN_REGISTERS: tl.constexpr = STATES == AT_ONCE
     SUM: tl.constexpr = tl.float32 if PRECISE else tl.bfloat16
@@ -307,7 +323,8 @@ def sequence_backward_kernel(
     p_grad_ys = _lanes(p_grad_y, s_grad_y, image, group, o_w)
     p_rates += group * STATES * num_channels + o_w
     p_carry += o_segment * STATES * num_channels + o_w
-    p_grad_A += o_segment * STATES * num_channels + o_w
+    to_next = num_groups * num_channels  # from one state to the next
+    p_grad_shared += (image * num_segments + segment) * (STATES + 2) * to_next + o_c
     p_B += image * s_B[0] + group * s_B[1]
     p_C += image * s_C[0] + group * s_C[1]
     p_grad_BC += (o_sequence * num_blocks + tl.program_id(0) % num_blocks) * STATES * length
@@ -333,16 +350,16 @@ def sequence_backward_kernel(
         b_starts = _load_states(p_tile, 0, num_channels, m_w, AT_ONCE)
         if not IN_REGISTERS:
             b_gs = _load_states(p_carry, 0, num_channels, m_w & (STARTED or count > first), AT_ONCE)
-            b_grad_As = _load_states(p_grad_A, 0, num_channels, m_w & (count > first), AT_ONCE)
+            b_grad_As = _load_states(p_grad_shared, 0, to_next, m_w & (count > first), AT_ONCE)
         if GATED:
             b_z = tl.load(_at(_lanes(p_z, s_z, image, group, o_w), s_z, o_t), mask=m, other=0.0).to(tl.float32)
             b_grad_y *= b_z * _sigmoid(b_z, PRECISE)
         b_ms = _rows(_m(b_delta, b_bias, m_t, WHOLE, SOFTPLUS, PRECISE))
         b_us = _rows(b_u)
+        b_grad_rows = _rows(b_grad_y)
         b_inputs = ()
         for step in tl.static_range(TILE):
             b_inputs = b_inputs + (b_ms[step] * b_us[step],)
-        b_grad_rows = _rows(b_grad_y)
 
         b_drives = _zeros(TILE, BLOCK)
         b_exponents = _zeros(TILE, BLOCK)
@@ -361,18 +378,19 @@ def sequence_backward_kernel(
                 b_new_gs = b_new_gs + (b_g,)
                 b_new_grad_As = b_new_grad_As + (b_grad_A,)
                 p_weights = p_grad_BC + (turn + i) * length + start + tl.arange(0, TILE)
-                tl.store(p_weights, of_BC[0], mask=start + tl.arange(0, TILE) < length)
-                tl.store(p_weights + plane_of_B, of_BC[1], mask=start + tl.arange(0, TILE) < length)
+                tl.store(p_weights, of_BC[0].to(p_grad_BC.dtype.element_ty), mask=start + tl.arange(0, TILE) < length)
+                of_C = of_BC[1].to(p_grad_BC.dtype.element_ty)
+                tl.store(p_weights + plane, of_C, mask=start + tl.arange(0, TILE) < length)
                 m_keep = m_w & (not IN_REGISTERS or count == last - 1)
                 b_scale = tl.where(count == last - 1, LN_2, 1.0)
                 tl.store(p_carry + (turn + i) * num_channels, b_g, mask=m_keep)
-                tl.store(p_grad_A + (turn + i) * num_channels, b_grad_A * b_scale, mask=m_keep)
+                tl.store(p_grad_shared + (turn + i) * to_next, b_grad_A * b_scale, mask=m_keep)
                 if i == 0 and not IN_REGISTERS:  # while there is still work left in this iteration
                     b_next_BCs = _load_weights(p_B, s_B, p_C, s_C, to_come, start, length, TILE, AT_ONCE)
                     b_next_As = _load_states(p_rates, to_come, num_channels, m_w, AT_ONCE)
                     b_next_starts = _load_states(p_tile, to_come, num_channels, m_w, AT_ONCE)
                     b_next_gs = _load_states(p_carry, to_come, num_channels, m_w & (STARTED or count > first), AT_ONCE)
-                    b_next_grad_As = _load_states(p_grad_A, to_come, num_channels, m_w & (count > first), AT_ONCE)
+                    b_next_grad_As = _load_states(p_grad_shared, to_come, to_next, m_w & (count > first), AT_ONCE)
             b_BCs, b_As, b_starts, b_gs, b_grad_As = b_next_BCs, b_next_As, b_next_starts, b_next_gs, b_next_grad_As
             if IN_REGISTERS:
                 b_gs, b_grad_As = b_new_gs, b_new_grad_As
@@ -407,6 +425,5 @@ def sequence_backward_kernel(
         tl.store(p_grad_deltas, _stack(b_grad_deltas).to(p_grad_delta.dtype.element_ty), mask=m)
         if not IN_REGISTERS:
             tl.debug_barrier()
-    p_grad_D_bias += o_segment * num_channels + o_w
-    tl.store(p_grad_D_bias, b_grad_D, mask=m_w)
-    tl.store(p_grad_D_bias + plane_of_D, b_grad_bias, mask=m_w)
+    tl.store(p_grad_shared + STATES * to_next, b_grad_D, mask=m_w)
+    tl.store(p_grad_shared + (STATES + 1) * to_next, b_grad_bias, mask=m_w)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lamamba.ops.launch import launch
 from lamamba.ops.sequence_scan.kernels import sequence_backward_kernel, sequence_forward_kernel, sequence_starts_kernel
+from lamamba.ops.sum_kernels import sum_parts
 
 TILE, BLOCK = 16, 32  # steps, and channels per program
 FORWARD_REGISTERS = 128  # per thread, so that 16 warps fit on a multiprocessor
@@ -45,9 +46,8 @@ def _plan(u: Tensor, num_states: int, softplus: bool) -> _Plan:
     tiles_per_segment = -(-num_tiles // max(1, min(wanted, MAX_SEGMENTS, num_tiles // SHORTEST_SEGMENT)))
     num_segments = -(-num_tiles // tiles_per_segment)
     constants = {
-        "STATES": num_states, "TILE": TILE, "BLOCK": BLOCK, "AT_ONCE": 2 if num_states % 2 == 0 else 1,
-        "SOFTPLUS": softplus, "WHOLE": length % TILE == 0, "PRECISE": u.dtype == torch.float32,
-        "num_warps": 1, "num_stages": 1,
+        "STATES": num_states, "TILE": TILE, "BLOCK": BLOCK, "SOFTPLUS": softplus, "WHOLE": length % TILE == 0,
+        "PRECISE": u.dtype == torch.float32, "num_warps": 1, "num_stages": 1,
     }  # fmt: skip
     sizes = (groups, channels, length, tiles_per_segment, num_segments)
     grid = (groups * num_blocks, num_segments, batch)
@@ -57,6 +57,16 @@ def _plan(u: Tensor, num_states: int, softplus: bool) -> _Plan:
 
 def _strided(x: Tensor | None) -> Strided:
     return NOTHING if x is None else (x, x.stride())
+
+
+def _at_once(num_states: int, most: int) -> int:
+    """Return how many states an iteration walks: 4 or 2, at most `most`, if they divide the states; else 1."""
+    return next((number for number in (4, 2) if number <= most and num_states % number == 0), 1)
+
+
+def _saved_dtype(u: Tensor, num_states: int) -> torch.dtype:
+    """Return the dtype of saved states and of the parts of dB and dC: bfloat16 saves memory, float16 could overflow."""
+    return torch.bfloat16 if u.dtype == torch.bfloat16 and num_states > 1 else torch.float32
 
 
 def _float(x: Tensor | None) -> Tensor | None:
@@ -86,8 +96,8 @@ def _prepare_carry(
     channels, _, images = plan.grid
     launch(
         sequence_forward_kernel, (channels, plan.num_segments - 1, images),
-        *arguments, *NOTHING, None, ends, decays, *plan.sizes,
-        STARTED=False, BACKWARD=backward, maxnreg=FORWARD_REGISTERS, **plan.constants,
+        *arguments, *NOTHING, None, ends, decays, *plan.sizes, STARTED=False, BACKWARD=backward,
+        AT_ONCE=_at_once(plan.carry[3], 4), maxnreg=FORWARD_REGISTERS, **plan.constants,
     )  # fmt: skip
     columns = plan.carry[3] * plan.carry[4]
     launch(
@@ -112,13 +122,14 @@ def scan_sequences_triton(
     """
     plan = _plan(u, A.shape[2], softplus)
     rates, bias = A.float().mT.contiguous(), _float(delta_bias)
-    y, states = torch.empty_like(u), rates.new_empty(plan.states if save else (0,))
+    y = torch.empty_like(u)
+    states = u.new_empty(plan.states if save else (0,), dtype=_saved_dtype(u, A.shape[2]))
     inputs = (*_strided(u), *_strided(delta), rates, *_strided(B), *_strided(C))
     carry, started = _prepare_carry(plan, initial_state, rates, (*inputs, None, *NOTHING, bias), backward=False)
     launch(
         sequence_forward_kernel, plan.grid,
         *inputs, _float(D), *_strided(z), bias, *_strided(y), states if save else None, carry, None, *plan.sizes,
-        STARTED=started, BACKWARD=False, maxnreg=FORWARD_REGISTERS, **plan.constants,
+        STARTED=started, BACKWARD=False, AT_ONCE=_at_once(A.shape[2], 4), maxnreg=FORWARD_REGISTERS, **plan.constants,
     )  # fmt: skip
     return y, carry, states
 
@@ -130,20 +141,20 @@ def _(
     softplus: bool, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     plan = _plan(u, A.shape[2], softplus)
-    carry, states = (A.new_empty(shape, dtype=torch.float32) for shape in (plan.carry, plan.states if save else (0,)))
-    return torch.empty_like(u), carry, states
+    states = u.new_empty(plan.states if save else (0,), dtype=_saved_dtype(u, A.shape[2]))
+    return torch.empty_like(u), u.new_empty(plan.carry, dtype=torch.float32), states
 
 
 @torch.library.custom_op("lamamba::scan_sequences_backward", mutates_args=())
 def _backward(
     grad_y: Tensor, grad_last: Tensor | None, states: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the backward kernels.
 
     Returns:
-        Gradients of u, delta, z (empty if z is None) and A; of B and C, stacked in float32; of D and the bias, stacked
-        in float32; and of the initial state.
+        Gradients of u, delta and z (empty if z is None); of B and C, stacked in float32; of A, D and the bias, stacked
+        as (n + 2, g, w) in float32; and of the initial state.
     """
     plan = _plan(u, A.shape[2], softplus)
     rates, bias = A.float().mT.contiguous(), _float(delta_bias)
@@ -152,21 +163,18 @@ def _backward(
     carry, started = _prepare_carry(plan, grad_last, rates, summary, backward=True)
     grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
     grad_z = u.new_empty(0) if z is None else torch.empty_like(z)
-    batch, groups, segments, _, channels = plan.carry
-    grad_A = rates.new_empty(plan.carry)
-    grad_BC = rates.new_empty(2, batch, groups, plan.num_blocks, *B.shape[2:])
-    grad_D_bias = rates.new_empty(2, batch, groups, segments, channels)
+    batch, groups, segments, num_states, channels = plan.carry
+    grad_BC = u.new_empty(2, batch, groups, plan.num_blocks, *B.shape[2:], dtype=_saved_dtype(u, num_states))
+    grad_shared = rates.new_empty(batch * segments, num_states + 2, groups, channels)
     launch(
         sequence_backward_kernel, plan.grid,
         *_strided(u), *_strided(delta), *others, _float(D), *_strided(z), bias, *_strided(grad_y), states, carry,
         *_strided(grad_u), *_strided(grad_delta), *(NOTHING if z is None else _strided(grad_z)),
-        grad_BC, grad_A, grad_D_bias, grad_BC[0].numel(), grad_D_bias[0].numel(), *plan.sizes,
-        STARTED=started, **plan.constants,
+        grad_BC, grad_shared, grad_BC[0].numel(), *plan.sizes,
+        STARTED=started, AT_ONCE=_at_once(A.shape[2], 2), **plan.constants,
     )  # fmt: skip
-    return (
-        grad_u, grad_delta, grad_z, grad_A.sum(dim=(0, 2)).mT, grad_BC.sum(dim=3), grad_D_bias.sum(dim=(1, 3)),
-        carry[:, :, 0].mT.clone(),
-    )  # fmt: skip
+    of_BC = grad_BC.sum(dim=3, dtype=torch.float32)
+    return grad_u, grad_delta, grad_z, of_BC, sum_parts(grad_shared), carry[:, :, 0].mT.clone()
 
 
 @_backward.register_fake
@@ -177,8 +185,9 @@ def _(
     groups, channels, num_states = A.shape
     return (
         torch.empty_like(u), torch.empty_like(delta), u.new_empty(0) if z is None else torch.empty_like(z),
-        states.new_empty(groups, num_states, channels).mT, states.new_empty(2, *B.shape),
-        states.new_empty(2, groups, channels), states.new_empty(len(u), groups, num_states, channels).mT,
+        u.new_empty(2, *B.shape, dtype=torch.float32),
+        u.new_empty(num_states + 2, groups, channels, dtype=torch.float32),
+        u.new_empty(len(u), groups, num_states, channels, dtype=torch.float32).mT,
     )  # fmt: skip
 
 
@@ -198,13 +207,13 @@ def _autograd(
         return (None,) * 11
     grad_y = torch.zeros_like(u) if grad_y is None else grad_y
     grad_last = None if grad_carry is None else grad_carry[:, :, -1].mT
-    of_u, of_delta, of_z, of_A, of_BC, of_D_bias, of_state = _backward(
+    of_u, of_delta, of_z, of_BC, shared, of_state = _backward(
         grad_y, grad_last, states, u, delta, A, B, C, D, z, delta_bias, ctx.softplus
     )
     return (
-        of_u, of_delta, of_A.to(A.dtype), of_BC[0].to(B.dtype), of_BC[1].to(C.dtype),
-        None if D is None else of_D_bias[0].to(D.dtype), None if z is None else of_z,
-        None if delta_bias is None else of_D_bias[1].to(delta_bias.dtype),
+        of_u, of_delta, shared[:-2].permute(1, 2, 0).to(A.dtype), of_BC[0].to(B.dtype), of_BC[1].to(C.dtype),
+        None if D is None else shared[-2].to(D.dtype), None if z is None else of_z,
+        None if delta_bias is None else shared[-1].to(delta_bias.dtype),
         None if ctx.dtype_of_state is None else of_state.to(ctx.dtype_of_state), None, None,
     )  # fmt: skip
 
