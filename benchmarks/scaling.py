@@ -55,7 +55,7 @@ class Measurement:
     def __init__(self, options: argparse.Namespace, processes: Processes, device: torch.device) -> None:
         self.processes, self.device, self.quick = processes, device, options.quick
         self.shard = options.shard
-        self.provider = f"processes-{processes.number}" + "-shard" * options.shard
+        self.provider = f"processes-{processes.world_size}" + "-shard" * options.shard
         self.results = Results(options.out if processes.is_first else None, options.commit)
         if self.results.path:
             cases = "_".join(["quick"] if options.quick else options.preset)
@@ -76,7 +76,7 @@ class Measurement:
         source = ArraySource("random", images, labels, tuple(map(str, range(network.num_classes))))
         with tempfile.TemporaryDirectory() as folder:
             config = TrainConfig(
-                out=Path(folder), network=network, batch_size=each * self.processes.number, num_images=10**9,
+                out=Path(folder), network=network, batch_size=each * self.processes.world_size, num_images=10**9,
                 max_grad_norm=1.0, shard=self.shard,
             )  # fmt: skip
             with self.device:  # draws the weights there, which would take a CPU many seconds
@@ -96,7 +96,7 @@ class Measurement:
 
     def collectives(self, results: Results, num_bytes: int) -> None:
         """Time collectives over a given number of bytes, and compute the bandwidth per process."""
-        number = self.processes.number
+        number = self.processes.world_size
         share = num_bytes // 4 // number
         whole, part = torch.zeros(share * number, device=self.device), torch.zeros(share, device=self.device)
         ways: dict[str, tuple[int, Callable[[], object]]] = {
@@ -166,7 +166,7 @@ def main() -> None:
     with joined("auto") as (processes, device_name):
         measured = Measurement(options, processes, choose_device(device_name))
         results = measured.results
-        if processes.number == 1:
+        if processes.world_size == 1:
             for side in (8,) if options.quick else (32, 64):
                 results.attempt(f"reading latents {side}x{side}", measured.reading, side)
             results.attempt("drawing noise", measured.drawing)

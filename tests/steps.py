@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lamamba.config import PRESETS, TrainConfig
 from lamamba.distributed.processes import GradientSums, Processes, joined
-from lamamba.distributed.sharding import whole
+from lamamba.distributed.sharding import unshard
 from lamamba.training import gradients
 from lamamba.training.run import resolve
 from lamamba.training.trainer import Trainer
@@ -73,8 +73,8 @@ def take_two_steps(
         terms = trainer.take_step(*next(reader))
     trainer.close()
     named = dict(trainer.network.named_parameters())
-    gradients = {f"gradient of {name}": whole(value.grad) for name, value in named.items() if value.grad is not None}
-    return {**terms, **gradients, **{name: whole(value.detach()) for name, value in named.items()}}
+    gradients = {f"gradient of {name}": unshard(value.grad) for name, value in named.items() if value.grad is not None}
+    return {**terms, **gradients, **{name: unshard(value.detach()) for name, value in named.items()}}
 
 
 def distance(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:

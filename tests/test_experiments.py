@@ -544,7 +544,7 @@ def test_processes_that_share_trainings_do_nothing_else(tmp_path: Path, run: Mod
 def test_the_time_is_over_for_all_when_it_is_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = place(tmp_path)
     setting.check_time()
-    monkeypatch.setattr(Processes, "largest", lambda processes, number: 1)  # another's
+    monkeypatch.setattr(Processes, "all_reduce_max", lambda processes, number: 1)  # another's
     with pytest.raises(settings.OutOfTimeError):
         setting.check_time()
 

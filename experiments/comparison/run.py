@@ -89,7 +89,7 @@ def main() -> int:
             if not pieces:
                 show(setting)
                 return 0
-            return (run if processes.number == 1 else run_together)(setting, pieces, arguments.learning_rate)
+            return (run if processes.world_size == 1 else run_together)(setting, pieces, arguments.learning_rate)
     except OutOfTimeError:
         return 3
 
@@ -149,7 +149,7 @@ def run_together(setting: Setting, pieces: Sequence[Piece], learning_rate: float
         sys.exit(told if is_first else 1)
     setting.out.mkdir(parents=True, exist_ok=True)
     for piece in pieces:
-        if not setting.processes.largest(is_first and not is_finished(setting, piece)):
+        if not setting.processes.all_reduce_max(is_first and not is_finished(setting, piece)):
             continue
         lock = FileLock(setting.out / f".{piece.name}.lock")
         try:

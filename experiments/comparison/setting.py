@@ -93,7 +93,7 @@ class Setting:
             over = False
         except OutOfTimeError:
             over = True
-        if self.processes.largest(over):
+        if self.processes.all_reduce_max(over):
             raise OutOfTimeError
 
     def open_training_images(self, data: str) -> ArraySource:
@@ -126,7 +126,7 @@ class Setting:
             "lamamba": __version__,
             "device": torch.cuda.get_device_name(self.device) if on_cuda else platform.processor() or "cpu",
             "torch": torch.__version__, "cuda": torch.version.cuda, "diffusers": version("diffusers"),
-            "triton": _version("triton"), "python": platform.python_version(), "processes": self.processes.number,
+            "triton": _version("triton"), "python": platform.python_version(), "processes": self.processes.world_size,
         }  # fmt: skip
 
 

@@ -177,7 +177,7 @@ def _follow(setting: Setting, piece: Training, source: ArraySource) -> None:
             try:
                 setting.check_time()
             except OutOfTimeError:
-                setting.processes.wait()  # while rank 0 saves, because torchrun ends all ranks when one has failed
+                setting.processes.barrier()  # while rank 0 saves, because torchrun ends all ranks when one has failed
                 raise
     finally:
         trainer.close()
@@ -260,7 +260,7 @@ def _train(setting: Setting, trainer: ComparisonTrainer, record: Record, num_sco
             setting.check_time()
         except OutOfTimeError:
             save()
-            setting.processes.wait()
+            setting.processes.barrier()
             raise
         if time.monotonic() - saved_at >= setting.scale.checkpoint_every_s:
             save()

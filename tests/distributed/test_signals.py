@@ -387,7 +387,7 @@ def test_a_signal_to_ranks_that_wait_for_others_is_told(
             signal.raise_signal(signal.SIGTERM)
             raise LamambaError("another process has ended")
 
-    monkeypatch.setattr(Processes, "wait", wait)
+    monkeypatch.setattr(Processes, "barrier", wait)
     with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
         main([command, *options, "--device", "cpu", "--out", str(tmp_path / "out")])
     said = "stopped by SIGTERM at the end of its share: the same command continues"

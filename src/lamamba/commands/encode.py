@@ -53,10 +53,10 @@ def encode(config: EncodeConfig) -> None:
                 _begin(config.out, settings)
                 if source.left_out:
                     say(f"left out of {config.data}: {source.left_out}")
-            processes.wait()
+            processes.barrier()
             with SignalsNoted() as signals:
                 _encode_shards(config, source, space, processes, signals)
-                processes.wait_at_end(signals)
+                processes.barrier_at_end(signals)
             if processes.is_first:
                 _write_index(config.out, settings)
 
@@ -122,7 +122,7 @@ def _encode_shards(
 ) -> None:
     size = config.images_per_shard
     shards = {first // size: range(first, min(first + size, len(source))) for first in range(0, len(source), size)}
-    mine = {shard: images for shard, images in shards.items() if shard % processes.number == processes.rank}
+    mine = {shard: images for shard, images in shards.items() if shard % processes.world_size == processes.rank}
     with progress_bars(MofNCompleteColumn(), "images", shows=processes.is_first) as bar:
         advance = bar("encode", sum(len(images) for images in mine.values()))
         for shard, images in mine.items():

@@ -25,10 +25,10 @@ from lamamba.errors import ConfigError, LamambaError, first_line
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's rank, and the number of ranks."""
+    """This process's rank, and the number of ranks (world size)."""
 
     rank: int = 0
-    number: int = 1
+    world_size: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -41,43 +41,43 @@ class Processes:
         Raises:
             ConfigError: there are fewer images than ranks.
         """
-        if length < self.number:
+        if length < self.world_size:
             raise ConfigError(
-                f"batch_size {length} is too small for {self.number} processes: use {self.number} or more"
+                f"batch_size {length} is too small for {self.world_size} processes: use {self.world_size} or more"
             )
-        shares = cut_evenly(length, self.number)
+        shares = cut_evenly(length, self.world_size)
         start = sum(shares[: self.rank])
         return slice(start, start + shares[self.rank])
 
-    def add_up(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def all_reduce(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sum values with the same name over all ranks."""
-        if self.number == 1:
+        if self.world_size == 1:
             return values
         together = torch.stack([value.float() for value in values.values()])
         dist.all_reduce(together)
         return dict(zip(values, together, strict=True))
 
-    def largest(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """Return the largest number of all ranks."""
-        if self.number == 1:
+        if self.world_size == 1:
             return number
         together = torch.tensor(number)
         dist.all_reduce(together, dist.ReduceOp.MAX)
         return int(together)
 
-    def wait(self) -> None:
-        """Wait for all ranks (a barrier); raises LamambaError if one of them has ended."""
-        if self.number == 1:
+    def barrier(self) -> None:
+        """Wait for all ranks; raises LamambaError if one of them has ended."""
+        if self.world_size == 1:
             return
         try:
             dist.barrier()
         except RuntimeError as error:
             raise LamambaError("another rank has ended, so this one ends too: see the output of that rank") from error
 
-    def wait_at_end(self, signals: SignalsNoted) -> None:
+    def barrier_at_end(self, signals: SignalsNoted) -> None:
         """Wait for all ranks at the end of this rank's share; raises SignalError if a signal ended all of them."""
         try:
-            self.wait()
+            self.barrier()
         except LamambaError:  # a signal ended the others, and may have reached this one too
             signals.end_if_noted("the end of its share: the same command continues", silent=not self.is_first)
             raise
@@ -101,7 +101,7 @@ class GradientSums:
     AT_A_TIME = 256 << 20  # bytes
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self.adding_up = False
+        self.active = False
         self.left: list[Tensor] = []
         self.bytes_left = 0
         self.under_way: list[Any] = []
@@ -109,7 +109,7 @@ class GradientSums:
             parameter.register_post_accumulate_grad_hook(self._note)
 
     def _note(self, parameter: Tensor) -> None:
-        if self.adding_up and parameter.grad is not None:
+        if self.active and parameter.grad is not None:
             self._take(parameter.grad)
 
     def _take(self, gradient: Tensor) -> None:
@@ -128,23 +128,23 @@ class GradientSums:
             self.under_way += [dist.all_reduce(gradient, async_op=True) for gradient in self.left]
         self.left, self.bytes_left = [], 0
 
-    def add_up(self, gradients: Iterable[Tensor]) -> None:
+    def all_reduce(self, gradients: Iterable[Tensor]) -> None:
         """All-reduce gradients that are already computed."""
-        with self.added_up():
+        with self.all_reducing():
             for gradient in gradients:
                 self._take(gradient)
 
     @contextmanager
-    def added_up(self) -> Iterator[None]:
+    def all_reducing(self) -> Iterator[None]:
         """All-reduce the gradients of a backward pass in this context; it ends when all are reduced."""
-        self.adding_up = True
+        self.active = True
         try:
             yield
             self._launch()
             for work in self.under_way:
                 work.wait()
         finally:
-            self.adding_up, self.left, self.bytes_left, self.under_way = False, [], 0, []
+            self.active, self.left, self.bytes_left, self.under_way = False, [], 0, []
 
 
 @contextmanager

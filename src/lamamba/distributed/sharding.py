@@ -46,7 +46,7 @@ def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def unshard(tensor: Tensor) -> Tensor:
     """Gather a complete tensor. All ranks must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -65,7 +65,7 @@ def gather(
     """
     copies = {}
     for name, tensor in tensors.items():
-        full = whole(tensor.detach())
+        full = unshard(tensor.detach())
         if not keep:
             continue
         if memory is None:

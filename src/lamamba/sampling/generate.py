@@ -245,10 +245,10 @@ def generate(config: GenerateConfig) -> None:
             if processes.is_first:
                 model.say_unguided()
                 _begin_set(config.out, json.loads(json.dumps(made)))
-            processes.wait()
+            processes.barrier()
             with SignalsNoted() as signals:
                 _sample_shards(config, model, labels_of, processes, signals)
-                processes.wait_at_end(signals)
+                processes.barrier_at_end(signals)
             if processes.is_first:
                 if config.format == "npz":
                     _join(config)
@@ -324,10 +324,10 @@ def _sample_shards(
     if config.format == "npz" and (config.out / SAMPLES).exists():
         return
     size = config.images_per_shard
-    starts = range(size * processes.rank, config.num_images, size * processes.number)
+    starts = range(size * processes.rank, config.num_images, size * processes.world_size)
     missing = 0 if not starts else max(0, starts[-1] + size - config.num_images)  # in the last shard
     with progress_bars(MofNCompleteColumn(), "images", shows=processes.is_first, transient=False) as bar:
-        others = f", process 1 of {processes.number}" if processes.number > 1 else ""
+        others = f", process 1 of {processes.world_size}" if processes.world_size > 1 else ""
         done, total = 0.0, size * len(starts) - missing
         show = bar(f"generate{others}", total)
         model.prepare(config.num_images)  # the whole set counts, so that any number of ranks decodes alike

@@ -242,7 +242,7 @@ def _train(
         trainer.restore(resumed)
     elif config.start_from is not None:
         notes = trainer.begin_with(config.start_from)
-    processes.wait()  # until all ranks have read the folder
+    processes.barrier()  # until all ranks have read the folder
     with SignalsNoted() as signals, closing(trainer):
         if not processes.is_first:
             _run(trainer, SilentLog(), signals)
@@ -253,7 +253,7 @@ def _train(
                     say(f"moved files of an earlier start in {config.out} to {aside}")
                 write_json(config.out / "config.json", {**plain(config), **origin})
                 with TrainingLog(config, trainer.images, device) as log:
-                    log.introduce(source, trainer.network, processes.number, trainer.uses_bf16)
+                    log.introduce(source, trainer.network, processes.world_size, trainer.uses_bf16)
                     if len(trainer.parts) < config.accumulate:
                         log.note(f"accumulate {config.accumulate} is limited to {len(trainer.parts)}, a rank's images")
                     if config.recipe == "best" and config.horizontal_flip and not saved:
@@ -387,7 +387,7 @@ def _take_steps(
 
     last = trainer.images >= config.num_images
     batch, failure = (None, None) if last else _read(reader, signals)
-    stop = trainer.processes.largest(2 * signals.number + (failure is not None))
+    stop = trainer.processes.all_reduce_max(2 * signals.number + (failure is not None))
     if stop and not last:  # the first step may take minutes, and there is nothing to save yet
         if stop > 1:
             raise SignalError(stop // 2, f"image {started}: --resume goes on from here", silent=not is_first)
@@ -412,7 +412,8 @@ def _take_steps(
 
         if due(config.log_every):
             _write_log(trainer, log)
-        if due(config.sample_every) and not trainer.processes.largest(signals.number) and (is_first or trainer.shards):
+        draws = is_first or trainer.shards
+        if due(config.sample_every) and not trainer.processes.all_reduce_max(signals.number) and draws:
             with log.pause("sample"), suppress(SignalError):
                 log.save_samples(trainer.draw_samples(give_up), trainer.images)
         if trainer.power_averages and due(config.snapshot_every):
@@ -421,7 +422,7 @@ def _take_steps(
         log.note_checkpoint(trainer.writer.finish(wait=False))
         # Read the next batch before saving: a signal, or a batch that cannot be read, is a reason to save.
         batch, failure = (None, None) if last else _read(reader, signals)
-        stop = trainer.processes.largest(2 * signals.number + (failure is not None))
+        stop = trainer.processes.all_reduce_max(2 * signals.number + (failure is not None))
         if due(config.checkpoint_every) or stop:
             if not trainer.is_finite():
                 raise _diverged(trainer, "a weight is not finite")
@@ -430,7 +431,7 @@ def _take_steps(
                 trainer.save()
         if stop or last:
             log.note_checkpoint(trainer.writer.finish())
-            trainer.processes.wait()
+            trainer.processes.barrier()
         if stop and not last:
             where = f"image {trainer.images}, all is saved: --resume goes on from here"
             if stop > 1:

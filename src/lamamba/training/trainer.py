@@ -21,7 +21,7 @@ from lamamba.data import Source, batches
 from lamamba.data.latents import Space
 from lamamba.diffusion import OBJECTIVES, FlowMatching, Objective, draw_noise, training_losses
 from lamamba.distributed.processes import GradientSums, Processes, cut_evenly
-from lamamba.distributed.sharding import gather, load, local, shard, whole
+from lamamba.distributed.sharding import gather, load, local, shard, unshard
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files.weights import check_weights
 from lamamba.model import NETWORKS, LaMambaDiff
@@ -56,13 +56,12 @@ class Trainer:
         self.config, self.source, self.space, self.device, self.processes = config, source, space, device, processes
         self.share = processes.share(config.batch_size)
         # All ranks have the same number of parts, because sharded weights are gathered in each part.
-        num_parts = min(config.accumulate, config.batch_size // processes.number)
+        num_parts = min(config.accumulate, config.batch_size // processes.world_size)
         self.parts = cut_evenly(self.share.stop - self.share.start, num_parts)
         self.objective = choose_objective(config)
-        if config.contrast and config.batch_size < 2 * processes.number:
-            raise ConfigError(
-                f"contrast needs two images per rank: give batch_size {2 * processes.number} or more, or fewer ranks"
-            )
+        least = 2 * processes.world_size
+        if config.contrast and config.batch_size < least:
+            raise ConfigError(f"contrast needs two images per rank: give batch_size {least} or more, or fewer ranks")
         self.images = self.step = 0
         self.skipped_in_a_row = torch.zeros((), device=device)
         # Leave the global generator of the program alone.
@@ -77,10 +76,10 @@ class Trainer:
                 layer.p = config.dropout
         self.average.eval().requires_grad_(False)
         self.average.load_state_dict(self.network.state_dict())
-        self.shards = config.shard and processes.number > 1
+        self.shards = config.shard and processes.world_size > 1
         if self.shards:
-            shard(self.network, processes.number, compile=config.compile)
-            shard(self.average, processes.number)
+            shard(self.network, processes.world_size, compile=config.compile)
+            shard(self.average, processes.world_size)
         # FSDP frees gathered parameters after use, which it cannot if the CPU's compiled loops have seen them.
         self.backend = partial(use_backend, "pytorch") if self.shards and device.type == "cpu" else nullcontext
         group = torch.distributed.new_group(backend="gloo") if self.shards else None
@@ -120,7 +119,7 @@ class Trainer:
         self.uses_bf16 = uses_bf16(config.precision, device)
         self.autocast = torch.autocast(device.type, torch.bfloat16) if self.uses_bf16 else nullcontext()
         self.compiled: Any = torch.compile(self.network) if config.compile and not self.shards else self.network
-        sums_up = processes.number > 1 and not self.shards
+        sums_up = processes.world_size > 1 and not self.shards
         self.gradient_sums = GradientSums(self.network.parameters()) if sums_up else None
         self.captures = config.cuda_graph and device.type == "cuda" and not self.shards
         self.gradients: Gradients | None = None  # chosen at the first step
@@ -165,9 +164,9 @@ class Trainer:
             if self.config.dropout:  # it can only use the global generator; seeded so that a resumed run repeats it
                 key = np.random.SeedSequence([self.config.seed, self.images, self.processes.rank])
                 torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
-            terms = self.processes.add_up(self.gradients(*inputs))
+            terms = self.processes.all_reduce(self.gradients(*inputs))
         limit = self.config.max_grad_norm or math.inf
-        terms["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit))
+        terms["grad_norm"] = unshard(torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit))
         self.images += self.config.batch_size
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -194,10 +193,10 @@ class Trainer:
         """
         number = self.config.batch_size
         # FSDP takes the mean over the ranks by itself.
-        scale = self.processes.number if self.shards else 1
+        scale = self.processes.world_size if self.shards else 1
         if self.shards:
             self.network.set_requires_gradient_sync(reduces)
-        with self.backend(), self.gradient_sums.added_up() if self.gradient_sums and reduces else nullcontext():
+        with self.backend(), self.gradient_sums.all_reducing() if self.gradient_sums and reduces else nullcontext():
             losses = training_losses(
                 self.objective,
                 self._denoise,
@@ -268,7 +267,7 @@ class Trainer:
     def is_finite(self) -> bool:
         """Check that all weights of all ranks are finite."""
         finite = torch.stack([tensor.isfinite().all() for tensor in local(self.network.parameters())]).all()
-        return not self.processes.largest(int(not finite))
+        return not self.processes.all_reduce_max(int(not finite))
 
     def info(self) -> CheckpointInfo:
         """Describe the current state of the run."""
