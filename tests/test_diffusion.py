@@ -273,18 +273,18 @@ def test_clipping_leaves_no_specks(sampler: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "sampler", "mend"),
+    ("objective", "sampler", "advice"),
     [
         ("diffusion", "heun", "use ancestral or ddim or dpm++ or sde-dpm++ or unipc"),
         ("flow", "ddim", "use unipc or euler or heun"),
     ],
 )
-def test_a_sampler_of_the_other_objective_is_refused(objective: str, sampler: str, mend: str) -> None:
+def test_a_sampler_of_the_other_objective_is_refused(objective: str, sampler: str, advice: str) -> None:
     with pytest.raises(ConfigError) as error:
         make_scheduler(OBJECTIVES[objective], sampler, 25)
     assert repr(sampler) in str(error.value)
     assert repr(objective) in str(error.value)
-    assert str(error.value).endswith(mend)
+    assert str(error.value).endswith(advice)
 
 
 def test_dropped_labels_become_the_null_label() -> None:

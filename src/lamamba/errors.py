@@ -24,8 +24,8 @@ class DataError(LamambaError, ValueError):
 
 
 @contextmanager
-def reading(what: str, mend: str) -> Iterator[None]:
-    """Turn any error into a DataError `what (the reason): mend`: readers raise nearly every kind on damaged files.
+def reading(what: str, advice: str) -> Iterator[None]:
+    """Turn any error into a DataError `what (the reason): advice`: readers raise nearly every kind on damaged files.
 
     DataErrors and a lack of memory are passed on.
     """
@@ -36,7 +36,7 @@ def reading(what: str, mend: str) -> Iterator[None]:
     except Exception as error:
         cause = error.__cause__ or error
         reason = textwrap.shorten(f"{type(cause).__name__}: {cause}", 300)
-        raise DataError(f"{what} ({reason.rstrip('.')}): {mend}") from error
+        raise DataError(f"{what} ({reason.rstrip('.')}): {advice}") from error
 
 
 class CheckpointError(LamambaError, RuntimeError):

@@ -506,10 +506,10 @@ class TestDevkit:
 
 class TestDisk:
     @pytest.mark.parametrize(
-        ("number", "mend"),
+        ("number", "advice"),
         [(errno.ENOSPC, "free some space"), (errno.EACCES, "make its folder readable and writable")],
     )
-    def test_an_image_that_cannot_be_written_is_named(self, monkeypatch, train, out, number, mend):
+    def test_an_image_that_cannot_be_written_is_named(self, monkeypatch, train, out, number, advice):
         write_bytes = Path.write_bytes
 
         def fail(path, content):
@@ -519,7 +519,7 @@ class TestDisk:
             return write_bytes(path, content)
 
         monkeypatch.setattr(Path, "write_bytes", fail)
-        with pytest.raises(DataError, match=rf"n01000000_17\.JPEG cannot be written .*: {mend}") as caught:
+        with pytest.raises(DataError, match=rf"n01000000_17\.JPEG cannot be written .*: {advice}") as caught:
             prepare_imagenet(out, train=train, expected=TINY)
         assert_message(caught, os.strerror(number), "run the command again")
         monkeypatch.undo()

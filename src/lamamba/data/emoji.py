@@ -106,7 +106,7 @@ def prepare_emoji(out: Path, *, source: Path | None = None, expected: Expected =
     return counts
 
 
-def _download(tarball: Path, expected: Expected, mend: str) -> None:
+def _download(tarball: Path, expected: Expected, advice: str) -> None:
     where = f"{_registry()}/{PACKAGE}/{expected.version}"
     try:
         with urllib.request.urlopen(where, timeout=60) as answer:
@@ -115,7 +115,7 @@ def _download(tarball: Path, expected: Expected, mend: str) -> None:
             shutil.copyfileobj(answer, file)
     except (OSError, ValueError, KeyError, TypeError) as error:  # no network is an OSError, no JSON a ValueError
         reason = textwrap.shorten(str(getattr(error, "reason", error)), 300)
-        raise DataError(f"{where} could not be downloaded to {tarball} ({reason}): {mend}") from error
+        raise DataError(f"{where} could not be downloaded to {tarball} ({reason}): {advice}") from error
 
 
 def _registry() -> str:

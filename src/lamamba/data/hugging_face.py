@@ -121,8 +121,8 @@ class DatasetSource(ImageSource):
     def load(self, index: int) -> tuple[np.ndarray, int]:
         """Return one image, uint8 (h, w, c), and its label (0 without classes); DataError if it cannot be read."""
         row = self.rows[index]
-        mend = "replace it, or skip it with skip_bad_images (--skip-bad-images)"
-        with reading(f"row {row} of {self.where} cannot be read as an image", mend):
+        advice = "replace it, or skip it with skip_bad_images (--skip-bad-images)"
+        with reading(f"row {row} of {self.where} cannot be read as an image", advice):
             entry = self.images[row][self.column] or {}
             content = entry.get("bytes") or Path(entry.get("path") or "").read_bytes()
             try:
@@ -171,9 +171,9 @@ def _quiet(library: Any, unless: bool) -> Iterator[None]:
 def _open(library: Any, data: str, subset: str | None, split: str) -> Any:
     """Open one split, without decoding anything."""
     path = Path(data).expanduser()
-    mend = "give a folder or a name on the hub that datasets opens, with --subset and --split if needed"
+    advice = "give a folder or a name on the hub that datasets opens, with --subset and --split if needed"
     was_saved = any((path / name).is_file() for name in _SAVED)
-    with reading(f"{data} cannot be opened as a dataset", mend):
+    with reading(f"{data} cannot be opened as a dataset", advice):
         if path.is_file():
             return library.load_dataset("parquet", data_files={split: str(path)}, split=split)
         if not was_saved:

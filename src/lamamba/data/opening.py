@@ -63,8 +63,8 @@ def open_source(
     of_hugging_face = bool(data) and (is_dataset(data) or (path.is_dir() and dataset != WHOLE_DATASET))
     if not of_hugging_face and not (data and path.exists()):
         close = difflib.get_close_matches(data.lower().replace("_", "-"), NAMED_SOURCES, n=1)
-        mend = f"did you mean {close[0]!r}?" if close else "give 'builtin', 'fashion-mnist', a folder or user/name"
-        raise DataError(f"data {data!r} is neither a known name nor an existing folder: {mend}")
+        advice = f"did you mean {close[0]!r}?" if close else "give 'builtin', 'fashion-mnist', a folder or user/name"
+        raise DataError(f"data {data!r} is neither a known name nor an existing folder: {advice}")
     if are_latents(path):
         latents = LatentSource(path)
         if image_size not in (None, latents.image_size):

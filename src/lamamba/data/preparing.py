@@ -109,7 +109,7 @@ def using(path: Path, verb: str) -> Iterator[None]:
         ) from error
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        mend = "free some space" if full else "make its folder readable and writable, or give another"
+        advice = "free some space" if full else "make its folder readable and writable, or give another"
         raise DataError(
-            f"{path} cannot be {verb} ({error.strerror or error}): {mend}, then run the command again to continue"
+            f"{path} cannot be {verb} ({error.strerror or error}): {advice}, then run the command again to continue"
         ) from error

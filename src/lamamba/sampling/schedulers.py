@@ -370,19 +370,19 @@ def _try(scheduler: Any, objective: Objective, channels: int, num_steps: int, st
             _ERRORS[key] = _trial(scheduler, objective, channels, spread, num_steps, strength)
         return _ERRORS[key]
 
-    def check_error(error: float, most: float, how: str, mend: str = "") -> None:
+    def check_error(error: float, most: float, how: str, advice: str = "") -> None:
         if not error < most:
             size = f"{error:.0%}" if error < 10 else "over 1,000%"
             said = f"its error is {size}" if math.isfinite(error) else "they are not finite"
-            raise ConfigError(f"the scheduler {name} makes wrong images{how} (on known data {said}): {mend}{use}")
+            raise ConfigError(f"the scheduler {name} makes wrong images{how} (on known data {said}): {advice}{use}")
 
     try:
         check_error(trial(_SPREAD, 50, 1.0), 0.2, " of what this network predicts")
         if from_image:
             check_error(trial(_SPREAD, 25, strength), trial(_SPREAD, 25, 1.0) + 0.05, from_image)
-        how, mend = f" in {num_steps} steps{from_image}", "take another number of steps, or "
-        check_error(trial(_SPREAD, num_steps, strength), 1.0, how, mend)
-        check_error(trial(0.0, num_steps, strength), 0.1, how, mend)
+        how, advice = f" in {num_steps} steps{from_image}", "take another number of steps, or "
+        check_error(trial(_SPREAD, num_steps, strength), 1.0, how, advice)
+        check_error(trial(0.0, num_steps, strength), 0.1, how, advice)
     except ConfigError:
         raise
     except Exception as error:  # schedulers raise many kinds of errors

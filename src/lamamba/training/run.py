@@ -315,8 +315,8 @@ def _set_aside(out: Path) -> Path | None:
 def _diverged(trainer: Trainer, fault: str) -> LamambaError:
     trainer.writer.finish()
     saved = checkpoints_in(trainer.config.out)
-    mend = f"the last checkpoint is {saved[-1]}" if saved else "nothing was saved"
-    return LamambaError(f"{fault} at image {trainer.images}: lower learning_rate; {mend}")
+    advice = f"the last checkpoint is {saved[-1]}" if saved else "nothing was saved"
+    return LamambaError(f"{fault} at image {trainer.images}: lower learning_rate; {advice}")
 
 
 def _read(
