@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lamamba.model import LaMambaDiff
-from lamamba.ops.launch import rehearse
+from lamamba.ops.launch import precompile
 from lamamba.sampling.captured import modulations_ahead
 
 CUDA = torch.cuda.is_available()
@@ -144,7 +144,7 @@ def prepared(network: nn.Module, function: Callable[[], object]) -> Callable[[],
         nonlocal waiting
         if waiting:
             waiting = False
-            rehearse(function)
+            precompile(function)
         return function()
 
     return call

@@ -20,7 +20,7 @@ from lamamba.data.latents import Latents
 from lamamba.diffusion import Diffusion
 from lamamba.model import LaMambaDiff
 from lamamba.ops.backend import use_backend
-from lamamba.ops.launch import rehearse
+from lamamba.ops.launch import precompile
 from lamamba.sampling import sample
 from lamamba.sampling.captured import Captured, CapturedNetwork
 from lamamba.sampling.pipeline import LaMambaDiffPipeline
@@ -62,7 +62,7 @@ def test_compiles_as_one_graph_for_training(checkpointing: bool, bf16: bool) -> 
         assert all(gradient is not None for gradient in gradients)
         return torch.cat([tensor.flatten() / tensor.norm() for tensor in (out.detach(), *gradients)])
 
-    rehearse(output_and_gradients, network, bf16)
+    precompile(output_and_gradients, network, bf16)
     exact = output_and_gradients(network, bf16=False)
     compiled = output_and_gradients(torch.compile(network, fullgraph=True), bf16)
     torch.compiler.reset()
@@ -73,7 +73,7 @@ def test_compiles_as_one_graph_for_training(checkpointing: bool, bf16: bool) -> 
 @torch.no_grad()
 def test_a_cuda_graph_of_inference_is_the_same() -> None:
     network, batch = build()
-    rehearse(network, *batch)
+    precompile(network, *batch)
     wanted = network(*batch)
     compiled = torch.compile(network, fullgraph=True)
     assert relative_error(compiled(*batch), wanted) < 1e-3

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamamba.ops.launch import launch, rehearse
+from lamamba.ops.launch import launch, precompile
 
 
 class Kernel:
@@ -23,7 +23,7 @@ class Kernel:
         self.compiled.append((kinds, constants))
 
 
-def test_a_rehearsal_compiles_each_kernel_once_and_launches_none() -> None:
+def test_precompiling_compiles_each_kernel_once_and_launches_none() -> None:
     pytest.importorskip("triton")
     kernel, x, y = Kernel(), torch.ones(2), torch.ones(3, dtype=torch.bfloat16)
 
@@ -31,7 +31,7 @@ def test_a_rehearsal_compiles_each_kernel_once_and_launches_none() -> None:
         for block in (8, 8, 16):
             launch(kernel, (block, 2), x, None, y, 0.5, BLOCK=block)
 
-    rehearse(function, x, y)
+    precompile(function, x, y)
     assert kernel.launched == []
     kinds = (torch.float32, None, torch.bfloat16, 0.5)
     assert kernel.compiled == [(kinds, {"BLOCK": 8}), (kinds, {"BLOCK": 16})]
@@ -39,20 +39,20 @@ def test_a_rehearsal_compiles_each_kernel_once_and_launches_none() -> None:
     assert kernel.launched == [((block, 2), (x, None, y, 0.5), {"BLOCK": block}) for block in (8, 8, 16)]
 
 
-def test_a_failed_rehearsal_leaves_kernels_to_be_launched() -> None:
+def test_a_failed_precompilation_leaves_kernels_to_be_launched() -> None:
     kernel, x = Kernel(), torch.ones(2)
 
     def fail() -> None:
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        rehearse(fail)
+        precompile(fail)
     launch(kernel, (1,), x)
     assert kernel.launched == [((1,), (x,), {})]
     assert kernel.compiled == []
 
 
-def test_backward_passes_are_rehearsed_too() -> None:
+def test_backward_passes_are_precompiled_too() -> None:
     """On a GPU, autograd runs backward passes in another thread."""
     pytest.importorskip("triton")
     kernel = Kernel()
@@ -68,6 +68,6 @@ def test_backward_passes_are_rehearsed_too() -> None:
             return grad
 
     x = torch.ones(2, requires_grad=True, device="cuda" if torch.cuda.is_available() else "cpu")
-    rehearse(lambda: Squared.apply(x).sum().backward())
+    precompile(lambda: Squared.apply(x).sum().backward())
     assert kernel.compiled == [((torch.float32,), {})]
     assert kernel.launched == []

@@ -1,8 +1,8 @@
 """Launch Triton kernels, and precompile all kernels that a function will launch.
 
 Triton compiles a kernel at its first launch. This takes up to five seconds, and a network has a hundred kernels.
-`rehearse` collects the launches of a function and compiles them on all cores at once. Triton keeps compiled kernels in
-its cache on disk.
+`precompile` collects the launches of a function and compiles them on all cores at once. Triton keeps compiled kernels
+in its cache on disk.
 """
 
 import os
@@ -24,7 +24,7 @@ class Launch(NamedTuple):
     constants: tuple[tuple[str, object], ...]
 
 
-_rehearsed: dict[Launch, None] | None = None
+_recorded: dict[Launch, None] | None = None
 # Held while launches are recorded, which affects the whole process. Threads that share a GPU hold it while they work.
 LOCK = RLock()
 
@@ -32,17 +32,17 @@ LOCK = RLock()
 def launch(
     kernel: Any, grid: tuple[int, ...], *arguments: Tensor | float | tuple[int, ...] | None, **constants: object
 ) -> None:
-    """Launch a kernel on the device of its tensors, or only record it while `rehearse` runs."""
-    if _rehearsed is not None:
+    """Launch a kernel on the device of its tensors, or only record it while `precompile` runs."""
+    if _recorded is not None:
         kinds = tuple(argument.dtype if isinstance(argument, Tensor) else argument for argument in arguments)
-        _rehearsed[Launch(kernel, kinds, tuple(constants.items()))] = None
+        _recorded[Launch(kernel, kinds, tuple(constants.items()))] = None
         return
     tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
     with torch.cuda.device_of(tensor):  # Triton launches on the current device
         kernel[grid](*arguments, **constants)
 
 
-def rehearse(function: Callable[..., object], *arguments: object) -> None:
+def precompile(function: Callable[..., object], *arguments: object) -> None:
     """Call a function without launching its kernels, then compile these kernels on all cores at once.
 
     The results of the function are undefined, so it must not overwrite anything that is still needed.
@@ -55,15 +55,15 @@ def rehearse(function: Callable[..., object], *arguments: object) -> None:
 
 def record_launches(function: Callable[..., object], *arguments: object) -> list[Launch]:
     """Call a function without launching its kernels, and return each distinct launch once."""
-    global _rehearsed
+    global _recorded
     with LOCK:
         # A global and not a context variable, because autograd runs the backward pass in another thread.
-        _rehearsed = {}
+        _recorded = {}
         try:
             function(*arguments)
-            return list(_rehearsed)
+            return list(_recorded)
         finally:
-            _rehearsed = None
+            _recorded = None
 
 
 def compile_launch(launched: Launch) -> Any:

@@ -13,7 +13,7 @@ from lamamba.ops.depthwise_convolution.reference import depthwise_convolution_re
 from lamamba.ops.gated_norm import gated_norm
 from lamamba.ops.gated_norm.reference import gated_norm_reference
 from lamamba.ops.grid import NUM_PATHS
-from lamamba.ops.launch import rehearse
+from lamamba.ops.launch import precompile
 from lamamba.ops.linear_gelu import linear_gelu
 from lamamba.ops.linear_gelu.reference import linear_gelu_reference
 from lamamba.ops.residual_norm import Residual, residual_norm
@@ -66,7 +66,7 @@ def check_operation(name: str, device: torch.device, dtype: torch.dtype) -> Agre
     ours = [tensor.to(device) for tensor in inputs]
     if choose_kernels(name, ours[0], "auto"):
         version = "Triton kernels"
-        rehearse(_differentiate, operation.run, ours)
+        precompile(_differentiate, operation.run, ours)
     else:
         version = "compiled loops" if operation.takes_loops(ours[0]) else "PyTorch"
     wanted = _differentiate(operation.meaning, [tensor.double() for tensor in inputs])

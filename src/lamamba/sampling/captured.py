@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lamamba.diffusion import Denoiser
-from lamamba.ops.launch import LOCK, rehearse
+from lamamba.ops.launch import LOCK, precompile
 
 
 class Captured:
@@ -126,7 +126,7 @@ class CapturedNetwork:
         key = (*((tensor.shape, tensor.dtype) for tensor in inputs), enabled and dtype, weights)
         with LOCK:
             if key not in self._passes:
-                rehearse(forward, *inputs)
+                precompile(forward, *inputs)
                 if len(self._passes) >= self.KEPT:
                     self._drop_oldest()
                 self._passes[key] = Captured(forward) if self.captures else None

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lamamba.ops.launch import rehearse
+from lamamba.ops.launch import precompile
 from lamamba.sampling.captured import Captured
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Gradients:
         # All ranks compile as many, since with sharded weights they meet in each.
         if trainer.device.type == "cuda":
             for part in self.largest_and_smallest(inputs):
-                rehearse(partial(trainer.add_gradients, reduces=trainer.shards), *part)
+                precompile(partial(trainer.add_gradients, reduces=trainer.shards), *part)
         self.zero()
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
