@@ -1,8 +1,8 @@
-"""Make docs/findings.md and its sample grids from the records in results/: findings.md in this folder, with tables.
+"""Make docs/results.md and docs/findings.md, with plot and sample grids, from the records in results/.
 
     python experiments/comparison/make_findings.py
 
-In findings.md, the lines {cifar}, {clothes} and {losses} stand for the tables.
+The texts are answer.md and findings.md in this folder, in which names in braces stand for tables and numbers.
 """
 
 import argparse
@@ -11,13 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from make_page import Records, number, read_records, table
+from matplotlib.figure import Figure
+
+from make_page import Records, number, number_by_decades, read_records, speed, table
 from scoring import FEATURES
 from setting import HERE, RESULTS
 
-PAGE = HERE.parents[1] / "docs" / "findings.md"
+DOCS = HERE.parents[1] / "docs"
+PAGES = {"results.md": "answer.md", "findings.md": "findings.md"}  # page, and its text in this folder
 NAMES = {"s": "LaMamba-S", "dit-s-2": "DiT-S/2", "unet": "U-Net"}
-GRIDS = ("cifar-s-seed-0", "cifar-dit-s-2-seed-0")
+TITLES = {"cifar-10": "CIFAR-10, JPEG copy", "fashion-mnist": "Fashion-MNIST"}
+GRIDS = CIFAR = ("cifar-s-seed-0", "cifar-dit-s-2-seed-0")
+CLOTHES = ("s-flow-decay", "dit-s-2-flow-decay")
+PLOT = "distance.png"
 _SCORES = ("distance", "recall", "coverage")
 
 
@@ -60,13 +66,49 @@ def losses_table(records: Records, names: Sequence[str]) -> list[str]:
     return table(header, rows)
 
 
+def answer_table(records: Records, names: Sequence[str]) -> list[str]:
+    """Lay out the end of each training."""
+    shared = ("vgg16", "squeezenet")
+    header = ["", "", "images/s", "seconds", *(f"{score}, {feature}" for score in _SCORES[:2] for feature in shared)]
+    rows = []
+    for name in names:
+        record = records[name]
+        data, network, last = (
+            record["settings"]["data"], record["settings"]["network"], record["evaluations"][-1]
+        )  # fmt: skip
+        scores = {feature: last if feature == FEATURES[data][0] else last[feature] for feature in shared}
+        cells = [number(scores[feature][score]) for score in _SCORES[:2] for feature in shared]
+        rows.append([TITLES[data], NAMES[network], number(speed(record)), f"{last['seconds']:.0f}", *cells])
+    return table(header, rows)
+
+
+def draw_distances(figure: Figure, records: Records) -> None:
+    """Plot the distance on VGG16 features against seconds of training, a panel per set of images."""
+    for axes, names in zip(figure.subplots(1, 2), (CIFAR, CLOTHES), strict=True):
+        for name in names:
+            record = records[name]
+            rows = record["evaluations"]
+            axes.plot(
+                [row["seconds"] for row in rows], [row["vgg16"]["distance"] for row in rows],
+                marker="o", label=NAMES[record["settings"]["network"]],
+            )  # fmt: skip
+        axes.set(title=TITLES[record["settings"]["data"]], xlabel="seconds of training", xlim=(0, None), yscale="log")
+        number_by_decades(axes.yaxis)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.axes[0].set_ylabel("Fréchet distance, VGG16 features")
+
+
 def page(records: Records, text: str) -> str:
     """Fill in the tables."""
-    cifar, clothes = GRIDS, ("s-flow-decay", "dit-s-2-flow-decay")
+    floors = (number(records[names[0]]["training_images"]["vgg16"]["distance"]) for names in (CIFAR, CLOTHES))
     tables = {
-        "{cifar}": scores_table(records, cifar),
-        "{clothes}": scores_table(records, clothes),
-        "{losses}": losses_table(records, (*clothes, *cifar)),
+        "{plot}": [f"![Distance against seconds of training](findings/{PLOT})"],
+        "{table}": answer_table(records, (*CIFAR, *CLOTHES)),
+        "{floors}": [" and ".join(floors)],
+        "{cifar}": scores_table(records, CIFAR),
+        "{clothes}": scores_table(records, CLOTHES),
+        "{losses}": losses_table(records, (*CLOTHES, *CIFAR)),
     }
     for mark, lines in tables.items():
         text = text.replace(mark, "\n".join(lines).rstrip())
@@ -76,13 +118,18 @@ def page(records: Records, text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder for the pages")
     arguments = parser.parse_args()
-    arguments.page.write_text(page(read_records(arguments.results), (HERE / "findings.md").read_text()))
-    pictures = arguments.page.with_suffix("")
-    pictures.mkdir(exist_ok=True)
+    records = read_records(arguments.results)
+    pictures = arguments.docs / "findings"
+    pictures.mkdir(parents=True, exist_ok=True)
+    for name, text in PAGES.items():
+        (arguments.docs / name).write_text(page(records, (HERE / text).read_text()))
     for name in GRIDS:
         shutil.copy(arguments.results / f"{name}-grid.png", pictures / f"{name}.png")
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    draw_distances(figure, records)
+    figure.savefig(pictures / PLOT, dpi=120, metadata={"Software": None})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Make docs/results.md, its plots and pictures, from the records in results/. No number on the page is typed by hand.
+"""Make docs/results_tables.md, its plots and pictures, from the records in results/. No number is typed by hand.
 
     python experiments/comparison/make_page.py
 
@@ -23,7 +23,7 @@ from matplotlib.ticker import LogLocator
 from pieces import LISTS, Clipping, Memorisation, Speed, Steps, Training
 from setting import HERE, RESULTS
 
-PAGE = HERE.parents[1] / "docs" / "results.md"
+PAGE = HERE.parents[1] / "docs" / "results_tables.md"
 NOTES = HERE / "notes.md"
 
 _NEAREST = """\
@@ -470,7 +470,7 @@ def write_page(records: Records, results: Path, page: Path) -> None:
         figure.savefig(pictures / name, dpi=120, metadata={"Software": None})
         return f"![{name.removesuffix('.png')}](results/{name})"
 
-    lines = ["# Results", "", _INTRODUCTION, ""]
+    lines = ["# All results", "", _INTRODUCTION, ""]
     if any(record["settings"]["scale"]["quick"] for record in records.values()):
         lines += ["**Records of a quick look, whose numbers mean nothing.**", ""]
     lines += environments(records)
