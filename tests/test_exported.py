@@ -1,6 +1,7 @@
-"""What leaves PyTorch samples the same images: the example with onnxruntime and NumPy."""
+"""What leaves PyTorch samples the same images: the examples with onnxruntime and AOTInductor."""
 
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,9 +11,13 @@ import pytest
 import torch
 
 import lamamba
+from forked import run_python
 from lamamba.checkpoints.checkpoint import CheckpointInfo, load_checkpoint, write_weights
 from lamamba.cli import main
-from lamamba.model import LaMambaDiff
+from lamamba.config import NetworkConfig
+from lamamba.model import Block, LaMambaDiff
+from lamamba.ops.backend import use_backend
+from lamamba.ops.residual_norm import add_gated
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -54,3 +59,41 @@ def test_the_example_writes_a_picture(weights: Path, tmp_path: Path, monkeypatch
     runpy.run_path(str(EXAMPLES / "onnx_sampling.py"), run_name="__main__")
     assert (tmp_path / "row.ppm").read_bytes().startswith(b"P6 24 8 255\n")
     assert (tmp_path / "row.ppm").stat().st_size == len("P6 24 8 255\n") + 3 * 24 * 8
+
+
+@pytest.mark.slow
+def test_a_block_compiles_for_servers(tmp_path: Path) -> None:
+    """A scan and an MLP, with AOTInductor, as examples/aoti compiles a whole network, which takes minutes."""
+    if not shutil.which("g++"):
+        pytest.skip("needs a C++ compiler: apt-get install g++")
+    torch.manual_seed(0)
+    config = NetworkConfig(embed_dim=8, num_heads=2, use_attention=False, ssm_state_size=2)
+    block = WholeBlock(config).eval().requires_grad_(False)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+
+    def inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(batch, 4, 4, 8), torch.randn(batch, 32)
+
+    batch = {0: torch.export.Dim("batch", min=1)}
+    with use_backend("portable"), torch.no_grad():
+        block(*inputs(3))
+        torch.export.save(torch.export.export(block, inputs(3), dynamic_shapes=(batch, batch)), tmp_path / "block.pt2")
+    arguments = [str(tmp_path / "block.pt2"), str(tmp_path / "package.pt2")]
+    done = run_python(str(EXAMPLES / "aoti" / "compile.py"), *arguments)
+    assert done.returncode == 0, done.stderr
+    package = torch._inductor.aoti_load_package(str(tmp_path / "package.pt2"))
+    for number in (1, 4):
+        given = inputs(number)
+        torch.testing.assert_close(package(*given), block(*given), atol=1e-4, rtol=1e-4)
+
+
+class WholeBlock(torch.nn.Module):
+    """A block, after which the last residual is added."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.block = Block(config, 8, shifted=True, project=True)
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        return add_gated(*self.block(x, condition))
