@@ -323,7 +323,7 @@ def test_memorised_images_are_seen(tmp_path: Path, whole: settings.Setting, monk
     studies.look_for_copies(copying, replace(pieces.PIECES["memorisation-s"], name="copies"))
     for rows in read(copying, "copies")["distances"].values():
         assert rows["samples at guidance 2"]["share_nearer_than_percentile_1"] == 1
-        assert rows["samples at guidance 2"]["least"] == 0
+        assert rows["samples at guidance 2"]["least"] < 1e-5
         assert rows["test images"]["least"] > 0
 
 

@@ -258,7 +258,7 @@ class TestLatents:
         ("options", "message"),
         [
             ({"vae": None, "image_size": 8}, r"has latents: give vae \(--vae\)"),
-            ({"horizontal_flip": True}, "has no mirrored images: leave horizontal_flip out"),
+            ({"horizontal_flip": True}, "has no mirrored images: give --no-horizontal-flip"),
         ],
     )
     def test_what_they_cannot_do_is_said(self, folder, autoencoder, options, message):
