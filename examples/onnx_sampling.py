@@ -3,8 +3,9 @@
     lamamba export nano --format onnx --guidance --out exported
     python examples/onnx_sampling.py exported/network.onnx --label 5 --out sandals.pgm
 
-From the same noise, the images are those of `lamamba sample`: DPM-Solver++(2M) (arXiv 2211.01095) with Karras' spacing
-of the steps (arXiv 2206.00364, eq. 5). It is for networks of pixels with noise prediction, exported with --guidance.
+From the same noise, it makes the same images as `lamamba sample`, by DPM-Solver++(2M) (arXiv 2211.01095) with Karras'
+spacing of the steps (arXiv 2206.00364, eq. 5). It is for networks of pixels with noise prediction,
+exported with --guidance.
 """
 
 import argparse

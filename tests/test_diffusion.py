@@ -389,7 +389,7 @@ def test_v_prediction_follows_its_equations() -> None:
     torch.testing.assert_close(losses["mse"], v.square().flatten(1).mean(1))
     torch.testing.assert_close(kind.predict_x_0(x_t, t, v), x_0, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(kind.predict_x_0(x_t, t, kind.move_x_0(x_t, t, v, other)), other, atol=1e-3, rtol=1e-3)
-    # The variational bound is that of the same clean image predicted through the noise.
+    # The same clean image, predicted through the noise, has the same variational bound.
     wrong = v + 0.1
     as_noise = sigma * x_t + alpha * wrong
     by_v = kind.losses(lambda *_: torch.cat([wrong, zero + 0.3], dim=1), x_0, t, y, noise)

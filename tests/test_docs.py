@@ -94,7 +94,7 @@ def test_the_browser_samples_what_pytorch_does(site: Path, request: pytest.Fixtu
     options.binary_location = chromium
     for flag in (
         "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars", "--window-size=1250,950",
-        "--proxy-server=127.0.0.1:9",  # which nobody is at; 127.0.0.1 itself is asked directly
+        "--proxy-server=127.0.0.1:9",  # no proxy answers there; 127.0.0.1 itself needs none
     ):  # fmt: skip
         options.add_argument(flag)
     try:

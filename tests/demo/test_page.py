@@ -49,7 +49,7 @@ class Visitor:
         for flag in (
             "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking",
             "--enable-unsafe-swiftshader", "--hide-scrollbars", "--window-size=1320,1000",
-            "--proxy-server=127.0.0.1:9",  # which nobody is at; 127.0.0.1 itself is asked directly
+            "--proxy-server=127.0.0.1:9",  # no proxy answers there; 127.0.0.1 itself needs none
         ):  # fmt: skip
             options.add_argument(flag)
         options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})

@@ -171,7 +171,7 @@ def example_inputs(network: LaMambaDiff, size: tuple[int, int], guided: bool, ba
 
 
 def halved(network: LaMambaDiff) -> LaMambaDiff:
-    """Round all parameters to float16, except those of the scan's state."""
+    """Round parameters to float16, except the ones that the scan's state needs."""
     for name, parameter in network.named_parameters():
         if not name.endswith(_STATE):
             parameter.data = parameter.data.half()

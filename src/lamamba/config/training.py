@@ -38,7 +38,7 @@ class TrainConfig:
     only in_channels, sample_size and num_classes."""
     recipe: Literal["paper", "best"] = "paper"
     """paper is the training of the paper; best is what gave the best small images: --objective flow, --learning-rate
-    0.001, --decay cosine, a warm-up, and mirrored images. Options that you give replace those of the recipe."""
+    0.001, --decay cosine, a warm-up, and mirrored images. Options that you give replace the recipe's."""
     start_from: str | None = None
     """Copy the weights that fit from this run, checkpoint or shipped weights (nano, emoji-64), as lamamba finetune
     does; the default is fresh weights."""

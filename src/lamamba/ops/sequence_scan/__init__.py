@@ -94,14 +94,14 @@ def selective_scan_2d(
 ) -> Tensor:
     """Scan a grid along four paths with `selective_scan_fn`; the result at a pixel is the sum over the paths.
 
-    Every tensor is in the order of the pixels. The paths "raster" are those of VMamba's cross scan (Liu et al. 2024,
+    Every tensor is in the order of the pixels. The paths "raster" are VMamba's cross scan (Liu et al. 2024,
     arXiv 2401.10166): rows, columns, and both backward. A path is a group of channels, so A, D and `delta_bias` have
     the layout of VMamba's parameters. If step sizes come from a low-rank projection, as in VMamba and in LaMamba-Diff,
     `lamamba.ops.selective_scan.project_and_scan` is faster, because it keeps them out of memory.
 
     Args:
         u: (b, d, h, w) input.
-        delta: (b, 4 d, h, w) step sizes, first those of path 0.
+        delta: (b, 4 d, h, w) step sizes, path 0 first.
         A: (4 d, n) decay rates.
         B: (b, 4, n, h, w) input weights of the n states.
         C: (b, 4, n, h, w) output weights of the n states.
