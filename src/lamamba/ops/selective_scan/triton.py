@@ -154,7 +154,7 @@ def scan_grid_triton(
     batch, height, width, channels = x.shape
     geometry = _geometry(x, low, rank, A_log, continuous, backward=False)
     planes = x.new_empty(4, batch, height, width, channels)
-    states = x.new_empty(_states_shape(x, A_log, save), dtype=_states_dtype(x, A_log.shape[2]))
+    states = x.new_empty(_states_shape(x, A_log, save), dtype=saved_dtype(x, A_log.shape[2]))
     (part,) = geometry.parts
     if A_log.shape[2] > 1:
         _scan_states(geometry, part, x, low, weight, bias, A_log, D, planes, states, rank, continuous)
@@ -227,7 +227,7 @@ def _states_shape(x: Tensor, A_log: Tensor, save: bool) -> tuple[int, ...]:
     return (batch, 4, triton.cdiv(height * width, TILE), A_log.shape[2], channels) if save else (0,)
 
 
-def _states_dtype(x: Tensor, num_states: int) -> torch.dtype:
+def saved_dtype(x: Tensor, num_states: int) -> torch.dtype:
     """Return the dtype of saved states and of the parts of dB and dC: bfloat16 saves memory, float16 could overflow."""
     return torch.bfloat16 if x.dtype == torch.bfloat16 and num_states > 1 else torch.float32
 
@@ -244,7 +244,7 @@ def _(
     continuous: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(4, *x.shape), x.new_empty(_states_shape(x, A_log, save), dtype=_states_dtype(x, A_log.shape[2]))
+    return x.new_empty(4, *x.shape), x.new_empty(_states_shape(x, A_log, save), dtype=saved_dtype(x, A_log.shape[2]))
 
 
 @torch.library.custom_op("lamamba::scan_grid_backward", mutates_args=())
@@ -285,7 +285,7 @@ def _scan_grid_backward(
         grad_low_by_path[..., rank : rank + 2] = grad_BC.sum(dim=0).flatten(0, 1)
     else:
         rows = _rows_of_weights(low, rank, num_states, continuous)
-        grad_rows = x.new_empty(geometry.num_blocks, *rows.shape, dtype=_states_dtype(x, num_states))
+        grad_rows = x.new_empty(geometry.num_blocks, *rows.shape, dtype=saved_dtype(x, num_states))
         rates = _rates(A_log)
         for part, of_part in zip(geometry.parts, grad_shared.split(num_rows), strict=True):
             carry, decay = _summarise(

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from lamamba.ops.launch import launch
+from lamamba.ops.selective_scan.triton import saved_dtype
 from lamamba.ops.sequence_scan.kernels import sequence_backward_kernel, sequence_forward_kernel, sequence_starts_kernel
 from lamamba.ops.sum_kernels import sum_parts
 
@@ -64,11 +65,6 @@ def _at_once(num_states: int, most: int) -> int:
     return next((number for number in (4, 2) if number <= most and num_states % number == 0), 1)
 
 
-def _saved_dtype(u: Tensor, num_states: int) -> torch.dtype:
-    """Return the dtype of saved states and of the parts of dB and dC: bfloat16 saves memory, float16 could overflow."""
-    return torch.bfloat16 if u.dtype == torch.bfloat16 and num_states > 1 else torch.float32
-
-
 def _float(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
@@ -123,7 +119,7 @@ def scan_sequences_triton(
     plan = _plan(u, A.shape[2], softplus)
     rates, bias = A.float().mT.contiguous(), _float(delta_bias)
     y = torch.empty_like(u)
-    states = u.new_empty(plan.states if save else (0,), dtype=_saved_dtype(u, A.shape[2]))
+    states = u.new_empty(plan.states if save else (0,), dtype=saved_dtype(u, A.shape[2]))
     inputs = (*_strided(u), *_strided(delta), rates, *_strided(B), *_strided(C))
     carry, started = _prepare_carry(plan, initial_state, rates, (*inputs, None, *NOTHING, bias), backward=False)
     launch(
@@ -141,7 +137,7 @@ def _(
     softplus: bool, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     plan = _plan(u, A.shape[2], softplus)
-    states = u.new_empty(plan.states if save else (0,), dtype=_saved_dtype(u, A.shape[2]))
+    states = u.new_empty(plan.states if save else (0,), dtype=saved_dtype(u, A.shape[2]))
     return torch.empty_like(u), u.new_empty(plan.carry, dtype=torch.float32), states
 
 
@@ -164,7 +160,7 @@ def _backward(
     grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
     grad_z = u.new_empty(0) if z is None else torch.empty_like(z)
     batch, groups, segments, num_states, channels = plan.carry
-    grad_BC = u.new_empty(2, batch, groups, plan.num_blocks, *B.shape[2:], dtype=_saved_dtype(u, num_states))
+    grad_BC = u.new_empty(2, batch, groups, plan.num_blocks, *B.shape[2:], dtype=saved_dtype(u, num_states))
     grad_shared = rates.new_empty(batch * segments, num_states + 2, groups, channels)
     launch(
         sequence_backward_kernel, plan.grid,
