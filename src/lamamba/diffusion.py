@@ -114,10 +114,13 @@ class Diffusion:
     """1000 linear steps; predicts the noise, and the log-variance of each value as a position between two bounds."""
 
     name = "diffusion"
-    scheduler_options: Mapping[str, Any] = dict(
-        **dict(num_train_timesteps=NUM_TIMESTEPS, beta_start=BETA_START, beta_end=BETA_END),
-        **dict(beta_schedule="linear", prediction_type="epsilon"),
-    )
+    scheduler_options: Mapping[str, Any] = {
+        "num_train_timesteps": NUM_TIMESTEPS,
+        "beta_start": BETA_START,
+        "beta_end": BETA_END,
+        "beta_schedule": "linear",
+        "prediction_type": "epsilon",
+    }
     samplers = ("ancestral", "ddim", "dpm++", "sde-dpm++", "unipc")
     default_sampler = "dpm++"
     scheduler = _deprecated_scheduler

@@ -13,9 +13,15 @@ from lamamba.errors import ConfigError
 MAX_BLOCKS = 256
 MAX_RATIO = 64
 _RANGES = {
-    **dict(in_channels=(1, 1024), sample_size=(4, 4096), num_classes=(0, 1_000_000), embed_dim=(4, 8192)),
-    **dict(bottleneck_depth=(0, MAX_BLOCKS), decoder_extra_depth=(0, MAX_BLOCKS), num_heads=(1, 1024)),
-    **dict(window_size=(2, 256), ssm_state_size=(1, 1024)),
+    "in_channels": (1, 1024),
+    "sample_size": (4, 4096),
+    "num_classes": (0, 1_000_000),
+    "embed_dim": (4, 8192),
+    "bottleneck_depth": (0, MAX_BLOCKS),
+    "decoder_extra_depth": (0, MAX_BLOCKS),
+    "num_heads": (1, 1024),
+    "window_size": (2, 256),
+    "ssm_state_size": (1, 1024),
 }
 
 
