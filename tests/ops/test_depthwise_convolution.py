@@ -166,7 +166,7 @@ def test_what_cannot_be_is_an_error_that_says_why() -> None:
         depthwise_convolution(x[0], weight, bias)
     with pytest.raises(ValueError, match=r"weight is \(8, 3, 3\): with 8 channels it must be \(8, 1, 3, 3\)"):
         depthwise_convolution(x, weight[:, 0], bias)
-    with pytest.raises(ValueError, match=r"bias is \(7,\): it must be \(8,\)"):
+    with pytest.raises(ValueError, match=r"bias is \(7,\): with 8 channels it must be \(8,\)"):
         depthwise_convolution(x, weight, bias[1:])
 
 

@@ -164,7 +164,7 @@ def test_what_cannot_be_is_an_error_that_says_why() -> None:
         linear_gelu(x, weight, bias, backend="triton")
     with pytest.raises(ValueError, match=r"x is \(0, 4, 8\): give \(\.\.\., i\), none of them 0"):
         linear_gelu(x[:0], weight, bias)
-    with pytest.raises(ValueError, match=r"weight is \(12, 7\): with x \(2, 4, 8\) it must be \(c, 8\)"):
+    with pytest.raises(ValueError, match=r"weight is \(12, 7\): with x \(2, 4, 8\) it must be \(12, 8\)"):
         linear_gelu(x, weight[:, 1:], bias)
     with pytest.raises(ValueError, match=r"bias is \(11,\): with weight \(12, 8\) it must be \(12,\)"):
         linear_gelu(x, weight, bias[1:])

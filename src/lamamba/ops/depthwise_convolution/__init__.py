@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lamamba.ops.backend import Backend, choose_kernels
 from lamamba.ops.depthwise_convolution.reference import depthwise_convolution_reference
+from lamamba.ops.shapes import check_dimensions, check_shapes
 
 __all__ = ["depthwise_convolution"]
 
@@ -26,16 +27,10 @@ def depthwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None,
     Raises:
         ValueError: shapes disagree, or the kernels cannot run on these tensors.
     """
-    if x.ndim != 4 or 0 in x.shape:
-        raise ValueError(f"depthwise_convolution: x is {tuple(x.shape)}: give (b, h, w, e)")
+    check_dimensions("depthwise_convolution", "x", x, "b h w e")
     channels = x.shape[3]
-    if weight.shape != (channels, 1, 3, 3):
-        raise ValueError(
-            f"depthwise_convolution: weight is {tuple(weight.shape)}: with {channels} channels it must be "
-            f"{(channels, 1, 3, 3)}"
-        )
-    if bias is not None and bias.shape != (channels,):
-        raise ValueError(f"depthwise_convolution: bias is {tuple(bias.shape)}: it must be {(channels,)}")
+    wanted = {"weight": (weight, (channels, 1, 3, 3)), "bias": (bias, (channels,))}
+    check_shapes("depthwise_convolution", f"{channels} channels", wanted)
     if choose_kernels("depthwise_convolution", x, backend):
         from lamamba.ops.depthwise_convolution.triton import depthwise_convolution_triton
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from lamamba.ops.backend import Backend, choose_kernels, choose_loops_outside_graphs
 from lamamba.ops.gated_norm.cpu import GatedNorm
 from lamamba.ops.gated_norm.reference import gated_norm_reference
+from lamamba.ops.shapes import check_dimensions, check_shapes
 
 __all__ = ["gated_norm"]
 
@@ -35,16 +36,10 @@ def gated_norm(
     Raises:
         ValueError: shapes disagree, or the kernels cannot run on these tensors.
     """
-    if planes.ndim != 5 or 0 in planes.shape:
-        raise ValueError(f"gated_norm: planes is {tuple(planes.shape)}: give (p, b, h, w, e)")
-    channels = planes.shape[4]
-    wanted = {"z": (z, planes.shape[1:]), "weight": (weight, (channels,)), "bias": (bias, (channels,))}
-    for name, (tensor, shape) in wanted.items():
-        if tensor.shape != shape:
-            raise ValueError(
-                f"gated_norm: {name} is {tuple(tensor.shape)}: with planes {tuple(planes.shape)} it must be "
-                f"{tuple(shape)}"
-            )
+    check_dimensions("gated_norm", "planes", planes, "p b h w e")
+    channels = planes.shape[4:]
+    wanted = {"z": (z, planes.shape[1:]), "weight": (weight, channels), "bias": (bias, channels)}
+    check_shapes("gated_norm", f"planes {tuple(planes.shape)}", wanted)
     if choose_kernels("gated_norm", planes, backend):
         from lamamba.ops.gated_norm.triton import gated_norm_triton
 

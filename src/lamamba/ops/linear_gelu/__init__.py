@@ -8,6 +8,7 @@ from torch import Tensor
 from lamamba.ops.backend import Backend, choose_kernels
 from lamamba.ops.linear import linear
 from lamamba.ops.linear_gelu.reference import linear_gelu_reference
+from lamamba.ops.shapes import check_shapes
 
 __all__ = ["linear_gelu"]
 
@@ -31,15 +32,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, backend: Backend = "aut
     """
     if x.ndim == 0 or 0 in x.shape:
         raise ValueError(f"linear_gelu: x is {tuple(x.shape)}: give (..., i), none of them 0")
-    if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(
-            f"linear_gelu: weight is {tuple(weight.shape)}: with x {tuple(x.shape)} it must be (c, {x.shape[-1]})"
-        )
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"linear_gelu: bias is {tuple(bias.shape)}: with weight {tuple(weight.shape)} it must be "
-            f"({weight.shape[0]},)"
-        )
+    check_shapes("linear_gelu", f"x {tuple(x.shape)}", {"weight": (weight, (len(weight), x.shape[-1]))})
+    check_shapes("linear_gelu", f"weight {tuple(weight.shape)}", {"bias": (bias, (len(weight),))})
     if choose_kernels("linear_gelu", x, backend):
         from lamamba.ops.linear_gelu.triton import bias_gelu_triton
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from lamamba.ops.backend import Backend, choose_kernels, choose_loops_outside_graphs
 from lamamba.ops.residual_norm.cpu import ResidualNorm
 from lamamba.ops.residual_norm.reference import add_gated_reference, layer_norm_reference
+from lamamba.ops.shapes import check_dimensions, check_shapes
 
 __all__ = ["Residual", "add_gated", "layer_norm", "residual_norm"]
 
@@ -100,7 +101,7 @@ def layer_norm(
 
 def add_gated(x: Tensor, residual: Residual, backend: Backend = "auto") -> Tensor:
     """Add a gated branch without a norm after it: the first half of `residual_norm`."""
-    _check("add_gated", x, residual, (), None)
+    _check("add_gated", x, residual, (None, None), None)
     if choose_kernels("add_gated", x, backend):
         from lamamba.ops.residual_norm.triton import residual_norm_triton
 
@@ -132,22 +133,15 @@ def _check(
     operation: str,
     x: Tensor,
     residual: Residual | None,
-    affine: tuple[Tensor | None, ...],
+    affine: tuple[Tensor | None, Tensor | None],
     modulation: tuple[Tensor, Tensor] | None,
 ) -> None:
-    if x.ndim != 4 or 0 in x.shape:
-        raise ValueError(f"{operation}: x is {tuple(x.shape)}: give (b, h, w, c)")
+    check_dimensions(operation, "x", x, "b h w c")
     batch, _, _, channels = x.shape
     branch, gate, branch_bias = residual or (None, None, None)
     shift, scale = modulation or (None, None)
     wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {"branch": (branch, x.shape)}
-    for name, tensor in (("gate", gate), ("shift", shift), ("scale", scale)):
-        wanted[name] = tensor, (batch, channels)
-    wanted["bias of the branch"] = branch_bias, (channels,)
-    for name, tensor in zip(("weight", "bias"), affine, strict=False):
-        wanted[name] = tensor, (channels,)
-    for name, (tensor, shape) in wanted.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(
-                f"{operation}: {name} is {tuple(tensor.shape)}: with x {tuple(x.shape)} it must be {tuple(shape)}"
-            )
+    wanted |= {name: (y, (batch, channels)) for name, y in (("gate", gate), ("shift", shift), ("scale", scale))}
+    of_channels = zip(("weight", "bias", "bias of the branch"), (*affine, branch_bias), strict=True)
+    wanted |= {name: (y, (channels,)) for name, y in of_channels}
+    check_shapes(operation, f"x {tuple(x.shape)}", wanted)

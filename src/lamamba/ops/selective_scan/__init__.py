@@ -19,6 +19,7 @@ from lamamba.ops.linear import compute_dtype, linear
 from lamamba.ops.selective_scan.blocked import selective_scan_blocked
 from lamamba.ops.selective_scan.cpu import scan_grid_cpu
 from lamamba.ops.selective_scan.portable import scan_grid_portable
+from lamamba.ops.shapes import check_dimensions, check_shapes
 
 __all__ = ["project_and_scan", "scan_grid", "selective_scan"]
 
@@ -152,22 +153,18 @@ def _scan_grid_pytorch(
 
 
 def _check_grid_shapes(x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> None:
-    if x.ndim != 4 or 0 in x.shape:
-        raise ValueError(f"scan_grid: x is {tuple(x.shape)}: give (b, h, w, e), none of them 0")
-    if A_log.ndim != 3 or dt_weight.ndim != 3 or 0 in A_log.shape or 0 in dt_weight.shape:
-        raise ValueError(
-            f"scan_grid: A_log is {tuple(A_log.shape)} and dt_weight {tuple(dt_weight.shape)}: give (4, e, n) and "
-            "(4, e, r)"
-        )
+    for name, tensor, dimensions in (("x", x, "b h w e"), ("A_log", A_log, "4 e n"), ("dt_weight", dt_weight, "4 e r")):
+        check_dimensions("scan_grid", name, tensor, dimensions)
     b, h, w, e = x.shape
     r, n = dt_weight.shape[2], A_log.shape[2]
     wanted = {
-        "low": (b, h, w, NUM_PATHS * (r + 2 * n)), "dt_weight": (NUM_PATHS, e, r), "dt_bias": (NUM_PATHS, e),
-        "A_log": (NUM_PATHS, e, n), "D": (NUM_PATHS, e),
-    }  # fmt: skip
-    for (name, shape), tensor in zip(wanted.items(), (low, dt_weight, dt_bias, A_log, D), strict=True):
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"scan_grid: {name} is {tuple(tensor.shape)}: with x {tuple(x.shape)} it must be {shape}")
+        "low": (low, (b, h, w, NUM_PATHS * (r + 2 * n))),
+        "dt_weight": (dt_weight, (NUM_PATHS, e, r)),
+        "dt_bias": (dt_bias, (NUM_PATHS, e)),
+        "A_log": (A_log, (NUM_PATHS, e, n)),
+        "D": (D, (NUM_PATHS, e)),
+    }
+    check_shapes("scan_grid", f"x {tuple(x.shape)}", wanted)
 
 
 def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
@@ -197,13 +194,9 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
 
 
 def _check_shapes(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> None:
-    if u.ndim != 4 or 0 in u.shape:
-        raise ValueError(f"selective_scan: u is {tuple(u.shape)}: give (b, k, l, d), none of them 0")
-    if A.ndim != 3 or A.shape[2] == 0:
-        raise ValueError(f"selective_scan: A is {tuple(A.shape)}: give (k, d, n), none of them 0")
+    check_dimensions("selective_scan", "u", u, "b k l d")
+    check_dimensions("selective_scan", "A", A, "k d n")
     b, k, l, d = u.shape
-    n = A.shape[2]
-    wanted = {"delta": (b, k, l, d), "A": (k, d, n), "B": (b, k, l, n), "C": (b, k, l, n), "D": (k, d)}
-    for (name, shape), x in zip(wanted.items(), (delta, A, B, C, D), strict=True):
-        if tuple(x.shape) != shape:
-            raise ValueError(f"selective_scan: {name} is {tuple(x.shape)}: with u {tuple(u.shape)} it must be {shape}")
+    of_states = (b, k, l, A.shape[2])
+    wanted = {"delta": (delta, u.shape), "A": (A, (k, d, A.shape[2])), "B": (B, of_states), "C": (C, of_states)}
+    check_shapes("selective_scan", f"u {tuple(u.shape)}", {**wanted, "D": (D, (k, d))})

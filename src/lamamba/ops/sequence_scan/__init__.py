@@ -17,6 +17,7 @@ from lamamba.ops.backend import Backend, assume_constant_result, choose_kernels,
 from lamamba.ops.grid import NUM_PATHS, Scan, as_constant, gather_rows, scan_paths, sum_rows
 from lamamba.ops.selective_scan.blocked import selective_scan_blocked
 from lamamba.ops.sequence_scan.cpu import scan_sequences_cpu
+from lamamba.ops.shapes import check_dimensions, check_shapes
 
 __all__ = ["selective_scan_2d", "selective_scan_fn"]
 
@@ -122,12 +123,8 @@ def selective_scan_2d(
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (u, B, C))
         raise ValueError(f"selective_scan_2d: u, B, C are {shapes}: give (b, d, h, w), and twice (b, 4, n, h, w)")
     b, d, h, w = u.shape
-    wanted = {"delta": (b, NUM_PATHS * d, h, w), "B": (b, NUM_PATHS, B.shape[2], h, w)}
-    for (name, shape), tensor in zip(wanted.items(), (delta, B), strict=True):
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"selective_scan_2d: {name} is {tuple(tensor.shape)}: with u {tuple(u.shape)} it must be {shape}"
-            )
+    wanted = {"delta": (delta, (b, NUM_PATHS * d, h, w)), "B": (B, (b, NUM_PATHS, B.shape[2], h, w))}
+    check_shapes("selective_scan_2d", f"u {tuple(u.shape)}", wanted)
     order = scan_paths(as_constant(h), as_constant(w), scan, u.device)
 
     def along_paths(x: Tensor) -> Tensor:
@@ -231,10 +228,8 @@ def _check_shapes(
     for name, tensor in (("A", A), ("B", B), ("C", C)):
         if tensor.is_complex():
             raise TypeError(f"selective_scan_fn: {name} is complex: give the {tensor.shape[-1]} states as real numbers")
-    if u.ndim != 3 or 0 in u.shape:
-        raise ValueError(f"selective_scan_fn: u is {tuple(u.shape)}: give (b, d, l), none of them 0")
-    if A.ndim != 2 or A.shape[1] == 0:
-        raise ValueError(f"selective_scan_fn: A is {tuple(A.shape)}: give (d, n), none of them 0")
+    check_dimensions("selective_scan_fn", "u", u, "b d l")
+    check_dimensions("selective_scan_fn", "A", A, "d n")
     b, d, l = u.shape
     n = A.shape[1]
     wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
@@ -246,12 +241,7 @@ def _check_shapes(
         groups.add({2: d, 4: weights.shape[1]}.get(weights.ndim, 1))
         fits = {2: (d, n), 4: (b, weights.shape[1], n, l)}.get(weights.ndim, (b, n, l))
         wanted[name] = (weights, fits)
-    for name, (given, shape) in wanted.items():
-        if given is not None and tuple(given.shape) != shape:
-            raise ValueError(
-                f"selective_scan_fn: {name} is {tuple(given.shape)}: with u {tuple(u.shape)} and A {tuple(A.shape)} "
-                f"it must be {shape}"
-            )
+    check_shapes("selective_scan_fn", f"u {tuple(u.shape)} and A {tuple(A.shape)}", wanted)
     num_groups = max(groups)
     if any(num_groups % number for number in groups) or d % num_groups:
         raise ValueError(f"selective_scan_fn: {d} channels and groups of B and C {groups} do not divide each other")

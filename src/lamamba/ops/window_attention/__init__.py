@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lamamba.ops.backend import Backend, choose_kernels, is_portable
 from lamamba.ops.linear import compute_dtype, linear
+from lamamba.ops.shapes import check_shapes
 from lamamba.ops.window_attention.cpu import window_attention_cpu
 from lamamba.ops.window_attention.reference import window_attention_reference
 
@@ -99,8 +100,5 @@ def _check(x: Tensor, channels: int, bias: Tensor, num_heads: int, window_size: 
     if x.ndim != 4 or 0 in x.shape or channels % (3 * num_heads):
         shape = (*x.shape[:-1], channels)
         raise ValueError(f"window_attention: qkv is {shape}: give (b, h, w, 3 * {num_heads} * c)")
-    if bias.shape != ((2 * window_size - 1) ** 2, num_heads):
-        raise ValueError(
-            f"window_attention: bias is {tuple(bias.shape)}: with windows of {window_size} and {num_heads} heads it "
-            f"must be {((2 * window_size - 1) ** 2, num_heads)}"
-        )
+    wanted = {"bias": (bias, ((2 * window_size - 1) ** 2, num_heads))}
+    check_shapes("window_attention", f"windows of {window_size} and {num_heads} heads", wanted)
