@@ -42,6 +42,15 @@ def launch(
         kernel[grid](*arguments, **constants)
 
 
+def readable_pixels(x: Tensor) -> tuple[Tensor, int]:
+    """Return (b, h, w, c) and the distance between its pixels; it is copied only if they are not evenly spaced."""
+    _, height, width, channels = x.shape
+    stride = x.stride(2)
+    if x.stride() == (height * width * stride, width * stride, stride, 1):
+        return x, stride
+    return x.contiguous(), channels
+
+
 def precompile(function: Callable[..., object], *arguments: object) -> None:
     """Call a function without launching its kernels, then compile these kernels on all cores at once.
 

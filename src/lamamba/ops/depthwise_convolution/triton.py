@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from lamamba.ops.depthwise_convolution.kernels import convolution_backward_kernel, convolution_forward_kernel
-from lamamba.ops.launch import launch
+from lamamba.ops.launch import launch, readable_pixels
 from lamamba.ops.sum_kernels import sum_parts
 
 # Channels and rows per program: with more rows it reads fewer shared rows, until registers run out.
@@ -49,19 +49,10 @@ def _plan(x: Tensor, stride: int, widest_block: int, most_rows: int) -> _Plan:
     return _Plan((num_blocks, triton.cdiv(num_tiles, tiles_per_program)), num_tiles, constants)
 
 
-def _readable(x: Tensor) -> tuple[Tensor, int]:
-    """Return x and the distance between its pixels; x is copied only if its pixels are not evenly spaced."""
-    _, height, width, channels = x.shape
-    stride = x.stride(2)
-    if x.stride() == (height * width * stride, width * stride, stride, 1):
-        return x, stride
-    return x.contiguous(), channels
-
-
 @torch.library.custom_op("lamamba::depthwise_convolution", mutates_args=())
 def depthwise_convolution_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Run the forward kernel; arguments as in `lamamba.ops.depthwise_convolution`."""
-    x, stride = _readable(x)
+    x, stride = readable_pixels(x)
     plan = _plan(x, stride, FORWARD_BLOCK, FORWARD_ROWS)
     y = x.new_empty(x.shape)
     launch(
@@ -71,15 +62,13 @@ def depthwise_convolution_triton(x: Tensor, weight: Tensor, bias: Tensor | None)
     return y
 
 
-@depthwise_convolution_triton.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape)
+depthwise_convolution_triton.register_fake(lambda x, weight, bias: x.new_empty(x.shape))
 
 
 @torch.library.custom_op("lamamba::depthwise_convolution_backward", mutates_args=())
 def _backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Run the backward kernel; return the gradient of x, and of the nine taps and the bias as (10, e) float32."""
-    x, stride = _readable(x)
+    x, stride = readable_pixels(x)
     plan = _plan(x, stride, BACKWARD_BLOCK, BACKWARD_ROWS)
     grad_x = x.new_empty(x.shape)
     sums = x.new_empty(plan.grid[1], 10, x.shape[3], dtype=torch.float32)
@@ -90,9 +79,9 @@ def _backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     return grad_x, sum_parts(sums)
 
 
-@_backward.register_fake
-def _(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(10, x.shape[3], dtype=torch.float32)
+_backward.register_fake(
+    lambda grad_y, x, weight, bias: (x.new_empty(x.shape), x.new_empty(10, x.shape[3], dtype=torch.float32))
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from lamamba.ops.gated_norm.kernels import gated_norm_backward_kernel, gated_norm_forward_kernel
-from lamamba.ops.launch import launch
+from lamamba.ops.launch import launch, readable_pixels
 from lamamba.ops.rows import cut_rows
 from lamamba.ops.sum_kernels import sum_parts
 
@@ -34,15 +34,6 @@ def _plan(z: Tensor, wanted_warps: int) -> _Plan:
     return _Plan((triton.cdiv(num_pixels, pixels_per_program),), num_pixels, pixels_per_program, constants)
 
 
-def _readable(z: Tensor) -> tuple[Tensor, int]:
-    """Return z and the distance between its pixels; z is copied only if its pixels are not evenly spaced."""
-    _, height, width, channels = z.shape
-    stride = z.stride(2)
-    if z.stride() == (height * width * stride, width * stride, stride, 1):
-        return z, stride
-    return z.contiguous(), channels
-
-
 @torch.library.custom_op("lamamba::gated_norm", mutates_args=())
 def gated_norm_triton(
     planes: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float, save: bool
@@ -54,7 +45,7 @@ def gated_norm_triton(
         empty without `save`, and for a single plane, which is its own sum.
     """
     planes, weight, bias = planes.contiguous(), weight.contiguous(), bias.contiguous()
-    z, z_stride = _readable(z)
+    z, z_stride = readable_pixels(z)
     out, y = _results(planes, z, save)
     plan = _plan(z, FORWARD_WARPS)
     launch(
@@ -70,9 +61,7 @@ def _results(planes: Tensor, z: Tensor, save: bool) -> tuple[Tensor, Tensor]:
     return z.new_empty(z.shape), planes.new_empty(z.shape if save and planes.shape[0] > 1 else 0)
 
 
-@gated_norm_triton.register_fake
-def _(planes: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float, save: bool) -> tuple[Tensor, Tensor]:
-    return _results(planes, z, save)
+gated_norm_triton.register_fake(lambda planes, z, weight, bias, eps, save: _results(planes, z, save))
 
 
 @torch.library.custom_op("lamamba::gated_norm_backward", mutates_args=())
@@ -85,7 +74,7 @@ def _backward(
         The gradients of y, of z, and of weight and bias stacked, (2, e) float32.
     """
     grad_out, y, weight, bias = grad_out.contiguous(), y.contiguous(), weight.contiguous(), bias.contiguous()
-    z, z_stride = _readable(z)
+    z, z_stride = readable_pixels(z)
     is_narrow = cut_rows(z.shape[3], 1)["num_warps"] == 1
     plan = _plan(z, BACKWARD_NARROW if is_narrow else BACKWARD_WARPS)
     grad_y, grad_z = y.new_empty(y.shape), z.new_empty(z.shape)
@@ -98,11 +87,13 @@ def _backward(
     return grad_y, grad_z, sum_parts(sums)
 
 
-@_backward.register_fake
-def _(
-    grad_out: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return y.new_empty(y.shape), z.new_empty(z.shape), y.new_empty(2, z.shape[3], dtype=torch.float32)
+_backward.register_fake(
+    lambda grad_out, y, z, *others: (
+        y.new_empty(y.shape),
+        z.new_empty(z.shape),
+        y.new_empty(2, z.shape[3], dtype=torch.float32),
+    )
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -43,9 +43,7 @@ def bias_gelu_triton(x: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-@bias_gelu_triton.register_fake
-def _(x: Tensor, bias: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+bias_gelu_triton.register_fake(lambda x, bias: x.new_empty(x.shape))
 
 
 @torch.library.custom_op("lamamba::bias_gelu_backward", mutates_args=())
@@ -66,9 +64,7 @@ def _backward(grad_out: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     return grad_x, sum_parts(sums)
 
 
-@_backward.register_fake
-def _(grad_out: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[-1], dtype=torch.float32)
+_backward.register_fake(lambda grad_out, x, bias: (x.new_empty(x.shape), x.new_empty(x.shape[-1], dtype=torch.float32)))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

@@ -90,13 +90,7 @@ def _results(x: Tensor, branch: Tensor | None, dtype: torch.dtype | None) -> tup
     return x_new, x.new_empty(0) if dtype is None else x.new_empty(x.shape, dtype=dtype)
 
 
-@residual_norm_triton.register_fake
-def _(
-    x: Tensor, branch: Tensor | None, gate: Tensor | None, branch_bias: Tensor | None,
-    weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-    eps: float, dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _results(x, branch, dtype)
+residual_norm_triton.register_fake(lambda x, branch, *others: _results(x, branch, others[-1]))
 
 
 @torch.library.custom_op("lamamba::residual_norm_backward", mutates_args=())
@@ -170,13 +164,7 @@ def _gradients(
     )
 
 
-@_backward.register_fake
-def _(
-    grad_x_new: Tensor | None, grad_normed: Tensor | None, x_new: Tensor | None,
-    branch: Tensor | None, gate: Tensor | None, branch_bias: Tensor | None,
-    weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _gradients(grad_x_new, grad_normed, x_new, branch, gate, branch_bias, shift, scale)
+_backward.register_fake(lambda *inputs: _gradients(*inputs[:6], *inputs[8:10]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -37,10 +37,9 @@ def selective_scan_blocked(
     return y, h
 
 
-@selective_scan_blocked.register_fake
-def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
-    b, k, l, d = u.shape
-    return u.new_empty(b, k, l, d), u.new_empty(b, k, l, A.shape[2], d)
+selective_scan_blocked.register_fake(
+    lambda u, delta, A, *others: (u.new_empty(u.shape), u.new_empty(*u.shape[:3], A.shape[2], u.shape[3]))
+)
 
 
 @torch.library.custom_op("lamamba::selective_scan_backward", mutates_args=())
@@ -87,11 +86,7 @@ def _backward_tile(inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) ->
     grad_drive.mul_(delta).addcmul_(D[:, None], grad_y)
 
 
-@_backward.register_fake
-def _(
-    grad_y: Tensor, h: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
-) -> tuple[Tensor, ...]:
-    return tuple(_empty_like(x) for x in (u, delta, A, B, C, D))
+_backward.register_fake(lambda grad_y, h, *inputs: tuple(map(_empty_like, inputs)))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:

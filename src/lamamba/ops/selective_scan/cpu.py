@@ -30,11 +30,9 @@ def scan_grid_cpu(
     return y, starts
 
 
-@scan_grid_cpu.register_fake
-def _(
-    x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, continuous: bool
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(_shape_of_starts(x, A))
+scan_grid_cpu.register_fake(
+    lambda x, low, dt_weight, dt_bias, A, *others: (x.new_empty(x.shape), x.new_empty(_shape_of_starts(x, A)))
+)
 
 
 def _shape_of_starts(x: Tensor, A: Tensor) -> tuple[int, ...]:
@@ -65,12 +63,7 @@ def _backward(
     return grad_x, grad_low, grad_weight, grad_bias, grad_A, grad_skip.sum(dim=0).repeat(NUM_PATHS, 1)
 
 
-@_backward.register_fake
-def _(
-    grad_y: Tensor, starts: Tensor,
-    x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, continuous: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, low, dt_weight, dt_bias, A, D))
+_backward.register_fake(lambda grad_y, starts, *inputs: tuple(tensor.new_empty(tensor.shape) for tensor in inputs[:-1]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

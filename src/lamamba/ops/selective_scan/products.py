@@ -48,9 +48,7 @@ def sum_and_project(planes: Tensor, grad_low: Tensor, weight: Tensor) -> Tensor:
     return grad_x
 
 
-@sum_and_project.register_fake
-def _(planes: Tensor, grad_low: Tensor, weight: Tensor) -> Tensor:
-    return planes.new_empty(planes.shape[1:])
+sum_and_project.register_fake(lambda planes, grad_low, weight: planes.new_empty(planes.shape[1:]))
 
 
 def steps_backward(grad_z: Tensor, low: Tensor, weight: Tensor, rank: int, grad_low: Tensor) -> Tensor:

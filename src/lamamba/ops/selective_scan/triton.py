@@ -233,18 +233,9 @@ def saved_dtype(x: Tensor, num_states: int) -> torch.dtype:
 
 
 @scan_grid_triton.register_fake
-def _(
-    x: Tensor,
-    low: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    rank: int,
-    continuous: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(4, *x.shape), x.new_empty(_states_shape(x, A_log, save), dtype=saved_dtype(x, A_log.shape[2]))
+def _(x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    states = x.new_empty(_states_shape(x, A_log, others[-1]), dtype=saved_dtype(x, A_log.shape[2]))
+    return x.new_empty(4, *x.shape), states
 
 
 @torch.library.custom_op("lamamba::scan_grid_backward", mutates_args=())
@@ -309,10 +300,8 @@ def _scan_grid_backward(
 
 
 @_scan_grid_backward.register_fake
-def _(
-    grad_y: Tensor, states: Tensor,
-    x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, rank: int, continuous: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _(grad_y: Tensor, states: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    low, weight, _, A_log, D, *_ = others
     of_inputs = (tensor.new_empty(tensor.shape) for tensor in (low, weight))
     return x.new_empty(4, *x.shape), *of_inputs, A_log.new_empty(A_log.shape[2] + 2, *D.shape)
 

@@ -37,9 +37,7 @@ def _results(u: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u.new_empty(u.shape), u.new_empty(A.shape), u.new_empty(len(u), num_tiles, *A.shape[1:])
 
 
-@scan_sequences_cpu.register_fake
-def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _results(u, A)
+scan_sequences_cpu.register_fake(lambda u, delta, A, *others: _results(u, A))
 
 
 @torch.library.custom_op("lamamba::scan_sequences_cpu_backward", mutates_args=())
@@ -54,11 +52,9 @@ def _backward(
     return gradients  # type: ignore[return-value]
 
 
-@_backward.register_fake
-def _(
-    grad_y: Tensor, grad_last: Tensor, starts: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor
-) -> tuple[Tensor, ...]:
-    return tuple(u.new_empty(x.shape) for x in (u, delta, A, B, C, A))
+_backward.register_fake(
+    lambda grad_y, grad_last, starts, *inputs: tuple(x.new_empty(x.shape) for x in (*inputs, inputs[2]))
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -131,11 +131,8 @@ def scan_sequences_triton(
 
 
 @scan_sequences_triton.register_fake
-def _(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
-    D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, initial_state: Tensor | None,
-    softplus: bool, save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _(u: Tensor, delta: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    softplus, save = others[-2:]
     plan = _plan(u, A.shape[2], softplus)
     states = u.new_empty(plan.states if save else (0,), dtype=saved_dtype(u, A.shape[2]))
     return torch.empty_like(u), u.new_empty(plan.carry, dtype=torch.float32), states
@@ -174,17 +171,17 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    grad_y: Tensor, grad_last: Tensor | None, states: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
-    D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, softplus: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _(grad_y: Tensor, grad_last: Tensor | None, states: Tensor, u: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    delta, A, B, _, _, z, *_ = others
     groups, channels, num_states = A.shape
     return (
-        torch.empty_like(u), torch.empty_like(delta), u.new_empty(0) if z is None else torch.empty_like(z),
+        torch.empty_like(u),
+        torch.empty_like(delta),
+        u.new_empty(0) if z is None else torch.empty_like(z),
         u.new_empty(2, *B.shape, dtype=torch.float32),
         u.new_empty(num_states + 2, groups, channels, dtype=torch.float32),
         u.new_empty(len(u), groups, num_states, channels, dtype=torch.float32).mT,
-    )  # fmt: skip
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -49,9 +49,7 @@ def window_attention_cpu(qkv: Tensor, bias: Tensor, num_heads: int, window_size:
     return out
 
 
-@window_attention_cpu.register_fake
-def _(qkv: Tensor, bias: Tensor, num_heads: int, window_size: int, shifted: bool) -> Tensor:
-    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+window_attention_cpu.register_fake(lambda qkv, *others: qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3))
 
 
 @torch.library.custom_op("lamamba::window_attention_cpu_backward", mutates_args=())
@@ -98,11 +96,7 @@ def _backward(
     return grad_qkv, _grad_bias(grad_added, offsets, bias)
 
 
-@_backward.register_fake
-def _(
-    grad_out: Tensor, qkv: Tensor, bias: Tensor, num_heads: int, window_size: int, shifted: bool
-) -> tuple[Tensor, Tensor]:
-    return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape)
+_backward.register_fake(lambda grad_out, qkv, bias, *others: (qkv.new_empty(qkv.shape), bias.new_empty(bias.shape)))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

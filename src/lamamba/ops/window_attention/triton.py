@@ -57,9 +57,7 @@ def window_attention_triton(qkv: Tensor, bias: Tensor, num_heads: int, window_si
     return out
 
 
-@window_attention_triton.register_fake
-def _(qkv: Tensor, bias: Tensor, num_heads: int, window_size: int, shifted: bool) -> Tensor:
-    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+window_attention_triton.register_fake(lambda qkv, *others: qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3))
 
 
 @torch.library.custom_op("lamamba::window_attention_backward", mutates_args=())
@@ -78,11 +76,7 @@ def _backward(
         return grad_qkv, (rows @ sum_parts(logits).mT).to(bias.dtype)
 
 
-@_backward.register_fake
-def _(
-    grad_out: Tensor, qkv: Tensor, bias: Tensor, num_heads: int, window_size: int, shifted: bool
-) -> tuple[Tensor, Tensor]:
-    return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape)
+_backward.register_fake(lambda grad_out, qkv, bias, *others: (qkv.new_empty(qkv.shape), bias.new_empty(bias.shape)))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -141,9 +135,7 @@ def added_gradient(grad_qkv: Tensor, grad_out: Tensor) -> Tensor:
     return torch.cat([query, torch.zeros_like(query), value])
 
 
-@added_gradient.register_fake
-def _(grad_qkv: Tensor, grad_out: Tensor) -> Tensor:
-    return grad_qkv.new_empty(grad_qkv.shape[3], dtype=torch.float32)
+added_gradient.register_fake(lambda grad_qkv, grad_out: grad_qkv.new_empty(grad_qkv.shape[3], dtype=torch.float32))
 
 
 def _sum_columns(x: Tensor, width: int) -> Tensor:
