@@ -21,8 +21,11 @@ DOCS = HERE.parents[1] / "docs"
 PAGES = {"results.md": "answer.md", "findings.md": "findings.md"}  # page, and its text in this folder
 NAMES = {"s": "LaMamba-S", "dit-s-2": "DiT-S/2", "unet": "U-Net"}
 TITLES = {"cifar-10": "CIFAR-10, JPEG copy", "fashion-mnist": "Fashion-MNIST"}
-GRIDS = CIFAR = ("cifar-s-seed-0", "cifar-dit-s-2-seed-0")
-CLOTHES = ("s-flow-decay", "dit-s-2-flow-decay")
+GRIDS = CIFAR = ("cifar-s-longer-seed-0", "cifar-dit-s-2-longer-seed-0")
+CLOTHES = ("s-flow-decay-longer", "dit-s-2-flow-decay-longer")
+# A third of the images, with a learning rate that falls three times as fast.
+SHORT_CIFAR = ("cifar-s-seed-0", "cifar-dit-s-2-seed-0")
+SHORT_CLOTHES = ("s-flow-decay", "dit-s-2-flow-decay")
 PLOT = "distance.png"
 _SCORES = ("distance", "recall", "coverage")
 
@@ -108,6 +111,8 @@ def page(records: Records, text: str) -> str:
         "{floors}": [" and ".join(floors)],
         "{cifar}": scores_table(records, CIFAR),
         "{clothes}": scores_table(records, CLOTHES),
+        "{short cifar}": scores_table(records, SHORT_CIFAR),
+        "{short clothes}": scores_table(records, SHORT_CLOTHES),
         "{losses}": losses_table(records, (*CLOTHES, *CIFAR)),
     }
     for mark, lines in tables.items():
