@@ -22,6 +22,7 @@ from lamamba.config import NetworkConfig, TrainConfig, preset
 from lamamba.terminal.output import describe_duration
 from lamamba.training import log as logging_of_runs
 from lamamba.training.cost import peak_tflops, training_flops
+from lamamba.training.log import loss_parts
 from lamamba.training.trainer import Trainer
 
 TINY = [
@@ -135,6 +136,14 @@ def test_a_damaged_log_stops_nothing(run: Path, tmp_path: Path, capsys: pytest.C
     (out / "log.jsonl").write_bytes(b"".join(DAMAGED))
     main(["watch", str(out)])
     assert "nothing logged yet" in " ".join(capsys.readouterr().out.split())
+
+
+def test_only_parts_that_differ_from_the_loss_are_drawn() -> None:
+    damaged = {"images": 1}
+    flow = [{"images": 2, "loss": 0.5, "mse": 0.5}, {"images": 4, "loss": 0.25, "mse": 0.25}]
+    diffusion = [{"images": 2, "loss": 0.75, "mse": 0.5, "vb": 0.25}]
+    assert loss_parts([damaged, *flow]) == []
+    assert loss_parts([*flow, damaged, *diffusion]) == ["mse", "vb"]
 
 
 def points(run: Path) -> list[tuple[int, float]]:

@@ -267,13 +267,19 @@ class TrainingLog:
             return
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.add_subplot()
-        opacity = {"loss": 1.0, "mse": 0.6, "vb": 0.6}
-        draw_lines(axes, self.records, {name: {"label": name, "alpha": value} for name, value in opacity.items()})
+        styles: dict[str, dict[str, Any]] = {"loss": {"label": "loss"}}
+        styles |= {part: {"label": part, "alpha": 0.6} for part in loss_parts(self.records)}
+        draw_lines(axes, self.records, styles)
         axes.set(xlabel="images seen", ylabel="loss", yscale="log")
         axes.set_title(visible(f"{self.config.preset} on {self.config.data}"), **AS_IT_IS)
         axes.grid(alpha=0.3)
         draw_legend(axes)
         save_figure(figure, self.config.out / "loss.png")
+
+
+def loss_parts(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name the parts of the loss that differ from it: flow matching logs its whole loss as `mse`."""
+    return [part for part in ("mse", "vb") if any(row.get(part) not in (None, row.get("loss")) for row in records)]
 
 
 def draw_lines(axes: Any, records: Sequence[Mapping[str, Any]], styles: Mapping[str, Mapping[str, Any]]) -> None:
