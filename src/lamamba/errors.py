@@ -23,24 +23,24 @@ class DataError(LamambaError, ValueError):
     """Images or labels cannot be read, or do not fit the options."""
 
 
-@contextmanager
-def reading(what: str, advice: str) -> Iterator[None]:
-    """Turn any error into a DataError `what (the reason): advice`: readers raise nearly every kind on damaged files.
+class CheckpointError(LamambaError, RuntimeError):
+    """A checkpoint is missing, damaged, of another kind, or could not be written."""
 
-    DataErrors and a lack of memory are passed on.
+
+@contextmanager
+def reading(what: str, advice: str, kind: type[LamambaError] = DataError) -> Iterator[None]:
+    """Turn any error into `what (the reason): advice`: readers raise nearly every kind on damaged files.
+
+    Errors of lamamba and a lack of memory are passed on.
     """
     try:
         yield
-    except (MemoryError, DataError):
+    except (MemoryError, LamambaError):
         raise
     except Exception as error:
         cause = error.__cause__ or error
         reason = textwrap.shorten(f"{type(cause).__name__}: {cause}", 300)
-        raise DataError(f"{what} ({reason.rstrip('.')}): {advice}") from error
-
-
-class CheckpointError(LamambaError, RuntimeError):
-    """A checkpoint is missing, damaged, of another kind, or could not be written."""
+        raise kind(f"{what} ({reason.rstrip('.')}): {advice}") from error
 
 
 class OtherProcessError(LamambaError):

@@ -20,7 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hub_server import TOKEN, Hub, Repository, running_hub
-from lamamba.checkpoints.checkpoint import CheckpointInfo, load_checkpoint, write_json, write_weights
+from lamamba import files
+from lamamba.checkpoints.checkpoint import CheckpointInfo, load_checkpoint, write_weights
 from lamamba.cli import main
 from lamamba.commands.push import _code, _escaped
 from lamamba.model import LaMambaDiff
@@ -42,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, autoencoder: Path) -> Path:
     network = tiny_network(in_channels=2)
     info = CheckpointInfo(12345, 100, "flow", CLASSES, str(autoencoder))
     write_weights(run / "checkpoints" / "12345", network, info)
-    write_json(run / "config.json", {"data": "fashion-mnist"})
+    files.write_json(run / "config.json", {"data": "fashion-mnist"})
     return run
 
 
@@ -252,6 +253,7 @@ def test_a_pipeline_comes_back_from_the_hub(
     sample = ["sample", "tester/tiny", "--labels", "newt", "--num-per-label", "1", "--steps", "2"]
     said = run_client(hub, tmp_path, f"""
 import torch, lamamba
+from lamamba import files
 from lamamba.cli import main
 options = [{str(run)!r}, "tester/tiny", "--num-per-label", "0"]
 main(["push", *options, "--private", "--branch", "early", "--license", "mit"])

@@ -12,6 +12,7 @@ import torch
 from lamamba import LaMambaDiff
 from lamamba.checkpoints.checkpoint import CheckpointInfo, verify
 from lamamba.checkpoints.saving import save_checkpoint
+from lamamba.errors import CheckpointError
 from lamamba.files import atomic_write, flush
 
 SYNC, OPEN = os.fsync, os.open
@@ -65,6 +66,6 @@ def test_a_file_that_cannot_be_synced_is_an_error(tmp_path: Path, monkeypatch: p
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"), atomic_write(tmp_path / "a.txt") as temporary:
+    with pytest.raises(CheckpointError, match="No space left"), atomic_write(tmp_path / "a.txt") as temporary:
         temporary.write_text("after")
     assert (tmp_path / "a.txt").read_text() == "before"

@@ -24,15 +24,14 @@ import torch
 from filelock import FileLock, Timeout
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
-from safetensors import SafetensorError
 from typing_extensions import TypedDict
 
-from lamamba import __version__, files
+from lamamba import __version__
 from lamamba.checkpoints.dit import DIT_CLASSES, DiTFolder
 from lamamba.checkpoints.hub import fetch, is_repository
 from lamamba.config import PRESETS, NetworkConfig, nearest
 from lamamba.diffusion import OBJECTIVES
-from lamamba.errors import CheckpointError, ConfigError
+from lamamba.errors import CheckpointError, ConfigError, reading
 from lamamba.files import checksum, permit, write_text
 from lamamba.files.records import is_run, read_record
 from lamamba.files.weights import (
@@ -52,7 +51,6 @@ FORMAT = 1
 SHIPPED = Path(__file__).parents[1] / "assets"
 RECORD = "checkpoint.json"
 _LOADABLE = ("LaMambaDiffPipeline", "LaMambaDiff", "DiTPipeline", *DIT_CLASSES)
-_WRITE_ERRORS = (OSError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -284,10 +282,8 @@ def build_empty(folder: Path) -> Any:
         with torch.device("meta"):  # initializing weights would take longer than reading them
             return LaMambaDiff(**vars(read_network_config(folder)))
     options = read_record(folder / CONFIG, dict[str, Any])
-    try:
+    with reading(f"{folder / CONFIG} does not fit the network {name}", "use the code that wrote it", CheckpointError):
         return NETWORKS[name](**{key: value for key, value in options.items() if not key.startswith("_")})
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / CONFIG} does not fit the network {name}: {error}") from error
 
 
 def load_checkpoint(name: str | Path, weights: str = "ema") -> LoadedCheckpoint:
@@ -402,18 +398,8 @@ def export(checkpoint: Path, folder: Path) -> None:
 
 def write_weights(folder: Path, network: Any, info: CheckpointInfo, trained: Any = None) -> None:
     """Write EMA weights, and optionally trained ones, in the layout of a checkpoint; raises CheckpointError."""
-    try:
+    with reading(f"{folder} could not be written", "free some space", CheckpointError):
         save_network(network, folder / "ema")
         if trained is not None:
             save_network(trained, folder / "network")
         write_info(folder, info)
-    except _WRITE_ERRORS as error:
-        raise CheckpointError(f"{folder} could not be written ({error}): free some space") from error
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file atomically; raises CheckpointError."""
-    try:
-        files.write_json(path, content)
-    except OSError as error:
-        raise CheckpointError(f"{path} could not be written: {error}") from error

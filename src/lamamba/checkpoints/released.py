@@ -171,11 +171,11 @@ def save_released(path: Path, model: LaMambaDiff, ema: LaMambaDiff) -> None:
     """
     states = {"model": released_state(model)}
     states["ema"] = states["model"] if ema is model else released_state(ema)
-    try:
-        with atomic_write(path) as temporary:
+    with atomic_write(path) as temporary:
+        try:
             torch.save(states, temporary)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
-        raise CheckpointError(f"{path} could not be written: {first_line(error)}") from error
+        except RuntimeError as error:  # of a full disk
+            raise OSError(first_line(error)) from error
 
 
 def translate(released_name: str) -> str:

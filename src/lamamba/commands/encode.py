@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import MofNCompleteColumn
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,7 +29,7 @@ from lamamba.data.latent_files import FORMAT, INDEX, SETTINGS, read_settings
 from lamamba.data.latents import Latents, identify
 from lamamba.distributed.processes import Processes, joined
 from lamamba.distributed.signals import SignalsNoted
-from lamamba.errors import ConfigError, DataError
+from lamamba.errors import ConfigError, DataError, reading
 from lamamba.files import atomic_write, checksum, utf8_path, write_json
 from lamamba.files.records import parse_record
 from lamamba.sampling import choose_device
@@ -111,10 +111,7 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
     left = [other.name for pattern in ("shard-*", INDEX) for other in folder.glob(pattern)]
     if left:
         raise DataError(f"{folder} contains {min(left)} but no {SETTINGS} that describes it: choose another --out")
-    try:
-        write_json(path, {"format": FORMAT, "settings": settings})
-    except OSError as error:
-        raise DataError(f"{path} cannot be written ({error}): free some space, or choose another --out") from error
+    write_json(path, {"format": FORMAT, "settings": settings})
 
 
 def _encode_shards(
@@ -177,13 +174,8 @@ def _write_shard(path: Path, parts: list[dict[str, Tensor]]) -> None:
         [[zlib.crc32(view.numpy().tobytes()) for view in image] for image in tensors["moments"]]
     )
     sums = torch.stack([part["sums"] for part in parts]).sum(dim=0)
-    try:
-        with atomic_write(path) as temporary:
-            save_file(tensors, temporary, {"sums": json.dumps(sums.tolist())})
-    except (OSError, SafetensorError) as error:
-        raise DataError(
-            f"{path} cannot be written ({error}): free some space and run the same command again to continue"
-        ) from error
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, {"sums": json.dumps(sums.tolist())})
 
 
 def _write_index(folder: Path, settings: dict[str, Any]) -> None:
@@ -191,15 +183,15 @@ def _write_index(folder: Path, settings: dict[str, Any]) -> None:
     shards, sums = [], np.zeros((2, settings["shape"][0]))
     for shard in range(-(-settings["images"] // settings["images_per_shard"])):
         path = _shard_path(folder, shard)
-        try:
-            with safe_open(utf8_path(path), framework="np") as file:
-                num_images = file.get_slice("labels").get_shape()[0]
-                own = parse_record(file.metadata()["sums"], str(path), list[list[float]], DataError)
-                if [len(row) for row in own] != [sums.shape[1]] * 2:
-                    raise IndexError("its sums have another number of channels")
-                sums += own
-        except (OSError, SafetensorError, KeyError, TypeError, IndexError) as error:
-            raise DataError(f"{path} is damaged ({error}): delete it and run the same command again") from error
+        with (
+            reading(f"{path} is damaged", "delete it and run the same command again"),
+            safe_open(utf8_path(path), framework="np") as file,
+        ):
+            num_images = file.get_slice("labels").get_shape()[0]
+            own = parse_record(file.metadata()["sums"], str(path), list[list[float]], DataError)
+            if [len(row) for row in own] != [sums.shape[1]] * 2:
+                raise IndexError("its sums have another number of channels")
+            sums += own
         expected = min(settings["images_per_shard"], settings["images"] - shard * settings["images_per_shard"])
         if num_images != expected:
             raise DataError(f"{path} has {num_images} images, not {expected}: delete it and run the same command again")

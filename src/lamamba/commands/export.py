@@ -21,7 +21,7 @@ from lamamba.checkpoints.checkpoint import LoadedCheckpoint, load_checkpoint
 from lamamba.config import ExportConfig
 from lamamba.data.latents import IMAGE_CHANNELS
 from lamamba.diffusion import NUM_TIMESTEPS, OBJECTIVES
-from lamamba.errors import CheckpointError, ConfigError
+from lamamba.errors import CheckpointError, ConfigError, reading
 from lamamba.files import atomic_write
 from lamamba.files.records import AutoencoderRecord, read_record
 from lamamba.files.weights import CONFIG
@@ -58,23 +58,19 @@ def export(config: ExportConfig) -> None:
     if config.guidance and (why := why_unguided(network.config)):
         raise ConfigError(f"{why}: leave --guidance out")
     text = json.dumps(describe(loaded, config, size))
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-        if config.format != "pt2":
-            with atomic_write(config.out / ONNX) as temporary:
-                temporary.write_bytes(_as_onnx(network, config, size, text))
-            say(f"wrote {config.out / ONNX}")
-            _compare(network, config, size)
-        if config.format != "onnx":
-            with atomic_write(config.out / PROGRAM) as temporary:
-                network = halved(network) if config.precision == "float16" else network
-                program = as_program(network, size, guided=config.guidance)
-                renamed = temporary.with_suffix(".pt2")  # torch refuses other suffixes
-                torch.export.save(program, renamed, extra_files={METADATA: text})
-                renamed.replace(temporary)
-            say(f"wrote {config.out / PROGRAM}")
-    except OSError as error:
-        raise CheckpointError(f"{config.out} could not be written: {error}") from error
+    if config.format != "pt2":
+        with atomic_write(config.out / ONNX) as temporary:
+            temporary.write_bytes(_as_onnx(network, config, size, text))
+        say(f"wrote {config.out / ONNX}")
+        _compare(network, config, size)
+    if config.format != "onnx":
+        with atomic_write(config.out / PROGRAM) as temporary:
+            network = halved(network) if config.precision == "float16" else network
+            program = as_program(network, size, guided=config.guidance)
+            renamed = temporary.with_suffix(".pt2")  # torch refuses other suffixes
+            torch.export.save(program, renamed, extra_files={METADATA: text})
+            renamed.replace(temporary)
+        say(f"wrote {config.out / PROGRAM}")
 
 
 def describe(loaded: LoadedCheckpoint, config: ExportConfig, size: tuple[int, int]) -> dict[str, Any]:
@@ -128,10 +124,8 @@ def _as_onnx(network: LaMambaDiff, config: ExportConfig, size: tuple[int, int], 
     if num_bytes > _LARGEST_ONNX:
         smaller = "use --precision float16-weights" if width == 4 else "export --format pt2"
         raise ConfigError(f"the weights have {num_bytes:,} bytes, and an ONNX file has less than 2 GiB: {smaller}")
-    try:
+    with reading("ONNX needs the package onnx", "pip install 'lamamba[export]'", ConfigError):
         graph = import_module("lamamba.commands.onnx_graph")
-    except ImportError as error:
-        raise ConfigError(f"ONNX needs the package onnx ({error}): pip install 'lamamba[export]'") from error
     model = graph.build(
         network, size, guided=config.guidance, metadata={METADATA: text},
         stored="float32" if config.precision == "float32" else "float16",

@@ -202,9 +202,5 @@ def _saving_animation(frames: Sequence[Image.Image]) -> Callable[[Path], None]:
 
 
 def _write(path: Path, save: Callable[[Path], None]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            save(temporary)
-    except OSError as error:
-        raise CheckpointError(f"{path} could not be written: {error}") from error
+    with atomic_write(path) as temporary:
+        save(temporary)

@@ -14,7 +14,6 @@ import os
 import shutil
 import subprocess
 import tarfile
-import textwrap
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from rich.progress import MofNCompleteColumn
 from lamamba.config import PrepareEmojiConfig
 from lamamba.data.decoding import decode_image
 from lamamba.data.preparing import NewFile, SplitCounts, check_names, fill_folder, list_names, using
-from lamamba.errors import DataError
+from lamamba.errors import DataError, reading
 from lamamba.files import TEMPORARY
 from lamamba.terminal.output import progress_bars, say
 
@@ -108,14 +107,11 @@ def prepare_emoji(out: Path, *, source: Path | None = None, expected: Expected =
 
 def _download(tarball: Path, expected: Expected, advice: str) -> None:
     where = f"{_registry()}/{PACKAGE}/{expected.version}"
-    try:
+    with reading(f"{where} could not be downloaded to {tarball}", advice):
         with urllib.request.urlopen(where, timeout=60) as answer:
             address = json.load(answer)["dist"]["tarball"]
         with urllib.request.urlopen(address, timeout=60) as answer, tarball.open("wb") as file:
             shutil.copyfileobj(answer, file)
-    except (OSError, ValueError, KeyError, TypeError) as error:  # no network is an OSError, no JSON a ValueError
-        reason = textwrap.shorten(str(getattr(error, "reason", error)), 300)
-        raise DataError(f"{where} could not be downloaded to {tarball} ({reason}): {advice}") from error
 
 
 def _registry() -> str:

@@ -4,9 +4,6 @@ import gzip
 import io
 import math
 import struct
-import textwrap
-import zipfile
-import zlib
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from lamamba.data.sources import ArraySource
-from lamamba.errors import ConfigError, DataError
+from lamamba.errors import ConfigError, DataError, reading
 
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 FASHION_MNIST_CLASSES = (
@@ -42,11 +39,12 @@ def load_builtin() -> ArraySource:
         DataError: the shipped file is missing or damaged.
     """
     asset = files("lamamba") / "assets" / "fashion_mnist_10k.npz"
-    try:
-        with asset.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            images, labels = arrays["images"], arrays["labels"]
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"the built-in set {asset} cannot be read ({error}): install lamamba again") from error
+    with (
+        reading(f"the built-in set {asset} cannot be read", "install lamamba again"),
+        asset.open("rb") as file,
+        np.load(file, allow_pickle=False) as arrays,
+    ):
+        images, labels = arrays["images"], arrays["labels"]
     return ArraySource("builtin", _pad_to_32(images), labels, FASHION_MNIST_CLASSES)
 
 
@@ -109,15 +107,15 @@ def _find_idx_file(folder: Path, name: str) -> Path:
 def _read_idx(path: Path, num_dimensions: int) -> np.ndarray:
     """Read an idx file of uint8 (big-endian magic 0x0800 + dimensions, the sizes, the bytes), gzipped or not."""
     is_packed = path.suffix == ".gz"
-    try:
-        with gzip.open(path) if is_packed else path.open("rb") as file:
-            magic, *shape = struct.unpack(f">{1 + num_dimensions}I", file.read(4 * (1 + num_dimensions)))
-            num_bytes = math.prod(shape)
-            # Do not read more than a file of this size can hold: gzip expands a byte to at most 1,032.
-            most = path.stat().st_size * (1032 if is_packed else 1)
-            content = file.read(num_bytes + 1) if num_bytes <= most else b""
-    except (OSError, EOFError, zlib.error, struct.error) as error:
-        raise DataError(f"{path} cannot be read as an idx file ({error}): replace it by the original file") from error
+    with (
+        reading(f"{path} cannot be read as an idx file", "replace it by the original file"),
+        gzip.open(path) if is_packed else path.open("rb") as file,
+    ):
+        magic, *shape = struct.unpack(f">{1 + num_dimensions}I", file.read(4 * (1 + num_dimensions)))
+        num_bytes = math.prod(shape)
+        # Do not read more than a file of this size can hold: gzip expands a byte to at most 1,032.
+        most = path.stat().st_size * (1032 if is_packed else 1)
+        content = file.read(num_bytes + 1) if num_bytes <= most else b""
     if magic != 0x0800 + num_dimensions:
         kind = "images" if num_dimensions == 3 else "labels"
         raise DataError(f"{path} is not an idx file of {kind} (magic {magic}): replace it by the original file")
@@ -132,41 +130,24 @@ def _read_idx(path: Path, num_dimensions: int) -> np.ndarray:
 
 def _read_hub(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Return uint8 (n, 28, 28) and int64 (n,) from the Parquet file of the hub: image {bytes of a PNG, path}, label."""
-    try:
+    missing = f"Fashion-MNIST is not in {FASHION_MNIST_FOLDER}, and"
+    what = f"{missing} reading it from the Hugging Face hub needs pyarrow"
+    with reading(what, f"run 'pip install pyarrow'; or {_WAYS_WITHOUT_HUB}"):
         parquet = import_module("pyarrow.parquet")  # fail before the download
-    except ImportError as error:
-        raise DataError(
-            f"Fashion-MNIST is not in {FASHION_MNIST_FOLDER}, and reading it from the Hugging Face hub needs pyarrow "
-            f"({error}): run 'pip install pyarrow'; or {_WAYS_WITHOUT_HUB}"
-        ) from error
-    path = _download(f"fashion_mnist/{split}-00000-of-00001.parquet")
-    try:
+    name = f"fashion_mnist/{split}-00000-of-00001.parquet"
+    advice = f"try again with a network; or {_WAYS_WITHOUT_HUB}"
+    with reading(f"{missing} the Hugging Face hub did not give {name}", advice):
+        found = huggingface_hub.hf_hub_download(
+            repo_id=HUB_REPOSITORY, repo_type="dataset", filename=name, revision=HUB_REVISION
+        )
+    path = Path(found).resolve()  # the file, not the link: deleting only the link would keep a damaged file
+    with reading(f"{path} cannot be read", "delete it, and it is downloaded again"):
         table = parquet.read_table(path, columns=["image", "label"])
         rows, labels = table["image"].to_pylist(), table["label"].to_numpy()
         images = np.stack([np.asarray(Image.open(io.BytesIO(row["bytes"]))) for row in rows])
-    except MemoryError:
-        raise
-    except Exception as error:  # pyarrow and Pillow raise nearly everything on damaged files
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-        raise DataError(f"{path} cannot be read ({reason}): delete it, and it is downloaded again") from error
     if images.shape[1:] != (28, 28) or labels.min() < 0 or labels.max() > 9:
         raise DataError(
             f"{path} has images of shape {images.shape} and labels {labels.min()}..{labels.max()}, not (n, 28, 28) and "
             "0..9: delete it, and it is downloaded again"
         )
     return images, labels
-
-
-def _download(name: str) -> Path:
-    """Return the file from the local cache of the hub; download it if it is missing."""
-    try:
-        path = huggingface_hub.hf_hub_download(
-            repo_id=HUB_REPOSITORY, repo_type="dataset", filename=name, revision=HUB_REVISION
-        )
-    except Exception as error:  # no network, proxy, full disk, offline mode: the hub's library has no common base
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-        raise DataError(
-            f"Fashion-MNIST is not in {FASHION_MNIST_FOLDER}, and the Hugging Face hub did not give {name} ({reason}): "
-            f"try again with a network; or {_WAYS_WITHOUT_HUB}"
-        ) from error
-    return Path(path).resolve()  # the file, not the link: deleting only the link would keep a damaged file

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lamamba.data import to_float, to_uint8
-from lamamba.errors import CheckpointError, ConfigError
+from lamamba.errors import CheckpointError, ConfigError, reading
 from lamamba.files import checksum
 from lamamba.files.records import AutoencoderRecord
 from lamamba.files.weights import CONFIG, check_class, check_model, load_model
@@ -231,12 +231,10 @@ def identify(folder: Path) -> str:
 
 def identify_autoencoder(folder: Path) -> str:
     """Compute a digest of an autoencoder's weights and configuration, to recognize it after it has moved."""
-    try:
+    with reading(f"{folder} cannot be read as an AutoencoderKL", "give (--vae) another folder", CheckpointError):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         known = {name: value for name, value in config.items() if not name.startswith("_")}  # not where it was loaded
         return hashlib.sha256(json.dumps([identify(folder), known], sort_keys=True).encode()).hexdigest()
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder} cannot be read as an AutoencoderKL: {error}") from error
 
 
 def open_space(vae: Path | None, device: torch.device, dtype: torch.dtype = torch.float32) -> Space:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lamamba.errors import ConfigError
+from lamamba.errors import ConfigError, reading
 from lamamba.evaluation.clothes import ClothesNetwork
 from lamamba.files import atomic_write, checksum
 from lamamba.files.weights import check_weights
@@ -113,14 +113,10 @@ def open_features(name: str, device: torch.device, pixels: Pixels = "uint8") -> 
 
 
 def _load(path: Path, device: torch.device) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript, the format of these networks
-            return torch.jit.load(path, map_location=device).eval()
-    except RuntimeError as error:
-        raise ConfigError(
-            f"features {path} cannot be read as TorchScript: save the network with torch.jit.trace(...).save(...)"
-        ) from error
+    advice = "save the network with torch.jit.trace(...).save(...)"
+    with reading(f"features {path} cannot be read as TorchScript", advice, ConfigError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript, the format of these networks
+        return torch.jit.load(path, map_location=device).eval()
 
 
 def _wrap(module: Any, name: str, pixels: Pixels) -> Callable[[Tensor], Features]:
@@ -196,19 +192,16 @@ def _fetch_inception() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lamamba"
     path = cache / INCEPTION_URL.rsplit("/", 1)[-1]
     if not path.is_file():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
+        what = f"the Inception network could not be downloaded to {path}"
+        with reading(
+            what, f"download {INCEPTION_URL} elsewhere and give it with features (--features) FILE", ConfigError
+        ):
             with urllib.request.urlopen(INCEPTION_URL, timeout=60) as answer:
                 content = answer.read()
             if sha256(content).hexdigest() != INCEPTION_SHA256:
                 raise OSError(f"its checksum is not {INCEPTION_SHA256}")
             with atomic_write(path) as temporary:
                 temporary.write_bytes(content)
-        except OSError as error:  # includes a missing network
-            raise ConfigError(
-                f"the Inception network could not be downloaded to {path} ({getattr(error, 'reason', error)}): "
-                f"download {INCEPTION_URL} elsewhere and give it with features (--features) FILE"
-            ) from error
     elif checksum(path) != INCEPTION_SHA256:
         raise ConfigError(f"{path} does not have the checksum {INCEPTION_SHA256}: delete it to download it again")
     return path

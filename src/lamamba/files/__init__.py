@@ -10,6 +10,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from lamamba.errors import CheckpointError, first_line
+
 # Prefix of files that are not complete yet. They are hidden, and nothing reads them.
 TEMPORARY = ".incomplete-"
 _UMASK = os.umask(0o022)  # reading the umask requires setting it
@@ -21,17 +25,23 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path, then flush it to disk and rename it to `path`.
 
     Raises:
-        OSError: the file cannot be written. An existing file stays unchanged.
+        CheckpointError: the file cannot be written. An existing file stays unchanged.
     """
     temporary = path.with_name(TEMPORARY + path.name)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         permit(temporary)
         flush(temporary)
         temporary.replace(path)
         flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} could not be written ({first_line(error)}): free some space, or choose another place"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -40,7 +50,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file atomically; raises OSError."""
+    """Write a JSON file atomically; raises CheckpointError."""
     with atomic_write(path) as temporary:
         write_text(temporary, json.dumps(content, indent=2) + "\n")
 

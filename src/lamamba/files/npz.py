@@ -10,7 +10,9 @@ from typing import IO
 
 import numpy as np
 
-from lamamba.errors import DataError, first_line
+from lamamba.errors import reading
+
+_AGAIN = "download or create it again"
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class OpenedArray:
 
     def read_bytes(self, number: int) -> bytes:
         """Read the next bytes of the values; raises DataError."""
-        with _reading(f"the {self.what} ({self.name}) of {self.path} are damaged"):
+        with reading(f"the {self.what} ({self.name}) of {self.path} are damaged", _AGAIN):
             content = self.file.read(number)
             if len(content) != number:
                 raise EOFError(f"{len(content):,} of {number:,} bytes")
@@ -56,7 +58,7 @@ class OpenedArray:
 
 def list_arrays(path: Path) -> list[str]:
     """List the names of a file's arrays; raises DataError."""
-    with _reading(f"{path} cannot be read as a .npz file"), zipfile.ZipFile(path) as archive:
+    with reading(f"{path} cannot be read as a .npz file", _AGAIN), zipfile.ZipFile(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
@@ -68,7 +70,7 @@ def opened_array(path: Path, name: str, what: str = "values") -> Iterator[Opened
         DataError: there is no array with that name, its header is damaged, or its size does not match the header.
     """
     with ExitStack() as stack:
-        with _reading(f"{path} cannot be read as a .npz file"):
+        with reading(f"{path} cannot be read as a .npz file", _AGAIN):
             archive = stack.enter_context(zipfile.ZipFile(path))
             file = stack.enter_context(archive.open(f"{name}.npy"))
             array = _read_header(path, name, archive.getinfo(f"{name}.npy"), file, what)
@@ -92,14 +94,3 @@ def _read_header(path: Path, name: str, info: zipfile.ZipInfo, file: IO[bytes], 
     if info.compress_size > path.stat().st_size or info.file_size > most:
         raise ValueError(f"{name} claims {array.num_bytes:,} bytes, more than the file can contain")
     return array
-
-
-@contextmanager
-def _reading(fault: str) -> Iterator[None]:
-    """Turn any error of a damaged file into a DataError."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:  # zipfile, zlib and NumPy's parser raise many kinds of errors, even SyntaxError
-        raise DataError(f"{fault} ({first_line(error)}): download or create it again") from error

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from lamamba.errors import CheckpointError, first_line
+from lamamba.errors import CheckpointError, first_line, reading
 from lamamba.files import utf8_path
 from lamamba.files.records import read_record
 
@@ -37,6 +37,7 @@ _NAME = re.compile(
 CONFIG, PIPELINE_INDEX = "config.json", "model_index.json"  # of a model's folder, and of a pipeline's
 _VARIANTS = ("", "fp16", "bf16")  # the one with the most bits first
 _NUM_LISTED = 5
+_DAMAGED = "copy or download the whole folder again"
 # No global of a pickle is ever called, but a file that refers to one of these was made to do harm.
 _CODE = re.compile(
     r"(os|posix|nt|sys|subprocess|pty|shutil|socket|runpy|importlib|ctypes|code|pdb|webbrowser|multiprocessing|timeit"
@@ -154,10 +155,8 @@ def _join(found: WeightFiles, of_safetensors: Callable[[Path], dict[str, Tensor]
 
 
 def _of_safetensors(path: Path, load: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-    try:
+    with reading(f"{path} cannot be read as safetensors", _DAMAGED, CheckpointError):
         return load(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {first_line(error)}") from error
 
 
 def _read_header(path: Path) -> dict[str, Tensor]:
@@ -352,11 +351,11 @@ def check_model(kind: Any, folder: Path, schema: type[Any], variant: str | None 
     read_record(config, schema)
     found = find_weights(folder, variant)
     weights = describe_weights(found)
-    try:
-        with torch.device("meta"):
-            model = kind.from_config(json.loads(config.read_text(encoding="utf-8")))
-    except Exception as error:  # diffusers raises many kinds of errors for inconsistent options
-        raise CheckpointError(f"{config} is not a valid {kind.__name__} configuration ({first_line(error)})") from error
+    with (
+        reading(f"{config} is not a valid {kind.__name__} configuration", _DAMAGED, CheckpointError),
+        torch.device("meta"),
+    ):
+        model = kind.from_config(json.loads(config.read_text(encoding="utf-8")))
     model._fix_state_dict_keys_on_load(weights)  # autoencoders of 2022 have other names for attention layers
     check_weights(folder, model.state_dict(), weights)
     return found
@@ -365,10 +364,8 @@ def check_model(kind: Any, folder: Path, schema: type[Any], variant: str | None 
 def load_model(kind: Any, folder: Path, schema: type[Any]) -> Any:
     """Load a diffusers model to the CPU in float32, with the checks of `check_model`; raises CheckpointError."""
     found = check_model(kind, folder, schema)
-    try:
+    with reading(f"{folder} cannot be read as a {kind.__name__}", _DAMAGED, CheckpointError):
         options = {"variant": found.variant, "use_safetensors": found.use_safetensors, "torch_dtype": torch.float32}
         model = kind.from_pretrained(utf8_path(folder), local_files_only=True, low_cpu_mem_usage=False, **options)
-    except Exception as error:  # diffusers raises many kinds of errors for damaged folders
-        raise CheckpointError(f"{folder} cannot be read as a {kind.__name__}: {first_line(error)}") from error
     _raise(folder, {"not finite": _not_finite(model.state_dict())})
     return model

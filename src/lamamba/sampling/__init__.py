@@ -14,7 +14,7 @@ from torch import Tensor
 from lamamba.config import PLAIN_GUIDANCE, GuidanceOptions
 from lamamba.config.checks import check, check_seed, is_number
 from lamamba.diffusion import Denoiser, Objective, Predict
-from lamamba.errors import ConfigError
+from lamamba.errors import ConfigError, first_line
 from lamamba.sampling.captured import capture, device_of
 from lamamba.sampling.guidance import guide
 from lamamba.sampling.labels import check_no_label, check_numbers, choose_guidance
@@ -257,7 +257,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}): try cpu") from error
+        raise ConfigError(f"device {name!r} cannot be used here ({first_line(error)}): try cpu") from error
     return device
 
 

@@ -26,15 +26,15 @@ from rich.progress import MofNCompleteColumn
 from torch import Tensor
 
 from lamamba import __version__
-from lamamba.checkpoints.checkpoint import CheckpointInfo, LoadedCheckpoint, load_denoiser, locked, write_json
+from lamamba.checkpoints.checkpoint import CheckpointInfo, LoadedCheckpoint, load_denoiser, locked
 from lamamba.config import GenerateConfig, SampleConfig, SamplingConfig
 from lamamba.config.checks import MAX_GRID_PIXELS, check_seed
 from lamamba.data.latents import IMAGE_CHANNELS, Latents, identify_autoencoder, open_space
 from lamamba.diffusion import OBJECTIVES
 from lamamba.distributed.processes import Processes, joined
 from lamamba.distributed.signals import SignalsNoted
-from lamamba.errors import CheckpointError, ConfigError
-from lamamba.files import atomic_write, checksum
+from lamamba.errors import CheckpointError, ConfigError, reading
+from lamamba.files import atomic_write, checksum, write_json
 from lamamba.files.npz import opened_array
 from lamamba.files.records import read_record
 from lamamba.sampling import Callback, Start, choose_device, make_grid, sample, uses_bf16
@@ -355,18 +355,9 @@ def _sample_shards(
                 ]
                 if written:
                     written.result()
-                written = writer.submit(_write, config, places, images, settings)
+                written = writer.submit(_WRITERS[config.format], config.out, places, images, settings)
             if written:
                 written.result()
-
-
-def _write(config: GenerateConfig, places: range, images: np.ndarray, settings: Sequence[dict[str, Any]]) -> None:
-    try:
-        _WRITERS[config.format](config.out, places, images, settings)
-    except OSError as error:
-        raise CheckpointError(
-            f"images could not be written to {config.out} ({error}): free some space, and run it again"
-        ) from error
 
 
 def _is_there(config: GenerateConfig, places: range) -> bool:
@@ -443,10 +434,8 @@ def _make_folders(config: SampleConfig) -> None:
         raise ConfigError(f"out {config.out} is not a .png file: the grid is written as PNG")
     for folder in (config.out.parent, config.images_out):
         if folder is not None:
-            try:
+            with reading(f"folder {folder} cannot be made", "choose another", CheckpointError):
                 folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise CheckpointError(f"folder {folder} cannot be made: {error}") from error
 
 
 def _picture(image: np.ndarray) -> Image.Image:
@@ -467,8 +456,5 @@ def _metadata(settings: dict[str, Any]) -> PngInfo:
 
 
 def _save(picture: Image.Image, path: Path, settings: dict[str, Any]) -> None:
-    try:
-        with atomic_write(path) as temporary:
-            picture.save(temporary, format="PNG", pnginfo=_metadata(settings))
-    except OSError as error:
-        raise CheckpointError(f"{path} could not be written: {error}") from error
+    with atomic_write(path) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=_metadata(settings))

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from lamamba.config.checks import is_whole
 from lamamba.diffusion import NUM_TIMESTEPS, FlowMatching, Objective
-from lamamba.errors import CheckpointError, ConfigError
+from lamamba.errors import CheckpointError, ConfigError, first_line, reading
 from lamamba.files.records import SchedulerRecord, read_record
 from lamamba.files.weights import PIPELINE_INDEX
 
@@ -386,8 +386,8 @@ def _try(scheduler: Any, objective: Objective, channels: int, num_steps: int, st
     except ConfigError:
         raise
     except Exception as error:  # schedulers raise many kinds of errors
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"the scheduler {name} cannot take {num_steps} steps{from_image} ({line}): {use}") from error
+        what = f"the scheduler {name} cannot take {num_steps} steps{from_image} ({first_line(error)})"
+        raise ConfigError(f"{what}: {use}") from error
 
 
 def _trial(
@@ -424,8 +424,6 @@ def open_scheduler(pipeline: Path) -> SchedulerMixin:
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise CheckpointError(f"{pipeline / PIPELINE_INDEX}: scheduler is {name!r}: diffusers has no such scheduler")
     read_record(pipeline / "scheduler" / "scheduler_config.json", SchedulerRecord)
-    try:
+    what, advice = f"{pipeline / 'scheduler'} cannot be read as a scheduler of diffusers", "copy or download it again"
+    with reading(what, advice, CheckpointError):
         return cast(Any, kind).from_pretrained(pipeline / "scheduler", local_files_only=True)
-    except Exception as error:  # diffusers raises many kinds for a damaged folder
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{pipeline / 'scheduler'} cannot be read as a scheduler of diffusers: {line}") from error

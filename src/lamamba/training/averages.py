@@ -16,21 +16,21 @@ import hashlib
 import json
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lamamba.checkpoints.checkpoint import build_empty, find_checkpoint, read_info, write_weights
 from lamamba.config import AverageConfig
-from lamamba.errors import CheckpointError, ConfigError, first_line
+from lamamba.errors import CheckpointError, ConfigError, reading
 from lamamba.files import atomic_write, utf8_path
 from lamamba.files.records import parse_record
 from lamamba.files.weights import fill
@@ -190,14 +190,8 @@ def save_snapshot(
     checksum = _Checksum(record)
     for name in sorted(tensors):
         checksum.add(name, tensors[name])
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(final) as temporary:
-            save_file(tensors, temporary, {**record, "sha256": checksum.hexdigest()})
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{final} could not be written ({error}): free some space; earlier snapshots are unchanged"
-        ) from error
+    with atomic_write(final) as temporary:
+        save_file(tensors, temporary, {**record, "sha256": checksum.hexdigest()})
     return final
 
 
@@ -360,19 +354,12 @@ def _paths_up_to(run: Path, images: int | None) -> list[Path]:
     return paths[: numbers.index(images) + 1]
 
 
-@contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged, or not a snapshot of lamamba ({type(error).__name__}: {first_line(error)}): move it "
-            "away"
-        ) from error
+def _reading_snapshot(path: Path) -> AbstractContextManager[None]:
+    return reading(f"{path} is damaged, or not a snapshot of lamamba", "move it away", CheckpointError)
 
 
 def _read_snapshot(path: Path) -> _Snapshot:
-    with _damage_named(path), safe_open(utf8_path(path), "pt") as file:
+    with _reading_snapshot(path), safe_open(utf8_path(path), "pt") as file:
         record = dict(file.metadata() or {})
         sha256 = record.pop("sha256")
         if int(record["format"]) > FORMAT:
@@ -399,7 +386,7 @@ def _read_snapshot(path: Path) -> _Snapshot:
 def _add(total: Mapping[str, Tensor], snapshot: _Snapshot, shares: Mapping[float, float]) -> None:
     """Add a snapshot's EMAs, each multiplied by its coefficient, and verify the checksum meanwhile."""
     checksum = _Checksum(snapshot.record)
-    with _damage_named(snapshot.path), safe_open(utf8_path(snapshot.path), "pt") as file:
+    with _reading_snapshot(snapshot.path), safe_open(utf8_path(snapshot.path), "pt") as file:
         for length in sorted(shares):
             for parameter in sorted(total):
                 name = f"{_prefix(length)}{parameter}"

@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 
 from lamamba.config import TrainConfig
 from lamamba.data import Source
-from lamamba.errors import CheckpointError, ConfigError
+from lamamba.errors import CheckpointError, ConfigError, reading
 from lamamba.files import atomic_write, utf8_path, write_text
 from lamamba.files.records import plain, read_record
 from lamamba.terminal.output import describe_duration, make_console, make_progress, say
@@ -317,11 +317,8 @@ def read_log(run: Path) -> tuple[list[dict[str, float]], int]:
     if not (run / "config.json").is_file():
         raise CheckpointError(f"{run} holds no run of lamamba: give the --out of a training")
     total = read_record(run / "config.json", _Length)["num_images"]
-    try:
-        records = _read_records(run / "log.jsonl")[0] if (run / "log.jsonl").is_file() else []
-    except OSError as error:
-        raise CheckpointError(f"{run / 'log.jsonl'} cannot be read: {error}") from error
-    return records, total
+    with reading(f"{run / 'log.jsonl'} cannot be read", "make it readable", CheckpointError):
+        return _read_records(run / "log.jsonl")[0] if (run / "log.jsonl").is_file() else [], total
 
 
 class _Length(TypedDict):
@@ -370,12 +367,8 @@ def _start_tracker(config: TrainConfig) -> Any:
     """
     if config.tracker == "none":
         return None
-    try:
+    with reading(f"tracker {config.tracker} is not installed", f"pip install {config.tracker}", ConfigError):
         tracker = import_module(config.tracker)
-    except ImportError as error:
-        raise ConfigError(
-            f"tracker {config.tracker} is not installed ({error}): pip install {config.tracker}"
-        ) from error
     # Trackers take only UTF-8, and names of files may be anything.
     options = {name: visible(value) if isinstance(value, str) else value for name, value in plain(config).items()}
     names = {"project": visible(config.project), "name": visible(config.out.resolve().name)}

@@ -22,7 +22,6 @@ from lamamba.checkpoints.checkpoint import (
     locked,
     newest_undamaged,
     read_info,
-    write_json,
 )
 from lamamba.config import TrainConfig
 from lamamba.data import NAMED_SOURCES, LatentSource, Source, open_source
@@ -31,6 +30,7 @@ from lamamba.data.latents import Latents, Space, identify, open_space
 from lamamba.distributed.processes import Processes, joined
 from lamamba.distributed.signals import SignalsNoted, WaitInterrupted
 from lamamba.errors import CheckpointError, ConfigError, DataError, LamambaError, OtherProcessError, SignalError
+from lamamba.files import write_json
 from lamamba.files.records import OriginRecord, is_run, plain, read_record, read_train_config
 from lamamba.files.weights import PIPELINE_INDEX
 from lamamba.sampling import choose_device
