@@ -17,8 +17,7 @@ class PrepareImagenetConfig:
     validation: Path | None = None
     """ILSVRC2012_img_val.tar; by default no validation images are extracted."""
     devkit: Path | None = None
-    """ILSVRC2012_devkit_t12.tar.gz, which lists the classes of the validation images; --validation requires it, without
-    it the default checks no class names."""
+    """ILSVRC2012_devkit_t12.tar.gz, which has the classes of the validation images; --validation requires it."""
 
 
 @dataclass(frozen=True)
