@@ -1,11 +1,10 @@
-"""Window attention on a CPU, in tiles and in compiled loops, against the reference."""
+"""Window attention on a CPU, in compiled loops, against the reference."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from lamamba.ops.backend import Backend, use_backend
-from lamamba.ops.window_attention import cpu, window_attention
+from lamamba.ops.window_attention import window_attention
 from lamamba.ops.window_attention.cpu import window_attention_cpu
 from lamamba.ops.window_attention.reference import window_attention_reference
 
@@ -40,42 +39,24 @@ def relative_error(value: Tensor, wanted: Tensor) -> float:
     return float((value.double() - wanted.double()).norm() / wanted.double().norm())
 
 
-# Tiles of one image, of two, and of all.
-@pytest.mark.parametrize("elements", [1, 2 * 6 * 16**2, 1 << 18])
 @pytest.mark.parametrize("shifted", [False, True], ids=["plain", "shifted"])
 @pytest.mark.parametrize("case", SHAPES)
-def test_tiles_agree_with_the_reference(
-    case: str, shifted: bool, elements: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cpu, "TILE_ELEMENTS", elements)
-    shape = SHAPES[case]
-    inputs = make_inputs(shape)
-    exact = output_and_gradients(window_attention_reference, inputs, shape, shifted)
-    ours = output_and_gradients(window_attention, inputs, shape, shifted)
-    for name, value, wanted in zip(NAMES, ours, exact, strict=True):
-        assert relative_error(value, wanted) < 1e-13, name
-
-
-@pytest.mark.parametrize("backend", ["auto", "pytorch"])  # compiled loops, if numba is installed, and tiles
-@pytest.mark.parametrize("case", SHAPES)
-def test_float32_error_is_at_most_twice_the_reference_s(case: str, backend: Backend) -> None:
+def test_float32_error_is_at_most_twice_the_reference_s(case: str, shifted: bool) -> None:
     shape = SHAPES[case]
     single = make_inputs(shape, torch.float32)
     exact = output_and_gradients(
-        window_attention_reference, [x.detach().double().requires_grad_() for x in single], shape, True
+        window_attention_reference, [x.detach().double().requires_grad_() for x in single], shape, shifted
     )
-    with use_backend(backend):
-        ours = output_and_gradients(window_attention, single, shape, True)
-    plain = output_and_gradients(window_attention_reference, single, shape, True)
+    ours = output_and_gradients(window_attention, single, shape, shifted)
+    plain = output_and_gradients(window_attention_reference, single, shape, shifted)
     rounding = torch.finfo(torch.float32).eps
     for name, value, reference, wanted in zip(NAMES, ours, plain, exact, strict=True):
         assert relative_error(value, wanted) <= 2 * relative_error(reference, wanted) + rounding, name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_nan_stays_in_its_window(dtype: torch.dtype) -> None:
+def test_nan_stays_in_its_window() -> None:
     shape = SHAPES["whole windows"]
-    inputs = make_inputs(shape, dtype)
+    inputs = make_inputs(shape, torch.float32)
     with torch.no_grad():
         inputs[0][1, 5, 2, 0] = torch.nan  # a query of the first head
     out, grad_qkv, _ = output_and_gradients(window_attention, inputs, shape, False)
@@ -110,19 +91,18 @@ def test_every_value_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Tensor, "new_empty", poisoned)
     shape = SHAPES["odd sides"]
-    for dtype in (torch.float32, torch.float64):
-        values = output_and_gradients(window_attention, make_inputs(shape, dtype), shape, True)
-        for name, value in zip(NAMES, values, strict=True):
-            assert bool(value.isfinite().all()), (name, dtype)
+    values = output_and_gradients(window_attention, make_inputs(shape, torch.float32), shape, True)
+    for name, value in zip(NAMES, values, strict=True):
+        assert bool(value.isfinite().all()), name
 
 
 def test_input_need_not_be_contiguous() -> None:
     shape = SHAPES["whole windows"]
-    inputs = make_inputs(shape)
+    inputs = make_inputs(shape, torch.float32)
     strided = [x.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for x in inputs]
     exact = output_and_gradients(window_attention, inputs, shape, True)
     for value, wanted in zip(output_and_gradients(window_attention, strided, shape, True), exact, strict=True):
-        assert relative_error(value, wanted) < 1e-13
+        assert relative_error(value, wanted) < 1e-6
 
 
 def test_autocast_rounds_nothing() -> None:

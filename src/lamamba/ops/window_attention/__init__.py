@@ -1,13 +1,13 @@
 """Attention among the pixels of a window, with a learned bias for each relative position (Swin, arXiv 2103.14030).
 
-`reference.py` defines the operation and runs on any device. `cpu.py` is the version for CPUs, `kernels.py` and
-`triton.py` the version for GPUs.
+`reference.py` defines the operation and runs on any device. `loops.py` and `cpu.py` are the version for CPUs,
+`kernels.py` and `triton.py` the version for GPUs.
 """
 
 import torch
 from torch import Tensor
 
-from lamamba.ops.backend import Backend, choose_kernels, is_portable
+from lamamba.ops.backend import Backend, choose_kernels, choose_loops
 from lamamba.ops.linear import compute_dtype, linear
 from lamamba.ops.shapes import check_shapes
 from lamamba.ops.window_attention.cpu import window_attention_cpu
@@ -49,7 +49,7 @@ def window_attention(
 
         out: Tensor = window_attention_triton(qkv, bias, num_heads, window_size, shifted)
         return out
-    if qkv.device.type == "cpu" and qkv.dtype in (torch.float32, torch.float64) and not is_portable(backend):
+    if qkv.dtype == torch.float32 and choose_loops(qkv, backend):
         out = window_attention_cpu(qkv, bias, num_heads, window_size, shifted)
         return out
     return window_attention_reference(qkv, bias, num_heads, window_size, shifted)
