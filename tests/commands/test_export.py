@@ -78,8 +78,8 @@ def test_onnxruntime_computes_what_pytorch_does(size: tuple[int, int], options: 
 def test_a_recurrence_is_few_nodes() -> None:
     """1,024 steps; with several states they are one node, whose body walks a few steps at a time."""
     numbers = [len(as_onnx(tiny_network(ssm_state_size=states), (32, 32)).graph.node) for states in (1, 2)]
-    assert numbers[0] < 11 * 210  # of eleven blocks
-    assert numbers[1] < 11 * 125
+    assert numbers[0] < 11 * 260  # of eleven blocks
+    assert numbers[1] < 11 * 135
 
 
 def test_softplus_is_precise_where_it_is_small() -> None:

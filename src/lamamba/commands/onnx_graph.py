@@ -27,6 +27,7 @@ from lamamba.ops.window_attention.geometry import Windows, window_geometry
 OPSET, IR_VERSION = 20, 9
 CHUNK = 16  # steps of a block of the scan with one state
 STEPS = 4  # with several states, steps at a time
+MAX_OUTPUTS = 7  # of a node
 _TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 
 
@@ -94,8 +95,15 @@ class Graph:
         return self.add("Gather", x, self.constant(np.asarray(rows)), axis=1)
 
     def split(self, x: str, axis: int, sizes: Sequence[int]) -> list[str]:
-        """Split along a dimension."""
-        return self.add_many("Split", len(sizes), x, self.constant(list(sizes)), axis=axis)
+        """Split along a dimension. Many parts are sliced one by one, because a WebGPU shader has few buffers."""
+        if len(sizes) <= MAX_OUTPUTS:
+            return self.add_many("Split", len(sizes), x, self.constant(list(sizes)), axis=axis)
+        ends = np.cumsum(sizes)
+        starts = ends - np.asarray(sizes)
+        return [
+            self.add("Slice", x, *(self.constant([int(value)]) for value in (start, end, axis)))
+            for start, end in zip(starts, ends, strict=True)
+        ]
 
     def pad(self, x: str, before: Sequence[int], after: Sequence[int]) -> str:
         """Pad with zeros; negative numbers crop."""
