@@ -5,26 +5,33 @@
 
 import ast
 import importlib.util
+import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from graphlib import TopologicalSorter
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import lamamba
 from lamamba.checkpoints.checkpoint import load_checkpoint
+from lamamba.commands.onnx_graph import build
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -82,63 +89,111 @@ class Handler(SimpleHTTPRequestHandler):
         pass
 
 
-def test_the_browser_samples_what_pytorch_does(site: Path, request: pytest.FixtureRequest) -> None:
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, with WebGPU in software. It reaches only 127.0.0.1."""
     selenium = pytest.importorskip("selenium", reason="needs Selenium: pip install 'lamamba[dev]'")
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (chromium and driver):
         pytest.skip("needs Chromium: apt-get install chromium chromium-driver")
     from selenium import webdriver
-    from selenium.webdriver.support.ui import WebDriverWait
 
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in (
         "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars", "--window-size=1250,950",
         "--proxy-server=127.0.0.1:9",  # no proxy answers there; 127.0.0.1 itself needs none
+        "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan",
     ):  # fmt: skip
         options.add_argument(flag)
     try:
         browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     except selenium.common.exceptions.WebDriverException as error:
         pytest.skip(f"Chromium does not start: {error}")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(site)))
+    yield browser
+    browser.quit()
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """Serve a folder; yield its address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def sample_in(browser: Any, address: str, steps: int, device: str) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Sample class 8 on the page with seed 7 and guidance 2.5; return what it was asked, the noise and the image."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    browser.get(f"{address}/browser.html")
+    waiting = WebDriverWait(browser, 120, 0.1)
+    waiting.until(lambda _: browser.execute_script("return document.querySelector('#sampler.ready') !== null"))
+    if device == "webgpu" and not browser.execute_script("return sampler.hasGpu"):
+        pytest.skip("this Chromium has no WebGPU")
+    set_up = """const form = document.querySelector("#sampler");
+        for (const [name, value] of Object.entries(arguments[0])) {
+            const input = form.querySelector(`[name=${name}]`);
+            input.value = value;
+            input.dispatchEvent(new Event("input"));
+        }
+        form.querySelector("[name=label][value='8']").click();"""
+    browser.execute_script(set_up, {"steps": steps, "seed": 7, "guidance": 2.5, "device": device})
+    done = "return !sampler.busy && sampler.request.steps === arguments[0] && sampler.step === arguments[0]"
+    waiting.until(lambda _: browser.execute_script(done, steps))
+    asked, noise, image = browser.execute_script(
+        "return [sampler.request, Array.from(sampler.noise), Array.from(sampler.image)]"
+    )
+    side = math.isqrt(len(noise))
+    return asked, torch.tensor(noise).view(1, 1, side, side), torch.tensor(image).view(side, side)
+
+
+def sample_here(network: lamamba.LaMambaDiff, noise: Tensor, steps: int) -> Tensor:
+    guided = {"num_steps": steps, "guidance_scale": 2.5, "clip_sample": True, "noise": noise}
+    return lamamba.sample(network, lamamba.Diffusion(), [8], [0], **guided)[0, 0]
+
+
+def test_the_browser_samples_what_pytorch_does(site: Path, browser: Any, request: pytest.FixtureRequest) -> None:
     pictures = request.config.getoption("--screenshots")
     steps = 20 if pictures else 3
-    try:
-        browser.get(f"http://127.0.0.1:{server.server_port}/browser.html")
-        waiting = WebDriverWait(browser, 120, 0.1)
-        waiting.until(lambda _: browser.execute_script("return document.querySelector('#sampler.ready') !== null"))
-        set_up = """const form = document.querySelector("#sampler");
-            for (const [name, value] of Object.entries(arguments[0])) {
-                const input = form.querySelector(`[name=${name}]`);
-                input.value = value;
-                input.dispatchEvent(new Event("input"));
-            }
-            form.querySelector("[name=label][value='8']").click();"""
-        browser.execute_script(set_up, {"steps": steps, "seed": 7, "guidance": 2.5})
-        done = "return !sampler.busy && sampler.request.steps === arguments[0] && sampler.step === arguments[0]"
-        waiting.until(lambda _: browser.execute_script(done, steps))
-        read = "return [sampler.request, Array.from(sampler.noise), Array.from(sampler.image)]"
-        asked, noise, image = browser.execute_script(read)
-        canvas = """const context = document.querySelector(".picture canvas").getContext("2d");
-            return Array.from(context.getImageData(0, 0, 32, 32).data);"""
-        shown = np.array(browser.execute_script(canvas)).reshape(32, 32, 4)
-        if pictures:
-            form = browser.find_element("id", "sampler")
-            form.screenshot(str(Path(pictures) / "page.png"))
-    finally:
-        browser.quit()
-        server.shutdown()
-    assert (asked["label"], asked["seed"], asked["guidance"]) == (8, 7, 2.5)
-    start = torch.tensor(noise).view(1, 1, 32, 32)
-    assert abs(float(start.mean())) < 0.2
-    assert 0.9 < float(start.std()) < 1.1
-    network = load_checkpoint("nano").network
-    guided = {"num_steps": steps, "guidance_scale": 2.5, "clip_sample": True, "noise": start}
-    wanted = lamamba.sample(network, lamamba.Diffusion(), [8], [0], **guided)[0, 0].numpy()
-    np.testing.assert_allclose(np.reshape(image, (32, 32)), wanted, atol=2e-3)
-    assert np.abs(shown[:, :, 0] - (wanted + 1) * 127.5).max() < 1
+    with served(site) as address:
+        asked, noise, image = sample_in(browser, address, steps, "wasm")
+    canvas = """const context = document.querySelector(".picture canvas").getContext("2d");
+        return Array.from(context.getImageData(0, 0, 32, 32).data);"""
+    shown = torch.tensor(browser.execute_script(canvas)).view(32, 32, 4)
+    if pictures:
+        browser.find_element("id", "sampler").screenshot(str(Path(pictures) / "page.png"))
+    assert (asked["label"], asked["seed"], asked["guidance"], asked["device"]) == (8, 7, 2.5, "wasm")
+    assert abs(float(noise.mean())) < 0.2
+    assert 0.9 < float(noise.std()) < 1.1
+    wanted = sample_here(load_checkpoint("nano").network, noise, steps)
+    torch.testing.assert_close(image, wanted, atol=2e-3, rtol=0)
+    assert (shown[:, :, 0] - (wanted + 1) * 127.5).abs().max() < 1
+
+
+def test_web_gpu_samples_what_pytorch_does(site: Path, browser: Any, tmp_path: Path) -> None:
+    """Chromium computes WebGPU on the CPU here, which is slow: the network is tiny, but has all of its operations."""
+    browser.get("about:blank")
+    torch.manual_seed(0)
+    options = {"in_channels": 1, "sample_size": 16, "num_classes": 10, "embed_dim": 16, "num_heads": 2}
+    network = lamamba.LaMambaDiff(**options, depths=(1, 1, 1, 1), bottleneck_depth=0, decoder_extra_depth=0).eval()
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    model = build(network, (16, 16), guided=True, stored="float32", computed="float32", metadata={})
+    (tmp_path / "browser").mkdir()
+    shutil.copy(site / "browser.html", tmp_path)
+    for path in (site / "browser").iterdir():
+        (tmp_path / "browser" / path.name).symlink_to(path)
+    properties = json.loads((site / "browser" / "nano.json").read_text()) | {"size": [16, 16]}
+    for name, content in {"nano.json": json.dumps(properties).encode(), "nano.onnx": model.SerializeToString()}.items():
+        (tmp_path / "browser" / name).unlink()
+        (tmp_path / "browser" / name).write_bytes(content)
+    with served(tmp_path) as address:
+        asked, noise, image = sample_in(browser, address, 2, "webgpu")
+    assert asked["device"] == "webgpu"
+    torch.testing.assert_close(image, sample_here(network, noise, 2), atol=2e-3, rtol=0)
 
 
 def test_links_that_leave_the_site_are_listed(site: Path) -> None:

@@ -36,6 +36,7 @@ function start() {
     seed: Number(find("seed").value) || 0,
     steps: Number(find("steps").value),
     guidance: Number(find("guidance").value),
+    device: find("device").value,
   };
   worker.postMessage(state.request);
 }
@@ -55,8 +56,9 @@ worker.onmessage = ({ data }) => {
     setBusy(false);
     show(`This browser cannot sample: ${data.error}`);
   } else if (data.properties) {
-    state.properties = data.properties;
+    Object.assign(state, data);
     addLabels(data.properties.labels);
+    find("device").closest(".row").hidden = !data.hasGpu;
     form.classList.add("ready");
     start();
   } else if (state.busy && data.id === state.id) {
@@ -77,6 +79,7 @@ form.addEventListener("submit", (event) => {
   if (form.classList.contains("ready") && !state.busy) start();
 });
 labels.addEventListener("change", start);
+find("device").addEventListener("change", start);
 find("stop").addEventListener("click", () => {
   worker.postMessage({ stop: true });
   setBusy(false);

@@ -1,18 +1,38 @@
 // Samples an exported network in a worker, with onnxruntime-web: DPM-Solver++(2M) with Karras' spacing of the steps, as
-// examples/onnx_sampling.py does. Messages: {id, label, seed, steps, guidance} in; {id, step, image} after each step out.
-import * as ort from "./ort/ort.wasm.bundle.min.mjs";
-
-ort.env.wasm.numThreads = 1; // several threads need HTTP headers that simple web servers do not send
-ort.env.wasm.wasmPaths = { wasm: new URL("./ort/ort-wasm-simd-threaded.wasm", import.meta.url).href };
+// examples/onnx_sampling.py does. Messages: {id, label, seed, steps, guidance, device} in; {id, step, image} after each
+// step out.
+const file = (name) => new URL(name, import.meta.url).href;
+const runtimes = {
+  wasm: ["./ort/ort.wasm.bundle.min.mjs", "./ort/ort-wasm-simd-threaded.wasm"],
+  webgpu: ["./ort/ort.webgpu.bundle.min.mjs", "./ort/ort-wasm-simd-threaded.asyncify.wasm"],
+};
+const opened = {};
 
 const network = (async () => {
   const [properties, weights] = await Promise.all([
-    fetch(new URL("nano.json", import.meta.url)).then((answer) => answer.json()),
-    fetch(new URL("nano.onnx", import.meta.url)).then((answer) => answer.arrayBuffer()),
+    fetch(file("nano.json")).then((answer) => answer.json()),
+    fetch(file("nano.onnx")).then((answer) => answer.arrayBuffer()),
   ]);
-  const session = await ort.InferenceSession.create(new Uint8Array(weights), { executionProviders: ["wasm"] });
-  return { properties, session };
+  return { properties, weights };
 })();
+
+/** Load the runtime of a device, "wasm" or "webgpu", and the network into it. */
+async function load(device) {
+  const [bundle, wasm] = runtimes[device];
+  const ort = await import(bundle);
+  ort.env.logLevel = "error";
+  ort.env.wasm.numThreads = 1; // several threads need HTTP headers that simple web servers do not send
+  ort.env.wasm.wasmPaths = { wasm: file(wasm) };
+  const { weights } = await network;
+  return { ort, session: await ort.InferenceSession.create(new Uint8Array(weights), { executionProviders: [device] }) };
+}
+
+/** Load once; after an error, the next call tries again. */
+function open(device) {
+  opened[device] ??= load(device);
+  opened[device].catch(() => delete opened[device]);
+  return opened[device];
+}
 
 /** Standard normal numbers from a seed: mulberry32 and the Box-Muller transform. */
 function drawNoise(seed, length) {
@@ -45,9 +65,10 @@ function noiseLevels(schedule, steps) {
 
 let newest = 0; // a new request ends the one before
 
-async function sample({ id, label, seed, steps, guidance }) {
+async function sample({ id, label, seed, steps, guidance, device }) {
   const own = ++newest;
-  const { properties, session } = await network;
+  const { properties } = await network;
+  const { ort, session } = await open(device);
   const shape = [1, properties.channels, ...properties.size];
   const length = shape.reduce((a, b) => a * b);
   const { timesteps, sigmas } = noiseLevels(properties.schedule, steps);
@@ -83,4 +104,8 @@ onmessage = ({ data }) => {
   if (data.stop) newest++;
   else sample(data).catch((error) => postMessage({ error: String(error) }));
 };
-network.then(({ properties }) => postMessage({ properties })).catch((error) => postMessage({ error: String(error) }));
+(async () => {
+  const [{ properties }] = await Promise.all([network, open("wasm")]);
+  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
+  postMessage({ properties, hasGpu: Boolean(adapter) });
+})().catch((error) => postMessage({ error: String(error) }));
