@@ -9,6 +9,8 @@
 README.md has the equations.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +20,7 @@ from lamamba.ops.grid import NUM_PATHS, Scan, as_constant, gather_rows, scan_pat
 from lamamba.ops.linear import compute_dtype, linear
 from lamamba.ops.selective_scan.blocked import selective_scan_blocked
 from lamamba.ops.selective_scan.cpu import scan_grid_cpu
-from lamamba.ops.selective_scan.portable import scan_grid_portable
+from lamamba.ops.selective_scan.portable import selective_scan_portable
 from lamamba.ops.shapes import check_dimensions, check_shapes
 
 __all__ = ["project_and_scan", "scan_grid", "selective_scan"]
@@ -67,14 +69,13 @@ def scan_grid(
         save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         planes: Tensor = scan_grid_triton(*tensors, dt_weight.shape[2], scan == "continuous", save)[0]
         return planes
-    if is_portable(backend):
-        return scan_grid_portable(x, low, dt_weight, dt_bias, A_log, D, scan)
     if choose_loops(x, backend):
         A = -torch.exp(A_log.float())
         floats = (tensor.float() for tensor in (x, low, dt_weight, dt_bias, A, D))
         y: Tensor = scan_grid_cpu(*floats, scan == "continuous")[0]
         return y.to(x.dtype)[None]
-    return _scan_grid_pytorch(x, low, dt_weight, dt_bias, A_log, D, scan)
+    run = selective_scan_portable if is_portable(backend) else selective_scan
+    return _scan_grid_pytorch(run, x, low, dt_weight, dt_bias, A_log, D, scan)
 
 
 def project_and_scan(
@@ -133,7 +134,14 @@ def _for_kernels(x: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D
 
 
 def _scan_grid_pytorch(
-    x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, scan: Scan
+    run: Callable[..., Tensor],
+    x: Tensor,
+    low: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    scan: Scan,
 ) -> Tensor:
     height, width = as_constant(x.shape[1]), as_constant(x.shape[2])
     rank, num_states = dt_weight.shape[2], A_log.shape[2]
@@ -147,7 +155,7 @@ def _scan_grid_pytorch(
     delta = F.softplus(delta.to(state_dtype) + dt_bias.to(state_dtype)[:, None])
     u = gather_rows(x, paths.pixels, paths.pixel_positions).unflatten(1, (NUM_PATHS, -1))
     A = -torch.exp(A_log.to(state_dtype))
-    y = selective_scan(u, delta, A, B, C, D)
+    y = run(u, delta, A, B, C, D)
     y = sum_rows(y.flatten(1, 2), paths.pixels, paths.pixel_positions)
     return y.unflatten(1, (height, width))[None]
 

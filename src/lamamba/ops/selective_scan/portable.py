@@ -7,31 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lamamba.ops.grid import NUM_PATHS, Scan, as_constant, scan_paths
+from lamamba.ops.grid import as_constant
 
 CHUNK = 16  # steps of a block
 
 
-def scan_grid_portable(
-    x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, scan: Scan
-) -> Tensor:
-    """Scan a grid along its four paths; arguments and result as in `lamamba.ops.selective_scan.scan_grid`."""
-    height, width = as_constant(x.shape[1]), as_constant(x.shape[2])
-    num_states, rank = A_log.shape[2], dt_weight.shape[2]
-    paths = scan_paths(height, width, scan, x.device)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    u = x.flatten(1, 2).index_select(1, paths.pixels).unflatten(1, (NUM_PATHS, -1))
-    parts = low.unflatten(3, (NUM_PATHS, -1)).flatten(1, 3).split([rank, num_states, num_states], dim=-1)
-    delta_low, B, C = (part.index_select(1, paths.projections).unflatten(1, (NUM_PATHS, -1)) for part in parts)
-    delta = F.softplus((delta_low @ dt_weight.mT).to(dtype) + dt_bias.to(dtype)[:, None])
-    A = -torch.exp(A_log.to(dtype)).mT
-    u, B, C = u.to(dtype), B.to(dtype), C.to(dtype)
-    factors, inputs = torch.exp(delta.unsqueeze(-2) * A[:, None]), (delta * u).unsqueeze(-2) * B.unsqueeze(-1)
-    h = linear_recurrence(factors.flatten(-2), inputs.flatten(-2)).unflatten(-1, (num_states, -1))
+def selective_scan_portable(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """Run k selective scans; arguments and result as in `lamamba.ops.selective_scan.selective_scan`."""
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    x, B, C = u.to(dtype), B.to(dtype), C.to(dtype)
+    factors, inputs = torch.exp(delta.unsqueeze(-2) * A.mT[:, None]), (delta * x).unsqueeze(-2) * B.unsqueeze(-1)
+    h = linear_recurrence(factors.flatten(-2), inputs.flatten(-2)).unflatten(-1, (A.shape[2], -1))
     y = (h * C.unsqueeze(-1)).sum(dim=-2)
-    y = (y + D.to(dtype)[:, None] * u).to(x.dtype)
-    y = y.flatten(1, 2).index_select(1, paths.pixel_positions.flatten()).unflatten(1, (NUM_PATHS, -1)).sum(dim=1)
-    return y.unflatten(1, (height, width))[None]
+    return (y + D.to(dtype)[:, None] * x).to(u.dtype)
 
 
 def linear_recurrence(a: Tensor, x: Tensor) -> Tensor:
