@@ -1,12 +1,13 @@
 """Download from and upload to the Hugging Face hub. huggingface_hub manages token, endpoint and cache."""
 
 import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lamamba.errors import CheckpointError, ConfigError, first_line
+from lamamba.errors import CheckpointError, ConfigError
 
 
 def is_repository(name: str) -> bool:
@@ -77,34 +78,14 @@ def send(folder: Path, name: str, *, branch: str | None, message: str) -> str:
 def _explained(name: str, advice: str) -> Iterator[None]:
     """Turn the many errors of huggingface_hub and of the network into one line with advice."""
     from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     try:
         yield
     except ConfigError:
         raise
-    except HFValidationError as error:
-        raise ConfigError(
-            f"{name!r} is not a valid name on the Hugging Face hub: {first_line(error).rstrip('.')}"
-        ) from error
     except Exception as error:
-        status = getattr(error.response, "status_code", None) if isinstance(error, HfHubHTTPError) else None
-        if isinstance(error, RepositoryNotFoundError):
-            said = (
-                f"{name} does not exist on {constants.ENDPOINT}, or you may not see it: check the name, or log in "
-                "(`hf auth login`, or HF_TOKEN)"
-            )
-        elif status in (401, 403):
-            said = (
-                f"your token has no access to {name}: use a repository of your own, or set HF_TOKEN to a token with "
-                "access"
-            )
-        elif isinstance(error, ValueError) or status is not None:  # a ValueError is about the metadata of the card
-            said = f"{constants.ENDPOINT} refuses {name}: {' '.join(str(error).split())}"
-        elif constants.HF_HUB_OFFLINE:
-            said = f"{name} is not in the cache, and HF_HUB_OFFLINE forbids contacting the hub: unset it, or {advice}"
-        else:
-            said = (
-                f"{name} could not be requested from {constants.ENDPOINT} ({first_line(error).rstrip('.')}): {advice}"
-            )
-        raise CheckpointError(said) from error
+        offline = "unset HF_HUB_OFFLINE, " if constants.HF_HUB_OFFLINE else ""
+        raise CheckpointError(
+            f"{name} could not be requested from {constants.ENDPOINT} ({textwrap.shorten(str(error), 400)}): {offline}"
+            f"check the name, log in (`hf auth login`, or HF_TOKEN) with access to it, or {advice}"
+        ) from error

@@ -4,12 +4,11 @@ Weights are float32 by default, so the pipeline gives bitwise the images of the 
 from it. With float16, large networks take gigabytes less, and images may differ in the last gray levels.
 """
 
-import json
 import re
 import shlex
 import tempfile
 from pathlib import Path
-from typing import NotRequired
+from typing import Any, NotRequired
 from urllib.parse import quote
 
 import torch
@@ -157,17 +156,6 @@ class _Features(TypedDict):
     sha256: str
 
 
-class _Generation(TypedDict, total=False):
-    images_seen: int
-    sampler: str
-    steps: int
-    guidance: float
-    guidance_interval: list[float] | None
-    guidance_cosine_power: float
-    guidance_rescale: float
-    guidance_checkpoint: str | None
-
-
 class _Scores(TypedDict):
     """The parts of scores.json that go into the card."""
 
@@ -175,7 +163,7 @@ class _Scores(TypedDict):
     features: _Features
     generated: _Generated
     reference: _Reference
-    generation: _Generation | None
+    generation: dict[str, Any] | None
     warnings: NotRequired[list[str]]
     lamamba: NotRequired[str]
 
@@ -217,22 +205,11 @@ def _card(
     ])  # fmt: skip
 
 
-def _in_python(value: str | int) -> str:
-    """Write a name or a number as a Python literal."""
-    written = json.dumps(value, ensure_ascii=False)
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in written)
-
-
-def _in_shell(name: str) -> str:
-    """Quote a name for a shell."""
-    return shlex.quote(visible(name))
-
-
 def _picture_lines(name: str, pipe: LaMambaDiffPipeline, rows: list[int], num_per_label: int) -> list[str]:
     if not rows:
         return []
     shown = ", ".join(_names(pipe)[row] for row in rows) if pipe.network.config.num_classes else "without labels"
-    command = f"lamamba sample {_in_shell(name)} --num-per-label {num_per_label} --out {PICTURE}"
+    command = f"lamamba sample {shlex.quote(visible(name))} --num-per-label {num_per_label} --out {PICTURE}"
     return [f"![samples]({PICTURE})", "", f"*Rows: {shown}. {_code(command)}*", ""]
 
 
@@ -272,16 +249,16 @@ def _sampling_lines(pipe: LaMambaDiffPipeline, name: str) -> list[str]:
     # The first class, by its name if `--labels` can express it.
     names = [name for name in list(pipe.labels)[:1] if "," not in name and visible(name) == name]
     label: str | int | None = names[0] if names else 0 if pipe.network.config.num_classes else None
-    option = "" if label is None else f"--labels {_in_shell(str(label))} "
+    option = "" if label is None else f"--labels {shlex.quote(visible(label))} "
     return [
         "## Sample", "", "In Python, with the package `lamamba` (this is a diffusers pipeline):", "",
         "```python", "from lamamba import LaMambaDiffPipeline", "",
-        f"pipe = LaMambaDiffPipeline.from_pretrained({_in_python(name)})  # .to(\"cuda\") for a GPU",
-        f"images = pipe({'' if label is None else f'class_labels=[{_in_python(label)}], '}"
+        f"pipe = LaMambaDiffPipeline.from_pretrained({name!r})  # .to(\"cuda\") for a GPU",
+        f"images = pipe({'' if label is None else f'class_labels=[{label!r}], '}"
         "num_inference_steps=25).images",
         "```", "", "From the shell, as files or as a grid:", "",
-        f"    lamamba generate {_in_shell(name)} --num-images 1000 --out images",
-        f"    lamamba sample {_in_shell(name)} {option}--out grid.png", "",
+        f"    lamamba generate {shlex.quote(visible(name))} --num-images 1000 --out images",
+        f"    lamamba sample {shlex.quote(visible(name))} {option}--out grid.png", "",
     ]  # fmt: skip
 
 
