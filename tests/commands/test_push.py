@@ -285,7 +285,7 @@ for name in ("tester/foreign", "tester/none"):
     }  # fmt: skip
     assert len(newest[f"network/{weights}"]) < 0.7 * len(early[f"network/{weights}"])
     assert b"license: mit" in early["README.md"]
-    assert b'from_pretrained("tester/tiny")' in newest["README.md"]
+    assert b"from_pretrained('tester/tiny')" in newest["README.md"]
     assert torch.equal(torch.load(tmp_path / "images.pt"), images_of(LaMambaDiffPipeline.from_checkpoint(run)))
 
     grid = (tmp_path / "grid.png").read_bytes()
