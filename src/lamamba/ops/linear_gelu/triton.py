@@ -1,11 +1,12 @@
 """The kernels of `kernels.py` as one differentiable operation that torch.compile can see."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from lamamba.ops.gradients import register_gradients
 from lamamba.ops.launch import launch
 from lamamba.ops.linear_gelu.kernels import cut_columns, linear_gelu_backward_kernel, linear_gelu_forward_kernel
 from lamamba.ops.sum_kernels import sum_parts
@@ -67,14 +68,4 @@ def _backward(grad_out: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
 _backward.register_fake(lambda grad_out, x, bias: (x.new_empty(x.shape), x.new_empty(x.shape[-1], dtype=torch.float32)))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _autograd(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
-    x, bias = ctx.saved_tensors
-    grad_x, grad_bias = _backward(grad_out, x, bias)
-    return grad_x, grad_bias.to(bias.dtype)
-
-
-bias_gelu_triton.register_autograd(_autograd, setup_context=_setup_context)
+register_gradients(bias_gelu_triton, _backward, num_tensors=2)

@@ -6,10 +6,11 @@ Then each is added to the chunk that follows. README.md has the equations.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from lamamba.ops.gradients import register_gradients
 
 CHUNK = 32
 # On a CPU the work is cut into tiles of about this many states, whose buffers stay in cache and are reused. New memory
@@ -89,20 +90,7 @@ def _backward_tile(inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) ->
 _backward.register_fake(lambda grad_y, h, *inputs: tuple(map(_empty_like, inputs)))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1], *inputs)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx: Any, grad_y: Tensor | None, grad_h: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_y is None:  # nothing downstream depends on y
-        return (None,) * 6
-    gradients: tuple[Tensor, ...] = _backward(grad_y, *ctx.saved_tensors)
-    return gradients
-
-
-selective_scan_blocked.register_autograd(_autograd, setup_context=_setup_context)
+register_gradients(selective_scan_blocked, _backward, num_tensors=6, saved_output=1)
 
 
 def _empty_like(x: Tensor) -> Tensor:

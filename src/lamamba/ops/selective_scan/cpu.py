@@ -1,11 +1,10 @@
 """The compiled loops of `loops.py` as one differentiable operation; threads share the images."""
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from lamamba.ops.gradients import register_gradients
 from lamamba.ops.grid import NUM_PATHS, scan_paths
 from lamamba.ops.threads import array, share_images
 
@@ -66,16 +65,7 @@ def _backward(
 _backward.register_fake(lambda grad_y, starts, *inputs: tuple(tensor.new_empty(tensor.shape) for tensor in inputs[:-1]))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.continuous = inputs
-    ctx.save_for_backward(output[1], *tensors)
-
-
-def _autograd(ctx: Any, grad_y: Tensor, grad_starts: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward(grad_y, *ctx.saved_tensors, ctx.continuous), None
-
-
-scan_grid_cpu.register_autograd(_autograd, setup_context=_setup_context)
+register_gradients(scan_grid_cpu, _backward, num_tensors=6, saved_output=1)
 
 
 def _arrays(

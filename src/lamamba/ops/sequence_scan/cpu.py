@@ -1,10 +1,9 @@
 """The compiled loops of `loops.py` as one differentiable operation; threads share the sequences."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from lamamba.ops.gradients import register_gradients
 from lamamba.ops.selective_scan.cpu import TILE
 from lamamba.ops.threads import array, share_images
 
@@ -42,29 +41,25 @@ scan_sequences_cpu.register_fake(lambda u, delta, A, *others: _results(u, A))
 
 @torch.library.custom_op("lamamba::scan_sequences_cpu_backward", mutates_args=())
 def _backward(
-    grad_y: Tensor, grad_last: Tensor, starts: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor
+    grad_y: Tensor,
+    grad_last: Tensor,
+    starts: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    start: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from lamamba.ops.sequence_scan.loops import sequences_backward
 
-    gradients = tuple(u.new_empty(x.shape) for x in (u, delta, A, B, C, A))
+    gradients = tuple(u.new_empty(x.shape) for x in (u, delta, A, B, C, start))
     inputs = map(array, (grad_y, grad_last, starts, u, delta, A, B, C))
     share_images(sequences_backward, tuple(inputs), (), tuple(x.numpy() for x in gradients))
     return gradients  # type: ignore[return-value]
 
 
-_backward.register_fake(
-    lambda grad_y, grad_last, starts, *inputs: tuple(x.new_empty(x.shape) for x in (*inputs, inputs[2]))
-)
+_backward.register_fake(lambda grad_y, grad_last, starts, *inputs: tuple(x.new_empty(x.shape) for x in inputs))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[2], *inputs[:5])
-    ctx.mark_non_differentiable(output[2])
-
-
-def _autograd(ctx: Any, grad_y: Tensor, grad_last: Tensor, grad_starts: Tensor) -> tuple[Tensor, ...]:
-    gradients: tuple[Tensor, ...] = _backward(grad_y, grad_last, *ctx.saved_tensors)
-    return gradients
-
-
-scan_sequences_cpu.register_autograd(_autograd, setup_context=_setup_context)
+register_gradients(scan_sequences_cpu, _backward, num_tensors=6, saved_output=2)

@@ -1,13 +1,12 @@
 """The compiled loops of `loops.py` as one differentiable operation, whose backward pass recomputes the logits."""
 
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from lamamba.ops.gradients import register_gradients
 from lamamba.ops.threads import array, share_images
 from lamamba.ops.window_attention.geometry import Windows, window_geometry
 
@@ -51,16 +50,7 @@ def _backward(
 _backward.register_fake(lambda grad_out, qkv, bias, *others: (qkv.new_empty(qkv.shape), bias.new_empty(bias.shape)))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    qkv, bias, *ctx.options = inputs
-    ctx.save_for_backward(qkv, bias)
-
-
-def _autograd(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward(grad_out, *ctx.saved_tensors, *ctx.options), None, None, None
-
-
-window_attention_cpu.register_autograd(_autograd, setup_context=_setup_context)
+register_gradients(window_attention_cpu, _backward, num_tensors=2)
 
 
 def _inputs_of_loops(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from lamamba.ops.gradients import register_gradients
 from lamamba.ops.launch import launch
 from lamamba.ops.linear import weight_gradient
 from lamamba.ops.sum_kernels import sum_parts
@@ -79,17 +80,7 @@ def _backward(
 _backward.register_fake(lambda grad_out, qkv, bias, *others: (qkv.new_empty(qkv.shape), bias.new_empty(bias.shape)))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-    ctx.options = inputs[2:]
-
-
-def _autograd(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    gradients: tuple[Tensor, ...] = _backward(grad_out, *ctx.saved_tensors, *ctx.options)
-    return *gradients, None, None, None
-
-
-window_attention_triton.register_autograd(_autograd, setup_context=_setup_context)
+register_gradients(window_attention_triton, _backward, num_tensors=2)
 
 
 class ProjectedAttention(torch.autograd.Function):
