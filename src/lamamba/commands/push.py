@@ -227,6 +227,7 @@ def _table_lines(pipe: LaMambaDiffPipeline, dataset: str | None, *, half: bool) 
     if len(names) > _MOST_NAMES:
         classes += f" and {len(names) - _MOST_NAMES:,} more, all in {PIPELINE_INDEX}"
     link = None if dataset is None else f"https://huggingface.co/datasets/{quote(dataset, errors='surrogateescape')}"
+    why = why_unguided(network.config)
     rows = {
         "network": f"LaMamba-Diff ([arXiv 2408.02615](https://arxiv.org/abs/2408.02615)), {number:,} parameters",
         "weights": "float16" if half else "float32",
@@ -235,14 +236,9 @@ def _table_lines(pipe: LaMambaDiffPipeline, dataset: str | None, *, half: bool) 
         "training": f"{pipe.config.images_seen:,} images seen" if pipe.config.images_seen else None,
         "data": None if dataset is None else f"[{_escaped(dataset)}]({link})",
         "classes": classes,
-        "guidance": _no_guidance(pipe),
+        "guidance": f"off: {why}" if why and network.config.num_classes else None,
     }
     return ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items() if value), ""]
-
-
-def _no_guidance(pipe: LaMambaDiffPipeline) -> str | None:
-    why = why_unguided(pipe.network.config)
-    return f"off: {why}" if why and pipe.network.config.num_classes else None
 
 
 def _sampling_lines(pipe: LaMambaDiffPipeline, name: str) -> list[str]:

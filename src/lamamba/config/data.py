@@ -17,7 +17,7 @@ class PrepareImagenetConfig:
     validation: Path | None = None
     """ILSVRC2012_img_val.tar; by default no validation images are extracted."""
     devkit: Path | None = None
-    """ILSVRC2012_devkit_t12.tar.gz, which has the classes of the validation images; --validation requires it."""
+    """ILSVRC2012_devkit_t12.tar.gz, which has the classes of the validation images; without --validation it is not needed."""
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class OptionReader:
         width = min(100, shutil.get_terminal_size().columns)
         self._parser = _Parser(
             prog=f"lamamba {self.command}",
-            description=_description(self.kind),
+            description=" ".join((inspect.getdoc(self.kind) or "").split()).replace("%", "%%"),
             epilog=self.example and f"example: {self.example}",
             allow_abbrev=False,
             exit_on_error=False,
@@ -171,13 +171,13 @@ class _Value:
     @classmethod
     def one_of(cls, choices: Sequence[Any]) -> "_Value":
         names = {str(choice): choice for choice in choices}
-        return cls(lambda text: _choose(text, names), "{" + ",".join(names) + "}", None, tuple(names))
 
+        def parse(text: str) -> Any:
+            if text not in names:
+                raise argparse.ArgumentTypeError(f"takes {' or '.join(names)}, not {text!r}")
+            return names[text]
 
-def _choose(text: str, names: Mapping[str, Any]) -> Any:
-    if text not in names:
-        raise argparse.ArgumentTypeError(f"takes {' or '.join(names)}, not {text!r}")
-    return names[text]
+        return cls(parse, "{" + ",".join(names) + "}", None, tuple(names))
 
 
 def _read_whole(text: str) -> int:
@@ -249,10 +249,6 @@ def _build(kind: type[Config], given: Mapping[str, Any], defaults: Mapping[str, 
         elif entry.name not in values and entry.default is MISSING:  # an empty list of words
             values[entry.name] = ()
     return kind(**values)
-
-
-def _description(kind: type[Any]) -> str:
-    return " ".join((inspect.getdoc(kind) or "").split()).replace("%", "%%")
 
 
 def read_docstrings(kind: type[Any]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from types import FrameType
 
 from lamamba.config import DemoConfig
 from lamamba.demo.previews import Models
-from lamamba.errors import ConfigError
+from lamamba.errors import ConfigError, reading
 from lamamba.terminal.output import say
 
 _MAX_CONNECTIONS = 512  # a browser keeps up to six
@@ -21,17 +21,19 @@ def serve(config: DemoConfig) -> None:
     Raises:
         LamambaError: a checkpoint or the device is at fault, the address is taken, or Gradio is not installed.
     """
-    with _listen(config.host, config.port) as listening:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    what = f"{config.host}:{config.port} cannot be listened at"
+    with reading(what, "choose another --port or --host", ConfigError):
+        listening = socket.create_server((config.host, config.port), family=family)
+    with listening:
         with tempfile.TemporaryDirectory(prefix="lamamba-demo-") as folder:
             # Gradio reads these at import. It creates a folder there for a feature that the page does not use.
             os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=folder)
-            try:
+            with reading("the page needs Gradio", "run pip install 'lamamba[demo]'", ConfigError):
                 import uvicorn
 
                 from lamamba.demo.gate import is_loopback
                 from lamamba.demo.page import make_app
-            except ModuleNotFoundError as error:
-                raise ConfigError(f"the page needs Gradio ({error}): run pip install 'lamamba[demo]'") from error
             models = Models(config.checkpoints, config.device)
             host, port = listening.getsockname()[:2]
             app = make_app(models, config.limits, config.at_once, local=is_loopback(host), hosts=config.allowed_hosts)
@@ -55,11 +57,3 @@ def _end(number: int) -> None:
     with suppress(OSError):
         os.write(2, f"lamamba: {name}\n".encode())
     os._exit(128 + number)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        cause = error.strerror or error
-        raise ConfigError(f"{host}:{port} cannot be listened at ({cause}): choose another --port or --host") from error

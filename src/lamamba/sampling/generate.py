@@ -26,7 +26,7 @@ from rich.progress import MofNCompleteColumn
 from torch import Tensor
 
 from lamamba import __version__
-from lamamba.checkpoints.checkpoint import CheckpointInfo, LoadedCheckpoint, load_denoiser, locked
+from lamamba.checkpoints.checkpoint import load_denoiser, locked
 from lamamba.config import GenerateConfig, SampleConfig, SamplingConfig
 from lamamba.config.checks import MAX_GRID_PIXELS, check_seed
 from lamamba.data.latents import IMAGE_CHANNELS, Latents, identify_autoencoder, open_space
@@ -88,7 +88,12 @@ class ImageSampler:
         self.weaker: CapturedNetwork | None = None
         self.weaker_path: Path | None = None
         if config.guidance_checkpoint is not None:
-            weaker = _load_weaker(config.guidance_checkpoint, self.info)
+            weaker = load_denoiser(config.guidance_checkpoint)
+            if weaker.info.objective != self.info.objective:
+                raise ConfigError(
+                    f"guidance_checkpoint {config.guidance_checkpoint} has the objective {weaker.info.objective!r}, "
+                    f"this one {self.info.objective!r}: guide by one trained alike"
+                )
             self.weaker = CapturedNetwork(weaker.network.to(self.network.device), self.uses_bf16)
             self.weaker_path = weaker.path
         by_weaker = self.weaker is not None
@@ -416,17 +421,6 @@ def _join(config: GenerateConfig) -> None:
                             file.write(np.ascontiguousarray(array.read()).tobytes())
     for shard in shards:
         shard.unlink()
-
-
-def _load_weaker(checkpoint: str, info: CheckpointInfo) -> LoadedCheckpoint:
-    """Load the network to guide away from, and check that it has the same objective."""
-    weaker = load_denoiser(checkpoint)
-    if weaker.info.objective != info.objective:
-        raise ConfigError(
-            f"guidance_checkpoint {checkpoint} has the objective {weaker.info.objective!r}, this one "
-            f"{info.objective!r}: guide by one trained alike"
-        )
-    return weaker
 
 
 def _make_folders(config: SampleConfig) -> None:

@@ -47,19 +47,8 @@ MAX_ROUNDING = 2**-8
 Array = NDArray[np.float64]
 
 
-def sigma_rel_of(gamma: float) -> float:
-    """Compute the relative length of a power-function EMA, in (0, 12^-1/2], from its exponent (section 3.1).
-
-    Raises:
-        ValueError: gamma is negative or not finite.
-    """
-    if not 0 <= gamma < math.inf:
-        raise ValueError(f"gamma {gamma} is not a valid exponent: use 0 or more")
-    return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
-
-
 def gamma_of(sigma_rel: float) -> float:
-    """Compute the exponent of a power-function EMA from its relative length: the inverse of `sigma_rel_of`.
+    """Compute the exponent of a power-function EMA from its relative length (section 3.1).
 
     It is the largest root of (gamma + 2)^2 (gamma + 3) = (gamma + 1) / sigma_rel^2.
 
@@ -71,14 +60,8 @@ def gamma_of(sigma_rel: float) -> float:
     """
     if not 0 < sigma_rel <= MAX_SIGMA_REL:
         raise ValueError(f"sigma_rel {sigma_rel} is out of range: use a value above 0 and up to 0.288")
-    # To the right of its largest root the cubic is convex and increasing, so Newton's method decreases to the root.
     slope = sigma_rel**-2
-    gamma, lower = math.inf, 1 / sigma_rel - 2
-    while lower < gamma:
-        gamma = lower
-        excess = (gamma + 2) ** 2 * (gamma + 3) - slope * (gamma + 1)
-        lower = gamma - excess / ((gamma + 2) * (3 * gamma + 8) - slope)
-    return max(0.0, gamma)
+    return max(0.0, float(np.roots([1, 7, 16 - slope, 12 - slope]).real.max()))
 
 
 class PowerAverages:
