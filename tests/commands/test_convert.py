@@ -125,7 +125,7 @@ def test_what_cannot_be_is_one_line(released: Path, tmp_path: Path, capsys: pyte
     )
     assert "holds no autoencoder" in refused(capsys, released, out, *OPTIONS, "--vae", tmp_path)
     assert "does not end in .pt" in refused(capsys, "nano", out)
-    assert "preset applies only to checkpoints of the authors' code, and nano is not one" in refused(
+    assert "preset has no effect, because nano is not of the authors' code" in refused(
         capsys, "nano", tmp_path / "out.pt", "--preset", "nano"
     )
     assert "did you mean nano?" in refused(capsys, "nanno", tmp_path / "out.pt")

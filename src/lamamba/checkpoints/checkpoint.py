@@ -33,7 +33,7 @@ from lamamba.config import PRESETS, NetworkConfig, nearest
 from lamamba.diffusion import OBJECTIVES
 from lamamba.errors import CheckpointError, ConfigError, reading
 from lamamba.files import checksum, permit, write_text
-from lamamba.files.records import is_run, read_record
+from lamamba.files.records import is_run, read_record, read_versioned
 from lamamba.files.weights import (
     CONFIG,
     PIPELINE_INDEX,
@@ -107,7 +107,7 @@ def verify(checkpoint: Path, part: str = "") -> None:
     Raises:
         CheckpointError: a file is damaged or missing. The message names it and the previous checkpoint.
     """
-    for name, wanted in _read_record(checkpoint).get("sha256", {}).items():
+    for name, wanted in read_versioned(checkpoint / RECORD, _Record, FORMAT).get("sha256", {}).items():
         path = checkpoint / name
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise CheckpointError(f"{checkpoint / RECORD}: sha256 names {name!r}, which is not in the checkpoint")
@@ -162,7 +162,7 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
     Raises:
         CheckpointError: it is damaged, or has a later format than this version reads.
     """
-    record = _read_record(checkpoint)
+    record = read_versioned(checkpoint / RECORD, _Record, FORMAT)
     return CheckpointInfo(
         record["images"], record["step"], record["objective"], tuple(record["class_names"]), record["vae"]
     )
@@ -181,11 +181,7 @@ def _known_objective(name: str) -> str:
 _Objective = Annotated[str, AfterValidator(_known_objective)]
 
 
-class _Format(TypedDict):
-    format: Annotated[int, Field(ge=1)]
-
-
-class _Record(_Format):
+class _Record(TypedDict):
     """checkpoint.json."""
 
     images: _Count
@@ -204,14 +200,6 @@ class _PipelineRecord(TypedDict):
     images_seen: NotRequired[_Count]
     network: tuple[str, Literal["LaMambaDiff"]]
     vae: NotRequired[tuple[str | None, Literal["AutoencoderKL"] | None]]
-
-
-def _read_record(checkpoint: Path) -> _Record:
-    path = checkpoint / RECORD
-    version = read_record(path, _Format)["format"]
-    if version > FORMAT:
-        raise CheckpointError(f"{path} has format {version}, this version reads {FORMAT}: update lamamba")
-    return read_record(path, _Record)
 
 
 def locate(path: Path, weights: str = "ema") -> tuple[Path, CheckpointInfo]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from lamamba.checkpoints.checkpoint import CheckpointInfo, find_checkpoint, load_network, locate, verify, write_weights
 from lamamba.checkpoints.released import load_released, read_released, save_released, sizes_in
 from lamamba.config import ConvertConfig
+from lamamba.config.checks import check_unset
 from lamamba.data.latents import check_autoencoder
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files import TEMPORARY
@@ -58,13 +59,7 @@ def _from_released(source: Path, config: ConvertConfig) -> None:
 
 
 def _to_released(config: ConvertConfig) -> None:
-    defaults = ConvertConfig(config.checkpoint, config.out)
-    for name in ("preset", "vae", "network"):
-        if getattr(config, name) != getattr(defaults, name):
-            raise ConfigError(
-                f"{name} applies only to checkpoints of the authors' code, and {config.checkpoint} is not one: leave "
-                "it out"
-            )
+    check_unset(config, "preset", "vae", "network", why=f"{config.checkpoint} is not of the authors' code")
     if config.out.suffix not in (".pt", ".pth"):
         raise ConfigError(f"out {config.out} does not end in .pt, as checkpoints of the authors' code do")
     path = find_checkpoint(config.checkpoint)

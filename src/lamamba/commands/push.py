@@ -19,6 +19,7 @@ from lamamba import __version__
 from lamamba.checkpoints.checkpoint import find_checkpoint, save_network, shipped_weights
 from lamamba.checkpoints.hub import make_repository, send
 from lamamba.config import PushConfig, SamplingConfig
+from lamamba.config.checks import check_unset
 from lamamba.data.fashion_mnist import HUB_REPOSITORY
 from lamamba.data.latents import IMAGE_CHANNELS, Latents
 from lamamba.errors import CheckpointError, ConfigError, DataError
@@ -52,7 +53,10 @@ def push(config: PushConfig) -> None:
     """
     source = Path(config.checkpoint)
     if config.out is None and (source / PIPELINE_INDEX).is_file() and (source / CARD).is_file():
-        _check_is_written(config)
+        why = (
+            f"{config.checkpoint} has a card and is uploaded as it is (edit {CARD}, or write another folder with --out)"
+        )
+        check_unset(config, *_OF_WRITING, why=why)
         _make_repository(config)
         _send(config, source)
         return
@@ -80,17 +84,6 @@ def push(config: PushConfig) -> None:
             folder = folder.replace(config.out)
             say(f"wrote {folder}; sample it with: lamamba sample {shlex.quote(str(folder))}")
         _send(config, folder)
-
-
-def _check_is_written(config: PushConfig) -> None:
-    """Refuse options for writing a pipeline if an existing one is uploaded."""
-    defaults = PushConfig(config.checkpoint, config.repository)
-    for name in _OF_WRITING:
-        if getattr(config, name) != getattr(defaults, name):
-            raise ConfigError(
-                f"{name} has no effect, because {config.checkpoint} already has a card and is uploaded as it is: "
-                f"leave it out and edit {CARD}, or write another folder with --out"
-            )
 
 
 def _make_repository(config: PushConfig) -> None:

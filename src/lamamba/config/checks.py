@@ -44,6 +44,13 @@ def check_range(config: object, least: float, most: float, *names: str) -> None:
             check(value <= most, name, value, f"at most {most:,}")
 
 
+def check_unset(config: Any, *names: str, why: str) -> None:
+    """Raise ConfigError if an option differs from its default, because it has no effect here."""
+    for name in names:
+        if getattr(config, name) != type(config).__dataclass_fields__[name].default:
+            raise ConfigError(f"{name} has no effect, because {why}: leave it out")
+
+
 def check_seed(seed: Any, num_images: int = 1, name: str = "seed") -> int:
     """Return a seed as an int; raise ConfigError unless it is a whole number of 64 bits.
 

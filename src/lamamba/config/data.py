@@ -17,7 +17,8 @@ class PrepareImagenetConfig:
     validation: Path | None = None
     """ILSVRC2012_img_val.tar; by default no validation images are extracted."""
     devkit: Path | None = None
-    """ILSVRC2012_devkit_t12.tar.gz, which has the classes of the validation images; without --validation it is not needed."""
+    """ILSVRC2012_devkit_t12.tar.gz, with the classes of the validation images; needed only with --validation,
+    by default not read."""
 
 
 @dataclass(frozen=True)

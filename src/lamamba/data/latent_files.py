@@ -24,7 +24,7 @@ from typing_extensions import TypedDict
 from lamamba.data.sources import Source
 from lamamba.errors import DataError
 from lamamba.files import utf8_path
-from lamamba.files.records import read_record
+from lamamba.files.records import read_versioned
 
 INDEX, SETTINGS = "latents.json", "settings.json"
 FORMAT = 1
@@ -32,10 +32,6 @@ FORMAT = 1
 _Count = Annotated[int, Field(ge=1, lt=1 << 40)]
 _Side = Annotated[int, Field(ge=1, le=65_536)]
 _Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class _Format(TypedDict):
-    format: Annotated[int, Field(ge=1)]
 
 
 class _Autoencoder(TypedDict):
@@ -58,7 +54,7 @@ class _Settings(TypedDict):
     autoencoder: _Autoencoder
 
 
-class _Begun(_Format):
+class _Begun(TypedDict):
     """settings.json."""
 
     settings: _Settings
@@ -163,14 +159,12 @@ def open_shard(path: Path) -> tuple[Any, np.ndarray, np.ndarray]:
 
 def read_settings(path: Path) -> _Settings:
     """Read the settings of latents that are being encoded; raises DataError with the file and the key."""
-    _check_format(path)
-    return read_record(path, _Begun, DataError)["settings"]
+    return read_versioned(path, _Begun, FORMAT, DataError)["settings"]
 
 
 def _read_index(path: Path) -> _Index:
     """Read an index and check that its numbers agree; raises DataError with the file and the key."""
-    _check_format(path)
-    index = read_record(path, _Index, DataError)
+    index = read_versioned(path, _Index, FORMAT, DataError)
     settings, shards = index["settings"], index["shards"]
     per_shard, images = settings["images_per_shard"], settings["images"]
     counts, statistics = [shard["images"] for shard in shards], index["channel_statistics"]
@@ -188,12 +182,6 @@ def _read_index(path: Path) -> _Index:
     if fault:
         raise DataError(f"{path}: {fault}: delete it and run the same lamamba encode again")
     return index
-
-
-def _check_format(path: Path) -> None:
-    number = read_record(path, _Format, DataError)["format"]
-    if number > FORMAT:
-        raise DataError(f"{path} has format {number}, this version reads {FORMAT}: update lamamba")
 
 
 def _check_shard(path: Path, num_images: int, settings: _Settings) -> None:

@@ -49,6 +49,20 @@ def read_record(path: Path, schema: type[Schema], error: type[LamambaError] = Ch
     return parse_record(raw, str(path), schema, error)
 
 
+class _Format(TypedDict):
+    format: Annotated[int, Field(ge=1)]
+
+
+def read_versioned(
+    path: Path, schema: type[Schema], newest: int, error: type[LamambaError] = CheckpointError
+) -> Schema:
+    """Read a record as `read_record` does, unless its `format` is later than the newest that this version reads."""
+    number = read_record(path, _Format, error)["format"]
+    if number > newest:
+        raise error(f"{path} has format {number}, this version reads {newest}: update lamamba")
+    return read_record(path, schema, error)
+
+
 def parse_record(raw: bytes | str, name: str, schema: type[Schema], error: type[LamambaError]) -> Schema:
     """Check JSON text as `read_record` does. `name` is its source, for errors."""
     try:
