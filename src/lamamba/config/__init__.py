@@ -7,8 +7,6 @@ from lamamba.config.checks import closest, nearest
 from lamamba.config.data import WHOLE_DATASET, DatasetOptions, EncodeConfig, PrepareEmojiConfig, PrepareImagenetConfig
 from lamamba.config.network import PRESETS, SIXTEEN_STATES, NetworkConfig, preset
 from lamamba.config.options import Option, OptionReader
-from lamamba.config.planning import InfoConfig, PlanConfig
-from lamamba.config.publishing import ConvertConfig, ExportConfig, PushConfig
 from lamamba.config.sampling import (
     PLAIN_GUIDANCE,
     DemoConfig,
@@ -20,5 +18,14 @@ from lamamba.config.sampling import (
     Sampler,
     SamplingConfig,
 )
-from lamamba.config.tools import DoctorConfig, GridConfig, PlotConfig
+from lamamba.config.tools import (
+    ConvertConfig,
+    DoctorConfig,
+    ExportConfig,
+    GridConfig,
+    InfoConfig,
+    PlanConfig,
+    PlotConfig,
+    PushConfig,
+)
 from lamamba.config.training import AverageConfig, FinetuneConfig, Timesteps, TrainConfig, WatchConfig
