@@ -16,7 +16,7 @@ from lamamba.checkpoints.checkpoint import load_checkpoint
 from lamamba.commands.plan import predict
 from lamamba.config import PRESETS, DemoLimits, NetworkConfig, PlanConfig
 from lamamba.demo.figures import draw_paths, draw_windows
-from lamamba.demo.receptive_field import draw_receptive_field, receptive_field
+from lamamba.demo.receptive_field import draw_receptive_field, receptive_fields
 from lamamba.model import LaMambaDiff
 from lamamba.sampling import make_grid
 from lamamba.training.cost import count, count_as_papers_on_mamba
@@ -160,7 +160,7 @@ def draw_fields() -> None:
     """Draw what a pixel in the middle depends on through the scan, attention and both, in the shipped weights."""
     network = load_checkpoint("nano").network
     pictures = [
-        draw_receptive_field(receptive_field(network, 32, 32, (14, 14), branches, DemoLimits()), (14, 14))
+        draw_receptive_field(list(receptive_fields(network, 32, 32, (14, 14), branches, DemoLimits()))[-1], (14, 14))
         for branches in ("scan", "attention", "both")
     ]
     pixels = np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in pictures])

@@ -9,7 +9,7 @@ import torch
 from lamamba.checkpoints.checkpoint import load_checkpoint
 from lamamba.config import DemoLimits
 from lamamba.demo.figures import attention_groups
-from lamamba.demo.receptive_field import NUM_DRAWS, TIMESTEP, draw_receptive_field, receptive_field, receptive_fields
+from lamamba.demo.receptive_field import NUM_DRAWS, TIMESTEP, draw_receptive_field, receptive_fields
 from lamamba.errors import ConfigError
 from lamamba.model import LaMambaDiff
 
@@ -53,7 +53,7 @@ def allowed_by_windows(network: LaMambaDiff, side: int, pixel: tuple[int, int]) 
 def test_attention_alone_sees_what_windows_allow(network: LaMambaDiff) -> None:
     allowed = allowed_by_windows(network, 64, PIXEL)
     assert 0 < allowed.sum() < allowed.size
-    field = receptive_field(network, 64, 64, PIXEL, "attention", DemoLimits())
+    *_, field = receptive_fields(network, 64, 64, PIXEL, "attention", DemoLimits())
     # A mask of -100 on the logits leaves weights below e^-80, not zeros.
     assert field[~allowed].max() < 1e-34 * field.max()
     assert (field[allowed] > 0).mean() > 0.99
@@ -61,7 +61,7 @@ def test_attention_alone_sees_what_windows_allow(network: LaMambaDiff) -> None:
 
 @pytest.mark.parametrize("branches", ["scan", "both"])
 def test_the_scan_sees_the_whole_image(network: LaMambaDiff, branches: str) -> None:
-    field = receptive_field(network, 64, 64, PIXEL, branches, DemoLimits())  # type: ignore[arg-type]
+    *_, field = receptive_fields(network, 64, 64, PIXEL, branches, DemoLimits())  # type: ignore[arg-type]
     assert (field > 0).mean() > 0.99
     assert np.unravel_index(field.argmax(), field.shape) == PIXEL
 
@@ -69,7 +69,6 @@ def test_the_scan_sees_the_whole_image(network: LaMambaDiff, branches: str) -> N
 def test_it_grows_draw_by_draw(network: LaMambaDiff) -> None:
     fields = list(receptive_fields(network, 16, 16, (4, 5), "both", DemoLimits()))
     assert len(fields) == NUM_DRAWS
-    assert np.array_equal(fields[-1], receptive_field(network, 16, 16, (4, 5), "both", DemoLimits()))
     for before, after in pairwise(fields):
         assert not np.array_equal(before, after)
         assert before.mean() == pytest.approx(after.mean(), rel=0.5), "a mean and no sum"
@@ -79,8 +78,8 @@ def test_both_is_the_gradient_of_the_network_and_leaves_it_alone(network: LaMamb
     x_t = torch.randn((NUM_DRAWS, 1, 16, 16), generator=torch.Generator().manual_seed(0))
     t = torch.full((NUM_DRAWS,), TIMESTEP)
     before = network(x_t, t, torch.full_like(t, 10))
-    field = receptive_field(network, 16, 16, (4, 5), "both", DemoLimits())
-    receptive_field(network, 16, 16, (4, 5), "scan", DemoLimits())
+    *_, field = receptive_fields(network, 16, 16, (4, 5), "both", DemoLimits())
+    list(receptive_fields(network, 16, 16, (4, 5), "scan", DemoLimits()))
     assert torch.equal(network(x_t, t, torch.full_like(t, 10)), before)
     # A small step at one pixel moves the prediction by what its gradient says.
     step = torch.zeros_like(x_t, dtype=torch.float64)
@@ -93,15 +92,15 @@ def test_both_is_the_gradient_of_the_network_and_leaves_it_alone(network: LaMamb
 
 def test_what_is_outside_or_unknown_is_refused(network: LaMambaDiff) -> None:
     with pytest.raises(ConfigError, match="row is 16: give 0 to 15"):
-        receptive_field(network, 16, 16, (16, 0), "both", DemoLimits())
+        list(receptive_fields(network, 16, 16, (16, 0), "both", DemoLimits()))
     with pytest.raises(ConfigError, match="branches 'scans' are unknown: did you mean scan"):
-        receptive_field(network, 16, 16, (0, 0), "scans", DemoLimits())  # type: ignore[arg-type]
+        list(receptive_fields(network, 16, 16, (0, 0), "scans", DemoLimits()))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("height", "width", "said"), [(18, 16, "pixels together"), (15, 16, "must be even, as 16")])
 def test_a_grid_is_held_to_the_limit(network: LaMambaDiff, height: int, width: int, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        receptive_field(network, height, width, (0, 0), "both", DemoLimits(max_pixels=NUM_DRAWS * 16 * 16))
+        list(receptive_fields(network, height, width, (0, 0), "both", DemoLimits(max_pixels=NUM_DRAWS * 16 * 16)))
 
 
 def test_a_field_is_drawn_in_whole_pixels_with_its_pixel_framed() -> None:

@@ -65,21 +65,6 @@ class Network:
         """Number of positions in the grid."""
         return self.config.sample_size**2
 
-    @property
-    def is_of_latents(self) -> bool:
-        """Whether images are latents (mean and deviation in float16) or pixels (uint8)."""
-        return self.config.in_channels == 4
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes that a step reads per image."""
-        return self.config.in_channels * self.pixels * (4 if self.is_of_latents else 1)
-
-    @property
-    def noise_numbers(self) -> int:
-        """Random numbers per image: its noise and, for latents, the sample from mean and deviation."""
-        return self.config.in_channels * self.pixels * (2 if self.is_of_latents else 1)
-
 
 @cache
 def network_of(name: str) -> Network:
@@ -303,12 +288,15 @@ def predict(config: PlanConfig, model: Model | None = None) -> Prediction:
     communication_ms, inside, between = model.communication(config)
     partly = model.exposed_ms.at(communication_ms) if config.gpus > 1 else 0.0
     bound = communication_ms - overlap_ms
-    others = images * (config.gpus - 1)
-    noise_ms = others * network.noise_numbers / model.noise_numbers_per_ns / 1e6
-    read_mb = config.gpus_in_host * images * network.read_bytes / 1e6
+    # An image is pixels (uint8), or latents: mean and deviation (float16), from which a sample is drawn.
+    is_of_latents = network.config.in_channels == 4
+    values = network.config.in_channels * network.pixels
+    numbers_of_others = images * (config.gpus - 1) * values * (2 if is_of_latents else 1)
+    noise_ms = numbers_of_others / model.noise_numbers_per_ns / 1e6
+    read_mb = config.gpus_in_host * images * values * (4 if is_of_latents else 1) / 1e6
     reading_ms = read_mb / config.data_gbytes_per_s if config.data_gbytes_per_s else 0.0
     held = (4 + config.power_averages) * network.state_bytes / 2**30
-    other_gib = model.other_gib(config.preset).at(images) + 4 * others * network.noise_numbers / 2**30
+    other_gib = model.other_gib(config.preset).at(images) + 4 * numbers_of_others / 2**30
     if config.gpus > 1:
         other_gib += model.together_gib
     if config.shard:

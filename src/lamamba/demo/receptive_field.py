@@ -20,9 +20,9 @@ TIMESTEP = 500
 NUM_DRAWS = 4
 
 
-def receptive_field(
+def receptive_fields(
     network: LaMambaDiff, height: int, width: int, pixel: tuple[int, int], branches: Branches, limits: DemoLimits
-) -> np.ndarray:
+) -> Iterator[np.ndarray]:
     """Measure how much each pixel of x_t moves the prediction at one pixel.
 
         |d prediction[:, row, column] / d x_t|, summed over the channels, averaged over draws of x_t
@@ -38,20 +38,13 @@ def receptive_field(
         branches: "scan" or "attention" alone, or "both".
         limits: of the pixels of all draws together.
 
-    Returns:
-        (height, width) float32, 0 where nothing can come from.
+    Yields:
+        After each of NUM_DRAWS draws, the average so far: (height, width) float32, 0 where nothing can come from. The
+        last is the result.
 
     Raises:
         ConfigError: the pixel is outside, there are no such branches, or the grid cannot be or is larger than allowed.
     """
-    *_, field = receptive_fields(network, height, width, pixel, branches, limits)
-    return field
-
-
-def receptive_fields(
-    network: LaMambaDiff, height: int, width: int, pixel: tuple[int, int], branches: Branches, limits: DemoLimits
-) -> Iterator[np.ndarray]:
-    """Yield the field after each of NUM_DRAWS draws, averaged over the draws so far; the last is the result."""
     if branches not in get_args(Branches):
         raise ConfigError(f"branches {branches!r} are unknown: {nearest(str(branches), get_args(Branches))}")
     for name, side in (("height", height), ("width", width)):
@@ -84,7 +77,7 @@ def draw_receptive_field(field: np.ndarray, pixel: tuple[int, int]) -> Image.Ima
     """Draw a field on a logarithmic scale of four decades, 0 light grey, and frame the pixel in red.
 
     Args:
-        field: (h, w), what `receptive_field` measured.
+        field: (h, w), what `receptive_fields` measured.
         pixel: row and column that it is of.
     """
     from matplotlib import colormaps

@@ -85,7 +85,7 @@ def gather_rows(x: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     Returns:
         (b, m r, c). Its gradient is also a gather; plain indexing would use a slower scatter.
     """
-    result: Tensor = _GatherRows.apply(x, rows, positions)
+    result: Tensor = _Rows.apply(x, rows, positions, False)
     return result
 
 
@@ -100,36 +100,24 @@ def sum_rows(y: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     Returns:
         (b, r, c).
     """
-    result: Tensor = _SumRows.apply(y, rows, positions)
+    result: Tensor = _Rows.apply(y, rows, positions, True)
     return result
 
 
-def _sum_of_gathers(y: Tensor, positions: Tensor) -> Tensor:
-    total = y.index_select(1, positions[0])
-    for place in positions[1:]:
-        total = total + y.index_select(1, place)
-    return total
+class _Rows(torch.autograd.Function):
+    """Gather or sum rows; each is the gradient of the other."""
 
-
-class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rows: Tensor, positions: Tensor, sums: bool) -> Tensor:
         ctx.save_for_backward(rows, positions)
-        return x.index_select(1, rows)
+        ctx.sums = sums
+        if not sums:
+            return x.index_select(1, rows)
+        total = x.index_select(1, positions[0])
+        for place in positions[1:]:
+            total = total + x.index_select(1, place)
+        return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        rows, positions = ctx.saved_tensors
-        return sum_rows(grad, rows, positions), None, None
-
-
-class _SumRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, positions)
-        return _sum_of_gathers(y, positions)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        rows, positions = ctx.saved_tensors
-        return gather_rows(grad, rows, positions), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return (gather_rows if ctx.sums else sum_rows)(grads[0], *ctx.saved_tensors), None, None, None
