@@ -18,10 +18,10 @@ import torch
 
 from cifar import load_cifar
 from lamamba import __version__
-from lamamba.checkpoints.checkpoint import write_json
 from lamamba.data import ArraySource, FolderSource, load_fashion_mnist
 from lamamba.distributed.processes import Processes
 from lamamba.errors import ConfigError
+from lamamba.files import write_json
 from pieces import Piece, Scale
 
 HERE = Path(__file__).resolve().parent

@@ -101,12 +101,12 @@ def test_every_value_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("half", [0, 1])
 def test_half_of_the_channels_is_read_in_place(half: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lamamba.ops.depthwise_convolution.triton import _readable
+    from lamamba.ops.launch import readable_pixels
 
     both, weight, bias = (tensor.float() for tensor in make_inputs((2, 10, 5, 8)))
     x, weight, bias = both.chunk(2, dim=-1)[half], weight[:4], bias[:4]
-    assert _readable(x)[0] is x
-    assert _readable(x)[1] == 8
+    assert readable_pixels(x)[0] is x
+    assert readable_pixels(x)[1] == 8
     wanted = output_and_gradients([x.contiguous(), weight, bias], "triton")
     leaf = both.clone().requires_grad_()
     y = depthwise_convolution(leaf.chunk(2, dim=-1)[half], weight, bias, backend="triton")

@@ -110,13 +110,13 @@ def test_every_value_is_written(num_planes: int, monkeypatch: pytest.MonkeyPatch
 
 
 def test_half_of_the_channels_is_read_in_place() -> None:
-    from lamamba.ops.gated_norm.triton import _readable
+    from lamamba.ops.launch import readable_pixels
 
     planes, z, weight, bias = (tensor.float() for tensor in make_inputs((2, 2, 5, 3, 8)))
     both = torch.cat([z + 1, z], dim=-1)
     half = both.chunk(2, dim=-1)[1]
-    assert _readable(half)[0] is half
-    assert _readable(half)[1] == 16
+    assert readable_pixels(half)[0] is half
+    assert readable_pixels(half)[1] == 16
     wanted = output_and_gradients([planes, z.contiguous(), weight, bias], "triton")
     for name, a, b in zip(NAMES, output_and_gradients([planes, half, weight, bias], "triton"), wanted, strict=True):
         assert torch.equal(a, b), name
