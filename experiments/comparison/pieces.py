@@ -19,7 +19,7 @@ class Training:
     network: str
     seed: int = 0
     data: Literal["fashion-mnist", "cifar-10", "emoji"] = "fashion-mnist"
-    objective: Literal["diffusion", "flow"] = "diffusion"
+    objective: Literal["diffusion", "flow", "flow-x"] = "diffusion"
     num_images: int = NUM_IMAGES
     learning_rate: float = 5e-4
     warmup: float = 0.0
@@ -143,6 +143,14 @@ _NANO = _train("nano", "nano", num_images=4_915_200, learning_rate=6e-4, sweep=T
 _EMOJI = _train("emoji-64", "emoji-64", data="emoji", num_images=2_457_600, learning_rate=6e-4)
 
 _DECAY = {"decay": "cosine"}
+_MIRRORED = {**_DECAY, "horizontal_flip": True}
+
+
+def _natural(name: str, network: str, **options: object) -> Training:
+    """A training on CIFAR-10 with the recipe `best`."""
+    best = {"data": "cifar-10", "objective": "flow", "learning_rate": 1e-3, "warmup": 0.05, "recipe": _MIRRORED}
+    return _train(name, network, **{**best, **options})
+
 
 LISTS: Mapping[str, tuple[Piece, ...]] = {
     "speed": (Speed(),),
@@ -207,10 +215,7 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
         for network in ("s", "dit-s-2")
     ),
     "cifar": tuple(
-        _train(
-            f"cifar-{network}-seed-{seed}", network, data="cifar-10", objective="flow", learning_rate=1e-3, seed=seed,
-            warmup=0.05, recipe={**_DECAY, "horizontal_flip": True}, num_scores=2,
-        )
+        _natural(f"cifar-{network}-seed-{seed}", network, seed=seed, num_scores=2)
         for seed in (0, 1, 2)
         for network in ("s", "dit-s-2", "unet")
     ),
@@ -221,13 +226,37 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
         for network in ("s", "dit-s-2")
     ),
     "cifar-longer": tuple(
-        _train(
-            f"cifar-{network}-longer-seed-{seed}", network, data="cifar-10", objective="flow",
-            num_images=3 * NUM_IMAGES, learning_rate=1e-3, seed=seed, warmup=0.05,
-            recipe={**_DECAY, "horizontal_flip": True},
-        )
+        _natural(f"cifar-{network}-longer-seed-{seed}", network, seed=seed, num_images=3 * NUM_IMAGES)
         for seed in (0, 1, 2)
         for network in ("s", "dit-s-2", "unet")
+    ),
+    # Larger networks, 16 states, and a length at which S has begun to overfit.
+    "cifar-b": tuple(
+        _natural(f"cifar-{network}-longer", network, num_images=3 * NUM_IMAGES) for network in ("b", "dit-b-2")
+    ),
+    "cifar-16-states": (_natural("cifar-s-state-16-longer", "s-state-16", num_images=3 * NUM_IMAGES),),
+    "cifar-longest": tuple(
+        _natural(f"cifar-{network}-longest", network, num_images=8 * NUM_IMAGES) for network in ("s", "dit-s-2")
+    ),
+    # What each part of the network contributes on natural images.
+    "cifar-ablations": tuple(
+        _natural(f"cifar-{network}-seed-{seed}", network, seed=seed, num_scores=1)
+        for seed in (0, 1)
+        for network in ("s-scan-only", "s-attention-only", "s-raster", "s-state-16", "s-window-4")
+    ),
+    # Each further option of a recipe on its own.
+    "cifar-options": (
+        _natural("cifar-s-x-prediction", "s", num_scores=1, objective="flow-x"),
+        *(
+            _natural(f"cifar-s-{name}", "s", num_scores=1, recipe={**_MIRRORED, **options})
+            for name, options in {
+                "logit-normal": {"timesteps": "logit-normal"},
+                "dropout": {"dropout": 0.1},
+                "contrast": {"contrast": 0.05},
+                "muon": {"optimizer": "muon"},
+                "no-flip": {"horizontal_flip": False},
+            }.items()
+        ),
     ),
     "b": (_B, _DIT_B, Clipping("clipping-b", _B), Clipping("clipping-dit-b-2", _DIT_B)),
     "emoji": (

@@ -19,9 +19,6 @@ from lamamba.sampling import sample
 from lamamba.sampling.captured import CapturedNetwork
 from setting import Setting, rounded
 
-# Second order, so that the error of the steps is far smaller than the differences between networks.
-SAMPLERS = {"diffusion": "dpm++", "flow": "unipc"}
-
 
 class InAutocast(nn.Module):
     """A network that computes in bf16 as in training, for a sampler in float32."""
@@ -59,7 +56,7 @@ class Denoiser:
         Raises:
             OutOfTimeError: there is not enough time.
         """
-        sampler = sampler or SAMPLERS[self.objective]
+        sampler = sampler or OBJECTIVES[self.objective].default_sampler
         steps = steps or setting.scale.steps
         images, network = [], CapturedNetwork(self.network)  # recorded once for all batches
         for start in range(0, number, setting.scale.sample_batch_size):
@@ -78,7 +75,7 @@ class Denoiser:
         Returns:
             The scores, see `score`, and the seconds that sampling took.
         """
-        options = {"sampler": SAMPLERS[self.objective], "steps": setting.scale.steps, **options}
+        options = {"sampler": OBJECTIVES[self.objective].default_sampler, "steps": setting.scale.steps, **options}
         start = time.perf_counter()
         images = self.draw(setting, number, **options)
         seconds = time.perf_counter() - start
@@ -109,7 +106,7 @@ class Denoiser:
                         generator = torch.Generator(device).manual_seed(first)
                         noise = torch.randn(clean.shape, device=device, generator=generator)
                         t = torch.full((len(clean),), timestep, device=device)
-                        t = t.float() if objective.name == "flow" else t
+                        t = t.float() if objective.name.startswith("flow") else t
                         losses = objective.losses(network, clean, t, labels[part].to(device), noise)
                         sums.append(losses["mse"].mean())
                     rows.append(rounded(float(torch.stack(sums).mean())))
