@@ -76,6 +76,7 @@ def check(inputs: Inputs, stream: torch.dtype, others: torch.dtype, norm: bool =
         assert relative_error(ours[name], wanted) <= 2 * relative_error(plain[name], wanted) + rounding, name
 
 
+SMALL = (1, 3, 5, 12)  # three pieces, masked rows; for what does not depend on the shape
 TINY = {
     "several rows at once, five pieces": (2, 4, 6, 40),
     "odd sides, masked channels": (2, 5, 7, 33),
@@ -99,23 +100,23 @@ COMBINATIONS = list(itertools.product(((), *RESIDUALS), AFFINE, ((), ("shift", "
 
 @pytest.mark.parametrize("names", [sum(names, ()) for names in COMBINATIONS], ids=" ".join)
 def test_every_combination_agrees_with_float64(names: tuple[str, ...]) -> None:
-    check(make_inputs((2, 3, 5, 20), names), torch.float32, torch.float32)
+    check(make_inputs(SMALL, names), torch.float32, torch.float32)
 
 
 @pytest.mark.parametrize("names", RESIDUALS, ids=" ".join)
 def test_residual_alone_agrees_with_float64(names: tuple[str, ...]) -> None:
-    check(make_inputs((2, 3, 5, 20), names), torch.float32, torch.float32, norm=False)
+    check(make_inputs(SMALL, names), torch.float32, torch.float32, norm=False)
 
 
 @pytest.mark.parametrize("others", [torch.float32, torch.float16])
 @pytest.mark.parametrize("stream", [torch.float32, torch.float16])
 def test_stream_and_branches_have_dtypes_of_their_own(stream: torch.dtype, others: torch.dtype) -> None:
-    check(make_inputs((2, 3, 5, 20)), stream, others)
+    check(make_inputs(SMALL), stream, others)
 
 
 @pytest.mark.parametrize("undefined", ["x_new", "normed"])
 def test_one_result_may_go_unused(undefined: str) -> None:
-    inputs = {name: tensor.float() for name, tensor in make_inputs((2, 3, 5, 20)).items()}
+    inputs = {name: tensor.float() for name, tensor in make_inputs(SMALL).items()}
     found = []
     for backend in ("triton", "pytorch"):
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
@@ -130,7 +131,7 @@ def test_one_result_may_go_unused(undefined: str) -> None:
 
 
 def test_only_some_inputs_need_gradients() -> None:
-    inputs = {name: tensor.float() for name, tensor in make_inputs((2, 2, 3, 8)).items()}
+    inputs = {name: tensor.float() for name, tensor in make_inputs((1, 2, 3, 4)).items()}
     wanted = outputs_and_gradients(inputs, "triton")
     for name in inputs:
         leaf = inputs[name].detach().requires_grad_()
@@ -169,9 +170,9 @@ def test_programs_share_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
     """One program takes an image, or many programs share it and the last one has fewer pixels."""
     from lamamba.ops.residual_norm import triton as host
 
-    inputs = {name: tensor.float() for name, tensor in make_inputs((2, 5, 7, 40)).items()}
+    inputs = {name: tensor.float() for name, tensor in make_inputs((1, 5, 7, 40)).items()}
     wanted = outputs_and_gradients(inputs, "triton")
-    for warps in (1, 4):
+    for warps in (1, 2):
         monkeypatch.setattr(host, "FORWARD_WARPS", warps)
         monkeypatch.setattr(host, "BACKWARD_WARPS", warps)
         for name, value in outputs_and_gradients(inputs, "triton").items():
@@ -228,9 +229,9 @@ def test_a_large_mean_costs_no_digits() -> None:
 
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
 def test_a_bias_of_zeros_changes_nothing(norm: bool) -> None:
-    inputs = {name: tensor.float() for name, tensor in make_inputs((2, 3, 5, 20), RESIDUALS[0]).items()}
+    inputs = {name: tensor.float() for name, tensor in make_inputs(SMALL, RESIDUALS[0]).items()}
     wanted = outputs_and_gradients(inputs, "triton", norm=norm)
-    ours = outputs_and_gradients({**inputs, "branch_bias": torch.zeros(20, device=DEVICE)}, "triton", norm=norm)
+    ours = outputs_and_gradients({**inputs, "branch_bias": torch.zeros(12, device=DEVICE)}, "triton", norm=norm)
     assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
 
 

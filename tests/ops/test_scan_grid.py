@@ -73,7 +73,7 @@ def test_kernels_agree_with_float64(case: str, scan: str) -> None:
 
 
 def test_two_turns_of_two_states_agree_with_float64() -> None:
-    check(make_inputs(1, 4, 5, 8, 3, 4), torch.float32)
+    check(make_inputs(1, 4, 4, 8, 3, 4), torch.float32)
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 10, 8, 3, 1), (1, 6, 4, 8, 3, 2), (3, 4, 6, 8, 3, 1)])
@@ -175,14 +175,14 @@ def test_input_need_not_be_contiguous() -> None:
 
 def test_the_parts_may_have_gradients_of_their_own() -> None:
     """The next operation need not be a sum. If it is, all planes share one gradient, which is not copied."""
-    inputs = [tensor.float().requires_grad_() for tensor in make_inputs(1, 4, 6, 8, 3, 2)]
+    inputs = [tensor.float().requires_grad_() for tensor in make_inputs(1, 4, 4, 8, 3, 2)]
     planes = scan_grid(*inputs, backend="triton")
     weights = torch.randn(planes.shape, generator=torch.Generator().manual_seed(0)).to(planes)
     of_sum = torch.autograd.grad(planes.sum(dim=0), inputs, weights[0], retain_graph=True)
     copied = torch.autograd.grad(planes, inputs, weights[:1].repeat(4, 1, 1, 1, 1), retain_graph=True)
     assert all(torch.equal(a, b) for a, b in zip(of_sum, copied, strict=True))
-    one_by_one = [torch.autograd.grad(planes[path], inputs, weights[path], retain_graph=True) for path in range(4)]
-    for name, together, *parts in zip(NAMES, torch.autograd.grad(planes, inputs, weights), *one_by_one, strict=True):
+    apart = [torch.autograd.grad(planes[part], inputs, weights[part], retain_graph=True) for part in (0, slice(1, 4))]
+    for name, together, *parts in zip(NAMES, torch.autograd.grad(planes, inputs, weights), *apart, strict=True):
         assert relative_error(torch.stack(parts).sum(dim=0), together.double()) < 1e-5, name
 
 
