@@ -69,6 +69,18 @@ def losses_table(records: Records, names: Sequence[str]) -> list[str]:
     return table(header, rows)
 
 
+def coarse_table(records: Records, names: Sequence[str]) -> list[str]:
+    """Lay out the distance of images averaged to 4x4 pixels, at each quarter of the training."""
+    header = ["", *(f"{quarter} % of the training" for quarter in (25, 50, 75, 100)), "training images"]
+    rows = []
+    for name in names:
+        record = records[name]
+        scored = [*record["evaluations"], record["training_images"]]
+        who = f"{NAMES[record['settings']['network']]}, {TITLES[record['settings']['data']]}"
+        rows.append([who, *(f"{row['average-4x4']['distance']:.5f}" for row in scored)])
+    return table(header, rows)
+
+
 def answer_table(records: Records, names: Sequence[str]) -> list[str]:
     """Lay out the end of each training."""
     shared = ("vgg16", "squeezenet")
@@ -113,6 +125,7 @@ def page(records: Records, text: str) -> str:
         "{clothes}": scores_table(records, CLOTHES),
         "{short cifar}": scores_table(records, SHORT_CIFAR),
         "{short clothes}": scores_table(records, SHORT_CLOTHES),
+        "{coarse}": coarse_table(records, (*CLOTHES, *CIFAR)),
         "{losses}": losses_table(records, (*CLOTHES, *CIFAR)),
     }
     for mark, lines in tables.items():
