@@ -1,5 +1,6 @@
 """What must be set before the tests import anything, and what several of them use."""
 
+import gc
 import os
 
 # No test needs a network, also where there is one: whatever asks another host for something fails at once.
@@ -29,6 +30,13 @@ FASHION_MNIST_FOLDER = fashion_mnist.FASHION_MNIST_FOLDER
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the slow tests, so that none of them is left to a single process at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    """Search for garbage less often, and never among the million objects that the imports made."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

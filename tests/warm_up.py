@@ -1,5 +1,6 @@
 """What the process that `forked.py` forks from does first: imports, and one step of training on a CPU."""
 
+import gc
 import os
 import signal
 import tempfile
@@ -30,3 +31,4 @@ if not torch.cuda.is_available():  # where there is a GPU, a backward pass start
         main(["train", "--out", f"{folder}/run", *TINY])
 assert threading.active_count() == 1, f"threads are left: {threading.enumerate()}"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in tests that run in the background
+gc.freeze()  # of what all forks share
