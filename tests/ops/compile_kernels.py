@@ -6,13 +6,17 @@ once for every form of its arguments.
 
 import re
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from triton import knobs
+from triton._C.libtriton import ir, passes
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 
 # These import all kernels. That must happen before `knobs.runtime.interpret` is set, or they would be interpreted.
 import lamamba.ops.depthwise_convolution.triton
@@ -56,6 +60,31 @@ class AnyGPU:
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.capability, 32)
+
+
+def share_coalescing() -> None:
+    """Run the first passes over a kernel once for all GPUs: they take most of the time, and do the same for each."""
+    convert, coalesce, others = passes.ttir.add_convert_to_ttgpuir, passes.ttgpuir.add_coalesce, CUDABackend.make_ttgir
+    coalesced: dict[tuple[str, int], tuple[str, str]] = {}
+
+    def make_ttgir(module: Any, metadata: dict[str, Any], options: Any, capability: int) -> Any:
+        context, target, kernel = module.context, f'"cuda:{capability}"', (str(module), options.num_warps)
+        if kernel not in coalesced:
+            manager = ir.pass_manager(context)
+            convert(manager, f"cuda:{capability}", options.num_warps, 32, options.num_ctas)
+            coalesce(manager)
+            manager.run(module, "coalesce")
+            coalesced[kernel] = str(module), target
+        else:
+            text, first_target = coalesced[kernel]
+            with tempfile.NamedTemporaryFile(suffix=".ttgir") as file:
+                Path(file.name).write_text(text.replace(first_target, target))
+                module = ir.parse_mlir_module(file.name, context)
+            module.context = context
+        return others(module, metadata, options, capability)
+
+    passes.ttir.add_convert_to_ttgpuir = passes.ttgpuir.add_coalesce = lambda *arguments: None
+    CUDABackend.make_ttgir = staticmethod(make_ttgir)
 
 
 def run_block(num_states: int) -> None:
@@ -109,6 +138,7 @@ def compile_for(capability: int, launches: list[Launch]) -> None:
 
 
 if __name__ == "__main__":
+    share_coalescing()
     knobs.runtime.interpret = True  # so that operations accept CPU tensors and launch the same kernels as on a GPU
     for capability in map(int, sys.argv[1:]):
         # Several states per iteration, as with 16 states, or one, as with 3, which compiles twice as fast; sequences
