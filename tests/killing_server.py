@@ -8,6 +8,7 @@ Each attempt is a fork of this process, which has trained for a moment in one th
 loops are there. What is left must be what the unbroken run leaves; the test that starts this looks.
 """
 
+import gc
 import os
 import random
 import shutil
@@ -61,6 +62,8 @@ if __name__ == "__main__":
     for num_images in ("4", "8"):
         main(["train", "--out", str(folder / "first"), "--resume-or-start", *arguments, "--num-images", num_images])
     shutil.rmtree(folder / "first")
+    gc.collect()
+    gc.freeze()  # of what all attempts share
     assert threading.active_count() == 1, f"threads are left: {threading.enumerate()}"
 
     whole_s = finish(folder / "whole", arguments)
