@@ -11,6 +11,7 @@ os.environ["no_proxy"] = os.environ["NO_PROXY"] = "localhost,127.0.0.1,::1"
 # One thread for each test process: there are as many processes as cores, and threads that contend cost tenfold.
 os.environ["OMP_NUM_THREADS"] = "1"  # for torch, imported after this, and for commands that tests start
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from PIL import Image
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # the kernels run on the CPU, one operation at a time
+    if find_spec("triton"):
+        import faster_interpreter  # noqa: F401
 
 from lamamba.data import fashion_mnist
 from tiny_autoencoder import write_autoencoder
