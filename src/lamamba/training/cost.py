@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, cast
 
 import torch
@@ -138,6 +138,7 @@ def peak_tflops(device_name: str) -> float | None:
     return next((peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
+@lru_cache(maxsize=1)  # two kinds of counts are made of it, one after the other
 def _flops_by_module(network: LaMambaDiff, height: int, width: int) -> dict[str, dict[Any, int]]:
     """Count the FLOPs of one image by module and operation. Module names start with the network's class name."""
     device = network.device
