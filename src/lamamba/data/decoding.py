@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from lamamba.errors import ConfigError, DataError
+from lamamba.errors import ConfigError, DataError, reading
 
 Image.init()  # registers all formats
 # Formats that Pillow recognizes but cannot decode; to decode EPS, it would start Ghostscript.
@@ -28,25 +28,13 @@ def read_image(path: str | Path, channels: int, *, can_skip: bool = False) -> Im
     Raises:
         DataError: the file is missing, damaged or truncated, or its pixels cannot be converted to 8 bits.
     """
-    try:
+    advice = "replace or delete it" + ", or skip it with skip_bad_images (--skip-bad-images)" * can_skip
+    with reading(f"{path} cannot be read as an image", advice):
         return decode_image(path, channels)
-    except MemoryError:
-        raise
-    except DataError as error:
-        raise DataError(f"{path} has {error}: save it with 8 or 16 bits") from error
-    except Exception as error:  # Pillow's decoders raise nearly everything on damaged files, even SyntaxError
-        raise DataError(
-            f"{path} cannot be read as an image ({type(error).__name__}: {error}): replace or delete it"
-            + (", or skip it with skip_bad_images (--skip-bad-images)" if can_skip else "")
-        ) from error
 
 
 def decode_image(file: str | Path | BinaryIO, channels: int) -> Image.Image:
-    """Decode a file or bytes like `read_image`; raises Pillow's own errors, which are of nearly any type.
-
-    Raises:
-        DataError: the pixels cannot be converted to 8 bits; the message does not name the file.
-    """
+    """Decode a file or bytes like `read_image`; raises Pillow's own errors, which are of nearly any type."""
     with Image.open(file, formats=FORMATS) as opened:
         return convert_image(opened, channels)
 
@@ -57,7 +45,7 @@ def convert_image(image: Image.Image, channels: int, background: str = "white") 
     The EXIF orientation is applied, transparency is composited on the background, 16-bit grey is scaled to 8 bits.
 
     Raises:
-        DataError: the pixels cannot be converted to 8 bits; the message does not name the file.
+        ValueError: the pixels cannot be converted to 8 bits; the message does not name the file.
     """
     image = _decode(image)
     if image.mode == "RGBA":
@@ -81,7 +69,7 @@ def _decode(image: Image.Image) -> Image.Image:
         if transparent is not None:
             image.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     elif image.mode in ("I", "F"):
-        raise DataError(f"32-bit pixels (mode {image.mode}) of unknown range")
+        raise ValueError(f"it has 32-bit pixels (mode {image.mode}) of unknown range, and not 8 or 16 bits")
     elif transparent is not None:
         image.info["transparency"] = transparent
     if image.has_transparency_data:
@@ -151,12 +139,8 @@ def convert_given(name: str, given: Any, channels: int, background: str = "white
             raise ConfigError(f"{name} mixes images of 8 or 16 bits with floats: give one kind")
     if not images:
         return given
-    try:
+    with reading(f"{name} cannot be decoded", "give another image"):  # a lazy PIL image is decoded only now
         return [convert_image(image, channels, background) for image in images]
-    except DataError as error:
-        raise DataError(f"{name} has {error}: convert it to 8 or 16 bits") from error
-    except (OSError, ValueError, SyntaxError) as error:  # a lazy PIL image is decoded only now
-        raise DataError(f"{name} cannot be decoded ({error}): give another image") from error
 
 
 def _to_pil(name: str, pixels: np.ndarray) -> Image.Image:

@@ -127,8 +127,6 @@ class DatasetSource(ImageSource):
             content = entry.get("bytes") or Path(entry.get("path") or "").read_bytes()
             try:
                 decoded = decode_image(io.BytesIO(content), self.channels)
-            except DataError as error:
-                raise ValueError(str(error)) from error
             except UnidentifiedImageError:  # its message names a place in memory
                 raise ValueError("it is of no known format") from None
             image = crop_centre(decoded, self.image_size)
