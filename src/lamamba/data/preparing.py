@@ -1,15 +1,14 @@
 """Shared by the commands that prepare a dataset: folders that are complete once they have their name."""
 
-import errno
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lamamba.errors import DataError
+from lamamba.errors import DataError, reading
 from lamamba.files import TEMPORARY
 
 
@@ -80,7 +79,7 @@ def _write(path: Path, file: NewFile) -> bool:
         path.write_bytes(content)
         arrived = path.stat().st_size
         if arrived != len(content):
-            raise OSError(errno.EIO, f"{arrived} bytes arrived of {len(content)}")
+            raise OSError(f"{arrived} bytes arrived of {len(content)}")
     return True
 
 
@@ -97,19 +96,7 @@ def list_names(folder: Path) -> list[str]:
         return [name for name in os.listdir(folder) if not name.startswith(".")] if folder.exists() else []
 
 
-@contextmanager
-def using(path: Path, verb: str) -> Iterator[None]:
+def using(path: Path, verb: str) -> AbstractContextManager[None]:
     """Turn an error of the disk into a DataError that says what cannot be done with `path`, why, and what to do."""
-    try:
-        yield
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{path} cannot be {verb}: file names are in {error.encoding} here, which lacks a character of it: set "
-            "LC_ALL=C.UTF-8 or PYTHONUTF8=1"
-        ) from error
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "free some space" if full else "make its folder readable and writable, or give another"
-        raise DataError(
-            f"{path} cannot be {verb} ({error.strerror or error}): {advice}, then run the command again to continue"
-        ) from error
+    advice = "free some space, make its folder readable and writable, or set PYTHONUTF8=1 for a name that is not ASCII"
+    return reading(f"{path} cannot be {verb}", f"{advice}; then run the command again to continue")
