@@ -29,14 +29,15 @@ def register_gradients(
 
     def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         of_outputs = [grad for index, grad in enumerate(grads) if index != saved_output]
-        tensors = ctx.saved_tensors[-num_tensors:]
+        saved = ctx.saved_tensors  # gradient checkpointing allows to read them once
+        tensors = saved[-num_tensors:]
         if all(grad is None for grad in of_outputs):  # nothing downstream depends on the outputs
             return (None,) * (num_tensors + len(ctx.options))
         given = (
             tensors[0].new_zeros(shape) if grad is None else grad
             for grad, shape in zip(of_outputs, ctx.shapes, strict=True)
         )
-        found = backward(*given, *ctx.saved_tensors, *ctx.options)
+        found = backward(*given, *saved, *ctx.options)
         own = (gradient.to(tensor.dtype) for gradient, tensor in zip(found, tensors, strict=True))
         return *own, *(None for _ in ctx.options)
 
