@@ -80,13 +80,17 @@ def describe(config: EncodeConfig, source: Source, space: Latents) -> dict[str, 
     """Describe everything that determines the contents of the shards."""
     grid = space.grid_size(source.image_size)
     return {
-        "source": source.name, "digest": source.identify(), "images": len(source),
+        "source": source.name,
+        "digest": source.identify(),
+        "images": len(source),
         "class_names": list(source.class_names),
-        "image_size": source.image_size, "channels": source.channels,
-        "shape": [space.channels(source.channels), grid, grid], "mirrored": config.mirrored,
+        "image_size": source.image_size,
+        "channels": source.channels,
+        "shape": [space.channels(source.channels), grid, grid],
+        "mirrored": config.mirrored,
         "images_per_shard": config.images_per_shard,
         "autoencoder": {"folder": str(config.vae.resolve()), "sha256": identify(config.vae)},
-    }  # fmt: skip
+    }
 
 
 def _begin(folder: Path, settings: dict[str, Any]) -> None:

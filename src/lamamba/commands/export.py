@@ -127,10 +127,13 @@ def _as_onnx(network: LaMambaDiff, config: ExportConfig, size: tuple[int, int], 
     with reading("ONNX needs the package onnx", "pip install 'lamamba[export]'", ConfigError):
         graph = import_module("lamamba.commands.onnx_graph")
     model = graph.build(
-        network, size, guided=config.guidance, metadata={METADATA: text},
+        network,
+        size,
+        guided=config.guidance,
+        metadata={METADATA: text},
         stored="float32" if config.precision == "float32" else "float16",
         computed="float16" if config.precision == "float16" else "float32",
-    )  # fmt: skip
+    )
     content: bytes = model.SerializeToString()
     return content
 

@@ -150,10 +150,11 @@ def build(
         return helper.make_tensor_value_info(name, kind, shape)
 
     inputs = [
-        described("x_t", TensorProto.FLOAT, "batch", channels, *size), described("t", TensorProto.FLOAT, "batch"),
+        described("x_t", TensorProto.FLOAT, "batch", channels, *size),
+        described("t", TensorProto.FLOAT, "batch"),
         described("y", TensorProto.INT64, "batch"),
         *([described("guidance", TensorProto.FLOAT)] if guided else []),
-    ]  # fmt: skip
+    ]
     outputs = [described("prediction", TensorProto.FLOAT, "batch", 2 * channels, *size)]
     whole = helper.make_graph(graph.nodes, "lamamba", inputs, outputs, list(graph.weights.values()))
     model = helper.make_model(whole, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
@@ -378,9 +379,11 @@ class _Emitter:
             return graph.add("Reshape", x, graph.constant([num_chunks, STEPS, -1, NUM_PATHS, *shape]))
 
         chunks = [
-            in_chunks(delta, 1, inner), in_chunks(driven, 1, inner), in_chunks(B, num_states, 1),
+            in_chunks(delta, 1, inner),
+            in_chunks(driven, 1, inner),
+            in_chunks(B, num_states, 1),
             in_chunks(C, 1, num_states),
-        ]  # fmt: skip
+        ]
         batch = graph.add("Shape", delta, start=0, end=1)
         sizes = (graph.constant([1]), batch, graph.constant([NUM_PATHS, num_states, inner]))
         start = graph.add("ConstantOfShape", graph.add("Concat", *sizes, axis=0))
