@@ -5,30 +5,21 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 
-_HOMES = {
-    "CheckpointError": "lamamba.errors",
-    "ConfigError": "lamamba.errors",
-    "DataError": "lamamba.errors",
-    "Diffusion": "lamamba.diffusion",
-    "FlowMatching": "lamamba.diffusion",
-    "GuidanceOptions": "lamamba.config",
-    "LaMambaDiff": "lamamba.model",
-    "LaMambaDiffPipeline": "lamamba.sampling.pipeline",
-    "LamambaError": "lamamba.errors",
-    "Run": "lamamba.training.run",
-    "TrainConfig": "lamamba.config",
-    "VPrediction": "lamamba.diffusion",
-    "XPredictionFlow": "lamamba.diffusion",
-    "guide": "lamamba.sampling.guidance",
-    "load_checkpoint": "lamamba.checkpoints.checkpoint",
-    "load_denoiser": "lamamba.checkpoints.checkpoint",
-    "load_released": "lamamba.checkpoints.released",
-    "make_scheduler": "lamamba.sampling.schedulers",
-    "sample": "lamamba.sampling",
-    "to_uint8": "lamamba.data",
-    "train": "lamamba.training.run",
-    "training_losses": "lamamba.diffusion",
+_NAMES = {
+    "lamamba.checkpoints.checkpoint": ("load_checkpoint", "load_denoiser"),
+    "lamamba.checkpoints.released": ("load_released",),
+    "lamamba.config": ("GuidanceOptions", "TrainConfig"),
+    "lamamba.data": ("to_uint8",),
+    "lamamba.diffusion": ("Diffusion", "FlowMatching", "VPrediction", "XPredictionFlow", "training_losses"),
+    "lamamba.errors": ("CheckpointError", "ConfigError", "DataError", "LamambaError"),
+    "lamamba.model": ("LaMambaDiff",),
+    "lamamba.sampling": ("sample",),
+    "lamamba.sampling.guidance": ("guide",),
+    "lamamba.sampling.pipeline": ("LaMambaDiffPipeline",),
+    "lamamba.sampling.schedulers": ("make_scheduler",),
+    "lamamba.training.run": ("Run", "train"),
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = ["__version__", *_HOMES]
 
