@@ -13,6 +13,15 @@ def is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)  # in Python, True is an int
 
 
+def as_whole(value: Any) -> int | None:
+    """Return a whole number of any kind, NumPy's and tensors of one too, as an int; None where it is none."""
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    try:
+        return None if is_bool else operator.index(value)
+    except (TypeError, RuntimeError):  # a tensor without a value, on the meta device
+        return None
+
+
 def is_number(value: object) -> bool:
     """Return whether a value is a whole number or a float."""
     return isinstance(value, float) or is_whole(value)
@@ -59,13 +68,10 @@ def check_seed(seed: Any, num_images: int = 1, name: str = "seed") -> int:
         num_images: number of images; the following images have the following seeds, which must be in range too.
         name: name of the option.
     """
-    try:
-        whole = -1 if isinstance(seed, bool) else operator.index(seed)  # also accepts NumPy's integers
-    except TypeError:
-        whole = -1
-    most = MAX_SEED - num_images + 1
-    images = f", for {num_images:,} images" if num_images > 1 else ""
-    check(0 <= whole <= most, name, seed, f"a whole number from 0 to {most:,}{images}")
+    whole, most = as_whole(seed), MAX_SEED - num_images + 1
+    if whole is None or not 0 <= whole <= most:
+        images = f", for {num_images:,} images" if num_images > 1 else ""
+        raise ConfigError(f"{name} is {seed!r}: it must be a whole number from 0 to {most:,}{images}")
     return whole
 
 

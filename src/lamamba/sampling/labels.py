@@ -1,7 +1,6 @@
 """Labels: their names and numbers, mixtures of them, and whether a network can be guided away from "no label"."""
 
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lamamba.config import nearest
+from lamamba.config.checks import as_whole
 from lamamba.config.sampling import DEFAULT_GUIDANCE
 from lamamba.errors import ConfigError
 from lamamba.terminal.streams import visible
@@ -135,15 +135,6 @@ def check_numbers(labels: Sequence[Any], num_classes: int) -> list[int]:
         if number is None:
             raise ConfigError(f"label {label!r} is not a whole number: give the number of a class")
     return [check_range(number, num_classes) for number in numbers if number is not None]
-
-
-def as_whole(value: Any) -> int | None:
-    """Return a whole number of any kind, NumPy's and tensors of one too, as an int; None where it is none."""
-    is_bool = isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
-    try:
-        return None if is_bool else operator.index(value)
-    except (TypeError, RuntimeError):  # a tensor without a value, on the meta device
-        return None
 
 
 def _is_weight(value: Any) -> bool:
