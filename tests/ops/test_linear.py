@@ -46,6 +46,14 @@ def test_in_float32_they_are_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_a_single_vector_is_mapped_too(name: str) -> None:
+    x, weight, bias = make_inputs()
+    inputs = [x[0, 0], weight, bias]
+    ours, plain = (outputs_and_gradients(layer, inputs, None) for layer in LAYERS[name])
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_in_autocast_they_are_as_exact(name: str) -> None:
     """Allow the error of PyTorch against float64; both round x to bfloat16 first."""
     layer, plain_layer = LAYERS[name]

@@ -82,7 +82,11 @@ class _Linear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):  # autocast would round the gradients
             grad_x = grad @ weight
             grad_weight = weight_gradient(grad, x, weight_dtype)
-        return grad_x, grad_weight, None if bias_dtype is None else grad.flatten(0, -2).sum(dim=0, dtype=bias_dtype)
+        return (
+            grad_x,
+            grad_weight,
+            None if bias_dtype is None else grad.reshape(-1, len(weight)).sum(dim=0, dtype=bias_dtype),
+        )
 
 
 class _LinearInHalves(torch.autograd.Function):
@@ -98,7 +102,8 @@ class _LinearInHalves(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        (first, second), (first_weight, second_weight) = (grad.flatten(0, -2) for grad in grads), weight.chunk(2)
+        first, second = (grad.reshape(-1, grad.shape[-1]) for grad in grads)
+        first_weight, second_weight = weight.chunk(2)
         with torch.autocast(x.device.type, enabled=False):
             grad_x = (first @ first_weight).addmm_(second, second_weight)
             grad_weight = torch.cat([weight_gradient(half, x, ctx.weight_dtype) for half in (first, second)])
@@ -107,7 +112,7 @@ class _LinearInHalves(torch.autograd.Function):
 
 def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Compute the gradient of a weight, (o, i) in `dtype`, from gradients (..., o) and inputs (..., i)."""
-    grad, x = grad.flatten(0, -2), x.flatten(0, -2)
+    grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     if x.is_cuda and dtype == torch.float32 != x.dtype:
         return torch.mm(grad.mT, x, out_dtype=dtype)
     return (grad.mT @ x).to(dtype)
