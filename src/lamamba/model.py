@@ -36,7 +36,7 @@ from lamamba.ops.depthwise_convolution import depthwise_convolution
 from lamamba.ops.gated_norm import gated_norm
 from lamamba.ops.grid import NUM_PATHS
 from lamamba.ops.linear import compute_dtype, linear, linear_in_halves
-from lamamba.ops.linear_gelu import linear_gelu
+from lamamba.ops.linear_gelu import gelu_mlp
 from lamamba.ops.residual_norm import Residual, add_gated, layer_norm, residual_norm
 from lamamba.ops.selective_scan import project_and_scan
 from lamamba.ops.window_attention import project_and_attend
@@ -421,8 +421,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map the channels of every pixel; return the result without its bias, and the bias."""
-        x = self.dropout(linear_gelu(x, self.linear_1.weight, self.linear_1.bias))
-        return linear(x, self.linear_2.weight), self.linear_2.bias
+        dropout = self.dropout.p if self.training else 0.0
+        return gelu_mlp(x, self.linear_1.weight, self.linear_1.bias, self.linear_2.weight, dropout), self.linear_2.bias
 
 
 def _pad_to_even(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lamamba.ops.backend import Backend
-from lamamba.ops.linear_gelu import linear_gelu
+from lamamba.ops.linear_gelu import gelu_mlp, linear_gelu
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -170,6 +170,78 @@ def test_what_cannot_be_is_an_error_that_says_why() -> None:
         linear_gelu(x, weight, bias[1:])
 
 
+MLP_NAMES = ("out", "x", "weight_1", "bias_1", "weight_2")
+
+
+def mlp_and_gradients(inputs: list[Tensor], backend: Backend) -> list[Tensor]:
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    out = gelu_mlp(*leaves, backend=backend)
+    weights = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
+    return [out.detach(), *torch.autograd.grad(out, leaves, weights)]
+
+
+def make_mlp_inputs(shape: Shape) -> list[Tensor]:
+    x, weight_1, bias_1 = make_inputs(shape)
+    generator = torch.Generator().manual_seed(2)
+    weight_2 = torch.randn(6, shape[-1], dtype=torch.float64, generator=generator) * shape[-1] ** -0.5
+    return [x, weight_1, bias_1, weight_2.to(DEVICE)]
+
+
+def check_mlp(inputs: list[Tensor], dtype: torch.dtype) -> None:
+    inputs = [tensor.to(dtype) for tensor in inputs]
+    exact = mlp_and_gradients([tensor.double() for tensor in inputs], "pytorch")
+    plain, ours = (mlp_and_gradients(inputs, backend) for backend in ("pytorch", "triton"))
+    rounding = torch.finfo(torch.float32).eps
+    for name, value, reference, wanted in zip(MLP_NAMES, ours, plain, exact, strict=True):
+        assert value.dtype == reference.dtype, name
+        assert relative_error(value, wanted) <= 2 * relative_error(reference, wanted) + rounding, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", ["masked columns", "five blocks, of a width that is five times 64", "one row"])
+def test_an_mlp_agrees_with_float64(case: str, dtype: torch.dtype) -> None:
+    check_mlp(make_mlp_inputs(TINY[case]), dtype)
+
+
+def test_an_mlp_saves_no_hidden_values() -> None:
+    """It saves x, the product before GELU, and the parameters; two layers would save the result of GELU, too."""
+    saved: list[int] = []
+    inputs = [tensor.float().requires_grad_() for tensor in make_mlp_inputs((5, 7, 8, 40))]
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()), lambda _: None):
+        gelu_mlp(*inputs, backend="triton")
+    assert sum(saved) == sum(tensor.numel() for tensor in inputs) + 5 * 7 * 40
+
+
+def test_an_mlp_in_autocast_has_gradients_of_its_weights_dtype() -> None:
+    inputs = [tensor.float() for tensor in make_mlp_inputs((3, 3, 8, 40))]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out, *gradients = mlp_and_gradients(inputs, "triton")
+    assert out.dtype == torch.bfloat16
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+
+
+def test_an_mlp_drops_hidden_values() -> None:
+    inputs = [tensor.float() for tensor in make_mlp_inputs((3, 3, 8, 40))]
+    torch.manual_seed(0)
+    found = gelu_mlp(*inputs, dropout=0.5, backend="triton")
+    torch.manual_seed(0)
+    hidden = torch.nn.functional.dropout(linear_gelu(*inputs[:3], backend="triton"), 0.5)
+    torch.testing.assert_close(found, hidden @ inputs[3].T)
+    assert not torch.equal(found, gelu_mlp(*inputs, backend="triton"))
+
+
+def test_an_mlp_compiles_as_one_graph() -> None:
+    inputs = [tensor.float().requires_grad_() for tensor in make_mlp_inputs((2, 3, 4, 8))]
+
+    def run(x: Tensor, *parameters: Tensor) -> Tensor:
+        return gelu_mlp(2 * x, *parameters, backend="triton")
+
+    out, eager = torch.compile(run, backend="aot_eager", fullgraph=True)(*inputs), run(*inputs)
+    assert torch.equal(out, eager)
+    ours, wanted = (torch.autograd.grad(y.square().sum(), inputs) for y in (out, eager))
+    assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
+
+
 # On a GPU only: real sizes, and arithmetic that the interpreter does not support.
 LARGE = {
     "XL, first stage": (4, 32, 32, 320, 1280),
@@ -187,6 +259,7 @@ LARGE = {
 @pytest.mark.parametrize("case", LARGE)
 def test_real_sizes_agree_with_float64(case: str, dtype: torch.dtype) -> None:
     check(make_inputs(LARGE[case]), dtype)
+    check_mlp(make_mlp_inputs(LARGE[case]), dtype)
 
 
 @ON_GPU

@@ -1,16 +1,18 @@
-"""The first half of an MLP: a linear layer and the exact GELU (Hendrycks & Gimpel 2016, arXiv 1606.08415).
+"""An MLP and its first half: linear layers and the exact GELU (Hendrycks & Gimpel 2016, arXiv 1606.08415).
 
 `reference.py` defines the operation and runs on any device. `kernels.py` and `triton.py` are the version for GPUs.
 """
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lamamba.ops.backend import Backend, choose_kernels
-from lamamba.ops.linear import linear
+from lamamba.ops.linear import compute_dtype, linear
 from lamamba.ops.linear_gelu.reference import linear_gelu_reference
 from lamamba.ops.shapes import check_shapes
 
-__all__ = ["linear_gelu"]
+__all__ = ["gelu_mlp", "linear_gelu"]
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, backend: Backend = "auto") -> Tensor:
@@ -30,12 +32,51 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, backend: Backend = "aut
     Raises:
         ValueError: shapes disagree, or the kernels cannot run on these tensors.
     """
-    if x.ndim == 0 or 0 in x.shape:
-        raise ValueError(f"linear_gelu: x is {tuple(x.shape)}: give (..., i), none of them 0")
-    check_shapes("linear_gelu", f"x {tuple(x.shape)}", {"weight": (weight, (len(weight), x.shape[-1]))})
-    check_shapes("linear_gelu", f"weight {tuple(weight.shape)}", {"bias": (bias, (len(weight),))})
+    _check(x, weight, bias)
     if choose_kernels("linear_gelu", x, backend):
         from lamamba.ops.linear_gelu.triton import bias_gelu_triton
 
         return bias_gelu_triton(linear(x, weight), bias)
     return linear_gelu_reference(x, weight, bias)
+
+
+def gelu_mlp(
+    x: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, dropout: float = 0.0, backend: Backend = "auto"
+) -> Tensor:
+    """Apply a linear layer, GELU, dropout, and a linear layer without bias.
+
+        out = dropout(gelu(x weight_1^T + bias_1)) weight_2^T
+
+    Without dropout, the kernels do not save the hidden values for the backward pass, which computes them again.
+
+    Args:
+        x: (..., i).
+        weight_1: (c, i).
+        bias_1: (c,).
+        weight_2: (o, c).
+        dropout: probability of dropping a hidden value.
+        backend: see `lamamba.ops.backend`.
+
+    Returns:
+        (..., o) in the dtype of the product, which is the autocast dtype where autocast is on.
+
+    Raises:
+        ValueError: shapes disagree, or the kernels cannot run on these tensors.
+    """
+    with_layer = f"weight_1 {tuple(weight_1.shape)}"
+    check_shapes("gelu_mlp", with_layer, {"weight_2": (weight_2, (len(weight_2), len(weight_1)))})
+    if dropout or not (torch.is_grad_enabled() and choose_kernels("gelu_mlp", x, backend)):
+        hidden = linear_gelu(x, weight_1, bias_1, backend)
+        return linear(F.dropout(hidden, dropout) if dropout else hidden, weight_2)
+    _check(x, weight_1, bias_1)
+    from lamamba.ops.linear_gelu.triton import GeluMlp
+
+    out: Tensor = GeluMlp.apply(x.to(compute_dtype(x)), weight_1, bias_1, weight_2)
+    return out
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    if x.ndim == 0 or 0 in x.shape:
+        raise ValueError(f"linear_gelu: x is {tuple(x.shape)}: give (..., i), none of them 0")
+    check_shapes("linear_gelu", f"x {tuple(x.shape)}", {"weight": (weight, (len(weight), x.shape[-1]))})
+    check_shapes("linear_gelu", f"weight {tuple(weight.shape)}", {"bias": (bias, (len(weight),))})

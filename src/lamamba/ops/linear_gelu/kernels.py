@@ -79,10 +79,10 @@ def linear_gelu_forward_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "rows_per_program"])
 def linear_gelu_backward_kernel(
-    p_x, p_bias, p_grad_out, p_grad_x, p_sums, num_rows, rows_per_program,
+    p_x, p_bias, p_grad_out, p_out, p_grad_x, p_sums, num_rows, rows_per_program,
     CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of x, and its sum over the rows of the program.
+    """Compute the gradient of x, and its sum over the rows of the program; and the result again, if `p_out` is given.
 
     The caller adds up the sums, (programs of a column, c).
     """
@@ -98,6 +98,8 @@ def linear_gelu_backward_kernel(
         b_below, b_density = _normal(b_z, p_x.dtype.element_ty == tl.float32)
         b_grad_x = b_grad_out * (b_below + b_z * b_density)
         tl.store(p_grad_x + o_x, b_grad_x.to(p_grad_x.dtype.element_ty), mask=m_x)
+        if p_out is not None:
+            tl.store(p_out + o_x, (b_z * b_below).to(p_out.dtype.element_ty), mask=m_x)
         b_sum += b_grad_x
     p_sums += tl.cast(tl.program_id(1), tl.int64) * CHANNELS
     tl.store(p_sums + o_c, tl.sum(b_sum, axis=0, keep_dims=True), mask=m_c)
