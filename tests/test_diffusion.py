@@ -97,6 +97,8 @@ def deviation(objective: Diffusion | FlowMatching, sampler: str, num_steps: int)
     [
         ("diffusion", "ddim", 20, 200, 0.01),
         ("diffusion", "ddim", 30, 600, 0.005),
+        ("diffusion", "ddim-cosine", 8, 64, 0.01),
+        ("diffusion-v-zero-snr", "ddim-cosine", 8, 64, 0.01),
         ("diffusion", "dpm++", 10, 100, 0.002),
         ("diffusion", "dpm++", 10, 1000, 0.002),
         ("diffusion", "unipc", 10, 100, 0.002),
@@ -130,7 +132,7 @@ def test_every_number_of_steps_goes_down_from_noise(sampler: str) -> None:
         assert timesteps == sorted(set(timesteps) if apart else timesteps, reverse=True)
         published = sampler == "ddim" and num_steps >= 20
         assert timesteps[0] == (round(1000 - 1000 / num_steps) if published else 999), num_steps
-        assert timesteps[-1] == 0 or num_steps == 1
+        assert timesteps[-1] == 0 or num_steps == 1 or sampler == "ddim-cosine"
 
 
 @pytest.mark.parametrize("objective", [Diffusion(), VPrediction(), VPrediction(True)], ids=lambda kind: kind.name)
@@ -145,6 +147,7 @@ def test_a_single_step_answers_the_mean_of_the_data(objective: Diffusion, sample
     ("objective", "sampler", "order", "steps"),
     [
         (Diffusion(), "ddim", 1, (24, 32, 48, 64, 96)),
+        (Diffusion(), "ddim-cosine", 1, (8, 16, 32, 64)),
         # From a hundred steps on, what counts is the last one, which is of first order and always goes to no noise.
         (Diffusion(), "dpm++", 2, (24, 32, 48, 64, 96)),
         (Diffusion(), "unipc", 3, (32, 48, 64)),
@@ -275,7 +278,7 @@ def test_clipping_leaves_no_specks(sampler: str) -> None:
 @pytest.mark.parametrize(
     ("objective", "sampler", "advice"),
     [
-        ("diffusion", "heun", "use ancestral or ddim or dpm++ or sde-dpm++ or unipc"),
+        ("diffusion", "heun", "use ancestral or ddim or ddim-cosine or dpm++ or sde-dpm++ or unipc"),
         ("flow", "ddim", "use unipc or euler or heun"),
     ],
 )

@@ -121,7 +121,7 @@ class Diffusion:
         "beta_schedule": "linear",
         "prediction_type": "epsilon",
     }
-    samplers = ("ancestral", "ddim", "dpm++", "sde-dpm++", "unipc")
+    samplers = ("ancestral", "ddim", "ddim-cosine", "dpm++", "sde-dpm++", "unipc")
     default_sampler = "dpm++"
     scheduler = _deprecated_scheduler
     zero_terminal_snr = False

@@ -18,7 +18,7 @@ from lamamba.config.checks import (
 from lamamba.config.options import Option
 
 DEFAULT_GUIDANCE = 2.0  # scale of classifier-free guidance
-Sampler = Literal["ancestral", "ddim", "dpm++", "sde-dpm++", "unipc", "euler", "heun"]
+Sampler = Literal["ancestral", "ddim", "ddim-cosine", "dpm++", "sde-dpm++", "unipc", "euler", "heun"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class SamplingConfig:
     diffusers saved of a LaMambaDiffPipeline, a DiTPipeline or a DiTTransformer2DModel; or user/name, such a folder on
     the Hugging Face hub."""
     sampler: Sampler | None = None
-    """For diffusion: ancestral, ddim, dpm++ (default), sde-dpm++ or unipc. For flow: unipc (default), euler or heun."""
+    """For diffusion: ancestral, ddim, ddim-cosine, dpm++ (default), sde-dpm++ or unipc. For flow: unipc (default),
+    euler or heun."""
     steps: int = 25
     """Number of sampler steps."""
     guidance: float | None = None

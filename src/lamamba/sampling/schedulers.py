@@ -19,6 +19,7 @@ from lamamba.errors import CheckpointError, ConfigError, first_line, reading
 from lamamba.files.records import SchedulerRecord, read_record
 from lamamba.files.weights import PIPELINE_INDEX
 
+COSINE_SPACING = "cosine"  # `timestep_spacing` of the scheduler of ddim-cosine, which diffusers itself does not know
 _PREDICTIONS = dict(epsilon="noise", v_prediction="v", sample="the clean image", flow_prediction="a flow's velocity")
 
 
@@ -35,14 +36,18 @@ def make_scheduler(
     | --- | --- |
     | ancestral | the training process, backwards, with the learned variance (arXiv 2102.09672) |
     | ddim | arXiv 2010.02502 |
+    | ddim-cosine | the same with the steps of the cosine schedule (arXiv 2202.00512, section 2): for few steps |
     | dpm++ | DPM-Solver++ of second order, 2M (arXiv 2211.01095) |
     | sde-dpm++ | the same for the stochastic equation, SDE-2M |
     | unipc | arXiv 2302.04867 |
     | euler, heun | the classical methods, for flows |
 
-    For diffusion all go from 999 to 0, except `ddim`: from 20 steps on it has its published stride, 0, 1000/n,
+    For diffusion all go from 999 to 0, except two. `ddim` has its published stride from 20 steps on, 0, 1000/n,
     2000/n, ..., which starts at 1000 - 1000/n. Fewer steps of that stride would start where noise does not hide the
-    image yet. The steps of `ancestral` and `ddim` are even in time. Those of the multistep solvers are even in the
+    image yet. `ddim-cosine` ends with a step from a higher timestep to no noise.
+
+    The steps of `ancestral` and `ddim` are even in time. Those of `ddim-cosine` are even in the angle whose tangent is
+    noise over signal, so that two of its steps are one of half as many. Those of the multistep solvers are even in the
     seventh root of noise over signal (arXiv 2206.00364, eq. 5), rounded to whole timesteps, so that from 79 steps on
     a timestep can occur twice; with zero terminal SNR, whose noise has no upper limit, they are even in time (arXiv
     2305.08891, section 3.3). For flows all steps are even in time; Heun has two timesteps for each step but the last.
@@ -79,6 +84,9 @@ def make_scheduler(
         # number apart, and the same everywhere.
         scheduler = diffusers.DPMSolverMultistepScheduler(**options, algorithm_type="dpmsolver++", solver_order=1)
         scheduler.choose_timesteps = _even_timesteps if ends_in_noise else _ddim_timesteps
+    elif sampler == "ddim-cosine":
+        options |= {"algorithm_type": "dpmsolver++", "solver_order": 1, "timestep_spacing": COSINE_SPACING}
+        scheduler = diffusers.DPMSolverMultistepScheduler(**options)
     else:
         if ends_in_noise:
             options["timestep_spacing"] = "trailing"
@@ -112,6 +120,8 @@ def set_timesteps(scheduler: Any, num_steps: int, device: torch.device | None = 
     spaced = any(scheduler.config.get(f"use_{kind}_sigmas") for kind in ("karras", "exponential", "beta"))
     if hasattr(scheduler, "choose_timesteps"):
         scheduler.set_timesteps(timesteps=scheduler.choose_timesteps(num_steps), device=device)
+    elif scheduler.config.get("timestep_spacing") == COSINE_SPACING:
+        scheduler.set_timesteps(timesteps=_cosine_timesteps(num_steps, scheduler.alphas_cumprod), device=device)
     elif isinstance(scheduler, diffusers.FlowMatchHeunDiscreteScheduler):
         least, scheduler.sigma_min = scheduler.sigma_min, 1 / num_steps
         scheduler.set_timesteps(num_steps, device=device)
@@ -134,6 +144,14 @@ def set_timesteps(scheduler: Any, num_steps: int, device: torch.device | None = 
 def _even_timesteps(num_steps: int, first: float = NUM_TIMESTEPS - 1) -> list[int]:
     """Space whole timesteps evenly from the first down to 0; a single step is the first."""
     timesteps: list[int] = torch.linspace(first, 0, num_steps, dtype=torch.float64).round().long().tolist()
+    return timesteps
+
+
+def _cosine_timesteps(num_steps: int, alpha_bar: Tensor) -> list[int]:
+    """Choose the whole timesteps nearest to even angles, whose tangent is noise over signal, from the last down."""
+    angles = (1 / alpha_bar.double().cpu() - 1).sqrt().atan()
+    wanted = angles[-1] * torch.arange(num_steps, 0, -1) / num_steps
+    timesteps: list[int] = (angles - wanted[:, None]).abs().argmin(dim=1).tolist()
     return timesteps
 
 
