@@ -8,7 +8,8 @@ __version__ = "0.2.0"
 _NAMES = {
     "lamamba.checkpoints.checkpoint": ("load_checkpoint", "load_denoiser"),
     "lamamba.checkpoints.released": ("load_released",),
-    "lamamba.config": ("GuidanceOptions", "TrainConfig"),
+    "lamamba.commands.distill": ("distill",),
+    "lamamba.config": ("DistillConfig", "GuidanceOptions", "TrainConfig"),
     "lamamba.data": ("to_uint8",),
     "lamamba.diffusion": ("Diffusion", "FlowMatching", "VPrediction", "XPredictionFlow", "training_losses"),
     "lamamba.errors": ("CheckpointError", "ConfigError", "DataError", "LamambaError"),
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from lamamba.checkpoints.checkpoint import load_checkpoint as load_checkpoint
     from lamamba.checkpoints.checkpoint import load_denoiser as load_denoiser
     from lamamba.checkpoints.released import load_released as load_released
+    from lamamba.commands.distill import distill as distill
+    from lamamba.config import DistillConfig as DistillConfig
     from lamamba.config import GuidanceOptions as GuidanceOptions
     from lamamba.config import TrainConfig as TrainConfig
     from lamamba.data import to_uint8 as to_uint8

@@ -16,6 +16,7 @@ from lamamba.config import (
     AverageConfig,
     ConvertConfig,
     DemoConfig,
+    DistillConfig,
     DoctorConfig,
     EncodeConfig,
     EvaluateConfig,
@@ -59,6 +60,10 @@ COMMANDS = {
     "finetune": Command(
         FinetuneConfig, "lamamba.training.run:train", "train from a checkpoint's weights",
         "lamamba finetune nano --data photos --image-size 32 --out runs/photos",
+    ),
+    "distill": Command(
+        DistillConfig, "lamamba.commands.distill:distill", "train a student that samples in a few steps",
+        "lamamba distill runs/first --steps 4 --out runs/fast",
     ),
     "encode": Command(
         EncodeConfig, "lamamba.commands.encode:encode", "encode images to latents",
@@ -327,12 +332,7 @@ def _finetune_defaults(arguments: list[str]) -> dict[str, Any]:
     if not name or name.startswith("-"):
         raise LamambaError(f"give a checkpoint first: {COMMANDS['finetune'].example}")
     if started := _run_defaults(arguments):
-        out, began_with = _peek(arguments, "--out"), started["start_from"]
-        if began_with is None or os.path.abspath(began_with) != os.path.abspath(name):
-            raise ConfigError(
-                f"{out} started from {began_with or 'fresh weights'}, not from {name}: resume it with lamamba train, "
-                "or choose another --out"
-            )
+        _check_start(arguments, started)
         return started
     with _loading():
         from lamamba.checkpoints.checkpoint import check_network, find_checkpoint, locate
@@ -346,9 +346,30 @@ def _finetune_defaults(arguments: list[str]) -> dict[str, Any]:
     }
 
 
+def _distill_defaults(arguments: list[str]) -> dict[str, Any]:
+    """Make the defaults of `lamamba distill`: with --resume, the run's own; others are read once the teacher is."""
+    started = _run_defaults(arguments)
+    if started:
+        _check_start(arguments, started)
+        if started["distillation"] is None:
+            raise ConfigError(f"{_peek(arguments, '--out')} is no distillation: resume it with lamamba train")
+    return started
+
+
+def _check_start(arguments: list[str], started: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless the run that is to be resumed started from the checkpoint that is given."""
+    out, name, began_with = _peek(arguments, "--out"), arguments[0], started["start_from"]
+    if began_with is None or os.path.abspath(began_with) != os.path.abspath(name):
+        raise ConfigError(
+            f"{out} started from {began_with or 'fresh weights'}, not from {name}: resume it with lamamba train, "
+            "or choose another --out"
+        )
+
+
 _DEFAULTS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
     "train": _train_defaults,
     "finetune": _finetune_defaults,
+    "distill": _distill_defaults,
     "convert": lambda arguments: _network_defaults(_peek(arguments, "--preset")),
 }
 

@@ -56,7 +56,20 @@ class Denoiser(Protocol):
         """
 
 
-class Objective(Protocol):
+class Task(Protocol):
+    """What a training step minimizes: an `Objective`, or a round of distillation."""
+
+    def draw_timesteps(self, batch: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+        """Draw (b,) timesteps for training, from 0 to 1000."""
+
+    def losses(self, denoiser: Predict, x_0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Compute (b,) losses of clean images: `loss`, which is minimized, and its terms, among them `mse`."""
+
+    def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
+        """Compute the (b,) weights of `mse` that give the error of x_0 the weight min(SNR, gamma)."""
+
+
+class Objective(Task, Protocol):
     """What a network is trained for: how images are noised, and what the network predicts on its first c channels.
 
     Training and sampling need no more than this. `examples/objective.py` adds another objective in one file.
@@ -77,15 +90,6 @@ class Objective(Protocol):
     @property
     def default_sampler(self) -> str:
         """One of `samplers`."""
-
-    def draw_timesteps(self, batch: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-        """Draw (b,) timesteps for training, from 0 to 1000."""
-
-    def losses(self, denoiser: Predict, x_0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Compute (b,) losses of clean images: `loss`, which is minimized, and its terms, among them `mse`."""
-
-    def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
-        """Compute the (b,) weights of `mse` that give the error of x_0 the weight min(SNR, gamma)."""
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the shares of the clean image and of noise in x_t, for (b,) timesteps."""
@@ -373,7 +377,7 @@ OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in _
 
 
 def draw_noise(
-    objective: Objective,
+    objective: Task,
     shape: tuple[int, ...],
     device: torch.device,
     *,
@@ -391,7 +395,7 @@ def draw_noise(
 
 
 def training_losses(
-    objective: Objective,
+    objective: Task,
     denoiser: Predict,
     x_0: Tensor,
     y: Tensor,

@@ -2,8 +2,10 @@
 
 A run folder holds `config.json` and `checkpoints/`, one folder each, named by the images seen:
 
-    checkpoint.json         format, images, objective, class names, autoencoder; the SHA-256 of every other file
+    checkpoint.json         format, images, objective, class names, autoencoder; the SHA-256 of every other file; for
+                            distilled networks, how they are sampled
     network/  ema/          weights and EMA weights, each a diffusers folder: config.json and safetensors
+    teacher/                the weights that `lamamba distill` learns from in this round
     training/               optimizer, random state, power-function EMAs, by torch.distributed.checkpoint: one
                             safetensors file from each rank that holds a part of them
 
@@ -30,7 +32,7 @@ from lamamba import __version__
 from lamamba.checkpoints.dit import DIT_CLASSES, DiTFolder
 from lamamba.checkpoints.hub import fetch, is_repository
 from lamamba.config import PRESETS, NetworkConfig, nearest
-from lamamba.diffusion import OBJECTIVES
+from lamamba.diffusion import NUM_TIMESTEPS, OBJECTIVES
 from lamamba.errors import CheckpointError, ConfigError, reading
 from lamamba.files import checksum, permit, write_text
 from lamamba.files.records import is_run, read_record, read_versioned
@@ -48,9 +50,38 @@ from lamamba.files.weights import (
 from lamamba.model import NETWORKS, LaMambaDiff
 
 FORMAT = 1
+DISTILLED_FORMAT = 2  # of distilled networks, so that versions that would sample them wrongly refuse them
 SHIPPED = Path(__file__).parents[1] / "assets"
 RECORD = "checkpoint.json"
 _LOADABLE = ("LaMambaDiffPipeline", "LaMambaDiff", "DiTPipeline", *DIT_CLASSES)
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """How a distilled network is sampled."""
+
+    steps: int
+    """Sampler steps that it was distilled for."""
+    sampler: str
+    """The sampler that takes these steps."""
+    guidance: float
+    """Guidance scale that its predictions include; 1 is none."""
+
+    def __str__(self) -> str:
+        included = f"guidance {self.guidance:g} included" if self.guidance != 1 else "without guidance"
+        return f"distilled for {describe_steps(self.steps)} of {self.sampler}, {included}"
+
+    def why_unsuited(self, sampler: str, steps: int) -> str | None:
+        """Say what is wrong with a sampler or number of steps; None if they are those of the distillation."""
+        if (sampler, steps) == (self.sampler, self.steps):
+            return None
+        own = f"{describe_steps(self.steps)} of {self.sampler}"
+        return f"this network was distilled for {own}: expect worse images from {describe_steps(steps)} of {sampler}"
+
+
+def describe_steps(steps: int) -> str:
+    """Write a number of steps with its noun."""
+    return f"{steps} step{'s' * (steps != 1)}"
 
 
 @dataclass(frozen=True)
@@ -65,6 +96,8 @@ class CheckpointInfo:
     class_names: tuple[str, ...] = ()
     vae: str | None = None
     """Folder of the autoencoder of the network's latents; None for a network of pixels."""
+    distilled: Distilled | None = None
+    """How the network is sampled if it was distilled."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +130,15 @@ def write_info(checkpoint: Path, info: CheckpointInfo) -> None:
     """Write checkpoint.json, with the checksums of all files in the checkpoint."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != RECORD)
     checksums = {path.relative_to(checkpoint).as_posix(): checksum(path) for path in files}
-    record = {"format": FORMAT, "lamamba": __version__, **asdict(info), "sha256": checksums}
+    content = asdict(info)
+    if info.distilled is None:
+        del content["distilled"]
+    record = {
+        "format": DISTILLED_FORMAT if info.distilled else FORMAT,
+        "lamamba": __version__,
+        **content,
+        "sha256": checksums,
+    }
     write_text(checkpoint / RECORD, json.dumps(record, indent=2) + "\n")
 
 
@@ -107,7 +148,7 @@ def verify(checkpoint: Path, part: str = "") -> None:
     Raises:
         CheckpointError: a file is damaged or missing. The message names it and the previous checkpoint.
     """
-    for name, wanted in read_versioned(checkpoint / RECORD, _Record, FORMAT).get("sha256", {}).items():
+    for name, wanted in read_versioned(checkpoint / RECORD, _Record, DISTILLED_FORMAT).get("sha256", {}).items():
         path = checkpoint / name
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise CheckpointError(f"{checkpoint / RECORD}: sha256 names {name!r}, which is not in the checkpoint")
@@ -162,9 +203,14 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
     Raises:
         CheckpointError: it is damaged, or has a later format than this version reads.
     """
-    record = read_versioned(checkpoint / RECORD, _Record, FORMAT)
+    record = read_versioned(checkpoint / RECORD, _Record, DISTILLED_FORMAT)
     return CheckpointInfo(
-        record["images"], record["step"], record["objective"], tuple(record["class_names"]), record["vae"]
+        record["images"],
+        record["step"],
+        record["objective"],
+        tuple(record["class_names"]),
+        record["vae"],
+        record.get("distilled"),
     )
 
 
@@ -181,6 +227,17 @@ def _known_objective(name: str) -> str:
 _Objective = Annotated[str, AfterValidator(_known_objective)]
 
 
+def _sampled_by(record: Distilled) -> Distilled:
+    known = {sampler for objective in OBJECTIVES.values() for sampler in objective.samplers}
+    if record.sampler not in known or not 1 <= record.steps <= NUM_TIMESTEPS:
+        allowed = {"samplers": ", ".join(sorted(known)), "most": NUM_TIMESTEPS}
+        raise PydanticCustomError("distilled", "it should have 1 to {most} steps of {samplers}", allowed)
+    return record
+
+
+_DistilledRecord = Annotated[Distilled, AfterValidator(_sampled_by)]
+
+
 class _Record(TypedDict):
     """checkpoint.json."""
 
@@ -189,6 +246,7 @@ class _Record(TypedDict):
     objective: _Objective
     class_names: _ClassNames
     vae: str | None
+    distilled: NotRequired[_DistilledRecord]
     sha256: NotRequired[dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]]
 
 
@@ -198,6 +256,7 @@ class _PipelineRecord(TypedDict):
     objective: _Objective
     id2label: NotRequired[Annotated[dict[str, str], Field(max_length=1_000_000)] | None]
     images_seen: NotRequired[_Count]
+    distilled: NotRequired[_DistilledRecord | None]
     network: tuple[str, Literal["LaMambaDiff"]]
     vae: NotRequired[tuple[str | None, Literal["AutoencoderKL"] | None]]
 
@@ -230,7 +289,7 @@ def _read_pipeline_info(folder: Path) -> CheckpointInfo:
         raise CheckpointError(f"{path}: id2label names {len(names)} classes, but not {missing[0]}")
     class_names = tuple(names[str(label)] for label in range(len(names)))
     vae = str(folder / "vae") if any(index.get("vae", ())) else None
-    return CheckpointInfo(index.get("images_seen", 0), 0, index["objective"], class_names, vae)
+    return CheckpointInfo(index.get("images_seen", 0), 0, index["objective"], class_names, vae, index.get("distilled"))
 
 
 def read_network_config(folder: Path) -> NetworkConfig:

@@ -17,10 +17,10 @@ from huggingface_hub import ModelCard
 from torch import Tensor, nn
 
 from lamamba import __version__
-from lamamba.checkpoints.checkpoint import LoadedCheckpoint, load_checkpoint
+from lamamba.checkpoints.checkpoint import CheckpointInfo, LoadedCheckpoint, load_checkpoint
 from lamamba.config import ExportConfig
 from lamamba.data.latents import IMAGE_CHANNELS
-from lamamba.diffusion import NUM_TIMESTEPS, OBJECTIVES
+from lamamba.diffusion import NUM_TIMESTEPS, OBJECTIVES, Objective
 from lamamba.errors import CheckpointError, ConfigError, reading
 from lamamba.files import atomic_write
 from lamamba.files.records import AutoencoderRecord, read_record
@@ -28,6 +28,7 @@ from lamamba.files.weights import CONFIG
 from lamamba.model import LaMambaDiff
 from lamamba.ops.backend import use_backend
 from lamamba.sampling.labels import choose_guidance, why_unguided
+from lamamba.sampling.schedulers import make_scheduler
 from lamamba.terminal.output import say
 
 ONNX, PROGRAM = "network.onnx", "network.pt2"
@@ -55,7 +56,8 @@ def export(config: ExportConfig) -> None:
     size = config.size or (side, side)
     if any(length % 2 for length in size):
         raise ConfigError(f"size {size} has an odd side: give even numbers")
-    if config.guidance and (why := why_unguided(network.config)):
+    own = loaded.info.distilled
+    if config.guidance and (why := f"this network was {own}" if own else why_unguided(network.config)):
         raise ConfigError(f"{why}: leave --guidance out")
     text = json.dumps(describe(loaded, config, size))
     if config.format != "pt2":
@@ -86,16 +88,25 @@ def describe(loaded: LoadedCheckpoint, config: ExportConfig, size: tuple[int, in
         "objective": info.objective,
         "schedule": dict(objective.scheduler_options),
         "num_timesteps": NUM_TIMESTEPS,
-        "sampler": objective.default_sampler,
+        **_describe_sampling(loaded.info, objective),
         "labels": list(info.class_names) or [str(label) for label in range(network.num_classes)],
         "null_label": None if unguided else network.num_classes,
-        "guidance_scale": choose_guidance(network, None),
+        "guidance_scale": choose_guidance(network, None, distilled=info.distilled),
         "guided": config.guidance,
         "precision": config.precision,
         "channels": network.in_channels,
         "size": list(size),
         "data": _data(network.in_channels, info.vae),
     }
+
+
+def _describe_sampling(info: CheckpointInfo, objective: Objective) -> dict[str, Any]:
+    """Name the sampler; for a distilled network also its timesteps and the guidance that it includes."""
+    own = info.distilled
+    if own is None:
+        return {"sampler": objective.default_sampler}
+    timesteps = make_scheduler(objective, own.sampler, own.steps).timesteps.tolist()
+    return {"sampler": own.sampler, "timesteps": timesteps, "guidance_included": own.guidance}
 
 
 def _data(channels: int, vae: str | None) -> dict[str, Any]:

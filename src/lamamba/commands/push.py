@@ -16,10 +16,11 @@ from huggingface_hub import ModelCardData
 from typing_extensions import TypedDict
 
 from lamamba import __version__
-from lamamba.checkpoints.checkpoint import find_checkpoint, save_network, shipped_weights
+from lamamba.checkpoints.checkpoint import Distilled, find_checkpoint, save_network, shipped_weights
 from lamamba.checkpoints.hub import make_repository, send
 from lamamba.config import PushConfig, SamplingConfig
 from lamamba.config.checks import check_unset
+from lamamba.config.sampling import DEFAULT_STEPS
 from lamamba.data.fashion_mnist import HUB_REPOSITORY
 from lamamba.data.latents import IMAGE_CHANNELS, Latents
 from lamamba.errors import CheckpointError, ConfigError, DataError
@@ -112,7 +113,7 @@ def _draw(folder: Path, config: PushConfig) -> list[int]:
     if not config.num_per_label:
         return []
     model = ImageSampler(SamplingConfig(checkpoint=str(folder)), choose_device(config.device))
-    model.say_unguided()
+    model.say_notes()
     rows = model.labels.parse(None)
     labels = [label for label in rows for _ in range(config.num_per_label)]
     pixels = sample_with_bar(model, labels, range(len(labels)))
@@ -220,7 +221,7 @@ def _table_lines(pipe: LaMambaDiffPipeline, dataset: str | None, *, half: bool) 
     if len(names) > _MOST_NAMES:
         classes += f" and {len(names) - _MOST_NAMES:,} more, all in {PIPELINE_INDEX}"
     link = None if dataset is None else f"https://huggingface.co/datasets/{quote(dataset, errors='surrogateescape')}"
-    why = why_unguided(network.config)
+    why = None if pipe.config.distilled else why_unguided(network.config)
     rows = {
         "network": f"LaMamba-Diff ([arXiv 2408.02615](https://arxiv.org/abs/2408.02615)), {number:,} parameters",
         "weights": "float16" if half else "float32",
@@ -230,6 +231,7 @@ def _table_lines(pipe: LaMambaDiffPipeline, dataset: str | None, *, half: bool) 
         "data": None if dataset is None else f"[{_escaped(dataset)}]({link})",
         "classes": classes,
         "guidance": f"off: {why}" if why and network.config.num_classes else None,
+        "sampling": str(Distilled(**pipe.config.distilled)) if pipe.config.distilled else None,
     }
     return ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items() if value), ""]
 
@@ -244,7 +246,7 @@ def _sampling_lines(pipe: LaMambaDiffPipeline, name: str) -> list[str]:
         "```python", "from lamamba import LaMambaDiffPipeline", "",
         f"pipe = LaMambaDiffPipeline.from_pretrained({name!r})  # .to(\"cuda\") for a GPU",
         f"images = pipe({'' if label is None else f'class_labels=[{label!r}], '}"
-        "num_inference_steps=25).images",
+        f"num_inference_steps={(pipe.config.distilled or {}).get('steps', DEFAULT_STEPS)}).images",
         "```", "", "From the shell, as files or as a grid:", "",
         f"    lamamba generate {shlex.quote(visible(name))} --num-images 1000 --out images",
         f"    lamamba sample {shlex.quote(visible(name))} {option}--out grid.png", "",

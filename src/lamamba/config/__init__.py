@@ -28,4 +28,12 @@ from lamamba.config.tools import (
     PlotConfig,
     PushConfig,
 )
-from lamamba.config.training import AverageConfig, FinetuneConfig, Timesteps, TrainConfig, WatchConfig
+from lamamba.config.training import (
+    AverageConfig,
+    DistillationOptions,
+    DistillConfig,
+    FinetuneConfig,
+    Timesteps,
+    TrainConfig,
+    WatchConfig,
+)

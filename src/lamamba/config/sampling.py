@@ -17,6 +17,7 @@ from lamamba.config.checks import (
 )
 from lamamba.config.options import Option
 
+DEFAULT_STEPS = 25  # of samplers, for networks that were not distilled
 DEFAULT_GUIDANCE = 2.0  # scale of classifier-free guidance
 Sampler = Literal["ancestral", "ddim", "ddim-cosine", "dpm++", "sde-dpm++", "unipc", "euler", "heun"]
 
@@ -58,12 +59,12 @@ class SamplingConfig:
     the Hugging Face hub."""
     sampler: Sampler | None = None
     """For diffusion: ancestral, ddim, ddim-cosine, dpm++ (default), sde-dpm++ or unipc. For flow: unipc (default),
-    euler or heun."""
-    steps: int = 25
-    """Number of sampler steps."""
+    euler or heun. The default of a distilled checkpoint is its own sampler."""
+    steps: int | None = None
+    """Number of sampler steps. The default is 25, or the steps for which the checkpoint was distilled."""
     guidance: float | None = None
-    """Scale of classifier-free guidance; 1 turns it off. The default is 2, or 1 if the network is unconditional or was
-    trained with --label-dropout 0."""
+    """Scale of classifier-free guidance; 1 turns it off. The default is 2, or 1 if the network is unconditional, was
+    trained with --label-dropout 0, or was distilled."""
     guidance_checkpoint: str | None = None
     """Guide away from this weaker checkpoint, which is smaller or less trained (autoguidance, arXiv 2406.02507). The
     default guides away from the same network without a label."""

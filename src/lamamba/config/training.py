@@ -16,6 +16,7 @@ OBJECTIVES = ("diffusion", "diffusion-v", "diffusion-v-zero-snr", "flow", "flow-
 Timesteps = Literal["uniform", "logit-normal"]
 _OF_PRESET = NetworkConfig()  # this very object stands for the network of the preset
 _OF_RECIPE: Any = None  # stands for the value of the recipe
+_OF_TEACHER: Any = None  # stands for the value of the run that is distilled
 
 # The options that a recipe decides; `warmup_images` is a share of `num_images`. `paper` is the training of the paper.
 # `best` gave the best small images (docs/findings.md).
@@ -23,6 +24,29 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "paper": dict(objective="diffusion", learning_rate=1e-4, warmup_images=0.0, decay="none", horizontal_flip=False),
     "best": dict(objective="flow", learning_rate=1e-3, warmup_images=0.05, decay="cosine", horizontal_flip=True),
 }
+
+
+@dataclass(frozen=True)
+class DistillationOptions:
+    """How a student is distilled; `lamamba.training.distillation` has the method."""
+
+    steps: Literal[1, 2, 4, 8] = 4
+    """Sampler steps that the student takes."""
+    guidance: float | None = None
+    """Scale of classifier-free guidance that the student learns to include. The default is 2, or 1 (off) if the network
+    is unconditional or was trained with --label-dropout 0."""
+    teacher_steps: int = 64
+    """Sampler steps of RUN, which the student of the first round halves: a power of two. Each further round halves the
+    steps again, and its teacher is the student of the round before."""
+    teacher_objective: Annotated[str, Option(hidden=True)] = ""
+    """Objective of RUN; a student of "diffusion" predicts v instead of noise."""
+
+    def __post_init__(self) -> None:
+        is_scale = self.guidance is None or math.isfinite(self.guidance)
+        check_option(self, "guidance", is_scale, "a number, 1 for no guidance")
+        halvings = math.log2(self.teacher_steps / self.steps) if self.teacher_steps > self.steps else 0.0
+        reachable = f"steps {self.steps} times a power of two, from {2 * self.steps} to 128"
+        check_option(self, "teacher_steps", halvings % 1 == 0 < halvings and self.teacher_steps <= 128, reachable)
 
 
 @dataclass(frozen=True)
@@ -152,6 +176,9 @@ class TrainConfig:
     """Options for a Hugging Face dataset."""
     network: NetworkConfig = _OF_PRESET
     """Network options; --preset sets their defaults."""
+    distillation: Annotated[DistillationOptions | None, Option(hidden=True)] = None
+    """How the network learns to sample what `start_from` samples, in fewer steps (`lamamba distill`); the default is to
+    train on images alone."""
 
     @property
     def resumes(self) -> bool:
@@ -222,6 +249,50 @@ class FinetuneConfig(TrainConfig):
     """Decides the defaults of other options."""
     network: NetworkConfig = PRESETS["nano"]
     """Network options; CHECKPOINT sets their defaults (below: those of nano)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(TrainConfig):
+    """Train a student that samples in a few steps, without guidance, what RUN samples in many steps with guidance."""
+
+    start_from: Annotated[str, Option(positional=True, metavar="RUN")] = field()
+    """The teacher: a run, a checkpoint, shipped weights (nano, emoji-64), a pipeline folder, or user/name on the
+    hub."""
+    data: str = _OF_TEACHER
+    """Images to distill on, as for lamamba train; they need the classes that RUN has. The default is the data of RUN,
+    or builtin for nano."""
+    num_images: int = 400_000
+    """Length of the distillation, in images seen; all rounds are equally long."""
+    learning_rate: float = 3e-4
+    """Learning rate of the optimizer at the start of each round."""
+    decay: Literal["none", "linear", "cosine"] = "linear"
+    """Shape in which the learning rate falls to 0 in each round; none keeps it constant."""
+    warmup_images: int = 0
+    """Images of each round over which the learning rate rises linearly from 0."""
+    horizontal_flip: Annotated[bool, Option(hidden=True)] = _OF_TEACHER
+    objective: Annotated[str, Option(hidden=True)] = _OF_TEACHER
+    network: Annotated[NetworkConfig, Option(hidden=True)] = _OF_TEACHER
+    vae: Path | None = None
+    """AutoencoderKL folder of the latents; the default is that of RUN, or of --data."""
+    distillation: DistillationOptions = DistillationOptions()
+    """Distillation."""
+    # These belong to other objectives, or to the teacher.
+    preset: Annotated[str, Option(hidden=True)] = "nano"
+    recipe: Annotated[Literal["paper", "best"], Option(hidden=True)] = "paper"
+    timesteps: Annotated[Timesteps, Option(hidden=True)] = "uniform"
+    timestep_logits: Annotated[tuple[float, float], Option(hidden=True)] = (0.0, 1.0)
+    contrast: Annotated[float, Option(hidden=True)] = 0.0
+    min_snr_gamma: Annotated[float, Option(hidden=True)] = 0.0
+    dropout: Annotated[float, Option(hidden=True)] = 0.0
+    power_averages: Annotated[tuple[float, ...], Option(hidden=True)] = ()
+    snapshot_every: Annotated[int | None, Option(hidden=True)] = None
+    sample_steps: Annotated[int, Option(hidden=True)] = 25
+    sample_guidance: Annotated[float, Option(hidden=True)] = DEFAULT_GUIDANCE
+
+    def __post_init__(self) -> None:
+        flips = self.horizontal_flip
+        super().__post_init__()
+        object.__setattr__(self, "horizontal_flip", flips)  # not the recipe's
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from lamamba.demo.uploads import FOLDER, Uploads, read_drawing
 from lamamba.errors import ConfigError, LamambaError
 from lamamba.model import LaMambaDiff
 from lamamba.sampling.generate import ImageSampler
-from lamamba.sampling.labels import choose_guidance, why_unguided
+from lamamba.sampling.labels import why_unguided
 
 _TITLE = """
 # LaMamba-Diff
@@ -227,8 +227,7 @@ class Page:
         info = "Several images use the labels in turn; the other tabs use the first."
         self._field(gr.Dropdown, "labels", multiselect=True, label="Labels", elem_id="labels", info=info)
         self._field(gr.Dropdown, "sampler", label="Sampler", elem_id="sampler")
-        steps = min(25, self.limits.max_steps)
-        self._field(gr.Slider, "steps", 1, most, steps, step=1, label="Steps", elem_id="steps")
+        self._field(gr.Slider, "steps", 1, most, step=1, label="Steps", elem_id="steps")
         ends = (0, MAX_GUIDANCE)
         self._field(gr.Slider, "guidance", *ends, step=0.1, label="Guidance", elem_id="guidance", info="1 is none.")
         seed = self._field(gr.Number, "seed", 0, label="Seed", elem_id="seed")
@@ -453,14 +452,15 @@ def _of_model(model: ImageSampler, limits: DemoLimits) -> dict[str, dict[str, An
     config = model.network.config
     names, side = label_names(model), int(config.sample_size)
     labels = names[: min(4, model.num_classes)] or names
-    default, pixels = model.objective.default_sampler, side * model.space.factor
+    default, pixels = model.sampler, side * model.space.factor
     samplers = [default, *(other for other in model.objective.samplers if other != default)]
     number = max(1, min(8, limits.max_images, limits.max_pixels // pixels**2))
     return {
         "model": {"info": _describe(model)},
         "labels": {"choices": names, "value": labels},
         "sampler": {"choices": samplers, "value": default},
-        "guidance": {"value": choose_guidance(config, None), "interactive": not why_unguided(config)},
+        "steps": {"value": min(model.steps, limits.max_steps)},
+        "guidance": {"value": model.guidance, "interactive": not why_unguided(config)},
         "height": {"value": pixels},
         "width": {"value": pixels},
         "num_images": {"value": number},
@@ -479,7 +479,9 @@ def _describe(model: ImageSampler) -> str:
     size = int(model.network.config.sample_size) * model.space.factor
     parameters = sum(parameter.numel() for parameter in model.network.network.parameters())
     classes = f"{model.num_classes} classes" if model.num_classes else "no labels"
-    if model.num_classes and (why := why_unguided(model.network.config)):
+    if own := model.info.distilled:
+        classes += f"; {own}"
+    elif model.num_classes and (why := why_unguided(model.network.config)):
         classes += f"; guidance is off: {why}"
     return f"{parameters / 1e6:,.1f} million parameters, trained at {size} x {size}, {classes}"
 

@@ -38,8 +38,8 @@ def label_names(model: ImageSampler) -> list[str]:
 
 # What a page may send, and the values of what it leaves out; None is the default of the model or of guidance.
 _DEFAULTS = {
-    **dict.fromkeys(("sampler", "guidance", "interval_low", "interval_high", "height", "width")),
-    **{"labels": [NO_LABEL], "steps": 25, "rescale": 0.0, "seed": 0, "num_images": 1},
+    **dict.fromkeys(("sampler", "steps", "guidance", "interval_low", "interval_high", "height", "width")),
+    **{"labels": [NO_LABEL], "rescale": 0.0, "seed": 0, "num_images": 1},
 }
 
 
@@ -60,12 +60,12 @@ def read_request(values: Mapping[str, Any], model: ImageSampler, limits: DemoLim
     unknown = sorted(set(values) - set(_DEFAULTS))
     if unknown:
         raise ConfigError(f"nothing is named {unknown[0]!r} here: {nearest(unknown[0], _DEFAULTS)}")
-    asked = {**_DEFAULTS, **values}
+    asked = {**_DEFAULTS, "steps": model.steps, **values}
     number = read_whole("num_images", asked["num_images"], 1, limits.max_images)
     steps = read_whole("steps", asked["steps"], 1, limits.max_steps)
     size = (_read_side("height", asked["height"], model), _read_side("width", asked["width"], model))
     check_pixels(number, *size, limits)
-    sampler = asked["sampler"] or model.objective.default_sampler
+    sampler = asked["sampler"] or model.sampler
     if sampler not in model.objective.samplers:
         hint = nearest(str(sampler), model.objective.samplers)
         raise ConfigError(f"no sampler of this model is named {sampler!r}: {hint}")

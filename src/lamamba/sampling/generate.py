@@ -26,9 +26,10 @@ from rich.progress import MofNCompleteColumn
 from torch import Tensor
 
 from lamamba import __version__
-from lamamba.checkpoints.checkpoint import load_denoiser, locked
+from lamamba.checkpoints.checkpoint import describe_steps, load_denoiser, locked
 from lamamba.config import GenerateConfig, SampleConfig, SamplingConfig
 from lamamba.config.checks import MAX_GRID_PIXELS, check_seed
+from lamamba.config.sampling import DEFAULT_STEPS
 from lamamba.data.latents import IMAGE_CHANNELS, Latents, identify_autoencoder, open_space
 from lamamba.diffusion import OBJECTIVES
 from lamamba.distributed.processes import Processes, joined
@@ -97,13 +98,16 @@ class ImageSampler:
             self.weaker = CapturedNetwork(weaker.network.to(self.network.device), self.uses_bf16)
             self.weaker_path = weaker.path
         by_weaker = self.weaker is not None
-        self.guidance = choose_guidance(self.network.config, config.guidance, by_weaker)
-        self.unguided = why_unguided(self.network.config) if config.guidance is None and not by_weaker else None
+        own = self.info.distilled
+        self.guidance = choose_guidance(self.network.config, config.guidance, by_weaker, own)
+        is_silent = config.guidance is not None or by_weaker or own is not None
+        self.unguided = None if is_silent else why_unguided(self.network.config)
         sides = config.size
         self.size = None if sides is None else (self.space.grid_size(sides[0]), self.space.grid_size(sides[1]))
-        self.sampler = config.sampler or self.objective.default_sampler
+        self.sampler = config.sampler or (own.sampler if own else self.objective.default_sampler)
+        self.steps = config.steps or (own.steps if own else DEFAULT_STEPS)
         # Before the work, so that a sampler that does not fit costs no time.
-        scheduler = make_scheduler(self.objective, self.sampler, config.steps, clip_sample=self.space.bounded)
+        scheduler = make_scheduler(self.objective, self.sampler, self.steps, clip_sample=self.space.bounded)
         self.evaluations, self.clips = len(scheduler.timesteps), bool(scheduler.config.get("thresholding"))
 
     @property
@@ -111,10 +115,12 @@ class ImageSampler:
         """The labels by name and number."""
         return Labels(self.num_classes, dict(enumerate(self.info.class_names)))
 
-    def say_unguided(self) -> None:
-        """Print why guidance is off by default although there are labels."""
+    def say_notes(self) -> None:
+        """Print why guidance is off by default although there are labels, and how a distilled network is sampled."""
         if self.unguided and self.num_classes:
             say(f"guidance is off: {self.unguided}")
+        if own := self.info.distilled:
+            say(own.why_unsuited(self.sampler, self.steps) or f"this network was {own}")
 
     def prepare(self, number: int) -> None:
         """Compile the autoencoder's decoder if that pays: on a GPU, for many images."""
@@ -151,7 +157,7 @@ class ImageSampler:
                 labels[part],
                 seeds[part],
                 sampler=self.sampler,
-                num_steps=self.config.steps,
+                num_steps=self.steps,
                 guidance_scale=self.guidance,
                 guidance_options=self.config.guidance_options,
                 weaker=self.weaker,
@@ -173,8 +179,9 @@ class ImageSampler:
             "vae": None if self.vae is None else str(self.vae),
             "precision": "bf16" if self.uses_bf16 else "float32",
             "sampler": self.sampler,
-            "steps": self.config.steps,
+            "steps": self.steps,
             "guidance": self.guidance,
+            **({"guidance_included": self.info.distilled.guidance} if self.info.distilled else {}),
             "guidance_checkpoint": self.config.guidance_checkpoint,
             "clip_sample": self.clips,
             **{f"guidance_{name}": value for name, value in vars(self.config.guidance_options).items()},
@@ -201,7 +208,7 @@ def sample_grid(config: SampleConfig) -> None:
     check_seed(config.seed, len(labels))
     seeds = range(config.seed, config.seed + len(labels))
     _make_folders(config)
-    model.say_unguided()
+    model.say_notes()
     pixels = sample_with_bar(model, labels, seeds)
 
     settings = model.settings
@@ -213,7 +220,7 @@ def sample_grid(config: SampleConfig) -> None:
             _save(_picture(image), path, {**settings, "label": label, "seed": seed})
     named = ", ".join(model.labels.name(label) for label in classes)
     drawn = f"{len(labels)} image{'s' * (len(labels) != 1)} ({named})"
-    say(f"{drawn} · {model.sampler}, {config.steps} steps", f"grid   {config.out}")
+    say(f"{drawn} · {model.sampler}, {describe_steps(model.steps)}", f"grid   {config.out}")
     if config.images_out is not None:
         last = f" to {len(labels) - 1:06d}.png" if len(labels) > 1 else ""
         others = len(list(config.images_out.glob("*.png"))) - len(labels)
@@ -248,7 +255,7 @@ def generate(config: GenerateConfig) -> None:
         # The other ranks wait until the folder exists and was checked.
         with locked(config.out) if processes.is_first else nullcontext():
             if processes.is_first:
-                model.say_unguided()
+                model.say_notes()
                 _begin_set(config.out, json.loads(json.dumps(made)))
             processes.barrier()
             with SignalsNoted() as signals:

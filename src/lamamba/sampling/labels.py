@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lamamba.checkpoints.checkpoint import Distilled
 from lamamba.config import nearest
 from lamamba.config.checks import as_whole
 from lamamba.config.sampling import DEFAULT_GUIDANCE
@@ -153,17 +154,26 @@ def why_unguided(config: Any) -> str | None:
     return None
 
 
-def choose_guidance(config: Any, scale: float | None, by_weaker: bool = False) -> float:
+def choose_guidance(
+    config: Any, scale: float | None, by_weaker: bool = False, distilled: Distilled | None = None
+) -> float:
     """Choose the guidance scale.
 
     Args:
         config: the network's.
         scale: wanted, 1 for none; None is the default, none for a network that cannot be guided.
         by_weaker: guide away from a weaker network, not from "no label".
+        distilled: of a network whose predictions include guidance, which needs no more; its own scale may be wanted.
 
     Raises:
         ConfigError: guidance is wanted of a network that cannot be guided.
     """
+    if distilled is not None and not by_weaker:
+        if scale not in (None, 1, distilled.guidance):
+            raise ConfigError(
+                f"guidance_scale is {scale:g}, and this network was {distilled}: leave it out, or distill again"
+            )
+        return 1.0
     why = None if by_weaker else why_unguided(config)
     if why and scale not in (None, 1):
         raise ConfigError(f"{why}: leave guidance_scale at 1, or guide by a weaker network, not {scale}")

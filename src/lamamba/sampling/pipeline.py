@@ -4,6 +4,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,10 +14,11 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, Sch
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
-from lamamba.checkpoints.checkpoint import load_checkpoint, locate
+from lamamba.checkpoints.checkpoint import Distilled, load_checkpoint, locate
 from lamamba.checkpoints.hub import fetch
 from lamamba.config import GuidanceOptions
 from lamamba.config.checks import MAX_SIDE, check, is_number, is_whole
+from lamamba.config.sampling import DEFAULT_STEPS
 from lamamba.data.decoding import convert_given
 from lamamba.data.latents import IMAGE_CHANNELS, Latents, Pixels, check_autoencoder, in_parts
 from lamamba.diffusion import NUM_TIMESTEPS, OBJECTIVES, Denoiser
@@ -27,7 +29,7 @@ from lamamba.model import LaMambaDiff
 from lamamba.sampling import Start, Step, check_strength, interpolate, sample, seeded_noise
 from lamamba.sampling.captured import CapturedNetwork, capture
 from lamamba.sampling.labels import Labels, check_no_label, choose_guidance, why_unguided
-from lamamba.sampling.schedulers import check_scheduler, make_scheduler, open_scheduler
+from lamamba.sampling.schedulers import check_scheduler, is_sampler, make_scheduler, open_scheduler
 
 Label = str | int | Mapping[str | int, float] | Tensor | None
 _MAX_IMAGES = 10_000  # per label in one call, which keeps all images in memory
@@ -49,6 +51,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         id2label: a name for each label; none are needed.
         objective: what the network was trained with, a name in `lamamba.diffusion.OBJECTIVES`.
         images_seen: number of images seen in training; 0 if unknown.
+        distilled: steps, sampler and guidance of a distilled network (`Distilled`); None for any other.
     """
 
     model_cpu_offload_seq = "network->vae"
@@ -65,11 +68,12 @@ class LaMambaDiffPipeline(DiffusionPipeline):
         id2label: Mapping[Any, str] | None = None,
         objective: str = "diffusion",
         images_seen: int = 0,
+        distilled: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(network=network, scheduler=scheduler, vae=vae)
         named = {str(label): name for label, name in (id2label or {}).items()}  # as JSON has it
-        self.register_to_config(id2label=named, objective=objective, images_seen=images_seen)
+        self.register_to_config(id2label=named, objective=objective, images_seen=images_seen, distilled=distilled)
         self._interrupted: dict[int, bool] = {}  # by thread, while a call runs in it
         self._captured: list[CapturedNetwork] = []
 
@@ -99,11 +103,14 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             autoencoder.requires_grad_(True)  # as `from_pretrained` leaves it: convolutions round otherwise without
         objective = OBJECTIVES[loaded.info.objective]
         pixels = autoencoder is None and loaded.network.config.in_channels in IMAGE_CHANNELS
-        scheduler = make_scheduler(objective, objective.default_sampler, 25, clip_sample=pixels)
+        own = loaded.info.distilled
+        sampler, steps = (own.sampler, own.steps) if own else (objective.default_sampler, DEFAULT_STEPS)
+        scheduler = make_scheduler(objective, sampler, steps, clip_sample=pixels)
         if (loaded.path / PIPELINE_INDEX).is_file():
             scheduler = open_scheduler(loaded.path)
         names = dict(enumerate(loaded.info.class_names))
-        return cls(loaded.network, scheduler, autoencoder, names, objective.name, loaded.info.images)
+        how = asdict(own) if own else None
+        return cls(loaded.network, scheduler, autoencoder, names, objective.name, loaded.info.images, how)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Self:
@@ -154,7 +161,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
     def __call__(
         self,
         class_labels: Label | Sequence[Label] | np.ndarray = None,
-        num_inference_steps: int = 25,
+        num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         *,
         guidance_interval: tuple[float, float] | None = None,
@@ -185,9 +192,10 @@ class LaMambaDiffPipeline(DiffusionPipeline):
                 {"Coat": 0.5, "Shirt": 0.5}, whose embeddings are averaged. Numbers may also be a tensor or an array. A
                 tensor of floats (num_classes + 1,), or (b, num_classes + 1), gives the weights of the embeddings, "no
                 label" last.
-            num_inference_steps: number of steps of the scheduler.
+            num_inference_steps: number of steps of the scheduler. The default is 25, or the steps that a distilled
+                network takes.
             guidance_scale: 1 is no guidance. The default is 2, or 1 for a network trained with label_dropout 0, which
-                cannot be guided; an unconditional network ignores it.
+                cannot be guided, and for a distilled one, which includes it; an unconditional network ignores it.
             guidance_interval: two noise levels, see `lamamba.guide`.
             guidance_cosine_power: see `lamamba.guide`.
             guidance_rescale: see `lamamba.guide`.
@@ -227,6 +235,9 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ConfigError(f"output_type {output_type!r} is unknown: give pil, np, pt or latent")
+        own = Distilled(**self.config.distilled) if self.config.distilled else None
+        if num_inference_steps is None:
+            num_inference_steps = own.steps if own else DEFAULT_STEPS
         _check_whole("num_inference_steps", num_inference_steps, NUM_TIMESTEPS)
         _check_whole("num_images_per_label", num_images_per_label, _MAX_IMAGES)
         limits = {"max_batch_size": (max_batch_size, None), "height": (height, MAX_SIDE), "width": (width, MAX_SIDE)}
@@ -241,17 +252,23 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             check_strength(strength)
         objective, channels = OBJECTIVES[self.config.objective], self._config_of_network("in_channels")
         pixels = self.vae is None and channels in IMAGE_CHANNELS
-        # Before an image is encoded; and None would be the default sampler for `sample`.
-        check_scheduler(
-            self.scheduler, objective, channels, pixels, num_inference_steps, 1.0 if image is None else strength
-        )
+        sampler: Any = self.scheduler
+        if own and is_sampler(self.scheduler, own.sampler, objective, pixels):
+            sampler = own.sampler
+        else:  # before an image is encoded; and None would be the default sampler for `sample`
+            check_scheduler(
+                sampler, objective, channels, pixels, num_inference_steps, 1.0 if image is None else strength
+            )
+        name = sampler if isinstance(sampler, str) else type(sampler).__name__
+        if own and (objection := own.why_unsuited(name, num_inference_steps)):
+            warnings.warn(objection, stacklevel=3)
         rows = [row for row in self._conditions(class_labels) for _ in range(num_images_per_label)]
-        why = why_unguided(self.network.config) if weaker_network is None else None
+        why = why_unguided(self.network.config) if weaker_network is None and own is None else None
         if why and guidance_scale is None and self._config_of_network("num_classes"):
             warnings.warn(f"guidance is off: {why}", stacklevel=3)
         if not self._config_of_network("num_classes") and weaker_network is None:
             guidance_scale = None
-        guidance_scale = choose_guidance(self.network.config, guidance_scale, weaker_network is not None)
+        guidance_scale = choose_guidance(self.network.config, guidance_scale, weaker_network is not None, own)
         size = self._grid_size(height, width)
         shape = (channels, *size)
         if latents is not None and not (isinstance(latents, Tensor) and latents.shape == (len(rows), *shape)):
@@ -283,7 +300,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
                         step.ends = self._interrupt
 
                     return sample(
-                        network, objective, labels[part], generators[part], sampler=self.scheduler,
+                        network, objective, labels[part], generators[part], sampler=sampler,
                         num_steps=num_inference_steps, guidance_scale=guidance_scale, guidance_options=options,
                         weaker=weaker, size=size, clip_sample=pixels,
                         noise=noise[part], start=start and start[part], callback=after,

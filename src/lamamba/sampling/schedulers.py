@@ -101,6 +101,14 @@ def make_scheduler(
     return scheduler
 
 
+def is_sampler(scheduler: Any, sampler: str, objective: Objective, clip_sample: bool) -> bool:
+    """Say whether a scheduler is the one that `make_scheduler` makes for a sampler."""
+    made = make_scheduler(objective, sampler, 1, clip_sample=clip_sample)
+    return type(scheduler) is type(made) and all(
+        scheduler.config.get(name) == value for name, value in made.config.items() if not name.startswith("_")
+    )
+
+
 def set_timesteps(scheduler: Any, num_steps: int, device: torch.device | None = None, first: int = 0) -> None:
     """Set the timesteps of a scheduler for sampling, and correct those of diffusers' flow schedulers.
 

@@ -27,6 +27,7 @@ from lamamba.files.records import plain, read_record
 from lamamba.terminal.output import describe_duration, make_console, make_progress, say
 from lamamba.terminal.streams import visible
 from lamamba.training.cost import peak_tflops, training_flops
+from lamamba.training.distillation import Round
 
 SHOWN_EVERY_S = 5.0  # loss and speed beside the progress bar; reading the loss waits for the device
 SHORT_RUN_STEPS = 5000  # of training from fresh weights
@@ -94,7 +95,7 @@ class TrainingLog:
 
     def introduce(self, source: Source, network: nn.Module, num_processes: int = 1, uses_bf16: bool = False) -> None:
         """Describe data and network, and work out the TFLOP of an image and the peak of the devices."""
-        if self.config.network_class == "LaMambaDiff":
+        if self.config.network_class == "LaMambaDiff" and not self.config.distillation:  # the teacher computes too
             self.tflop_per_image = training_flops(self.config.network) / 1e12
         peak = peak_tflops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         self.peak_tflops = peak * num_processes if peak and uses_bf16 else None
@@ -122,6 +123,11 @@ class TrainingLog:
         self.note(f"starts from the EMA weights of {name}")
         for note in notes:
             self.note(f"  {note}")
+
+    def note_round(self, round: Round) -> None:
+        """Announce a round of distillation."""
+        to = f"from {round.teacher_steps} steps to {round.steps}"
+        self.note(f"round {round.number}: {to}, until image {round.end:,}")
 
     def step(self, images: int, terms: dict[str, Tensor]) -> None:
         """Add the loss terms of a step, without waiting for the device."""
@@ -387,7 +393,7 @@ class SilentLog:
 
     def step(self, *_: Any) -> None: ...
 
-    save_samples = note_checkpoint = finish = step
+    save_samples = note_checkpoint = note_round = finish = step
 
     def pause(self, *_: Any) -> AbstractContextManager[None]:
         return nullcontext()

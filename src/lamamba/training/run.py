@@ -140,8 +140,9 @@ def check_resumable(config: TrainConfig, origin: Mapping[str, Any], checkpoint: 
     notes = compare_origin(started, places, read_info(checkpoint).class_names, config.allow_changed)
     for options in (started, now):
         options.update(options.pop("network", {}))
-    # With a decay, every learning rate depends on num_images.
-    free = _FREE_TO_CHANGE - ({"num_images"} if config.decay != "none" else set())
+        options.update(options.pop("distillation", None) or {})
+    # With a decay, every learning rate depends on num_images, and so do the rounds of a distillation.
+    free = _FREE_TO_CHANGE - ({"num_images"} if config.decay != "none" or config.distillation else set())
     changed = [
         f"{name} was {started.get(name)}, now {now[name]}"
         for name in now
@@ -260,7 +261,7 @@ def _train(
                         log.note("half of the images are mirrored: for letters and the like, give --no-horizontal-flip")
                     if config.weight_decay:
                         log.note(describe_weight_decay(trainer.network, config.weight_decay))
-                    if config.network.num_classes and (why := why_unguided(config.network)):
+                    if config.network.num_classes and not config.distillation and (why := why_unguided(config.network)):
                         log.note(f"sample grids are without guidance: {why}")
                     if not saved and config.start_from is None and (advice := advise_short_run(config)):
                         log.note(advice)
@@ -393,6 +394,8 @@ def _take_steps(
             raise SignalError(stop // 2, f"image {started}: --resume goes on from here", silent=not is_first)
         raise _reading_failed(failure)
     while batch is not None:
+        if round := trainer.next_round():
+            log.note_round(round)
         try:
             with first_step:
                 terms = trainer.take_step(*batch)

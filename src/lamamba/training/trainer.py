@@ -14,12 +14,19 @@ import torch.distributed
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from lamamba.checkpoints.checkpoint import CheckpointInfo, load_checkpoint, load_network, read_info, verify
+from lamamba.checkpoints.checkpoint import (
+    CheckpointInfo,
+    Distilled,
+    load_checkpoint,
+    load_network,
+    read_info,
+    verify,
+)
 from lamamba.checkpoints.saving import CheckpointWriter, describe_training_state, load_training_state
 from lamamba.config import TrainConfig, nearest
 from lamamba.data import Source, batches
 from lamamba.data.latents import Space
-from lamamba.diffusion import OBJECTIVES, FlowMatching, Objective, draw_noise, training_losses
+from lamamba.diffusion import OBJECTIVES, FlowMatching, Objective, Predict, Task, draw_noise, training_losses
 from lamamba.distributed.processes import GradientSums, Processes, cut_evenly
 from lamamba.distributed.sharding import gather, load, local, shard, unshard
 from lamamba.errors import CheckpointError, ConfigError
@@ -28,8 +35,10 @@ from lamamba.model import NETWORKS, LaMambaDiff
 from lamamba.ops.backend import use_backend
 from lamamba.sampling import Callback, make_grid, sample, uses_bf16
 from lamamba.sampling.captured import CapturedNetwork
+from lamamba.sampling.guidance import guide
 from lamamba.sampling.labels import why_unguided
 from lamamba.training.averages import PowerAverages, save_snapshot
+from lamamba.training.distillation import Distillation, Round, check_teacher, options_of, round_at, student_sampler
 from lamamba.training.gradients import Gradients, choose_gradients
 from lamamba.training.transfer import transfer_weights
 
@@ -59,6 +68,8 @@ class Trainer:
         num_parts = min(config.accumulate, config.batch_size // processes.world_size)
         self.parts = cut_evenly(self.share.stop - self.share.start, num_parts)
         self.objective = choose_objective(config)
+        self.task: Task = self.objective
+        self.round: Round | None = None  # of distillation
         least = 2 * processes.world_size
         if config.contrast and config.batch_size < least:
             raise ConfigError(f"contrast needs two images per rank: give batch_size {least} or more, or fewer ranks")
@@ -68,18 +79,22 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.network, self.average = self.build().to(device), self.build().to(device)
+            self.teacher = self.build().to(device) if config.distillation else None
         if config.dropout:
             layers = [module for module in self.network.modules() if isinstance(module, nn.Dropout)]
             if not layers:
                 raise ConfigError(f"dropout is {config.dropout}, but the network has no layer nn.Dropout: leave it out")
             for layer in layers:
                 layer.p = config.dropout
-        self.average.eval().requires_grad_(False)
-        self.average.load_state_dict(self.network.state_dict())
+        for copied in (self.average, self.teacher) if self.teacher is not None else (self.average,):
+            copied.eval().requires_grad_(False)
+            copied.load_state_dict(self.network.state_dict())
         self.shards = config.shard and processes.world_size > 1
         if self.shards:
             shard(self.network, processes.world_size, compile=config.compile)
             shard(self.average, processes.world_size)
+            if self.teacher is not None:
+                shard(self.teacher, processes.world_size)
         # FSDP frees gathered parameters after use, which it cannot if the CPU's compiled loops have seen them.
         self.backend = partial(use_backend, "pytorch") if self.shards and device.type == "cpu" else nullcontext
         group = torch.distributed.new_group(backend="gloo") if self.shards else None
@@ -156,6 +171,8 @@ class Trainer:
             The means of the loss terms over the whole batch; `grad_norm`, the norm of its gradient; and `skipped`, 1 if
             that is not finite, so that the weights did not change. All ranks return the same, as they share gradients.
         """
+        if (round := self.next_round()) is not None:
+            self._begin_round(round)
         inputs = self._draw(images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
         on_gpu = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(on_gpu, enabled=self.config.dropout > 0):
@@ -175,6 +192,37 @@ class Trainer:
         self.step += 1
         self._update_average()
         return terms
+
+    def next_round(self) -> Round | None:
+        """Return the round of distillation that the next step begins; None if it begins none."""
+        if self.config.distillation is None:
+            return None
+        round = round_at(self.config, self.images + self.config.batch_size)
+        return None if round == self.round else round
+
+    @torch.no_grad()
+    def _begin_round(self, round: Round) -> None:
+        """Set the task of a round; at its beginning, the student becomes the teacher and starts from its EMA."""
+        assert self.teacher is not None
+        if round.begin and round.begin == self.images:  # otherwise the weights are those of a checkpoint
+            for network in (self.teacher, self.network):
+                torch._foreach_copy_(local(network.parameters()), local(self.average.parameters()))
+            for optimizer in self.optimizers:
+                optimizer.state.clear()
+        self._forget_graphs()
+        teacher: Predict = self._ask_teacher
+        if round.number == 1:
+            guidance = options_of(self.config).guidance
+            assert guidance is not None
+            teacher = guide(teacher, guidance, self.teacher.null_label)
+        self.task = Distillation(self.config, round, teacher, self.device, self.space.bounded)
+        self.round = round
+
+    def _ask_teacher(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        teacher: Any = self.teacher
+        with self.autocast:
+            out: Tensor = teacher(x_t, t, y)
+        return out.to(x_t.dtype)
 
     def add_gradients(
         self, x_0: Tensor, y: Tensor, t: Tensor, noise: Tensor, dropped: Tensor, *, reduces: bool = False
@@ -198,7 +246,7 @@ class Trainer:
             self.network.set_requires_gradient_sync(reduces)
         with self.backend(), self.gradient_sums.all_reducing() if self.gradient_sums and reduces else nullcontext():
             losses = training_losses(
-                self.objective,
+                self.task,
                 self._denoise,
                 x_0,
                 y,
@@ -240,9 +288,7 @@ class Trainer:
         latent_noise = None
         if self.space.draws:
             latent_noise = torch.randn(shape, device=self.device, generator=self.generator)[self.share]
-        drawn = draw_noise(
-            self.objective, shape, self.device, label_dropout=network.label_dropout, generator=self.generator
-        )
+        drawn = draw_noise(self.task, shape, self.device, label_dropout=network.label_dropout, generator=self.generator)
         return self.space.encode(images, latent_noise), labels, *(tensor[self.share] for tensor in drawn)
 
     def _denoise(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -253,7 +299,8 @@ class Trainer:
     @torch.no_grad()
     def _update_average(self) -> None:
         # The decay starts low and grows, so that the EMA forgets the initial weights in short runs too.
-        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        step = self.step - (self.round.begin // self.config.batch_size if self.round else 0)
+        decay = min(self.config.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(local(self.average.parameters()), local(self.network.parameters()), 1 - decay)
         if self.power_averages:
             self.power_averages.update(self.network, self.step)
@@ -261,8 +308,12 @@ class Trainer:
     def close(self) -> None:
         """Wait for the checkpoint being written, and free the CUDA graphs, since NCCL waits for graphs that use it."""
         self.writer.close()
+        self._forget_graphs()
+
+    def _forget_graphs(self) -> None:
         for graph in self.gradients.graphs.values() if self.gradients else ():
             graph.forget()
+        self.gradients = None
 
     def is_finite(self) -> bool:
         """Check that all weights of all ranks are finite."""
@@ -272,7 +323,14 @@ class Trainer:
     def info(self) -> CheckpointInfo:
         """Describe the current state of the run."""
         vae = str(self.config.vae.resolve()) if self.config.vae else None
-        return CheckpointInfo(self.images, self.step, self.config.objective, self.source.class_names, vae)
+        names = self.source.class_names
+        return CheckpointInfo(self.images, self.step, self.config.objective, names, vae, self._distilled())
+
+    def _distilled(self) -> Distilled | None:
+        if self.config.distillation is None:
+            return None
+        steps, guidance = round_at(self.config, self.images).steps, self.config.distillation.guidance
+        return Distilled(steps, student_sampler(self.objective), 1.0 if guidance is None else guidance)
 
     def save(self) -> None:
         """Start writing a checkpoint; `writer.finish` waits for it. Raises CheckpointError."""
@@ -298,7 +356,8 @@ class Trainer:
             save_snapshot(self.config.out, averages, self.step, self.images)
 
     def _networks(self) -> dict[str, Any]:
-        return {"network": self.network, "ema": self.average}
+        networks = {"network": self.network, "ema": self.average}
+        return networks if self.teacher is None else {**networks, "teacher": self.teacher}
 
     def _rebuild(self, weights: Mapping[str, Tensor]) -> Any:
         network = deepcopy(self._empty_network)
@@ -362,10 +421,14 @@ class Trainer:
         loaded = load_checkpoint(name)
         if not (isinstance(self.network, LaMambaDiff) and isinstance(loaded.network, LaMambaDiff)):
             raise CheckpointError(f"{name} cannot be transferred: only weights of a LaMambaDiff to another one can")
-        if loaded.info.objective != self.config.objective:
+        options = self.config.distillation
+        objective = options.teacher_objective if options else self.config.objective
+        if loaded.info.objective != objective:
             raise CheckpointError(
                 f"{name} was trained with the objective {loaded.info.objective}: give objective {loaded.info.objective}"
             )
+        if options:
+            check_teacher(name, loaded, self.config, self.source.class_names)
         network = self._rebuild(gather(self.network.state_dict()))
         notes = transfer_weights(network, loaded.network, self.source.class_names, loaded.info.class_names)
         for own in self._networks().values():
@@ -380,13 +443,15 @@ class Trainer:
         rows = min(self.config.network.num_classes, 10)
         columns = max(2, min(10, 20 // max(rows, 1)))
         labels = [row for row in range(rows) for _ in range(columns)] or [0] * 2 * columns
+        own = self._distilled()
         with self.backend():
             x = sample(
                 CapturedNetwork(self.average, captures=False),
                 self.objective,
                 labels,
                 list(range(len(labels))),
-                num_steps=self.config.sample_steps,
+                sampler=own and own.sampler,
+                num_steps=own.steps if own else self.config.sample_steps,
                 guidance_scale=1.0 if why_unguided(self.config.network) else self.config.sample_guidance,
                 clip_sample=self.space.bounded,
                 callback=callback,
@@ -454,8 +519,15 @@ def describe_weight_decay(network: nn.Module, weight_decay: float) -> str:
 
 
 def learning_rate(config: TrainConfig, images: int) -> float:
-    """Compute the learning rate of the step that brings the number of images seen to `images`."""
+    """Compute the learning rate of the step that brings the number of images seen to `images`.
+
+    In a distillation, it rises and falls in each round.
+    """
+    num_images = config.num_images
+    if config.distillation:
+        round = round_at(config, images)
+        images, num_images = images - round.begin, round.end - round.begin
     rising = min(1.0, images / config.warmup_images) if config.warmup_images else 1.0
-    past = max(0, images - config.warmup_images) / max(1, config.num_images - config.warmup_images)
+    past = max(0, images - config.warmup_images) / max(1, num_images - config.warmup_images)
     falling = {"none": 1.0, "linear": 1 - past, "cosine": (1 + math.cos(math.pi * past)) / 2}[config.decay]
     return config.learning_rate * rising * max(0.0, falling)
