@@ -4,8 +4,8 @@
     python examples/onnx_sampling.py exported/network.onnx --label 5 --out sandals.pgm
 
 From the same noise, it makes the same images as `lamamba sample`, by DPM-Solver++(2M) (arXiv 2211.01095) with Karras'
-spacing of the steps (arXiv 2206.00364, eq. 5). It is for networks of pixels with noise prediction,
-exported with --guidance.
+spacing of the steps (arXiv 2206.00364, eq. 5). It is for networks of pixels with noise prediction, exported with
+--guidance. It also samples students of `lamamba distill` in their own steps; they are exported without --guidance.
 """
 
 import argparse
@@ -31,6 +31,8 @@ def sample(
 ) -> np.ndarray:
     """Turn noise (b, c, h, w) into images from -1 to 1."""
     properties = json.loads(session.get_modelmeta().custom_metadata_map["lamamba"])
+    if "timesteps" in properties:
+        return sample_student(session, properties, labels, noise)
     assert (properties["objective"], properties["data"]["kind"], properties["guided"]) == ("diffusion", "pixels", True)
     timesteps, sigmas = noise_levels(properties["schedule"], num_steps)
     x, before, step_before = noise.astype(np.float32), None, 0.0
@@ -50,13 +52,43 @@ def sample(
     return x
 
 
+def sample_student(
+    session: onnxruntime.InferenceSession, properties: dict, labels: list[int], noise: np.ndarray
+) -> np.ndarray:
+    """Take the steps that a network was distilled for: Euler for flow matching, DDIM for v-prediction."""
+    assert properties["objective"] in ("flow", "diffusion-v")
+    assert properties["data"]["kind"] == "pixels"
+    timesteps, is_flow = np.array(properties["timesteps"]), properties["objective"] == "flow"
+    if is_flow:
+        noise_shares = timesteps / properties["num_timesteps"]
+        signals = 1 - noise_shares
+    else:
+        schedule = properties["schedule"]
+        beta = np.linspace(schedule["beta_start"], schedule["beta_end"], schedule["num_train_timesteps"])
+        alpha_bar = np.cumprod(1 - beta)[timesteps]
+        signals, noise_shares = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+    signals, noise_shares = np.append(signals, 1), np.append(noise_shares, 0)  # the last step removes all noise
+    x = noise.astype(np.float32)
+    for index, t in enumerate(timesteps):
+        inputs = {"x_t": x, "t": np.full(len(x), t, np.float32), "y": np.array(labels, np.int64)}
+        predicted = session.run(None, inputs)[0][:, : x.shape[1]]
+        signal, noise_share = signals[index], noise_shares[index]
+        if is_flow:
+            x = x + (noise_shares[index + 1] - noise_share) * predicted
+        else:
+            x_0 = np.clip(signal * x - noise_share * predicted, -1, 1)
+            x = signals[index + 1] * x_0 + noise_shares[index + 1] / noise_share * (x - signal * x_0)
+        x = x.astype(np.float32)
+    return np.clip(x, -1, 1)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("network", type=Path)
     parser.add_argument("--label", type=int, default=0)
     parser.add_argument("--number", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--steps", type=int, default=25, help="of networks that were not distilled")
+    parser.add_argument("--guidance", type=float, default=2.0, help="of networks that were not distilled")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("images.pgm"), help=".pgm, or .ppm for color")
     arguments = parser.parse_args()

@@ -12,9 +12,10 @@ import torch
 
 import lamamba
 from forked import run_python
-from lamamba.checkpoints.checkpoint import CheckpointInfo, load_checkpoint, write_weights
+from lamamba.checkpoints.checkpoint import CheckpointInfo, Distilled, load_checkpoint, write_weights
 from lamamba.cli import main
 from lamamba.config import NetworkConfig
+from lamamba.diffusion import OBJECTIVES
 from lamamba.model import Block, LaMambaDiff
 from lamamba.ops.backend import use_backend
 from lamamba.ops.residual_norm import add_gated
@@ -49,6 +50,27 @@ def test_the_example_samples_what_pytorch_does(weights: Path, steps: int, monkey
     wanted = lamamba.sample(network, lamamba.Diffusion(), [0, 1], [0, 0], **options).numpy()
     session = onnxruntime.InferenceSession(weights / "network.onnx")
     found = onnx_sampling.sample(session, [0, 1], noise.numpy(), steps, 3.0)
+    assert wanted.std() > 0.1
+    np.testing.assert_allclose(found, wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize(("objective", "sampler"), [("flow", "euler"), ("diffusion-v", "ddim-cosine")])
+def test_the_example_samples_students(
+    weights: Path, tmp_path: Path, objective: str, sampler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import onnx_sampling
+
+    network = load_checkpoint(weights / "weights").network
+    write_weights(
+        tmp_path / "student", network, CheckpointInfo(objective=objective, distilled=Distilled(4, sampler, 2.0))
+    )
+    main(["export", str(tmp_path / "student"), "--format", "onnx", "--out", str(tmp_path)])
+    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    options = {"sampler": sampler, "num_steps": 4, "clip_sample": True, "noise": noise}
+    wanted = lamamba.sample(network, OBJECTIVES[objective], [0, 1], [0, 0], **options).clamp(-1, 1).numpy()
+    session = onnxruntime.InferenceSession(tmp_path / "network.onnx")
+    found = onnx_sampling.sample(session, [0, 1], noise.numpy(), 25, 1.0)
     assert wanted.std() > 0.1
     np.testing.assert_allclose(found, wanted, atol=1e-3)
 
