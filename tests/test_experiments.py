@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import pickle
+import shutil
 import sys
 import tarfile
 from collections.abc import Callable
@@ -27,6 +28,7 @@ sys.path.append(str(COMPARISON))  # last: its names are its own
 
 import cifar  # noqa: E402
 import contestants  # noqa: E402
+import distilling  # noqa: E402
 import features  # noqa: E402
 import make_findings  # noqa: E402
 import make_page  # noqa: E402
@@ -392,6 +394,35 @@ def test_weights_travel_in_parts(tmp_path: Path, whole: settings.Setting) -> Non
         weights.unpack(tmp_path / "packed", setting.out / "again")
     with pytest.raises(SystemExit, match="is a dit-s-2: only networks of this package are released"):
         weights.release(whole.out / "dit-s-2-seed-0", tmp_path / "released")
+
+
+def test_students_are_scored_beside_their_teacher(tmp_path: Path, whole: settings.Setting) -> None:
+    piece, stops = pieces.Distilling("distilled", pieces.PIECES["s-flow"], guidance=1.5), 0
+    for looks in (1, 6, 1_000_000):  # it is stopped in training, and in scores
+        setting = place(tmp_path, looks, num_images=48)
+        (setting.out / "s-flow").mkdir(parents=True, exist_ok=True)
+        for name in (training.CHECKPOINT, "record.json"):
+            shutil.copy(whole.out / "s-flow" / name, setting.out / "s-flow" / name)
+        try:
+            distilling.distill(setting, piece)
+        except settings.OutOfTimeError:
+            stops += 1
+    assert stops == 2
+    record = read(setting, "distilled")
+    assert record["finished"]
+    assert [(row["steps"], row["images"]) for row in record["curve"]] == [(4, 16), (2, 32), (1, 48)]
+    assert [(p["who"], p["sampler"], p["steps"], p["guidance"]) for p in record["points"]] == [
+        ("teacher", "unipc", 1, 1.5), ("teacher", "unipc", 3, 1.5),
+        ("teacher", "euler", 1, 1.5), ("teacher", "euler", 3, 1.5), ("teacher", "euler", 8, 1.5),
+        ("4", "euler", 4, 1.0), ("2", "euler", 2, 1.0), ("1", "euler", 1, 1.0),
+        ("4", "euler", 1, 1.0), ("4", "euler", 3, 1.0),
+    ]  # fmt: skip
+    assert all(point["precision"] >= 0 and point["distance"] > 0 for point in record["points"])
+    assert (setting.results / "distilled-grid.png").is_file()
+    student = setting.out / "distilled" / "student-4"
+    lamamba(["sample", str(student), "--labels", "bag", "--num-per-label", "1", "--out", str(tmp_path / "grid.png")])
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert json.loads(grid.text["lamamba"])["steps"] == 4
 
 
 def test_studies_say_what_they_miss(tmp_path: Path) -> None:

@@ -61,6 +61,19 @@ class Memorisation:
 
 
 @dataclass(frozen=True)
+class Distilling:
+    """Distill a trained network to one step, and score teacher and students at several numbers of steps."""
+
+    name: str
+    of: Training | None = None
+    """The teacher; None is the shipped nano."""
+    guidance: float = 1.0
+    num_images: int = 3_686_400
+    learning_rate: float = 3e-4
+    teacher_steps: int = 64
+
+
+@dataclass(frozen=True)
 class Speed:
     """Time the training step of networks, with and without CUDA graph and compilation."""
 
@@ -68,7 +81,7 @@ class Speed:
     networks: tuple[str, ...] = ("s", "dit-s-2", "b", "dit-b-2")
 
 
-Study = Steps | Clipping | Memorisation
+Study = Steps | Clipping | Memorisation | Distilling
 Piece = Training | Study | Speed
 
 
@@ -99,6 +112,8 @@ class Scale:
     """Sampler steps for scores."""
     sweep: tuple[float, ...] = (1.25, 1.5, 2.0, 3.0)
     step_counts: tuple[int, ...] = (5, 10, 20, 50, 250)
+    few_steps: tuple[int, ...] = (1, 2, 4, 8, 25)
+    """Numbers of steps at which teachers and students are compared."""
     sample_batch_size: int = 1000
     checkpoint_every_s: float = 120.0
     num_grid: int = 10
@@ -123,6 +138,7 @@ QUICK = Scale(
     steps=2,
     sweep=(1.5, 3.0),
     step_counts=(2, 4),
+    few_steps=(1, 3),
     sample_batch_size=8,
     checkpoint_every_s=0.0,
     num_grid=1,
@@ -140,6 +156,10 @@ _B, _DIT_B = _train("b", "b", sweep=True), _train("dit-b-2", "dit-b-2", sweep=Tr
 _FLOW = _train("s-flow", "s", objective="flow", sweep=True)
 # Small enough to ship, with the learning rate of the previously shipped weights.
 _NANO = _train("nano", "nano", num_images=4_915_200, learning_rate=6e-4, sweep=True)
+_NANO_FLOW = _train(
+    "nano-flow", "nano", objective="flow", num_images=4_915_200, learning_rate=1e-3, warmup=0.05,
+    recipe={"decay": "cosine"}, num_scores=1,
+)  # fmt: skip
 _EMOJI = _train("emoji-64", "emoji-64", data="emoji", num_images=2_457_600, learning_rate=6e-4)
 
 _DECAY = {"decay": "cosine"}
@@ -266,6 +286,12 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
     "release": (
         _NANO, Memorisation("memorisation-nano", _NANO), Clipping("clipping-nano", _NANO),
         _EMOJI, Memorisation("memorisation-emoji-64", _EMOJI),
+    ),
+    # Are four steps as good as twenty-five? Of the shipped nano, without and with guidance, and of a flow.
+    "distill": (
+        Distilling("distill-nano"), Distilling("distill-nano-guided", guidance=2.0),
+        _NANO_FLOW, Distilling("distill-nano-flow", _NANO_FLOW),
+        Distilling("distill-nano-flow-guided", _NANO_FLOW, guidance=2.0),
     ),
 }  # fmt: skip
 

@@ -21,17 +21,19 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from distilling import distill
 from lamamba.config import nearest
 from lamamba.distributed.processes import joined
 from lamamba.errors import LamambaError
 from lamamba.sampling import choose_device
-from pieces import FULL, LISTS, PIECES, QUICK, Clipping, Memorisation, Piece, Speed, Steps, Study, Training
+from pieces import FULL, LISTS, PIECES, QUICK, Clipping, Distilling, Memorisation, Piece, Speed, Steps, Study, Training
 from setting import RESULTS, Clock, OutOfTimeError, Setting, is_finished, of_learning_rate
 from studies import look_for_copies, score_clipping, score_steps, time_steps
 from training import forget, train
 
 FUNCTIONS = {
     Training: train, Steps: score_steps, Clipping: score_clipping, Memorisation: look_for_copies, Speed: time_steps,
+    Distilling: distill,
 }  # fmt: skip
 
 
@@ -104,7 +106,7 @@ def run(setting: Setting, pieces: Sequence[Piece], learning_rate: float | None =
     while left := [piece for piece in pieces if piece.name not in failed and not is_finished(setting, piece)]:
         names = {piece.name for piece in left}
         for piece in left:
-            if isinstance(piece, Study) and piece.of.name in names:
+            if isinstance(piece, Study) and piece.of is not None and piece.of.name in names:
                 continue  # the network that it needs is not trained yet
             lock = FileLock(setting.out / f".{piece.name}.lock")
             try:

@@ -223,7 +223,7 @@ def _train(setting: Setting, trainer: ComparisonTrainer, record: Record, num_sco
     """Train to the end, with a point of the curve per interval and scores; check the time after each."""
     total = trainer.config.num_images
     curve, evaluations = record.rows("curve"), record.rows("evaluations")
-    meter = _Meter(trainer, curve[-1]["seconds"] if curve else 0.0)
+    meter = Meter(trainer, curve[-1]["seconds"] if curve else 0.0)
     saved_at, saved_images = time.monotonic(), trainer.images
     reader = trainer.batches()
 
@@ -271,10 +271,10 @@ _QUARTERS = (1, 2, 3, 4)  # of the timesteps
 _SUMS = tuple(f"{name}_q{quarter}" for quarter in _QUARTERS for name in ("loss", "share"))
 
 
-class _Meter:
+class Meter:
     """Takes steps, and measures loss and speed. Seconds exclude the first step, which compiles."""
 
-    def __init__(self, trainer: ComparisonTrainer, seconds: float) -> None:
+    def __init__(self, trainer: Trainer, seconds: float) -> None:
         self.trainer, self.seconds = trainer, seconds
         self.compiles = True
 
