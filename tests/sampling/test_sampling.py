@@ -240,8 +240,8 @@ def test_every_sampler_starts_from_an_image_and_keeps_what_is_not_masked(network
     mask[..., :4] = 1
     for sampler in kind.samplers:
         check_scheduler(make_scheduler(kind, sampler, 25), kind, 1, pixels=False, num_steps=50, strength=0.5)
-        options = {"sampler": sampler, "num_steps": 50}
-        near = sample(network, kind, [0, 1], [1, 2], start=Start(x_0, 0.02), **options)
+        near = sample(network, kind, [0, 1], [1, 2], start=Start(x_0, 0.02), sampler=sampler, num_steps=50)
+        options = {"sampler": sampler, "num_steps": 10}
         far = sample(network, kind, [0, 1], [1, 2], start=Start(x_0, 0.6), **options)
         if objective != "flow-x":  # an untrained network's x is far from the image at any level of noise
             most = 0.3 if objective == "diffusion-v-zero-snr" else 0.2  # whose last step begins with more noise
