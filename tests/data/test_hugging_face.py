@@ -183,7 +183,7 @@ class TestColumns:
     def test_several_columns_of_labels_need_a_choice(self, folder):
         fine = ([row % 2 for row in range(NUM_ROWS)], ClassLabel(names=["young", "old"]))
         path = save(dataset_of(contents(), [row % 3 for row in range(NUM_ROWS)], fine=fine), folder)
-        words = "several columns of labels: give label_column (--label-column) label, fine or None for no classes"
+        words = "several columns of labels: give label_column (--label-column) label or fine, or None for no classes"
         assert words in refused(path)
         assert opened(path, label_column="fine").class_names == ("young", "old")
         assert opened(path, label_column=None).class_names == ()

@@ -181,7 +181,7 @@ def _open(library: Any, data: str, subset: str | None, split: str) -> Any:
         raise DataError(f"{data} was written by save_to_disk, without subsets: leave subset (--subset) out")
     splits = saved if isinstance(saved, dict) else {str(saved.split or split): saved}
     if split not in splits:
-        raise DataError(f"{data} has no split {split!r}: give split (--split) {_any_of(list(splits))}")
+        raise DataError(f"{data} has no split {split!r}: give split (--split) {' or '.join(splits)}")
     return splits[split]
 
 
@@ -200,13 +200,13 @@ def _find_image_column(library: Any, rows: Any, where: str, given: str | None) -
         )
     if len(found) > 1:
         what = "images" if images else "latents"
-        raise DataError(f"{where} has several columns of {what}: {option} {_any_of(found)}")
+        raise DataError(f"{where} has several columns of {what}: {option} {' or '.join(found)}")
     return found[0]
 
 
 def _check_column(rows: Any, where: str, column: str, option: str) -> None:
     if column not in rows.features:
-        raise DataError(f"{where} has no column {column!r}: {option} {_any_of(list(rows.features))}")
+        raise DataError(f"{where} has no column {column!r}: {option} {' or '.join(rows.features)}")
 
 
 def _is_array(feature: Any) -> bool:
@@ -223,10 +223,6 @@ def _type_of(feature: Any) -> str:
     return "integer" if re.fullmatch(r"u?int\d+", kind) else "string" if kind in ("string", "large_string") else ""
 
 
-def _any_of(names: list[str]) -> str:
-    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-
-
 def _find_classes(library: Any, rows: Any, where: str, column: str | None) -> tuple[tuple[str, ...], list[int]]:
     """Return the names of the classes, and the label of each row; nothing where there are no classes."""
     if column == "auto":
@@ -234,7 +230,7 @@ def _find_classes(library: Any, rows: Any, where: str, column: str | None) -> tu
         if len(found) > 1:
             raise DataError(
                 f"{where} has several columns of labels: give label_column (--label-column) "
-                f"{_any_of([*found, 'None for no classes'])}"
+                f"{' or '.join(found)}, or None for no classes"
             )
         column = found[0] if found else None
     if column is None:
