@@ -261,6 +261,10 @@ class DistillConfig(TrainConfig):
     data: str = _OF_TEACHER
     """Images to distill on, as for lamamba train; they need the classes that RUN has. The default is the data of RUN,
     or builtin for nano."""
+    image_size: int | None = None
+    """Crop the images of a folder to this many pixels square; the default is the size of RUN's images."""
+    channels: Literal[1, 3] | None = None
+    """1 for gray, 3 for color; the default is that of RUN."""
     num_images: int = 400_000
     """Length of the distillation, in images seen; all rounds are equally long."""
     learning_rate: float = 3e-4
