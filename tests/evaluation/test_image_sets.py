@@ -190,7 +190,7 @@ def header(shape: str, dtype: str = "|u1", fortran: bool = False) -> str:
         ("(1.0, 8, 8, 3)", "cannot be read as a .npz file"),
         ("192", "cannot be read as a .npz file"),
         ("(((((((", "cannot be read as a .npz file"),
-        ("(2," * 5000 + ")" * 5000, "is large and may not be safe to load securely.): download"),
+        ("(2," * 5000 + ")" * 5000, "is large and may not be safe to load securely"),
         ("(0, 8, 8, 3)", "claims 0 bytes for uint8 (0, 8, 8, 3), but has 192"),
     ],
 )
