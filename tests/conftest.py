@@ -24,10 +24,22 @@ if not torch.cuda.is_available():
     if find_spec("triton"):
         import faster_interpreter  # noqa: F401
 
+from lamamba.config import NetworkConfig
 from lamamba.data import fashion_mnist
+from lamamba.model import Block
+from lamamba.ops.residual_norm import add_gated
 from tiny_autoencoder import write_autoencoder
 
 FASHION_MNIST_FOLDER = fashion_mnist.FASHION_MNIST_FOLDER
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before several processes start, compile the loops for a CPU, or each of them would compile them all."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        block = Block(NetworkConfig(embed_dim=8, num_heads=2), 8, shifted=True, project=True)
+        out, residual = block(torch.randn(1, 4, 4, 8), torch.randn(1, 32))
+        out, residual = block(out, torch.randn(1, 32), residual)
+        add_gated(out, residual).sum().backward()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
