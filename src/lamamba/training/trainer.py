@@ -311,6 +311,8 @@ class Trainer:
         self._forget_graphs()
 
     def _forget_graphs(self) -> None:
+        if self.gradients and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # a graph may still run
         for graph in self.gradients.graphs.values() if self.gradients else ():
             graph.forget()
         self.gradients = None
