@@ -138,6 +138,7 @@ OPERATIONS: Mapping[str, Operation] = {
         lambda qkv, bias: window_attention(qkv, bias, _HEADS, _WINDOW, shifted=True),
         lambda qkv, bias: window_attention_reference(qkv, bias, _HEADS, _WINDOW, True),
         ((*_GRID[:3], 3 * _CHANNELS), ((2 * _WINDOW - 1) ** 2, _HEADS)),
+        lambda x: x.dtype == torch.float32 and choose_loops(x, "auto"),
     ),
     "depthwise_convolution": Operation(
         depthwise_convolution, depthwise_convolution_reference, (_GRID, (_CHANNELS, 1, 3, 3), (_CHANNELS,))
