@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 CPU = torch.device("cpu")
 TINY = [
     *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
-    *("--batch-size", "2", "--num-images", "4", "--device", "cpu", "--sample-steps", "1"),
+    *("--batch-size", "2", "--num-images", "4", "--device", "cpu", "--sample-steps", "1", "--sample-every", "4"),
 ]
 
 

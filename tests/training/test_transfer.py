@@ -22,7 +22,7 @@ OPTIONS: dict[str, Any] = {
     "in_channels": 1, "sample_size": 8, "num_classes": 3, "embed_dim": 8, "num_heads": 2, "depths": (1, 1, 1, 1),
     "bottleneck_depth": 1,
 }  # fmt: skip
-RUN = ["--num-images", "4", "--batch-size", "2", "--device", "cpu", "--sample-steps", "1"]
+RUN = ["--num-images", "4", "--batch-size", "2", "--device", "cpu", "--sample-steps", "1", "--sample-every", "4"]
 
 
 def build(seed: int, **options: Any) -> LaMambaDiff:
