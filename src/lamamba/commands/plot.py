@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,8 @@ def plot(config: PlotConfig) -> None:
             raise CheckpointError(f"the log of {run} is still empty: wait for the first line of log.jsonl")
     written = [config.out / "curves.png"]
     figure = draw_curves(records)
-    _write(written[0], lambda path: save_figure(figure, path))
+    with atomic_write(written[0]) as temporary:
+        save_figure(figure, temporary)
     for name, run in names.items():
         frames = read_frames(run)
         if not frames:
@@ -57,8 +58,12 @@ def plot(config: PlotConfig) -> None:
         chosen = choose_evenly(frames, config.frames)
         strip = make_grid(np.stack([np.asarray(frame).transpose(2, 0, 1) for frame in chosen]), columns=1)
         written += [config.out / f"{stem}.png", config.out / f"{stem}.gif"]
-        _write(written[-2], _saving(strip, "PNG"))
-        _write(written[-1], _saving_animation(choose_evenly(frames, MAX_GIF_FRAMES)))
+        with atomic_write(written[-2]) as temporary:
+            strip.save(temporary, format="PNG")
+        first, *others = choose_evenly(frames, MAX_GIF_FRAMES)
+        durations = [_FRAME_MS] * len(others) + [_LAST_FRAME_MS]
+        with atomic_write(written[-1]) as temporary:
+            first.save(temporary, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
     say(*written)
 
 
@@ -168,7 +173,8 @@ def grid(config: GridConfig) -> None:
         tile = tile.resize((tile.width * config.scale, tile.height * config.scale), Image.Resampling.NEAREST)
         tiles.append(np.asarray(add_caption(tile, Path(path).stem) if config.captions else tile).transpose(2, 0, 1))
     picture = make_grid(np.stack(tiles), columns)
-    _write(config.out, _saving(picture, "PNG"))
+    with atomic_write(config.out) as temporary:
+        picture.save(temporary, format="PNG")
     left_out = f", {len(paths) - len(shown):,} left out" if len(shown) < len(paths) else ""
     say(f"{config.out}: {len(shown):,} images{left_out}")
 
@@ -188,19 +194,3 @@ def _list_images(paths: Iterable[Path]) -> list[str]:
             say(f"left out of {path}: {found.left_out}")
         listed += found.images
     return listed
-
-
-def _saving(picture: Image.Image, kind: str) -> Callable[[Path], None]:
-    return lambda path: picture.save(path, format=kind)
-
-
-def _saving_animation(frames: Sequence[Image.Image]) -> Callable[[Path], None]:
-    durations = [_FRAME_MS] * (len(frames) - 1) + [_LAST_FRAME_MS]
-    return lambda path: frames[0].save(
-        path, format="GIF", save_all=True, append_images=list(frames[1:]), duration=durations, loop=0
-    )
-
-
-def _write(path: Path, save: Callable[[Path], None]) -> None:
-    with atomic_write(path) as temporary:
-        save(temporary)
