@@ -213,11 +213,12 @@ def sample_grid(config: SampleConfig) -> None:
 
     settings = model.settings
     grid = make_grid(pixels, columns=config.num_per_label, scale=max(1, 64 // pixels.shape[-1]))
-    _save(grid, config.out, {**settings, "labels": classes, "num_per_label": config.num_per_label, "seed": config.seed})
+    own = {"labels": classes, "num_per_label": config.num_per_label, "seed": config.seed}
+    _write_png(config.out, grid, {**settings, **own})
     if config.images_out is not None:
         for index, (image, label, seed) in enumerate(zip(pixels, labels, seeds, strict=True)):
             path = config.images_out / f"{index:06d}.png"
-            _save(_picture(image), path, {**settings, "label": label, "seed": seed})
+            _write_png(path, image, {**settings, "label": label, "seed": seed})
     named = ", ".join(model.labels.name(label) for label in classes)
     drawn = f"{len(labels)} image{'s' * (len(labels) != 1)} ({named})"
     say(f"{drawn} · {model.sampler}, {describe_steps(model.steps)}", f"grid   {config.out}")
@@ -381,13 +382,9 @@ def _is_there(config: GenerateConfig, places: range) -> bool:
 
 def write_pngs(out: Path, places: range, images: np.ndarray, settings: Sequence[dict[str, Any]]) -> None:
     """Write each image of (b, c, h, w) uint8 to a file named after its position."""
-
-    def write(place: int, image: np.ndarray, own: dict[str, Any]) -> None:
-        with atomic_write(out / f"{place:08d}.png") as temporary:
-            temporary.write_bytes(encode_png(image, own))
-
+    paths = (out / f"{place:08d}.png" for place in places)
     with ThreadPoolExecutor() as threads:
-        deque(threads.map(write, places, images, settings), maxlen=0)
+        deque(threads.map(_write_png, paths, images, settings), maxlen=0)
 
 
 def _write_tar(out: Path, places: range, images: np.ndarray, settings: Sequence[dict[str, Any]]) -> None:
@@ -439,23 +436,16 @@ def _make_folders(config: SampleConfig) -> None:
                 folder.mkdir(parents=True, exist_ok=True)
 
 
-def _picture(image: np.ndarray) -> Image.Image:
-    return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
-
-
-def encode_png(image: np.ndarray, settings: dict[str, Any]) -> bytes:
-    """Encode (c, h, w) uint8 as PNG, with its settings as JSON in the text chunk `lamamba`."""
-    content = io.BytesIO()
-    _picture(image).save(content, format="PNG", pnginfo=_metadata(settings))
+def encode_png(image: np.ndarray | Image.Image, settings: dict[str, Any]) -> bytes:
+    """Encode a picture, or (c, h, w) uint8, as PNG, with its settings as JSON in the text chunk `lamamba`."""
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+    content, metadata = io.BytesIO(), PngInfo()
+    metadata.add_text("lamamba", json.dumps(settings))
+    image.save(content, format="PNG", pnginfo=metadata)
     return content.getvalue()
 
 
-def _metadata(settings: dict[str, Any]) -> PngInfo:
-    metadata = PngInfo()
-    metadata.add_text("lamamba", json.dumps(settings))
-    return metadata
-
-
-def _save(picture: Image.Image, path: Path, settings: dict[str, Any]) -> None:
+def _write_png(path: Path, image: np.ndarray | Image.Image, settings: dict[str, Any]) -> None:
     with atomic_write(path) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=_metadata(settings))
+        temporary.write_bytes(encode_png(image, settings))
