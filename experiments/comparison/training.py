@@ -21,7 +21,8 @@ from lamamba.data.latents import Pixels
 from lamamba.errors import CheckpointError, LamambaError
 from lamamba.files import atomic_write
 from lamamba.sampling import make_grid
-from lamamba.training.trainer import Trainer, optimizer_keys
+from lamamba.training.optimizers import optimizer_keys
+from lamamba.training.trainer import Trainer
 from pieces import Scale, Training
 from scoring import FEATURES, Denoiser, InAutocast, score, spread
 from setting import OutOfTimeError, Record, Setting, rounded

@@ -15,8 +15,9 @@ from lamamba.errors import ConfigError
 from lamamba.sampling.guidance import guide
 from lamamba.sampling.schedulers import make_scheduler
 from lamamba.training.distillation import Distillation, Round, plan_rounds, student_objective, student_sampler
+from lamamba.training.optimizers import learning_rate
 from lamamba.training.run import resolve
-from lamamba.training.trainer import Trainer, learning_rate
+from lamamba.training.trainer import Trainer
 from steps import Replayed
 
 NULL_LABEL = 3

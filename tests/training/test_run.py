@@ -25,8 +25,8 @@ from lamamba.diffusion import Diffusion
 from lamamba.errors import LamambaError
 from lamamba.files.records import read_train_config
 from lamamba.training import run as training
+from lamamba.training.optimizers import describe_weight_decay, hidden_matrices, weights_decayed
 from lamamba.training.run import _set_aside
-from lamamba.training.trainer import describe_weight_decay, hidden_matrices, weights_decayed
 from steps import Replayed
 
 TINY = [

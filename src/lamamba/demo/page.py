@@ -228,16 +228,14 @@ class Page:
         self._field(gr.Dropdown, "labels", multiselect=True, label="Labels", elem_id="labels", info=info)
         self._field(gr.Dropdown, "sampler", label="Sampler", elem_id="sampler")
         self._field(gr.Slider, "steps", 1, most, step=1, label="Steps", elem_id="steps")
-        ends = (0, MAX_GUIDANCE)
-        self._field(gr.Slider, "guidance", *ends, step=0.1, label="Guidance", elem_id="guidance", info="1 is none.")
+        self._field(gr.Slider, "guidance", 0, MAX_GUIDANCE, step=0.1, label="Guidance (1 is none)", elem_id="guidance")
         seed = self._field(gr.Number, "seed", 0, label="Seed", elem_id="seed")
         gr.Button("New seed", size="sm").click(None, None, seed, js=_NEW_SEED)
         with gr.Accordion("Size and more of guidance", open=False, elem_id="more"):
             with gr.Row():
                 self._field(gr.Number, "height", label="Height", elem_id="height", min_width=100)
                 self._field(gr.Number, "width", label="Width", elem_id="width", min_width=100)
-            info = "Reduces too much contrast."
-            self._field(gr.Slider, "rescale", 0, 1, 0, step=0.05, label="Rescale", info=info)
+            self._field(gr.Slider, "rescale", 0, 1, 0, step=0.05, label="Rescale", info="Reduces too much contrast.")
             with gr.Row():
                 info = "Noise over signal."
                 self._field(gr.Number, "interval_low", None, label="Guide from", min_width=100, info=info)

@@ -37,8 +37,9 @@ from lamamba.sampling import choose_device
 from lamamba.sampling.labels import why_unguided
 from lamamba.terminal.output import say
 from lamamba.training.log import SHORT_RUN_STEPS, SilentLog, TrainingLog, read_log
+from lamamba.training.optimizers import describe_weight_decay, learning_rate
 from lamamba.training.resuming import compare_origin, describe_origin, is_same_place
-from lamamba.training.trainer import Trainer, describe_weight_decay, learning_rate
+from lamamba.training.trainer import Trainer
 
 # Options of the GNU C library's `mallopt`, man page mallopt(3).
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
