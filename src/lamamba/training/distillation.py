@@ -114,6 +114,10 @@ class Distillation:
 
         (1 - w) x_0 + w x_0',    w = (a'' - a' s''/s') / (a'' - a s''/s)
 
+    The first teacher can take steps of any length, unlike students. So in the first round the place is extrapolated, to
+    twice the one of two steps less the one of one step (Richardson), which removes the first-order error of the
+    steps: w is doubled.
+
     The loss is the squared error of that prediction over s^2: of v, or of the velocity of a flow. That is the weight
     "SNR + 1" of the paper.
 
@@ -129,7 +133,8 @@ class Distillation:
         self.objective = OBJECTIVES[config.objective]
         self.teacher = teacher
         self.teacher_objective = self.objective
-        if round.number == 1:
+        self.extrapolates = round.number == 1
+        if self.extrapolates:
             self.teacher_objective = OBJECTIVES[options_of(config).teacher_objective]
         sampler = student_sampler(self.objective)
         scheduler = make_scheduler(self.objective, sampler, round.teacher_steps, clip_sample=clips)
@@ -168,7 +173,8 @@ class Distillation:
         x_middle = middle[0] * first + middle[1] * (x_t - start[0] * first) / start[1]
         second = self._clean(x_middle, self.times[place - 2], y)
         share = (end[0] - middle[0] * end[1] / middle[1]) / (end[0] - start[0] * end[1] / start[1])
-        return torch.lerp(first, second, share)
+        target = torch.lerp(first, second, 2 * share if self.extrapolates else share)
+        return target.clamp(-1, 1) if self.clips else target
 
     def _levels(self, place: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         signal, noise_share = (level[place].to(dtype).view(-1, 1, 1, 1) for level in (self.signal, self.noise_share))
