@@ -107,6 +107,21 @@ def test_a_checkpoint_that_could_not_be_written_is_said_when_asked_for(tmp_path:
     assert writer.finish() == tmp_path / "checkpoints" / "000000000008"
 
 
+def test_another_rank_may_make_the_folder_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove = saving.shutil.rmtree
+
+    def remove_and_lose_the_race(folder: Path, **options: bool) -> None:
+        remove(folder, **options)
+        if folder.name == ".incomplete-000000000008":
+            (folder / "training").mkdir(parents=True)
+
+    monkeypatch.setattr(saving.shutil, "rmtree", remove_and_lose_the_race)
+    path = save_checkpoint(tmp_path, CheckpointInfo(8), {}, {"x": torch.ones(2)})
+    found = {"x": torch.zeros(2)}
+    load_training_state(path, found)
+    assert torch.equal(found["x"], torch.ones(2))
+
+
 def test_a_training_state_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, CheckpointInfo(8), {}, {"x": torch.zeros(2)})
     with pytest.raises(CheckpointError, match=r"training cannot be read .*resume from another"):

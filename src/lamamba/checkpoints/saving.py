@@ -58,7 +58,7 @@ def save_checkpoint(
     try:
         if is_first:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            temporary.mkdir(parents=True, exist_ok=True)  # another rank may have begun to write
         _save_parts(training_state, temporary / "training", group)
         if is_first:
             for name, network in networks.items():
