@@ -97,8 +97,8 @@ def deviation(objective: Diffusion | FlowMatching, sampler: str, num_steps: int)
     [
         ("diffusion", "ddim", 20, 200, 0.01),
         ("diffusion", "ddim", 30, 600, 0.005),
-        ("diffusion", "ddim-cosine", 8, 64, 0.01),
-        ("diffusion-v-zero-snr", "ddim-cosine", 8, 64, 0.01),
+        ("diffusion", "ddim-cosine", 16, 128, 0.01),
+        ("diffusion-v-zero-snr", "ddim-cosine", 16, 128, 0.01),
         ("diffusion", "dpm++", 10, 100, 0.002),
         ("diffusion", "dpm++", 10, 1000, 0.002),
         ("diffusion", "unipc", 10, 100, 0.002),
