@@ -1,7 +1,7 @@
 """Make Triton's interpreter a third faster: importing this does.
 
-A kernel's launch replaces the functions of `triton.language` by those of NumPy. Every function that a kernel calls
-replaces them again, although nothing is left to replace, and that takes longer than most functions.
+The interpreter replaces the functions of `triton.language` by versions for NumPy when a kernel is launched. It does so
+again for every function that the kernel calls, which changes nothing and takes longer than most of these functions.
 """
 
 from typing import Any

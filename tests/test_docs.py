@@ -124,7 +124,7 @@ def served(folder: Path) -> Iterator[str]:
 
 
 def sample_in(browser: Any, address: str, steps: int, device: str) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Sample class 8 on the page with seed 7 and guidance 2.5; return what it was asked, the noise and the image."""
+    """Sample class 8 on the page with seed 7 and guidance 2.5; return the request, the noise and the image."""
     from selenium.webdriver.support.ui import WebDriverWait
 
     browser.get(f"{address}/browser.html")

@@ -72,7 +72,7 @@ class Distilled:
         return f"distilled for {describe_steps(self.steps)} of {self.sampler}, {included}"
 
     def why_unsuited(self, sampler: str, steps: int) -> str | None:
-        """Say what is wrong with a sampler or number of steps; None if they are those of the distillation."""
+        """Explain why a sampler and a number of steps do not fit; None if they fit."""
         if (sampler, steps) == (self.sampler, self.steps):
             return None
         own = f"{describe_steps(self.steps)} of {self.sampler}"

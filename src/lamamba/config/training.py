@@ -264,7 +264,7 @@ class DistillConfig(TrainConfig):
     image_size: int | None = None
     """Crop the images of a folder to this many pixels square; the default is the size of RUN's images."""
     channels: Literal[1, 3] | None = None
-    """1 for gray, 3 for color; the default is that of RUN."""
+    """1 for gray, 3 for color; by default as in RUN."""
     num_images: int = 400_000
     """Length of the distillation, in images seen; all rounds are equally long."""
     learning_rate: float = 3e-4
@@ -277,7 +277,7 @@ class DistillConfig(TrainConfig):
     objective: Annotated[str, Option(hidden=True)] = _OF_TEACHER
     network: Annotated[NetworkConfig, Option(hidden=True)] = _OF_TEACHER
     vae: Path | None = None
-    """AutoencoderKL folder of the latents; the default is that of RUN, or of --data."""
+    """AutoencoderKL folder of the latents; by default as in RUN, or as in --data."""
     distillation: DistillationOptions = DistillationOptions()
     """Distillation."""
     # These belong to other objectives, or to the teacher.

@@ -205,7 +205,7 @@ class Trainer:
     def _begin_round(self, round: Round) -> None:
         """Set the task of a round; at its beginning, the student becomes the teacher and starts from its EMA."""
         assert self.teacher is not None
-        if round.begin and round.begin == self.images:  # otherwise the weights are those of a checkpoint
+        if round.begin and round.begin == self.images:  # a resumed round already has its weights
             for network in (self.teacher, self.network):
                 torch._foreach_copy_(local(network.parameters()), local(self.average.parameters()))
             for optimizer in self.optimizers:
