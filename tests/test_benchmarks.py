@@ -254,15 +254,3 @@ def test_sets_of_images_are_timed_in_every_way(tmp_path: Path) -> None:
     assert values.keys() == {("autoencoder", "ms_per_image")} | {
         (way, metric) for way in ways for metric in ("images_per_s", "first_start_s", "start_s")
     }
-
-
-@pytest.mark.parametrize("layer", ["qkv", "linear_1"])
-def test_the_kernel_that_is_tried_computes_what_a_block_does(layer: str) -> None:
-    pytest.importorskip("triton")
-    tried = import_module("fused_linear")
-    case = tried.Case("odd", channels=40, columns=72, side=8, has_gelu=layer == "linear_1")
-    inputs = tried.draw_inputs(case, 2, torch.float16, "cpu")
-    wanted = tried.run_present(case, tried.Inputs(*(value.double() for value in inputs)))
-    own = tried.error(tried.run_present(case, inputs), wanted)
-    found = tried.run_fused(case, inputs, tried.Tile(32, 64, 32, warps=4, stages=2))
-    assert 0 < tried.error(found, wanted) < 2 * own

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import fields
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lamamba.checkpoints.released import load_released, translate
 from lamamba.config import NetworkConfig
 from lamamba.diffusion import OBJECTIVES, training_losses
 from lamamba.model import LaMambaDiff, Mlp, WindowAttention
+from lamamba.ops.fused_layers import Norm
 from lamamba.ops.window_attention.geometry import window_geometry
 from lamamba.sampling.guidance import guide
 
@@ -271,7 +273,8 @@ def test_missing_labels_are_refused() -> None:
 
 
 def attend_pixel_by_pixel(attention: WindowAttention, x: Tensor) -> Tensor:
-    """Attend in windows of a padded, cyclically shifted grid, one real query at a time, without making the padding."""
+    """Normalize, then attend in windows of a padded, shifted grid, one real query at a time, without padding."""
+    x = F.layer_norm(x, x.shape[-1:])
     batch, height, width, channels = x.shape
     side_y, side_x = min(height, attention.window_size), min(width, attention.window_size)
     shift_y = side_y // 2 if attention.shifted and height > side_y else 0
@@ -308,9 +311,17 @@ def attend_pixel_by_pixel(attention: WindowAttention, x: Tensor) -> Tensor:
     return attention.out_proj(torch.stack(outputs, dim=1)).reshape(x.shape)
 
 
+def run_branch(branch: torch.nn.Module, x: Tensor) -> Tensor:
+    """Run a branch of a block after a norm that only normalizes."""
+    ones, zeros = x.new_ones(x.shape[-1]), x.new_zeros(x.shape[-1])
+    of_images = zeros.expand(len(x), -1)
+    stream, out, bias = branch(Norm(x, None, ones, zeros, (of_images, of_images), 1e-5))
+    assert stream is x
+    return cast(Tensor, out if bias is None else out + bias)
+
+
 def attend(attention: WindowAttention, x: Tensor) -> Tensor:
-    out, bias = attention(x)
-    return out + bias
+    return run_branch(attention, x)
 
 
 def build_attention(window_size: int, shifted: bool, scale: float = 1.0) -> WindowAttention:
@@ -435,15 +446,16 @@ def gradients_of(network: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
 def test_dropout_acts_on_the_activations_of_the_mlp() -> None:
     mlp = Mlp(8, 8)
     mlp.linear_2.weight.data = torch.eye(8)
+    torch.nn.init.zeros_(mlp.linear_2.bias)
     x = torch.randn(1, 100, 100, 8)
-    whole = F.gelu(mlp.linear_1(x))
-    torch.testing.assert_close(mlp(x)[0], whole)
+    whole = F.gelu(mlp.linear_1(F.layer_norm(x, (8,))))
+    torch.testing.assert_close(run_branch(mlp, x), whole)
     mlp.dropout.p = 0.25
-    left = mlp(x)[0]
+    left = run_branch(mlp, x)
     kept = left != 0
     assert float(kept.float().mean()) == pytest.approx(0.75, abs=0.01)
     torch.testing.assert_close(left[kept], whole[kept] / 0.75)
-    torch.testing.assert_close(mlp.eval()(x)[0], whole)
+    torch.testing.assert_close(run_branch(mlp.eval(), x), whole)
 
 
 def test_gradient_checkpointing_gives_identical_gradients() -> None:

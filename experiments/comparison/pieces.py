@@ -157,7 +157,7 @@ _FLOW = _train("s-flow", "s", objective="flow", sweep=True)
 # Small enough to ship, with the learning rate of the previously shipped weights.
 _NANO = _train("nano", "nano", num_images=4_915_200, learning_rate=6e-4, sweep=True)
 _NANO_FLOW = _train(
-    "nano-flow", "nano", objective="flow", num_images=4_915_200, learning_rate=1e-3, warmup=0.05,
+    "nano-flow", "nano", objective="flow", num_images=3_686_400, learning_rate=1e-3, warmup=0.05,
     recipe={"decay": "cosine"}, num_scores=1,
 )  # fmt: skip
 _EMOJI = _train("emoji-64", "emoji-64", data="emoji", num_images=2_457_600, learning_rate=6e-4)

@@ -33,13 +33,11 @@ from lamamba.files import utf8_path
 from lamamba.files.records import read_record
 from lamamba.files.weights import CONFIG, check_loaded
 from lamamba.ops.depthwise_convolution import depthwise_convolution
-from lamamba.ops.gated_norm import gated_norm
+from lamamba.ops.fused_layers import Norm, gated_norm_linear, norm_attention, norm_linear_in_halves, norm_mlp
 from lamamba.ops.grid import NUM_PATHS
-from lamamba.ops.linear import compute_dtype, linear, linear_in_halves
-from lamamba.ops.linear_gelu import gelu_mlp
-from lamamba.ops.residual_norm import Residual, add_gated, layer_norm, residual_norm
+from lamamba.ops.linear import compute_dtype, linear
+from lamamba.ops.residual_norm import Residual, add_gated, layer_norm
 from lamamba.ops.selective_scan import project_and_scan
-from lamamba.ops.window_attention import project_and_attend
 
 
 class LaMambaDiff(ModelMixin, ConfigMixin):
@@ -295,7 +293,8 @@ class TimestepEmbedding(nn.Module):
 class Block(nn.Module):
     """Scan, window attention and MLP, each a residual branch with shift, scale and gate from the condition.
 
-    A branch returns its output without the bias of its last layer, and that bias or None separately; see `Residual`.
+    A branch takes the stream and its norm, and returns the stream with the branch before added, and its own output:
+    without the bias of its last layer, which is returned separately; see `Residual`.
 
     Args:
         config: options of the network.
@@ -334,12 +333,7 @@ class Block(nn.Module):
         parts = iter(self.modulate(condition).unflatten(1, (-1, x.shape[-1])).unbind(1))
         for branch, norm in self._branches():
             shift_scale, gate = (next(parts), next(parts)), next(parts)
-            if residual is None:
-                normed = normalize(x, norm, shift_scale)
-            else:
-                dtype = compute_dtype(x)
-                x, normed = residual_norm(x, residual, norm.weight, norm.bias, shift_scale, norm.eps, dtype)
-            out, bias = branch(normed)
+            x, out, bias = branch(Norm(x, residual, norm.weight, norm.bias, shift_scale, norm.eps))
             residual = Residual(out, gate, bias)
         assert residual is not None  # every block has an MLP
         return x, residual
@@ -379,13 +373,13 @@ class SS2D(nn.Module):
         self.A_log.copy_(torch.arange(1, self.state_size + 1).log().expand_as(self.A_log))
         nn.init.ones_(self.D)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """Mix (b, h, w, c) globally; return the result and None, because there is no bias."""
-        x, z = linear_in_halves(x, self.in_proj.weight)
-        x = depthwise_convolution(x, self.convolution.weight, self.convolution.bias)
-        planes = project_and_scan(x, self.x_proj_weight, self.dt_weight, self.dt_bias, self.A_log, self.D, self.scan)
-        norm = self.out_norm
-        return self.out_proj(gated_norm(planes, z, norm.weight, norm.bias, norm.eps)), None
+    def forward(self, norm: Norm) -> tuple[Tensor, Tensor, None]:
+        """Mix (b, h, w, c) globally; return the stream, the result, and None, because there is no bias."""
+        x, u, z = norm_linear_in_halves(norm, self.in_proj.weight)
+        u = depthwise_convolution(u, self.convolution.weight, self.convolution.bias)
+        planes = project_and_scan(u, self.x_proj_weight, self.dt_weight, self.dt_bias, self.A_log, self.D, self.scan)
+        own = self.out_norm
+        return x, gated_norm_linear(planes, z, own.weight, own.bias, own.eps, self.out_proj.weight), None
 
 
 class WindowAttention(nn.Module):
@@ -403,11 +397,11 @@ class WindowAttention(nn.Module):
     def reset_own_parameters(self) -> None:
         nn.init.trunc_normal_(self.relative_position_bias, std=0.02)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix (b, h, w, c) locally; return the result without its bias, and the bias."""
-        geometry = (self.num_heads, self.window_size, self.shifted)
-        x = project_and_attend(x, self.qkv.weight, self.qkv.bias, self.relative_position_bias, *geometry)
-        return linear(x, self.out_proj.weight), self.out_proj.bias
+    def forward(self, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+        """Mix (b, h, w, c) locally; return the stream, the result without its bias, and the bias."""
+        weights = (self.qkv.weight, self.qkv.bias, self.relative_position_bias, self.out_proj.weight)
+        x, out = norm_attention(norm, *weights, self.num_heads, self.window_size, self.shifted)
+        return x, out, self.out_proj.bias
 
 
 class Mlp(nn.Module):
@@ -419,10 +413,11 @@ class Mlp(nn.Module):
         self.dropout = nn.Dropout(0.0)  # training sets its probability, see `lamamba.training.trainer.Trainer`
         self.linear_2 = Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map the channels of every pixel; return the result without its bias, and the bias."""
-        dropout = self.dropout.p if self.training else 0.0
-        return gelu_mlp(x, self.linear_1.weight, self.linear_1.bias, self.linear_2.weight, dropout), self.linear_2.bias
+    def forward(self, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+        """Map the channels of every pixel; return the stream, the result without its bias, and the bias."""
+        weights = (self.linear_1.weight, self.linear_1.bias, self.linear_2.weight)
+        x, out = norm_mlp(norm, *weights, self.dropout.p if self.training else 0.0)
+        return x, out, self.linear_2.bias
 
 
 def _pad_to_even(x: Tensor) -> Tensor:

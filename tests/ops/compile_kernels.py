@@ -20,6 +20,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 
 # These import all kernels. That must happen before `knobs.runtime.interpret` is set, or they would be interpreted.
 import lamamba.ops.depthwise_convolution.triton
+import lamamba.ops.fused_layers.triton
 import lamamba.ops.gated_norm.triton
 import lamamba.ops.linear_gelu.triton
 import lamamba.ops.residual_norm.triton
@@ -30,9 +31,15 @@ from lamamba.config import NetworkConfig
 from lamamba.model import Block
 from lamamba.ops import selective_scan_fn
 from lamamba.ops.backend import use_backend
+from lamamba.ops.fused_layers import Norm
+from lamamba.ops.fused_layers.kernels import norm_linear_kernel
+from lamamba.ops.fused_layers.triton import norm_linear_triton
 from lamamba.ops.launch import Launch, compile_launch, record_launches
-from lamamba.ops.residual_norm import add_gated
+from lamamba.ops.residual_norm import Residual, add_gated
 
+# Bytes of shared memory that a program can have, by compute capability (CUDA C++ Programming Guide, technical
+# specifications).
+SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 # The largest number of values that a loop of each kernel carries between iterations. The compiler drops a variable from
 # a loop if it gets the very value of another one; the interpreter, which runs the other tests, does not.
 CARRIED: dict[str, Callable[[dict[str, Any]], int]] = {
@@ -44,6 +51,9 @@ CARRIED: dict[str, Callable[[dict[str, Any]], int]] = {
     "states_forward_kernel": lambda c: 16 + 3 * c["AT_ONCE"] + 1,
     "states_backward_kernel": lambda c: 2 * 16 + 5 * c["AT_ONCE"],
 }
+
+
+FUSED = norm_linear_kernel.fn.__module__
 
 
 class AnyGPU:
@@ -88,7 +98,7 @@ def share_coalescing() -> None:
 
 
 def run_block(num_states: int) -> None:
-    """Run forward and backward of two blocks of S in bfloat16, which launches every kernel."""
+    """Run forward and backward of two blocks of S in bfloat16, which launches every kernel that has gradients."""
     config = NetworkConfig(embed_dim=64, num_heads=4, ssm_state_size=num_states)
     block = Block(config, config.embed_dim, shifted=True, project=False)
     x, condition = torch.randn(1, 32, 32, config.embed_dim, requires_grad=True), torch.randn(1, config.embed_dim)
@@ -96,6 +106,19 @@ def run_block(num_states: int) -> None:
         out, residual = block(x, condition)
         out, residual = block(out, condition, residual)
         add_gated(out, residual).float().sum().backward()
+
+
+def run_fused() -> None:
+    """Run the fused layers in bfloat16, each in the sizes that need most shared memory of those that pay."""
+    for shape in ((2, 32, 32, 128), (16, 32, 32, 128), (8, 8, 8, 256)):
+        channels = shape[3]
+        x, gate = torch.empty(shape, dtype=torch.bfloat16), torch.empty(shape[0], channels, dtype=torch.bfloat16)
+        block = Block(NetworkConfig(embed_dim=channels, num_heads=4), channels, shifted=True, project=False).to(x)
+        with torch.no_grad(), use_backend("triton" if channels == 128 else "auto"):
+            residual = Residual(x, gate, gate[0])
+            block(x, gate, residual)
+            norm = Norm(x, residual, gate[0], gate[0], (gate, gate), 1e-5)
+            norm_linear_triton(*norm.tensors(), block.mlp.linear_1.weight, block.mlp.linear_1.bias, True, x.dtype)
 
 
 def scan_sequences(num_states: int) -> None:
@@ -130,6 +153,7 @@ def compile_for(capability: int, launches: list[Launch]) -> None:
         compiled, name = compile_launch(launched), launched.kernel.fn.__name__
         assert compiled.asm["cubin"], name
         assert f".target sm_{capability}" in compiled.asm["ptx"], name
+        assert compiled.metadata.shared <= SHARED[capability], f"{name}: {compiled.metadata.shared} bytes are shared"
         if name in CARRIED:
             loops = re.findall(r"iter_args\((.*?)\) ->", compiled.asm["ttir"])
             carried, wanted = max(loop.count("=") for loop in loops), CARRIED[name](dict(launched.constants))
@@ -146,4 +170,6 @@ if __name__ == "__main__":
         every = capability == 90
         of_block = forms(1, 16 if every else 3)
         of_sequences = record_launches(scan_sequences, 4 if every else 1 if capability < 100 else 3)
-        compile_for(capability, of_block + of_sequences if every else fullest(of_block + of_sequences))
+        fused = [launched for launched in record_launches(run_fused) if launched.kernel.fn.__module__ == FUSED]
+        others = of_block + of_sequences
+        compile_for(capability, others + fused if every else fullest(others) + fullest(fused))

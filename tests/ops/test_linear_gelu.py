@@ -142,7 +142,7 @@ def test_autocast_rounds_the_product_and_nothing_else() -> None:
     assert out.dtype == torch.bfloat16
     assert all(gradient.dtype == torch.float32 for gradient in gradients)
     z = torch.nn.functional.linear(low[0], low[1]).float() + inputs[2]
-    torch.testing.assert_close(out, torch.nn.functional.gelu(z).to(torch.bfloat16), rtol=1e-2, atol=1e-6)
+    torch.testing.assert_close(out, torch.nn.functional.gelu(z).to(torch.bfloat16), rtol=1e-2, atol=3e-5)  # of the fit
 
 
 def test_compiles_as_one_graph() -> None:

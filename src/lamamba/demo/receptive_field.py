@@ -58,7 +58,9 @@ def receptive_fields(
     for block in own.modules():
         left_out = {"scan": block.attention, "attention": block.ssm}.get(branches) if isinstance(block, Block) else None
         if left_out is not None:
-            left_out.register_forward_hook(lambda branch, inputs, output: (torch.zeros_like(output[0]), None))
+            left_out.register_forward_hook(
+                lambda branch, inputs, output: (output[0], torch.zeros_like(output[1]), None)
+            )
     channels = int(own.config.in_channels)
     draws = torch.randn((NUM_DRAWS, channels, height, width), generator=torch.Generator().manual_seed(0))
     t = torch.full((1,), TIMESTEP, device=own.device)

@@ -13,7 +13,7 @@ from lamamba.ops.shapes import check_shapes
 from lamamba.ops.window_attention.cpu import window_attention_cpu
 from lamamba.ops.window_attention.reference import window_attention_reference
 
-__all__ = ["project_and_attend", "window_attention"]
+__all__ = ["has_kernels_for", "project_and_attend", "window_attention"]
 
 # Largest number of pixels of a window that the kernels support.
 MAX_PLACES = 64
@@ -90,8 +90,13 @@ def project_and_attend(
     return out
 
 
+def has_kernels_for(x: Tensor, window_size: int) -> bool:
+    """Return whether the windows of a grid (b, h, w, ...) are small enough for the kernels."""
+    return min(x.shape[1], window_size) * min(x.shape[2], window_size) <= MAX_PLACES
+
+
 def _choose_kernels(x: Tensor, window_size: int, backend: Backend) -> bool:
-    fits = min(x.shape[1], window_size) * min(x.shape[2], window_size) <= MAX_PLACES
+    fits = has_kernels_for(x, window_size)
     limit = "" if fits else f"the kernels take windows of up to {MAX_PLACES} pixels: use a window_size of 8 or less"
     return choose_kernels("window_attention", x, backend, limit)
 

@@ -16,7 +16,7 @@ NEVER = tl.constexpr(-1e30)
 
 
 @triton.jit
-def _places(
+def places(
     window,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr,
     SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr, PLACES: tl.constexpr,
@@ -39,28 +39,29 @@ def _places(
 
 
 @triton.jit
-def _relative_bias(
+def relative_bias(
     p_bias, head, HEADS: tl.constexpr, WINDOW: tl.constexpr,
     SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """Load the bias of every query and key of a window, (places, places), times log2(e)."""
     o_place = tl.arange(0, PLACES)
     m_place = o_place < SIDE_Y * SIDE_X
-    y, x = o_place // SIDE_X, o_place % SIDE_X
-    o_row = (y[:, None] - y[None, :] + WINDOW - 1) * (2 * WINDOW - 1) + x[:, None] - x[None, :] + WINDOW - 1
-    b_bias = tl.load(p_bias + o_row * HEADS + head, mask=m_place[:, None] & m_place[None, :], other=0.0)
+    # The row of the table is (y - y' + s - 1)(2 s - 1) + x - x' + s - 1: a difference plus a constant.
+    o_row = (o_place // SIDE_X * (2 * WINDOW - 1) + o_place % SIDE_X) * HEADS
+    o_bias = o_row[:, None] - o_row[None, :] + (2 * WINDOW * (WINDOW - 1) * HEADS + head)
+    b_bias = tl.load(p_bias + o_bias, mask=m_place[:, None] & m_place[None, :], other=0.0)
     return b_bias.to(tl.float32) * LOG2_E
 
 
 @triton.jit
-def _weights(b_q, b_k, b_bias, m_place, b_region, scale, MASKED: tl.constexpr):
-    """Compute the softmax of scaled products + bias + mask: (queries, keys) float32."""
+def attention_weights(b_q, b_k, b_bias, m_place, b_region, scale, MASKED: tl.constexpr):
+    """Compute the softmax of scaled products + bias + mask: numerators (queries, keys) and their sums (queries, 1)."""
     b_logit = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * (scale * LOG2_E) + b_bias
     if MASKED:
         b_logit = tl.where(b_region[:, None] == b_region[None, :], b_logit, b_logit - 100.0 * LOG2_E)
     b_logit = tl.where(m_place[None, :], b_logit, NEVER)
-    b_weight = tl.exp2(b_logit - tl.max(b_logit, axis=1)[:, None])
-    return b_weight / tl.sum(b_weight, axis=1)[:, None]
+    b_weight = tl.exp2(b_logit - tl.max(b_logit, axis=1, keep_dims=True))
+    return b_weight, tl.sum(b_weight, axis=1, keep_dims=True)
 
 
 @triton.jit(do_not_specialize=["num_windows", "windows_per_program"])
@@ -75,21 +76,19 @@ def attention_forward_kernel(
     head = tl.program_id(0)
     o_d = tl.arange(0, BLOCK)
     m_d = (o_d < CHANNELS)[None, :]
-    b_bias = _relative_bias(p_bias, head, HEADS, WINDOW, SIDE_Y, SIDE_X, PLACES)
+    b_bias = relative_bias(p_bias, head, HEADS, WINDOW, SIDE_Y, SIDE_X, PLACES)
     first = tl.program_id(1) * windows_per_program
     for window in range(first, tl.minimum(first + windows_per_program, num_windows)):
         image = tl.zeros([1, 1], tl.int64) + window // PER_IMAGE
-        o_pixel, m_place, b_region = _places(
-            window % PER_IMAGE, HEIGHT, WIDTH, SIDE_Y, SIDE_X, SHIFT_Y, SHIFT_X, PLACES
-        )
+        o_pixel, m_place, b_region = places(window % PER_IMAGE, HEIGHT, WIDTH, SIDE_Y, SIDE_X, SHIFT_Y, SHIFT_X, PLACES)
         m_row = m_place[:, None] & m_d
         p_image = p_qkv + image * HEIGHT * WIDTH * 3 * HEADS * CHANNELS + head * CHANNELS
         p_row = p_image + o_pixel[:, None] * 3 * HEADS * CHANNELS + o_d[None, :]
         b_q = tl.load(p_row, mask=m_row, other=0.0)
         b_k = tl.load(p_row + HEADS * CHANNELS, mask=m_row, other=0.0)
         b_v = tl.load(p_row + 2 * HEADS * CHANNELS, mask=m_row, other=0.0)
-        b_weight = _weights(b_q, b_k, b_bias, m_place, b_region, scale, SHIFT_Y > 0 or SHIFT_X > 0)
-        b_out = tl.dot(b_weight.to(b_v.dtype), b_v, input_precision="ieee")
+        b_weight, b_sum = attention_weights(b_q, b_k, b_bias, m_place, b_region, scale, SHIFT_Y > 0 or SHIFT_X > 0)
+        b_out = tl.dot(b_weight.to(b_v.dtype), b_v, input_precision="ieee") * (1 / b_sum)
         p_out_row = p_out + image * HEIGHT * WIDTH * HEADS * CHANNELS + head * CHANNELS
         p_out_row += o_pixel[:, None] * HEADS * CHANNELS + o_d[None, :]
         tl.store(p_out_row, b_out.to(p_out.dtype.element_ty), mask=m_row)
@@ -111,14 +110,12 @@ def attention_backward_kernel(
     head = tl.program_id(0)
     o_d = tl.arange(0, BLOCK)
     m_d = (o_d < CHANNELS)[None, :]
-    b_bias = _relative_bias(p_bias, head, HEADS, WINDOW, SIDE_Y, SIDE_X, PLACES)
+    b_bias = relative_bias(p_bias, head, HEADS, WINDOW, SIDE_Y, SIDE_X, PLACES)
     b_grad_bias = tl.zeros([PLACES, PLACES], tl.float32)
     first = tl.program_id(1) * windows_per_program
     for window in range(first, tl.minimum(first + windows_per_program, num_windows)):
         image = tl.zeros([1, 1], tl.int64) + window // PER_IMAGE
-        o_pixel, m_place, b_region = _places(
-            window % PER_IMAGE, HEIGHT, WIDTH, SIDE_Y, SIDE_X, SHIFT_Y, SHIFT_X, PLACES
-        )
+        o_pixel, m_place, b_region = places(window % PER_IMAGE, HEIGHT, WIDTH, SIDE_Y, SIDE_X, SHIFT_Y, SHIFT_X, PLACES)
         m_row = m_place[:, None] & m_d
         o_row = image * HEIGHT * WIDTH * 3 * HEADS * CHANNELS + head * CHANNELS
         o_row += o_pixel[:, None] * 3 * HEADS * CHANNELS + o_d[None, :]
@@ -127,7 +124,8 @@ def attention_backward_kernel(
         b_v = tl.load(p_qkv + o_row + 2 * HEADS * CHANNELS, mask=m_row, other=0.0)
         p_row = p_grad_out + image * HEIGHT * WIDTH * HEADS * CHANNELS + head * CHANNELS
         b_grad_out = tl.load(p_row + o_pixel[:, None] * HEADS * CHANNELS + o_d[None, :], mask=m_row, other=0.0)
-        b_weight = _weights(b_q, b_k, b_bias, m_place, b_region, scale, SHIFT_Y > 0 or SHIFT_X > 0)
+        b_weight, b_sum = attention_weights(b_q, b_k, b_bias, m_place, b_region, scale, SHIFT_Y > 0 or SHIFT_X > 0)
+        b_weight *= 1 / b_sum
 
         b_grad_v = tl.dot(tl.trans(b_weight.to(b_v.dtype)), b_grad_out, input_precision="ieee")
         b_grad_weight = tl.dot(b_grad_out, tl.trans(b_v), input_precision="ieee")

@@ -1,0 +1,160 @@
+"""Norms and the layers after them: one kernel for both when no gradients are needed, and separate operations otherwise.
+
+A branch of a block begins with `residual_norm` or `layer_norm`, and goes on with linear layers. With 16-bit activations
+on a GPU, and where that is faster (`tiles.py`), one kernel keeps what is between them on the chip.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lamamba.ops.backend import Backend, choose_kernels
+from lamamba.ops.fused_layers.tiles import (
+    attention_pays,
+    gated_norm_linear_pays,
+    norm_linear_pays,
+    norm_mlp_pays,
+)
+from lamamba.ops.gated_norm import gated_norm
+from lamamba.ops.linear import compute_dtype, linear, linear_in_halves
+from lamamba.ops.linear_gelu import gelu_mlp
+from lamamba.ops.residual_norm import Residual, layer_norm, residual_norm
+from lamamba.ops.window_attention import has_kernels_for, project_and_attend, window_attention
+
+__all__ = ["Norm", "gated_norm_linear", "norm_attention", "norm_linear_in_halves", "norm_mlp"]
+
+
+class Norm(NamedTuple):
+    """What a branch begins with: the arguments of `residual_norm`, or of `layer_norm` without a residual."""
+
+    x: Tensor
+    """(b, h, w, c) the stream."""
+    residual: Residual | None
+    weight: Tensor
+    """(c,)."""
+    bias: Tensor
+    """(c,)."""
+    modulation: tuple[Tensor, Tensor]
+    """Shift and scale, each (b, c)."""
+    eps: float
+
+    def apply(self) -> tuple[Tensor, Tensor]:
+        """Return the stream with the residual added, and the normalized values in the dtype of the next layer."""
+        affine, dtype = (self.weight, self.bias, self.modulation, self.eps), compute_dtype(self.x)
+        if self.residual is None:
+            return self.x, layer_norm(self.x, *affine, dtype)
+        return residual_norm(self.x, self.residual, *affine, dtype)
+
+    def stream(self, x_new: Tensor) -> Tensor:
+        """Return the stream from the result of a kernel, which is empty without a residual."""
+        return self.x if self.residual is None else x_new
+
+    def tensors(self) -> tuple[Tensor | float | None, ...]:
+        """Return the arguments of the kernels."""
+        return self.x, *(self.residual or (None, None, None)), self.weight, self.bias, *self.modulation, self.eps
+
+
+def norm_linear_in_halves(norm: Norm, weight: Tensor, backend: Backend = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """Normalize, and apply a linear layer.
+
+    Args:
+        norm: see `Norm`.
+        weight: (o, c).
+        backend: see `lamamba.ops.backend`; "auto" fuses where that is faster, "triton" always.
+
+    Returns:
+        The stream with the residual added, and both halves of the layer's result, each (b, h, w, o / 2).
+    """
+    if _fuses_linear(norm.x, backend):
+        x, out = _norm_linear(norm, weight, None, False)
+        first, second = out.chunk(2, dim=-1)
+        return x, first, second
+    x, normed = norm.apply()
+    first, second = linear_in_halves(normed, weight)
+    return x, first, second
+
+
+def gated_norm_linear(
+    planes: Tensor, z: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor,
+    backend: Backend = "auto",
+) -> Tensor:  # fmt: skip
+    """Apply `lamamba.ops.gated_norm`, then a linear layer with weight (o, e).
+
+    Returns:
+        (b, h, w, o) in the dtype of the layer.
+    """
+    if _fuses("gated_norm_linear", z, gated_norm_linear_pays, backend):
+        from lamamba.ops.fused_layers.triton import gated_norm_linear_triton
+
+        out: Tensor = gated_norm_linear_triton(planes, z, norm_weight, norm_bias, eps, weight.to(z.dtype))
+        return out
+    return linear(gated_norm(planes, z, norm_weight, norm_bias, eps), weight)
+
+
+def norm_attention(
+    norm: Norm, qkv_weight: Tensor, qkv_bias: Tensor, bias: Tensor, weight: Tensor,
+    num_heads: int, window_size: int, shifted: bool = False, backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Normalize, apply `lamamba.ops.window_attention.project_and_attend`, then a linear layer with weight (c, c).
+
+    Returns:
+        The stream with the residual added, and the result (b, h, w, c).
+    """
+    geometry = (num_heads, window_size, shifted)
+    if has_kernels_for(norm.x, window_size) and _fuses("norm_attention", norm.x, attention_pays, backend):
+        from lamamba.ops.fused_layers.triton import norm_attention_triton
+
+        dtype = compute_dtype(norm.x)
+        layers = (qkv_weight.to(dtype), qkv_bias, bias, weight.to(dtype))
+        x_new, out = norm_attention_triton(*norm.tensors(), *layers, *geometry, dtype)
+        return norm.stream(x_new), out
+    if _fuses_linear(norm.x, backend):
+        x, qkv = _norm_linear(norm, qkv_weight, qkv_bias, False)
+        attended = window_attention(qkv, bias, *geometry)
+    else:
+        x, normed = norm.apply()
+        attended = project_and_attend(normed, qkv_weight, qkv_bias, bias, *geometry)
+    return x, linear(attended, weight)
+
+
+def norm_mlp(
+    norm: Norm, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, dropout: float = 0.0, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Normalize, then apply `lamamba.ops.linear_gelu.gelu_mlp`.
+
+    Returns:
+        The stream with the residual added, and the result (b, h, w, o).
+    """
+    if not dropout and _fuses("norm_mlp", norm.x, norm_mlp_pays, backend):
+        from lamamba.ops.fused_layers.triton import norm_mlp_triton
+
+        dtype = compute_dtype(norm.x)
+        x_new, out = norm_mlp_triton(*norm.tensors(), weight_1.to(dtype), bias_1, weight_2.to(dtype), dtype)
+        return norm.stream(x_new), out
+    if not dropout and _fuses_linear(norm.x, backend):
+        x, hidden = _norm_linear(norm, weight_1, bias_1, True)
+        return x, linear(hidden, weight_2)
+    x, normed = norm.apply()
+    return x, gelu_mlp(normed, weight_1, bias_1, weight_2, dropout)
+
+
+def _norm_linear(norm: Norm, weight: Tensor, bias: Tensor | None, gelu: bool) -> tuple[Tensor, Tensor]:
+    from lamamba.ops.fused_layers.triton import norm_linear_triton
+
+    dtype = compute_dtype(norm.x)
+    x_new, out = norm_linear_triton(*norm.tensors(), weight.to(dtype), bias, gelu, dtype)
+    return norm.stream(x_new), out
+
+
+def _fuses_linear(x: Tensor, backend: Backend) -> bool:
+    return _fuses("norm_linear", x, norm_linear_pays, backend)
+
+
+def _fuses(operation: str, x: Tensor, pays: Callable[[int, int], bool], backend: Backend) -> bool:
+    """Return whether to run the fused kernel on pixels (b, h, w, c)."""
+    if torch.is_grad_enabled() or not choose_kernels(operation, x, backend):
+        return False
+    is_short = compute_dtype(x).itemsize == 2
+    return backend == "triton" or (is_short and pays(x.shape[:3].numel(), x.shape[3]))
