@@ -252,6 +252,16 @@ def test_a_cuda_graph_trains_the_same(tmp_path: Path, options: dict[str, Any]) -
     assert relative_error(ours, wanted) < 0.1
 
 
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"gradient_checkpointing": True}], ids=str)
+def test_weights_rounded_together_train_the_same(tmp_path: Path, options: dict[str, Any]) -> None:
+    """They are rounded as each layer would round them, so nothing may change."""
+    trainers = [trainer(tmp_path, precision="bf16", **options) for _ in range(2)]
+    trainers[0].rounding = nullcontext
+    losses = [list(losses_of(trainer, 5)) for trainer in trainers]
+    assert losses[0] == losses[1]
+    assert torch.equal(*(parameters_of(trainer) for trainer in trainers))
+
+
 def parameters_of(trainer: Trainer) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in trainer.network.parameters()])
 

@@ -1,13 +1,23 @@
 """Linear layers against those of PyTorch, with and without autocast."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lamamba.ops.linear import _is_faster_as_convolution, _Linear, linear, linear_in_halves
+from lamamba.config import NetworkConfig
+from lamamba.model import Block, Linear
+from lamamba.ops.linear import (
+    RoundedWeights,
+    _is_faster_as_convolution,
+    _Linear,
+    linear,
+    linear_in_halves,
+    rounded,
+)
 
 # A matrix product may be the first operation of a thread on a GPU.
 pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
@@ -112,3 +122,59 @@ def test_only_float32_pixels_of_a_grid_on_a_cpu_are_convolved() -> None:
     assert not any(map(_is_faster_as_convolution, (x[0], x.double(), x.bfloat16(), x.to("meta"))))
     assert linear(x, torch.randn(5, 8)).is_contiguous()
     assert all(half.is_contiguous() for half in linear_in_halves(x, torch.randn(6, 8)))
+
+
+def test_weights_are_rounded_together_while_in_use() -> None:
+    """Copies are found for a weight and its views, anew in each use, and only in their dtype."""
+    layer = Linear(16, 8)
+    copies = RoundedWeights(layer, torch.bfloat16)
+    pointers = [copy.data_ptr() for copy in copies.copies]
+    for _ in range(2):
+        layer.weight.data.normal_()
+        with copies.in_use():
+            found = rounded(layer.weight, torch.bfloat16), rounded(layer.bias, torch.bfloat16)
+            assert [tensor.data_ptr() for tensor in found] == pointers
+            assert torch.equal(found[0], layer.weight.bfloat16())
+            flat = rounded(layer.weight.flatten(), torch.bfloat16)
+            assert flat.shape == (128,)
+            assert flat.data_ptr() == pointers[0]
+            for other in (rounded(layer.weight, torch.float16), rounded(layer.weight[:4], torch.bfloat16)):
+                assert other.data_ptr() not in pointers
+            assert rounded(layer.weight, torch.float32) is layer.weight
+        assert rounded(layer.weight, torch.bfloat16).data_ptr() not in pointers
+
+
+def test_layers_compute_the_same_from_weights_that_were_rounded_together() -> None:
+    inputs = make_inputs()
+    layer = torch.nn.Module()
+    layer.rounded = ("weight", "bias")  # type: ignore[assignment]
+    for name in ("halves", "bias", "no bias"):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        layer.weight, layer.bias = torch.nn.Parameter(leaves[1]), torch.nn.Parameter(leaves[2])
+        results = []
+        for copies in (None, RoundedWeights(layer, torch.bfloat16)):
+            with torch.autocast(DEVICE, torch.bfloat16), copies.in_use() if copies else nullcontext():
+                outs = LAYERS[name][0](leaves[0].bfloat16(), layer.weight, layer.bias)
+                loss = sum(out.float().square().sum() for out in outs)
+            used = [layer.weight, layer.bias] if name == "bias" else [layer.weight]
+            results.append([*outs, *torch.autograd.grad(loss, used)])  # type: ignore[arg-type]
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), name
+
+
+def test_modules_name_what_they_round() -> None:
+    """Every matrix of a block but the norms', the convolution's and the table of biases."""
+    block = Block(NetworkConfig(embed_dim=8, num_heads=2), 8, shifted=False, project=True)
+    found = {weight.data_ptr() for weight in RoundedWeights(block, torch.bfloat16).weights}
+    names = {name for name, weight in block.named_parameters() if weight.data_ptr() in found}
+    layers = (
+        "condition_projection",
+        "modulation",
+        "attention.qkv",
+        "attention.out_proj",
+        "mlp.linear_1",
+        "mlp.linear_2",
+    )
+    wanted = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    assert names == wanted | {
+        f"ssm.{name}" for name in ("in_proj.weight", "out_proj.weight", "x_proj_weight", "dt_weight")
+    }

@@ -2,15 +2,18 @@
 
 * A float32 weight is rounded to 16 bits for its product. Autograd then computes the gradient of the weight in 16 bits
   and copies it to float32. Here the matrix product writes float32 directly.
+* All weights of a network can be rounded together, in a few launches instead of one each: see `RoundedWeights`.
 * When the two halves of a result have separate gradients, autograd first concatenates them. Here each half is
   multiplied where it lies, and the second product is added to the first.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lamamba.ops.backend import assume_constant_result
 
@@ -32,13 +35,54 @@ def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
+_copies: dict[int, Tensor] = {}  # by the address of the weight
+
+
+class RoundedWeights:
+    """16-bit copies of the weights of a network that computes in mixed precision on a GPU.
+
+    Args:
+        network: modules name the parameters that they round in every pass in an attribute `rounded`.
+        dtype: of the copies.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        found = (getattr(module, name) for module in network.modules() for name in getattr(module, "rounded", ()))
+        self.weights = [weight.detach() for weight in found if weight is not None and weight.dtype == torch.float32]
+        self.copies = [torch.empty_like(weight, dtype=dtype) for weight in self.weights]
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Round the weights now, and let `rounded` return the copies while the context lasts."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.copies, self.weights)
+        addresses = [weight.data_ptr() for weight in self.weights]
+        _copies.update(zip(addresses, self.copies, strict=True))
+        try:
+            yield
+        finally:
+            for address in addresses:
+                _copies.pop(address, None)
+
+
+def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert a weight for a product: a copy of `RoundedWeights` if it has one. Autograd must not record this."""
+    if not torch.compiler.is_compiling() and _copies and weight.dtype != dtype:
+        copy = _copies.get(weight.data_ptr())
+        if copy is not None and copy.dtype == dtype and copy.numel() == weight.numel() and weight.is_contiguous():
+            return copy.view(weight.shape)
+    return weight.to(dtype)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute x weight^T + bias like `torch.nn.functional.linear`: x (..., i), weight (o, i), bias (o,)."""
     dtype = autocast_dtype(x)
     if dtype is None and _is_faster_as_convolution(x):
         return _convolve(x, weight, bias)
-    if dtype is None or not x.is_cuda or not torch.is_grad_enabled():
+    if dtype is None or not x.is_cuda:
         return F.linear(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return F.linear(x.to(dtype), rounded(weight, dtype), None if bias is None else rounded(bias, dtype))
     out: Tensor = _Linear.apply(x.to(dtype), weight, bias)
     return out
 
@@ -71,10 +115,10 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        rounded = weight.to(x.dtype)
-        ctx.save_for_backward(x, rounded)
+        low = rounded(weight, x.dtype)
+        ctx.save_for_backward(x, low)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        return F.linear(x, rounded, None if bias is None else bias.to(x.dtype))
+        return F.linear(x, low, None if bias is None else rounded(bias, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -92,12 +136,12 @@ class _Linear(torch.autograd.Function):
 class _LinearInHalves(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        rounded = weight.to(x.dtype)
-        ctx.save_for_backward(x, rounded)
+        low = rounded(weight, x.dtype)
+        ctx.save_for_backward(x, low)
         ctx.weight_dtype = weight.dtype
         if x.is_cuda:  # kernels read the halves in place
-            return F.linear(x, rounded).chunk(2, dim=-1)
-        return tuple(F.linear(x, half) for half in rounded.chunk(2))
+            return F.linear(x, low).chunk(2, dim=-1)
+        return tuple(F.linear(x, half) for half in low.chunk(2))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lamamba.diffusion import Denoiser
 from lamamba.ops.launch import LOCK, precompile
+from lamamba.ops.linear import RoundedWeights
 
 
 class Captured:
@@ -95,6 +96,7 @@ class CapturedNetwork:
     def __init__(self, network: Any, bf16: bool = False, captures: bool = True) -> None:
         self.network, self.bf16, self.captures = network, bf16, captures
         self.config, self.null_label = network.config, network.null_label
+        self._rounded: tuple[Any, RoundedWeights] | None = None
         self._passes: OrderedDict[tuple[Any, ...], Captured | None] = OrderedDict()
 
     @property
@@ -108,12 +110,13 @@ class CapturedNetwork:
         dtype = torch.bfloat16 if self.bf16 else torch.get_autocast_dtype(kind)
         enabled = self.bf16 or torch.is_autocast_enabled(kind)
         network = self.network  # the recorded function must not refer to this object, or the cycle is never freed
+        rounding: Callable[[], Any] = nullcontext
 
         def forward(*inputs: Tensor) -> dict[str, Tensor]:
             is_recorded = kind == "cuda" and torch.cuda.is_current_stream_capturing()
             ahead = modulations_ahead(network) if is_recorded else nullcontext()
             # No autocast cache: its copies of the weights would be freed before the next replay.
-            with ahead, torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False):
+            with ahead, torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False), rounding():
                 return {"out": network(*inputs)}
 
         if kind != "cuda":
@@ -126,6 +129,8 @@ class CapturedNetwork:
         key = (*((tensor.shape, tensor.dtype) for tensor in inputs), enabled and dtype, weights)
         with LOCK:
             if key not in self._passes:
+                if enabled and self.captures:
+                    rounding = self._round_together(weights, dtype)
                 precompile(forward, *inputs)
                 if len(self._passes) >= self.KEPT:
                     self._drop_oldest()
@@ -139,15 +144,22 @@ class CapturedNetwork:
                 self.forget()
                 raise
 
+    def _round_together(self, weights: tuple[int, ...], dtype: torch.dtype) -> Callable[[], Any]:
+        """Keep copies of the weights for as long as they do not move; every pass rounds the weights again."""
+        if self._rounded is None or self._rounded[0] != (weights, dtype):
+            self._rounded = (weights, dtype), RoundedWeights(self.network, dtype)
+        return self._rounded[1].in_use
+
     def _drop_oldest(self) -> None:
         _, recorded = self._passes.popitem(last=False)
         if recorded is not None:
             recorded.forget()
 
     def forget(self) -> None:
-        """Free the recorded graphs."""
+        """Free the recorded graphs, and the copies of weights that they use."""
         while self._passes:
             self._drop_oldest()
+        self._rounded = None
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """The state of a training run and a step of it: batch, loss, gradient, optimizer, EMA; its checkpoints and samples."""
 
 import math
-from collections.abc import Generator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files.weights import check_weights
 from lamamba.model import NETWORKS, LaMambaDiff
 from lamamba.ops.backend import use_backend
+from lamamba.ops.linear import RoundedWeights
 from lamamba.sampling import Callback, make_grid, sample, uses_bf16
 from lamamba.sampling.captured import CapturedNetwork
 from lamamba.sampling.guidance import guide
@@ -134,6 +135,10 @@ class Trainer:
             )
         self.uses_bf16 = uses_bf16(config.precision, device)
         self.autocast = torch.autocast(device.type, torch.bfloat16) if self.uses_bf16 else nullcontext()
+        rounds_ahead = self.uses_bf16 and device.type == "cuda" and not (self.shards or config.compile)
+        self.rounding: Callable[[], AbstractContextManager[None]] = (
+            RoundedWeights(self.network, torch.bfloat16).in_use if rounds_ahead else nullcontext
+        )
         self.compiled: Any = torch.compile(self.network) if config.compile and not self.shards else self.network
         sums_up = processes.world_size > 1 and not self.shards
         self.gradient_sums = GradientSums(self.network.parameters()) if sums_up else None
@@ -245,7 +250,8 @@ class Trainer:
         scale = self.processes.world_size if self.shards else 1
         if self.shards:
             self.network.set_requires_gradient_sync(reduces)
-        with self.backend(), self.gradient_sums.all_reducing() if self.gradient_sums and reduces else nullcontext():
+        sums_up = self.gradient_sums.all_reducing() if self.gradient_sums and reduces else nullcontext()
+        with self.backend(), self.rounding(), sums_up:
             losses = training_losses(
                 self.task,
                 self._denoise,

@@ -18,7 +18,7 @@ from lamamba.ops.fused_layers.tiles import (
     norm_mlp_pays,
 )
 from lamamba.ops.gated_norm import gated_norm
-from lamamba.ops.linear import compute_dtype, linear, linear_in_halves
+from lamamba.ops.linear import compute_dtype, linear, linear_in_halves, rounded
 from lamamba.ops.linear_gelu import gelu_mlp
 from lamamba.ops.residual_norm import Residual, layer_norm, residual_norm
 from lamamba.ops.window_attention import has_kernels_for, project_and_attend, window_attention
@@ -88,7 +88,7 @@ def gated_norm_linear(
     if _fuses("gated_norm_linear", z, gated_norm_linear_pays, backend):
         from lamamba.ops.fused_layers.triton import gated_norm_linear_triton
 
-        out: Tensor = gated_norm_linear_triton(planes, z, norm_weight, norm_bias, eps, weight.to(z.dtype))
+        out: Tensor = gated_norm_linear_triton(planes, z, norm_weight, norm_bias, eps, rounded(weight, z.dtype))
         return out
     return linear(gated_norm(planes, z, norm_weight, norm_bias, eps), weight)
 
@@ -107,7 +107,7 @@ def norm_attention(
         from lamamba.ops.fused_layers.triton import norm_attention_triton
 
         dtype = compute_dtype(norm.x)
-        layers = (qkv_weight.to(dtype), qkv_bias, bias, weight.to(dtype))
+        layers = (rounded(qkv_weight, dtype), qkv_bias, bias, rounded(weight, dtype))
         x_new, out = norm_attention_triton(*norm.tensors(), *layers, *geometry, dtype)
         return norm.stream(x_new), out
     if _fuses_linear(norm.x, backend):
@@ -131,7 +131,8 @@ def norm_mlp(
         from lamamba.ops.fused_layers.triton import norm_mlp_triton
 
         dtype = compute_dtype(norm.x)
-        x_new, out = norm_mlp_triton(*norm.tensors(), weight_1.to(dtype), bias_1, weight_2.to(dtype), dtype)
+        layers = (rounded(weight_1, dtype), bias_1, rounded(weight_2, dtype))
+        x_new, out = norm_mlp_triton(*norm.tensors(), *layers, dtype)
         return norm.stream(x_new), out
     if not dropout and _fuses_linear(norm.x, backend):
         x, hidden = _norm_linear(norm, weight_1, bias_1, True)
@@ -144,7 +145,7 @@ def _norm_linear(norm: Norm, weight: Tensor, bias: Tensor | None, gelu: bool) ->
     from lamamba.ops.fused_layers.triton import norm_linear_triton
 
     dtype = compute_dtype(norm.x)
-    x_new, out = norm_linear_triton(*norm.tensors(), weight.to(dtype), bias, gelu, dtype)
+    x_new, out = norm_linear_triton(*norm.tensors(), rounded(weight, dtype), bias, gelu, dtype)
     return norm.stream(x_new), out
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lamamba.ops.gradients import register_gradients
 from lamamba.ops.launch import launch
-from lamamba.ops.linear import weight_gradient
+from lamamba.ops.linear import rounded, weight_gradient
 from lamamba.ops.linear_gelu.kernels import cut_columns, linear_gelu_backward_kernel, linear_gelu_forward_kernel
 from lamamba.ops.sum_kernels import sum_parts
 
@@ -98,10 +98,10 @@ class GeluMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor) -> Tensor:
-        rounded_1, rounded_2 = weight_1.to(x.dtype), weight_2.to(x.dtype)
-        z = F.linear(x, rounded_1)
-        out = F.linear(bias_gelu_triton(z, bias_1), rounded_2)
-        ctx.save_for_backward(x, rounded_1, z, bias_1, rounded_2)
+        low_1, low_2 = rounded(weight_1, x.dtype), rounded(weight_2, x.dtype)
+        z = F.linear(x, low_1)
+        out = F.linear(bias_gelu_triton(z, bias_1), low_2)
+        ctx.save_for_backward(x, low_1, z, bias_1, low_2)
         ctx.dtypes = weight_1.dtype, weight_2.dtype
         return out
 

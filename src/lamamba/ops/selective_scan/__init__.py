@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lamamba.ops.backend import Backend, choose_kernels, choose_loops, is_portable
 from lamamba.ops.grid import NUM_PATHS, Scan, as_constant, gather_rows, scan_paths, sum_rows
-from lamamba.ops.linear import compute_dtype, linear
+from lamamba.ops.linear import compute_dtype, linear, rounded
 from lamamba.ops.selective_scan.blocked import selective_scan_blocked
 from lamamba.ops.selective_scan.cpu import scan_grid_cpu
 from lamamba.ops.selective_scan.portable import selective_scan_portable
@@ -128,7 +128,7 @@ def project_and_scan(
 
 def _for_kernels(x: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> tuple[Tensor, ...]:
     """Convert parameters to the dtypes that the kernels need, and pad the rows of `dt_weight` to a multiple of 8."""
-    weight = dt_weight.to(x.dtype)
+    weight = dt_weight.to(x.dtype) if torch.is_grad_enabled() else rounded(dt_weight, x.dtype)
     weight = F.pad(weight, (0, -weight.shape[2] % 8)) if weight.shape[2] % 8 else weight
     return weight, dt_bias.float(), A_log.float(), D.float()
 

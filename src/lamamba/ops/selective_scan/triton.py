@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from lamamba.ops.launch import launch
-from lamamba.ops.linear import weight_gradient
+from lamamba.ops.linear import rounded, weight_gradient
 from lamamba.ops.selective_scan.kernels import scan_backward_kernel, scan_forward_kernel, scan_summary_kernel
 from lamamba.ops.selective_scan.products import steps_backward, sum_and_project
 from lamamba.ops.selective_scan.states_kernels import (
@@ -345,10 +345,10 @@ class ProjectedScan(torch.autograd.Function):
         ctx: Any, x: Tensor, projection: Tensor,
         weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, rank: int, continuous: bool,
     ) -> Tensor:  # fmt: skip
-        rounded = projection.to(x.dtype)
-        low = F.linear(x, rounded)
+        low_projection = rounded(projection, x.dtype)
+        low = F.linear(x, low_projection)
         planes, states = scan_grid_triton(x, low, weight, bias, A_log, D, rank, continuous, True)
-        ctx.save_for_backward(states, x, low, weight, bias, A_log, D, rounded)
+        ctx.save_for_backward(states, x, low, weight, bias, A_log, D, low_projection)
         ctx.options, ctx.projection_dtype = (rank, continuous), projection.dtype
         return planes
 

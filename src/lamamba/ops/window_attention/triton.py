@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lamamba.ops.gradients import register_gradients
 from lamamba.ops.launch import launch
-from lamamba.ops.linear import weight_gradient
+from lamamba.ops.linear import rounded, weight_gradient
 from lamamba.ops.sum_kernels import sum_parts
 from lamamba.ops.window_attention.geometry import Windows
 from lamamba.ops.window_attention.kernels import (
@@ -94,10 +94,10 @@ class ProjectedAttention(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, weight_bias: Tensor,
         bias: Tensor, num_heads: int, window_size: int, shifted: bool,
     ) -> Tensor:  # fmt: skip
-        rounded = weight.to(x.dtype)
-        qkv = F.linear(x, rounded, weight_bias.to(x.dtype))
+        low = rounded(weight, x.dtype)
+        qkv = F.linear(x, low, rounded(weight_bias, x.dtype))
         out: Tensor = window_attention_triton(qkv, bias, num_heads, window_size, shifted)
-        ctx.save_for_backward(qkv, bias, x, rounded)
+        ctx.save_for_backward(qkv, bias, x, low)
         ctx.options, ctx.dtypes = (num_heads, window_size, shifted), (weight.dtype, weight_bias.dtype)
         return out
 
