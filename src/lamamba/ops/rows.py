@@ -34,6 +34,16 @@ def channels_of(piece: tl.constexpr, CHANNELS: tl.constexpr, PIECE: tl.constexpr
 
 
 @triton.jit
+def load_channels(p_channels, CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
+    """Load one value per channel in float32, as a tuple of blocks (1, piece)."""
+    values = ()
+    for piece in tl.static_range(PIECES):
+        o_c, m_c = channels_of(piece, CHANNELS, PIECE)
+        values = values + (tl.load(p_channels + o_c, mask=m_c, other=0.0).to(tl.float32),)
+    return values
+
+
+@triton.jit
 def load_rows(p_row, stride, m_row, CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
     """Load rows that are `stride` apart, in float32; masked values are zero."""
     p_rows = p_row + tl.arange(0, m_row.shape[0])[:, None] * stride

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from lamamba.ops.rows import (
     add,
-    channels_of,
+    load_channels,
     load_rows,
     multiply,
     normalize,
@@ -19,16 +19,6 @@ from lamamba.ops.rows import (
     store_sums,
     zeros,
 )
-
-
-@triton.jit
-def _load_parameters(p_parameters, CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
-    """Load the weight or the bias in float32, as a tuple of blocks (1, piece)."""
-    parameters = ()
-    for piece in tl.static_range(PIECES):
-        o_c, m_c = channels_of(piece, CHANNELS, PIECE)
-        parameters = parameters + (tl.load(p_parameters + o_c, mask=m_c, other=0.0).to(tl.float32),)
-    return parameters
 
 
 @triton.jit(do_not_specialize=["num_pixels", "pixels_per_program"])
@@ -45,8 +35,8 @@ def gated_norm_forward_kernel(
     first = tl.program_id(0) * pixels_per_program
     end = tl.minimum(first + pixels_per_program, num_pixels)
     plane_stride = tl.cast(num_pixels, tl.int64) * CHANNELS
-    weight = _load_parameters(p_weight, CHANNELS, PIECE, PIECES)
-    bias = _load_parameters(p_bias, CHANNELS, PIECE, PIECES)
+    weight = load_channels(p_weight, CHANNELS, PIECE, PIECES)
+    bias = load_channels(p_bias, CHANNELS, PIECE, PIECES)
     for pixel in range(first, end, ROWS):
         m_row = pixel + tl.arange(0, ROWS) < end
         o_first = tl.cast(pixel, tl.int64) * CHANNELS
@@ -84,8 +74,8 @@ def gated_norm_backward_kernel(
     """
     first = tl.program_id(0) * pixels_per_program
     end = tl.minimum(first + pixels_per_program, num_pixels)
-    weight = _load_parameters(p_weight, CHANNELS, PIECE, PIECES)
-    bias = _load_parameters(p_bias, CHANNELS, PIECE, PIECES)
+    weight = load_channels(p_weight, CHANNELS, PIECE, PIECES)
+    bias = load_channels(p_bias, CHANNELS, PIECE, PIECES)
     sum_weight, sum_bias = zeros(ROWS, PIECE, PIECES), zeros(ROWS, PIECE, PIECES)
     for pixel in range(first, end, ROWS):
         m_row = pixel + tl.arange(0, ROWS) < end

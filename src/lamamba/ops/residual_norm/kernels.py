@@ -12,6 +12,7 @@ import triton.language as tl
 from lamamba.ops.rows import (
     add,
     channels_of,
+    load_channels,
     load_rows,
     multiply,
     normalize,
@@ -20,16 +21,6 @@ from lamamba.ops.rows import (
     store_sums,
     zeros,
 )
-
-
-@triton.jit
-def _load_channels(p_channels, CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
-    """Load one value per channel in float32, as a tuple of blocks (1, piece)."""
-    values = ()
-    for piece in tl.static_range(PIECES):
-        o_c, m_c = channels_of(piece, CHANNELS, PIECE)
-        values = values + (tl.load(p_channels + o_c, mask=m_c, other=0.0).to(tl.float32),)
-    return values
 
 
 @triton.jit
@@ -79,9 +70,9 @@ def residual_norm_forward_kernel(
     if p_shift is not None:
         p_shift += image * shift_stride
     if p_branch is not None:
-        gate = _load_channels(p_gate + image * gate_stride, CHANNELS, PIECE, PIECES)
+        gate = load_channels(p_gate + image * gate_stride, CHANNELS, PIECE, PIECES)
     if p_branch_bias is not None:
-        branch_bias = _load_channels(p_branch_bias, CHANNELS, PIECE, PIECES)
+        branch_bias = load_channels(p_branch_bias, CHANNELS, PIECE, PIECES)
     if p_normed is not None:
         factor = _load_factor(p_weight, p_scale, CHANNELS, PIECE, PIECES)
         offset = _load_offset(p_bias, p_shift, p_scale, CHANNELS, PIECE, PIECES)
@@ -133,7 +124,7 @@ def residual_norm_backward_kernel(
         factor = _load_factor(p_weight, p_scale, CHANNELS, PIECE, PIECES)
         sum_grad, sum_product = zeros(ROWS, PIECE, PIECES), zeros(ROWS, PIECE, PIECES)
     if p_branch is not None:
-        gate = _load_channels(p_gate + image * gate_stride, CHANNELS, PIECE, PIECES)
+        gate = load_channels(p_gate + image * gate_stride, CHANNELS, PIECE, PIECES)
         sum_branch = zeros(ROWS, PIECE, PIECES)
     if SUMS == 4:
         sum_x = zeros(ROWS, PIECE, PIECES)

@@ -283,7 +283,7 @@ def scan_summary_kernel(
 
 @triton.jit
 def _walk_segments(p_carry, p_decay, o_first, STRIDE: tl.constexpr, count, m_d):
-    """Compute the state after `count` segments from the results of `scan_summary_kernel`."""
+    """Compute a state after `count` segments from the summaries of these segments."""
     AT_ONCE: tl.constexpr = 8
     b_h = tl.zeros(m_d.shape, tl.float32)
     for first in range(0, count, AT_ONCE):

@@ -23,6 +23,7 @@ from lamamba.ops.selective_scan.kernels import (
     _slope,
     _stack,
     _steps,
+    _walk_segments,
 )
 
 
@@ -116,24 +117,6 @@ def from_paths_kernel(
     for index in range(0, num_planes):
         b_sum += tl.load(p_grad_rows + tl.cast(index, tl.int64) * plane + o_row, mask=m_low, other=0.0)
     tl.store(p_grad_low + o_low, b_sum.to(p_grad_low.dtype.element_ty), mask=m_low)
-
-
-@triton.jit
-def _walk_segments(p_carry, p_decay, o_first, STRIDE: tl.constexpr, count, m_d):
-    """Compute one state after `count` segments from the results of `states_summary_kernel`."""
-    AT_ONCE: tl.constexpr = 8
-    b_h = tl.zeros(m_d.shape, tl.float32)
-    for first in range(0, count, AT_ONCE):
-        b_decays = ()
-        b_ends = ()
-        for index in tl.static_range(AT_ONCE):
-            o_end = o_first + STRIDE * (first + index)
-            m = m_d & (first + index < count)  # a segment that does not exist leaves the state unchanged
-            b_decays = b_decays + (tl.load(p_decay + o_end, mask=m, other=1.0),)
-            b_ends = b_ends + (tl.load(p_carry + o_end, mask=m, other=0.0),)
-        for index in tl.static_range(AT_ONCE):
-            b_h = b_decays[index] * b_h + b_ends[index]
-    return b_h
 
 
 @triton.jit(do_not_specialize=["plane", "first_image", "tiles_per_segment", "num_segments"])
