@@ -345,11 +345,11 @@ def test_every_value_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
             assert bool(value.isfinite().all()), (backend, name)
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_the_scan_compiles_as_one_graph(backend: str) -> None:
+@pytest.mark.parametrize(("backend", "without"), [("auto", ()), ("triton", ()), ("triton", OPTIONAL)], ids=str)
+def test_the_scan_compiles_as_one_graph(backend: str, without: tuple[str, ...]) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
-    inputs = {name: x.float() for name, x in make_inputs(b=1, d=2, l=6, n=1).items()}
+    inputs = {name: x.float() for name, x in make_inputs(b=1, d=2, l=6, n=1, without=without).items()}
     compiled = torch.compile(selective_scan_fn, backend="aot_eager", fullgraph=True)
     eager = results(selective_scan_fn, inputs, **ours(backend))
     for name, value in results(compiled, inputs, **ours(backend)).items():

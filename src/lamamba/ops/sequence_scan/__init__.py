@@ -159,14 +159,14 @@ class _Grouped(NamedTuple):
 
 
 def _scan(grouped: _Grouped, delta_softplus: bool, backend: Backend, with_last: bool) -> tuple[Tensor, Tensor]:
-    """Scan, and return y, (b, g, w, l), and the last state, (b, g, w, n), which has a gradient only `with_last`."""
+    """Scan, and return y, (b, g, w, l), and the last state, (b, g, w, n), which is meaningless unless `with_last`."""
     u = grouped.u
     if choose_kernels("selective_scan_fn", u, backend):
-        from lamamba.ops.sequence_scan.triton import scan_sequences_triton
+        from lamamba.ops.sequence_scan.triton import scan_sequences
 
         save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in grouped)
-        y, carry, _ = scan_sequences_triton(*grouped, delta_softplus, save)
-        return y, carry[:, :, -1].mT
+        y, carry, _ = scan_sequences(*grouped, delta_softplus, save)
+        return y, carry[:, :, -1].mT if with_last else carry
     dtype = torch.promote_types(u.dtype, torch.float32)
     wide = _Grouped(*(None if x is None else x.to(dtype) for x in grouped))  # type: ignore[arg-type]
     delta = wide.delta if wide.delta_bias is None else wide.delta + wide.delta_bias[..., None]
@@ -250,6 +250,8 @@ def _check_shapes(
         if weights.ndim == 2:
             return weights[None, :, :, None].expand(b, d, n, l)
         weights = weights[:, None] if weights.ndim == 3 else weights
+        if weights.shape[1] == num_groups:
+            return weights
         repeated = weights[:, :, None].expand(b, weights.shape[1], num_groups // weights.shape[1], n, l)
         return repeated.flatten(1, 2)
 

@@ -141,13 +141,13 @@ def _(u: Tensor, delta: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, Tensor
 @torch.library.custom_op("lamamba::scan_sequences_backward", mutates_args=())
 def _backward(
     grad_y: Tensor, grad_last: Tensor | None, states: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
-    D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, softplus: bool,
+    D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, softplus: bool, for_initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the backward kernels.
 
     Returns:
         Gradients of u, delta and z (empty if z is None); of B and C, stacked in float32; of A, D and the bias, stacked
-        as (n + 2, g, w) in float32; and of the initial state.
+        as (n + 2, g, w) in float32; and of the initial state (empty unless `for_initial`).
     """
     plan = _plan(u, A.shape[2], softplus)
     rates, bias = A.float().mT.contiguous(), _float(delta_bias)
@@ -167,20 +167,22 @@ def _backward(
         STARTED=started, AT_ONCE=_at_once(A.shape[2], 2), **plan.constants,
     )  # fmt: skip
     of_BC = grad_BC.sum(dim=3, dtype=torch.float32)
-    return grad_u, grad_delta, grad_z, of_BC, sum_parts(grad_shared), carry[:, :, 0].mT.clone()
+    of_initial = carry[:, :, 0].mT.clone() if for_initial else carry.new_empty(0)
+    return grad_u, grad_delta, grad_z, of_BC, sum_parts(grad_shared), of_initial
 
 
 @_backward.register_fake
 def _(grad_y: Tensor, grad_last: Tensor | None, states: Tensor, u: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    delta, A, B, _, _, z, *_ = others
+    delta, A, B, _, _, z, *_, for_initial = others
     groups, channels, num_states = A.shape
+    of_initial = u.new_empty(len(u), groups, num_states, channels, dtype=torch.float32)
     return (
         torch.empty_like(u),
         torch.empty_like(delta),
         u.new_empty(0) if z is None else torch.empty_like(z),
         u.new_empty(2, *B.shape, dtype=torch.float32),
         u.new_empty(num_states + 2, groups, channels, dtype=torch.float32),
-        u.new_empty(len(u), groups, num_states, channels, dtype=torch.float32).mT,
+        of_initial.mT if for_initial else of_initial.new_empty(0),
     )
 
 
@@ -201,10 +203,11 @@ def _autograd(
     grad_y = torch.zeros_like(u) if grad_y is None else grad_y
     grad_last = None if grad_carry is None else grad_carry[:, :, -1].mT
     of_u, of_delta, of_z, of_BC, shared, of_state = _backward(
-        grad_y, grad_last, states, u, delta, A, B, C, D, z, delta_bias, ctx.softplus
+        grad_y, grad_last, states, u, delta, A, B, C, D, z, delta_bias, ctx.softplus, ctx.dtype_of_state is not None
     )
+    of_B, of_C = of_BC.to(B.dtype) if B.dtype == C.dtype else (of_BC[0].to(B.dtype), of_BC[1].to(C.dtype))
     return (
-        of_u, of_delta, shared[:-2].permute(1, 2, 0).to(A.dtype), of_BC[0].to(B.dtype), of_BC[1].to(C.dtype),
+        of_u, of_delta, shared[:-2].permute(1, 2, 0).to(A.dtype), of_B, of_C,
         None if D is None else shared[-2].to(D.dtype), None if z is None else of_z,
         None if delta_bias is None else shared[-1].to(delta_bias.dtype),
         None if ctx.dtype_of_state is None else of_state.to(ctx.dtype_of_state), None, None,
@@ -212,3 +215,22 @@ def _autograd(
 
 
 scan_sequences_triton.register_autograd(_autograd, setup_context=_setup_context)
+
+
+class _Scan(torch.autograd.Function):
+    """The same operation with gradients. PyTorch's wrapper of registered gradients takes longer on the host."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = scan_sequences_triton(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_autograd)
+
+
+def scan_sequences(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Scan; inputs and results as in `scan_sequences_triton`, which torch.compile gets to see."""
+    with_gradients = inputs[-1] and not torch.compiler.is_compiling()
+    result: tuple[Tensor, Tensor, Tensor] = (_Scan.apply if with_gradients else scan_sequences_triton)(*inputs)
+    return result
