@@ -209,6 +209,7 @@ def test_limits_are_allowed(options: dict[str, object]) -> None:
         (lambda: GridConfig((Path("a"),), scale=10**9), "scale is 1000000000: it must be at most 64"),
         (lambda: PlotConfig((Path("a"),), frames=10**9), "frames is 1000000000: it must be at most 1,000"),
         (lambda: PlanConfig("nano", num_images=10**15), "num_images is 1000000000000000: it must be at most"),
+        (lambda: TrainConfig(Path("a"), power_averages=(0.1, 0.1)), "(0.1, 0.1): it must be different lengths"),
         (lambda: TrainConfig(Path("a"), contrast=0.05), "contrast is 0.05: it must be 0 with the objective diffusion"),
         (lambda: TrainConfig(Path("a"), objective="flow", contrast=1.0), "contrast is 1.0: it must be at most 0.99"),
         (lambda: TrainConfig(Path("a"), objective="flow", contrast=0.1, accumulate=2), "must be 0 with accumulate"),

@@ -233,6 +233,8 @@ class TrainConfig:
         for length in self.power_averages:
             fits = 0 < length <= 0.288 and round(length, 3) == length
             check(fits, "power_averages", length, "from 0.001 to 0.288, with three decimals")
+        differ = len(set(self.power_averages)) == len(self.power_averages)
+        check_option(self, "power_averages", differ, "different lengths")
         check_option(self, "ema_decay", 0 <= self.ema_decay < 1, "from 0 to less than 1")
         check_option(self, "accumulate", self.accumulate <= self.batch_size, f"at most batch_size {self.batch_size}")
 
