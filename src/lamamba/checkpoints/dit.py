@@ -56,7 +56,6 @@ class DiT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the parameters."""
         return self.transformer.device
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:

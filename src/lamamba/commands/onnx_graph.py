@@ -47,11 +47,9 @@ class Graph:
         self._count = 0
 
     def add(self, kind: str, *inputs: str, **attributes: Any) -> str:
-        """Add a node with one output."""
         return self.add_many(kind, 1, *inputs, **attributes)[0]
 
     def add_many(self, kind: str, number: int, *inputs: str, **attributes: Any) -> list[str]:
-        """Add a node with several outputs."""
         self._count += 1
         name = f"{kind}_{self._count}"
         outputs = [name if number == 1 else f"{name}_{index}" for index in range(number)]
@@ -87,7 +85,6 @@ class Graph:
         return self.add("Reshape", x, self.constant([-1, *shape]))
 
     def transpose(self, x: str, *order: int) -> str:
-        """Permute the dimensions."""
         return self.add("Transpose", x, perm=order)
 
     def gather(self, x: str, rows: Any) -> str:
@@ -110,7 +107,6 @@ class Graph:
         return self.add("Pad", x, self.constant([*before, *after])) if any([*before, *after]) else x
 
     def silu(self, x: str) -> str:
-        """Compute x sigmoid(x)."""
         return self.add("Mul", x, self.add("Sigmoid", x))
 
 

@@ -107,7 +107,6 @@ class Line:
         return cls(float(fixed), float(slope))
 
     def at(self, place: float) -> float:
-        """Evaluate the line."""
         return self.fixed + self.slope * place
 
 
@@ -127,12 +126,10 @@ class Model:
     @classmethod
     @cache
     def shipped(cls) -> "Model":
-        """Read the shipped measurements."""
         return cls.read(json.loads(MEASURED.read_bytes()))
 
     @classmethod
     def read(cls, content: dict[str, Any]) -> "Model":
-        """Build a model from the content of the JSON file."""
         return cls(**{**content, "points": tuple(Point(**point) for point in content["points"])})
 
     def of(self, name: str, gpus: int) -> list[Point]:
@@ -243,7 +240,6 @@ class Prediction:
 
     @property
     def ms(self) -> float:
-        """Time of a step in milliseconds."""
         return max(self.compute_ms + self.exposed_ms + self.noise_ms, self.launching_ms, self.reading_ms)
 
     @property
@@ -253,7 +249,6 @@ class Prediction:
 
     @property
     def limit(self) -> str:
-        """What limits the speed of a step."""
         if self.reading_ms == self.ms:
             return "reading"
         if self.launching_ms == self.ms:
@@ -261,7 +256,6 @@ class Prediction:
         return "communication" if self.exposed_ms > self.compute_ms else "computing"
 
     def images_per_s(self, gpus: int) -> float:
-        """Speed of all GPUs together."""
         return 1e3 * self.images * gpus / self.ms
 
 

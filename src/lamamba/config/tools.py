@@ -151,17 +151,14 @@ class PlanConfig:
 
     @property
     def images_of_a_gpu(self) -> int:
-        """Images per GPU in a step."""
         return 32 if self.batch_size is None else self.batch_size // self.gpus
 
     @property
     def hosts(self) -> int:
-        """Number of hosts."""
         return max(1, self.gpus // self.gpus_per_host)
 
     @property
     def gpus_in_host(self) -> int:
-        """GPUs used in each host."""
         return self.gpus // self.hosts
 
 

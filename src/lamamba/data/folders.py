@@ -31,7 +31,6 @@ class Found:
     num_repeated: int = 0
 
     def add(self, other: "Found") -> None:
-        """Add the contents of another folder."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 

@@ -119,7 +119,6 @@ class DatasetSource(ImageSource):
         return together.hexdigest()
 
     def load(self, index: int) -> tuple[np.ndarray, int]:
-        """Return one image, uint8 (h, w, c), and its label (0 without classes); DataError if it cannot be read."""
         row = self.rows[index]
         advice = "replace it, or skip it with skip_bad_images (--skip-bad-images)"
         with reading(f"row {row} of {self.where} cannot be read as an image", advice):

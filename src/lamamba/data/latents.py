@@ -61,29 +61,23 @@ class Pixels:
     factor = 1
 
     def channels(self, image_channels: int) -> int:
-        """Return the number of channels that the network sees."""
         return image_channels
 
     def grid_size(self, pixels: int) -> int:
-        """Return a side in pixels unchanged; it must be even and at least 4."""
         if pixels % 2 or pixels < 4:
             raise ConfigError(f"image size {pixels} is not an even number from 4 up: use {max(4, pixels + pixels % 2)}")
         return pixels
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Scale uint8 to -1 to 1; nothing is drawn."""
         return to_float(images)
 
     def decode(self, x: Tensor) -> Tensor:
-        """Round to uint8."""
         return to_uint8(x)
 
     def encode_float(self, images: Tensor) -> Tensor:
-        """Return the images in float32."""
         return images.float()
 
     def decode_float(self, x: Tensor) -> Tensor:
-        """Return what was sampled in float32: it is the images."""
         return x.float()
 
 
@@ -129,7 +123,6 @@ class Latents:
             )
 
     def channels(self, image_channels: int) -> int:
-        """Return the channels of the latents; the images must have the channels of the autoencoder."""
         wanted, channels = self.image_channels, self.autoencoder.config.latent_channels
         if image_channels != wanted:
             raise ConfigError(
@@ -184,11 +177,9 @@ class Latents:
         self._is_compiled = True
 
     def decode(self, x: Tensor) -> Tensor:
-        """Decode latents to uint8 images, as many at once as fit in memory."""
         return torch.cat([to_uint8(part) for part in self._decoded(x)])[: len(x)]
 
     def decode_float(self, x: Tensor) -> Tensor:
-        """Decode latents to float32 images, about -1 to 1, as many at once as fit in memory."""
         return torch.cat(list(self._decoded(x)))[: len(x)]
 
     def _decoded(self, x: Tensor) -> Iterator[Tensor]:

@@ -21,7 +21,6 @@ class SplitCounts:
     num_present: int
 
     def describe_images(self) -> str:
-        """Describe in words how many images were extracted, and how many were there before."""
         present = f", {self.num_present:,} were there" if self.num_present else ""
         return f"{self.num_extracted:,} images extracted{present}"
 

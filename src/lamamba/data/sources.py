@@ -41,7 +41,6 @@ class Source(ABC):
 
     @property
     def num_classes(self) -> int:
-        """The number of classes; 0 for a source without classes."""
         return len(self.class_names)
 
     @property
@@ -118,18 +117,15 @@ class ArraySource(ImageSource):
         return len(self.images)
 
     def identify(self) -> str:
-        """Digest all pixels and labels."""
         together = hashlib.sha256(json.dumps([self.images.shape, self.labels.tolist()]).encode())
         for image in self.images:  # one by one: the array may be a broadcast view that takes no memory
             together.update(image.tobytes())
         return together.hexdigest()
 
     def load(self, index: int) -> tuple[np.ndarray, int]:
-        """Return one image, uint8 (h, w, c), and its label."""
         return self.images[index].transpose(1, 2, 0), int(self.labels[index])
 
     def gather(self, indices: np.ndarray, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Read images, uint8 (b, c, h, w), and their labels."""
         pixels = self.images[indices]
         pixels[mirrored] = pixels[mirrored, :, :, ::-1]
         return pixels, self.labels[indices]
@@ -178,7 +174,6 @@ class FolderSource(ImageSource):
         return together.hexdigest()
 
     def load(self, index: int) -> tuple[np.ndarray, int]:
-        """Return one image, uint8 (h, w, c), and its label (0 without classes); DataError if it cannot be read."""
         image = crop_centre(read_image(self.paths[index], self.channels, can_skip=True), self.image_size)
         return np.array(image).reshape(self.image_size, self.image_size, self.channels), self.labels[index]
 

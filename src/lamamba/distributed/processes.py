@@ -50,7 +50,6 @@ class Processes:
         return slice(start, start + shares[self.rank])
 
     def all_reduce(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sum values with the same name over all ranks."""
         if self.world_size == 1:
             return values
         together = torch.stack([value.float() for value in values.values()])
@@ -58,7 +57,6 @@ class Processes:
         return dict(zip(values, together, strict=True))
 
     def all_reduce_max(self, number: int) -> int:
-        """Return the largest number of all ranks."""
         if self.world_size == 1:
             return number
         together = torch.tensor(number)

@@ -39,7 +39,6 @@ class OpenedArray:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:

@@ -103,7 +103,6 @@ class Start:
         check_strength(self.strength)
 
     def __getitem__(self, part: slice) -> "Start":
-        """Return some of the images."""
         return Start(self.x_0[part], self.strength, None if self.mask is None else self.mask[part])
 
 

@@ -112,7 +112,6 @@ class ImageSampler:
 
     @property
     def labels(self) -> Labels:
-        """The labels by name and number."""
         return Labels(self.num_classes, dict(enumerate(self.info.class_names)))
 
     def say_notes(self) -> None:
@@ -131,7 +130,6 @@ class ImageSampler:
 
     @property
     def image_channels(self) -> int:
-        """Channels of the images."""
         return self.space.image_channels if isinstance(self.space, Latents) else int(self.network.config.in_channels)
 
     @property

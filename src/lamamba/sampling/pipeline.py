@@ -423,7 +423,6 @@ class LaMambaDiffPipeline(DiffusionPipeline):
     def _generators(
         self, generator: torch.Generator | Sequence[torch.Generator] | None, number: int
     ) -> list[torch.Generator]:
-        """Return a generator for each image."""
         given = list(generator) if isinstance(generator, Sequence) else [] if generator is None else [generator]
         for one in given:
             if not isinstance(one, torch.Generator):

@@ -161,7 +161,6 @@ class Distillation:
         return {"loss": mse, "mse": mse}
 
     def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
-        """Compute the weights of `mse` by the objective's rule."""
         return self.objective.min_snr_weight(t, gamma)
 
     @torch.no_grad()

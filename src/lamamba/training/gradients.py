@@ -42,12 +42,10 @@ class Gradients:
         return _sum([terms, self.trainer.add_gradients(*last, reduces=True)])
 
     def zero(self) -> None:
-        """Start with no gradients."""
         for optimizer in self.trainer.optimizers:
             optimizer.zero_grad(set_to_none=not self.keeps_tensors)
 
     def cut(self, inputs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        """Cut a batch into its parts."""
         return list(zip(*(tensor.split(self.trainer.parts) for tensor in inputs), strict=True))
 
     def largest_and_smallest(self, inputs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:

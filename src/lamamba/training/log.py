@@ -115,17 +115,14 @@ class TrainingLog:
             self.note(f"left out {source.skipped} images that cannot be read: {', '.join(source.bad_files)}")
 
     def note(self, text: str) -> None:
-        """Print a line of plain text."""
         say(text, console=self.console)
 
     def note_start(self, name: str, notes: list[str]) -> None:
-        """Name the weights that the run starts from, and what could not simply be copied."""
         self.note(f"starts from the EMA weights of {name}")
         for note in notes:
             self.note(f"  {note}")
 
     def note_round(self, round: Round) -> None:
-        """Announce a round of distillation."""
         to = f"from {round.teacher_steps} steps to {round.steps}"
         self.note(f"round {round.number}: {to}, until image {round.end:,}")
 

@@ -325,12 +325,10 @@ class Trainer:
         self.gradients = None
 
     def is_finite(self) -> bool:
-        """Check that all weights of all ranks are finite."""
         finite = torch.stack([tensor.isfinite().all() for tensor in local(self.network.parameters())]).all()
         return not self.processes.all_reduce_max(int(not finite))
 
     def info(self) -> CheckpointInfo:
-        """Describe the current state of the run."""
         vae = str(self.config.vae.resolve()) if self.config.vae else None
         names = self.source.class_names
         return CheckpointInfo(self.images, self.step, self.config.objective, names, vae, self._distilled())
