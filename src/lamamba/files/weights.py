@@ -11,15 +11,13 @@ import re
 import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import TypedDict
@@ -134,40 +132,25 @@ def _is_plain(name: str) -> bool:
 
 
 def read_weights(found: WeightFiles) -> dict[str, Tensor]:
-    """Read weights to the CPU. Pickles are memory-mapped if their format allows that.
+    """Read weights to the CPU. Files are memory-mapped, except pickles of the format before PyTorch 1.6.
 
     Raises:
         CheckpointError: a file is damaged or contains something else.
     """
-    return _join(found, partial(_of_safetensors, load=lambda path: load_file(utf8_path(path))))
+    weights: dict[str, Tensor] = {}
+    for path in found.files:
+        weights |= _of_safetensors(path) if found.use_safetensors else _of_pickle(path)
+    return weights
 
 
 def describe_weights(found: WeightFiles) -> dict[str, Tensor]:
     """Like `read_weights`, but return tensors on the meta device: names, shapes and dtypes."""
-    return {name: value.to("meta") for name, value in _join(found, partial(_of_safetensors, load=_read_header)).items()}
+    return {name: value.to("meta") for name, value in read_weights(found).items()}
 
 
-def _join(found: WeightFiles, of_safetensors: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = {}
-    for path in found.files:
-        weights |= of_safetensors(path) if found.use_safetensors else _of_pickle(path)
-    return weights
-
-
-def _of_safetensors(path: Path, load: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+def _of_safetensors(path: Path) -> dict[str, Tensor]:
     with reading(f"{path} cannot be read as safetensors", _DAMAGED, CheckpointError):
-        return load(path)
-
-
-def _read_header(path: Path) -> dict[str, Tensor]:
-    described = {}
-    with safe_open(utf8_path(path), "pt") as file:
-        for name in file.keys():  # noqa: SIM118 - it is no dict
-            part = file.get_slice(name)
-            shape = part.get_shape()
-            dtype = (part[:0] if shape else file.get_tensor(name)).dtype  # reads no values
-            described[name] = torch.empty(shape, dtype=dtype, device="meta")
-    return described
+        return load_file(utf8_path(path))
 
 
 def _of_pickle(path: Path) -> dict[str, Tensor]:
