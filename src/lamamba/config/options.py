@@ -32,7 +32,7 @@ class Option:
     positional: bool = False
     """The value is given without an option."""
     hidden: bool = False
-    """There is no such option: other values decide the field."""
+    """There is no such option: other values decide the field. A class names such fields of its base in `HIDDEN`."""
 
 
 @dataclass
@@ -94,7 +94,7 @@ class OptionReader:
         helps = read_docstrings(kind)
         for entry, type_, option in _list_fields(kind):
             default = _default_of(entry, defaults)
-            if option.hidden:
+            if option.hidden or entry.name in getattr(kind, "HIDDEN", ()):
                 continue
             if isinstance(type_, type) and is_dataclass(type_):
                 title = helps[entry.name].rstrip(".")

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from lamamba.config.checks import MAX_IMAGES, MAX_SIDE, check, check_option, check_range, check_seed
 from lamamba.config.data import WHOLE_DATASET, DatasetOptions
@@ -243,12 +243,9 @@ class TrainConfig:
 class FinetuneConfig(TrainConfig):
     """Train a network, starting from the weights of a checkpoint, which also sets the network options."""
 
+    HIDDEN: ClassVar = ("preset", "recipe")
     start_from: Annotated[str, Option(positional=True, metavar="CHECKPOINT")] = field()
     """A run, a checkpoint, shipped weights (nano, emoji-64), a pipeline folder, or user/name on the hub."""
-    preset: Annotated[str, Option(hidden=True)] = "nano"
-    """Where the network is from."""
-    recipe: Annotated[Literal["paper", "best"], Option(hidden=True)] = "paper"
-    """Decides the defaults of other options."""
     network: NetworkConfig = PRESETS["nano"]
     """Network options; CHECKPOINT sets their defaults (below: those of nano)."""
 
@@ -257,6 +254,10 @@ class FinetuneConfig(TrainConfig):
 class DistillConfig(TrainConfig):
     """Train a student that samples in a few steps, without guidance, what RUN samples in many steps with guidance."""
 
+    HIDDEN: ClassVar = (  # of other objectives, or as in RUN
+        *("preset", "recipe", "network", "objective", "timesteps", "timestep_logits", "contrast", "min_snr_gamma"),
+        *("dropout", "horizontal_flip", "power_averages", "snapshot_every", "sample_steps", "sample_guidance"),
+    )
     start_from: Annotated[str, Option(positional=True, metavar="RUN")] = field()
     """The teacher: a run, a checkpoint, shipped weights (nano, emoji-64), a pipeline folder, or user/name on the
     hub."""
@@ -275,25 +276,13 @@ class DistillConfig(TrainConfig):
     """Shape in which the learning rate falls to 0 in each round; none keeps it constant."""
     warmup_images: int = 0
     """Images of each round over which the learning rate rises linearly from 0."""
-    horizontal_flip: Annotated[bool, Option(hidden=True)] = _OF_TEACHER
-    objective: Annotated[str, Option(hidden=True)] = _OF_TEACHER
-    network: Annotated[NetworkConfig, Option(hidden=True)] = _OF_TEACHER
+    horizontal_flip: bool = _OF_TEACHER
+    objective: str = _OF_TEACHER
+    network: NetworkConfig = _OF_TEACHER
     vae: Path | None = None
     """AutoencoderKL folder of the latents; by default as in RUN, or as in --data."""
     distillation: DistillationOptions = DistillationOptions()
     """Distillation."""
-    # These belong to other objectives, or to the teacher.
-    preset: Annotated[str, Option(hidden=True)] = "nano"
-    recipe: Annotated[Literal["paper", "best"], Option(hidden=True)] = "paper"
-    timesteps: Annotated[Timesteps, Option(hidden=True)] = "uniform"
-    timestep_logits: Annotated[tuple[float, float], Option(hidden=True)] = (0.0, 1.0)
-    contrast: Annotated[float, Option(hidden=True)] = 0.0
-    min_snr_gamma: Annotated[float, Option(hidden=True)] = 0.0
-    dropout: Annotated[float, Option(hidden=True)] = 0.0
-    power_averages: Annotated[tuple[float, ...], Option(hidden=True)] = ()
-    snapshot_every: Annotated[int | None, Option(hidden=True)] = None
-    sample_steps: Annotated[int, Option(hidden=True)] = 25
-    sample_guidance: Annotated[float, Option(hidden=True)] = DEFAULT_GUIDANCE
 
     def __post_init__(self) -> None:
         flips = self.horizontal_flip
