@@ -22,7 +22,6 @@ from lamamba.config import (
     PlotConfig,
     SampleConfig,
     TrainConfig,
-    WatchConfig,
     nearest,
     preset,
 )
@@ -219,7 +218,6 @@ def test_limits_are_allowed(options: dict[str, object]) -> None:
         (lambda: TrainConfig(Path("a"), optimizer="muon", shard=True), "'muon': it must be adamw with shard"),
         (lambda: TrainConfig(Path("a"), objective="flow", timestep_logits=(0.8, 0.8)), "0 1 with the timesteps"),
         (lambda: TrainConfig(Path("a"), timesteps="logit-normal"), "'logit-normal': it must be uniform with"),
-        (lambda: WatchConfig(Path("a"), every=float("inf")), "every is inf: it must be above 0, at most 86,400"),
     ],
 )
 def test_options_have_limits(make: Callable[[], object], said: str) -> None:

@@ -15,6 +15,7 @@ from lamamba.terminal.streams import visible
 from lamamba.training.log import read_log
 
 BARS = "▁▂▃▄▅▆▇█"
+UPDATE_S = 2.0
 # Values to show, if the log has them: name, unit, format.
 SHOWN = (
     *(("loss", "", ".4f"), ("mse", "", ".4f"), ("vb", "", ".4f")),
@@ -27,13 +28,13 @@ SHOWN = (
 
 
 def watch(config: WatchConfig) -> None:
-    """Show a run's log until the run ends or Ctrl-C. Without a terminal, or with `once`, show it once.
+    """Show a run's log until the run ends or Ctrl-C. Without a terminal, show it once.
 
     Raises:
         CheckpointError: the folder does not contain a run.
     """
     console = make_console()
-    if config.once or not console.is_terminal:
+    if not console.is_terminal:
         console.print(_picture(config.run, console.width)[0])
         return
     with Live(console=console, auto_refresh=False) as live:
@@ -42,7 +43,7 @@ def watch(config: WatchConfig) -> None:
             live.update(picture, refresh=True)
             if ended:
                 return
-            time.sleep(config.every)
+            time.sleep(UPDATE_S)
 
 
 def _picture(run: Path, width: int) -> tuple[Group, bool]:

@@ -306,14 +306,7 @@ class AverageConfig:
 
 @dataclass(frozen=True)
 class WatchConfig:
-    """Show the loss, speed and last checkpoint of a run, and keep them up to date."""
+    """Show the loss, speed and last checkpoint of a run, and keep them up to date; once if it is not on a terminal."""
 
     run: Annotated[Path, Option(positional=True)]
     """Run folder."""
-    every: float = 2.0
-    """Seconds between two updates."""
-    once: bool = False
-    """Show the state once and stop."""
-
-    def __post_init__(self) -> None:
-        check_option(self, "every", 0 < self.every <= 86400, "above 0, at most 86,400")
