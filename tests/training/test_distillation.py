@@ -22,7 +22,7 @@ from lamamba.training.trainer import Trainer
 from steps import Replayed
 
 NULL_LABEL = 3
-FIRST, SECOND = Round(1, 0, 16, 8), Round(2, 16, 32, 8)
+FIRST, SECOND, LONGEST = Round(1, 0, 16, 8), Round(2, 16, 32, 8), Round(1, 0, 16, 256)
 MEAN, SPREAD = 0.4, 0.3  # of Gaussian data
 
 
@@ -52,13 +52,13 @@ def draw_inputs(task: Distillation) -> tuple[Tensor, Tensor, Tensor]:
     return x_t, t, torch.arange(len(t)) % NULL_LABEL
 
 
-@pytest.mark.parametrize("round", [FIRST, SECOND], ids=["first", "second"])
+@pytest.mark.parametrize("round", [FIRST, SECOND, LONGEST], ids=["first", "second", "longest"])
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_step_of_the_student_lands_where_two_of_the_teacher_do(name: str, guidance: float, round: Round) -> None:
     config = make_config(name)
     objective = OBJECTIVES[config.objective]
-    teacher_objective = OBJECTIVES[name] if round == FIRST else objective
+    teacher_objective = OBJECTIVES[name] if round.number == 1 else objective
     task = Distillation(config, round, guide(toy, guidance, NULL_LABEL), torch.device("cpu"), clips=False)
     x_t, t, y = draw_inputs(task)
 
@@ -81,7 +81,7 @@ def test_a_step_of_the_student_lands_where_two_of_the_teacher_do(name: str, guid
         for earlier in (place - 1, place - 2):
             times = task.times[earlier : earlier + 1]
             wanted = move(wanted, ask(wanted, row), earlier)
-        if round == FIRST:  # extrapolated to steps of no length
+        if round.number == 1:  # extrapolated to steps of no length
             wanted = 2 * wanted - in_one_step
         times = t[row, None]
         landed = move(x, task.target(x, times, y[row, None]), place - 2)
@@ -216,7 +216,7 @@ def test_rounds_halve_the_steps_and_share_the_images() -> None:
         plan_rounds(replace(config, num_images=48))
 
 
-@pytest.mark.parametrize(("steps", "teacher_steps"), [(4, 4), (4, 12), (8, 4), (1, 256)])
+@pytest.mark.parametrize(("steps", "teacher_steps"), [(4, 4), (4, 12), (8, 4), (1, 512)])
 def test_steps_that_halving_does_not_reach_are_refused(steps: Any, teacher_steps: int) -> None:
     with pytest.raises(ConfigError, match=rf"teacher_steps is {teacher_steps}: it must be steps {steps} times a power"):
         DistillationOptions(steps, teacher_steps=teacher_steps)

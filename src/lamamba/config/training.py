@@ -36,8 +36,8 @@ class DistillationOptions:
     """Scale of classifier-free guidance that the student learns to include. The default is 2, or 1 (off) if the network
     is unconditional or was trained with --label-dropout 0."""
     teacher_steps: int = 64
-    """Sampler steps of RUN, which the student of the first round halves: a power of two. Each further round halves the
-    steps again, and its teacher is the student of the round before."""
+    """Sampler steps of RUN, which the student of the first round halves: a power of two, up to 256. Each further round
+    halves the steps again, and its teacher is the student of the round before."""
     teacher_objective: Annotated[str, Option(hidden=True)] = ""
     """Objective of RUN; a student of "diffusion" predicts v instead of noise."""
 
@@ -45,8 +45,8 @@ class DistillationOptions:
         is_scale = self.guidance is None or math.isfinite(self.guidance)
         check_option(self, "guidance", is_scale, "a number, 1 for no guidance")
         halvings = math.log2(self.teacher_steps / self.steps) if self.teacher_steps > self.steps else 0.0
-        reachable = f"steps {self.steps} times a power of two, from {2 * self.steps} to 128"
-        check_option(self, "teacher_steps", halvings % 1 == 0 < halvings and self.teacher_steps <= 128, reachable)
+        reachable = f"steps {self.steps} times a power of two, from {2 * self.steps} to 256"
+        check_option(self, "teacher_steps", halvings % 1 == 0 < halvings and self.teacher_steps <= 256, reachable)
 
 
 @dataclass(frozen=True)
