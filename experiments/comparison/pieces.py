@@ -292,6 +292,7 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
         Distilling("distill-nano"), Distilling("distill-nano-guided", guidance=2.0),
         _NANO_FLOW, Distilling("distill-nano-flow", _NANO_FLOW),
         Distilling("distill-nano-flow-guided", _NANO_FLOW, guidance=2.0),
+        Distilling("distill-nano-flow-longer", _NANO_FLOW, num_images=7_372_800, teacher_steps=128),
     ),
 }  # fmt: skip
 
