@@ -610,6 +610,36 @@ def test_the_findings_are_those_of_the_records(name: str, text: str) -> None:
     assert "{" not in made
 
 
+@pytest.mark.parametrize(("name", "folder"), make_findings.GRIDS.items())
+def test_the_pictures_are_those_of_the_records(name: str, folder: str) -> None:
+    made = COMPARISON / "results" / f"{name}-grid.png"
+    assert made.read_bytes() == (make_findings.DOCS / folder / f"{name}.png").read_bytes()
+
+
+def test_students_are_compared_with_the_most_steps_of_their_teacher() -> None:
+    """Each number of the tables comes from its own row of the record."""
+    ways = [("teacher", "dpm++", 4), ("teacher", "dpm++", 25), ("teacher", "ddim-cosine", 8)]
+    ways += [("4", "ddim-cosine", 4), ("2", "ddim-cosine", 2), ("4", "ddim-cosine", 25)]
+    points = [
+        {"who": who, "sampler": sampler, "steps": steps, "distance": place + 1.0, "precision": 0.5, "recall": 0.25,
+         "squeezenet": {"distance": 10.0 * (place + 1)}, "vgg16": {"distance": 100.0}, "sampling_s": 1.0}
+        for place, (who, sampler, steps) in enumerate(ways)
+    ]  # fmt: skip
+    curve = [{"seconds": 1.0, "compile_s": 2.0}, {"seconds": 7.0}]
+    settings = {"scale": {"few_steps": [4, 25]}, "distillation": {"teacher_steps": 8}}
+    record = {"points": points, "curve": curve, "settings": settings}
+    assert make_findings.students_table(record)[2:5] == [
+        "| teacher | `dpm++` | 25 | 2 | 20 | 100 | 0.5 | 0.25 |",
+        "| teacher | `dpm++` | 4 | 1 | 10 | 100 | 0.5 | 0.25 |",
+        "| student | `ddim-cosine` | 4 | 4 | 40 | 100 | 0.5 | 0.25 |",
+    ]
+    records = dict.fromkeys(make_findings.DISTILLED, record)
+    ratios = make_findings.ratios_table(records)
+    assert ratios[0] == "|  | teacher, 8 | student, 4 | student, 2 |"
+    assert ratios[2] == "| noise prediction, clothes | 1.50 | 2.00 | 2.50 |"
+    assert make_findings.times_table(records)[2] == "| noise prediction | 2 | 7 | 6 |"
+
+
 def test_packed_cifar_holds_the_same_pictures(tmp_path: Path) -> None:
     files, colors = [], ((200, 30, 30), (30, 30, 200), (30, 200, 30))
     for color in colors:

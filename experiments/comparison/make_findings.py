@@ -1,8 +1,9 @@
-"""Make docs/results.md and docs/findings.md, with plot and sample grids, from the records in results/.
+"""Make docs/results.md, findings.md and distillation.md, with plot and sample grids, from the records in results/.
 
     python experiments/comparison/make_findings.py
 
-The texts are answer.md and findings.md in this folder, in which names in braces stand for tables and numbers.
+The texts are answer.md, findings.md and distillation.md in this folder, in which names in braces stand for tables and
+numbers.
 """
 
 import argparse
@@ -18,14 +19,18 @@ from scoring import FEATURES
 from setting import HERE, RESULTS
 
 DOCS = HERE.parents[1] / "docs"
-PAGES = {"results.md": "answer.md", "findings.md": "findings.md"}  # page, and its text in this folder
+PAGES = {name: name for name in ("findings.md", "distillation.md")} | {"results.md": "answer.md"}
+"""Each page, and its text in this folder."""
 NAMES = {"s": "LaMamba-S", "dit-s-2": "DiT-S/2", "unet": "U-Net"}
 TITLES = {"cifar-10": "CIFAR-10, JPEG copy", "fashion-mnist": "Fashion-MNIST"}
-GRIDS = CIFAR = ("cifar-s-longer-seed-0", "cifar-dit-s-2-longer-seed-0")
+CIFAR = ("cifar-s-longer-seed-0", "cifar-dit-s-2-longer-seed-0")
 CLOTHES = ("s-flow-decay-longer", "dit-s-2-flow-decay-longer")
 # A third of the images, with a learning rate that falls three times as fast.
 SHORT_CIFAR = ("cifar-s-seed-0", "cifar-dit-s-2-seed-0")
 SHORT_CLOTHES = ("s-flow-decay", "dit-s-2-flow-decay")
+DISTILLED = {"distill-nano": "noise prediction", "distill-nano-flow": "flow matching"}
+GRIDS = {**dict.fromkeys(CIFAR, "findings"), "distill-nano": "distillation"}
+"""Records whose samples are shown, and the folders of the pictures."""
 PLOT = "distance.png"
 _SCORES = ("distance", "recall", "coverage")
 
@@ -97,6 +102,76 @@ def answer_table(records: Records, names: Sequence[str]) -> list[str]:
     return table(header, rows)
 
 
+class Distilled:
+    """The scores of a record of distillation."""
+
+    features = FEATURES["fashion-mnist"]
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        points, settings = record["points"], record["settings"]
+        self.rows = {(point["who"], point["sampler"], point["steps"]): point for point in points}
+        self.default, self.sampler = points[0]["sampler"], points[-1]["sampler"]  # of the teacher and of the students
+        self.counts = settings["scale"]["few_steps"]
+        self.teacher_steps = settings["distillation"]["teacher_steps"]
+        self.students = sorted({int(who) for who, _, _ in self.rows if who != "teacher"}, reverse=True)
+
+    def teacher(self, steps: int) -> dict[str, Any]:
+        return self.rows["teacher", self.default, steps]
+
+    def student(self, steps: int) -> dict[str, Any]:
+        return self.rows[str(steps), self.sampler, steps]
+
+    def distances(self, row: dict[str, Any]) -> list[float]:
+        """Return the distance on every feature network."""
+        rows = (row if feature == self.features[0] else row[feature] for feature in self.features)
+        return [scores["distance"] for scores in rows]
+
+
+def students_table(record: dict[str, Any]) -> list[str]:
+    """Lay out a row for each number of steps of a teacher, by its default sampler, and of its students."""
+    scores = Distilled(record)
+    header = [
+        "sampled from", "sampler", "steps",
+        *(f"distance, {feature}" for feature in scores.features), "precision", "recall",
+    ]  # fmt: skip
+    counts = sorted(scores.counts, reverse=True)
+    several = [("teacher", scores.default, steps, scores.teacher(steps)) for steps in counts]
+    several += [
+        ("student", scores.sampler, steps, scores.student(steps)) for steps in counts if steps in scores.students
+    ]
+    rows = [
+        [who, f"`{sampler}`", str(steps), *map(number, (*scores.distances(row), row["precision"], row["recall"]))]
+        for who, sampler, steps, row in several
+    ]
+    return table(header, rows)
+
+
+def ratios_table(records: Records) -> list[str]:
+    """Lay out the distance of students, relative to the one of the teacher in the most steps of its default sampler."""
+    every = {title: Distilled(records[name]) for name, title in DISTILLED.items()}
+    first = next(iter(every.values()))
+    header = ["", f"teacher, {first.teacher_steps}", *(f"student, {steps}" for steps in first.students)]
+    rows = []
+    for title, scores in every.items():
+        whole = scores.distances(scores.teacher(max(scores.counts)))
+        own = [scores.rows["teacher", scores.sampler, scores.teacher_steps], *map(scores.student, scores.students)]
+        for place, feature in enumerate(scores.features):
+            ratios = (scores.distances(row)[place] / whole[place] for row in own)
+            rows.append([f"{title}, {feature}", *(f"{ratio:.2f}" for ratio in ratios)])
+    return table(header, rows)
+
+
+def times_table(records: Records) -> list[str]:
+    """Lay out the seconds that distillation took."""
+    rows = []
+    for name, title in DISTILLED.items():
+        curve, points = records[name]["curve"], records[name]["points"]
+        compilation = sum(row.get("compile_s", 0) for row in curve)
+        times = (compilation, curve[-1]["seconds"], sum(row["sampling_s"] for row in points))
+        rows.append([title, *(f"{seconds:.0f}" for seconds in times)])
+    return table(["", "compilation", "training", "samples for scores"], rows)
+
+
 def draw_distances(figure: Figure, records: Records) -> None:
     """Plot the distance on VGG16 features against seconds of training, a panel per set of images."""
     for axes, names in zip(figure.subplots(1, 2), (CIFAR, CLOTHES), strict=True):
@@ -118,6 +193,9 @@ def page(records: Records, text: str) -> str:
     """Fill in the tables."""
     floors = (number(records[names[0]]["training_images"]["vgg16"]["distance"]) for names in (CIFAR, CLOTHES))
     tables = {
+        **{f"{{{name}}}": students_table(records[name]) for name in DISTILLED},
+        "{ratios}": ratios_table(records),
+        "{times}": times_table(records),
         "{plot}": [f"![Distance against seconds of training](findings/{PLOT})"],
         "{table}": answer_table(records, (*CIFAR, *CLOTHES)),
         "{floors}": [" and ".join(floors)],
@@ -143,8 +221,9 @@ def main() -> None:
     pictures.mkdir(parents=True, exist_ok=True)
     for name, text in PAGES.items():
         (arguments.docs / name).write_text(page(records, (HERE / text).read_text()))
-    for name in GRIDS:
-        shutil.copy(arguments.results / f"{name}-grid.png", pictures / f"{name}.png")
+    for name, folder in GRIDS.items():
+        (arguments.docs / folder).mkdir(exist_ok=True)
+        shutil.copy(arguments.results / f"{name}-grid.png", arguments.docs / folder / f"{name}.png")
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     draw_distances(figure, records)
     figure.savefig(pictures / PLOT, dpi=120, metadata={"Software": None})
