@@ -151,6 +151,32 @@ def _load_low(
 
 
 @triton.jit
+def _load_BC(
+    p_low, start, path, LOW: tl.constexpr, RANK: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr,
+):  # fmt: skip
+    """Load B ln(2) and C of 16 steps as one block (32,)."""
+    o_i = tl.arange(0, 32)
+    o_t = start + o_i % 16
+    o_BC = _pixel(o_t, path, HEIGHT, WIDTH, CONTINUOUS) * LOW + RANK + o_i // 16
+    b_BC = tl.load(p_low + o_BC, mask=(o_t >= 0) & (o_t < HEIGHT * WIDTH), other=0.0).to(tl.float32)
+    return tl.where(o_i < 16, b_BC * LN_2, b_BC)
+
+
+@triton.jit
+def numbers(b_row):
+    """Split a block (32,) into a tuple of 32 numbers (1, 1), which every lane then has."""
+    parts = (b_row.reshape(32, 1),)
+    for level in tl.static_range(5):
+        cut = ()
+        for index in tl.static_range(1 << level):
+            first, second = parts[index].reshape(2, parts[index].shape[0] // 2, 1).permute(1, 2, 0).split()
+            cut = cut + (first, second)
+        parts = cut
+    return parts
+
+
+@triton.jit
 def _exp2(b_x, PRECISE: tl.constexpr):
     """Compute 2^x. PRECISE avoids the error of the plain instruction, three units in the last place.
 
@@ -320,8 +346,6 @@ def scan_forward_kernel(
     b_bias = tl.load(p_bias + o_path, mask=m_d, other=0.0)
     b_D = tl.load(p_D + o_path, mask=m_d, other=0.0)
     b_A = -_exp(tl.load(p_A_log + o_path, mask=m_d, other=0.0), PRECISE)
-    # B and C are neighbors in memory. Loading them together saves a fifth of the registers.
-    o_BC = tl.arange(0, 2)
     p_x += image * LENGTH * CHANNELS
     p_y += (path * batch + image) * LENGTH * CHANNELS
     p_low += image * LENGTH * LOW + path * (LOW // 4)
@@ -332,31 +356,29 @@ def scan_forward_kernel(
 
     first = segment * tiles_per_segment
     b_lows = _load_low(p_low, first * TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
+    b_BC = _load_BC(p_low, first * TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
     for tile in range(first, tl.minimum(first + tiles_per_segment, NUM_TILES)):
         start = tile * TILE
         # All loads of a tile come before its stores, because the compiler cannot know that they do not overlap. The
         # low-rank step sizes are loaded one tile ahead, and the other values while the step sizes are computed.
         runs = _runs(start, path, HEIGHT, WIDTH, CONTINUOUS, TILE, RUN)
         p_xs = _along(p_x + o_d, runs, CHANNELS, RUN)
-        p_BCs = _along(p_low + RANK + o_BC, runs, LOW, RUN)
         b_xs = ()
-        b_Bs = ()
-        b_Cs = ()
         for step in tl.static_range(TILE):
             m_t = WHOLE or start + step < LENGTH
             b_xs = b_xs + (tl.load(p_xs[step], mask=m_d & m_t, other=0.0),)
-            b_B, b_C = tl.load(p_BCs[step], mask=m_t, other=0.0).split()
-            b_Bs, b_Cs = b_Bs + (b_B,), b_Cs + (b_C,)
         b_deltas = _steps(b_lows, weights, b_bias, start, LENGTH, RANK, PRECISE)
         b_lows = _load_low(p_low, start + TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
+        BC = numbers(b_BC)
+        b_BC = _load_BC(p_low, start + TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
         if SAVE:
             tl.store(p_states + ((image * 4 + path) * NUM_TILES + tile) * CHANNELS + o_d, b_h, mask=m_d)
         p_ys = _along(p_y + o_d, runs, CHANNELS, RUN)
         for step in tl.static_range(TILE):
             m_t = WHOLE or start + step < LENGTH
-            b_x, b_B, b_C = b_xs[step].to(tl.float32), b_Bs[step].to(tl.float32), b_Cs[step].to(tl.float32)
-            b_h = _exp2(b_A * b_deltas[step], PRECISE) * b_h + (b_B * LN_2) * (b_deltas[step] * b_x)
-            b_y = b_C * b_h + b_D * b_x
+            b_x = b_xs[step].to(tl.float32)
+            b_h = _exp2(b_A * b_deltas[step], PRECISE) * b_h + BC[step] * (b_deltas[step] * b_x)
+            b_y = BC[TILE + step] * b_h + b_D * b_x
             # y is not read again soon: this leaves the cache to other data.
             tl.store(p_ys[step], b_y.to(p_y.dtype.element_ty), mask=m_d & m_t, cache_modifier=".cs")
 
@@ -409,6 +431,7 @@ def scan_backward_kernel(
     first = segment * tiles_per_segment
     last = tl.minimum(first + tiles_per_segment, NUM_TILES)
     b_lows = _load_low(p_low, (last - 1) * TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
+    b_BC = _load_BC(p_low, (last - 1) * TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
     for count in range(first, last):
         tile = first + last - 1 - count
         start = tile * TILE
@@ -424,19 +447,14 @@ def scan_backward_kernel(
         b_deltas = _steps(b_lows, weights, b_bias, start, LENGTH, RANK, PRECISE)
         b_lows = _load_low(p_low, start - TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
 
-        Bs = ()
-        Cs = ()
-        p_Bs = _along(p_low + RANK, runs, LOW, RUN)
-        for step in tl.static_range(TILE):
-            m_t = WHOLE or start + step < LENGTH
-            Bs = Bs + (tl.load(p_Bs[step], mask=m_t, other=0.0),)
-            Cs = Cs + (tl.load(p_Bs[step] + 1, mask=m_t, other=0.0),)
+        BC = numbers(b_BC)
+        b_BC = _load_BC(p_low, start - TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
         b_h = tl.load(p_states + ((image * 4 + path) * NUM_TILES + tile) * CHANNELS + o_d, mask=m_d, other=0.0)
         b_hs = (b_h,)
         b_as = ()
         for step in tl.static_range(TILE):
             b_a = _exp2(b_A * b_deltas[step], PRECISE)
-            b_h = b_a * b_h + (Bs[step].to(tl.float32) * LN_2) * (b_deltas[step] * b_xs[step].to(tl.float32))
+            b_h = b_a * b_h + BC[step] * (b_deltas[step] * b_xs[step].to(tl.float32))
             b_as = b_as + (b_a,)
             b_hs = b_hs + (b_h,)
         b_grad_Bs = ()
@@ -446,10 +464,10 @@ def scan_backward_kernel(
         for step in tl.static_range(TILE - 1, -1, -1):
             m_t = WHOLE or start + step < LENGTH
             b_m, b_x, b_grad_y = b_deltas[step], b_xs[step].to(tl.float32), b_grad_ys[step].to(tl.float32)
-            b_g += Cs[step].to(tl.float32) * b_grad_y
+            b_g += BC[TILE + step] * b_grad_y
             b_grad_Bs = ((b_g * (b_m * b_x)).to(SUM),) + b_grad_Bs
             b_grad_Cs = ((b_hs[step + 1] * b_grad_y).to(SUM),) + b_grad_Cs
-            b_drive = b_g * (Bs[step].to(tl.float32) * LN_2)
+            b_drive = b_g * BC[step]
             b_g *= b_as[step]
             b_exponent = b_g * b_hs[step]
             b_grad_A += b_exponent * b_m

@@ -24,6 +24,7 @@ from lamamba.ops.selective_scan.kernels import (
     _stack,
     _steps,
     _walk_segments,
+    numbers,
 )
 
 
@@ -51,19 +52,6 @@ def _sum_products(rows, others, BLOCK: tl.constexpr):
         b_pick = tl.maximum(1 - tl.abs(o_row - four - o_of_four), 0).to(tl.float32)
         b_sums = tl.dot(b_pick.to(rows[0].dtype), b_rows, b_sums)
     return tl.sum(b_sums, axis=1)
-
-
-@triton.jit
-def _numbers(b_row):
-    """Split a block (32,) into a tuple of 32 numbers (1, 1), which every lane then has."""
-    parts = (b_row.reshape(32, 1),)
-    for level in tl.static_range(5):
-        cut = ()
-        for index in tl.static_range(1 << level):
-            first, second = parts[index].reshape(2, parts[index].shape[0] // 2, 1).permute(1, 2, 0).split()
-            cut = cut + (first, second)
-        parts = cut
-    return parts
 
 
 @triton.jit
@@ -168,7 +156,7 @@ def states_summary_kernel(
             b_A = -tl.load(p_rates + state * CHANNELS, mask=m_d, other=0.0)
             p_end = p_carry + o_end + state * CHANNELS
             b_h = tl.load(p_end, mask=m_d & (count > first), other=0.0)
-            BC = _numbers(tl.load(p_rows + (tile * STATES + state) * 2 * TILE + tl.arange(0, 32)))
+            BC = numbers(tl.load(p_rows + (tile * STATES + state) * 2 * TILE + tl.arange(0, 32)))
             for i in tl.static_range(TILE):
                 b_a = _exp2(b_A * b_ms[TILE - 1 - i if BACKWARD else i], PRECISE)
                 if BACKWARD:
@@ -246,7 +234,7 @@ def states_forward_kernel(
             b_ys = b_ys + (b_D * b_x,)
         for turn in range(0, STATES, AT_ONCE):
             # Load the first data of the next iteration, which may belong to the next tile. The compiler would move
-            # these loads to the end of this iteration, too late, but the barriers in `_numbers` prevent that.
+            # these loads to the end of this iteration, too late, but the barriers in `numbers` prevent that.
             wraps = turn + AT_ONCE == STATES
             to_come = tl.where(wraps, 0, turn + AT_ONCE)
             p_row += tl.where(wraps & is_last, 0, AT_ONCE * 2 * TILE)
@@ -259,7 +247,7 @@ def states_forward_kernel(
                 b_new_rates = b_new_rates + (tl.load(p_rates + (to_come + i) * CHANNELS, mask=m_d, other=0.0),)
                 b_new_starts = b_new_starts + (tl.load(p_start + i * CHANNELS, mask=m_d, other=0.0),)
             for i in tl.static_range(AT_ONCE):
-                b_h, b_A, BC = b_starts[i], -b_rates[i], _numbers(b_rows[i])
+                b_h, b_A, BC = b_starts[i], -b_rates[i], numbers(b_rows[i])
                 b_sums = ()
                 for step in tl.static_range(TILE):
                     b_h = tl.fma(_exp2(b_A * b_ms[step], PRECISE), b_h, BC[step] * b_inputs[step])
@@ -377,7 +365,7 @@ def states_backward_kernel(
             for i in tl.static_range(AT_ONCE):
                 current = turn + i
                 b_h, b_g, b_grad_A = b_starts[i], b_gs[i], b_grad_As[i]
-                b_A, BC = -b_rates[i], _numbers(b_rows[i])
+                b_A, BC = -b_rates[i], numbers(b_rows[i])
                 b_hs = (b_h,)
                 b_as = ()
                 for step in tl.static_range(TILE):

@@ -17,8 +17,8 @@ Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask, `s_` strides
 import triton
 import triton.language as tl
 
-from lamamba.ops.selective_scan.kernels import LN_2, LOG2_E, _exp2, _rows, _slope, _softplus, _stack
-from lamamba.ops.selective_scan.states_kernels import _numbers, _operand
+from lamamba.ops.selective_scan.kernels import LN_2, LOG2_E, _exp2, _rows, _slope, _softplus, _stack, numbers
+from lamamba.ops.selective_scan.states_kernels import _operand
 
 
 @triton.jit
@@ -181,7 +181,7 @@ def sequence_forward_kernel(
                 if p_states is not None:
                     o_tile = ((image * num_groups + group) * num_tiles + tile) * STATES * num_channels + o_w
                     tl.store(p_states + o_tile + o_state, b_hs[i].to(p_states.dtype.element_ty), mask=m_w)
-                b_h, b_ys = _walk(b_hs[i], b_As[i], _numbers(b_BCs[i]), b_ms, b_inputs, b_ys, TILE, PRECISE, BACKWARD)
+                b_h, b_ys = _walk(b_hs[i], b_As[i], numbers(b_BCs[i]), b_ms, b_inputs, b_ys, TILE, PRECISE, BACKWARD)
                 b_ends = b_ends + (b_h,)
                 tl.store(p_carry + o_state, b_h, mask=m_w & (not IN_REGISTERS or count == last - 1))
             b_BCs, b_As, b_hs = b_next_BCs, b_next_As, b_next_hs
@@ -372,7 +372,7 @@ def sequence_backward_kernel(
             b_new_grad_As = ()
             for i in tl.static_range(AT_ONCE):
                 b_g, b_grad_A, b_drives, b_exponents, b_ys, of_BC = _walk_back(
-                    b_starts[i], b_gs[i], b_grad_As[i], b_As[i], _numbers(b_BCs[i]), b_ms, b_inputs, b_grad_rows,
+                    b_starts[i], b_gs[i], b_grad_As[i], b_As[i], numbers(b_BCs[i]), b_ms, b_inputs, b_grad_rows,
                     b_drives, b_exponents, b_ys, TILE, BLOCK, PRECISE, SUM, GATED,
                 )  # fmt: skip
                 b_new_gs = b_new_gs + (b_g,)
