@@ -196,12 +196,15 @@ class LaMambaDiffPipeline(DiffusionPipeline):
                 network takes.
             guidance_scale: 1 is no guidance. The default is 2, or 1 for a network trained with label_dropout 0, which
                 cannot be guided, and for a distilled one, which includes it; an unconditional network ignores it.
-            guidance_interval, guidance_cosine_power, guidance_rescale: see `lamamba.GuidanceOptions`.
+            guidance_interval: two noise levels, see `lamamba.guide`.
+            guidance_cosine_power: see `lamamba.guide`.
+            guidance_rescale: see `lamamba.guide`.
             weaker_network: a network to guide away from, with the same label; None is the network without a label.
             num_images_per_label: number of images of each label.
             generator: one for all images, or one for each. An image is the same on every device.
             latents: (b, c, h, w) standard normal noise to begin with; the default draws it from the generators.
-            height, width: size in pixels; the default is the training size.
+            height: height in pixels; the default is the training size.
+            width: width in pixels; the default is the training size.
             image: an image to start from, or one for each label. PIL images of any mode, and arrays and tensors of
                 uint8 or uint16, are decoded as in training: upright, with transparency on white. Floats go from 0 to 1,
                 as in diffusers: arrays (h, w, c), tensors (c, h, w).
@@ -351,7 +354,8 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             class_labels: labels of the first and the last image, which may be the same.
             seeds: seeds of the first and the last image. A sampler that adds noise adds that of the first seed to all.
             num_images: number of images with both ends, 2 or more.
-            height, width: size in pixels; the default is the training size.
+            height: height in pixels; the default is the training size.
+            width: width in pixels; the default is the training size.
             options: other arguments of a call, such as `num_inference_steps` and `guidance_scale`.
 
         Raises:

@@ -95,7 +95,12 @@ def project_and_scan(
     Args:
         x: (b, h, w, e), as for `scan_grid`; autocast rounds it to the autocast dtype.
         x_proj_weight: (4, r + 2 n, e), one projection per path.
-        dt_weight, dt_bias, A_log, D, scan, backend: as for `scan_grid`.
+        dt_weight: (4, e, r), as for `scan_grid`.
+        dt_bias: (4, e), as for `scan_grid`.
+        A_log: (4, e, n), as for `scan_grid`.
+        D: (4, e), as for `scan_grid`.
+        scan: "continuous" or "raster" paths.
+        backend: see `lamamba.ops.backend`.
 
     Returns:
         The result of `scan_grid`.
