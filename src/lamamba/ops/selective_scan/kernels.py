@@ -151,7 +151,7 @@ def _load_low(
 
 
 @triton.jit
-def _load_BC(
+def _load_numbers(
     p_low, start, path, LOW: tl.constexpr, RANK: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr,
 ):  # fmt: skip
@@ -356,7 +356,7 @@ def scan_forward_kernel(
 
     first = segment * tiles_per_segment
     b_lows = _load_low(p_low, first * TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
-    b_BC = _load_BC(p_low, first * TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
+    b_BC = _load_numbers(p_low, first * TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
     for tile in range(first, tl.minimum(first + tiles_per_segment, NUM_TILES)):
         start = tile * TILE
         # All loads of a tile come before its stores, because the compiler cannot know that they do not overlap. The
@@ -370,7 +370,7 @@ def scan_forward_kernel(
         b_deltas = _steps(b_lows, weights, b_bias, start, LENGTH, RANK, PRECISE)
         b_lows = _load_low(p_low, start + TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
         BC = numbers(b_BC)
-        b_BC = _load_BC(p_low, start + TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
+        b_BC = _load_numbers(p_low, start + TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
         if SAVE:
             tl.store(p_states + ((image * 4 + path) * NUM_TILES + tile) * CHANNELS + o_d, b_h, mask=m_d)
         p_ys = _along(p_y + o_d, runs, CHANNELS, RUN)
@@ -431,7 +431,7 @@ def scan_backward_kernel(
     first = segment * tiles_per_segment
     last = tl.minimum(first + tiles_per_segment, NUM_TILES)
     b_lows = _load_low(p_low, (last - 1) * TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
-    b_BC = _load_BC(p_low, (last - 1) * TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
+    b_BC = _load_numbers(p_low, (last - 1) * TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
     for count in range(first, last):
         tile = first + last - 1 - count
         start = tile * TILE
@@ -448,7 +448,7 @@ def scan_backward_kernel(
         b_lows = _load_low(p_low, start - TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
 
         BC = numbers(b_BC)
-        b_BC = _load_BC(p_low, start - TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
+        b_BC = _load_numbers(p_low, start - TILE, path, LOW, RANK, HEIGHT, WIDTH, CONTINUOUS)
         b_h = tl.load(p_states + ((image * 4 + path) * NUM_TILES + tile) * CHANNELS + o_d, mask=m_d, other=0.0)
         b_hs = (b_h,)
         b_as = ()
