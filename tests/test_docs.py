@@ -151,12 +151,12 @@ def sample_in(browser: Any, address: str, steps: int, device: str) -> tuple[dict
 
 def sample_here(network: lamamba.LaMambaDiff, noise: Tensor, steps: int) -> Tensor:
     guided = {"num_steps": steps, "guidance_scale": 2.5, "clip_sample": True, "noise": noise}
-    return lamamba.sample(network, lamamba.Diffusion(), [8], [0], **guided)[0, 0]
+    return lamamba.sample(network, lamamba.FlowMatching(), [8], [0], **guided)[0, 0]
 
 
 def test_the_browser_samples_what_pytorch_does(site: Path, browser: Any, request: pytest.FixtureRequest) -> None:
     pictures = request.config.getoption("--screenshots")
-    steps = 20 if pictures else 3
+    steps = 20 if pictures else 4
     with served(site) as address:
         asked, noise, image = sample_in(browser, address, steps, "wasm")
     canvas = """const context = document.querySelector(".picture canvas").getContext("2d");
@@ -191,9 +191,9 @@ def test_web_gpu_samples_what_pytorch_does(site: Path, browser: Any, tmp_path: P
         (tmp_path / "browser" / name).unlink()
         (tmp_path / "browser" / name).write_bytes(content)
     with served(tmp_path) as address:
-        asked, noise, image = sample_in(browser, address, 2, "webgpu")
+        asked, noise, image = sample_in(browser, address, 3, "webgpu")
     assert asked["device"] == "webgpu"
-    torch.testing.assert_close(image, sample_here(network, noise, 2), atol=2e-3, rtol=0)
+    torch.testing.assert_close(image, sample_here(network, noise, 3), atol=2e-3, rtol=0)
 
 
 def test_links_that_leave_the_site_are_listed(site: Path) -> None:

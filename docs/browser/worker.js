@@ -1,6 +1,5 @@
-// Samples an exported network in a worker, with onnxruntime-web: DPM-Solver++(2M) with Karras' spacing of the steps, as
-// examples/onnx_sampling.py does. Messages: {id, label, seed, steps, guidance, device} in; {id, step, image} after each
-// step out.
+// Samples an exported network in a worker, with onnxruntime-web: UniPC for flow matching, as examples/onnx_sampling.py
+// does. Messages: {id, label, seed, steps, guidance, device} in; {id, step, image} after each step out.
 const file = (name) => new URL(name, import.meta.url).href;
 const runtimes = {
   wasm: ["./ort/ort.wasm.bundle.min.mjs", "./ort/ort-wasm-simd-threaded.wasm"],
@@ -46,21 +45,37 @@ function drawNoise(seed, length) {
   return Float32Array.from({ length }, () => Math.sqrt(-2 * Math.log(uniform())) * Math.cos(2 * Math.PI * uniform()));
 }
 
-/** The timesteps, and the noise over signal before each step and after the last. */
-function noiseLevels(schedule, steps) {
-  const number = schedule.num_train_timesteps;
-  const logs = [];
-  for (let t = 0, kept = 1; t < number; t++) {
-    kept *= 1 - (schedule.beta_start + ((schedule.beta_end - schedule.beta_start) * t) / (number - 1));
-    logs.push(Math.log(1 / kept - 1) / 2);
+/** The share of noise before each step and after the last; the first is just below 1, as in diffusers. */
+function noiseShares(steps) {
+  const shares = Array.from({ length: steps }, (_, i) => Math.fround(i === 0 ? 1 - 1e-6 : 1 - (0.999 * i) / steps));
+  return [...shares, 0];
+}
+
+const logSignalToNoise = (share) => Math.log(Math.fround(1 - share) / share);
+
+/**
+ * Take step i by UniPC of second order (arXiv 2302.04867): the predictor, or, given the clean image predicted after the
+ * step, the corrector.
+ */
+function takeStep(x, i, shares, before, image, after) {
+  const [share, next] = [shares[i], shares[i + 1]];
+  const length = logSignalToNoise(next) - logSignalToNoise(share);
+  const growth = Math.expm1(-length);
+  const ratio = before === null ? 0 : length / (logSignalToNoise(share) - logSignalToNoise(shares[i - 1]));
+  let [changeWeight, afterWeight] = [0.5, 0];
+  if (after !== null && before === null) afterWeight = 0.5;
+  else if (after !== null) {
+    const first = (growth / -length - 1) / growth;
+    const second = (2 * ((growth / -length - 1) / -length - 0.5)) / growth;
+    changeWeight = (first - second) / (1 + 1 / ratio);
+    afterWeight = first - changeWeight;
   }
-  const [most, least] = [Math.exp(logs[number - 1] / 7), Math.exp(logs[0] / 7)];
-  const sigmas = Array.from({ length: steps }, (_, i) => (most + ((least - most) * i) / Math.max(1, steps - 1)) ** 7);
-  const timesteps = sigmas.map((sigma) => {
-    const above = Math.min(number - 1, Math.max(1, logs.findIndex((log) => log >= Math.log(sigma) - 1e-12)));
-    return Math.round(above - 1 + (Math.log(sigma) - logs[above - 1]) / (logs[above] - logs[above - 1]));
+  return x.map((value, j) => {
+    let extrapolated = image[j];
+    if (before !== null) extrapolated += changeWeight * ratio * (image[j] - before[j]);
+    if (after !== null) extrapolated += afterWeight * (after[j] - image[j]);
+    return (next / share) * value - (1 - next) * growth * extrapolated;
   });
-  return { timesteps, sigmas: [...sigmas, 0] };
 }
 
 let newest = 0; // a new request ends the one before
@@ -71,29 +86,24 @@ async function sample({ id, label, seed, steps, guidance, device }) {
   const { ort, session } = await open(device);
   const shape = [1, properties.channels, ...properties.size];
   const length = shape.reduce((a, b) => a * b);
-  const { timesteps, sigmas } = noiseLevels(properties.schedule, steps);
+  const shares = noiseShares(steps);
   const noise = drawNoise(seed, length);
-  let [x, before, stepBefore] = [noise, null, 0];
+  let [x, start, before, last] = [noise, null, null, null]; // start: the corrected x before the step that led to x
   for (let i = 0; i < steps; i++) {
     const began = performance.now();
     const out = await session.run({
       x_t: new ort.Tensor("float32", x, shape),
-      t: new ort.Tensor("float32", [timesteps[i]], [1]),
+      t: new ort.Tensor("float32", [shares[i] * properties.num_timesteps], [1]),
       y: new ort.Tensor("int64", [BigInt(label)], [1]),
       guidance: new ort.Tensor("float32", [guidance], []),
     });
     if (own !== newest) return;
-    const predicted = out.prediction.data;
-    const [sigma, next] = [sigmas[i], sigmas[i + 1]];
-    const [signal, nextSignal] = [(1 + sigma ** 2) ** -0.5, (1 + next ** 2) ** -0.5];
-    const image = x.map((value, j) => Math.max(-1, Math.min(1, value / signal - sigma * predicted[j])));
-    if (next > 0) {
-      const logStep = Math.log(sigma / next);
-      const second = before === null ? 0 : logStep / (2 * stepBefore);
-      const [ratio, weight] = [(next * nextSignal) / (sigma * signal), nextSignal * (1 - next / sigma)];
-      const last = before ?? image;
-      x = x.map((value, j) => ratio * value + weight * (image[j] + second * (image[j] - last[j])));
-      [before, stepBefore] = [image, logStep];
+    const velocity = out.prediction.data;
+    const image = x.map((value, j) => Math.max(-1, Math.min(1, value - shares[i] * velocity[j])));
+    if (i + 1 < steps) {
+      start = i === 0 ? x : takeStep(start, i - 1, shares, before, last, image);
+      x = takeStep(start, i, shares, last, image, null);
+      [before, last] = [last, image];
     }
     postMessage({ id, step: i + 1, steps, image, noise, milliseconds: performance.now() - began });
     await new Promise((resolve) => setTimeout(resolve)); // lets a new request in

@@ -25,7 +25,7 @@ def model() -> ImageSampler:
 def test_values_become_a_request(model: ImageSampler) -> None:
     request = read_request(
         {
-            "labels": ["Coat", "BAG"], "sampler": "ddim", "steps": 7.0, "guidance": 3, "interval_low": 0.5,
+            "labels": ["Coat", "BAG"], "sampler": "euler", "steps": 7.0, "guidance": 3, "interval_low": 0.5,
             "interval_high": 20, "rescale": 0.5, "seed": 5, "num_images": 3, "height": 32, "width": 16,
         },
         model,
@@ -36,14 +36,14 @@ def test_values_become_a_request(model: ImageSampler) -> None:
     assert read_request({"seed": 2**64 - 1}, model, DemoLimits()).seeds == [2**64 - 1]
     assert read_request({"seed": 3.0}, model, DemoLimits()).seeds == [3]
     config = request.config
-    assert (config.sampler, config.steps, config.guidance, config.size) == ("ddim", 7, 3.0, (32, 16))
+    assert (config.sampler, config.steps, config.guidance, config.size) == ("euler", 7, 3.0, (32, 16))
     assert (config.guidance_options.interval, config.guidance_options.rescale) == ((0.5, 20.0), 0.5)
 
 
 def test_what_is_left_out_has_a_default_within_the_limits(model: ImageSampler) -> None:
     request = read_request({}, model, DemoLimits())
     assert request.labels == (10,)  # no label
-    assert (request.config.sampler, request.config.steps, request.config.size) == ("dpm++", 25, (32, 32))
+    assert (request.config.sampler, request.config.steps, request.config.size) == ("unipc", 25, (32, 32))
 
 
 def test_names_are_those_of_the_checkpoint(model: ImageSampler) -> None:
@@ -89,7 +89,7 @@ def test_names_are_text_that_a_page_can_hold(model: ImageSampler) -> None:
         ({"labels": []}, "no label is chosen"),
         ({"labels": [{"a": 1}]}, "no class is named"),
         ({"labels": "Coat"}, "no label is chosen"),
-        ({"sampler": "heun"}, "no sampler of this model is named 'heun'"),
+        ({"sampler": "dpm++"}, "no sampler of this model is named 'dpm++'"),
         ({"checkpoint": "/etc"}, "nothing is named 'checkpoint' here"),
         ({"vae": "/etc"}, "nothing is named 'vae' here"),
     ],

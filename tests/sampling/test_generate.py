@@ -248,7 +248,7 @@ def refused(capsys: pytest.CaptureFixture[str], run: Path, folder: Path, *option
         (["--guidance-cosine-power", "-1"], "guidance_cosine_power is -1.0: it must be 0 or more"),
         (["--guidance-rescale", "1.5"], "guidance_rescale is 1.5: it must be from 0 to 1"),
         (["--guidance-checkpoint", "nanno"], "'nanno' is neither a folder nor a preset: did you mean nano?"),
-        (["--guidance-checkpoint", "nano"], "num_classes 10 and this one 3: guide by one trained on the same data"),
+        (["--guidance-checkpoint", "emoji-64"], "in_channels 3 and this one 1: guide by one trained on the same data"),
         (["--device", "gpu"], "device 'gpu' cannot be used here"),
         (["--num-per-label", "99999999999"], "it must be from 1 to 10,000 in one grid; lamamba generate makes any num"),
         (["--num-per-label", "10000", "--size", "256", "256"], "makes 1,966,080,000 pixels, and a grid has at most"),

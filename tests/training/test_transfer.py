@@ -124,7 +124,7 @@ def test_a_run_starts_from_the_averaged_weights(
         ([], "give a checkpoint first"),
         (["--out", "run"], "give a checkpoint first"),
         (["nanoo", "--out", "run"], "did you mean nano"),
-        (["nano", "--out", "run", "--objective", "flow", *RUN], "was trained with the objective diffusion"),
+        (["nano", "--out", "run", "--objective", "diffusion", *RUN], "was trained with the objective flow"),
     ],
 )
 def test_faults_are_said(
