@@ -3,8 +3,9 @@
     lamamba export nano --format onnx --guidance --out exported
     python examples/onnx_sampling.py exported/network.onnx --label 5 --out sandals.pgm
 
-From the same noise, it makes the same images as `lamamba sample`, by DPM-Solver++(2M) (arXiv 2211.01095) with Karras'
-spacing of the steps (arXiv 2206.00364, eq. 5). It is for networks of pixels with noise prediction, exported with
+From the same noise, it makes the same images as `lamamba sample` with the default sampler: UniPC of second order (arXiv
+2302.04867) for flow matching; DPM-Solver++(2M) (arXiv 2211.01095), which is UniPC without its corrector, with Karras'
+spacing of the steps (arXiv 2206.00364, eq. 5) for noise prediction. It is for networks of pixels, exported with
 --guidance. It also samples students of `lamamba distill` in their own steps; they are exported without --guidance.
 """
 
@@ -16,14 +17,24 @@ import numpy as np
 import onnxruntime
 
 
-def noise_levels(schedule: dict, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the timesteps, and the noise over signal before and after each step."""
-    beta = np.linspace(schedule["beta_start"], schedule["beta_end"], schedule["num_train_timesteps"])
-    alpha_bar = np.cumprod(1 - beta)
+def noise_levels(properties: dict, num_steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the timesteps, and the shares of the clean image and of noise before each step and after the last."""
+    if properties["objective"] == "flow":
+        noise_shares = np.linspace(1, 1 / properties["num_timesteps"], num_steps + 1)
+        noise_shares[0] -= 1e-6  # a signal of 0 has no logarithm
+        noise_shares = noise_shares.astype(np.float32)  # as in diffusers: matters for the signal of 1e-6
+        noise_shares[-1] = 0
+        return noise_shares[:-1] * properties["num_timesteps"], 1 - noise_shares, noise_shares
+    alpha_bar = np.cumprod(1 - training_betas(properties["schedule"]))
     known = np.sqrt(1 / alpha_bar - 1)
-    roots = np.linspace(known[-1] ** (1 / 7), known[0] ** (1 / 7), num_steps)
-    timesteps = np.interp(np.log(roots**7), np.log(known), np.arange(len(known))).round()
-    return timesteps, np.append(roots**7, 0)
+    sigmas = np.linspace(known[-1] ** (1 / 7), known[0] ** (1 / 7), num_steps) ** 7
+    timesteps = np.interp(np.log(sigmas), np.log(known), np.arange(len(known))).round()
+    signals = (1 + np.append(sigmas, 0) ** 2) ** -0.5
+    return timesteps, signals, np.append(sigmas, 0) * signals
+
+
+def training_betas(schedule: dict) -> np.ndarray:
+    return np.linspace(schedule["beta_start"], schedule["beta_end"], schedule["num_train_timesteps"])
 
 
 def sample(
@@ -33,23 +44,52 @@ def sample(
     properties = json.loads(session.get_modelmeta().custom_metadata_map["lamamba"])
     if "timesteps" in properties:
         return sample_student(session, properties, labels, noise)
-    assert (properties["objective"], properties["data"]["kind"], properties["guided"]) == ("diffusion", "pixels", True)
-    timesteps, sigmas = noise_levels(properties["schedule"], num_steps)
-    x, before, step_before = noise.astype(np.float32), None, 0.0
-    for t, sigma, next_sigma in zip(timesteps, sigmas[:-1], sigmas[1:], strict=True):
+    assert (properties["data"]["kind"], properties["guided"]) == ("pixels", True)
+    assert properties["objective"] in ("flow", "diffusion")
+    is_flow = properties["objective"] == "flow"
+    timesteps, signals, noise_shares = noise_levels(properties, num_steps)
+    with np.errstate(divide="ignore"):
+        logs = np.log(signals / noise_shares)
+    x = start = noise.astype(np.float32)  # start: x before the step that led to x
+    images: list[np.ndarray] = []
+    for i, t in enumerate(timesteps):
         inputs = {"x_t": x, "t": np.full(len(x), t, np.float32), "y": np.array(labels, np.int64)}
-        out = session.run(None, inputs | {"guidance": np.array(guidance, np.float32)})[0]
-        signal, next_signal = (1 + sigma**2) ** -0.5, (1 + next_sigma**2) ** -0.5
-        x_0 = np.clip(x / signal - sigma * out[:, : x.shape[1]], -1, 1)
-        if next_sigma == 0:
-            return x_0
-        step = np.log(sigma / next_sigma)
-        # The second order extrapolates from the clean image of the step before.
-        extrapolated = x_0 if before is None else x_0 + step / (2 * step_before) * (x_0 - before)
-        ratio = next_sigma * next_signal / (sigma * signal)
-        x = (ratio * x + next_signal * (1 - next_sigma / sigma) * extrapolated).astype(np.float32)
-        before, step_before = x_0, step
-    return x
+        out = session.run(None, inputs | {"guidance": np.array(guidance, np.float32)})[0][:, : x.shape[1]]
+        x_0 = x - noise_shares[i] * out if is_flow else (x - noise_shares[i] * out) / signals[i]
+        images.append(np.clip(x_0, -1, 1))
+        if i == num_steps - 1:
+            break
+        start = take_step(start, i - 1, signals, noise_shares, logs, images) if is_flow and i else x
+        x = take_step(start, i, signals, noise_shares, logs, images).astype(np.float32)
+    return images[-1]
+
+
+def take_step(
+    x: np.ndarray, i: int, signals: np.ndarray, noise_shares: np.ndarray, logs: np.ndarray, images: list[np.ndarray]
+) -> np.ndarray:
+    """Take step i by the predictor, or by the corrector if the clean image after the step is known.
+
+    Args:
+        x: x_t before the step.
+        i: index of the step.
+        signals, noise_shares, logs: of all steps; the last is the logarithm of signal over noise.
+        images: the clean images predicted before each step so far.
+    """
+    length = logs[i + 1] - logs[i]
+    growth = np.expm1(-length)
+    image, corrects = images[i], len(images) > i + 1
+    change = length / (logs[i] - logs[i - 1]) * (image - images[i - 1]) if i else np.zeros_like(image)
+    if not corrects:
+        extrapolated = image + change / 2
+    elif not i:
+        extrapolated = (image + images[1]) / 2
+    else:
+        first = (growth / -length - 1) / growth
+        second = 2 * ((growth / -length - 1) / -length - 1 / 2) / growth
+        weight = (first - second) / (1 + (logs[i] - logs[i - 1]) / length)
+        extrapolated = image + weight * change + (first - weight) * (images[i + 1] - image)
+    moved: np.ndarray = noise_shares[i + 1] / noise_shares[i] * x - signals[i + 1] * growth * extrapolated
+    return moved
 
 
 def sample_student(
@@ -63,9 +103,7 @@ def sample_student(
         noise_shares = timesteps / properties["num_timesteps"]
         signals = 1 - noise_shares
     else:
-        schedule = properties["schedule"]
-        beta = np.linspace(schedule["beta_start"], schedule["beta_end"], schedule["num_train_timesteps"])
-        alpha_bar = np.cumprod(1 - beta)[timesteps]
+        alpha_bar = np.cumprod(1 - training_betas(properties["schedule"]))[timesteps]
         signals, noise_shares = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
     signals, noise_shares = np.append(signals, 1), np.append(noise_shares, 0)  # the last step removes all noise
     x = noise.astype(np.float32)

@@ -39,16 +39,21 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("steps", [1, 2, 25])
-def test_the_example_samples_what_pytorch_does(weights: Path, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("steps", [1, 2, 3, 25])
+@pytest.mark.parametrize("objective", ["diffusion", "flow"])
+def test_the_example_samples_what_pytorch_does(
+    weights: Path, tmp_path: Path, objective: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(EXAMPLES)
     import onnx_sampling
 
     noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     network = load_checkpoint(weights / "weights").network
+    write_weights(tmp_path / "weights", network, CheckpointInfo(objective=objective))
+    main(["export", str(tmp_path / "weights"), "--format", "onnx", "--guidance", "--out", str(tmp_path)])
     options = {"num_steps": steps, "guidance_scale": 3.0, "clip_sample": True, "noise": noise}
-    wanted = lamamba.sample(network, lamamba.Diffusion(), [0, 1], [0, 0], **options).numpy()
-    session = onnxruntime.InferenceSession(weights / "network.onnx")
+    wanted = lamamba.sample(network, OBJECTIVES[objective], [0, 1], [0, 0], **options).numpy()
+    session = onnxruntime.InferenceSession(tmp_path / "network.onnx")
     found = onnx_sampling.sample(session, [0, 1], noise.numpy(), steps, 3.0)
     assert wanted.std() > 0.1
     np.testing.assert_allclose(found, wanted, atol=1e-3)

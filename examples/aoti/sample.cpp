@@ -1,5 +1,5 @@
-// Samples one image from a package that compile.py wrote, without Python. DPM-Solver++(2M) (arXiv 2211.01095) with
-// Karras' spacing of the steps (arXiv 2206.00364, eq. 5), as in lamamba sample; for pixels and noise prediction.
+// Samples one image from a package that compile.py wrote, without Python. UniPC of second order (arXiv 2302.04867), as
+// in lamamba sample; for pixels and flow matching. examples/onnx_sampling.py also shows noise prediction.
 //
 //   torch=$(python -c "import torch; print(torch.__path__[0])")
 //   g++ -std=c++20 -O1 -I$torch/include -I$torch/include/torch/csrc/api/include examples/aoti/sample.cpp -o sample
@@ -14,23 +14,32 @@
 #include <vector>
 
 constexpr int kTimesteps = 1000, kSteps = 25;
-constexpr double kBetaStart = 1e-4, kBetaEnd = 2e-2, kGuidance = 2.0;
+constexpr double kGuidance = 2.0;
 
-// The logarithm of noise over signal at each timestep of training.
-std::vector<double> log_levels() {
-  std::vector<double> levels;
-  double kept = 1;
-  for (int t = 0; t < kTimesteps; t++) {
-    kept *= 1 - (kBetaStart + (kBetaEnd - kBetaStart) * t / (kTimesteps - 1));
-    levels.push_back(std::log(1 / kept - 1) / 2);
+double log_signal_to_noise(float share) { return std::log((1 - share) / share); }
+
+// Takes step i by the predictor or, given the clean image predicted after the step, by the corrector. `shares` are the
+// shares of noise before each step, `before` and `image` the clean images predicted before steps i - 1 and i.
+torch::Tensor take_step(const torch::Tensor& x, int i, const std::vector<float>& shares, const torch::Tensor& before,
+                   const torch::Tensor& image, const torch::Tensor& after = {}) {
+  const double share = shares[i], next = shares[i + 1];
+  const double length = log_signal_to_noise(shares[i + 1]) - log_signal_to_noise(shares[i]);
+  const double growth = std::expm1(-length);
+  auto extrapolated = image;
+  if (!before.defined()) {
+    if (after.defined()) extrapolated = (image + after) / 2;
+  } else {
+    const double ratio = length / (log_signal_to_noise(shares[i]) - log_signal_to_noise(shares[i - 1]));
+    double weight = 0.5;
+    if (after.defined()) {
+      const double first = (growth / -length - 1) / growth;
+      const double second = 2 * ((growth / -length - 1) / -length - 0.5) / growth;
+      weight = (first - second) / (1 + 1 / ratio);
+      extrapolated = image + (first - weight) * (after - image);
+    }
+    extrapolated = extrapolated + weight * ratio * (image - before);
   }
-  return levels;
-}
-
-double timestep_of(double log_sigma, const std::vector<double>& levels) {
-  int above = 1;
-  while (above < kTimesteps - 1 && levels[above] < log_sigma) above++;
-  return std::round(above - 1 + (log_sigma - levels[above - 1]) / (levels[above] - levels[above - 1]));
+  return next / share * x - (1 - next) * growth * extrapolated;
 }
 
 int main(int argc, char** argv) {
@@ -44,29 +53,22 @@ int main(int argc, char** argv) {
   const auto label = torch::full({1}, std::stoll(argv[5]), torch::kLong);
   const auto guidance = torch::tensor(kGuidance, torch::kFloat);
 
-  const auto levels = log_levels();
-  const double most = std::exp(levels.back() / 7), least = std::exp(levels.front() / 7);
-  std::vector<double> sigmas;
-  for (int i = 0; i < kSteps; i++) sigmas.push_back(std::pow(most + (least - most) * i / (kSteps - 1), 7));
-  sigmas.push_back(0);
+  std::vector<float> shares{1 - 1e-6f};  // of noise; a signal of 0 has no logarithm
+  for (int i = 1; i < kSteps; i++) shares.push_back(1 - 0.999 * i / kSteps);
+  shares.push_back(0);
 
   torch::manual_seed(0);
   auto x = torch::randn({1, channels, height, width});  // the noise of lamamba sample --seed 0
-  torch::Tensor image, before;
-  double log_step_before = 0;
+  torch::Tensor start, before, last, image;  // start: the corrected x before the step that led to x
   for (int i = 0; i < kSteps; i++) {
-    const double sigma = sigmas[i], next = sigmas[i + 1];
-    const auto t = torch::full({1}, timestep_of(std::log(sigma), levels), torch::kFloat);
-    const auto noise = network.run({x, t, label, guidance})[0].slice(1, 0, channels);
-    const double signal = 1 / std::sqrt(1 + sigma * sigma), next_signal = 1 / std::sqrt(1 + next * next);
-    image = (x / signal - sigma * noise).clamp(-1, 1);
-    if (next == 0) break;
-    const double log_step = std::log(sigma / next);
-    // The second order extrapolates from the clean image of the step before.
-    const auto moved = i ? image + log_step / (2 * log_step_before) * (image - before) : image;
-    x = next * next_signal / (sigma * signal) * x + next_signal * (1 - next / sigma) * moved;
-    before = image;
-    log_step_before = log_step;
+    const auto t = torch::full({1}, shares[i] * kTimesteps, torch::kFloat);
+    const auto velocity = network.run({x, t, label, guidance})[0].slice(1, 0, channels);
+    image = (x - shares[i] * velocity).clamp(-1, 1);
+    if (i == kSteps - 1) break;
+    start = i ? take_step(start, i - 1, shares, before, last, image) : x;
+    x = take_step(start, i, shares, last, image);
+    before = last;
+    last = image;
   }
   const auto pixels = ((image[0] + 1) * 127.5).round().to(torch::kByte).permute({1, 2, 0}).contiguous();
   std::ofstream out(argv[6], std::ios::binary);
