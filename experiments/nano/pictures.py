@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from lamamba import LaMambaDiffPipeline
+from lamamba.checkpoints.checkpoint import load_checkpoint
 from lamamba.data.fashion_mnist import load_builtin
-from lamamba.diffusion import Diffusion
+from lamamba.diffusion import OBJECTIVES
 from lamamba.sampling import make_grid, sample
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "sampling"
@@ -41,11 +42,12 @@ def main() -> None:
     save("guidance", [draw(guidance_scale=scale) for scale in (1.0, 2.0, 4.0, 8.0)])
 
     numbers = [pipe.labels[name.capitalize()] for name in LABELS]
+    objective = OBJECTIVES[load_checkpoint("nano").info.objective]
     rows = []
-    for sampler in ("ddim", "dpm++", "ancestral"):
+    for sampler in ("euler", "heun", "unipc"):
         for num_steps in (5, 25):
             x = sample(
-                pipe.network, Diffusion(), numbers, range(len(numbers)),
+                pipe.network, objective, numbers, range(len(numbers)),
                 sampler=sampler, num_steps=num_steps, guidance_scale=2.0, clip_sample=True,
             )  # fmt: skip
             rows.append((x.numpy().transpose(0, 2, 3, 1) / 2 + 0.5).clip(0, 1))
