@@ -1,10 +1,10 @@
 """Which sampler is best for flow matching? Compare samplers with many steps, for a known velocity.
 
-python experiments/nano/flow.py --number 30 --steps 5 10 20 40
-python experiments/nano/flow.py --distances --number 500 --steps 5 10 20 50
+python experiments/nano/flow.py CHECKPOINT --number 30 --steps 5 10 20 40
+python experiments/nano/flow.py CHECKPOINT --distances --number 500 --steps 5 10 20 50
 
-No flow-matching network is shipped, but a network that predicts noise also defines a velocity: the straight path is the
-diffusion process with another scale, x / (1 - s) = x_t / alpha where s / (1 - s) = sigma / alpha.
+CHECKPOINT predicts noise; the record is of the nano that version 0.1.0 ships. It also defines a velocity: the straight
+path is the diffusion process with another scale, x / (1 - s) = x_t / alpha where s / (1 - s) = sigma / alpha.
 """
 
 import argparse
@@ -101,14 +101,17 @@ def print_distances(velocity: Velocity, number: int, steps: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", default="nano")
+    parser.add_argument("checkpoint")
     parser.add_argument("--number", type=int, default=30, help="samples")
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 40])
     parser.add_argument("--distances", action="store_true", help="to the test images, in place of errors")
     arguments = parser.parse_args()
     if arguments.distances and (arguments.number < 100 or arguments.number % 100):
         parser.error(f"--distances draws hundreds of samples: --number {arguments.number} is none")
-    velocity = Velocity(load_checkpoint(arguments.checkpoint).network.eval())
+    loaded = load_checkpoint(arguments.checkpoint)
+    if loaded.info.objective != "diffusion":
+        parser.error(f"{arguments.checkpoint} was trained with {loaded.info.objective}: give one that predicts noise")
+    velocity = Velocity(loaded.network.eval())
     if arguments.distances:
         print_distances(velocity, arguments.number, arguments.steps)
         return

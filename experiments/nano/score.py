@@ -20,7 +20,7 @@ from lamamba.data import FASHION_MNIST_CLASSES, load_fashion_mnist, to_float
 from lamamba.diffusion import OBJECTIVES
 from lamamba.sampling import choose_device
 
-SAMPLER, STEPS, PER_CLASS = "dpm++", 25, 100
+STEPS, PER_CLASS = 25, 100
 DEVICE = choose_device("auto")
 BATCH = 1000 if DEVICE.type == "cuda" else 20
 
@@ -76,7 +76,7 @@ def main() -> None:
     print(f"classifier accuracy on the 10,000 test images: {accuracy:.4f}", flush=True)
 
     loaded = load_checkpoint(arguments.checkpoint)
-    network = loaded.network.to(DEVICE)
+    network, objective = loaded.network.to(DEVICE), OBJECTIVES[loaded.info.objective]
     wanted = [label for label in range(10) for _ in range(PER_CLASS)]
     by_guidance = []
     for guidance in arguments.guidance:
@@ -85,10 +85,10 @@ def main() -> None:
             rows = range(start, start + BATCH)
             x = sample(
                 network,
-                OBJECTIVES[loaded.info.objective],
+                objective,
                 [wanted[row] for row in rows],
                 list(rows),
-                sampler=SAMPLER,
+                sampler=objective.default_sampler,
                 num_steps=STEPS,
                 guidance_scale=guidance,
                 clip_sample=True,
@@ -109,7 +109,7 @@ def main() -> None:
         "by_guidance": by_guidance,
         "classifier_test_accuracy": accuracy,
         "images_seen_in_training": loaded.info.images,
-        "sampler": SAMPLER,
+        "sampler": objective.default_sampler,
         "steps": STEPS,
         "seeds": "0 to 999, one an image",
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type,

@@ -1,6 +1,8 @@
 """Which timesteps are best for DPM-Solver++(2M)? Compare distances to the test images, for the same noise.
 
-python experiments/nano/timesteps.py nano --number 400 power-1.5:100 linspace:20 karras:20 lu:20 power-1:20
+python experiments/nano/timesteps.py CHECKPOINT --number 400 power-1.5:100 linspace:20 karras:20 lu:20 power-1:20
+
+CHECKPOINT predicts noise; the record is of the nano that version 0.1.0 ships, and of S.
 """
 
 import argparse
@@ -57,7 +59,10 @@ def main() -> None:
     parser.add_argument("kinds", nargs="+", metavar="KIND:STEPS")
     parser.add_argument("--number", type=int, default=400, help="samples")
     arguments = parser.parse_args()
-    network = load_checkpoint(arguments.checkpoint).network.float()
+    loaded = load_checkpoint(arguments.checkpoint)
+    if loaded.info.objective != "diffusion":
+        parser.error(f"{arguments.checkpoint} was trained with {loaded.info.objective}: give one that predicts noise")
+    network = loaded.network.float()
     extract = open_features("clothes", torch.device("cpu")).extract
 
     def features(images: Tensor) -> Tensor:
