@@ -17,7 +17,6 @@ from lamamba.checkpoints.checkpoint import (
     load_checkpoint,
     locate,
     read_network_config,
-    shipped_weights,
 )
 from lamamba.config import DistillationOptions, TrainConfig
 from lamamba.data.latents import Pixels
@@ -79,9 +78,7 @@ def distill(setting: Setting, piece: Distilling) -> None:
 
 
 def _find_teacher(setting: Setting, piece: Distilling) -> Path:
-    """Return the folder of the teacher's checkpoint: the shipped nano, or of the piece that trained it."""
-    if piece.of is None:
-        return shipped_weights()["nano"]
+    """Return the folder of the teacher's checkpoint, which its piece trained."""
     folder = setting.out / piece.name / "teacher"
     if not folder.is_dir():
         release(setting.out / piece.of.name, folder)
