@@ -1,11 +1,10 @@
 """Opens a source by its name or path."""
 
-import difflib
 from pathlib import Path
 
 import numpy as np
 
-from lamamba.config import WHOLE_DATASET, DatasetOptions
+from lamamba.config import WHOLE_DATASET, DatasetOptions, closest
 from lamamba.data.fashion_mnist import load_builtin, load_fashion_mnist
 from lamamba.data.hugging_face import DatasetSource, is_dataset
 from lamamba.data.latent_files import LatentSource, are_latents
@@ -62,7 +61,7 @@ def open_source(
     path = Path(data).expanduser()
     of_hugging_face = bool(data) and (is_dataset(data) or (path.is_dir() and dataset != WHOLE_DATASET))
     if not of_hugging_face and not (data and path.exists()):
-        close = difflib.get_close_matches(data.lower().replace("_", "-"), NAMED_SOURCES, n=1)
+        close = closest(data.replace("_", "-"), NAMED_SOURCES)
         advice = f"did you mean {close[0]!r}?" if close else "give 'builtin', 'fashion-mnist', a folder or user/name"
         raise DataError(f"data {data!r} is neither a known name nor an existing folder: {advice}")
     if are_latents(path):
