@@ -1,7 +1,7 @@
 """Finds the images in a folder: reads each real folder once, and counts everything that is left out."""
 
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +60,7 @@ class ClassFolders:
 
 def list_images_below(folder: Path) -> Found:
     """Find the image files in a folder at any depth; raises DataError if a folder is unreadable."""
-    return _walk([str(folder)], set())[0]
+    return _walk(str(folder), os.path.realpath(folder))
 
 
 def list_classes(folder: Path) -> ClassFolders:
@@ -72,9 +72,8 @@ def list_classes(folder: Path) -> ClassFolders:
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is {'a file' if folder.exists() else 'missing'}: give an existing folder of images")
-    here, known = Found(), set[tuple[int, int]]()
-    folders, links = _read_folder(str(folder), known, here)
-    classes = sorted([*folders, *links])
+    here = Found()
+    classes = [entry.path for entry in _read_folder(str(folder), here)]
     if here.images and classes:
         raise DataError(
             f"{folder} has both images ({Path(here.images[0]).name}) and class folders ({Path(classes[0]).name}): move "
@@ -95,7 +94,7 @@ def list_classes(folder: Path) -> ClassFolders:
             "second class"
         )
     _check_distinct(str(folder), classes)
-    found = _walk(classes, known)
+    found = [_walk(path, os.path.realpath(folder), os.path.islink(path)) for path in classes]
     for path, below in zip(classes, found, strict=True):
         if not below.images:
             which = f" ({below.left_out})" if below.left_out else ""
@@ -116,61 +115,52 @@ def no_images(folder: Path, found: Found) -> str:
 
 def _check_distinct(root: str, classes: Sequence[str]) -> None:
     """Refuse two class folders that are the same real folder, because its images would have two labels."""
-    names = {_identify(root): root}
+    names = {os.path.realpath(root): root}
     for path in classes:
-        other = names.setdefault(_identify(path), path)
+        other = names.setdefault(os.path.realpath(path), path)
         if other != path:
             raise DataError(f"the class folder {path} is the same folder as {other}: remove one of them")
 
 
-def _walk(roots: Sequence[str], known: set[tuple[int, int]]) -> list[Found]:
-    """Find the contents of several folders, except folders in `known`.
+def _walk(root: str, top: str, linked: bool = False) -> Found:
+    """Find the contents of a folder, or of a link to one, in the set whose real path is `top`.
 
-    Folders are first read where they really lie, and then where links lead, so an image has the label of its own class
-    folder, whatever links to that. A folder elsewhere belongs to each root that links to it.
+    Each real folder is read once. A link into the set adds nothing, because its images are read where they really lie,
+    with the label of their own class folder. A folder elsewhere belongs to each class that links to it.
     """
-    found = [Found() for _ in roots]
-    links = [
-        [root] if os.path.islink(root) else _read_below(root, known, below)
-        for root, below in zip(roots, found, strict=True)
-    ]
-    for waiting, below in zip(links, found, strict=True):
-        known_here = set(known) if waiting else known
-        while waiting:
-            waiting += _read_below(waiting.pop(0), known_here, below)
-        below.images.sort()
+    found, known, waiting = Found(), set[str](), deque([(root, linked)])
+    while waiting:
+        path, linked = waiting.popleft()
+        real = os.path.realpath(path)
+        if real in known or (linked and _is_read_in(real, top)):
+            found.num_repeated += 1
+            continue
+        known.add(real)
+        waiting += [(entry.path, linked or entry.is_symlink()) for entry in _read_folder(path, found)]
+    found.images.sort()
     return found
 
 
-def _read_below(folder: str, known: set[tuple[int, int]], found: Found) -> list[str]:
-    """Read a folder and the real folders below it, except known ones; return the links to folders."""
-    waiting, links = [folder], list[str]()
-    while waiting:
-        folders, linked = _read_folder(waiting.pop(), known, found)
-        waiting += folders
-        links += linked
-    return sorted(links)
+def _is_read_in(real: str, top: str) -> bool:
+    """Return whether a real folder is the set or in it, and is not hidden."""
+    below = os.path.relpath(real, top)
+    return below == "." or not any(part.startswith(".") for part in below.split(os.sep))
 
 
-def _read_folder(folder: str, known: set[tuple[int, int]], found: Found) -> tuple[list[str], list[str]]:
-    """Read one folder unless it is known; return its subfolders and its links to folders."""
+def _read_folder(folder: str, found: Found) -> list[os.DirEntry[str]]:
+    """Read one folder; return its subfolders and its links to folders, sorted by name."""
     try:
-        identity = _identify(folder)
-        if identity in known:
-            found.num_repeated += 1
-            return [], []
-        known.add(identity)
         with os.scandir(folder) as entries:
             listed = sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(f"{folder} cannot be listed ({error.strerror or error}): make it readable") from error
-    folders, links = list[str](), list[str]()
+    folders = []
     for entry in listed:
         if entry.name.startswith("."):
             found.num_hidden += 1
             continue
         if _is(entry.is_dir):
-            (links if entry.is_symlink() else folders).append(entry.path)
+            folders.append(entry)
             continue
         is_file = _is(entry.is_file)
         is_dangling = not is_file and entry.is_symlink() and not os.path.exists(entry.path)
@@ -178,7 +168,7 @@ def _read_folder(folder: str, known: set[tuple[int, int]], found: Found) -> tupl
             found.images.append(entry.path)  # a dangling link is reported as an image that cannot be read
         else:
             (found.dangling if is_dangling else found.others).append(entry.path)
-    return folders, links
+    return folders
 
 
 def _is(kind: Callable[[], bool]) -> bool:
@@ -187,9 +177,3 @@ def _is(kind: Callable[[], bool]) -> bool:
         return kind()
     except OSError:
         return False
-
-
-def _identify(folder: str) -> tuple[int, int]:
-    """Return the identity of a real folder, whatever path leads to it."""
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
