@@ -9,7 +9,7 @@ import pytest
 
 from lamamba.config import DemoLimits, SamplingConfig
 from lamamba.demo.previews import Models
-from lamamba.demo.settings import label_names, read_label, read_numbers, read_request
+from lamamba.demo.settings import label_names, read_numbers, read_request
 from lamamba.errors import ConfigError
 from lamamba.sampling import choose_device
 from lamamba.sampling.generate import ImageSampler
@@ -57,8 +57,8 @@ def test_names_are_text_that_a_page_can_hold(model: ImageSampler) -> None:
     model.num_classes, model.info = len(names), replace(model.info, class_names=names)
     shown = label_names(model)
     assert shown == ["Cat", "cat", " x ", "<b>|", "\\xff\\x1b", "no label"]
-    assert [read_label(name, model) for name in shown] == list(range(6))
-    assert read_label("NO LABEL", model) == 5
+    assert [model.labels.find(name) for name in shown] == list(range(6))
+    assert model.labels.find("NO LABEL") == 5
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,13 @@ _CELL = 14
 _GAP = 28
 
 
-def draw_paths(height: int, width: int, scan: Scan, seconds: float = 6.0) -> str:
+def draw_paths(height: int, width: int, scan: Scan) -> str:
     """Draw the four paths of the scan over a grid; on each a point goes from its first pixel to its last.
 
     Args:
         height: rows of the grid, 2 to 24.
         width: columns, 2 to 24.
         scan: "continuous" or "raster", see `lamamba.ops.grid.path_order`.
-        seconds: of a walk, which begins again and again.
 
     Returns:
         An `<svg>` element; each path is a `<polyline>` through the centres of all cells, in its order, with a ring at
@@ -54,7 +53,7 @@ def draw_paths(height: int, width: int, scan: Scan, seconds: float = 6.0) -> str
             f"{_grid_lines(height, width)}"
             f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-opacity="0.45" stroke-width="2"/>'
             f'<circle cx="{points[0][0]:g}" cy="{points[0][1]:g}" r="3" fill="none" stroke="{colour}"/>'
-            f'<circle r="4.5" fill="{colour}"><animateMotion path="{steps}" dur="{seconds:g}s" calcMode="linear" '
+            f'<circle r="4.5" fill="{colour}"><animateMotion path="{steps}" dur="6s" calcMode="linear" '
             f'keyTimes="{times}" keyPoints="{_distances(points)}" repeatCount="indefinite"/></circle>'
         )
     return _in_row(panels, PATH_NAMES[scan], height, width)

@@ -24,7 +24,6 @@ from lamamba.demo.receptive_field import NUM_DRAWS, Branches, draw_receptive_fie
 from lamamba.demo.settings import (
     MAX_GUIDANCE,
     label_names,
-    read_label,
     read_number,
     read_numbers,
     read_request,
@@ -278,7 +277,7 @@ class Page:
             def start(model: ImageSampler, asked: dict[str, Any]) -> Shown:
                 label, seed, number = (asked.pop(name) for name in ("end_label", "end_seed", "num_between"))
                 request = read_request(asked, model, self.limits)
-                return interpolate(model, request, seed, read_label(label, model), number, self.limits)
+                return interpolate(model, request, seed, model.labels.find(str(label)), number, self.limits)
 
             more = ["end_label", "end_seed", "num_between"]
             self._button("Interpolate", more, start, lambda _, made: f"{made['fraction']:.0%}")

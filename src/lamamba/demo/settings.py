@@ -91,7 +91,7 @@ def read_request(values: Mapping[str, Any], model: ImageSampler, limits: DemoLim
     names = asked["labels"]
     if not isinstance(names, list | tuple) or not names:
         raise ConfigError("no label is chosen: choose one or more")
-    labels = [read_label(name, model) for name in names]
+    labels = [model.labels.find(str(name)) for name in names]
     return Request(config, tuple(labels[index % len(labels)] for index in range(number)), size)
 
 
@@ -101,11 +101,6 @@ def read_guidance(value: Any, model: ImageSampler) -> float:
     if value is None or why_unguided(config):
         return choose_guidance(config, None)
     return read_number("guidance", value, 0, MAX_GUIDANCE)
-
-
-def read_label(name: Any, model: ImageSampler) -> int:
-    """Find a label by its name, in upper or lower case; raises ConfigError if there is none."""
-    return model.labels.find(str(name))
 
 
 def _read_side(name: str, value: Any, model: ImageSampler) -> int:
