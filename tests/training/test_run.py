@@ -25,7 +25,7 @@ from lamamba.diffusion import Diffusion
 from lamamba.errors import LamambaError
 from lamamba.files.records import read_train_config
 from lamamba.training import run as training
-from lamamba.training.optimizers import describe_weight_decay, hidden_matrices, weights_decayed
+from lamamba.training.optimizers import hidden_matrices, weights_decayed
 from lamamba.training.run import _set_aside
 from steps import Replayed
 
@@ -226,16 +226,7 @@ def test_weight_decay_shrinks_matrices_and_convolutions_alone(tmp_path: Path, ge
         expected = 1.0 if left_alone.search(name) else 0.95  # 1 - learning_rate * weight_decay
         torch.testing.assert_close(parameter.data, torch.full_like(parameter, expected), msg=name)
         shrunk += expected < 1
-    said = describe_weight_decay(trainer.network, 0.5)
-    assert said.startswith(f"weight decay 0.5 on {shrunk} matrices and convolution kernels; none on A_log, D, ")
-    assert "attention_norm.weight, bias, dt_bias, label_embedding.weight, mlp_norm.weight," in said
-
-
-def test_the_log_names_what_has_no_weight_decay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train(tmp_path / "run", "--num-images", "4", "--weight-decay", "0.1")
-    assert capsys.readouterr().out.count("weight decay 0.1 on 107 matrices and convolution kernels; none on A_log") == 1
-    main(["train", "--out", str(tmp_path / "run"), "--resume", "--num-images", "8"])
-    assert "weight decay 0.1 on 107 matrices" in capsys.readouterr().out
+    assert shrunk > 50
 
 
 def test_muon_steps_by_its_equation_and_adamw_trains_the_rest(tmp_path: Path) -> None:

@@ -41,21 +41,6 @@ def weights_decayed(network: nn.Module) -> dict[str, bool]:
     }
 
 
-def describe_weight_decay(network: nn.Module, weight_decay: float) -> str:
-    """Describe which parameters weight decay applies to, and name the kinds that it leaves out."""
-    decayed = weights_decayed(network)
-    # Name a layer's weight with its layer, and other parameters alone, so that each kind is named once.
-    kinds = {
-        ".".join(name.split(".")[-2 if name.endswith(".weight") else -1 :])
-        for name, decays in decayed.items()
-        if not decays
-    }
-    return (
-        f"weight decay {weight_decay:g} on {sum(decayed.values())} matrices and convolution kernels; "
-        f"none on {', '.join(sorted(kinds))}"
-    )
-
-
 def learning_rate(config: TrainConfig, images: int) -> float:
     """Compute the learning rate of the step that brings the number of images seen to `images`.
 

@@ -37,7 +37,7 @@ from lamamba.sampling import choose_device
 from lamamba.sampling.labels import why_unguided
 from lamamba.terminal.output import say
 from lamamba.training.log import SHORT_RUN_STEPS, SilentLog, TrainingLog, read_log
-from lamamba.training.optimizers import describe_weight_decay, learning_rate
+from lamamba.training.optimizers import learning_rate
 from lamamba.training.resuming import compare_origin, describe_origin, is_same_place
 from lamamba.training.trainer import Trainer
 
@@ -260,8 +260,6 @@ def _train(
                         log.note(f"accumulate {config.accumulate} is limited to {len(trainer.parts)}, a rank's images")
                     if config.recipe == "best" and config.horizontal_flip and not saved:
                         log.note("half of the images are mirrored: for letters and the like, give --no-horizontal-flip")
-                    if config.weight_decay:
-                        log.note(describe_weight_decay(trainer.network, config.weight_decay))
                     if config.network.num_classes and not config.distillation and (why := why_unguided(config.network)):
                         log.note(f"sample grids are without guidance: {why}")
                     if not saved and config.start_from is None and (advice := advise_short_run(config)):
