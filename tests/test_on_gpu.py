@@ -257,6 +257,7 @@ def test_weights_rounded_together_train_the_same(tmp_path: Path, options: dict[s
     """They are rounded as each layer would round them, so nothing may change."""
     trainers = [trainer(tmp_path, precision="bf16", **options) for _ in range(2)]
     trainers[0].rounding = nullcontext
+    assert trainers[1].rounding is not nullcontext
     losses = [list(losses_of(trainer, 5)) for trainer in trainers]
     assert losses[0] == losses[1]
     assert torch.equal(*(parameters_of(trainer) for trainer in trainers))

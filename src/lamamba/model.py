@@ -263,7 +263,7 @@ def _stages(stages: nn.ModuleList) -> Iterable[nn.ModuleList]:
 class Linear(nn.Linear):
     """PyTorch's linear layer with faster gradients of float32 weights in mixed precision; see `lamamba.ops.linear`."""
 
-    rounded = ("weight", "bias")  # see `lamamba.ops.linear.RoundedWeights`
+    rounded_parameters = ("weight", "bias")  # see `lamamba.ops.linear.RoundedWeights`
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., i) to (..., o)."""
@@ -349,7 +349,7 @@ def normalize(x: Tensor, norm: nn.LayerNorm, modulation: tuple[Tensor, Tensor] |
 class SS2D(nn.Module):
     """The sum of four selective scans over the grid: every pixel sees every other pixel, at linear cost."""
 
-    rounded = ("x_proj_weight", "dt_weight")
+    rounded_parameters = ("x_proj_weight", "dt_weight")
 
     def __init__(self, config: NetworkConfig, width: int) -> None:
         super().__init__()

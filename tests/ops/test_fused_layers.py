@@ -17,6 +17,7 @@ from lamamba.ops.fused_layers import (
     norm_mlp,
     tiles,
 )
+from lamamba.ops.launch import record_launches
 from lamamba.ops.residual_norm import Residual
 
 pytest.importorskip("triton")
@@ -209,6 +210,40 @@ def test_dropout_takes_the_separate_operations() -> None:
     with torch.no_grad():
         _, out = norm_mlp(norm_of(given, True), *layers, dropout=0.5, backend="triton")
     assert float((out == 0).float().mean()) == pytest.approx(0.5, abs=0.05)
+
+
+WRONG: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "in_proj": ("in", lambda w: w[:, :-1]),
+    "mlp": ("bias_1", lambda b: b[:-1]),
+    "attention": ("table", lambda t: t[:-1]),
+    "shifted attention": ("qkv_bias", lambda b: b[:-3]),
+    "out_proj": ("wide_weight", lambda w: w[:-1]),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_shapes_that_disagree_are_refused(name: str) -> None:
+    """Kernels would read beyond the end of a tensor."""
+    given = {key: tensor.float() for key, tensor in make_inputs((2, 4, 5, 8)).items()}
+    wrong, cut = WRONG[name]
+    with torch.no_grad(), pytest.raises(ValueError, match=r"is \(.*\): (with .* it must be|give) "):
+        OPERATIONS[name]({**given, wrong: cut(given[wrong])}, "triton")
+    if name != "out_proj":
+        with torch.no_grad(), pytest.raises(ValueError, match=r"shift is \(1, 8\)|gate is \(1, 8\)"):
+            OPERATIONS[name]({**given, "modulation": given["modulation"][:1]}, "triton")
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_backend_holds_for_separate_operations_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {key: tensor.float() for key, tensor in make_inputs((2, 4, 5, 8)).items()}
+    launched = record_launches(lambda: OPERATIONS[name](given, "triton"))
+    assert any("forward" in launch.kernel.fn.__name__ for launch in launched), "with gradients"
+    with use_backend("triton"), torch.no_grad():
+        assert not record_launches(lambda: OPERATIONS[name](given, "pytorch"))
+    double = {key: tensor.double() for key, tensor in given.items()}
+    for context in (torch.enable_grad(), torch.no_grad()):
+        with context, pytest.raises(ValueError, match=r"the kernels do not take torch\.float64"):
+            OPERATIONS[name](double, "triton")
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_weights_are_rounded_together_while_in_use() -> None:
 def test_layers_compute_the_same_from_weights_that_were_rounded_together() -> None:
     inputs = make_inputs()
     layer = torch.nn.Module()
-    layer.rounded = ("weight", "bias")  # type: ignore[assignment]
+    layer.rounded_parameters = ("weight", "bias")  # type: ignore[assignment]
     for name in ("halves", "bias", "no bias"):
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
         layer.weight, layer.bias = torch.nn.Parameter(leaves[1]), torch.nn.Parameter(leaves[2])
@@ -164,7 +164,7 @@ def test_layers_compute_the_same_from_weights_that_were_rounded_together() -> No
 def test_modules_name_what_they_round() -> None:
     """Every matrix of a block but the norms', the convolution's and the table of biases."""
     block = Block(NetworkConfig(embed_dim=8, num_heads=2), 8, shifted=False, project=True)
-    found = {weight.data_ptr() for weight in RoundedWeights(block, torch.bfloat16).weights}
+    found = {weight.data_ptr() for weight in RoundedWeights(block, torch.bfloat16).weights()}
     names = {name for name, weight in block.named_parameters() if weight.data_ptr() in found}
     layers = (
         "condition_projection",
@@ -178,3 +178,27 @@ def test_modules_name_what_they_round() -> None:
     assert names == wanted | {
         f"ssm.{name}" for name in ("in_proj.weight", "out_proj.weight", "x_proj_weight", "dt_weight")
     }
+
+
+def test_networks_without_such_weights_have_no_copies() -> None:
+    for network in (torch.nn.Linear(4, 4), Linear(4, 4).bfloat16()):
+        copies = RoundedWeights(network, torch.bfloat16)
+        assert not copies.copies
+        with copies.in_use():
+            assert torch.equal(rounded(network.weight, torch.bfloat16), network.weight.bfloat16())
+
+
+def test_copies_of_an_outer_use_come_back() -> None:
+    layer = Linear(4, 4)
+    outer, inner = (RoundedWeights(layer, torch.bfloat16) for _ in range(2))
+    with outer.in_use():
+        with inner.in_use():
+            assert rounded(layer.weight, torch.bfloat16).data_ptr() == inner.copies[0].data_ptr()
+        assert rounded(layer.weight, torch.bfloat16).data_ptr() == outer.copies[0].data_ptr()
+
+
+def test_weights_that_are_not_contiguous_are_rounded_as_they_are() -> None:
+    layer = Linear(4, 4, bias=False)
+    layer.weight = torch.nn.Parameter(torch.randn(4, 4).T)
+    with RoundedWeights(layer, torch.bfloat16).in_use():
+        assert torch.equal(rounded(layer.weight.mT, torch.bfloat16), layer.weight.mT.bfloat16())

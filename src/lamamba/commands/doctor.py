@@ -29,6 +29,7 @@ LIMIT_S = 300.0  # for one part; if a check takes longer, it hangs, and the proc
 OPERATIONS = (  # as in lamamba.ops.selfcheck, which is slow to import
     *("scan_grid", "scan_grid, 4 states", "selective_scan_fn", "selective_scan_fn, 4 states"),
     *("window_attention", "depthwise_convolution", "gated_norm", "residual_norm", "linear_gelu"),
+    *("norm_linear", "norm_mlp", "norm_attention", "gated_norm_linear"),
 )
 TRACKERS = ("wandb", "trackio")
 _OTHER_TORCH = (

@@ -42,27 +42,44 @@ class RoundedWeights:
     """16-bit copies of the weights of a network that computes in mixed precision on a GPU.
 
     Args:
-        network: modules name the parameters that they round in every pass in an attribute `rounded`.
+        network: modules name the parameters that they round in every pass in an attribute `rounded_parameters`. Those
+            that are float32 now are rounded. They may change, but not move.
         dtype: of the copies.
     """
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
-        found = (getattr(module, name) for module in network.modules() for name in getattr(module, "rounded", ()))
-        self.weights = [weight.detach() for weight in found if weight is not None and weight.dtype == torch.float32]
-        self.copies = [torch.empty_like(weight, dtype=dtype) for weight in self.weights]
+        named = ((module, name) for module in network.modules() for name in getattr(module, "rounded_parameters", ()))
+        self._places = [place for place in named if _is_rounded(getattr(*place))]
+        with torch.inference_mode(False):  # or autograd could not save them
+            self.copies = [torch.empty_like(weight, dtype=dtype) for weight in self.weights()]
+
+    def weights(self) -> list[Tensor]:
+        """Return the weights that have copies."""
+        return [getattr(*place).detach() for place in self._places]
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Round the weights now, and let `rounded` return the copies while the context lasts."""
-        with torch.no_grad():
-            torch._foreach_copy_(self.copies, self.weights)
-        addresses = [weight.data_ptr() for weight in self.weights]
-        _copies.update(zip(addresses, self.copies, strict=True))
+        """Round the weights now, and let `rounded` return the copies while the context lasts.
+
+        A backward pass belongs into the context of its forward pass, because the next use overwrites the copies.
+        """
+        weights = self.weights()
+        if weights:
+            with torch.no_grad():
+                torch._foreach_copy_(self.copies, weights)
+        mine = {weight.data_ptr(): copy for weight, copy in zip(weights, self.copies, strict=True)}
+        before = {address: _copies[address] for address in mine if address in _copies}
+        _copies.update(mine)
         try:
             yield
         finally:
-            for address in addresses:
+            for address in mine:
                 _copies.pop(address, None)
+            _copies.update(before)
+
+
+def _is_rounded(weight: Tensor | None) -> bool:
+    return weight is not None and weight.dtype == torch.float32 and weight.is_contiguous()
 
 
 def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:

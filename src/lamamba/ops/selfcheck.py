@@ -10,6 +10,7 @@ from torch import Tensor
 from lamamba.ops.backend import choose_kernels, choose_loops, choose_loops_outside_graphs
 from lamamba.ops.depthwise_convolution import depthwise_convolution
 from lamamba.ops.depthwise_convolution.reference import depthwise_convolution_reference
+from lamamba.ops.fused_layers import Norm, gated_norm_linear, norm_attention, norm_linear_in_halves, norm_mlp
 from lamamba.ops.gated_norm import gated_norm
 from lamamba.ops.gated_norm.reference import gated_norm_reference
 from lamamba.ops.grid import NUM_PATHS
@@ -98,12 +99,53 @@ def _residual_norm_meaning(
     return torch.cat((x, layer_norm_reference(x, None, None, (shift, scale), _EPS, x.dtype)))
 
 
+def _fused(function: Callable[..., Tensor], shapes: tuple[tuple[int, ...], ...]) -> Operation:
+    """Check layers after a norm: the result without gradients, and the gradients of the separate operations."""
+
+    def run(*inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            fused = function(*inputs)
+        out = function(*inputs)
+        return out + (fused - out).detach()
+
+    return Operation(run, partial(function, backend="pytorch"), shapes, _takes_norm_loops)
+
+
 def _takes_norm_loops(x: Tensor) -> bool:
     return choose_loops_outside_graphs((x,), "auto")
 
 
+def _norm(x: Tensor, branch: Tensor, of_images: Tensor, of_channels: Tensor) -> Norm:
+    gate, shift, scale = of_images.unbind(1)
+    weight, bias, branch_bias = of_channels.unbind(0)
+    return Norm(x, Residual(branch, gate, branch_bias), weight, bias, (shift, scale), _EPS)
+
+
+def _norm_mlp(*inputs: Tensor, **options: Any) -> Tensor:
+    *norm, weight_1, bias_1, weight_2 = inputs
+    return torch.cat(norm_mlp(_norm(*norm), weight_1, bias_1, weight_2, **options))
+
+
+def _norm_linear(*inputs: Tensor, **options: Any) -> Tensor:
+    *norm, weight = inputs
+    return torch.cat(norm_linear_in_halves(_norm(*norm), weight, **options))
+
+
+def _norm_attention(*inputs: Tensor, **options: Any) -> Tensor:
+    *norm, qkv, qkv_bias, bias, weight = inputs
+    return torch.cat(norm_attention(_norm(*norm), qkv, qkv_bias, bias, weight, _HEADS, _WINDOW, True, **options))
+
+
+def _gated_norm_linear(
+    planes: Tensor, z: Tensor, weight: Tensor, bias: Tensor, layer: Tensor, **options: Any
+) -> Tensor:
+    return gated_norm_linear(planes, z, weight, bias, _EPS, layer, **options)
+
+
 _GRID = (_BATCH, _SIDE, _SIDE, _CHANNELS)
 _PER_IMAGE = (_BATCH, _CHANNELS)
+_NORM = (_GRID, _GRID, (_BATCH, 3, _CHANNELS), (3, _CHANNELS))
+_SQUARE = (_CHANNELS, _CHANNELS)
 
 
 def _scan(num_states: int) -> Operation:
@@ -156,4 +198,13 @@ OPERATIONS: Mapping[str, Operation] = {
         _takes_norm_loops,
     ),
     "linear_gelu": Operation(linear_gelu, linear_gelu_reference, (_GRID, (32, _CHANNELS), (32,))),
+    "norm_linear": _fused(_norm_linear, (*_NORM, (2 * _CHANNELS, _CHANNELS))),
+    "norm_mlp": _fused(_norm_mlp, (*_NORM, (32, _CHANNELS), (32,), (_CHANNELS, 32))),
+    "norm_attention": _fused(
+        _norm_attention,
+        (*_NORM, (3 * _CHANNELS, _CHANNELS), (3 * _CHANNELS,), ((2 * _WINDOW - 1) ** 2, _HEADS), _SQUARE),
+    ),
+    "gated_norm_linear": _fused(
+        _gated_norm_linear, ((NUM_PATHS, *_GRID), _GRID, (_CHANNELS,), (_CHANNELS,), (8, _CHANNELS))
+    ),
 }  # fmt: skip

@@ -17,11 +17,12 @@ from lamamba.ops.fused_layers.tiles import (
     norm_linear_pays,
     norm_mlp_pays,
 )
-from lamamba.ops.gated_norm import gated_norm
+from lamamba.ops.gated_norm import check_gated_norm, gated_norm
 from lamamba.ops.linear import compute_dtype, linear, linear_in_halves, rounded
-from lamamba.ops.linear_gelu import gelu_mlp
-from lamamba.ops.residual_norm import Residual, layer_norm, residual_norm
-from lamamba.ops.window_attention import has_kernels_for, project_and_attend, window_attention
+from lamamba.ops.linear_gelu import check_layer, gelu_mlp
+from lamamba.ops.residual_norm import Residual, check_norm, layer_norm, residual_norm
+from lamamba.ops.shapes import check_shapes
+from lamamba.ops.window_attention import check_windows, has_kernels_for, project_and_attend, window_attention
 
 __all__ = ["Norm", "gated_norm_linear", "norm_attention", "norm_linear_in_halves", "norm_mlp"]
 
@@ -40,19 +41,20 @@ class Norm(NamedTuple):
     """Shift and scale, each (b, c)."""
     eps: float
 
-    def apply(self) -> tuple[Tensor, Tensor]:
+    def apply(self, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
         """Return the stream with the residual added, and the normalized values in the dtype of the next layer."""
         affine, dtype = (self.weight, self.bias, self.modulation, self.eps), compute_dtype(self.x)
         if self.residual is None:
-            return self.x, layer_norm(self.x, *affine, dtype)
-        return residual_norm(self.x, self.residual, *affine, dtype)
+            return self.x, layer_norm(self.x, *affine, dtype, backend)
+        return residual_norm(self.x, self.residual, *affine, dtype, backend)
 
     def stream(self, x_new: Tensor) -> Tensor:
         """Return the stream from the result of a kernel, which is empty without a residual."""
         return self.x if self.residual is None else x_new
 
-    def tensors(self) -> tuple[Tensor | float | None, ...]:
-        """Return the arguments of the kernels."""
+    def arguments(self, operation: str) -> tuple[Tensor | float | None, ...]:
+        """Check the shapes, and return the arguments of the kernels."""
+        check_norm(operation, self.x, self.residual, (self.weight, self.bias), self.modulation)
         return self.x, *(self.residual or (None, None, None)), self.weight, self.bias, *self.modulation, self.eps
 
 
@@ -62,16 +64,20 @@ def norm_linear_in_halves(norm: Norm, weight: Tensor, backend: Backend = "auto")
     Args:
         norm: see `Norm`.
         weight: (o, c).
-        backend: see `lamamba.ops.backend`; "auto" fuses where that is faster, "triton" always.
+        backend: see `lamamba.ops.backend`. Without gradients, "auto" fuses 16-bit activations where that is faster, and
+            "triton" fuses everything. With gradients, both run the kernels of the separate operations.
 
     Returns:
         The stream with the residual added, and both halves of the layer's result, each (b, h, w, o / 2).
+
+    Raises:
+        ValueError: shapes disagree, or the kernels cannot run on these tensors. The other functions raise it too.
     """
-    if _fuses_linear(norm.x, backend):
+    if _fuses("norm_linear", norm.x, norm_linear_pays, backend):
         x, out = _norm_linear(norm, weight, None, False)
         first, second = out.chunk(2, dim=-1)
         return x, first, second
-    x, normed = norm.apply()
+    x, normed = norm.apply(backend)
     first, second = linear_in_halves(normed, weight)
     return x, first, second
 
@@ -88,9 +94,12 @@ def gated_norm_linear(
     if _fuses("gated_norm_linear", z, gated_norm_linear_pays, backend):
         from lamamba.ops.fused_layers.triton import gated_norm_linear_triton
 
-        out: Tensor = gated_norm_linear_triton(planes, z, norm_weight, norm_bias, eps, rounded(weight, z.dtype))
+        check_gated_norm(planes, z, norm_weight, norm_bias)
+        check_shapes("gated_norm_linear", f"z {tuple(z.shape)}", {"weight": (weight, (len(weight), z.shape[3]))})
+        dtype = compute_dtype(z)
+        out: Tensor = gated_norm_linear_triton(planes, z, norm_weight, norm_bias, eps, rounded(weight, dtype), dtype)
         return out
-    return linear(gated_norm(planes, z, norm_weight, norm_bias, eps), weight)
+    return linear(gated_norm(planes, z, norm_weight, norm_bias, eps, backend), weight)
 
 
 def norm_attention(
@@ -102,20 +111,25 @@ def norm_attention(
     Returns:
         The stream with the residual added, and the result (b, h, w, c).
     """
-    geometry = (num_heads, window_size, shifted)
-    if has_kernels_for(norm.x, window_size) and _fuses("norm_attention", norm.x, attention_pays, backend):
+    x, geometry = norm.x, (num_heads, window_size, shifted)
+    if has_kernels_for(x, window_size) and _fuses("norm_attention", x, attention_pays, backend):
         from lamamba.ops.fused_layers.triton import norm_attention_triton
 
-        dtype = compute_dtype(norm.x)
+        check_windows(x, len(qkv_weight), bias, num_heads, window_size)
+        check_layer(x, qkv_weight, qkv_bias)
+        square = (x.shape[3], x.shape[3])
+        check_shapes("norm_attention", f"x {tuple(x.shape)}", {"weight": (weight, square)})
+        check_shapes("norm_attention", f"x {tuple(x.shape)}", {"qkv_weight": (qkv_weight, (3 * square[0], square[0]))})
+        dtype = compute_dtype(x)
         layers = (rounded(qkv_weight, dtype), qkv_bias, bias, rounded(weight, dtype))
-        x_new, out = norm_attention_triton(*norm.tensors(), *layers, *geometry, dtype)
+        x_new, out = norm_attention_triton(*norm.arguments("norm_attention"), *layers, *geometry, dtype)
         return norm.stream(x_new), out
-    if _fuses_linear(norm.x, backend):
+    if _fuses("norm_linear", x, norm_linear_pays, backend):
         x, qkv = _norm_linear(norm, qkv_weight, qkv_bias, False)
-        attended = window_attention(qkv, bias, *geometry)
+        attended = window_attention(qkv, bias, *geometry, backend)
     else:
-        x, normed = norm.apply()
-        attended = project_and_attend(normed, qkv_weight, qkv_bias, bias, *geometry)
+        x, normed = norm.apply(backend)
+        attended = project_and_attend(normed, qkv_weight, qkv_bias, bias, *geometry, backend)
     return x, linear(attended, weight)
 
 
@@ -127,35 +141,37 @@ def norm_mlp(
     Returns:
         The stream with the residual added, and the result (b, h, w, o).
     """
-    if not dropout and _fuses("norm_mlp", norm.x, norm_mlp_pays, backend):
+    x = norm.x
+    if not dropout and len(weight_2) == x.shape[-1] and _fuses("norm_mlp", x, norm_mlp_pays, backend):
         from lamamba.ops.fused_layers.triton import norm_mlp_triton
 
-        dtype = compute_dtype(norm.x)
+        check_layer(x, weight_1, bias_1)
+        with_layer = f"weight_1 {tuple(weight_1.shape)}"
+        check_shapes("norm_mlp", with_layer, {"weight_2": (weight_2, (len(weight_2), len(weight_1)))})
+        dtype = compute_dtype(x)
         layers = (rounded(weight_1, dtype), bias_1, rounded(weight_2, dtype))
-        x_new, out = norm_mlp_triton(*norm.tensors(), *layers, dtype)
+        x_new, out = norm_mlp_triton(*norm.arguments("norm_mlp"), *layers, dtype)
         return norm.stream(x_new), out
-    if not dropout and _fuses_linear(norm.x, backend):
+    if not dropout and _fuses("norm_linear", x, norm_linear_pays, backend):
         x, hidden = _norm_linear(norm, weight_1, bias_1, True)
         return x, linear(hidden, weight_2)
-    x, normed = norm.apply()
-    return x, gelu_mlp(normed, weight_1, bias_1, weight_2, dropout)
+    x, normed = norm.apply(backend)
+    return x, gelu_mlp(normed, weight_1, bias_1, weight_2, dropout, backend)
 
 
 def _norm_linear(norm: Norm, weight: Tensor, bias: Tensor | None, gelu: bool) -> tuple[Tensor, Tensor]:
     from lamamba.ops.fused_layers.triton import norm_linear_triton
 
+    check_shapes("norm_linear", f"x {tuple(norm.x.shape)}", {"weight": (weight, (len(weight), norm.x.shape[-1]))})
+    check_shapes("norm_linear", f"weight {tuple(weight.shape)}", {"bias": (bias, (len(weight),))})
     dtype = compute_dtype(norm.x)
-    x_new, out = norm_linear_triton(*norm.tensors(), rounded(weight, dtype), bias, gelu, dtype)
+    x_new, out = norm_linear_triton(*norm.arguments("norm_linear"), rounded(weight, dtype), bias, gelu, dtype)
     return norm.stream(x_new), out
-
-
-def _fuses_linear(x: Tensor, backend: Backend) -> bool:
-    return _fuses("norm_linear", x, norm_linear_pays, backend)
 
 
 def _fuses(operation: str, x: Tensor, pays: Callable[[int, int], bool], backend: Backend) -> bool:
     """Return whether to run the fused kernel on pixels (b, h, w, c)."""
-    if torch.is_grad_enabled() or not choose_kernels(operation, x, backend):
+    if not choose_kernels(operation, x, backend) or torch.is_grad_enabled():
         return False
     is_short = compute_dtype(x).itemsize == 2
     return backend == "triton" or (is_short and pays(x.shape[:3].numel(), x.shape[3]))

@@ -137,13 +137,13 @@ norm_attention_triton.register_fake(lambda x, branch, *others: _fake(x, branch, 
 
 @torch.library.custom_op("lamamba::gated_norm_linear", mutates_args=())
 def gated_norm_linear_triton(
-    planes: Tensor, z: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor
+    planes: Tensor, z: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Run the kernel; arguments as in `lamamba.ops.fused_layers`. The result has the dtype of z."""
+    """Run the kernel; arguments as in `lamamba.ops.fused_layers`. The result has the given dtype, as the weight."""
     planes = planes.contiguous()
     z, z_stride = readable_pixels(z)
     num_rows, channels = z.shape[:3].numel(), z.shape[3]
-    out = _result(z, z.dtype, len(weight))
+    out = _result(z, dtype, len(weight))
     tile = gated_norm_linear_tile(num_rows, channels, len(weight))
     launch(
         gated_norm_linear_kernel,
@@ -155,5 +155,5 @@ def gated_norm_linear_triton(
 
 
 gated_norm_linear_triton.register_fake(
-    lambda planes, z, norm_weight, norm_bias, eps, weight: _result(z, z.dtype, len(weight))
+    lambda planes, z, norm_weight, norm_bias, eps, weight, dtype: _result(z, dtype, len(weight))
 )

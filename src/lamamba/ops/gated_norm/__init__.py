@@ -12,7 +12,7 @@ from lamamba.ops.gated_norm.cpu import GatedNorm
 from lamamba.ops.gated_norm.reference import gated_norm_reference
 from lamamba.ops.shapes import check_dimensions, check_shapes
 
-__all__ = ["gated_norm"]
+__all__ = ["check_gated_norm", "gated_norm"]
 
 
 def gated_norm(
@@ -36,10 +36,7 @@ def gated_norm(
     Raises:
         ValueError: shapes disagree, or the kernels cannot run on these tensors.
     """
-    check_dimensions("gated_norm", "planes", planes, "p b h w e")
-    channels = planes.shape[4:]
-    wanted = {"z": (z, planes.shape[1:]), "weight": (weight, channels), "bias": (bias, channels)}
-    check_shapes("gated_norm", f"planes {tuple(planes.shape)}", wanted)
+    check_gated_norm(planes, z, weight, bias)
     if choose_kernels("gated_norm", planes, backend):
         from lamamba.ops.gated_norm.triton import gated_norm_triton
 
@@ -50,3 +47,11 @@ def gated_norm(
         out = GatedNorm.apply(planes[0], z, weight, bias, eps)
         return out
     return gated_norm_reference(planes, z, weight, bias, eps)
+
+
+def check_gated_norm(planes: Tensor, z: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Raise ValueError if shapes disagree; arguments as in `gated_norm`."""
+    check_dimensions("gated_norm", "planes", planes, "p b h w e")
+    channels = planes.shape[4:]
+    wanted = {"z": (z, planes.shape[1:]), "weight": (weight, channels), "bias": (bias, channels)}
+    check_shapes("gated_norm", f"planes {tuple(planes.shape)}", wanted)

@@ -12,7 +12,7 @@ from lamamba.ops.linear import compute_dtype, linear
 from lamamba.ops.linear_gelu.reference import linear_gelu_reference
 from lamamba.ops.shapes import check_shapes
 
-__all__ = ["gelu_mlp", "linear_gelu"]
+__all__ = ["check_layer", "gelu_mlp", "linear_gelu"]
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, backend: Backend = "auto") -> Tensor:
@@ -32,7 +32,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, backend: Backend = "aut
     Raises:
         ValueError: shapes disagree, or the kernels cannot run on these tensors.
     """
-    _check(x, weight, bias)
+    check_layer(x, weight, bias)
     if choose_kernels("linear_gelu", x, backend):
         from lamamba.ops.linear_gelu.triton import bias_gelu_triton
 
@@ -68,14 +68,15 @@ def gelu_mlp(
     if dropout or not (torch.is_grad_enabled() and choose_kernels("gelu_mlp", x, backend)):
         hidden = linear_gelu(x, weight_1, bias_1, backend)
         return linear(F.dropout(hidden, dropout) if dropout else hidden, weight_2)
-    _check(x, weight_1, bias_1)
+    check_layer(x, weight_1, bias_1)
     from lamamba.ops.linear_gelu.triton import GeluMlp
 
     out: Tensor = GeluMlp.apply(x.to(compute_dtype(x)), weight_1, bias_1, weight_2)
     return out
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+def check_layer(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Raise ValueError if the shapes of x (..., i), a weight (c, i) and a bias (c,) disagree."""
     if x.ndim == 0 or 0 in x.shape:
         raise ValueError(f"linear_gelu: x is {tuple(x.shape)}: give (..., i), none of them 0")
     check_shapes("linear_gelu", f"x {tuple(x.shape)}", {"weight": (weight, (len(weight), x.shape[-1]))})

@@ -14,7 +14,7 @@ from lamamba.ops.residual_norm.cpu import ResidualNorm
 from lamamba.ops.residual_norm.reference import add_gated_reference, layer_norm_reference
 from lamamba.ops.shapes import check_dimensions, check_shapes
 
-__all__ = ["Residual", "add_gated", "layer_norm", "residual_norm"]
+__all__ = ["Residual", "add_gated", "check_norm", "layer_norm", "residual_norm"]
 
 
 class Residual(NamedTuple):
@@ -63,7 +63,7 @@ def residual_norm(
     Raises:
         ValueError: shapes disagree, or the kernels cannot run on these tensors.
     """
-    _check("residual_norm", x, residual, (weight, bias), modulation)
+    check_norm("residual_norm", x, residual, (weight, bias), modulation)
     if choose_kernels("residual_norm", x, backend):
         from lamamba.ops.residual_norm.triton import residual_norm_triton
 
@@ -88,7 +88,7 @@ def layer_norm(
     backend: Backend = "auto",
 ) -> Tensor:
     """Normalize and modulate without adding a branch: the second half of `residual_norm`."""
-    _check("layer_norm", x, None, (weight, bias), modulation)
+    check_norm("layer_norm", x, None, (weight, bias), modulation)
     if choose_kernels("layer_norm", x, backend):
         from lamamba.ops.residual_norm.triton import residual_norm_triton
 
@@ -101,7 +101,7 @@ def layer_norm(
 
 def add_gated(x: Tensor, residual: Residual, backend: Backend = "auto") -> Tensor:
     """Add a gated branch without a norm after it: the first half of `residual_norm`."""
-    _check("add_gated", x, residual, (None, None), None)
+    check_norm("add_gated", x, residual, (None, None), None)
     if choose_kernels("add_gated", x, backend):
         from lamamba.ops.residual_norm.triton import residual_norm_triton
 
@@ -129,13 +129,14 @@ def _as_loops_take(
     return branch, gate, moved, slope, offset
 
 
-def _check(
+def check_norm(
     operation: str,
     x: Tensor,
     residual: Residual | None,
     affine: tuple[Tensor | None, Tensor | None],
     modulation: tuple[Tensor, Tensor] | None,
 ) -> None:
+    """Raise ValueError if shapes disagree; arguments as in `residual_norm`, after the name of the operation."""
     check_dimensions(operation, "x", x, "b h w c")
     batch, _, _, channels = x.shape
     branch, gate, branch_bias = residual or (None, None, None)

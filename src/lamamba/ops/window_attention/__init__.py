@@ -13,7 +13,7 @@ from lamamba.ops.shapes import check_shapes
 from lamamba.ops.window_attention.cpu import window_attention_cpu
 from lamamba.ops.window_attention.reference import window_attention_reference
 
-__all__ = ["has_kernels_for", "project_and_attend", "window_attention"]
+__all__ = ["check_windows", "has_kernels_for", "project_and_attend", "window_attention"]
 
 # Largest number of pixels of a window that the kernels support.
 MAX_PLACES = 64
@@ -43,7 +43,7 @@ def window_attention(
     Raises:
         ValueError: shapes disagree, or the kernels cannot run on these tensors.
     """
-    _check(qkv, qkv.shape[-1], bias, num_heads, window_size)
+    check_windows(qkv, qkv.shape[-1], bias, num_heads, window_size)
     if _choose_kernels(qkv, window_size, backend):
         from lamamba.ops.window_attention.triton import window_attention_triton
 
@@ -80,7 +80,7 @@ def project_and_attend(
         ValueError: shapes disagree, or the kernels cannot run on these tensors.
     """
     x = x.to(compute_dtype(x))
-    _check(x, len(weight), bias, num_heads, window_size)
+    check_windows(x, len(weight), bias, num_heads, window_size)
     differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, weight_bias, bias))
     if not (differentiated and _choose_kernels(x, window_size, backend)):
         return window_attention(linear(x, weight, weight_bias), bias, num_heads, window_size, shifted, backend)
@@ -101,7 +101,8 @@ def _choose_kernels(x: Tensor, window_size: int, backend: Backend) -> bool:
     return choose_kernels("window_attention", x, backend, limit)
 
 
-def _check(x: Tensor, channels: int, bias: Tensor, num_heads: int, window_size: int) -> None:
+def check_windows(x: Tensor, channels: int, bias: Tensor, num_heads: int, window_size: int) -> None:
+    """Raise ValueError if shapes disagree; `channels` are those of queries, keys and values together."""
     if x.ndim != 4 or 0 in x.shape or channels % (3 * num_heads):
         shape = (*x.shape[:-1], channels)
         raise ValueError(f"window_attention: qkv is {shape}: give (b, h, w, 3 * {num_heads} * c)")
