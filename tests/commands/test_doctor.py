@@ -171,7 +171,8 @@ def test_loops_are_named_where_they_run() -> None:
     pytest.importorskip("numba")
     versions = {name: check_operation(name, CPU, torch.float32).version for name in OPERATIONS}
     scans = {f"{name}{states}" for name in ("scan_grid", "selective_scan_fn") for states in ("", ", 4 states")}
-    with_loops = {*scans, "window_attention", "gated_norm", "residual_norm"}
+    after_norms = {"norm_linear", "norm_mlp", "norm_attention"}
+    with_loops = {*scans, *after_norms, "window_attention", "gated_norm", "residual_norm"}
     assert versions == {name: "compiled loops" if name in with_loops else "PyTorch" for name in OPERATIONS}
 
 

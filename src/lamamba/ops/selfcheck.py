@@ -99,7 +99,9 @@ def _residual_norm_meaning(
     return torch.cat((x, layer_norm_reference(x, None, None, (shift, scale), _EPS, x.dtype)))
 
 
-def _fused(function: Callable[..., Tensor], shapes: tuple[tuple[int, ...], ...]) -> Operation:
+def _fused(
+    function: Callable[..., Tensor], shapes: tuple[tuple[int, ...], ...], takes_loops: Callable[[Tensor], bool]
+) -> Operation:
     """Check layers after a norm: the result without gradients, and the gradients of the separate operations."""
 
     def run(*inputs: Tensor) -> Tensor:
@@ -108,7 +110,7 @@ def _fused(function: Callable[..., Tensor], shapes: tuple[tuple[int, ...], ...])
         out = function(*inputs)
         return out + (fused - out).detach()
 
-    return Operation(run, partial(function, backend="pytorch"), shapes, _takes_norm_loops)
+    return Operation(run, partial(function, backend="pytorch"), shapes, takes_loops)
 
 
 def _takes_norm_loops(x: Tensor) -> bool:
@@ -123,7 +125,7 @@ def _norm(x: Tensor, branch: Tensor, of_images: Tensor, of_channels: Tensor) -> 
 
 def _norm_mlp(*inputs: Tensor, **options: Any) -> Tensor:
     *norm, weight_1, bias_1, weight_2 = inputs
-    return torch.cat(norm_mlp(_norm(*norm), weight_1, bias_1, weight_2, **options))
+    return torch.cat(norm_mlp(_norm(*norm), _KEEPS_SIZE * weight_1, bias_1, weight_2, **options))
 
 
 def _norm_linear(*inputs: Tensor, **options: Any) -> Tensor:
@@ -133,7 +135,9 @@ def _norm_linear(*inputs: Tensor, **options: Any) -> Tensor:
 
 def _norm_attention(*inputs: Tensor, **options: Any) -> Tensor:
     *norm, qkv, qkv_bias, bias, weight = inputs
-    return torch.cat(norm_attention(_norm(*norm), qkv, qkv_bias, bias, weight, _HEADS, _WINDOW, True, **options))
+    return torch.cat(
+        norm_attention(_norm(*norm), _KEEPS_SIZE * qkv, qkv_bias, bias, weight, _HEADS, _WINDOW, True, **options)
+    )
 
 
 def _gated_norm_linear(
@@ -146,6 +150,7 @@ _GRID = (_BATCH, _SIDE, _SIDE, _CHANNELS)
 _PER_IMAGE = (_BATCH, _CHANNELS)
 _NORM = (_GRID, _GRID, (_BATCH, 3, _CHANNELS), (3, _CHANNELS))
 _SQUARE = (_CHANNELS, _CHANNELS)
+_KEEPS_SIZE = _CHANNELS**-0.5  # factor of a normal weight; with larger logits, rounding would grow
 
 
 def _scan(num_states: int) -> Operation:
@@ -198,13 +203,14 @@ OPERATIONS: Mapping[str, Operation] = {
         _takes_norm_loops,
     ),
     "linear_gelu": Operation(linear_gelu, linear_gelu_reference, (_GRID, (32, _CHANNELS), (32,))),
-    "norm_linear": _fused(_norm_linear, (*_NORM, (2 * _CHANNELS, _CHANNELS))),
-    "norm_mlp": _fused(_norm_mlp, (*_NORM, (32, _CHANNELS), (32,), (_CHANNELS, 32))),
+    "norm_linear": _fused(_norm_linear, (*_NORM, (2 * _CHANNELS, _CHANNELS)), _takes_norm_loops),
+    "norm_mlp": _fused(_norm_mlp, (*_NORM, (32, _CHANNELS), (32,), (_CHANNELS, 32)), _takes_norm_loops),
     "norm_attention": _fused(
         _norm_attention,
         (*_NORM, (3 * _CHANNELS, _CHANNELS), (3 * _CHANNELS,), ((2 * _WINDOW - 1) ** 2, _HEADS), _SQUARE),
+        _takes_norm_loops,
     ),
     "gated_norm_linear": _fused(
-        _gated_norm_linear, ((NUM_PATHS, *_GRID), _GRID, (_CHANNELS,), (_CHANNELS,), (8, _CHANNELS))
+        _gated_norm_linear, ((NUM_PATHS, *_GRID), _GRID, (_CHANNELS,), (_CHANNELS,), (8, _CHANNELS)), lambda x: False
     ),
 }  # fmt: skip
