@@ -93,7 +93,7 @@ def _make_config(setting: Setting, piece: Distilling, teacher: Path) -> tuple[Tr
         out=setting.out / piece.name / "run", data=DATA, num_images=scale.num_images or piece.num_images,
         batch_size=scale.batch_size, learning_rate=piece.learning_rate, decay="linear", keep_checkpoints=0,
         objective=student_objective(info.objective), network=replace(read_network_config(folder), label_dropout=0.0),
-        distillation=DistillationOptions(1, piece.guidance, teacher_steps, info.objective),
+        distillation=DistillationOptions(piece.steps, piece.guidance, teacher_steps, info.objective),
         start_from=str(teacher),
     )  # fmt: skip
     return config, info

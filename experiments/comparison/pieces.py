@@ -62,7 +62,7 @@ class Memorisation:
 
 @dataclass(frozen=True)
 class Distilling:
-    """Distill a trained network to one step, and score teacher and students at several numbers of steps."""
+    """Distill a trained network to a few steps, and score teacher and students at several numbers of steps."""
 
     name: str
     of: Training
@@ -71,6 +71,8 @@ class Distilling:
     num_images: int = 3_686_400
     learning_rate: float = 3e-4
     teacher_steps: int = 64
+    steps: Literal[1, 2, 4, 8] = 1
+    """Of the last student."""
 
 
 @dataclass(frozen=True)
@@ -292,7 +294,7 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
     "distill": (
         _NANO_FLOW, Distilling("distill-nano-flow", _NANO_FLOW),
         Distilling("distill-nano-flow-guided", _NANO_FLOW, guidance=2.0),
-        Distilling("distill-nano-flow-longer", _NANO_FLOW, num_images=7_372_800, teacher_steps=128),
+        Distilling("distill-nano-flow-longer", _NANO_FLOW, num_images=7_372_800, teacher_steps=128, steps=4),
         Distilling("distill-nano", _NANO), Distilling("distill-nano-guided", _NANO, guidance=2.0),
     ),
 }  # fmt: skip
