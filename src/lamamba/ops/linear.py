@@ -82,9 +82,13 @@ def _is_rounded(weight: Tensor | None) -> bool:
     return weight is not None and weight.dtype == torch.float32 and weight.is_contiguous()
 
 
+def _has_copies() -> bool:
+    return not torch.compiler.is_compiling() and bool(_copies)
+
+
 def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert a weight for a product: a copy of `RoundedWeights` if it has one. Autograd must not record this."""
-    if not torch.compiler.is_compiling() and _copies and weight.dtype != dtype:
+    if _has_copies() and weight.dtype != dtype:
         copy = _copies.get(weight.data_ptr())
         if copy is not None and copy.dtype == dtype and copy.numel() == weight.numel() and weight.is_contiguous():
             return copy.view(weight.shape)
@@ -96,8 +100,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     dtype = autocast_dtype(x)
     if dtype is None and _is_faster_as_convolution(x):
         return _convolve(x, weight, bias)
-    if dtype is None or not x.is_cuda:
-        return F.linear(x, weight, bias)
+    if dtype is None or not x.is_cuda or not (torch.is_grad_enabled() or _has_copies()):
+        return F.linear(x, weight, bias)  # autocast keeps copies of its own
     if not torch.is_grad_enabled():
         return F.linear(x.to(dtype), rounded(weight, dtype), None if bias is None else rounded(bias, dtype))
     out: Tensor = _Linear.apply(x.to(dtype), weight, bias)
