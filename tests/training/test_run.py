@@ -24,6 +24,7 @@ from lamamba.data import to_float
 from lamamba.diffusion import Diffusion
 from lamamba.errors import LamambaError
 from lamamba.files.records import read_train_config
+from lamamba.ops.linear import RoundedWeights
 from lamamba.training import run as training
 from lamamba.training.optimizers import hidden_matrices, weights_decayed
 from lamamba.training.run import _set_aside
@@ -211,6 +212,17 @@ def test_every_option_of_training_changes_it(
     changed = take_steps(make_trainer(tmp_path, **options), 3)
     assert all(bool(value.isfinite().all()) for value in changed.values())
     assert not same(trained, changed)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"gradient_checkpointing": True}], ids=str)
+def test_weights_rounded_together_train_the_same(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Only GPUs use this, but a CPU computes the same."""
+    plain, together = (make_trainer(tmp_path, precision="bf16", **options) for _ in range(2))
+    copies = RoundedWeights(together.network, torch.bfloat16)
+    together.rounding = copies.in_use
+    assert same(take_steps(plain, 3), take_steps(together, 3))
+    assert all(bool(copy.isfinite().all()) for copy in copies.copies)
+    assert any(bool(copy.any()) for copy in copies.copies), "the copies were written"
 
 
 @pytest.mark.parametrize("geometry", [{}, {"downsample": "conv", "ssm_conv_bias": True, "ssm_state_size": 2}], ids=str)
