@@ -194,13 +194,13 @@ def test_every_value_is_written(names: tuple[str, ...], monkeypatch: pytest.Monk
 
 
 def test_strided_inputs_mean_the_same() -> None:
-    from lamamba.ops.residual_norm.triton import _readable
+    from lamamba.ops.launch import readable_rows
 
     inputs = {name: tensor.float() for name, tensor in make_inputs((2, 4, 5, 6)).items()}
     modulation = torch.stack([inputs[name] for name in ("shift", "scale", "gate")], dim=1)
     parts = dict(zip(("shift", "scale", "gate"), modulation.unbind(1), strict=True))
-    assert _readable(parts["gate"])[0] is parts["gate"]
-    assert _readable(parts["gate"])[1] == 18
+    assert readable_rows(parts["gate"])[0] is parts["gate"]
+    assert readable_rows(parts["gate"])[1] == 18
     wanted = outputs_and_gradients({name: tensor.contiguous() for name, tensor in inputs.items()}, "triton")
 
     def backwards(tensor: Tensor) -> Tensor:

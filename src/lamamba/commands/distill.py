@@ -72,7 +72,7 @@ def complete(config: DistillConfig) -> DistillConfig:
 
 
 def _data_options(config: DistillConfig, path: Path) -> dict[str, Any]:
-    """Choose the data options: those of the teacher's run, unless the configuration names other data."""
+    """Return the data options of the configuration, or of the teacher's run if it names none."""
     run = path.parent.parent
     started = None
     if (path / RECORD).is_file() and (run / "config.json").is_file() and is_run(run):

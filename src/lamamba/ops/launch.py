@@ -51,6 +51,20 @@ def readable_pixels(x: Tensor) -> tuple[Tensor, int]:
     return x.contiguous(), channels
 
 
+def readable_rows(of_images: Tensor | None) -> tuple[Tensor | None, int]:
+    """Return a (b, c) tensor and the distance between its rows; it is copied only if its channels are apart."""
+    if of_images is None:
+        return None, 0
+    if of_images.stride(1) != 1:
+        of_images = of_images.contiguous()
+    return of_images, of_images.stride(0)
+
+
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """Return a contiguous tensor, or None."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def precompile(function: Callable[..., object], *arguments: object) -> None:
     """Call a function without launching its kernels, then compile these kernels on all cores at once.
 

@@ -117,9 +117,9 @@ def norm_attention(
 
         check_windows(x, len(qkv_weight), bias, num_heads, window_size)
         check_layer(x, qkv_weight, qkv_bias)
-        square = (x.shape[3], x.shape[3])
-        check_shapes("norm_attention", f"x {tuple(x.shape)}", {"weight": (weight, square)})
-        check_shapes("norm_attention", f"x {tuple(x.shape)}", {"qkv_weight": (qkv_weight, (3 * square[0], square[0]))})
+        width = x.shape[3]
+        wanted = {"weight": (weight, (width, width)), "qkv_weight": (qkv_weight, (3 * width, width))}
+        check_shapes("norm_attention", f"x {tuple(x.shape)}", wanted)
         dtype = compute_dtype(x)
         layers = (rounded(qkv_weight, dtype), qkv_bias, bias, rounded(weight, dtype))
         x_new, out = norm_attention_triton(*norm.arguments("norm_attention"), *layers, *geometry, dtype)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from lamamba.ops.linear_gelu.kernels import normal
+from lamamba.ops.rows import normalize
 from lamamba.ops.window_attention.kernels import attention_weights, places, relative_bias
 
 
@@ -35,13 +36,6 @@ def _tile(num_pixels, num_tiles, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _normalize(b_x, m_c, eps, CHANNELS: tl.constexpr):
-    b_centred = b_x - tl.sum(b_x, axis=1, keep_dims=True) * (1 / CHANNELS)
-    b_centred = tl.where(m_c[None, :], b_centred, 0.0)
-    return b_centred * tl.rsqrt(tl.sum(b_centred * b_centred, axis=1, keep_dims=True) * (1 / CHANNELS) + eps)
-
-
-@triton.jit
 def _residual_norm(
     p_x, p_branch, p_gate, p_branch_bias, p_norm_weight, p_norm_bias, p_shift, p_scale, p_x_new,
     gate_stride, shift_stride, scale_stride, eps, image, o_row, m_row, is_first, CHANNELS: tl.constexpr,
@@ -63,7 +57,8 @@ def _residual_norm(
         b_x = b_stream.to(tl.float32)
     b_scale = 1 + _channels(p_scale + image * scale_stride, o_c, m_c)
     b_offset = _channels(p_norm_bias, o_c, m_c) * b_scale + _channels(p_shift + image * shift_stride, o_c, m_c)
-    return _normalize(b_x, m_c, eps, CHANNELS) * (_channels(p_norm_weight, o_c, m_c) * b_scale) + b_offset
+    normalized, _ = normalize((b_x,), eps, CHANNELS, BLOCK, 1)
+    return normalized[0] * (_channels(p_norm_weight, o_c, m_c) * b_scale) + b_offset
 
 
 @triton.jit(do_not_specialize=["num_pixels", "num_tiles"])
@@ -185,7 +180,8 @@ def gated_norm_linear_kernel(
         p_plane = p_planes + tl.cast(num_rows, tl.int64) * plane * CHANNELS
         b_y += tl.load(p_plane + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_y = b_y.to(p_planes.dtype.element_ty).to(tl.float32)
-    b_y = _normalize(b_y, m_c, eps, CHANNELS) * _channels(p_norm_weight, o_c, m_c) + _channels(p_norm_bias, o_c, m_c)
+    normalized, _ = normalize((b_y,), eps, CHANNELS, BLOCK, 1)
+    b_y = normalized[0] * _channels(p_norm_weight, o_c, m_c) + _channels(p_norm_bias, o_c, m_c)
     b_z = tl.load(p_z + o_row[:, None] * z_stride + o_c[None, :], mask=m_x, other=0.0).to(tl.float32)
     dtype = p_out.dtype.element_ty
     b_y = (b_y * (b_z * tl.sigmoid(b_z))).to(dtype)

@@ -46,8 +46,8 @@ def norm_mlp_tile(num_rows: int, channels: int) -> dict[str, int]:
     """Choose the rows of a program, its hidden channels at a time, and launch options."""
     narrow = padded(channels) <= 64
     if num_rows >= FEW_ROWS:
-        shape = {"ROWS": 64, "CHUNK": 64, "num_stages": 2, "maxnreg": 128} if narrow else {}
-        return {"num_warps": 4, **(shape or {"ROWS": 64, "CHUNK": 32, "num_stages": 3, "maxnreg": 168})}
+        chunk, stages, registers = (64, 2, 128) if narrow else (32, 3, 168)
+        return {"ROWS": 64, "CHUNK": chunk, "num_warps": 4, "num_stages": stages, "maxnreg": registers}
     if num_rows >= 4096:
         return {"ROWS": 32, "CHUNK": 64, "num_warps": 4, "num_stages": 3}
     chunk, stages = (128, 2) if narrow else (64, 3)

@@ -19,13 +19,8 @@ from lamamba.ops.fused_layers.tiles import (
     norm_mlp_tile,
     padded,
 )
-from lamamba.ops.launch import launch, readable_pixels
+from lamamba.ops.launch import dense, launch, readable_pixels, readable_rows
 from lamamba.ops.window_attention.geometry import Windows
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """Return a (b, c) tensor whose channels are contiguous; it may be part of a larger tensor."""
-    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
 class _Norm:
@@ -35,14 +30,12 @@ class _Norm:
         self, x: Tensor, branch: Tensor | None, gate: Tensor | None, branch_bias: Tensor | None,
         weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, eps: float,
     ) -> None:  # fmt: skip
-        shift, scale = _rows(shift), _rows(scale)
-        gate = None if gate is None else _rows(gate)
+        of_images, strides = zip(*map(readable_rows, (gate, shift, scale)), strict=True)
         self.x_new = x.new_empty(0 if branch is None else x.shape)
         self.stored = None if branch is None else self.x_new
-        branch, branch_bias = (None if tensor is None else tensor.contiguous() for tensor in (branch, branch_bias))
         affine = (weight.contiguous(), bias.contiguous())
-        self.tensors = (x.contiguous(), branch, gate, branch_bias, *affine, shift, scale)
-        self.numbers = (0 if gate is None else gate.stride(0), shift.stride(0), scale.stride(0), eps)
+        self.tensors = (x.contiguous(), dense(branch), of_images[0], dense(branch_bias), *affine, *of_images[1:])
+        self.numbers = (*strides, eps)
 
 
 def _result(x: Tensor, dtype: torch.dtype, width: int | None = None) -> Tensor:
@@ -71,7 +64,7 @@ def norm_linear_triton(
     num_tiles = triton.cdiv(height * width, tile["ROWS"])
     launch(
         norm_linear_kernel, (batch * num_tiles, triton.cdiv(len(weight), tile["COLUMNS"] * tile["TURNS"])),
-        *norm.tensors, weight.contiguous(), None if bias is None else bias.contiguous(), norm.stored, out,
+        *norm.tensors, weight.contiguous(), dense(bias), norm.stored, out,
         *norm.numbers, height * width, num_tiles,
         CHANNELS=channels, BLOCK=padded(channels), OUT=len(weight), GELU=gelu, **tile,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lamamba.ops.launch import launch
+from lamamba.ops.launch import dense, launch, readable_rows
 from lamamba.ops.residual_norm.kernels import (
     residual_norm_backward_kernel,
     residual_norm_forward_kernel,
@@ -39,19 +39,6 @@ def _plan(x: Tensor, wanted_warps: int) -> _Plan:
     return _Plan((batch, triton.cdiv(num_pixels, pixels_per_program)), num_pixels, pixels_per_program, constants)
 
 
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _readable(of_images: Tensor | None) -> tuple[Tensor | None, int]:
-    """Return a (b, c) tensor and its row stride; it is copied only if its channels are not contiguous."""
-    if of_images is None:
-        return None, 0
-    if of_images.stride(1) != 1:
-        of_images = of_images.contiguous()
-    return of_images, of_images.stride(0)
-
-
 def _empty_like(tensor: Tensor | None, x: Tensor) -> Tensor:
     """Allocate a result. An operation must return tensors, so a missing result is a tensor without elements."""
     return x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
@@ -69,10 +56,10 @@ def residual_norm_triton(
         x_new, which is empty without a branch (then x_new equals x), and normed, which is empty without a norm.
     """
     x = x.contiguous()
-    branch, branch_bias, weight, bias = (_dense(tensor) for tensor in (branch, branch_bias, weight, bias))
-    gate, gate_stride = _readable(gate)
-    shift, shift_stride = _readable(shift)
-    scale, scale_stride = _readable(scale)
+    branch, branch_bias, weight, bias = (dense(tensor) for tensor in (branch, branch_bias, weight, bias))
+    gate, gate_stride = readable_rows(gate)
+    shift, shift_stride = readable_rows(shift)
+    scale, scale_stride = readable_rows(scale)
     x_new, normed = _results(x, branch, dtype)
     plan = _plan(x, FORWARD_WARPS)
     launch(
@@ -109,10 +96,10 @@ def _backward(
         The gradient of x then equals `grad_x_new`.
     """
     grad_x_new, grad_normed, x_new, branch, branch_bias, weight, bias = (
-        _dense(tensor) for tensor in (grad_x_new, grad_normed, x_new, branch, branch_bias, weight, bias)
+        dense(tensor) for tensor in (grad_x_new, grad_normed, x_new, branch, branch_bias, weight, bias)
     )
-    gate, gate_stride = _readable(gate)
-    scale, scale_stride = _readable(scale)
+    gate, gate_stride = readable_rows(gate)
+    scale, scale_stride = readable_rows(scale)
     results = _gradients(grad_x_new, grad_normed, x_new, branch, gate, branch_bias, shift, scale)
     like = grad_normed if grad_x_new is None else grad_x_new
     assert like is not None

@@ -102,7 +102,7 @@ def _choose_kernels(x: Tensor, window_size: int, backend: Backend) -> bool:
 
 
 def check_windows(x: Tensor, channels: int, bias: Tensor, num_heads: int, window_size: int) -> None:
-    """Raise ValueError if shapes disagree; `channels` are those of queries, keys and values together."""
+    """Raise ValueError if shapes disagree. Queries, keys and values together have `channels` channels."""
     if x.ndim != 4 or 0 in x.shape or channels % (3 * num_heads):
         shape = (*x.shape[:-1], channels)
         raise ValueError(f"window_attention: qkv is {shape}: give (b, h, w, 3 * {num_heads} * c)")
