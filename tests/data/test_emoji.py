@@ -160,6 +160,9 @@ def test_other_tarballs_and_folders_are_refused(tmp_path: Path, tarball: tuple[P
         with pytest.raises(DataError, match=rf"{source} cannot be read \("):
             prepare_emoji(out, source=source, expected=expected)
     prepare_emoji(out, source=path, expected=expected)
+    (out / "Flags" / "1f1e9.png").unlink()
+    with pytest.raises(DataError, match="Flags has 0 files, not 1: delete"):
+        prepare_emoji(out, source=path, expected=expected)
     (out / "mine").mkdir()
     with pytest.raises(DataError, match="also holds 'mine', which is not in the tar"):
         prepare_emoji(out, source=path, expected=expected)

@@ -3,6 +3,7 @@ import gzip
 import hashlib
 import io
 import os
+import shutil
 import sys
 import tarfile
 from functools import cache
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from lamamba.cli import main
-from lamamba.data import FolderSource, imagenet
+from lamamba.data import FolderSource, imagenet, preparing
 from lamamba.data.imagenet import Official, SplitCounts, prepare_imagenet
 from lamamba.errors import ConfigError, DataError
 
@@ -128,18 +129,6 @@ def written(monkeypatch):
     return names
 
 
-def stop_at(monkeypatch, name):
-    """Interrupt the command when it writes this file."""
-    write_bytes = Path.write_bytes
-
-    def stop(path, content):
-        if path.name == name:
-            raise KeyboardInterrupt
-        return write_bytes(path, content)
-
-    monkeypatch.setattr(Path, "write_bytes", stop)
-
-
 def tree(folder):
     """The files, hidden ones too, with their contents."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -225,13 +214,40 @@ class TestTrain:
         assert prepare_imagenet(out, train=train, official=official()) == {"train": SplitCounts(3, 9, 0)}
         assert tree(out) == TRAIN_TREE
 
-    def test_goes_on_after_an_interruption(self, monkeypatch, train, out):
-        with monkeypatch.context() as patch:
-            stop_at(patch, "n01000000_17.JPEG")
-            with pytest.raises(KeyboardInterrupt):
-                prepare_imagenet(out, train=train, official=official())
+    def test_goes_on_after_an_interruption(self, monkeypatch, train, out, written):
+        write = preparing._write
+
+        def stop(path, file):
+            if len(written) == 6:
+                raise KeyboardInterrupt
+            return write(path, file)
+
+        monkeypatch.setattr(preparing, "_write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_imagenet(out, train=train, official=official())
         assert sorted(os.listdir(out / "train")) == [".incomplete-n01000000", "n03000000"]
-        assert prepare_imagenet(out, train=train, official=official()) == {"train": SplitCounts(3, 5, 4)}
+        cut = out / "train" / ".incomplete-n01000000" / "n01000000_17.JPEG"
+        os.truncate(cut, 100)  # as if it was stopped while writing
+        first = list(written)
+        monkeypatch.setattr(preparing, "_write", write)
+        counts = prepare_imagenet(out, train=train, official=official())
+        assert counts == {"train": SplitCounts(3, 4, 5)}
+        assert sorted(written[6:]) == [
+            "n01000000_17.JPEG",
+            "n01000000_27.JPEG",
+            "n02000000_17.JPEG",
+            "n02000000_7.JPEG",
+        ]
+        assert len(first) == 6
+        assert tree(out) == TRAIN_TREE
+
+    def test_a_class_folder_that_lost_a_file_is_named(self, train, out):
+        prepare_imagenet(out, train=train, official=official())
+        (out / "train" / "n01000000" / "n01000000_7.JPEG").unlink()
+        with pytest.raises(DataError, match=r"train/n01000000 has 2 files, not 3: delete /.*/train/n01000000, and"):
+            prepare_imagenet(out, train=train, official=official())
+        shutil.rmtree(out / "train" / "n01000000")
+        assert prepare_imagenet(out, train=train, official=official()) == {"train": SplitCounts(3, 3, 6)}
         assert tree(out) == TRAIN_TREE
 
     def test_other_files_in_the_way_are_named(self, train, out):
@@ -241,8 +257,10 @@ class TestTrain:
         (out / "train" / "n09999999").rmdir()
         (out / "train" / ".incomplete-n01000000").mkdir()
         (out / "train" / ".incomplete-n01000000" / "n01000000_99.JPEG").touch()
-        prepare_imagenet(out, train=train, official=official())
-        assert tree(out) == TRAIN_TREE
+        with pytest.raises(
+            DataError, match=r"\.incomplete-n01000000 has 4 files, not 3: delete /.*/\.incomplete-n01000000, and"
+        ):
+            prepare_imagenet(out, train=train, official=official())
 
 
 class TestValidation:
@@ -255,16 +273,44 @@ class TestValidation:
         with pytest.raises(DataError, match=r"devkit\.tar\.gz needs scipy .*run 'pip install scipy'"):
             prepare_imagenet(out, validation=validation, devkit=devkit, official=official())
 
-    def test_starts_again_after_an_interruption(self, monkeypatch, validation, devkit, out):
-        with monkeypatch.context() as patch:
-            stop_at(patch, "ILSVRC2012_val_00000002.JPEG")
-            with pytest.raises(KeyboardInterrupt):
-                prepare_imagenet(out, validation=validation, devkit=devkit, official=official())
-        assert os.listdir(out) == [".incomplete-validation"]
-        (out / ".incomplete-validation" / "n02000000" / "other.JPEG").touch()
+    def test_goes_on_after_an_interruption(self, monkeypatch, validation, devkit, out, written):
+        write = preparing._write
+
+        def stop(path, file):
+            if len(written) == 4:
+                raise KeyboardInterrupt
+            return write(path, file)
+
+        written.clear()
+        monkeypatch.setattr(preparing, "_write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_imagenet(out, validation=validation, devkit=devkit, official=official())
+        monkeypatch.setattr(preparing, "_write", write)
+        os.truncate(next((out / ".incomplete-validation").rglob("*_00000001.JPEG")), 100)
+        counts = prepare_imagenet(out, validation=validation, devkit=devkit, official=official())
+        assert counts == {"validation": SplitCounts(3, 3, 3)}
+        assert tree(out) == VALIDATION_TREE
+
+    def test_a_folder_that_lost_a_file_is_named(self, validation, devkit, out):
+        prepare_imagenet(out, validation=validation, devkit=devkit, official=official())
+        next((out / "validation" / "n02000000").iterdir()).unlink()
+        with pytest.raises(DataError, match=r"validation/n02000000 has 1 files, not 2: delete /.*/validation, and"):
+            prepare_imagenet(out, validation=validation, devkit=devkit, official=official())
+        shutil.rmtree(out / "validation" / "n02000000")
+        with pytest.raises(DataError, match=r"validation/n02000000 has 0 files, not 2: delete /.*/validation, and"):
+            prepare_imagenet(out, validation=validation, devkit=devkit, official=official())
+        shutil.rmtree(out / "validation")
         counts = prepare_imagenet(out, validation=validation, devkit=devkit, official=official())
         assert counts == {"validation": SplitCounts(3, 6, 0)}
         assert tree(out) == VALIDATION_TREE
+
+    def test_other_files_in_the_way_are_named(self, validation, devkit, out):
+        other = out / ".incomplete-validation" / "n02000000" / "other.JPEG"
+        other.parent.mkdir(parents=True)
+        other.touch()
+        with pytest.raises(DataError, match=r"n02000000 has 3 files, not 2: delete /.*/\.incomplete-validation, and"):
+            prepare_imagenet(out, validation=validation, devkit=devkit, official=official())
+        assert not (out / "validation").exists()
 
 
 class TestDisk:
@@ -286,12 +332,18 @@ class TestDisk:
             prepare_imagenet(out, train=train, official=official())
         assert_message(caught, os.strerror(number), "run the command again")
         monkeypatch.undo()
-        assert prepare_imagenet(out, train=train, official=official()) == {"train": SplitCounts(3, 5, 4)}
+        assert prepare_imagenet(out, train=train, official=official()) == {"train": SplitCounts(3, 4, 5)}
         assert tree(out) == TRAIN_TREE
+
+    def test_an_image_that_arrives_in_part_is_named(self, monkeypatch, train, out):
+        write_bytes = Path.write_bytes
+        monkeypatch.setattr(Path, "write_bytes", lambda path, content: write_bytes(path, content[:-1]))
+        with pytest.raises(DataError, match=r"n03000000_7\.JPEG cannot be written \(.*\d+ bytes arrived of \d+\)"):
+            prepare_imagenet(out, train=train, official=official())
 
     def test_a_folder_that_cannot_be_made_is_named(self, train, tmp_path):
         (tmp_path / "file").touch()
-        with pytest.raises(DataError, match=r"file/train.* cannot be written \(.*Not a directory.*make its folder"):
+        with pytest.raises(DataError, match=r"file/train.* cannot be made \(.*Not a directory.*make its folder"):
             prepare_imagenet(tmp_path / "file", train=train, official=official())
 
 

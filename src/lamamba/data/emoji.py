@@ -12,10 +12,12 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import tarfile
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, cast
 
@@ -23,12 +25,13 @@ from rich.progress import MofNCompleteColumn
 
 from lamamba.config import PrepareEmojiConfig
 from lamamba.data.decoding import decode_image
-from lamamba.data.preparing import SplitCounts, check_names, fill_folder, list_names, using
+from lamamba.data.preparing import NewFile, SplitCounts, check_names, fill_folder, list_names, using
 from lamamba.errors import DataError, reading
 from lamamba.files import TEMPORARY
 from lamamba.terminal.output import progress_bars, say
 
 PACKAGE = "emoji-datasource-google"
+REGISTRY = "https://registry.npmjs.org"
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,8 @@ def prepare_emoji(out: Path, *, source: Path | None = None, expected: Expected =
     Args:
         out: folder for the categories; created if missing.
         source: the package's tarball, as `npm pack emoji-datasource-google` downloads it. By default it is downloaded
-            (74 MB) from the registry that the environment variable NPM_CONFIG_REGISTRY names, or from npm's own, and
-            deleted at the end.
+            (74 MB) from the registry that the environment variable NPM_CONFIG_REGISTRY or npm names, or from npm's own,
+            and deleted at the end.
         expected: the version of the package.
 
     Raises:
@@ -84,8 +87,8 @@ def prepare_emoji(out: Path, *, source: Path | None = None, expected: Expected =
     with using(out, "made"):
         out.mkdir(parents=True, exist_ok=True)
     numbers = {name: len(list_names(out / name)) for name in sorted(list_names(out)) if (out / name).is_dir()}
-    if source is None and len(numbers) == expected.num_classes:
-        return EmojiCounts(len(numbers), 0, sum(numbers.values()), numbers)
+    if source is None and (len(numbers), sum(numbers.values())) == (expected.num_classes, expected.num_images):
+        return EmojiCounts(expected.num_classes, 0, expected.num_images, numbers)
     tarball = source or out / f"{TEMPORARY}{PACKAGE}-{expected.version}.tgz"
     with progress_bars(MofNCompleteColumn(), "images ·") as bar:
         if source is None and not (tarball.exists() and _integrity(tarball) == expected.integrity):
@@ -103,13 +106,22 @@ def prepare_emoji(out: Path, *, source: Path | None = None, expected: Expected =
 
 
 def _download(tarball: Path, expected: Expected, advice: str) -> None:
-    registry = os.environ.get("NPM_CONFIG_REGISTRY", "https://registry.npmjs.org").rstrip("/")
-    where = f"{registry}/{PACKAGE}/{expected.version}"
+    where = f"{_registry()}/{PACKAGE}/{expected.version}"
     with reading(f"{where} could not be downloaded to {tarball}", advice):
         with urllib.request.urlopen(where, timeout=60) as answer:
             address = json.load(answer)["dist"]["tarball"]
         with urllib.request.urlopen(address, timeout=60) as answer, tarball.open("wb") as file:
             shutil.copyfileobj(answer, file)
+
+
+def _registry() -> str:
+    named = os.environ.get("NPM_CONFIG_REGISTRY")
+    npm = shutil.which("npm")
+    if not named and npm is not None:
+        command = [npm, "config", "get", "registry"]
+        asked = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=60)
+        named = asked.stdout.strip()
+    return (named if named and named.startswith("http") else REGISTRY).rstrip("/")
 
 
 def _integrity(path: Path) -> str:
@@ -135,13 +147,11 @@ def _write(out: Path, tarball: Path, advance: Callable[[int], None]) -> EmojiCou
                 categories.setdefault(emoji["category"], []).append(picture["image"])
     check_names(out, categories.keys())
     extracted = 0
-    for category, names in sorted(categories.items()):
-        if (out / category).is_dir():
-            advance(len(names))
-            continue
-        files = ((name, _on_white(content[f"package/img/google/64/{name}"])) for name in sorted(names))
-        extracted += fill_folder(out / category, files, advance)
-    numbers = {category: len(list_names(out / category)) for category in sorted(categories)}
+    for category in sorted(categories):
+        images = {name: content[f"package/img/google/64/{name}"] for name in sorted(categories[category])}
+        files = (NewFile(name, None, partial(_on_white, image)) for name, image in images.items())
+        extracted += fill_folder(out / category, files, advance)[0]
+    numbers = {category: len(categories[category]) for category in sorted(categories)}
     return EmojiCounts(len(numbers), extracted, sum(numbers.values()) - extracted, numbers)
 
 

@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import IO, cast
@@ -17,7 +18,7 @@ from typing import IO, cast
 from rich.progress import MofNCompleteColumn
 
 from lamamba.config import PrepareImagenetConfig
-from lamamba.data.preparing import SplitCounts, check_names, fill_folder, list_names
+from lamamba.data.preparing import NewFile, SplitCounts, check_names, fill_folder
 from lamamba.errors import ConfigError, DataError, reading
 from lamamba.terminal.output import progress_bars, say
 
@@ -59,8 +60,8 @@ def prepare_imagenet(
     """Extract the official ImageNet files to `out`/train and `out`/validation, one folder per class, named by its WNID.
 
     First the MD5 of each file is checked, which takes some minutes for the training images. If a call was stopped or
-    ran out of space, the same call continues with the first class that is not complete, or with all validation images.
-    A terminal shows a progress bar.
+    ran out of space, the same call continues it. Images are copied byte by byte, one at a time. A terminal shows a
+    progress bar.
 
     Args:
         out: folder for the splits; created if missing.
@@ -143,28 +144,23 @@ def _extract_validation(
     path: Path, final: Path, classes: dict[str, str], advance: Callable[[int], None]
 ) -> SplitCounts:
     """Extract the validation tar to a folder; `classes` has the WNID of each image."""
-    num_classes = len(set(classes.values()))
-    if final.is_dir():
-        advance(len(classes))
-        return SplitCounts(num_classes, 0, len(classes))
     with _opened(path) as tar:
-        files = ((f"{classes[member.name]}/{member.name}", _read(tar, member)) for member in tar)
-        return SplitCounts(num_classes, fill_folder(final, files, advance), 0)
+        files = (
+            NewFile(f"{classes[member.name]}/{member.name}", member.size, partial(_read, tar, member)) for member in tar
+        )
+        written, number = fill_folder(final, files, advance)
+    return SplitCounts(len(set(classes.values())), written, number - written)
 
 
 def _extract_train(path: Path, folder: Path, advance: Callable[[int], None]) -> SplitCounts:
     """Extract the training tar, which has one tar per class, to a folder."""
-    extracted = present = 0
+    extracted = total = 0
     with _opened(path) as tar:
         members = {member.name.removesuffix(".tar"): member for member in tar}
         check_names(folder, members.keys())
         for wnid, member in members.items():
-            if (folder / wnid).is_dir():
-                number = len(list_names(folder / wnid))
-                present += number
-                advance(number)
-                continue
             with tarfile.open(fileobj=tar.extractfile(member)) as inner:
-                files = ((image.name, _read(inner, image)) for image in inner)
-                extracted += fill_folder(folder / wnid, files, advance)
-    return SplitCounts(len(members), extracted, present)
+                files = (NewFile(image.name, image.size, partial(_read, inner, image)) for image in inner)
+                written, number = fill_folder(folder / wnid, files, advance)
+            extracted, total = extracted + written, total + number
+    return SplitCounts(len(members), extracted, total - extracted)

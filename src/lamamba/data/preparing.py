@@ -1,11 +1,12 @@
 """Shared by the commands that prepare a dataset: folders that are complete once they have their name."""
 
 import os
-import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from lamamba.errors import DataError, reading
 from lamamba.files import TEMPORARY
@@ -24,24 +25,61 @@ class SplitCounts:
         return f"{self.num_extracted:,} images extracted{present}"
 
 
-def fill_folder(final: Path, files: Iterable[tuple[str, bytes]], advance: Callable[[int], None]) -> int:
-    """Write files, by their names below the folder, to a hidden folder, which then gets its name; return their number.
+class NewFile(NamedTuple):
+    """A file to write: its name below the folder, its size in bytes if that is known, and a function that reads it."""
+
+    name: str
+    size: int | None
+    read: Callable[[], bytes]
+
+
+def fill_folder(final: Path, files: Iterable[NewFile], advance: Callable[[int], None]) -> tuple[int, int]:
+    """Write files below a hidden folder, which is renamed to `final` once all are there.
+
+    If `final` exists, only the number of files in its folders is checked. Files of the right size that an earlier call
+    left in the hidden folder are kept.
+
+    Returns:
+        The number of files that were written, and of all files.
 
     Raises:
-        DataError: a file cannot be written.
+        DataError: a file cannot be written, or a folder holds more or fewer files.
     """
-    hidden, number = final.with_name(TEMPORARY + final.name), 0
-    shutil.rmtree(hidden, ignore_errors=True)  # of a call that was stopped
-    for name, content in files:
-        path = hidden / name
-        with using(path, "written"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        number += 1
+    with using(final, "looked at"):
+        exists = final.exists()
+    top = final if exists else final.with_name(TEMPORARY + final.name)
+    written, numbers, names = 0, Counter[Path](), set[str]()
+    for file in files:
+        path = top / file.name
+        numbers[path.parent] += 1
+        names.add(file.name.partition("/")[0])
+        if not exists:
+            with using(path.parent, "made"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            written += _write(path, file)
         advance(1)
-    with using(final, "made"):
-        hidden.rename(final)
-    return number
+    for folder, number in numbers.items():
+        there = len(list_names(folder))
+        if there != number:
+            raise DataError(f"{folder} has {there} files, not {number}: delete {top}, and it is extracted again")
+    check_names(top, names)
+    if not exists:
+        with using(final, "made"):
+            top.rename(final)
+    return written, numbers.total()
+
+
+def _write(path: Path, file: NewFile) -> bool:
+    """Write a file unless it is there with its full size; return whether it was written."""
+    if file.size is not None and path.exists() and path.stat().st_size == file.size:
+        return False
+    content = file.read()
+    with using(path, "written"):
+        path.write_bytes(content)
+        arrived = path.stat().st_size
+        if arrived != len(content):
+            raise OSError(f"{arrived} bytes arrived of {len(content)}")
+    return True
 
 
 def check_names(folder: Path, allowed: Set[str]) -> None:
