@@ -3,9 +3,8 @@
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 
 from lamamba.cli import main
 from lamamba.commands import doctor as doctors
-from lamamba.commands.doctor import Finding, look
+from lamamba.commands.doctor import Finding, examine, look
 from lamamba.ops.backend import use_backend
 from lamamba.ops.selfcheck import OPERATIONS, check_operation
 
@@ -44,7 +43,7 @@ def test_lines_say_what_helps_and_a_fault_is_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     findings = [Finding("first", "ok", "works"), Finding("second", "broken", "does not", "pip install second")]
-    monkeypatch.setattr(doctors, "PARTS", {"all": lambda: iter(findings)})
+    monkeypatch.setattr(doctors, "examine", lambda parts: iter(findings))
     with pytest.raises(SystemExit, match="1"):
         main(["doctor"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -54,28 +53,33 @@ def test_lines_say_what_helps_and_a_fault_is_exit_code_1(
     ]  # fmt: skip
 
 
-def check_beside(folder: Path, module: str, content: str) -> subprocess.CompletedProcess[str]:
-    """Run the command where a module of this content is found first."""
-    (folder / f"{module}.py").write_text(content)
-    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{Path(doctors.__file__).parents[2]}"}
-    command = [sys.executable, "-m", "lamamba", "doctor", "--json"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
-def test_where_a_check_ends_the_process_it_is_named(tmp_path: Path) -> None:
+def test_a_part_that_ends_its_process_is_a_finding_and_the_rest_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a library does whose compiled code this processor cannot run."""
-    done = check_beside(tmp_path, "diffusers", "import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
-    assert done.returncode == -signal.SIGILL
-    assert "Illegal instruction" in done.stderr
-    assert "in _look_at_import" in done.stderr
+    (tmp_path / "numba.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
+    (tmp_path / "diffusers.py").write_text("import time\ntime.sleep(1000)\n")
+    monkeypatch.syspath_prepend(tmp_path)  # which the other process takes over
+    found = list(examine(["Python", "numba", "diffusers", "packages"], limit_s=10))
+    assert [(one.name, one.state) for one in found] == [
+        ("lamamba", "ok"), ("Python", "ok"), ("numba", "broken"), ("diffusers", "broken"), ("packages", "ok"),
+    ]  # fmt: skip
+    assert found[2].detail == "ended the process that checked it (SIGILL)"
+    assert found[3].detail == "did not answer for 10 s"
 
 
-def test_without_torch_every_part_still_has_its_line(tmp_path: Path) -> None:
-    done = check_beside(
-        tmp_path, "torch", 'raise ImportError("libtorch.so: cannot open shared object file\\nand more")'
-    )
-    assert done.returncode == 1
-    found = {entry["name"]: Finding(**entry) for entry in json.loads(done.stdout)}
+def test_where_there_can_be_no_other_process_this_one_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(process: object) -> None:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(multiprocessing.get_context("spawn").Process, "start", fail)
+    assert [one.name for one in examine(["Python", "packages"])] == ["lamamba", "Python", "packages"]
+
+
+def test_without_torch_every_part_still_has_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torch.py").write_text('raise ImportError("libtorch.so: cannot open shared object file\\nand more")')
+    monkeypatch.syspath_prepend(tmp_path)
+    found = {one.name: one for one in examine(list(doctors.PARTS), limit_s=60)}
     says = "cannot be imported (ImportError: libtorch.so: cannot open shared object file)"
     assert found["torch"] == Finding("torch", "broken", says, "pip install --force-reinstall torch")
     for name in ("GPU", "bf16", "threads", *OPERATIONS):

@@ -1,23 +1,25 @@
 """The command `lamamba doctor`: check what works on this machine, and suggest fixes.
 
-Where a check ends the process, for example with an illegal instruction in compiled code, faulthandler shows which.
+Another process checks one part after the other and reports the results. If a part ends that process, for example with
+an illegal instruction in compiled code, that is its result, and a new process checks the remaining parts.
 """
 
-import faulthandler
 import importlib
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Literal
 
@@ -25,8 +27,8 @@ from lamamba import __version__
 from lamamba.config import DoctorConfig
 from lamamba.terminal.output import say
 
-LIMIT_S = 300.0  # for one part; if a check takes longer, it hangs, and the process ends
-OPERATIONS = (  # as in lamamba.ops.selfcheck, which is slow to import
+LIMIT_S = 300.0  # for one part; a check that takes longer hangs
+OPERATIONS = (  # as in lamamba.ops.selfcheck, which only the other process imports
     *("scan_grid", "scan_grid, 4 states", "selective_scan_fn", "selective_scan_fn, 4 states"),
     *("window_attention", "depthwise_convolution", "gated_norm", "residual_norm", "linear_gelu"),
     *("norm_linear", "norm_mlp", "norm_attention", "gated_norm_linear"),
@@ -56,16 +58,12 @@ class Finding:
 def doctor(config: DoctorConfig) -> bool:
     """Print the findings line by line, and return whether nothing is broken."""
     findings = []
-    faulthandler.enable(2)
-    for part in PARTS:
-        faulthandler.dump_traceback_later(LIMIT_S, file=2, exit=True)
-        for finding in look(part):
-            findings.append(finding)
-            if not config.json:
-                say(f"{finding.state:<6} {finding.name:<22} {finding.detail}")
-                if finding.fix:
-                    say(f"{'':<29} {finding.fix}")
-    faulthandler.cancel_dump_traceback_later()
+    for finding in examine(list(PARTS)):
+        findings.append(finding)
+        if not config.json:
+            say(f"{finding.state:<6} {finding.name:<22} {finding.detail}")
+            if finding.fix:
+                say(f"{'':<29} {finding.fix}")
     broken = sum(finding.state == "broken" for finding in findings)
     if config.json:
         say(*json.dumps([asdict(finding) for finding in findings], indent=2).splitlines())
@@ -74,18 +72,60 @@ def doctor(config: DoctorConfig) -> bool:
     return not broken
 
 
+def examine(parts: Sequence[str], limit_s: float = LIMIT_S) -> Iterator[Finding]:
+    """Check parts of the machine (names in `PARTS`), each for at most `limit_s` seconds. Raises nothing."""
+    left, context = list(parts), multiprocessing.get_context("spawn")
+    while left:
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_report, args=(left, sender), daemon=True)
+        try:
+            process.start()
+        except OSError:  # no other process can be started
+            yield from look(left.pop(0))
+            continue
+        sender.close()  # so that reading ends when the process ends
+        fault = ""
+        while left and not fault:
+            try:
+                if receiver.poll(limit_s):
+                    yield from receiver.recv()
+                    left.pop(0)
+                else:
+                    fault = f"did not answer for {limit_s:g} s"
+            except (EOFError, OSError):
+                process.join()
+                fault = f"ended the process that checked it ({_describe_end(process.exitcode)})"
+        if fault:
+            yield Finding(left.pop(0), "broken", fault)
+        process.kill()
+        process.join()
+
+
 def look(part: str) -> list[Finding]:
-    """Check one part. An error becomes a finding."""
+    """Check one part in this process. An error becomes a finding."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they would say what is reported here anyway
-            return list(PARTS[part]())
+        return list(PARTS[part]())
     except (Exception, SystemExit) as error:
         return [Finding(part, "broken", f"cannot be checked ({_describe(error)})")]
 
 
+def _report(parts: list[str], sender: Connection) -> None:
+    silence = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):  # libraries would print warnings about what is reported here anyway
+        os.dup2(silence, descriptor)
+    for part in parts:
+        sender.send(look(part))
+
+
 def _describe(error: BaseException) -> str:
     return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+
+
+def _describe_end(code: int | None) -> str:
+    if code is not None and code < 0:
+        with suppress(ValueError):
+            return signal.Signals(-code).name
+    return f"exit code {code}"
 
 
 def _look_at_python() -> Iterator[Finding]:
