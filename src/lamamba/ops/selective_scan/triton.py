@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lamamba.ops.launch import launch
 from lamamba.ops.linear import rounded, weight_gradient
+from lamamba.ops.selective_scan import states_cuda
 from lamamba.ops.selective_scan.kernels import scan_backward_kernel, scan_forward_kernel, scan_summary_kernel
 from lamamba.ops.selective_scan.products import steps_backward, sum_and_project
 from lamamba.ops.selective_scan.states_kernels import (
@@ -55,7 +56,9 @@ class _Geometry(NamedTuple):
     constants: dict[str, Any]
 
 
-def _geometry(x: Tensor, low: Tensor, rank: int, A_log: Tensor, continuous: bool, backward: bool) -> _Geometry:
+def _geometry(
+    x: Tensor, low: Tensor, rank: int, A_log: Tensor, continuous: bool, backward: bool, at_once: int = 0
+) -> _Geometry:  # fmt: skip
     batch, height, width, channels = x.shape
     if batch > MAX_BATCH:
         raise ValueError(f"scan_grid: a batch of {batch} is too large for the kernels: use {MAX_BATCH} or less")
@@ -63,7 +66,10 @@ def _geometry(x: Tensor, low: Tensor, rank: int, A_log: Tensor, continuous: bool
     # With several states, values that are loaded ahead need the registers that a second channel per lane would take.
     block = 32 if states > 1 else max(32, min(BLOCK, triton.next_power_of_2(channels)))
     num_tiles = triton.cdiv(height * width, TILE)
-    block, cuts = (_cut_backward if backward else _cut_forward)(batch, channels, num_tiles, block)
+    if backward:
+        block, cuts = _cut_backward(batch, channels, num_tiles, block, at_once)
+    else:
+        block, cuts = _cut_forward(batch, channels, num_tiles, block)
     parts, first_image = [], 0
     for num_images, num_segments in cuts:
         tiles_per_segment = triton.cdiv(num_tiles, num_segments)
@@ -89,14 +95,15 @@ def _cut_forward(batch: int, channels: int, num_tiles: int, block: int) -> Cut:
     return _narrower(batch, channels, block, NARROWER_BELOW), [(batch, 1)]
 
 
-def _cut_backward(batch: int, channels: int, num_tiles: int, block: int) -> Cut:
-    """Choose the same for the backward pass."""
+def _cut_backward(batch: int, channels: int, num_tiles: int, block: int, at_once: int = 0) -> Cut:
+    """Choose the same for the backward pass. A large GPU runs `at_once` programs, 0 for those in Triton."""
+    at_once = at_once or BACKWARD_AT_ONCE
     if num_tiles < LONG_PATH:
         return _narrower(batch, channels, block, NARROWER_BACKWARD_BELOW), [(batch, 1)]
     of_image = 4 * triton.cdiv(channels, block)
-    whole = batch * of_image // BACKWARD_AT_ONCE * BACKWARD_AT_ONCE // of_image
+    whole = batch * of_image // at_once * at_once // of_image
     left = batch - whole
-    segments = _most_segments(num_tiles, BACKWARD_AT_ONCE // (left * of_image)) if left else 1
+    segments = _most_segments(num_tiles, at_once // (left * of_image)) if left else 1
     return block, [(batch, 1)] if segments == 1 else [(whole, 1), (left, segments)] if whole else [(batch, segments)]
 
 
@@ -177,12 +184,19 @@ def _scan_states(
     batch, _, _, channels = x.shape
     num_states = A_log.shape[2]
     save = states.numel() > 0
-    room = A_log.new_empty(batch, 4, part.num_segments, num_states, channels)
     rows = _rows_of_weights(low, rank, num_states, continuous)
     rates = _rates(A_log)
     carry, decay = _summarise(
         states_summary_kernel, geometry, part, num_states, x, 0, low, rows, weight, bias, rates, backward=False
     )
+    if in_cuda := states_cuda.plan(x, low, weight, rank, num_states, continuous, backward=False):
+        launch(
+            states_cuda.forward_kernel, (in_cuda.num_blocks, 4 * part.num_segments, batch),
+            states_cuda.aligned(x), states_cuda.aligned(low), rows, states_cuda.aligned(weight), bias, rates, D,
+            planes, states, carry, decay, save, batch, part.tiles_per_segment, part.num_segments, **in_cuda.constants,
+        )  # fmt: skip
+        return
+    room = A_log.new_empty(batch, 4, part.num_segments, num_states, channels)
     launch(
         states_forward_kernel, (geometry.num_blocks, 4 * part.num_segments, batch),
         x, low, rows, weight, bias, rates, D, planes, room, states, carry, decay,
@@ -254,7 +268,9 @@ def _scan_grid_backward(
     plane = x.numel() if grad_y.ndim == 5 else 0  # distance between the gradients of two paths
     batch, height, width, channels = x.shape
     num_states = A_log.shape[2]
-    geometry = _geometry(x, low, rank, A_log, continuous, backward=True)
+    in_cuda = states_cuda.plan(x, low, weight, rank, num_states, continuous, backward=True) if num_states > 1 else None
+    at_once = states_cuda.BACKWARD_AT_ONCE if in_cuda else 0
+    geometry = _geometry(x, low, rank, A_log, continuous, True, at_once)
     grad_x, grad_z = (x.new_empty(4, batch, height * width, channels) for _ in range(2))
     num_rows = [part.num_images * part.num_segments for part in geometry.parts]
     grad_shared = A_log.new_empty(sum(num_rows), num_states + 2, 4, channels)
@@ -276,13 +292,22 @@ def _scan_grid_backward(
         grad_low_by_path[..., rank : rank + 2] = grad_BC.sum(dim=0).flatten(0, 1)
     else:
         rows = _rows_of_weights(low, rank, num_states, continuous)
-        grad_rows = x.new_empty(geometry.num_blocks, *rows.shape, dtype=saved_dtype(x, num_states))
+        num_blocks = in_cuda.num_blocks if in_cuda else geometry.num_blocks
+        grad_rows = x.new_empty(num_blocks, *rows.shape, dtype=saved_dtype(x, num_states))
         rates = _rates(A_log)
         for part, of_part in zip(geometry.parts, grad_shared.split(num_rows), strict=True):
             carry, decay = _summarise(
                 states_summary_kernel, geometry, part, num_states,
                 grad_y, plane, low, rows, weight, bias, rates, backward=True,
             )  # fmt: skip
+            if in_cuda:
+                launch(
+                    states_cuda.backward_kernel, (num_blocks, 4 * part.num_segments, part.num_images),
+                    *map(states_cuda.aligned, (x, low)), rows, states_cuda.aligned(weight), bias, rates, D,
+                    states_cuda.aligned(grad_y), states, carry, decay, grad_x, grad_z, grad_rows, of_part,
+                    plane, batch, part.first_image, part.tiles_per_segment, part.num_segments, **in_cuda.constants,
+                )  # fmt: skip
+                continue
             grads = A_log.new_empty(part.num_images, 4, part.num_segments, num_states, channels)
             launch(
                 states_backward_kernel, (geometry.num_blocks, 4 * part.num_segments, part.num_images),
@@ -293,7 +318,7 @@ def _scan_grid_backward(
             )  # fmt: skip
         _copy_rows(
             from_paths_kernel, low, rank, num_states, continuous,
-            grad_rows, grad_low, geometry.num_blocks, rows.numel(),
+            grad_rows, grad_low, num_blocks, rows.numel(),
         )  # fmt: skip
     grad_weight = steps_backward(grad_z.flatten(1, 2), low_by_path, weight, rank, grad_low_by_path)
     return grad_x.view(4, *x.shape), grad_low, grad_weight, sum_parts(grad_shared)

@@ -1,0 +1,449 @@
+// The scan with several states for bfloat16, in CUDA C++, compiled at run time; see README.md.
+//
+// A warp walks one path of one image, or a segment of it, for 32 channels: lanes are channels. The warps of a block walk
+// the same path for other channels, and share B, C and the low-rank step sizes. While a tile of TILE steps is computed,
+// what the next one needs is copied to shared memory. Triton cannot do that by hand, and its registers hold the same
+// values instead, so that fewer warps fit on a multiprocessor.
+//
+// These constants are defined before this text: HEIGHT, WIDTH, CONTINUOUS, CHANNELS, LOW, RANK and STATES as for the
+// Triton kernels; BACKWARD; WARPS of a block; BLOCKS, of a multiprocessor, which limit the registers; and SHARED, bytes.
+
+constexpr int TILE = 16, LENGTH = HEIGHT * WIDTH, NUM_TILES = (LENGTH + TILE - 1) / TILE;
+constexpr int THREADS = 32 * WARPS;
+constexpr int ROW = (RANK + 7) / 8 * 8;      // of the matrix that expands step sizes, padded with zeros
+constexpr int DEPTHS = (RANK + 15) / 16;     // matrix products that expand the step sizes of a tile
+constexpr int LOW_ROW = 16 * DEPTHS + 8;     // values between rows of low in shared memory: without bank conflicts
+constexpr int WEIGHTS = 2 * STATES * TILE;   // B and C of a tile, (n, 2, 16)
+constexpr int STEP_ROW = 36;                 // floats between the steps of a warp in shared memory
+constexpr int OWN = BACKWARD && WEIGHTS > TILE * STEP_ROW ? WEIGHTS : TILE * STEP_ROW;
+constexpr bool WHOLE = CHANNELS % THREADS == 0, ENDS_WITH_TILE = LENGTH % TILE == 0;
+constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+
+typedef unsigned short bf16;  // its bits
+typedef long long i64;
+
+// Where a block finds its inputs. In shared memory, this takes no registers.
+struct Sources {
+    const bf16 *x, *low, *grad_y, *states, *expansion;
+    const float* weights;
+};
+
+struct Shared {
+    Sources sources;
+    float weights[2][WEIGHTS];
+    bf16 x[2][TILE][THREADS];
+    bf16 low[2][TILE][LOW_ROW];
+    int pixels[4][TILE];    // of a tile and of the next two
+    float own[WARPS][OWN];  // of a warp: the step sizes before softplus, (16, 36); then its sums for dB and dC, (n, 2, 16)
+    float A[STATES][THREADS];
+    float carried[STATES][THREADS];  // between tiles: the state, or in the backward pass its gradient times a[t + 1]
+#if BACKWARD
+    bf16 grad_y[2][TILE][THREADS];
+    bf16 starts[2][STATES][THREADS];  // the states before a tile
+    float grad_A[STATES][THREADS];
+#endif
+};
+static_assert(sizeof(Shared) == SHARED, "the caller has another size");
+
+#ifndef EMULATED
+#define DEVICE __device__ __forceinline__
+#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+#define SHARED_MEMORY extern __shared__ __align__(16) unsigned char shared_memory[]
+
+DEVICE float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// Round to bfloat16, and put two of them side by side.
+DEVICE unsigned pack(float first, float second) {
+    unsigned bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+    return bits;
+}
+DEVICE unsigned multiply(unsigned a, unsigned b) {
+    unsigned c;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(c) : "r"(a), "r"(b), "r"(0x80008000u));  // plus -0
+    return c;
+}
+// d += a b for matrices (16, 16) and (16, 8). The PTX manual says which lane has which of their values.
+DEVICE void add_product(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+DEVICE float from_lane_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+// Copy 4 or 16 bytes to shared memory without waiting, or write zeros if they are not there.
+template <int BYTES> DEVICE void copy_later(void* to, const void* from, bool is_there) {
+    const unsigned place = (unsigned)__cvta_generic_to_shared(to), size = is_there ? BYTES : 0;
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(size) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(place), "l"(from), "r"(size) : "memory");
+}
+// Store to a pointer that is computed now, instead of its parts before each store.
+template <class T> DEVICE T* computed(T* pointer) {
+    asm("" : "+l"(pointer));
+    return pointer;
+}
+DEVICE void store(bf16* to, float value) {
+    asm volatile("st.global.b16 [%0], %1;" ::"l"(to), "h"((bf16)pack(value, 0.0f)) : "memory");
+}
+DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+#endif
+
+DEVICE float widened(bf16 bits) { return __uint_as_float((unsigned)bits << 16); }
+DEVICE bf16 narrowed(float x) { return (bf16)pack(x, 0.0f); }
+
+DEVICE bool is_reversed(int path) { return CONTINUOUS ? path % 2 == 1 : path >= 2; }
+
+// The row-major pixel that a path reads at a step; see `lamamba.ops.grid`.
+DEVICE int pixel_of(int t, int path) {
+    const bool columns = CONTINUOUS ? path >= 2 : path % 2 == 1;
+    if (is_reversed(path)) t = LENGTH - 1 - t;
+    const int row = t / WIDTH, column = t / HEIGHT;
+    int right = t % WIDTH, down = t % HEIGHT;
+    if (CONTINUOUS && row % 2 == 1) right = WIDTH - 1 - right;
+    if (CONTINUOUS && column % 2 == 0) down = HEIGHT - 1 - down;
+    return columns ? down * WIDTH + column : row * WIDTH + right;
+}
+
+// m = softplus(z) log2(e) from z log2(e), with the polynomial of `_softplus` in kernels.py.
+DEVICE float softplus(float z) {
+    const float u = exp2_fast(-fabsf(z));
+    return fmaxf(z, 0.0f) + u * fmaf(u, fmaf(u, fmaf(u, -0.10725511f, 0.36648198f), -0.70174807f), 1.44212821f);
+}
+
+// Note the pixel of a step of a tile that will be copied, if there is such a step.
+DEVICE void find_pixel(Shared& shared, int tile, int step) {
+    const int t = tile * TILE + step;
+    if (t >= 0 && t < LENGTH) shared.pixels[tile % 4][step] = pixel_of(t, blockIdx.y % 4);
+}
+
+// Start to copy what a tile needs. `find_pixel` has its pixels noted.
+DEVICE void begin_copy(Shared& shared, int tile) {
+    const int thread = threadIdx.x, buffer = tile % 2, steps = min(LENGTH - tile * TILE, TILE);
+    const int* pixels = shared.pixels[tile % 4];
+    const Sources& sources = shared.sources;
+    const int first_channel = blockIdx.x * THREADS;
+    constexpr int PIECES = THREADS / 8;  // of 16 bytes: the channels of a pixel or of a state
+#pragma unroll
+    for (int first = 0; first < TILE * PIECES; first += THREADS) {
+        const int step = (first + thread) / PIECES, channel = (first + thread) % PIECES * 8;
+        const bool is_there =
+            (ENDS_WITH_TILE || step < steps) && (WHOLE || first_channel + channel < CHANNELS);
+        const int place = is_there ? pixels[step] * CHANNELS + first_channel + channel : 0;
+        copy_later<16>(&shared.x[buffer][step][channel], sources.x + place, is_there);
+#if BACKWARD
+        copy_later<16>(&shared.grad_y[buffer][step][channel], sources.grad_y + place, is_there);
+#endif
+    }
+    constexpr int VALUES = LOW / 4 % 8 == 0 ? 8 : 2, OF_STEP = (RANK + VALUES - 1) / VALUES;
+#pragma unroll
+    for (int first = 0; first < TILE * OF_STEP; first += THREADS) {
+        const int step = (first + thread) / OF_STEP, value = (first + thread) % OF_STEP * VALUES;
+        const bool is_there = ENDS_WITH_TILE || step < steps;
+        if (step < TILE)
+            copy_later<2 * VALUES>(
+                &shared.low[buffer][step][value], sources.low + (is_there ? (i64)pixels[step] * LOW + value : 0), is_there);
+    }
+#if BACKWARD
+#pragma unroll
+    for (int first = 0; first < STATES * PIECES; first += THREADS) {
+        const int state = (first + thread) / PIECES, channel = (first + thread) % PIECES * 8;
+        const bool is_there = WHOLE || first_channel + channel < CHANNELS;
+        const i64 place = is_there ? ((i64)tile * STATES + state) * CHANNELS + first_channel + channel : 0;
+        if (state < STATES) copy_later<16>(&shared.starts[buffer][state][channel], sources.states + place, is_there);
+    }
+#endif
+    for (int place = 4 * thread; place < WEIGHTS; place += 4 * THREADS)
+        copy_later<16>(&shared.weights[buffer][place], sources.weights + (i64)tile * WEIGHTS + place, true);
+}
+
+// Prepare shared memory for the first tile of two, and start to copy what it needs.
+DEVICE void begin(Shared& shared, int tile, int next) {
+    const int thread = threadIdx.x;
+    // Columns of low that are not copied are multiplied by zeros, so they must be numbers.
+    for (int place = thread; place < 2 * TILE * LOW_ROW; place += THREADS) (&shared.low[0][0][0])[place] = 0;
+    for (int step = thread; step < 2 * TILE; step += THREADS)
+        find_pixel(shared, step < TILE ? tile : next, step % TILE);
+    __syncthreads();
+    begin_copy(shared, tile);
+}
+
+// Wait for what a tile needs, and start to copy what the next one needs; `after` is the one after that.
+DEVICE void turn_to_tile(Shared& shared, int next, int after, bool is_last) {
+    wait_for_copies();
+    __syncthreads();  // the copies of other threads are there, and nobody uses the buffers of the tile before
+    if (!is_last) begin_copy(shared, next);
+    if (threadIdx.x < TILE) find_pixel(shared, after, threadIdx.x);
+}
+
+// Compute m of a tile's step sizes for the thread's channel.
+DEVICE void compute_steps(Shared& shared, int tile, float bias, float (&m)[TILE]) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, place = lane % 4 * 2;
+    const bf16(&low)[TILE][LOW_ROW] = shared.low[tile % 2];
+    float* own = shared.own[warp];
+    const bf16* expansions = shared.sources.expansion;
+#pragma unroll
+    for (int eight = 0; eight < 32; eight += 8) {
+        const int channel = (int)blockIdx.x * THREADS + 32 * warp + eight + row;
+        const bool is_there = WHOLE || channel < CHANNELS;
+        const bf16* expansion = expansions + (is_there ? channel * ROW : 0);
+        float sums[4] = {};
+#pragma unroll
+        for (int depth = 0; depth < DEPTHS; ++depth) {
+            const int k = 16 * depth + place;
+            const unsigned operand[4] = {
+                *(const unsigned*)&low[row][k], *(const unsigned*)&low[row + 8][k],
+                *(const unsigned*)&low[row][k + 8], *(const unsigned*)&low[row + 8][k + 8]};
+            add_product(sums, operand, is_there && k < ROW ? __ldg((const unsigned*)(expansion + k)) : 0u,
+                        is_there && k + 8 < ROW ? __ldg((const unsigned*)(expansion + k + 8)) : 0u);
+        }
+        *(float2*)&own[row * STEP_ROW + eight + place] = make_float2(sums[0], sums[1]);
+        *(float2*)&own[(row + 8) * STEP_ROW + eight + place] = make_float2(sums[2], sums[3]);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int t = 0; t < TILE; ++t) {
+        m[t] = softplus(fmaf(own[t * STEP_ROW + lane], LOG2_E, bias * LOG2_E));
+        if (!ENDS_WITH_TILE && tile * TILE + t >= LENGTH) m[t] = 0.0f;  // changes nothing, and has no gradient
+    }
+    __syncwarp();
+}
+
+DEVICE void unpack(const float* from, float (&to)[4]) {
+    const float4 quad = *(const float4*)from;
+    to[0] = quad.x, to[1] = quad.y, to[2] = quad.z, to[3] = quad.w;
+}
+
+#if !BACKWARD
+// `states_forward_kernel` of states_kernels.py, with the same arguments; `saves` is its SAVE.
+KERNEL states_forward(
+    const bf16* x, const bf16* low, const float* weights, const bf16* expansion, const float* bias,
+    const float* rates, const float* D, bf16* y, bf16* saved, const float* carry, const float* decay,
+    int saves, int batch, int tiles_per_segment, int num_segments
+) {
+    SHARED_MEMORY;
+    Shared& shared = *(Shared*)shared_memory;
+    const int thread = threadIdx.x, path = blockIdx.y % 4;
+    const i64 image = blockIdx.z;
+    const int segment = is_reversed(path) ? num_segments - 1 - (int)blockIdx.y / 4 : blockIdx.y / 4;
+    const int first_channel = blockIdx.x * THREADS, d = first_channel + thread, o_path = path * CHANNELS + d;
+    const bool is_there = WHOLE || d < CHANNELS;
+    const float bias_d = is_there ? bias[o_path] : 0.0f, D_d = is_there ? D[o_path] : 0.0f;
+    const i64 o_tiles = (image * 4 + path) * NUM_TILES;
+    const i64 o_y = (path * (i64)batch + image) * LENGTH * CHANNELS + d;
+    saved += o_tiles * STATES * CHANNELS + d;
+    if (thread == 0) shared.sources = {
+        x + image * LENGTH * CHANNELS, low + image * LENGTH * LOW + path * (LOW / 4), nullptr, nullptr,
+        expansion + (i64)path * CHANNELS * ROW, weights + o_tiles * WEIGHTS};
+
+    for (int n = 0; n < STATES; ++n) {
+        float h = 0.0f;  // which the segments before this one leave
+        for (int other = 0; other < segment; ++other) {
+            const i64 place = (((image * 4 + path) * num_segments + other) * STATES + n) * CHANNELS + d;
+            if (is_there) h = fmaf(decay[place], h, carry[place]);
+        }
+        shared.A[n][thread] = is_there ? -rates[((i64)path * STATES + n) * CHANNELS + d] : 0.0f;
+        shared.carried[n][thread] = h;
+    }
+    const int first = segment * tiles_per_segment, last = min(first + tiles_per_segment, NUM_TILES);
+    begin(shared, first, first + 1);
+    for (int tile = first; tile < last; ++tile) {
+        turn_to_tile(shared, tile + 1, tile + 2, tile + 1 == last);
+        const int buffer = tile % 2;
+        float m[TILE], inputs[TILE], ys[TILE];
+        compute_steps(shared, tile, bias_d, m);
+#pragma unroll
+        for (int t = 0; t < TILE; ++t) {
+            const float x_t = widened(shared.x[buffer][t][thread]);
+            inputs[t] = m[t] * x_t * LN_2;
+            ys[t] = D_d * x_t;
+        }
+#pragma unroll 1
+        for (int n = 0; n < STATES; ++n) {
+            const float A = shared.A[n][thread], *B = &shared.weights[buffer][n * 2 * TILE], *C = B + TILE;
+            float h = shared.carried[n][thread];
+            if (saves && is_there) saved[((i64)tile * STATES + n) * CHANNELS] = narrowed(h);
+#pragma unroll
+            for (int four = 0; four < TILE; four += 4) {
+                float of_B[4], of_C[4];
+                unpack(B + four, of_B);
+                unpack(C + four, of_C);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int t = four + i;
+                    h = fmaf(exp2_fast(A * m[t]), h, of_B[i] * inputs[t]);
+                    ys[t] = fmaf(of_C[i], h, ys[t]);
+                }
+            }
+            shared.carried[n][thread] = h;
+        }
+        bf16* to_y = computed(y + o_y);
+#pragma unroll
+        for (int t = 0; t < TILE; ++t) {
+            const unsigned pixel = shared.pixels[tile % 4][t];
+            if (is_there && (ENDS_WITH_TILE || tile * TILE + t < LENGTH)) store(to_y + pixel * CHANNELS, ys[t]);
+        }
+    }
+}
+#else
+// `states_backward_kernel` of states_kernels.py, with the same arguments, but for `grad_weights`: a plane per block.
+KERNEL states_backward(
+    const bf16* x, const bf16* low, const float* weights, const bf16* expansion, const float* bias,
+    const float* rates, const float* D, const bf16* grad_y, const bf16* states, const float* carry, const float* decay,
+    bf16* grad_x, bf16* grad_z, bf16* grad_weights, float* grad_shared,
+    int plane, int batch, int first_image, int tiles_per_segment, int num_segments
+) {
+    SHARED_MEMORY;
+    Shared& shared = *(Shared*)shared_memory;
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    const int path = blockIdx.y % 4, segment = blockIdx.y / 4, own_image = blockIdx.z;
+    const i64 image = first_image + own_image;
+    const int first_channel = blockIdx.x * THREADS, d = first_channel + thread, o_path = path * CHANNELS + d;
+    const bool is_there = WHOLE || d < CHANNELS;
+    const float bias_d = is_there ? bias[o_path] : 0.0f, D_d = is_there ? D[o_path] : 0.0f;
+    const i64 o_image = image * LENGTH * CHANNELS, o_tiles = (image * 4 + path) * NUM_TILES;
+    const i64 o_grad = (path * (i64)batch + image) * LENGTH * CHANNELS + d;
+    grad_weights += (((i64)blockIdx.x * batch + image) * 4 + path) * NUM_TILES * WEIGHTS;
+    grad_shared += ((i64)own_image * num_segments + segment) * (STATES + 2) * 4 * CHANNELS + o_path;
+    if (thread == 0) shared.sources = {
+        x + o_image, low + image * LENGTH * LOW + path * (LOW / 4), grad_y + o_image + path * (i64)plane,
+        states + o_tiles * STATES * CHANNELS, expansion + (i64)path * CHANNELS * ROW, weights + o_tiles * WEIGHTS};
+
+    for (int n = 0; n < STATES; ++n) {
+        float g = 0.0f;  // which the segments after this one leave
+        for (int other = num_segments - 1; other > segment; --other) {
+            const i64 place = ((((i64)own_image * 4 + path) * num_segments + other) * STATES + n) * CHANNELS + d;
+            if (is_there) g = fmaf(decay[place], g, carry[place]);
+        }
+        shared.A[n][thread] = is_there ? -rates[((i64)path * STATES + n) * CHANNELS + d] : 0.0f;
+        shared.carried[n][thread] = g;
+        shared.grad_A[n][thread] = 0.0f;
+    }
+    // Right operands of a product that sums the left operand's rows over four lanes: the four steps of a lane go to columns
+    // 0 to 3, or 4 to 7.
+    unsigned picks[2][2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+            const int column = lane / 4 - 4 * half - 2 * pair;
+            picks[half][pair] = column == 0 ? 0x00003f80u : column == 1 ? 0x3f800000u : 0u;  // 1 in bfloat16
+        }
+
+    float grad_D = 0.0f, grad_bias = 0.0f;
+    const int first = segment * tiles_per_segment, last = min(first + tiles_per_segment, NUM_TILES);
+    begin(shared, last - 1, last - 2);
+    for (int tile = last - 1; tile >= first; --tile) {
+        turn_to_tile(shared, tile - 1, tile - 2, tile == first);
+        const int buffer = tile % 2;
+        float* own = shared.own[warp];
+        float m[TILE], inputs[TILE], grad_ys[TILE];
+        float drives[TILE], exponents[TILE];  // over the states: g B, and the gradient of the exponent times A
+        unsigned packed_inputs[TILE / 2], packed_ys[TILE / 2];
+        compute_steps(shared, tile, bias_d, m);
+#pragma unroll
+        for (int t = 0; t < TILE; ++t) {
+            inputs[t] = m[t] * widened(shared.x[buffer][t][thread]) * LN_2;
+            grad_ys[t] = widened(shared.grad_y[buffer][t][thread]);
+            drives[t] = exponents[t] = 0.0f;
+        }
+#pragma unroll
+        for (int pair = 0; pair < TILE / 2; ++pair) {
+            packed_inputs[pair] = pack(inputs[2 * pair], inputs[2 * pair + 1]);
+            packed_ys[pair] = pack(grad_ys[2 * pair], grad_ys[2 * pair + 1]);
+        }
+#pragma unroll 1
+        for (int n = 0; n < STATES; ++n) {
+            const float A = shared.A[n][thread], *B = &shared.weights[buffer][n * 2 * TILE], *C = B + TILE;
+            float a[TILE], h[TILE + 1];
+            h[0] = widened(shared.starts[buffer][n][thread]);
+#pragma unroll
+            for (int four = 0; four < TILE; four += 4) {
+                float of_B[4];
+                unpack(B + four, of_B);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int t = four + i;
+                    a[t] = exp2_fast(A * m[t]);
+                    h[t + 1] = fmaf(a[t], h[t], of_B[i] * inputs[t]);
+                }
+            }
+            float g = shared.carried[n][thread], grad_A = shared.grad_A[n][thread];
+            float grad_B[4] = {}, grad_C[4] = {};  // of four steps, as partial sums in eight lanes
+#pragma unroll
+            for (int half = 1; half >= 0; --half) {
+                unsigned products_B[4], products_C[4];
+#pragma unroll
+                for (int quarter = 1; quarter >= 0; --quarter) {
+                    const int four = 8 * half + 4 * quarter;
+                    float of_B[4], of_C[4], gs[4];
+                    unpack(B + four, of_B);
+                    unpack(C + four, of_C);
+#pragma unroll
+                    for (int i = 3; i >= 0; --i) {
+                        const int t = four + i;
+                        g = fmaf(of_C[i], grad_ys[t], g);
+                        gs[i] = g;
+                        drives[t] = fmaf(g, of_B[i], drives[t]);
+                        g *= a[t];
+                        const float exponent = g * h[t];
+                        exponents[t] = fmaf(exponent, A, exponents[t]);
+                        grad_A = fmaf(exponent, m[t], grad_A);
+                    }
+#pragma unroll
+                    for (int pair = 0; pair < 2; ++pair) {
+                        const int t = four + 2 * pair;
+                        products_B[2 * quarter + pair] = multiply(pack(gs[2 * pair], gs[2 * pair + 1]), packed_inputs[t / 2]);
+                        products_C[2 * quarter + pair] = multiply(pack(h[t + 1], h[t + 2]), packed_ys[t / 2]);
+                    }
+                }
+                add_product(grad_B, products_B, picks[half][0], picks[half][1]);
+                add_product(grad_C, products_C, picks[half][0], picks[half][1]);
+            }
+            shared.carried[n][thread] = g;
+            shared.grad_A[n][thread] = grad_A;
+            // Add up the partial sums. In each exchange, a lane keeps half of its sums: in the end one, of 32 of the warp.
+            float kept[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                kept[i] = (lane & 16 ? grad_C[i] : grad_B[i]) + from_lane_xor(lane & 16 ? grad_B[i] : grad_C[i], 16);
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                kept[i] = (lane & 8 ? kept[i + 2] : kept[i]) + from_lane_xor(lane & 8 ? kept[i] : kept[i + 2], 8);
+            const float sum = (lane & 4 ? kept[1] : kept[0]) + from_lane_xor(lane & 4 ? kept[0] : kept[1], 4);
+            own[n * 2 * TILE + lane / 16 * TILE + lane % 4 * 4 + lane / 4 % 4] = sum;
+        }
+
+        bf16 *to_x = computed(grad_x + o_grad), *to_z = computed(grad_z + o_grad);
+#pragma unroll
+        for (int t = 0; t < TILE; ++t) {
+            const unsigned pixel = shared.pixels[tile % 4][t];
+            const float x_t = widened(shared.x[buffer][t][thread]), drive = drives[t] * LN_2;
+            const float slope = LOG2_E - LOG2_E * exp2_fast(-m[t]);  // of m with respect to z
+            const float of_z = fmaf(exponents[t], LN_2, drive * x_t) * slope;
+            const float of_x = fmaf(drive, m[t], D_d * grad_ys[t]);
+            grad_D = fmaf(grad_ys[t], x_t, grad_D);
+            grad_bias += of_z;
+            if (is_there && (ENDS_WITH_TILE || tile * TILE + t < LENGTH)) {
+                store(to_x + pixel * CHANNELS, of_x);
+                store(to_z + pixel * CHANNELS, of_z);
+            }
+        }
+        __syncthreads();
+        for (int place = thread; place < WEIGHTS; place += THREADS) {
+            float sum = shared.own[0][place];
+#pragma unroll
+            for (int other = 1; other < WARPS; ++other) sum += shared.own[other][place];
+            grad_weights[(i64)tile * WEIGHTS + place] = narrowed(sum);
+        }
+    }
+    if (is_there) {
+        for (int n = 0; n < STATES; ++n)
+            grad_shared[(i64)n * 4 * CHANNELS] = shared.grad_A[n][thread] * shared.A[n][thread] * LN_2;
+        grad_shared[(i64)STATES * 4 * CHANNELS] = grad_D;
+        grad_shared[(i64)(STATES + 1) * 4 * CHANNELS] = grad_bias;
+    }
+}
+#endif

@@ -1,0 +1,100 @@
+// Runs a CUDA kernel on a CPU: a thread for each thread of a block, one block after the other. It has what
+// states_kernels.cu uses, and fills shared memory with NaN before each block.
+#include <algorithm>
+#include <barrier>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define EMULATED
+#define DEVICE inline
+#define KERNEL extern "C" void
+#define SHARED_MEMORY
+#define __syncthreads() block_barrier->arrive_and_wait()
+#define __syncwarp() warps[threadIdx.x / 32]->barrier.arrive_and_wait()
+
+using std::min;
+struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
+struct Index { int x, y, z; };
+
+static thread_local Index threadIdx;
+static Index blockIdx;
+alignas(16) static unsigned char shared_memory[1 << 18];
+
+struct Warp {
+    std::barrier<> barrier{32};
+    float values[32];
+    unsigned operands[32][6];
+};
+static std::vector<std::unique_ptr<Warp>> warps;
+static std::unique_ptr<std::barrier<>> block_barrier;
+
+inline float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
+inline unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline unsigned __ldg(const unsigned* from) { return *from; }
+inline float exp2_fast(float x) { return std::exp2(x); }
+
+inline unsigned rounded(float x) {  // to nearest even
+    const unsigned bits = __float_as_uint(x);
+    return std::isnan(x) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline unsigned pack(float first, float second) { return rounded(first) | rounded(second) << 16; }
+inline float half_of(unsigned bits, int index) { return __uint_as_float(index ? bits & 0xffff0000u : bits << 16); }
+inline unsigned multiply(unsigned a, unsigned b) {
+    return pack(half_of(a, 0) * half_of(b, 0), half_of(a, 1) * half_of(b, 1));
+}
+template <class T> T* computed(T* pointer) { return pointer; }
+inline void store(unsigned short* to, float value) { *to = rounded(value); }
+inline void wait_for_copies() {}
+template <int BYTES> void copy_later(void* to, const void* from, bool is_there) {
+    if ((size_t)to % BYTES || (is_there && (size_t)from % BYTES)) std::abort();  // as the GPU does
+    is_there ? std::memcpy(to, from, BYTES) : std::memset(to, 0, BYTES);
+}
+
+inline float from_lane_xor(float x, int mask) {
+    Warp& warp = *warps[threadIdx.x / 32];
+    const int lane = threadIdx.x % 32;
+    warp.values[lane] = x;
+    warp.barrier.arrive_and_wait();
+    const float other = warp.values[lane ^ mask];
+    warp.barrier.arrive_and_wait();
+    return other;
+}
+
+// mma.m16n8k16: where values lie is section "Matrix Fragments for mma.m16n8k16" of the PTX manual.
+inline void add_product(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    Warp& warp = *warps[threadIdx.x / 32];
+    const int lane = threadIdx.x % 32;
+    const unsigned all[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    std::copy(all, all + 6, warp.operands[lane]);
+    warp.barrier.arrive_and_wait();
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; ++k) {
+            const unsigned* of_row = warp.operands[row % 8 * 4 + k % 8 / 2];
+            const unsigned* of_column = warp.operands[column * 4 + k % 8 / 2];
+            d[i] += half_of(of_row[row / 8 + k / 8 * 2], k % 2) * half_of(of_column[4 + k / 8], k % 2);
+        }
+    }
+    warp.barrier.arrive_and_wait();
+}
+
+// Run `kernel` for each thread of each block.
+inline void launch(int threads, const int* grid, const std::function<void()>& kernel) {
+    for (blockIdx.z = 0; blockIdx.z < grid[2]; ++blockIdx.z)
+        for (blockIdx.y = 0; blockIdx.y < grid[1]; ++blockIdx.y)
+            for (blockIdx.x = 0; blockIdx.x < grid[0]; ++blockIdx.x) {
+                std::memset(shared_memory, 0xff, sizeof shared_memory);
+                warps.clear();
+                for (int warp = 0; warp < threads / 32; ++warp) warps.push_back(std::make_unique<Warp>());
+                block_barrier = std::make_unique<std::barrier<>>(threads);
+                std::vector<std::jthread> running;
+                for (int thread = 0; thread < threads; ++thread)
+                    running.emplace_back([&, thread] { threadIdx.x = thread; kernel(); });
+            }
+}
