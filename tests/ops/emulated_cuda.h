@@ -27,7 +27,6 @@ alignas(16) static unsigned char shared_memory[1 << 18];
 
 struct Warp {
     std::barrier<> barrier{32};
-    float values[32];
     unsigned operands[32][6];
 };
 static std::vector<std::unique_ptr<Warp>> warps;
@@ -56,14 +55,14 @@ template <int BYTES> void copy_later(void* to, const void* from, bool is_there) 
     is_there ? std::memcpy(to, from, BYTES) : std::memset(to, 0, BYTES);
 }
 
-inline float from_lane_xor(float x, int mask) {
+inline unsigned transpose(unsigned pair) {
     Warp& warp = *warps[threadIdx.x / 32];
-    const int lane = threadIdx.x % 32;
-    warp.values[lane] = x;
+    const int lane = threadIdx.x % 32, first = lane % 4 * 8 + lane / 8, half = lane / 4 % 2;
+    warp.operands[lane][0] = pair;
     warp.barrier.arrive_and_wait();
-    const float other = warp.values[lane ^ mask];
+    const unsigned bits = pack(half_of(warp.operands[first][0], half), half_of(warp.operands[first + 4][0], half));
     warp.barrier.arrive_and_wait();
-    return other;
+    return bits;
 }
 
 // mma.m16n8k16: where values lie is section "Matrix Fragments for mma.m16n8k16" of the PTX manual.

@@ -67,8 +67,8 @@ def shared_bytes(warps: int, num_states: int, rank: int, backward: bool) -> int:
     threads, weights, depths = 32 * warps, 2 * num_states * _TILE, triton.cdiv(rank, 16)
     own = max(weights, _TILE * 36) if backward else _TILE * 36
     size = 48 + 8 * weights + 4 * _TILE * threads + 4 * _TILE * (16 * depths + 8) + 16 * _TILE + 4 * warps * own
-    size += 8 * num_states * threads
-    return size + (4 * _TILE * threads + 8 * num_states * threads if backward else 0)
+    size += (8 * num_states + 4) * threads
+    return size + ((4 * _TILE + 8 * num_states + 12) * threads if backward else 0)
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -36,11 +36,13 @@ struct Shared {
     int pixels[4][TILE];    // of a tile and of the next two
     float own[WARPS][OWN];  // of a warp: the step sizes before softplus, (16, 36); then its sums for dB and dC, (n, 2, 16)
     float A[STATES][THREADS];
+    float bias[THREADS];
     float carried[STATES][THREADS];  // between tiles: the state, or in the backward pass its gradient times a[t + 1]
 #if BACKWARD
     bf16 grad_y[2][TILE][THREADS];
     bf16 starts[2][STATES][THREADS];  // the states before a tile
     float grad_A[STATES][THREADS];
+    float D[THREADS], grad_D[THREADS], grad_bias[THREADS];
 #endif
 };
 static_assert(sizeof(Shared) == SHARED, "the caller has another size");
@@ -71,7 +73,12 @@ DEVICE void add_product(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsi
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-DEVICE float from_lane_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+// Transpose a matrix (8, 8): lane i has the values 2 i and 2 i + 1 of 64.
+DEVICE unsigned transpose(unsigned pair) {
+    unsigned bits;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(bits) : "r"(pair));
+    return bits;
+}
 // Copy 4 or 16 bytes to shared memory without waiting, or write zeros if they are not there.
 template <int BYTES> DEVICE void copy_later(void* to, const void* from, bool is_there) {
     const unsigned place = (unsigned)__cvta_generic_to_shared(to), size = is_there ? BYTES : 0;
@@ -179,7 +186,7 @@ DEVICE void turn_to_tile(Shared& shared, int next, int after, bool is_last) {
 }
 
 // Compute m of a tile's step sizes for the thread's channel.
-DEVICE void compute_steps(Shared& shared, int tile, float bias, float (&m)[TILE]) {
+DEVICE void compute_steps(Shared& shared, int tile, float (&m)[TILE]) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, place = lane % 4 * 2;
     const bf16(&low)[TILE][LOW_ROW] = shared.low[tile % 2];
     float* own = shared.own[warp];
@@ -203,9 +210,10 @@ DEVICE void compute_steps(Shared& shared, int tile, float bias, float (&m)[TILE]
         *(float2*)&own[(row + 8) * STEP_ROW + eight + place] = make_float2(sums[2], sums[3]);
     }
     __syncwarp();
+    const float bias = shared.bias[threadIdx.x] * LOG2_E;
 #pragma unroll
     for (int t = 0; t < TILE; ++t) {
-        m[t] = softplus(fmaf(own[t * STEP_ROW + lane], LOG2_E, bias * LOG2_E));
+        m[t] = softplus(fmaf(own[t * STEP_ROW + lane], LOG2_E, bias));
         if (!ENDS_WITH_TILE && tile * TILE + t >= LENGTH) m[t] = 0.0f;  // changes nothing, and has no gradient
     }
     __syncwarp();
@@ -230,8 +238,9 @@ KERNEL states_forward(
     const int segment = is_reversed(path) ? num_segments - 1 - (int)blockIdx.y / 4 : blockIdx.y / 4;
     const int first_channel = blockIdx.x * THREADS, d = first_channel + thread, o_path = path * CHANNELS + d;
     const bool is_there = WHOLE || d < CHANNELS;
-    const float bias_d = is_there ? bias[o_path] : 0.0f, D_d = is_there ? D[o_path] : 0.0f;
+    const float D_d = is_there ? D[o_path] : 0.0f;
     const i64 o_tiles = (image * 4 + path) * NUM_TILES;
+    shared.bias[thread] = is_there ? bias[o_path] : 0.0f;
     const i64 o_y = (path * (i64)batch + image) * LENGTH * CHANNELS + d;
     saved += o_tiles * STATES * CHANNELS + d;
     if (thread == 0) shared.sources = {
@@ -253,7 +262,7 @@ KERNEL states_forward(
         turn_to_tile(shared, tile + 1, tile + 2, tile + 1 == last);
         const int buffer = tile % 2;
         float m[TILE], inputs[TILE], ys[TILE];
-        compute_steps(shared, tile, bias_d, m);
+        compute_steps(shared, tile, m);
 #pragma unroll
         for (int t = 0; t < TILE; ++t) {
             const float x_t = widened(shared.x[buffer][t][thread]);
@@ -302,7 +311,9 @@ KERNEL states_backward(
     const i64 image = first_image + own_image;
     const int first_channel = blockIdx.x * THREADS, d = first_channel + thread, o_path = path * CHANNELS + d;
     const bool is_there = WHOLE || d < CHANNELS;
-    const float bias_d = is_there ? bias[o_path] : 0.0f, D_d = is_there ? D[o_path] : 0.0f;
+    shared.bias[thread] = is_there ? bias[o_path] : 0.0f;
+    shared.D[thread] = is_there ? D[o_path] : 0.0f;
+    shared.grad_D[thread] = shared.grad_bias[thread] = 0.0f;
     const i64 o_image = image * LENGTH * CHANNELS, o_tiles = (image * 4 + path) * NUM_TILES;
     const i64 o_grad = (path * (i64)batch + image) * LENGTH * CHANNELS + d;
     grad_weights += (((i64)blockIdx.x * batch + image) * 4 + path) * NUM_TILES * WEIGHTS;
@@ -321,18 +332,18 @@ KERNEL states_backward(
         shared.carried[n][thread] = g;
         shared.grad_A[n][thread] = 0.0f;
     }
-    // Right operands of a product that sums the left operand's rows over four lanes: the four steps of a lane go to columns
-    // 0 to 3, or 4 to 7.
+    // Right operands of `add_product`. The left operand has 8 steps in the values of each lane. `picks` sums them over four
+    // lanes, into columns 0 to 3 or 4 to 7. `all` sums the first half of each row into even columns, the others into odd.
+    const unsigned ones = 0x3f803f80u, all[2] = {lane / 4 % 2 ? 0u : ones, lane / 4 % 2 ? ones : 0u};  // 1 in bfloat16
     unsigned picks[2][2];
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {
             const int column = lane / 4 - 4 * half - 2 * pair;
-            picks[half][pair] = column == 0 ? 0x00003f80u : column == 1 ? 0x3f800000u : 0u;  // 1 in bfloat16
+            picks[half][pair] = column == 0 ? 0x00003f80u : column == 1 ? 0x3f800000u : 0u;
         }
 
-    float grad_D = 0.0f, grad_bias = 0.0f;
     const int first = segment * tiles_per_segment, last = min(first + tiles_per_segment, NUM_TILES);
     begin(shared, last - 1, last - 2);
     for (int tile = last - 1; tile >= first; --tile) {
@@ -342,7 +353,7 @@ KERNEL states_backward(
         float m[TILE], inputs[TILE], grad_ys[TILE];
         float drives[TILE], exponents[TILE];  // over the states: g B, and the gradient of the exponent times A
         unsigned packed_inputs[TILE / 2], packed_ys[TILE / 2];
-        compute_steps(shared, tile, bias_d, m);
+        compute_steps(shared, tile, m);
 #pragma unroll
         for (int t = 0; t < TILE; ++t) {
             inputs[t] = m[t] * widened(shared.x[buffer][t][thread]) * LN_2;
@@ -404,19 +415,19 @@ KERNEL states_backward(
             }
             shared.carried[n][thread] = g;
             shared.grad_A[n][thread] = grad_A;
-            // Add up the partial sums. In each exchange, a lane keeps half of its sums: in the end one, of 32 of the warp.
-            float kept[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                kept[i] = (lane & 16 ? grad_C[i] : grad_B[i]) + from_lane_xor(lane & 16 ? grad_B[i] : grad_C[i], 16);
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-                kept[i] = (lane & 8 ? kept[i + 2] : kept[i]) + from_lane_xor(lane & 8 ? kept[i] : kept[i + 2], 8);
-            const float sum = (lane & 4 ? kept[1] : kept[0]) + from_lane_xor(lane & 4 ? kept[0] : kept[1], 4);
-            own[n * 2 * TILE + lane / 16 * TILE + lane % 4 * 4 + lane / 4 % 4] = sum;
+            // Add up the partial sums; then each lane has one of dB and dC of two steps.
+            const unsigned partial[4] = {
+                transpose(pack(grad_B[0], grad_B[1])), transpose(pack(grad_B[2], grad_B[3])),
+                transpose(pack(grad_C[0], grad_C[1])), transpose(pack(grad_C[2], grad_C[3]))};
+            float sums[4] = {};
+            add_product(sums, partial, all[0], all[1]);
+            const int step = lane / 8 * 4 + lane / 4 % 2 + lane % 4 / 2 * 2;
+            own[n * 2 * TILE + lane % 2 * TILE + step] = lane & 2 ? (lane & 1 ? sums[3] : sums[2]) : (lane & 1 ? sums[1] : sums[0]);
         }
 
         bf16 *to_x = computed(grad_x + o_grad), *to_z = computed(grad_z + o_grad);
+        float grad_D = shared.grad_D[thread], grad_bias = shared.grad_bias[thread];
+        const float D_d = shared.D[thread];
 #pragma unroll
         for (int t = 0; t < TILE; ++t) {
             const unsigned pixel = shared.pixels[tile % 4][t];
@@ -431,6 +442,8 @@ KERNEL states_backward(
                 store(to_z + pixel * CHANNELS, of_z);
             }
         }
+        shared.grad_D[thread] = grad_D;
+        shared.grad_bias[thread] = grad_bias;
         __syncthreads();
         for (int place = thread; place < WEIGHTS; place += THREADS) {
             float sum = shared.own[0][place];
@@ -442,8 +455,8 @@ KERNEL states_backward(
     if (is_there) {
         for (int n = 0; n < STATES; ++n)
             grad_shared[(i64)n * 4 * CHANNELS] = shared.grad_A[n][thread] * shared.A[n][thread] * LN_2;
-        grad_shared[(i64)STATES * 4 * CHANNELS] = grad_D;
-        grad_shared[(i64)(STATES + 1) * 4 * CHANNELS] = grad_bias;
+        grad_shared[(i64)STATES * 4 * CHANNELS] = shared.grad_D[thread];
+        grad_shared[(i64)(STATES + 1) * 4 * CHANNELS] = shared.grad_bias[thread];
     }
 }
 #endif
