@@ -47,11 +47,15 @@ class CudaKernel:
 
 @lru_cache(maxsize=1)
 def has_compiler() -> bool:
-    """Return whether NVRTC is there; warn if it is not."""
+    """Return whether PyTorch can compile such kernels: from 2.10 on, with NVRTC; warn if not."""
     try:
+        obstacle = ""
         torch.cuda._utils._get_gpu_rtc_library()
-    except (AttributeError, OSError) as error:
-        message = f"CUDA's compiler NVRTC is missing ({error}): lamamba scans several states with slower Triton kernels"
+    except AttributeError:
+        obstacle = f"PyTorch {torch.__version__} is older than 2.10"
+    except OSError as error:
+        obstacle = f"CUDA's compiler NVRTC is missing ({error})"
+    if obstacle:
+        message = f"{obstacle}: lamamba scans several states with slower Triton kernels"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
-        return False
-    return True
+    return not obstacle

@@ -31,14 +31,15 @@ def plan(
 ) -> Plan | None:  # fmt: skip
     """Choose how a call is launched; None where only the Triton kernels can run it.
 
-    These kernels take bfloat16 from compute capability 8.0 on, and copy 4 or 16 bytes at a time.
+    These kernels take bfloat16 from compute capability 8.0 on. They copy 4 or 16 bytes at a time, and some of their
+    offsets are 32-bit.
     """
     limit = shared_limit(x.device)
     if not limit or {x.dtype, low.dtype, weight.dtype} != {torch.bfloat16}:
         return None
-    batch, height, width, channels = x.shape
+    _, height, width, channels = x.shape
     low_row = low.shape[3]
-    if channels % 8 or low_row // 4 % 2 or 4 * batch * height * width * max(channels, low_row) >= 2**31:
+    if channels % 8 or low_row // 4 % 2 or max(x.numel(), height * width * low_row) >= 2**31:
         return None
     for warps in range(min(4, triton.cdiv(channels, 32)), 0, -1):
         shared = shared_bytes(warps, num_states, rank, backward)
