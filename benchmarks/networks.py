@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lamamba.model import LaMambaDiff
 from lamamba.ops.launch import precompile
+from lamamba.ops.linear import RoundedWeights
 from lamamba.sampling.captured import modulations_ahead
 
 CUDA = torch.cuda.is_available()
@@ -105,14 +106,18 @@ def random_batch(
 
 
 def training_step(network: nn.Module, batch: Batch, autocast: bool) -> Callable[[], object]:
-    """Make an AdamW step on float32 weights, with or without bf16 autocast; a CUDA graph can capture it."""
+    """Make an AdamW step on float32 weights, with or without bf16 autocast; a CUDA graph can capture it.
+
+    As in training, LaMamba's weights are rounded together.
+    """
+    rounding = RoundedWeights(network, torch.bfloat16).in_use if autocast and CUDA else nullcontext
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True, capturable=CUDA)
 
     def find_gradients() -> None:
         optimizer.zero_grad()
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast, cache_enabled=False), rounding():
             out = network(*batch)
-        out.float().square().mean().backward()
+            out.float().square().mean().backward()
 
     find_gradients_prepared = prepared(network, find_gradients)
 
