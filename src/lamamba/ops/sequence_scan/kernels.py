@@ -22,6 +22,14 @@ from lamamba.ops.selective_scan.states_kernels import _operand
 
 
 @triton.jit
+def _within(o_t, length, WHOLE: tl.constexpr):
+    """Return the mask of steps within the sequence; a constant, which helps the compiler, if tiles fill it."""
+    if WHOLE:
+        return tl.full(o_t.shape, 1, tl.int1)
+    return o_t < length
+
+
+@triton.jit
 def _place(num_channels, BLOCK: tl.constexpr):
     """Find the image and the group of a program, its channels (1, BLOCK) within the group, and their mask."""
     num_blocks = tl.cdiv(num_channels, BLOCK)
@@ -137,18 +145,18 @@ def sequence_forward_kernel(
     b_total = tl.zeros([1, BLOCK], tl.float32)
     b_hs = _load_states(p_carry, 0, num_channels, m_w & STARTED, AT_ONCE)
     o_next = (last - 1 if BACKWARD else first) * TILE + tl.arange(0, TILE)[:, None]
-    m_next = m_w & (WHOLE or o_next < length)
+    m_next = m_w & _within(o_next, length, WHOLE)
     b_next_u = tl.load(_at(p_us, s_u, o_next), mask=m_next, other=0.0)
     b_next_delta = tl.load(_at(p_deltas, s_delta, o_next), mask=m_next, other=0.0)
     for count in range(first, last):
         tile = first + last - 1 - count if BACKWARD else count
         o_t = tile * TILE + tl.arange(0, TILE)[:, None]
-        m_t = WHOLE or o_t < length
+        m_t = _within(o_t, length, WHOLE)
         m = m_w & m_t
         # All loads of a tile come before its stores, because the compiler cannot know that they do not overlap.
         b_u, b_delta = b_next_u.to(tl.float32), b_next_delta
         o_next = o_t + (-TILE if BACKWARD else TILE)
-        m_next = m_w & (count + 1 < last) & (WHOLE or o_next < length)
+        m_next = m_w & (count + 1 < last) & _within(o_next, length, WHOLE)
         b_next_u = tl.load(_at(p_us, s_u, o_next), mask=m_next, other=0.0)
         b_next_delta = tl.load(_at(p_deltas, s_delta, o_next), mask=m_next, other=0.0)
         b_BCs = _load_weights(p_B, s_B, p_C, s_C, 0, tile * TILE, length, TILE, AT_ONCE)
@@ -339,7 +347,7 @@ def sequence_backward_kernel(
         tile = first + last - 1 - count
         start = tile * TILE
         o_t = start + tl.arange(0, TILE)[:, None]
-        m_t = WHOLE or o_t < length
+        m_t = _within(o_t, length, WHOLE)
         m = m_w & m_t
         p_tile = p_states + (o_sequence * num_tiles + tile) * STATES * num_channels + o_w
         b_u = tl.load(_at(p_us, s_u, o_t), mask=m, other=0.0).to(tl.float32)
