@@ -24,6 +24,7 @@ PAGES = {name: name for name in ("findings.md", "distillation.md")} | {"results.
 NAMES = {"s": "LaMamba-S", "dit-s-2": "DiT-S/2", "unet": "U-Net"}
 TITLES = {"cifar-10": "CIFAR-10, JPEG copy", "fashion-mnist": "Fashion-MNIST"}
 CIFAR = ("cifar-s-longer-seed-0", "cifar-dit-s-2-longer-seed-0")
+CIFAR_SEEDS = (CIFAR[0], "cifar-s-longer-seed-1", CIFAR[1], "cifar-dit-s-2-longer-seed-1")
 CLOTHES = ("s-flow-decay-longer", "dit-s-2-flow-decay-longer")
 # A third of the images, with a learning rate that falls three times as fast.
 SHORT_CIFAR = ("cifar-s-seed-0", "cifar-dit-s-2-seed-0")
@@ -99,6 +100,21 @@ def answer_table(records: Records, names: Sequence[str]) -> list[str]:
         scores = {feature: last if feature == FEATURES[data][0] else last[feature] for feature in shared}
         cells = [number(scores[feature][score]) for score in _SCORES[:2] for feature in shared]
         rows.append([TITLES[data], NAMES[network], number(speed(record)), f"{last['seconds']:.0f}", *cells])
+    return table(header, rows)
+
+
+def seeds_table(records: Records, names: Sequence[str]) -> list[str]:
+    """Lay out the last two scores of each training."""
+    shared = FEATURES["cifar-10"]
+    header = ["", "seed", "images", "seconds", *(f"{score}, {feature}" for score in _SCORES[:2] for feature in shared)]
+    rows = []
+    for name in names:
+        settings = records[name]["settings"]
+        for row in records[name]["evaluations"][-2:]:
+            scores = [row, row[shared[1]]]
+            cells = [number(of_feature[score]) for score in _SCORES[:2] for of_feature in scores]
+            start = [NAMES[settings["network"]], str(settings["seed"]), f"{row['images']:,}", f"{row['seconds']:.0f}"]
+            rows.append(start + cells)
     return table(header, rows)
 
 
@@ -200,6 +216,7 @@ def page(records: Records, text: str) -> str:
         "{table}": answer_table(records, (*CIFAR, *CLOTHES)),
         "{floors}": [" and ".join(floors)],
         "{cifar}": scores_table(records, CIFAR),
+        "{seeds}": seeds_table(records, CIFAR_SEEDS),
         "{clothes}": scores_table(records, CLOTHES),
         "{short cifar}": scores_table(records, SHORT_CIFAR),
         "{short clothes}": scores_table(records, SHORT_CLOTHES),
