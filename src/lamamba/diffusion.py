@@ -125,7 +125,7 @@ class Diffusion:
         "beta_schedule": "linear",
         "prediction_type": "epsilon",
     }
-    samplers = ("ancestral", "ddim", "ddim-cosine", "dpm++", "sde-dpm++", "unipc")
+    samplers = ("ancestral", "ancestral-cosine", "ddim", "ddim-cosine", "dpm++", "sde-dpm++", "unipc")
     default_sampler = "dpm++"
     scheduler = _deprecated_scheduler
     zero_terminal_snr = False
@@ -270,7 +270,7 @@ class FlowMatching:
     scheduler_options: Mapping[str, Any] = dict(
         num_train_timesteps=NUM_TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True
     )
-    samplers = ("unipc", "euler", "heun")
+    samplers = ("unipc", "euler", "heun", "ancestral")
     default_sampler = "unipc"
     scheduler = _deprecated_scheduler
 
