@@ -11,6 +11,7 @@ spacing of the steps (arXiv 2206.00364, eq. 5) for noise prediction. It is for n
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def sample(
     """Turn noise (b, c, h, w) into images from -1 to 1."""
     properties = json.loads(session.get_modelmeta().custom_metadata_map["lamamba"])
     if "timesteps" in properties:
-        return sample_student(session, properties, labels, noise)
+        return sample_student(session, properties, labels, noise, np.random.default_rng(0).standard_normal)
     assert (properties["data"]["kind"], properties["guided"]) == ("pixels", True)
     assert properties["objective"] in ("flow", "diffusion")
     is_flow = properties["objective"] == "flow"
@@ -93,11 +94,15 @@ def take_step(
 
 
 def sample_student(
-    session: onnxruntime.InferenceSession, properties: dict, labels: list[int], noise: np.ndarray
+    session: onnxruntime.InferenceSession,
+    properties: dict,
+    labels: list[int],
+    noise: np.ndarray,
+    draw: Callable[[tuple[int, ...]], np.ndarray],
 ) -> np.ndarray:
-    """Take the steps that a network was distilled for: Euler for flow matching, DDIM for v-prediction."""
+    """Take the ancestral steps that a network was distilled for; `draw` draws the noise of a step."""
     assert properties["objective"] in ("flow", "diffusion-v")
-    assert properties["data"]["kind"] == "pixels"
+    assert (properties["data"]["kind"], properties["sampler"][:9]) == ("pixels", "ancestral")
     timesteps, is_flow = np.array(properties["timesteps"]), properties["objective"] == "flow"
     if is_flow:
         noise_shares = timesteps / properties["num_timesteps"]
@@ -110,14 +115,15 @@ def sample_student(
     for index, t in enumerate(timesteps):
         inputs = {"x_t": x, "t": np.full(len(x), t, np.float32), "y": np.array(labels, np.int64)}
         predicted = session.run(None, inputs)[0][:, : x.shape[1]]
-        signal, noise_share = signals[index], noise_shares[index]
-        if is_flow:
-            x = x + (noise_shares[index + 1] - noise_share) * predicted
-        else:
-            x_0 = np.clip(signal * x - noise_share * predicted, -1, 1)
-            x = signals[index + 1] * x_0 + noise_shares[index + 1] / noise_share * (x - signal * x_0)
-        x = x.astype(np.float32)
-    return np.clip(x, -1, 1)
+        (signal, earlier), (noise_share, earlier_share) = (
+            level[index : index + 2] for level in (signals, noise_shares)
+        )
+        x_0 = np.clip((1 if is_flow else signal) * x - noise_share * predicted, -1, 1)
+        ratio = signal / earlier
+        variance = noise_share**2 - (ratio * earlier_share) ** 2
+        mean = ratio * (earlier_share / noise_share) ** 2 * x + earlier * variance / noise_share**2 * x_0
+        x = (mean + np.sqrt(variance) * earlier_share / noise_share * draw(x.shape)).astype(np.float32)
+    return x
 
 
 if __name__ == "__main__":

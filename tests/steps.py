@@ -15,15 +15,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lamamba.config import PRESETS, TrainConfig
+from lamamba.config import PRESETS, DistillationOptions, TrainConfig
 from lamamba.distributed.processes import GradientSums, Processes, joined
 from lamamba.distributed.sharding import unshard
 from lamamba.training import gradients
+from lamamba.training.distillation import student_objective
 from lamamba.training.run import resolve
 from lamamba.training.trainer import Trainer
 
 # Batch and parts, for two ranks: more parts than a share has images; uneven shares and parts; a share of one image.
 CUTS = ((8, 8), (7, 2), (3, 3))
+TEACHERS = ("flow", "diffusion")  # of distillations, which are cut in the second way
 WAYS = ("copies", "shards", "graphs")
 ON_GPU = torch.cuda.device_count() >= 2
 
@@ -55,24 +57,26 @@ class Replayed:
 
 
 def take_two_steps(
-    out: Path, device: str, processes: Processes, batch: int, accumulate: int, way: str = "copies"
+    out: Path, device: str, processes: Processes, batch: int, accumulate: int, way: str = "copies", teacher: str = ""
 ) -> dict[str, Tensor]:
-    """Return the gradients, losses and weights of the second step."""
+    """Return the gradients, losses and weights of the second step, of a distillation if there is a teacher."""
     width = 32 if ON_GPU else 8  # for the kernels
     network = replace(PRESETS["nano"], embed_dim=width, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1)
     config = TrainConfig(
         out=out, batch_size=batch, accumulate=accumulate, shard=way == "shards", cuda_graph=way == "graphs",
         device=device, network=network, horizontal_flip=True, precision="float32",
+        objective=student_objective(teacher) or None, num_images=4 * batch,  # if there is regression, for one step
+        distillation=DistillationOptions(4, 2.0, teacher) if teacher else None,
     )  # fmt: skip
     trainer = Trainer(*resolve(config), processes)
     if way == "graphs" and not ON_GPU:
         trainer.captures = True
-        Replayed.parameters = list(trainer.network.parameters())
+        Replayed.parameters = list(trainer.trained.parameters())
     reader = trainer.batches()
     for _ in range(2):
         terms = trainer.take_step(*next(reader))
     trainer.close()
-    named = dict(trainer.network.named_parameters())
+    named = dict(trainer.trained.named_parameters())
     gradients = {f"gradient of {name}": unshard(value.grad) for name, value in named.items() if value.grad is not None}
     return {**terms, **gradients, **{name: unshard(value.detach()) for name, value in named.items()}}
 
@@ -96,12 +100,15 @@ if __name__ == "__main__":
     GradientSums._launch = count
     results: dict[str, Any] = {}
     with joined("cuda" if ON_GPU else "cpu") as (processes, device):
-        for batch, accumulate in CUTS:
-            expected = take_two_steps(Path(sys.argv[1]), device, Processes(), batch, 1)
+        for batch, accumulate, teacher in [(*cut, "") for cut in CUTS] + [(*CUTS[1], teacher) for teacher in TEACHERS]:
+            expected = take_two_steps(Path(sys.argv[1]), device, Processes(), batch, 1, teacher=teacher)
             number = sum(value.numel() for name, value in expected.items() if name.startswith("gradient"))
             for way in WAYS:
                 sent = 0
-                ours = take_two_steps(Path(sys.argv[1]), device, processes, batch, accumulate, way)
-                results[f"{batch} images, {accumulate} parts, {way}"] = (distance(ours, expected), sent / number)
+                ours = take_two_steps(Path(sys.argv[1]), device, processes, batch, accumulate, way, teacher)
+                results[f"{batch} images, {accumulate} parts, {way}, {teacher}"] = (
+                    distance(ours, expected),
+                    sent / number,
+                )
         if processes.is_first:
             (Path(sys.argv[1]) / "steps.json").write_text(json.dumps(results))

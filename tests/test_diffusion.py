@@ -132,7 +132,7 @@ def test_every_number_of_steps_goes_down_from_noise(sampler: str) -> None:
         assert timesteps == sorted(set(timesteps) if apart else timesteps, reverse=True)
         published = sampler == "ddim" and num_steps >= 20
         assert timesteps[0] == (round(1000 - 1000 / num_steps) if published else 999), num_steps
-        assert timesteps[-1] == 0 or num_steps == 1 or sampler == "ddim-cosine"
+        assert timesteps[-1] == 0 or num_steps == 1 or sampler.endswith("cosine")
 
 
 @pytest.mark.parametrize("objective", [Diffusion(), VPrediction(), VPrediction(True)], ids=lambda kind: kind.name)
@@ -213,6 +213,18 @@ def test_stochastic_samplers_reach_the_distribution_of_the_data(sampler: str, nu
     assert abs(float(torch.corrcoef(both)[0, 1])) < 0.2
 
 
+@pytest.mark.parametrize(("objective", "sampler"), [
+    (Diffusion(), "ancestral-cosine"), (VPrediction(True), "ancestral-cosine"), (FlowMatching(), "ancestral"),
+])  # fmt: skip
+def test_steps_of_students_reach_the_distribution_in_the_limit(
+    objective: Diffusion | FlowMatching, sampler: str
+) -> None:
+    spreads = [float(draw(KnownDenoiser(objective), sampler, number).std()) for number in (4, 20, 200)]
+    errors = [1 - spread / GAUSSIAN.spread for spread in spreads]
+    assert errors[0] > 0.2
+    assert abs(errors[2]) < errors[1] / 5 < errors[0] / 10, "an error of first order"
+
+
 class ShortSighted(KnownDenoiser):
     """Knows the distribution, but takes no noise for greater than two, as networks do that have seldom seen more."""
 
@@ -278,8 +290,12 @@ def test_clipping_leaves_no_specks(sampler: str) -> None:
 @pytest.mark.parametrize(
     ("objective", "sampler", "advice"),
     [
-        ("diffusion", "heun", "use ancestral or ddim or ddim-cosine or dpm++ or sde-dpm++ or unipc"),
-        ("flow", "ddim", "use unipc or euler or heun"),
+        (
+            "diffusion",
+            "heun",
+            "use ancestral or ancestral-cosine or ddim or ddim-cosine or dpm++ or sde-dpm++ or unipc",
+        ),
+        ("flow", "ddim", "use unipc or euler or heun or ancestral"),
     ],
 )
 def test_a_sampler_of_the_other_objective_is_refused(objective: str, sampler: str, advice: str) -> None:

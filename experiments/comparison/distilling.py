@@ -1,4 +1,4 @@
-"""Distill a network to one step, and score teacher and students with the same seeds at several numbers of steps."""
+"""Distill a network, and score teacher and student with the same seeds at several numbers of steps."""
 
 import json
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from lamamba.data.latents import Pixels
 from lamamba.diffusion import OBJECTIVES
 from lamamba.files import atomic_write
 from lamamba.sampling import make_grid, uses_bf16
-from lamamba.training.distillation import plan_rounds, student_objective, student_sampler
+from lamamba.training.distillation import student_objective, student_sampler
 from lamamba.training.trainer import Trainer
 from pieces import Distilling
 from scoring import Denoiser, InAutocast
@@ -47,7 +47,7 @@ class Way(NamedTuple):
 
 
 def distill(setting: Setting, piece: Distilling) -> None:
-    """Distill in rounds down to one step, score, and draw; what is done is not done again.
+    """Distill, score, and draw; what is done is not done again.
 
     Raises:
         OutOfTimeError: time ran out; the work so far was saved.
@@ -55,14 +55,13 @@ def distill(setting: Setting, piece: Distilling) -> None:
     teacher = _find_teacher(setting, piece)
     config, info = _make_config(setting, piece, teacher)
     record = Record(setting, piece, {"train": settings_of(config), "distillation": vars(config.distillation)})
-    _train(setting, record, config)
-    students = {str(own.steps): config.out / "checkpoints" / f"{own.end:012d}" for own in plan_rounds(config)}
+    student = _train(setting, record, config)
     points = record.rows("points")
     there = {Way(point["who"], point["sampler"], point["steps"]) for point in points}
     for way in _ways(setting, config, info):
         if way not in there:
-            denoiser = _load(setting, students.get(way.who, teacher))
-            guidance = piece.guidance if way.who == "teacher" else 1.0  # students include it
+            denoiser = _load(setting, teacher if way.who == "teacher" else student)
+            guidance = piece.guidance if way.who == "teacher" else 1.0  # the student includes it
             scores = denoiser.score(
                 setting, setting.scale.num_samples, sampler=way.sampler, steps=way.steps, guidance=guidance,
                 clip_sample=True,
@@ -71,9 +70,8 @@ def distill(setting: Setting, piece: Distilling) -> None:
             print(json.dumps(points[-1]), flush=True)
             record.write()
             forget(setting.device)
-    _draw(setting, record, config, info, {**students, "teacher": teacher}, piece.guidance)
-    best = "4" if "4" in students else min(students)
-    export(students[best], record.folder / f"student-{best}")  # in float16, to bring home and to ship
+    _draw(setting, record, config, info, teacher, student)
+    export(student, record.folder / f"student-{piece.steps}")  # in float16, to bring home and to ship
     record.finish()
 
 
@@ -86,25 +84,23 @@ def _find_teacher(setting: Setting, piece: Distilling) -> Path:
 
 
 def _make_config(setting: Setting, piece: Distilling, teacher: Path) -> tuple[TrainConfig, CheckpointInfo]:
-    scale = setting.scale
     folder, info = locate(teacher)
-    teacher_steps = 8 if scale.quick else piece.teacher_steps
+    num_images = setting.scale.num_images or piece.num_images
     config = TrainConfig(
-        out=setting.out / piece.name / "run", data=DATA, num_images=scale.num_images or piece.num_images,
-        batch_size=scale.batch_size, learning_rate=piece.learning_rate, decay="linear", keep_checkpoints=0,
-        objective=student_objective(info.objective), network=replace(read_network_config(folder), label_dropout=0.0),
-        distillation=DistillationOptions(piece.steps, piece.guidance, teacher_steps, info.objective),
-        start_from=str(teacher),
+        out=setting.out / piece.name / "run", data=DATA, num_images=num_images, warmup_images=num_images // 50,
+        batch_size=setting.scale.batch_size, learning_rate=piece.learning_rate, decay="linear", keep_checkpoints=1,
+        ema_decay=piece.ema_decay, objective=student_objective(info.objective),
+        network=replace(read_network_config(folder), label_dropout=0.0),
+        distillation=DistillationOptions(piece.steps, piece.guidance, info.objective), start_from=str(teacher),
     )  # fmt: skip
     return config, info
 
 
-def _train(setting: Setting, record: Record, config: TrainConfig) -> None:
-    """Train all rounds, with a checkpoint after each; check the time at each point of the curve."""
-    ends = [own.end for own in plan_rounds(config)]
+def _train(setting: Setting, record: Record, config: TrainConfig) -> Path:
+    """Train, check the time at each point of the curve, and return the last checkpoint."""
     saved = checkpoints_in(config.out)
-    if saved and int(saved[-1].name) == ends[-1]:
-        return
+    if saved and int(saved[-1].name) >= config.num_images:
+        return saved[-1]
     trainer = Trainer(config, setting.open_training_images(DATA), Pixels(), setting.device)
     try:
         if saved:
@@ -115,18 +111,15 @@ def _train(setting: Setting, record: Record, config: TrainConfig) -> None:
         curve[:] = [row for row in curve if row["images"] <= trainer.images]
         meter = Meter(trainer, curve[-1]["seconds"] if curve else 0.0)
         reader, every = trainer.batches(), setting.scale.log_every
-        while trainer.images < ends[-1]:
-            end = min(next(end for end in ends if end > trainer.images), (trainer.images // every + 1) * every)
-            row = meter.train_to(end, reader)
-            distilled = trainer.info().distilled
-            curve.append({"steps": distilled and distilled.steps, **row})
+        while trainer.images < config.num_images:
+            curve.append(meter.train_to(min(config.num_images, (trainer.images // every + 1) * every), reader))
             print(json.dumps(curve[-1]), flush=True)
             over = None
             try:
                 setting.clock.check()
             except OutOfTimeError as error:
                 over = error
-            if over or trainer.images in ends:
+            if over or trainer.images >= config.num_images:
                 record.write()
                 trainer.save()
                 trainer.writer.finish()
@@ -135,21 +128,20 @@ def _train(setting: Setting, record: Record, config: TrainConfig) -> None:
     finally:
         trainer.close()
     forget(setting.device)
+    return checkpoints_in(config.out)[-1]
 
 
 def _ways(setting: Setting, config: TrainConfig, info: CheckpointInfo) -> Iterator[Way]:
-    """List what is scored: the teacher by its default sampler and by the students' one, and each student.
+    """List what is scored: the teacher by its default sampler and by the student's one, and the student.
 
-    Students are sampled in their own steps. The one of four steps, or of the most below, also shows what other numbers
-    of steps make of it.
+    The student is scored in its own steps first, and then in other numbers of steps.
     """
     counts, sampler = setting.scale.few_steps, student_sampler(OBJECTIVES[config.objective])
-    rounds = plan_rounds(config)
-    yield from (Way("teacher", OBJECTIVES[info.objective].default_sampler, steps) for steps in counts)
-    yield from (Way("teacher", sampler, steps) for steps in sorted({*counts, rounds[0].teacher_steps}))
-    yield from (Way(str(own.steps), sampler, own.steps) for own in rounds)
-    shown = max(own.steps for own in rounds if own.steps <= 4)
-    yield from (Way(str(shown), sampler, steps) for steps in counts if steps != shown)
+    assert config.distillation is not None
+    steps = config.distillation.steps
+    yield from (Way("teacher", OBJECTIVES[info.objective].default_sampler, count) for count in counts)
+    yield from (Way("teacher", sampler, count) for count in counts)
+    yield from (Way(str(steps), sampler, count) for count in (steps, *(count for count in counts if count != steps)))
 
 
 def _load(setting: Setting, checkpoint: Path) -> Denoiser:
@@ -160,23 +152,20 @@ def _load(setting: Setting, checkpoint: Path) -> Denoiser:
 
 
 def _draw(
-    setting: Setting,
-    record: Record,
-    config: TrainConfig,
-    info: CheckpointInfo,
-    checkpoints: dict[str, Path],
-    guidance: float,
+    setting: Setting, record: Record, config: TrainConfig, info: CheckpointInfo, teacher: Path, student: Path
 ) -> None:
-    """Draw the same seeds by the teacher and by each student, one below the other."""
-    most, sampler = max(setting.scale.few_steps), student_sampler(OBJECTIVES[config.objective])
-    ways = [Way("teacher", OBJECTIVES[info.objective].default_sampler, steps) for steps in (most, 4)]
-    ways += [Way(str(own.steps), sampler, own.steps) for own in plan_rounds(config)]
+    """Draw the same seeds by the teacher in many and in few steps, and by the student, one below the other."""
+    assert config.distillation is not None
+    steps, guidance = config.distillation.steps, config.distillation.guidance
+    default, own = OBJECTIVES[info.objective].default_sampler, student_sampler(OBJECTIVES[config.objective])
+    ways = [Way("teacher", default, count) for count in (max(setting.scale.few_steps), steps)]
+    ways.append(Way("student", own, steps))
     columns, rows = 2 * setting.scale.num_grid, []
     for way in ways:
         scale: Any = guidance if way.who == "teacher" else 1.0
-        denoiser = _load(setting, checkpoints[way.who])
+        denoiser = _load(setting, teacher if way.who == "teacher" else student)
         rows.append(denoiser.draw(setting, columns, scale, way.sampler, way.steps, clip_sample=True).cpu())
         forget(setting.device)
-    names = [f"{'teacher' if way.who == 'teacher' else 'student'}, {describe_steps(way.steps)}" for way in ways]
+    names = [f"{way.who}, {describe_steps(way.steps)}" for way in ways]
     with atomic_write(record.folder / "grid.png") as temporary:
         make_grid(torch.cat(rows).numpy(), columns, scale=2, row_names=names).save(temporary, "PNG")

@@ -29,8 +29,17 @@ CLOTHES = ("s-flow-decay-longer", "dit-s-2-flow-decay-longer")
 # A third of the images, with a learning rate that falls three times as fast.
 SHORT_CIFAR = ("cifar-s-seed-0", "cifar-dit-s-2-seed-0")
 SHORT_CLOTHES = ("s-flow-decay", "dit-s-2-flow-decay")
-DISTILLED = {"distill-nano": "noise prediction", "distill-nano-flow": "flow matching"}
-GRIDS = {**dict.fromkeys(CIFAR, "findings"), "distill-nano": "distillation"}
+DISTILLED = {
+    "distill-nano-flow": "flow matching",
+    "distill-nano-flow-guided": "flow matching, guidance 2",
+    "distill-nano": "noise prediction",
+}
+"""Records of distillation, of which some may not be there yet."""
+PROGRESSIVE = RESULTS / "progressive"
+"""Records of progressive distillation, which `lamamba distill` did before."""
+GRIDS = dict.fromkeys(CIFAR, "findings") | {
+    name: "distillation" for name in DISTILLED if (RESULTS / f"{name}.json").is_file()
+}
 """Records whose samples are shown, and the folders of the pictures."""
 PLOT = "distance.png"
 _SCORES = ("distance", "recall", "coverage")
@@ -124,18 +133,15 @@ class Distilled:
     features = FEATURES["fashion-mnist"]
 
     def __init__(self, record: dict[str, Any]) -> None:
-        points, settings = record["points"], record["settings"]
+        points = record["points"]
         self.rows = {(point["who"], point["sampler"], point["steps"]): point for point in points}
         self.default, self.sampler = points[0]["sampler"], points[-1]["sampler"]  # of the teacher and of the students
-        self.counts = settings["scale"]["few_steps"]
-        self.teacher_steps = settings["distillation"]["teacher_steps"]
-        self.students = sorted({int(who) for who, _, _ in self.rows if who != "teacher"}, reverse=True)
+        self.counts = sorted(record["settings"]["scale"]["few_steps"], reverse=True)
+        students = {int(who) for who, _, _ in self.rows if who != "teacher"}
+        self.students = sorted(students & set(self.counts), reverse=True)
 
     def teacher(self, steps: int) -> dict[str, Any]:
         return self.rows["teacher", self.default, steps]
-
-    def student(self, steps: int) -> dict[str, Any]:
-        return self.rows[str(steps), self.sampler, steps]
 
     def distances(self, row: dict[str, Any]) -> list[float]:
         """Return the distance on every feature network."""
@@ -143,36 +149,40 @@ class Distilled:
         return [scores["distance"] for scores in rows]
 
 
-def students_table(record: dict[str, Any]) -> list[str]:
-    """Lay out a row for each number of steps of a teacher, by its default sampler, and of its students."""
-    scores = Distilled(record)
+def students_table(records: Records, name: str) -> list[str]:
+    """Lay out a row for each number of steps of a teacher, by its default sampler, and of its student."""
+    if name not in records:
+        return ["Not measured yet."]
+    scores = Distilled(records[name])
     header = [
         "sampled from", "sampler", "steps",
         *(f"distance, {feature}" for feature in scores.features), "precision", "recall",
     ]  # fmt: skip
-    counts = sorted(scores.counts, reverse=True)
-    several = [("teacher", scores.default, steps, scores.teacher(steps)) for steps in counts]
+    (student,) = scores.students
+    several = [("teacher", scores.default, steps, scores.teacher(steps)) for steps in scores.counts]
     several += [
-        ("student", scores.sampler, steps, scores.student(steps)) for steps in counts if steps in scores.students
+        ("student", scores.sampler, steps, scores.rows[str(student), scores.sampler, steps]) for steps in scores.counts
     ]
     rows = [
         [who, f"`{sampler}`", str(steps), *map(number, (*scores.distances(row), row["precision"], row["recall"]))]
         for who, sampler, steps, row in several
     ]
-    return table(header, rows)
+    return [*table(header, rows), f"([record](../experiments/comparison/results/{name}.json))"]
 
 
 def ratios_table(records: Records) -> list[str]:
-    """Lay out the distance of students, relative to the one of the teacher in the most steps of its default sampler."""
-    every = {title: Distilled(records[name]) for name, title in DISTILLED.items()}
-    first = next(iter(every.values()))
-    header = ["", f"teacher, {first.teacher_steps}", *(f"student, {steps}" for steps in first.students)]
+    """Lay out distances relative to the one of the teacher in the most steps of its default sampler."""
+    every = {title: Distilled(records[name]) for name, title in DISTILLED.items() if name in records}
+    if not every:
+        return ["Not measured yet."]
+    students = next(iter(every.values())).students
+    header = ["", "teacher, 4", *(f"student, {steps}" for steps in students)]
     rows = []
     for title, scores in every.items():
-        whole = scores.distances(scores.teacher(max(scores.counts)))
-        own = [scores.rows["teacher", scores.sampler, scores.teacher_steps], *map(scores.student, scores.students)]
+        most = scores.distances(scores.teacher(max(scores.counts)))
+        own = [scores.teacher(4), *(scores.rows[str(steps), scores.sampler, steps] for steps in students)]
         for place, feature in enumerate(scores.features):
-            ratios = (scores.distances(row)[place] / whole[place] for row in own)
+            ratios = (scores.distances(row)[place] / most[place] for row in own)
             rows.append([f"{title}, {feature}", *(f"{ratio:.2f}" for ratio in ratios)])
     return table(header, rows)
 
@@ -181,11 +191,19 @@ def times_table(records: Records) -> list[str]:
     """Lay out the seconds that distillation took."""
     rows = []
     for name, title in DISTILLED.items():
+        if name not in records:
+            continue
         curve, points = records[name]["curve"], records[name]["points"]
         compilation = sum(row.get("compile_s", 0) for row in curve)
         times = (compilation, curve[-1]["seconds"], sum(row["sampling_s"] for row in points))
         rows.append([title, *(f"{seconds:.0f}" for seconds in times)])
-    return table(["", "compilation", "training", "samples for scores"], rows)
+    return table(["", "compilation", "training", "samples for scores"], rows) if rows else ["Not measured yet."]
+
+
+def grids(records: Records) -> list[str]:
+    """Show the samples of teachers and students."""
+    shown = [(name, title) for name, title in DISTILLED.items() if name in records]
+    return [f"![{title}: the same seeds of teacher and student](distillation/{name}.png)\n" for name, title in shown]
 
 
 def draw_distances(figure: Figure, records: Records) -> None:
@@ -209,8 +227,10 @@ def page(records: Records, text: str) -> str:
     """Fill in the tables."""
     floors = (number(records[names[0]]["training_images"]["vgg16"]["distance"]) for names in (CIFAR, CLOTHES))
     tables = {
-        **{f"{{{name}}}": students_table(records[name]) for name in DISTILLED},
+        **{f"{{{name}}}": students_table(records, name) for name in DISTILLED},
         "{ratios}": ratios_table(records),
+        "{progressive}": ratios_table(read_records(PROGRESSIVE)),
+        "{grids}": grids(records),
         "{times}": times_table(records),
         "{plot}": [f"![Distance against seconds of training](findings/{PLOT})"],
         "{table}": answer_table(records, (*CIFAR, *CLOTHES)),

@@ -289,7 +289,7 @@ class Meter:
         compile_s = 0.0
         while trainer.images < end:
             terms = trainer.take_step(*next(reader))
-            for name in ("loss", "mse", "grad_norm", "skipped", *_SUMS):
+            for name in ("loss", "gap" if trainer.config.distillation else "mse", "grad_norm", "skipped", *_SUMS):
                 sums[name] = sums.get(name, 0) + terms[name]
             steps += 1
             timed += trainer.config.batch_size

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -52,21 +52,19 @@ class Denoiser(Protocol):
     def __call__(self, x_t: Tensor, t: Tensor, y: Tensor, /) -> Tensor:
         """Predict (b, 2c, h, w) from (b, c, h, w) noised images, (b,) timesteps from 0 to 1000, and (b,) labels.
 
-        The objective says what the first c channels predict; of the others, only ancestral sampling takes notice.
+        The objective says what the first c channels predict; the others are the learned variance of diffusion,
+        which only the sampler `ancestral` uses.
         """
 
 
 class Task(Protocol):
-    """What a training step minimizes: an `Objective`, or a round of distillation."""
+    """What a training step minimizes: an `Objective`, or the losses of a distillation."""
 
     def draw_timesteps(self, batch: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
         """Draw (b,) timesteps for training, from 0 to 1000."""
 
     def losses(self, denoiser: Predict, x_0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Compute (b,) losses of clean images: `loss`, which is minimized, and its terms, among them `mse`."""
-
-    def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
-        """Compute the (b,) weights of `mse` that give the error of x_0 the weight min(SNR, gamma)."""
+        """Compute (b,) losses of clean images: `loss`, which is minimized, and its terms."""
 
 
 class Objective(Task, Protocol):
@@ -97,6 +95,9 @@ class Objective(Task, Protocol):
     def sigma(self, t: Tensor) -> Tensor:
         """Compute the noise level of (b,) timesteps, as noise over signal."""
 
+    def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
+        """Compute the (b,) weights of the term `mse` that give the error of x_0 the weight min(SNR, gamma)."""
+
     def predict_x_0(self, x_t: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
         """Compute the clean image that a prediction implies."""
 
@@ -125,7 +126,7 @@ class Diffusion:
         "beta_schedule": "linear",
         "prediction_type": "epsilon",
     }
-    samplers = ("ancestral", "ddim", "ddim-cosine", "dpm++", "sde-dpm++", "unipc")
+    samplers = ("ancestral", "ancestral-cosine", "ddim", "ddim-cosine", "dpm++", "sde-dpm++", "unipc")
     default_sampler = "dpm++"
     scheduler = _deprecated_scheduler
     zero_terminal_snr = False
@@ -270,7 +271,7 @@ class FlowMatching:
     scheduler_options: Mapping[str, Any] = dict(
         num_train_timesteps=NUM_TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True
     )
-    samplers = ("unipc", "euler", "heun")
+    samplers = ("unipc", "euler", "heun", "ancestral")
     default_sampler = "unipc"
     scheduler = _deprecated_scheduler
 
@@ -427,7 +428,9 @@ def training_losses(
     )
     losses = objective.losses(denoiser, x_0, t, torch.where(dropped, null_label, y), noise.to(x_0.dtype))
     if min_snr_gamma:
-        losses["loss"] = losses["loss"] + (objective.min_snr_weight(t, min_snr_gamma) - 1) * losses["mse"]
+        losses["loss"] = (
+            losses["loss"] + (cast(Objective, objective).min_snr_weight(t, min_snr_gamma) - 1) * losses["mse"]
+        )
     return losses
 
 

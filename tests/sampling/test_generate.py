@@ -239,7 +239,10 @@ def refused(capsys: pytest.CaptureFixture[str], run: Path, folder: Path, *option
         (["--labels", ""], "labels is empty: give names or numbers"),
         (["--guidance", "nan"], "guidance is nan: it must be a number"),
         (["--labels", "²"], "no class is named '²'"),
-        (["--sampler", "heun"], "use ancestral or ddim or ddim-cosine or dpm++ or sde-dpm++ or unipc"),
+        (
+            ["--sampler", "heun"],
+            "use ancestral or ancestral-cosine or ddim or ddim-cosine or dpm++ or sde-dpm++ or unipc",
+        ),
         (["--size", "8", "7"], "image size 7 is not an even number from 4 up: use 8"),
         (["--steps", "1001"], "1001 steps are out of range"),
         (["--steps", "0"], "steps is 0: it must be 1 or more"),

@@ -71,7 +71,7 @@ def test_an_image_depends_on_its_seed_and_its_label(network: LaMambaDiff) -> Non
     assert torch.equal(x, sample(network, Diffusion(), [0, 0, 1, 3], [4, 5, 4, 4], num_steps=5))
 
 
-@pytest.mark.parametrize("sampler", ["ancestral", "sde-dpm++"])
+@pytest.mark.parametrize("sampler", ["ancestral", "ancestral-cosine", "sde-dpm++"])
 def test_sampling_neither_uses_nor_disturbs_the_global_generator(network: LaMambaDiff, sampler: str) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -257,7 +257,7 @@ def test_schedulers_that_clip_correctly_are_left_to_it(network: LaMambaDiff, sam
     scheduler = make_scheduler(Diffusion(), sampler, 5, clip_sample=True)
     generators = [torch.Generator().manual_seed(4)]
     x, options = torch.randn((1, 1, 8, 8), generator=generators[0]), {}
-    if sampler in ("ancestral", "sde-dpm++"):
+    if sampler in ("ancestral", "ancestral-cosine", "sde-dpm++"):
         options = {"generator": generators}
     with torch.no_grad():
         for t in scheduler.timesteps:

@@ -5,7 +5,7 @@ A run folder holds `config.json` and `checkpoints/`, one folder each, named by t
     checkpoint.json         format, images, objective, class names, autoencoder; the SHA-256 of every other file; for
                             distilled networks, how they are sampled
     network/  ema/          weights and EMA weights, each a diffusers folder: config.json and safetensors
-    teacher/                the weights that `lamamba distill` learns from in this round
+    teacher/  auxiliary/    of `lamamba distill`: the weights that the student learns from, and the auxiliary network
     training/               optimizer, random state, power-function EMAs, by torch.distributed.checkpoint: one
                             safetensors file from each rank that holds a part of them
 

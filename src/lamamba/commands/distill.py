@@ -15,7 +15,7 @@ from lamamba.diffusion import OBJECTIVES
 from lamamba.errors import ConfigError, DataError
 from lamamba.files.records import OriginRecord, is_run, read_record, read_train_config
 from lamamba.sampling.labels import choose_guidance
-from lamamba.training.distillation import plan_rounds, student_objective, student_sampler
+from lamamba.training.distillation import student_objective, student_sampler
 from lamamba.training.run import Run, train
 
 
@@ -66,9 +66,7 @@ def complete(config: DistillConfig) -> DistillConfig:
     if changes["data"] not in NAMED_SOURCES and not are_latents(changes["data"]) and not changes["vae"]:
         changes.setdefault("image_size", config.image_size or network.sample_size)
         changes.setdefault("channels", config.channels or network.in_channels)
-    completed = replace(config, **changes)
-    plan_rounds(completed)
-    return completed
+    return replace(config, **changes)
 
 
 def _data_options(config: DistillConfig, path: Path) -> dict[str, Any]:

@@ -19,7 +19,9 @@ from lamamba.config.options import Option
 
 DEFAULT_STEPS = 25  # of samplers, for networks that were not distilled
 DEFAULT_GUIDANCE = 2.0  # scale of classifier-free guidance
-Sampler = Literal["ancestral", "ddim", "ddim-cosine", "dpm++", "sde-dpm++", "unipc", "euler", "heun"]
+Sampler = Literal[
+    "ancestral", "ancestral-cosine", "ddim", "ddim-cosine", "dpm++", "sde-dpm++", "unipc", "euler", "heun"
+]
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class SamplingConfig:
     diffusers saved of a LaMambaDiffPipeline, a DiTPipeline or a DiTTransformer2DModel; or user/name, such a folder on
     the Hugging Face hub."""
     sampler: Sampler | None = None
-    """For diffusion: ancestral, ddim, ddim-cosine, dpm++ (default), sde-dpm++ or unipc. For flow: unipc (default),
-    euler or heun. The default of a distilled checkpoint is its own sampler."""
+    """For diffusion: ancestral, ancestral-cosine, ddim, ddim-cosine, dpm++ (default), sde-dpm++ or unipc. For flow:
+    unipc (default), euler, heun or ancestral. The default of a distilled checkpoint is its own sampler."""
     steps: int | None = None
     """Number of sampler steps. The default is 25, or the steps for which the checkpoint was distilled."""
     guidance: float | None = None

@@ -35,18 +35,12 @@ class DistillationOptions:
     guidance: float | None = None
     """Scale of classifier-free guidance that the student learns to include. The default is 2, or 1 (off) if the network
     is unconditional or was trained with --label-dropout 0."""
-    teacher_steps: int = 64
-    """Sampler steps of RUN, which the student of the first round halves: a power of two, up to 256. Each further round
-    halves the steps again, and its teacher is the student of the round before."""
     teacher_objective: Annotated[str, Option(hidden=True)] = ""
     """Objective of RUN; a student of "diffusion" predicts v instead of noise."""
 
     def __post_init__(self) -> None:
         is_scale = self.guidance is None or math.isfinite(self.guidance)
         check_option(self, "guidance", is_scale, "a number, 1 for no guidance")
-        halvings = math.log2(self.teacher_steps / self.steps) if self.teacher_steps > self.steps else 0.0
-        reachable = f"steps {self.steps} times a power of two, from {2 * self.steps} to 256"
-        check_option(self, "teacher_steps", halvings % 1 == 0 < halvings and self.teacher_steps <= 256, reachable)
 
 
 @dataclass(frozen=True)
@@ -230,6 +224,7 @@ class TrainConfig:
         check_option(
             self, "dropout", not (self.dropout and self.gradient_checkpointing), "0 with gradient_checkpointing"
         )
+        check_option(self, "min_snr_gamma", not (self.min_snr_gamma and self.distillation), "0 in a distillation")
         for length in self.power_averages:
             fits = 0 < length <= 0.288 and round(length, 3) == length
             check(fits, "power_averages", length, "from 0.001 to 0.288, with three decimals")
@@ -269,13 +264,13 @@ class DistillConfig(TrainConfig):
     channels: Literal[1, 3] | None = None
     """1 for gray, 3 for color; by default as in RUN."""
     num_images: int = 400_000
-    """Length of the distillation, in images seen; all rounds are equally long."""
-    learning_rate: float = 3e-4
-    """Learning rate of the optimizer at the start of each round."""
+    """Length of the distillation, in images seen."""
+    learning_rate: float = 1e-4
+    """Learning rate of the optimizer."""
     decay: Literal["none", "linear", "cosine"] = "linear"
-    """Shape in which the learning rate falls to 0 in each round; none keeps it constant."""
-    warmup_images: int = 0
-    """Images of each round over which the learning rate rises linearly from 0."""
+    """Shape in which the learning rate falls to 0 between the warmup and --num-images; none keeps it constant."""
+    warmup_images: int = _OF_RECIPE
+    """Images over which the learning rate rises linearly from 0; the default is 2 % of --num-images."""
     horizontal_flip: bool = _OF_TEACHER
     objective: str = _OF_TEACHER
     network: NetworkConfig = _OF_TEACHER
@@ -286,6 +281,8 @@ class DistillConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         flips = self.horizontal_flip
+        if self.warmup_images is None:
+            object.__setattr__(self, "warmup_images", self.num_images // 50)
         super().__post_init__()
         object.__setattr__(self, "horizontal_flip", flips)  # not the recipe's
 

@@ -34,23 +34,25 @@ def make_scheduler(
 
     | sampler | method |
     | --- | --- |
-    | ancestral | the training process, backwards, with the learned variance (arXiv 2102.09672) |
+    | ancestral | the training process, backwards; for diffusion with the learned variance (arXiv 2102.09672) |
+    | ancestral-cosine | the same, as if predictions were exact, with the steps of the cosine schedule: for few steps |
     | ddim | arXiv 2010.02502 |
-    | ddim-cosine | the same with the steps of the cosine schedule (arXiv 2202.00512, section 2): for few steps |
+    | ddim-cosine | the same with the steps of the cosine schedule (arXiv 2202.00512, section 2) |
     | dpm++ | DPM-Solver++ of second order, 2M (arXiv 2211.01095) |
     | sde-dpm++ | the same for the stochastic equation, SDE-2M |
     | unipc | arXiv 2302.04867 |
     | euler, heun | the classical methods, for flows |
 
-    For diffusion all go from 999 to 0, except two. `ddim` has its published stride from 20 steps on, 0, 1000/n,
+    For diffusion all go from 999 to 0, except three. `ddim` has its published stride from 20 steps on, 0, 1000/n,
     2000/n, ..., which starts at 1000 - 1000/n. Fewer steps of that stride would start where noise does not hide the
-    image yet. `ddim-cosine` ends with a step from a higher timestep to no noise.
+    image yet. `ddim-cosine` and `ancestral-cosine` end with a step from a higher timestep to no noise.
 
-    The steps of `ancestral` and `ddim` are even in time. Those of `ddim-cosine` are even in the angle whose tangent is
-    noise over signal, so that two of its steps are one of half as many. Those of the multistep solvers are even in the
-    seventh root of noise over signal (arXiv 2206.00364, eq. 5), rounded to whole timesteps, so that from 79 steps on
-    a timestep can occur twice; with zero terminal SNR, whose noise has no upper limit, they are even in time (arXiv
-    2305.08891, section 3.3). For flows all steps are even in time; Heun has two timesteps for each step but the last.
+    The steps of `ancestral` and `ddim` are even in time. Those of `ddim-cosine` and `ancestral-cosine` are even in the
+    angle whose tangent is noise over signal, so that two of the steps are one of half as many. Those of the multistep
+    solvers are even in the seventh root of noise over signal (arXiv 2206.00364, eq. 5), rounded to whole timesteps, so
+    that from 79 steps on a timestep can occur twice; with zero terminal SNR, whose noise has no upper limit, they are
+    even in time (arXiv 2305.08891, section 3.3). For flows all steps are even in time; Heun has two timesteps for each
+    step but the last.
 
     Args:
         objective: what the network was trained with.
@@ -76,6 +78,12 @@ def make_scheduler(
         scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS)
     elif sampler == "heun":
         scheduler = diffusers.FlowMatchHeunDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS)
+    elif sampler.endswith("cosine") or (sampler == "ancestral" and _is_flow(objective)):
+        if sampler.endswith("cosine"):
+            options["timestep_spacing"] = COSINE_SPACING
+        # An ancestral step is one of first order of the stochastic equation, exactly.
+        algorithm = "dpmsolver++" if sampler == "ddim-cosine" else "sde-dpmsolver++"
+        scheduler = diffusers.DPMSolverMultistepScheduler(**options, algorithm_type=algorithm, solver_order=1)
     elif sampler == "ancestral" and num_steps > 1:
         scheduler = diffusers.DDPMScheduler(**options, variance_type="learned_range", clip_sample=False)
         scheduler.choose_timesteps = _even_timesteps
@@ -84,9 +92,6 @@ def make_scheduler(
         # number apart, and the same everywhere.
         scheduler = diffusers.DPMSolverMultistepScheduler(**options, algorithm_type="dpmsolver++", solver_order=1)
         scheduler.choose_timesteps = _even_timesteps if ends_in_noise else _ddim_timesteps
-    elif sampler == "ddim-cosine":
-        options |= {"algorithm_type": "dpmsolver++", "solver_order": 1, "timestep_spacing": COSINE_SPACING}
-        scheduler = diffusers.DPMSolverMultistepScheduler(**options)
     else:
         if ends_in_noise:
             options["timestep_spacing"] = "trailing"

@@ -1,13 +1,12 @@
-"""Progressive distillation: a student learns to take in one step what its teacher takes in two.
+"""Distillation by moment matching: a student samples in a few steps what its teacher samples in many.
 
-Each round halves the number of sampler steps, and its student is the teacher of the next round (Salimans & Ho 2022,
-arXiv 2202.00512). The teacher of the first round is guided, so that the students need no guidance (Meng et al. 2023,
-arXiv 2210.03142, with one scale). `lamamba.commands.distill` starts such a run; the trainer does the rest.
+The student takes few steps of the ancestral sampler. It learns that the clean images expected from its own noised
+samples are those that the teacher predicts from them (Salimans, Mensink, Heek & Hoogeboom 2024, arXiv 2406.04103,
+Algorithm 2). An auxiliary network learns what these expected images are. The teacher is guided, so that the student
+needs no guidance. `lamamba.commands.distill` starts such a run; the trainer does the rest.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,58 +18,18 @@ from lamamba.diffusion import OBJECTIVES, Objective, Predict
 from lamamba.errors import ConfigError
 from lamamba.sampling.schedulers import make_scheduler
 
-
-@dataclass(frozen=True)
-class Round:
-    """A part of the training with one teacher."""
-
-    number: int
-    """From 1."""
-    begin: int
-    """Images seen before the round."""
-    end: int
-    """Images seen after the round."""
-    teacher_steps: int
-    """Sampler steps of the teacher; the student takes half as many."""
-
-    @property
-    def steps(self) -> int:
-        """Sampler steps of the student."""
-        return self.teacher_steps // 2
+BETAS = (0.0, 0.99)
+"""Of Adam. The student's gradient changes with the auxiliary network, so it has no momentum."""
+REGRESSION = 0.2
+"""Share of the images with which networks first learn to predict v, if their teacher predicts noise."""
+Levels = tuple[Tensor, Tensor]
+"""Shares of the clean image and of noise, each (b, 1, 1, 1)."""
 
 
 def options_of(config: TrainConfig) -> DistillationOptions:
     """Return the options of a run that distills."""
     assert config.distillation is not None
     return config.distillation
-
-
-def plan_rounds(config: TrainConfig) -> list[Round]:
-    """Divide a run into rounds of about as many optimizer steps each.
-
-    Raises:
-        ConfigError: the run is too short.
-    """
-    options = options_of(config)
-    teachers = [options.teacher_steps]
-    while teachers[-1] > 2 * options.steps:
-        teachers.append(teachers[-1] // 2)
-    num_updates, number = -(-config.num_images // config.batch_size), len(teachers)
-    shortest = config.batch_size * (num_updates // number)
-    if shortest <= config.warmup_images:
-        raise ConfigError(
-            f"num_images {config.num_images:,} is too short for {number} rounds, from {teachers[0]} steps to "
-            f"{options.steps}: give {number * (config.warmup_images + config.batch_size):,} or more"
-        )
-    ends = [config.batch_size * (num_updates * index // number) for index in range(number + 1)]
-    parts = zip(pairwise(ends), teachers, strict=True)
-    return [Round(index + 1, *images, count) for index, (images, count) in enumerate(parts)]
-
-
-def round_at(config: TrainConfig, images: int) -> Round:
-    """Return the round of the optimizer step that brings the number of images seen to `images`."""
-    rounds = plan_rounds(config)
-    return next((own for own in rounds if images <= own.end), rounds[-1])
 
 
 def student_objective(name: str) -> str:
@@ -80,12 +39,11 @@ def student_objective(name: str) -> str:
 
 
 def student_sampler(objective: Objective) -> str:
-    """Return the sampler of a student, whose steps are deterministic, of first order, and each two of them make one of
-    half as many; raises ConfigError if the objective has no such sampler."""
-    for sampler in ("euler", "ddim-cosine"):
+    """Return the ancestral sampler of students; raises ConfigError if the objective has none."""
+    for sampler in ("ancestral-cosine", "ancestral"):
         if sampler in objective.samplers:
             return sampler
-    raise ConfigError(f"networks of the objective {objective.name!r} cannot be distilled: it has no sampler euler")
+    raise ConfigError(f"networks of the objective {objective.name!r} cannot be distilled: it has no sampler ancestral")
 
 
 def check_teacher(name: str, teacher: LoadedCheckpoint, config: TrainConfig, class_names: Sequence[str]) -> None:
@@ -103,84 +61,128 @@ def check_teacher(name: str, teacher: LoadedCheckpoint, config: TrainConfig, cla
         raise ConfigError(f"data {config.data} has {fault}: distill on the data that it was trained on")
 
 
-class Distillation:
-    """What a student learns in a round: to land in one step where its teacher lands in two.
+class MomentMatching:
+    """The losses of a student and of its auxiliary network.
 
-    Both take the steps of the sampler, DDIM or Euler, which differ in the levels a (signal) and s (noise) alone:
+    An image is noised to a timestep t of the student, which predicts x. Then z_s is drawn from q(z_s | z_t, x) for a
+    time s between t and the student's next timestep. With the noise share b_s, and sg for "no gradient":
 
-        z' = a' x_0 + s' (z - a x_0) / s
+        auxiliary:  |x_auxiliary(z_s) - sg(x)|^2 / b_s^2 + |x_auxiliary(z_s) - x_teacher(z_s)|^2 / b_s^2
+        student:    <x, sg(x_auxiliary(z_s) - x_teacher(z_s))> / b_s
 
-    So one step from (a, s) to (a'', s'') over two predictions x_0 and x_0' of the teacher needs the prediction
+    The auxiliary network's best prediction is the mean of E[x | z_s] and x_teacher. So the student's gradient is zero
+    if E[x | z_s] = x_teacher(z_s). For v and velocities, the auxiliary network's errors are those of its predictions.
 
-        (1 - w) x_0 + w x_0',    w = (a'' - a' s''/s') / (a'' - a s''/s)
-
-    The first teacher can take steps of any length, unlike students. So in the first round the place is extrapolated, to
-    twice the one of two steps less the one of one step (Richardson), which removes the first-order error of the
-    steps: w is doubled.
-
-    The loss is the squared error of that prediction over s^2: of v, or of the velocity of a flow. That is the weight
-    "SNR + 1" of the paper.
+    Networks cannot start from weights that predict noise. So during the first `REGRESSION` of such a run, both networks
+    learn to predict what the teacher predicts from noised images.
 
     Args:
         config: of the run.
-        round: the round.
-        teacher: the teacher, with guidance if it is the first one; see `lamamba.diffusion.Predict`.
+        teacher: the teacher, with guidance; see `lamamba.diffusion.Predict`.
+        auxiliary: the auxiliary network, which has the objective of the student.
         device: where to compute.
-        clips: clip the teacher's clean images to -1 to 1, as its sampler does for pixels.
+        bounded: whether images lie within -1 to 1. If so, clean images that predicted noise implies are clipped where
+            noise exceeds the signal.
     """
 
-    def __init__(self, config: TrainConfig, round: Round, teacher: Predict, device: torch.device, clips: bool) -> None:
+    def __init__(
+        self, config: TrainConfig, teacher: Predict, auxiliary: Predict, device: torch.device, bounded: bool
+    ) -> None:
         self.objective = OBJECTIVES[config.objective]
-        self.teacher = teacher
-        self.teacher_objective = self.objective
-        self.extrapolates = round.number == 1
-        if self.extrapolates:
-            self.teacher_objective = OBJECTIVES[options_of(config).teacher_objective]
-        sampler = student_sampler(self.objective)
-        scheduler = make_scheduler(self.objective, sampler, round.teacher_steps, clip_sample=clips)
-        self.clips = bool(scheduler.config.get("thresholding"))
-        self.times = scheduler.timesteps.to(device).flip(0)
-        self.own_times = self.times[1::2]
-        # Before the first timestep, there is no noise.
-        signal, noise_share = self.objective.levels(self.times)
-        self.signal = torch.cat([torch.ones_like(signal[:1]), signal])
-        self.noise_share = torch.cat([torch.zeros_like(noise_share[:1]), noise_share])
+        self.teacher, self.auxiliary = teacher, auxiliary
+        self.teacher_objective = OBJECTIVES[options_of(config).teacher_objective]
+        self.regresses = self.teacher_objective is not self.objective
+        self.end_of_regression = self.regresses * REGRESSION * config.num_images
+        self.clips = self.regresses and bounded
+        scheduler = make_scheduler(self.objective, student_sampler(self.objective), options_of(config).steps)
+        self.times = scheduler.timesteps.to(device, torch.float32).flip(0)
+        """Timesteps of the student, ascending."""
+
+    def begin_step(self, images: int) -> bool:
+        """Choose the losses of the step after so many images; return whether they differ from the previous ones."""
+        before, self.regresses = self.regresses, images < self.end_of_regression
+        return before != self.regresses
 
     def draw_timesteps(self, batch: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-        """Draw (b,) of the student's timesteps, all with the same probability."""
-        return self.own_times[torch.randint(len(self.own_times), (batch,), device=device, generator=generator)]
+        """Draw (b,) whole times s, with the same probability in each of the student's steps, and even in time there."""
+        place = len(self.times) * torch.rand(batch, device=device, generator=generator)
+        ends = torch.cat([torch.zeros_like(self.times[:1]), self.times])
+        step = place.long()
+        return torch.lerp(ends[step], ends[step + 1], place - step).round().clamp(min=1)
 
     def losses(self, denoiser: Predict, x_0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Compute the losses of noised images, see the class; arguments as `Diffusion.losses`."""
-        signal, noise_share = (level.to(x_0.dtype).view(-1, 1, 1, 1) for level in self.objective.levels(t))
-        x_t = signal * x_0 + noise_share * noise
-        target = self.target(x_t, t, y)
-        prediction = denoiser(x_t, t, y).to(x_0.dtype).chunk(2, dim=1)[0]
-        error = (self.objective.predict_x_0(x_t, t, prediction) - target) / noise_share
-        mse = error.square().flatten(1).mean(dim=1)
-        return {"loss": mse, "mse": mse}
+        """Compute the losses; only their gradient includes the one of the student's loss, whose value says nothing.
 
-    def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
-        return self.objective.min_snr_weight(t, gamma)
+        Args:
+            denoiser: the student.
+            x_0: (b, c, h, w) clean images.
+            t: (b,) times s of `draw_timesteps`.
+            y: (b,) labels.
+            noise: (b, 2c, h, w) standard normal: for the student's input, and for z_s.
 
-    @torch.no_grad()
-    def target(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Compute the clean images that the student should predict (b, c, h, w), for (b,) timesteps of the student."""
-        # The student's timesteps differ. Of its teacher's, the last two are the same in 256 steps of ddim-cosine.
-        place = 2 * (self.own_times - t[:, None]).abs().argmin(dim=1) + 2
-        start, middle, end = (self._levels(place - step, x_t.dtype) for step in range(3))
-        first = self._clean(x_t, t, y)
-        x_middle = middle[0] * first + middle[1] * (x_t - start[0] * first) / start[1]
-        second = self._clean(x_middle, self.times[place - 2], y)
-        share = (end[0] - middle[0] * end[1] / middle[1]) / (end[0] - start[0] * end[1] / start[1])
-        target = torch.lerp(first, second, 2 * share if self.extrapolates else share)
-        return target.clamp(-1, 1) if self.clips else target
+        Returns:
+            (b,) each: `loss`, the auxiliary network's; and `gap`, |x_auxiliary - x_teacher|^2 / b_s^2.
+        """
+        noise, noise_of_step = noise.chunk(2, dim=1)
+        earlier = self._levels(t, x_0)
+        divisor = earlier[1].clamp(min=getattr(self.objective, "least", 0.0))  # as in the objective's own loss
+        if self.regresses:
+            z = earlier[0] * x_0 + earlier[1] * noise
+            wanted = self._ask_teacher(z, t, y)
+            errors = [
+                _mean_square((self._clean(ask, z, t, y) - wanted) / divisor) for ask in (denoiser, self.auxiliary)
+            ]
+            return {"loss": errors[0] + errors[1], "gap": errors[1]}
+        t_student = self.times[torch.bucketize(t, self.times)]
+        later = self._levels(t_student, x_0)
+        x_t = later[0] * x_0 + later[1] * noise
+        x = self._clean(denoiser, x_t, t_student, y)
+        z = draw_earlier(x_t, x.detach(), later, earlier, noise_of_step)
+        wanted = self._ask_teacher(z, t, y)
+        expected = self._clean(self.auxiliary, z, t, y)
+        gap = _mean_square((expected - wanted) / divisor)
+        loss = _mean_square((expected - x.detach()) / divisor) + gap
+        of_student = (x * (expected - wanted).detach() / divisor).flatten(1).mean(dim=1)
+        return {"loss": loss + of_student - of_student.detach(), "gap": gap}
 
-    def _levels(self, place: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        signal, noise_share = (level[place].to(dtype).view(-1, 1, 1, 1) for level in (self.signal, self.noise_share))
+    def _levels(self, t: Tensor, like: Tensor) -> Levels:
+        signal, noise_share = (level.to(like.dtype).view(-1, 1, 1, 1) for level in self.objective.levels(t))
         return signal, noise_share
 
-    def _clean(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def _clean(self, ask: Predict, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.objective.predict_x_0(x_t, t, ask(x_t, t, y).to(x_t.dtype).chunk(2, dim=1)[0])
+
+    @torch.no_grad()
+    def _ask_teacher(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         prediction = self.teacher(x_t, t, y).to(x_t.dtype).chunk(2, dim=1)[0]
         x_0 = self.teacher_objective.predict_x_0(x_t, t, prediction)
-        return x_0.clamp(-1, 1) if self.clips else x_0
+        if self.clips:  # an error of predicted noise is multiplied by noise over signal
+            signal, noise_share = self._levels(t, x_t)
+            x_0 = torch.where(noise_share > signal, x_0.clamp(-1, 1), x_0)
+        return x_0
+
+
+def draw_earlier(x_t: Tensor, x_0: Tensor, later: Levels, earlier: Levels, noise: Tensor) -> Tensor:
+    """Draw z_s from q(z_s | x_t, x_0), the noising process backwards by one step of the ancestral sampler.
+
+    With the levels (a_t, b_t) and (a_s, b_s), r = a_t / a_s and v = b_t^2 - r^2 b_s^2, it is a Gaussian with
+
+        mean r (b_s/b_t)^2 x_t + a_s v/b_t^2 x_0    and    standard deviation sqrt(v) b_s/b_t
+
+    (Kingma et al. 2021, arXiv 2107.00630, appendix A.2).
+
+    Args:
+        x_t, x_0, noise: (b, c, h, w); the noise is standard normal.
+        later: levels of t. There may be no signal.
+        earlier: levels of s, with at least as much signal, and with some.
+    """
+    (a_t, b_t), (a_s, b_s) = later, earlier
+    ratio = a_t / a_s
+    variance = (b_t.square() - (ratio * b_s).square()).clamp(min=0)
+    mean = ratio * (b_s / b_t).square() * x_t + a_s * variance / b_t.square() * x_0
+    return mean + variance.sqrt() * b_s / b_t * noise
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    """(b, ...) to (b,)."""
+    return x.square().flatten(1).mean(dim=1)

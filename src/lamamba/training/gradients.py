@@ -80,7 +80,7 @@ class RecordedPartGradients(Gradients):
         self.zero()
         terms = _sum(self.graphs[len(part[0])](*part) for part in self.cut(inputs))
         if sums := self.trainer.gradient_sums:
-            sums.all_reduce(value.grad for value in self.trainer.network.parameters() if value.grad is not None)
+            sums.all_reduce(value.grad for value in self.trainer.trained.parameters() if value.grad is not None)
         return terms
 
 

@@ -27,7 +27,6 @@ from lamamba.files.records import plain, read_record
 from lamamba.terminal.output import describe_duration, make_console, make_progress, say
 from lamamba.terminal.streams import visible
 from lamamba.training.cost import peak_tflops, training_flops
-from lamamba.training.distillation import Round
 
 SHOWN_EVERY_S = 5.0  # loss and speed beside the progress bar; reading the loss waits for the device
 SHORT_RUN_STEPS = 5000  # of training from fresh weights
@@ -121,10 +120,6 @@ class TrainingLog:
         self.note(f"starts from the EMA weights of {name}")
         for note in notes:
             self.note(f"  {note}")
-
-    def note_round(self, round: Round) -> None:
-        to = f"from {round.teacher_steps} steps to {round.steps}"
-        self.note(f"round {round.number}: {to}, until image {round.end:,}")
 
     def step(self, images: int, terms: dict[str, Tensor]) -> None:
         """Add the loss terms of a step, without waiting for the device."""
@@ -282,7 +277,8 @@ class TrainingLog:
 
 def loss_parts(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Name the parts of the loss that differ from it: flow matching logs its whole loss as `mse`."""
-    return [part for part in ("mse", "vb") if any(row.get(part) not in (None, row.get("loss")) for row in records)]
+    parts = ("mse", "vb", "gap")
+    return [part for part in parts if any(row.get(part) not in (None, row.get("loss")) for row in records)]
 
 
 def draw_lines(axes: Any, records: Sequence[Mapping[str, Any]], styles: Mapping[str, Mapping[str, Any]]) -> None:
@@ -390,7 +386,7 @@ class SilentLog:
 
     def step(self, *_: Any) -> None: ...
 
-    save_samples = note_checkpoint = note_round = finish = step
+    save_samples = note_checkpoint = finish = step
 
     def pause(self, *_: Any) -> AbstractContextManager[None]:
         return nullcontext()

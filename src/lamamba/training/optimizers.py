@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from lamamba.config import TrainConfig
-from lamamba.training.distillation import round_at
 
 
 def optimizer_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
@@ -42,15 +41,8 @@ def weights_decayed(network: nn.Module) -> dict[str, bool]:
 
 
 def learning_rate(config: TrainConfig, images: int) -> float:
-    """Compute the learning rate of the step that brings the number of images seen to `images`.
-
-    In a distillation, it rises and falls in each round.
-    """
-    num_images = config.num_images
-    if config.distillation:
-        round = round_at(config, images)
-        images, num_images = images - round.begin, round.end - round.begin
+    """Compute the learning rate of the step that brings the number of images seen to `images`."""
     rising = min(1.0, images / config.warmup_images) if config.warmup_images else 1.0
-    past = max(0, images - config.warmup_images) / max(1, num_images - config.warmup_images)
+    past = max(0, images - config.warmup_images) / max(1, config.num_images - config.warmup_images)
     falling = {"none": 1.0, "linear": 1 - past, "cosine": (1 + math.cos(math.pi * past)) / 2}[config.decay]
     return config.learning_rate * rising * max(0.0, falling)

@@ -142,7 +142,7 @@ def check_resumable(config: TrainConfig, origin: Mapping[str, Any], checkpoint: 
     for options in (started, now):
         options.update(options.pop("network", {}))
         options.update(options.pop("distillation", None) or {})
-    # With a decay, every learning rate depends on num_images, and so do the rounds of a distillation.
+    # With a decay, every learning rate depends on num_images; so does the regression of a distillation.
     free = _FREE_TO_CHANGE - ({"num_images"} if config.decay != "none" or config.distillation else set())
     changed = [
         f"{name} was {started.get(name)}, now {now[name]}"
@@ -393,8 +393,6 @@ def _take_steps(
             raise SignalError(stop // 2, f"image {started}: --resume goes on from here", silent=not is_first)
         raise _reading_failed(failure)
     while batch is not None:
-        if round := trainer.next_round():
-            log.note_round(round)
         try:
             with first_step:
                 terms = trainer.take_step(*batch)

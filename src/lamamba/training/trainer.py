@@ -39,7 +39,7 @@ from lamamba.sampling.captured import CapturedNetwork
 from lamamba.sampling.guidance import guide
 from lamamba.sampling.labels import why_unguided
 from lamamba.training.averages import PowerAverages, save_snapshot
-from lamamba.training.distillation import Distillation, Round, check_teacher, options_of, round_at, student_sampler
+from lamamba.training.distillation import BETAS, MomentMatching, check_teacher, student_sampler
 from lamamba.training.gradients import Gradients, choose_gradients
 from lamamba.training.optimizers import hidden_matrices, learning_rate, optimizer_keys, weights_decayed
 from lamamba.training.transfer import transfer_weights
@@ -71,7 +71,6 @@ class Trainer:
         self.parts = cut_evenly(self.share.stop - self.share.start, num_parts)
         self.objective = choose_objective(config)
         self.task: Task = self.objective
-        self.round: Round | None = None  # of distillation
         least = 2 * processes.world_size
         if config.contrast and config.batch_size < least:
             raise ConfigError(f"contrast needs two images per rank: give batch_size {least} or more, or fewer ranks")
@@ -88,15 +87,17 @@ class Trainer:
                 raise ConfigError(f"dropout is {config.dropout}, but the network has no layer nn.Dropout: leave it out")
             for layer in layers:
                 layer.p = config.dropout
-        for copied in (self.average, self.teacher) if self.teacher is not None else (self.average,):
-            copied.eval().requires_grad_(False)
+        self.trained = nn.ModuleDict({"network": self.network})
+        if config.distillation:
+            self.trained["auxiliary"] = self.build().to(device)
+        for name, copied in self._networks().items():
             copied.load_state_dict(self.network.state_dict())
+            if name not in self.trained:
+                copied.eval().requires_grad_(False)
         self.shards = config.shard and processes.world_size > 1
         if self.shards:
-            shard(self.network, processes.world_size, compile=config.compile)
-            shard(self.average, processes.world_size)
-            if self.teacher is not None:
-                shard(self.teacher, processes.world_size)
+            for name, network in self._networks().items():
+                shard(network, processes.world_size, compile=config.compile and name in self.trained)
         # FSDP frees gathered parameters after use, which it cannot if the CPU's compiled loops have seen them.
         self.backend = partial(use_backend, "pytorch") if self.shards and device.type == "cpu" else nullcontext
         group = torch.distributed.new_group(backend="gloo") if self.shards else None
@@ -104,15 +105,16 @@ class Trainer:
         self._saved: dict[str, dict[str, Tensor]] = {name: {} for name in self._networks()}  # of the last checkpoint
         self.power_averages = PowerAverages(self.network, config.power_averages) if config.power_averages else None
         self.generator = torch.Generator(device).manual_seed(config.seed)
-        decays = weights_decayed(self.network)
-        hidden = hidden_matrices(self.network) if config.optimizer == "muon" else {}
-        named = [(name, value) for name, value in self.network.named_parameters() if name not in hidden]
+        decays = weights_decayed(self.trained)
+        hidden = hidden_matrices(self.trained) if config.optimizer == "muon" else {}
+        named = [(name, value) for name, value in self.trained.named_parameters() if name not in hidden]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [value for name, value in named if decays[name]], "weight_decay": config.weight_decay},
                 {"params": [value for name, value in named if not decays[name]], "weight_decay": 0.0},
             ],
             lr=config.learning_rate,
+            betas=BETAS if config.distillation else (0.9, 0.999),
             fused=device.type in ("cpu", "cuda"),
         )
         self.optimizers: list[torch.optim.Optimizer] = [self.optimizer]
@@ -130,18 +132,23 @@ class Trainer:
         }
         if config.gradient_checkpointing:
             # There is no random state to preserve, which a CUDA graph could not do: dropout is off.
-            self.network.enable_gradient_checkpointing(
-                partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
-            )
+            checkpointing = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
+            for network in self._trained():
+                network.enable_gradient_checkpointing(checkpointing)
         self.uses_bf16 = uses_bf16(config.precision, device)
         self.autocast = torch.autocast(device.type, torch.bfloat16) if self.uses_bf16 else nullcontext()
         rounds_ahead = self.uses_bf16 and device.type == "cuda" and not (self.shards or config.compile)
         self.rounding: Callable[[], AbstractContextManager[None]] = (
-            RoundedWeights(self.network, torch.bfloat16).in_use if rounds_ahead else nullcontext
+            RoundedWeights(self.trained, torch.bfloat16).in_use if rounds_ahead else nullcontext
         )
-        self.compiled: Any = torch.compile(self.network) if config.compile and not self.shards else self.network
+        self.predict = self._predicts(self.network)
+        if config.distillation and self.teacher is not None:
+            assert config.distillation.guidance is not None
+            teacher = guide(self._predicts(self.teacher), config.distillation.guidance, self.teacher.null_label)
+            auxiliary = self._predicts(self.trained["auxiliary"])
+            self.task = MomentMatching(config, teacher, auxiliary, device, space.bounded)
         sums_up = processes.world_size > 1 and not self.shards
-        self.gradient_sums = GradientSums(self.network.parameters()) if sums_up else None
+        self.gradient_sums = GradientSums(self.trained.parameters()) if sums_up else None
         self.captures = config.cuda_graph and device.type == "cuda" and not self.shards
         self.gradients: Gradients | None = None  # chosen at the first step
 
@@ -153,6 +160,31 @@ class Trainer:
         if name != "LaMambaDiff":
             options = {key: options[key] for key in ("in_channels", "sample_size", "num_classes")}
         return NETWORKS[name](**options)
+
+    def _networks(self) -> dict[str, Any]:
+        """Return all networks, by their folders in a checkpoint."""
+        frozen = {"ema": self.average} if self.teacher is None else {"ema": self.average, "teacher": self.teacher}
+        return {**self.trained, **frozen}
+
+    def _trained(self) -> list[Any]:
+        return list(self.trained.values())
+
+    def _named_parameters(self) -> dict[str, Tensor]:
+        """Return what is trained, by its name in a checkpoint."""
+        return {name.removeprefix("network."): value for name, value in self.trained.named_parameters()}
+
+    def _predicts(self, network: Any) -> Predict:
+        """Return a network as it computes in training: in its precision, and compiled if the run is."""
+        autocast, compiled = self.autocast, network
+        if self.config.compile and not self.shards:
+            compiled = torch.compile(network)
+
+        def predict(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            with autocast:
+                out: Tensor = compiled(x_t, t, y)
+            return out.to(x_t.dtype)
+
+        return predict
 
     def batches(self) -> Generator[tuple[Tensor, Tensor]]:
         """Read batches, starting with the first image not yet seen."""
@@ -174,11 +206,12 @@ class Trainer:
             labels: (b,).
 
         Returns:
-            The means of the loss terms over the whole batch; `grad_norm`, the norm of its gradient; and `skipped`, 1 if
-            that is not finite, so that the weights did not change. All ranks return the same, as they share gradients.
+            The means of the loss terms over the whole batch; `grad_norm`, the norm of its gradient, the largest one of
+            several networks; and `skipped`, 1 if that is not finite, so that the weights did not change. All ranks
+            return the same, as they share gradients.
         """
-        if (round := self.next_round()) is not None:
-            self._begin_round(round)
+        if isinstance(self.task, MomentMatching) and self.task.begin_step(self.images):
+            self._forget_graphs()
         inputs = self._draw(images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
         on_gpu = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(on_gpu, enabled=self.config.dropout > 0):
@@ -189,7 +222,8 @@ class Trainer:
                 torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
             terms = self.processes.all_reduce(self.gradients(*inputs))
         limit = self.config.max_grad_norm or math.inf
-        terms["grad_norm"] = unshard(torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit))
+        norms = [unshard(nn.utils.clip_grad_norm_(network.parameters(), limit)) for network in self._trained()]
+        terms["grad_norm"] = torch.stack(norms).max()  # not a number if one of them is not
         self.images += self.config.batch_size
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -198,37 +232,6 @@ class Trainer:
         self.step += 1
         self._update_average()
         return terms
-
-    def next_round(self) -> Round | None:
-        """Return the round of distillation that the next step begins; None if it begins none."""
-        if self.config.distillation is None:
-            return None
-        round = round_at(self.config, self.images + self.config.batch_size)
-        return None if round == self.round else round
-
-    @torch.no_grad()
-    def _begin_round(self, round: Round) -> None:
-        """Set the task of a round; at its beginning, the student becomes the teacher and starts from its EMA."""
-        assert self.teacher is not None
-        if round.begin and round.begin == self.images:  # a resumed round already has its weights
-            for network in (self.teacher, self.network):
-                torch._foreach_copy_(local(network.parameters()), local(self.average.parameters()))
-            for optimizer in self.optimizers:
-                optimizer.state.clear()
-        self._forget_graphs()
-        teacher: Predict = self._ask_teacher
-        if round.number == 1:
-            guidance = options_of(self.config).guidance
-            assert guidance is not None
-            teacher = guide(teacher, guidance, self.teacher.null_label)
-        self.task = Distillation(self.config, round, teacher, self.device, self.space.bounded)
-        self.round = round
-
-    def _ask_teacher(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        teacher: Any = self.teacher
-        with self.autocast:
-            out: Tensor = teacher(x_t, t, y)
-        return out.to(x_t.dtype)
 
     def add_gradients(
         self, x_0: Tensor, y: Tensor, t: Tensor, noise: Tensor, dropped: Tensor, *, reduces: bool = False
@@ -249,12 +252,13 @@ class Trainer:
         # FSDP takes the mean over the ranks by itself.
         scale = self.processes.world_size if self.shards else 1
         if self.shards:
-            self.network.set_requires_gradient_sync(reduces)
+            for network in self._trained():
+                network.set_requires_gradient_sync(reduces)
         sums_up = self.gradient_sums.all_reducing() if self.gradient_sums and reduces else nullcontext()
         with self.backend(), self.rounding(), sums_up:
             losses = training_losses(
                 self.task,
-                self._denoise,
+                self.predict,
                 x_0,
                 y,
                 null_label=self.network.null_label,
@@ -295,19 +299,15 @@ class Trainer:
         latent_noise = None
         if self.space.draws:
             latent_noise = torch.randn(shape, device=self.device, generator=self.generator)[self.share]
+        if self.config.distillation:
+            shape = (shape[0], 2 * shape[1], *shape[2:])
         drawn = draw_noise(self.task, shape, self.device, label_dropout=network.label_dropout, generator=self.generator)
         return self.space.encode(images, latent_noise), labels, *(tensor[self.share] for tensor in drawn)
-
-    def _denoise(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        with self.autocast:
-            out: Tensor = self.compiled(x_t, t, y)
-        return out
 
     @torch.no_grad()
     def _update_average(self) -> None:
         # The decay starts low and grows, so that the EMA forgets the initial weights in short runs too.
-        step = self.step - (self.round.begin // self.config.batch_size if self.round else 0)
-        decay = min(self.config.ema_decay, (1 + step) / (10 + step))
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(local(self.average.parameters()), local(self.network.parameters()), 1 - decay)
         if self.power_averages:
             self.power_averages.update(self.network, self.step)
@@ -325,7 +325,7 @@ class Trainer:
         self.gradients = None
 
     def is_finite(self) -> bool:
-        finite = torch.stack([tensor.isfinite().all() for tensor in local(self.network.parameters())]).all()
+        finite = torch.stack([tensor.isfinite().all() for tensor in local(self.trained.parameters())]).all()
         return not self.processes.all_reduce_max(int(not finite))
 
     def info(self) -> CheckpointInfo:
@@ -334,16 +334,17 @@ class Trainer:
         return CheckpointInfo(self.images, self.step, self.config.objective, names, vae, self._distilled())
 
     def _distilled(self) -> Distilled | None:
-        if self.config.distillation is None:
+        options = self.config.distillation
+        if options is None:
             return None
-        steps, guidance = round_at(self.config, self.images).steps, self.config.distillation.guidance
-        return Distilled(steps, student_sampler(self.objective), 1.0 if guidance is None else guidance)
+        guidance = 1.0 if options.guidance is None else options.guidance
+        return Distilled(options.steps, student_sampler(self.objective), guidance)
 
     def save(self) -> None:
         """Start writing a checkpoint; `writer.finish` waits for it. Raises CheckpointError."""
         self.writer.finish()  # the writer still reads the memory to which the weights are copied now
         state = {"random_state": self.generator.get_state()}
-        for name, parameter in self.network.named_parameters():
+        for name, parameter in self._named_parameters().items():
             for key, value in self.optimizer_of[parameter].state.get(parameter, {}).items():
                 state[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
         if self.power_averages:
@@ -362,10 +363,6 @@ class Trainer:
         if averages:
             save_snapshot(self.config.out, averages, self.step, self.images)
 
-    def _networks(self) -> dict[str, Any]:
-        networks = {"network": self.network, "ema": self.average}
-        return networks if self.teacher is None else {**networks, "teacher": self.teacher}
-
     def _rebuild(self, weights: Mapping[str, Tensor]) -> Any:
         network = deepcopy(self._empty_network)
         network.load_state_dict(weights, assign=True)
@@ -381,6 +378,10 @@ class Trainer:
         verify(checkpoint)
         info = read_info(checkpoint)
         for name, network in self._networks().items():
+            if name == "auxiliary" and not (checkpoint / name).is_dir():
+                raise CheckpointError(
+                    f"{checkpoint} is of an earlier version, which distilled in another way: distill again"
+                )
             weights = load_network(checkpoint / name).state_dict()
             check_weights(checkpoint / name, network.state_dict(), weights)
             load(network, weights)
@@ -398,7 +399,7 @@ class Trainer:
         """
         saved = describe_training_state(checkpoint)
         state, optimizer_state = {"random_state": torch.empty_like(self.generator.get_state())}, {}
-        for name, parameter in self.network.named_parameters():
+        for name, parameter in self._named_parameters().items():
             keys = optimizer_keys(self.optimizer_of[parameter])
             if f"optimizer.{keys[0]}.{name}" not in saved:
                 continue  # it had no gradient yet
