@@ -68,7 +68,7 @@ class Distilling:
     of: Training
     """The teacher."""
     guidance: float = 1.0
-    num_images: int = 2_304_000
+    num_images: int = 1_152_000
     learning_rate: float = 1e-4
     ema_decay: float = 0.9995
     steps: Literal[1, 2, 4, 8] = 4
