@@ -82,7 +82,8 @@ def against_dit(
 
     def ratio(records: list[Record]) -> float | None:
         ours = find(records, case, provider, metric, batch)
-        theirs = find(records, case, fastest_dit(records, case, batch), metric, batch)
+        same_run = [record for record in records if ours and record.commit == ours.commit]
+        theirs = find(same_run, case, fastest_dit(same_run, case, batch), metric, batch)
         return ours.value / theirs.value if ours and theirs else None
 
     return ratio
@@ -196,6 +197,7 @@ def _size_and_batch(record: Record) -> tuple[int, int, int]:
 def network_tables(records: list[Record]) -> list[str]:
     """Make the tables of training and inference for all networks."""
     lines = []
+    is_of_several = len({record.commit for record in records}) > 1
     for title, prefix in (("Training", "train"), ("Inference", "infer")):
         pattern = rf"{prefix}_(s|b|l|xl)_\d+"
         timed = [record for record in records if re.fullmatch(pattern, record.case) and record.metric == "ms"]
@@ -204,18 +206,21 @@ def network_tables(records: list[Record]) -> list[str]:
         rows = []
         for record in sorted(timed, key=_size_and_batch):
 
-            def other(metric: str, record: Record = record) -> str:
-                return cell(find(records, record.case, record.provider, metric, record.batch))
+            same_run = [other for other in records if other.commit == record.commit]
+
+            def other(metric: str, record: Record = record, same_run: list[Record] = same_run) -> str:
+                return cell(find(same_run, record.case, record.provider, metric, record.batch))
 
             _, size, pixels = record.case.split("_")
             rows.append(
                 [record.provider, size.upper(), pixels, str(record.batch), other("images_per_s"), cell(record),
-                 other("peak_gib"), other("first_step_s")]
+                 other("peak_gib"), other("first_step_s"), *([record.commit] if is_of_several else [])]
             )  # fmt: skip
         lines += [f"### {title}", ""]
         if prefix == "train":
             lines += ["`dit-xl-2` is DiT-XL/2 from diffusers, compiled. The first step includes compiling.", ""]
-        lines += table(["network", "size", "px", "batch", "images/s", "ms", "peak GiB", "first step, s"], rows)
+        header = ["network", "size", "px", "batch", "images/s", "ms", "peak GiB", "first step, s"]
+        lines += table([*header, *(["commit"] if is_of_several else [])], rows)
     return lines
 
 
@@ -420,7 +425,8 @@ def write_page(runs: list[Run], docs: Path, notes: str = "") -> Path:
         "# Performance", "",
         "`make performance` generates this page from the records in `benchmarks/results/`, which `make bench` writes.",
         "Values are medians. Brackets show the 20th and 80th percentiles of the repetitions, where they differ. Each",
-        "section names the commits that were measured; later changes are not in its tables.", "",
+        "section names the commits that were measured; later changes are not in its tables. A ratio is always of two",
+        "measurements of the same commit.", "",
     ]  # fmt: skip
     for run in runs:
         lines += [*heading(run), *cpu_table(run.records)] if run.on_cpu else gpu_section(run, docs, notes)
