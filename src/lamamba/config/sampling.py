@@ -59,7 +59,7 @@ class SamplingConfig:
     """A run folder (its newest checkpoint), a checkpoint folder, shipped weights (nano, emoji-64); a folder that
     diffusers saved of a LaMambaDiffPipeline, a DiTPipeline or a DiTTransformer2DModel; or user/name, such a folder on
     the Hugging Face hub."""
-    sampler: Sampler | None = None
+    sampler: Annotated[Sampler | None, Option(metavar="NAME")] = None
     """For diffusion: ancestral, ancestral-cosine, ddim, ddim-cosine, dpm++ (default), sde-dpm++ or unipc. For flow:
     unipc (default), euler, heun or ancestral. The default of a distilled checkpoint is its own sampler."""
     steps: int | None = None

@@ -73,8 +73,8 @@ class MomentMatching:
     The auxiliary network's best prediction is the mean of E[x | z_s] and x_teacher. So the student's gradient is zero
     if E[x | z_s] = x_teacher(z_s). For v and velocities, the auxiliary network's errors are those of its predictions.
 
-    Networks cannot start from weights that predict noise. So during the first `REGRESSION` of such a run, both networks
-    learn to predict what the teacher predicts from noised images.
+    Networks that predict v cannot start from weights that predict noise. If the teacher predicts noise, both networks
+    first learn its clean images of noised images, for a share `REGRESSION` of the run.
 
     Args:
         config: of the run.
