@@ -149,10 +149,27 @@ class Distilled:
         return [scores["distance"] for scores in rows]
 
 
+def distillation(records: Records) -> list[str]:
+    """Describe what the pieces of distillation reached, as far as there are records: scores, samples, and times."""
+    titles = {name: title for name, title in DISTILLED.items() if name in records}
+    repeats = "The list `distill` of the experiments repeats this with `lamamba distill` itself."
+    if not titles:
+        return [f"{repeats} It has no records yet."]
+    lines = [
+        f"{repeats} A student sees 1.2 million images. Each score compares",
+        "10,000 samples with the 10,000 test images. Precision and recall use the features for clothes. All samples",
+        "start from the same seeds. Teachers use their default samplers. There is one seed of training each.", "",
+    ]  # fmt: skip
+    for name, title in titles.items():
+        record = f"[record](../experiments/comparison/results/{name}.json)"
+        lines += [f"{title[0].upper()}{title[1:]} ({record}):", "", *students_table(records, name)]
+        lines += [f"![{title}: the same seeds of teacher and student](distillation/{name}.png)", ""]
+    lines += ["Distances relative to the teacher's default sampler in 25 steps:", "", *ratios_table(records)]
+    return [*lines, "The time in seconds on one GPU, which the record names:", "", *times_table(records)]
+
+
 def students_table(records: Records, name: str) -> list[str]:
     """Lay out a row for each number of steps of a teacher, by its default sampler, and of its student."""
-    if name not in records:
-        return ["Not measured yet."]
     scores = Distilled(records[name])
     header = [
         "sampled from", "sampler", "steps",
@@ -167,14 +184,12 @@ def students_table(records: Records, name: str) -> list[str]:
         [who, f"`{sampler}`", str(steps), *map(number, (*scores.distances(row), row["precision"], row["recall"]))]
         for who, sampler, steps, row in several
     ]
-    return [*table(header, rows), f"([record](../experiments/comparison/results/{name}.json))"]
+    return table(header, rows)
 
 
 def ratios_table(records: Records) -> list[str]:
     """Lay out distances relative to the one of the teacher in the most steps of its default sampler."""
     every = {title: Distilled(records[name]) for name, title in DISTILLED.items() if name in records}
-    if not every:
-        return ["Not measured yet."]
     students = next(iter(every.values())).students
     header = ["", "teacher, 4", *(f"student, {steps}" for steps in students)]
     rows = []
@@ -197,13 +212,7 @@ def times_table(records: Records) -> list[str]:
         compilation = sum(row.get("compile_s", 0) for row in curve)
         times = (compilation, curve[-1]["seconds"], sum(row["sampling_s"] for row in points))
         rows.append([title, *(f"{seconds:.0f}" for seconds in times)])
-    return table(["", "compilation", "training", "samples for scores"], rows) if rows else ["Not measured yet."]
-
-
-def grids(records: Records) -> list[str]:
-    """Show the samples of teachers and students."""
-    shown = [(name, title) for name, title in DISTILLED.items() if name in records]
-    return [f"![{title}: the same seeds of teacher and student](distillation/{name}.png)\n" for name, title in shown]
+    return table(["", "compilation", "training", "samples for scores"], rows)
 
 
 def draw_distances(figure: Figure, records: Records) -> None:
@@ -227,11 +236,8 @@ def page(records: Records, text: str) -> str:
     """Fill in the tables."""
     floors = (number(records[names[0]]["training_images"]["vgg16"]["distance"]) for names in (CIFAR, CLOTHES))
     tables = {
-        **{f"{{{name}}}": students_table(records, name) for name in DISTILLED},
-        "{ratios}": ratios_table(records),
+        "{distillation}": distillation(records),
         "{progressive}": ratios_table(read_records(PROGRESSIVE)),
-        "{grids}": grids(records),
-        "{times}": times_table(records),
         "{plot}": [f"![Distance against seconds of training](findings/{PLOT})"],
         "{table}": answer_table(records, (*CIFAR, *CLOTHES)),
         "{floors}": [" and ".join(floors)],

@@ -271,6 +271,8 @@ class DistillConfig(TrainConfig):
     """Shape in which the learning rate falls to 0 between the warmup and --num-images; none keeps it constant."""
     warmup_images: int = _OF_RECIPE
     """Images over which the learning rate rises linearly from 0; the default is 2 % of --num-images."""
+    ema_decay: float = 0.9995
+    """Decay of the EMA of the weights per step; it starts lower, so that short runs are averaged too."""
     horizontal_flip: bool = _OF_TEACHER
     objective: str = _OF_TEACHER
     network: NetworkConfig = _OF_TEACHER
