@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from lamamba.cli import main
 from lamamba.commands import watch as watching
@@ -30,6 +31,12 @@ TINY = [
     *("--data", "builtin", "--batch-size", "2", "--device", "cpu", "--sample-steps", "1", "--log-every", "2"),
 ]
 RARE_SAMPLES = ["--sample-every", "1000"]
+
+
+@pytest.fixture(autouse=True)
+def files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard reads files of the same second by name, whose end counts the files of a process: 100 is before 99."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 @pytest.fixture(scope="module")
