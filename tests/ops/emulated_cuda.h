@@ -44,9 +44,6 @@ inline unsigned rounded(float x) {  // to nearest even
 }
 inline unsigned pack(float first, float second) { return rounded(first) | rounded(second) << 16; }
 inline float half_of(unsigned bits, int index) { return __uint_as_float(index ? bits & 0xffff0000u : bits << 16); }
-inline unsigned multiply(unsigned a, unsigned b) {
-    return pack(half_of(a, 0) * half_of(b, 0), half_of(a, 1) * half_of(b, 1));
-}
 template <class T> T* computed(T* pointer) { return pointer; }
 inline void store(unsigned short* to, float value) { *to = rounded(value); }
 inline void wait_for_copies() {}

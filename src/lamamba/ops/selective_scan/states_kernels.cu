@@ -63,11 +63,6 @@ DEVICE unsigned pack(float first, float second) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
     return bits;
 }
-DEVICE unsigned multiply(unsigned a, unsigned b) {
-    unsigned c;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(c) : "r"(a), "r"(b), "r"(0x80008000u));  // plus -0
-    return c;
-}
 // d += a b for matrices (16, 16) and (16, 8). The PTX manual says which lane has which of their values.
 DEVICE void add_product(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -352,18 +347,12 @@ KERNEL states_backward(
         float* own = shared.own[warp];
         float m[TILE], inputs[TILE], grad_ys[TILE];
         float drives[TILE], exponents[TILE];  // over the states: g B, and the gradient of the exponent times A
-        unsigned packed_inputs[TILE / 2], packed_ys[TILE / 2];
         compute_steps(shared, tile, m);
 #pragma unroll
         for (int t = 0; t < TILE; ++t) {
             inputs[t] = m[t] * widened(shared.x[buffer][t][thread]) * LN_2;
             grad_ys[t] = widened(shared.grad_y[buffer][t][thread]);
             drives[t] = exponents[t] = 0.0f;
-        }
-#pragma unroll
-        for (int pair = 0; pair < TILE / 2; ++pair) {
-            packed_inputs[pair] = pack(inputs[2 * pair], inputs[2 * pair + 1]);
-            packed_ys[pair] = pack(grad_ys[2 * pair], grad_ys[2 * pair + 1]);
         }
 #pragma unroll 1
         for (int n = 0; n < STATES; ++n) {
@@ -389,14 +378,14 @@ KERNEL states_backward(
 #pragma unroll
                 for (int quarter = 1; quarter >= 0; --quarter) {
                     const int four = 8 * half + 4 * quarter;
-                    float of_B[4], of_C[4], gs[4];
+                    float of_B[4], of_C[4], products[4];
                     unpack(B + four, of_B);
                     unpack(C + four, of_C);
 #pragma unroll
                     for (int i = 3; i >= 0; --i) {
                         const int t = four + i;
                         g = fmaf(of_C[i], grad_ys[t], g);
-                        gs[i] = g;
+                        products[i] = g * inputs[t];
                         drives[t] = fmaf(g, of_B[i], drives[t]);
                         g *= a[t];
                         const float exponent = g * h[t];
@@ -405,9 +394,9 @@ KERNEL states_backward(
                     }
 #pragma unroll
                     for (int pair = 0; pair < 2; ++pair) {
-                        const int t = four + 2 * pair;
-                        products_B[2 * quarter + pair] = multiply(pack(gs[2 * pair], gs[2 * pair + 1]), packed_inputs[t / 2]);
-                        products_C[2 * quarter + pair] = multiply(pack(h[t + 1], h[t + 2]), packed_ys[t / 2]);
+                        const int i = 2 * pair, t = four + i;
+                        products_B[2 * quarter + pair] = pack(products[i], products[i + 1]);
+                        products_C[2 * quarter + pair] = pack(h[t + 1] * grad_ys[t], h[t + 2] * grad_ys[t + 1]);
                     }
                 }
                 add_product(grad_B, products_B, picks[half][0], picks[half][1]);
