@@ -71,3 +71,81 @@ def test_backward_passes_are_precompiled_too() -> None:
     precompile(lambda: Squared.apply(x).sum().backward())
     assert kernel.compiled == [((torch.float32,), {})]
     assert kernel.launched == []
+
+
+class Jitted:
+    """Replaces a function of Triton, which compiles for the kinds of its arguments when it is launched."""
+
+    arg_names = ("p_x", "sizes", "number", "BLOCK", "SAVE")
+
+    def __init__(self) -> None:
+        self.compiled = 0
+        self.launched: list[Any] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(*arguments: object, **constants: object) -> "Compiled":
+            self.compiled += 1
+            return Compiled(self.launched)
+
+        return run
+
+
+class Compiled:
+    packed_metadata = ()
+
+    def __init__(self, launched: list[Any]) -> None:
+        self.launched = launched
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments: self.launched.append((grid, arguments))
+
+
+def test_a_kernel_is_launched_as_it_was_compiled_for_the_same_kinds() -> None:
+    kernel, x, y = Jitted(), torch.ones(8), torch.zeros(16)
+    for tensor in (x, y):
+        launch(kernel, (3,), tensor, (tensor, 2), 7, SAVE=True, BLOCK=16, num_warps=4)
+    assert kernel.compiled == 1
+    ((grid, arguments),) = kernel.launched
+    assert grid == (3, 1, 1)
+    assert arguments[0] is arguments[1][0] is y
+    assert arguments[1:][0][1:] + arguments[2:] == (
+        2,
+        7,
+        16,
+        True,
+    )  # constants in the order of the signature, no option
+
+
+@pytest.mark.parametrize(
+    ("arguments", "constants"),
+    [
+        ((torch.ones(8, dtype=torch.bfloat16), (torch.ones(8), 2), 7), {}),
+        ((torch.ones(8)[1:], (torch.ones(8), 2), 7), {}),  # not aligned to 16 bytes
+        ((torch.ones(8), (torch.ones(8), 1), 7), {}),
+        ((torch.ones(8), (None, 2), 7), {}),
+        ((None, (torch.ones(8), 2), 7, torch.ones(8)), {}),
+        ((torch.ones(8), (torch.ones(8), 2), 16), {}),
+        ((torch.ones(8), (torch.ones(8), 2), 7.0), {}),
+        ((torch.ones(8), (torch.ones(8), 2), 7), {"BLOCK": 32}),
+        ((torch.ones(8), (torch.ones(8), 2), 7), {"num_warps": 8}),
+    ],
+)
+def test_another_kind_is_compiled_anew(arguments: tuple[Any, ...], constants: dict[str, int]) -> None:
+    kernel, usual = Jitted(), {"BLOCK": 16, "SAVE": False, "num_warps": 4}
+    launch(kernel, (3,), torch.ones(8), (torch.ones(8), 2), 7, **usual)
+    launch(kernel, (3,), *arguments, **(usual | constants))
+    assert (kernel.compiled, kernel.launched) == (2, [])
+
+
+def test_true_is_not_one() -> None:
+    kernel = Jitted()
+    for number in (1, True):
+        launch(kernel, (3,), torch.ones(8), (), number, BLOCK=16, SAVE=False)
+    assert kernel.compiled == 2
+
+
+def test_a_kernel_that_is_interpreted_is_launched_the_same_way_each_time() -> None:
+    kernel, x = Kernel(), torch.ones(2)
+    for _ in range(2):
+        launch(kernel, (1,), x, BLOCK=8)
+    assert kernel.launched == [((1,), (x,), {"BLOCK": 8})] * 2

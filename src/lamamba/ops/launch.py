@@ -25,21 +25,53 @@ class Launch(NamedTuple):
 
 
 _recorded: dict[Launch, None] | None = None
+# Kernels, compiled, and their constant arguments, by what they were compiled for. A kernel that is kept keeps its id.
+_compiled: dict[tuple[object, ...], tuple[Any, Any, tuple[object, ...]]] = {}
+MOST_COMPILED = 10_000
 # Held while launches are recorded, which affects the whole process. Threads that share a GPU hold it while they work.
 LOCK = RLock()
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Tensor | float | tuple[int, ...] | None, **constants: object
+    kernel: Any, grid: tuple[int, ...], *arguments: Tensor | float | tuple[Any, ...] | None, **constants: object
 ) -> None:
     """Launch a kernel on the device of its tensors, or only record it while `precompile` runs."""
     if _recorded is not None:
         kinds = tuple(argument.dtype if isinstance(argument, Tensor) else argument for argument in arguments)
         _recorded[Launch(kernel, kinds, tuple(constants.items()))] = None
         return
-    tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
-    with torch.cuda.device_of(tensor):  # Triton launches on the current device
-        kernel[grid](*arguments, **constants)
+    device = next(argument for argument in arguments if isinstance(argument, Tensor)).get_device()
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current device
+            _launch_on(device, kernel, grid, arguments, constants)
+    else:
+        _launch_on(device, kernel, grid, arguments, constants)
+
+
+def _launch_on(
+    device: int, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, object]
+) -> None:
+    """Launch in Triton's general way once, and then as it was compiled, which takes half of the host's time."""
+    key = id(kernel), device, *map(_kind, arguments), *constants, *constants.values()
+    if (found := _compiled.get(key)) is not None:
+        _, compiled, others = found
+        compiled[(*grid, 1, 1)[:3]](*arguments, *others)
+        return
+    compiled = kernel[grid](*arguments, **constants)
+    names = getattr(kernel, "arg_names", ())[len(arguments) :]
+    if hasattr(compiled, "packed_metadata") and all(name in constants for name in names):
+        if len(_compiled) >= MOST_COMPILED:
+            _compiled.clear()
+        _compiled[key] = kernel, compiled, tuple(constants[name] for name in names)
+
+
+def _kind(argument: Any) -> object:
+    """Return what of an argument Triton compiles for, or more than that."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16
+    if isinstance(argument, tuple):
+        return tuple(map(_kind, argument))
+    return argument if type(argument) is int else (type(argument), argument)
 
 
 def readable_pixels(x: Tensor) -> tuple[Tensor, int]:
