@@ -60,7 +60,7 @@ def test_a_network_is_added_in_one_file(network: ModuleType, tmp_path: Path) -> 
     assert isinstance(lamamba.load_denoiser(tmp_path / "averaged").network, network.ConvNet)
     with pytest.raises(lamamba.CheckpointError, match="holds a ConvNet, and this pipeline a LaMambaDiff"):
         lamamba.LaMambaDiffPipeline.from_checkpoint(tmp_path / "run")
-    with pytest.raises(lamamba.CheckpointError, match="only weights of a LaMambaDiff to another one can"):
+    with pytest.raises(lamamba.CheckpointError, match="only from a LaMambaDiff to another LaMambaDiff"):
         lamamba.train(lamamba.TrainConfig(tmp_path / "other", start_from=str(tmp_path / "run"), objective="flow"))
 
 

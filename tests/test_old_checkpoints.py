@@ -96,7 +96,7 @@ def test_a_student_of_rounds_is_not_distilled_further(tmp_path: Path, capsys: py
     run = Path(shutil.copytree(GOLDEN / STUDENT, tmp_path / "run"))
     with pytest.raises(SystemExit, match="2"):
         main(["train", "--out", str(run), "--resume"])
-    assert "is of an earlier version, which distilled in another way: distill again" in capsys.readouterr().err
+    assert "is from an earlier version, which used another method: distill again" in capsys.readouterr().err
 
 
 if __name__ == "__main__":

@@ -152,11 +152,11 @@ class Distilled:
 def distillation(records: Records) -> list[str]:
     """Describe what the pieces of distillation reached, as far as there are records: scores, samples, and times."""
     titles = {name: title for name, title in DISTILLED.items() if name in records}
-    repeats = "The list `distill` of the experiments repeats this with `lamamba distill` itself."
     if not titles:
-        return [f"{repeats} It has no records yet."]
+        return ["`lamamba distill` itself has no records yet: the experiment list `distill` will score it."]
     lines = [
-        f"{repeats} A student sees 1.2 million images. Each score compares",
+        "The experiment list `distill` repeats this with `lamamba distill` itself. A student sees 1.2 million images.",
+        "Each score compares",
         "10,000 samples with the 10,000 test images. Precision and recall use the features for clothes. All samples",
         "start from the same seeds. Teachers use their default samplers. There is one seed of training each.", "",
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Compile CUDA C++ at run time, by the compiler NVRTC that comes with PyTorch, and launch it like a Triton kernel."""
+"""Compile CUDA C++ at run time with NVRTC, which comes with PyTorch, and launch it like a Triton kernel."""
 
 import warnings
 from functools import lru_cache, partial
@@ -9,14 +9,14 @@ import torch
 
 
 class CudaKernel:
-    """A kernel in CUDA C++ that `lamamba.ops.launch` launches and precompiles like one of Triton.
+    """A CUDA C++ kernel that `lamamba.ops.launch` launches and precompiles like a Triton kernel.
 
-    Its constants are macros of the source, in capitals. `threads` of a block and `shared`, bytes of shared memory, are
-    those of the launch.
+    Every launch has the keyword arguments `threads` (of a block) and `shared` (bytes of shared memory of a block). All
+    other keyword arguments are constants in capitals, which become macros of the source.
 
     Args:
-        path: of the source.
-        name: of the kernel.
+        path: the source file.
+        name: name of the kernel in the source.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -40,14 +40,14 @@ class CudaKernel:
         return self._compiled[key]
 
     def source(self, constants: dict[str, int]) -> str:
-        """Return the source after its constants."""
+        """Return the source with its constants defined at the top."""
         lines = [f"#define {name} {int(value)}" for name, value in constants.items()]
         return "\n".join([*lines, self.path.read_text(encoding="utf-8")])
 
 
 @lru_cache(maxsize=1)
 def has_compiler() -> bool:
-    """Return whether PyTorch can compile such kernels: from 2.10 on, with NVRTC; warn if not."""
+    """Return whether PyTorch can compile CUDA C++, which needs PyTorch 2.10 and NVRTC; warn if it cannot."""
     try:
         obstacle = ""
         torch.cuda._utils._get_gpu_rtc_library()
@@ -56,6 +56,6 @@ def has_compiler() -> bool:
     except OSError as error:
         obstacle = f"CUDA's compiler NVRTC is missing ({error})"
     if obstacle:
-        message = f"{obstacle}: lamamba scans several states with slower Triton kernels"
+        message = f"{obstacle}: lamamba uses slower Triton kernels to scan several states"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     return not obstacle

@@ -1,9 +1,9 @@
 """Distillation by moment matching: a student samples in a few steps what its teacher samples in many.
 
-The student takes few steps of the ancestral sampler. It learns that the clean images expected from its own noised
-samples are those that the teacher predicts from them (Salimans, Mensink, Heek & Hoogeboom 2024, arXiv 2406.04103,
-Algorithm 2). An auxiliary network learns what these expected images are. The teacher is guided, so that the student
-needs no guidance. `lamamba.commands.distill` starts such a run; the trainer does the rest.
+The student samples with few steps of the ancestral sampler. It is trained so that the mean of its clean images, given
+a noised image, equals the teacher's prediction for that noised image (Salimans, Mensink, Heek & Hoogeboom 2024, arXiv
+2406.04103, Algorithm 2). An auxiliary network learns this mean. The teacher is guided, so that the student needs no
+guidance. `lamamba.commands.distill` starts the run, and the trainer does the rest.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from lamamba.errors import ConfigError
 from lamamba.sampling.schedulers import make_scheduler
 
 BETAS = (0.0, 0.99)
-"""Of Adam. The student's gradient changes with the auxiliary network, so it has no momentum."""
+"""Betas of AdamW. There is no momentum, because the student's gradient changes with the auxiliary network."""
 REGRESSION = 0.2
-"""Share of the images with which networks first learn to predict v, if their teacher predicts noise."""
+"""Share of the images during which the networks first learn to predict v, if their teacher predicts noise."""
 Levels = tuple[Tensor, Tensor]
-"""Shares of the clean image and of noise, each (b, 1, 1, 1)."""
+"""Shares of the clean image and of the noise in a noised image, each (b, 1, 1, 1)."""
 
 
 def options_of(config: TrainConfig) -> DistillationOptions:
@@ -33,8 +33,11 @@ def options_of(config: TrainConfig) -> DistillationOptions:
 
 
 def student_objective(name: str) -> str:
-    """Return the objective of a student. Noise that a network predicts says little of the image where all is noise, so
-    few steps cannot be taken with it: such a student predicts v."""
+    """Return the objective of a student, given its teacher's: one that predicts noise becomes one that predicts v.
+
+    When an image is nearly all noise, a prediction of the noise says little about the image. So it does not suit few
+    steps.
+    """
     return "diffusion-v" if name == "diffusion" else name
 
 
@@ -47,42 +50,44 @@ def student_sampler(objective: Objective) -> str:
 
 
 def check_teacher(name: str, teacher: LoadedCheckpoint, config: TrainConfig, class_names: Sequence[str]) -> None:
-    """Raise ConfigError unless the images of a run, with these classes, are of the kind that its teacher learned."""
-    fault = ""
+    """Raise ConfigError unless a run's images have the size, channels and classes that its teacher was trained on."""
+    problem = ""
     own, theirs = vars(config.network), vars(teacher.network.config)
     for option in ("num_classes", "in_channels", "sample_size"):
         if own[option] != theirs[option]:
-            fault = f"{option} {own[option]} and {name} has {theirs[option]}"
+            problem = f"{option} {own[option]} and {name} has {theirs[option]}"
     names = zip(class_names, teacher.info.class_names, strict=False)
     other = [pair for pair in names if len(set(pair)) > 1]
-    if other and not fault:
-        fault = f"the class {other[0][0]!r} where {name} has {other[0][1]!r}"
-    if fault:
-        raise ConfigError(f"data {config.data} has {fault}: distill on the data that it was trained on")
+    if other and not problem:
+        problem = f"the class {other[0][0]!r} where {name} has {other[0][1]!r}"
+    if problem:
+        raise ConfigError(f"data {config.data} has {problem}: distill on the data that {name} was trained on")
 
 
 class MomentMatching:
     """The losses of a student and of its auxiliary network.
 
-    An image is noised to a timestep t of the student, which predicts x. Then z_s is drawn from q(z_s | z_t, x) for a
-    time s between t and the student's next timestep. With the noise share b_s, and sg for "no gradient":
+    A training image is noised to z_t at a timestep t of the student, and the student predicts x from it. Then z_s is
+    drawn from q(z_s | z_t, x) for a time s between t and the student's next timestep. With the noise share b_s, and
+    sg for "no gradient":
 
         auxiliary:  |x_auxiliary(z_s) - sg(x)|^2 / b_s^2 + |x_auxiliary(z_s) - x_teacher(z_s)|^2 / b_s^2
         student:    <x, sg(x_auxiliary(z_s) - x_teacher(z_s))> / b_s
 
-    The auxiliary network's best prediction is the mean of E[x | z_s] and x_teacher. So the student's gradient is zero
-    if E[x | z_s] = x_teacher(z_s). For v and velocities, the auxiliary network's errors are those of its predictions.
+    The auxiliary network's best prediction is the average of E[x | z_s] and x_teacher. So the student's gradient is
+    zero if E[x | z_s] = x_teacher(z_s). If the networks predict v or a velocity, the auxiliary loss is the squared
+    error of that prediction.
 
     Networks that predict v cannot start from weights that predict noise. If the teacher predicts noise, both networks
-    first learn its clean images of noised images, for a share `REGRESSION` of the run.
+    first learn the clean images that the teacher predicts from noised images, for a share `REGRESSION` of the run.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         teacher: the teacher, with guidance; see `lamamba.diffusion.Predict`.
         auxiliary: the auxiliary network, which has the objective of the student.
         device: where to compute.
-        bounded: whether images lie within -1 to 1. If so, clean images that predicted noise implies are clipped where
-            noise exceeds the signal.
+        bounded: whether images lie within -1 to 1. If so, and if the teacher predicts noise, its clean images are
+            clipped where the noise exceeds the signal.
     """
 
     def __init__(
@@ -99,19 +104,21 @@ class MomentMatching:
         """Timesteps of the student, ascending."""
 
     def begin_step(self, images: int) -> bool:
-        """Choose the losses of the step after so many images; return whether they differ from the previous ones."""
+        """Choose the losses of the step that begins after `images` images; return whether they have changed."""
         before, self.regresses = self.regresses, images < self.end_of_regression
         return before != self.regresses
 
     def draw_timesteps(self, batch: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-        """Draw (b,) whole times s, with the same probability in each of the student's steps, and even in time there."""
+        """Draw (b,) integer times s: one of the student's steps with equal probability, then uniformly within it."""
         place = len(self.times) * torch.rand(batch, device=device, generator=generator)
         ends = torch.cat([torch.zeros_like(self.times[:1]), self.times])
         step = place.long()
         return torch.lerp(ends[step], ends[step + 1], place - step).round().clamp(min=1)
 
     def losses(self, denoiser: Predict, x_0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Compute the losses; only their gradient includes the one of the student's loss, whose value says nothing.
+        """Compute the losses of a batch.
+
+        The student's loss adds to the gradient of `loss`, but not to its value, because its value says nothing.
 
         Args:
             denoiser: the student.
@@ -121,7 +128,7 @@ class MomentMatching:
             noise: (b, 2c, h, w) standard normal: for the student's input, and for z_s.
 
         Returns:
-            (b,) each: `loss`, the auxiliary network's; and `gap`, |x_auxiliary - x_teacher|^2 / b_s^2.
+            (b,) each: `loss`, the loss of the auxiliary network; and `gap`, |x_auxiliary - x_teacher|^2 / b_s^2.
         """
         noise, noise_of_step = noise.chunk(2, dim=1)
         earlier = self._levels(t, x_0)
@@ -156,14 +163,14 @@ class MomentMatching:
     def _ask_teacher(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         prediction = self.teacher(x_t, t, y).to(x_t.dtype).chunk(2, dim=1)[0]
         x_0 = self.teacher_objective.predict_x_0(x_t, t, prediction)
-        if self.clips:  # an error of predicted noise is multiplied by noise over signal
+        if self.clips:  # noise over signal multiplies an error of the predicted noise
             signal, noise_share = self._levels(t, x_t)
             x_0 = torch.where(noise_share > signal, x_0.clamp(-1, 1), x_0)
         return x_0
 
 
 def draw_earlier(x_t: Tensor, x_0: Tensor, later: Levels, earlier: Levels, noise: Tensor) -> Tensor:
-    """Draw z_s from q(z_s | x_t, x_0), the noising process backwards by one step of the ancestral sampler.
+    """Draw z_s from q(z_s | x_t, x_0): one step of the ancestral sampler backward through the noising process.
 
     With the levels (a_t, b_t) and (a_s, b_s), r = a_t / a_s and v = b_t^2 - r^2 b_s^2, it is a Gaussian with
 
@@ -173,8 +180,8 @@ def draw_earlier(x_t: Tensor, x_0: Tensor, later: Levels, earlier: Levels, noise
 
     Args:
         x_t, x_0, noise: (b, c, h, w); the noise is standard normal.
-        later: levels of t. There may be no signal.
-        earlier: levels of s, with at least as much signal, and with some.
+        later: levels of t. The signal may be zero.
+        earlier: levels of s. The signal is positive, and at least the signal of t.
     """
     (a_t, b_t), (a_s, b_s) = later, earlier
     ratio = a_t / a_s
@@ -184,5 +191,5 @@ def draw_earlier(x_t: Tensor, x_0: Tensor, later: Levels, earlier: Levels, noise
 
 
 def _mean_square(x: Tensor) -> Tensor:
-    """(b, ...) to (b,)."""
+    """Compute the mean square of each image: (b, ...) to (b,)."""
     return x.square().flatten(1).mean(dim=1)

@@ -1,4 +1,4 @@
-"""The state of a training run and a step of it: batch, loss, gradient, optimizer, EMA; its checkpoints and samples."""
+"""The trainer: it holds the state of a run, takes training steps, saves and restores checkpoints, and draws samples."""
 
 import math
 from collections.abc import Callable, Generator, Mapping
@@ -98,7 +98,7 @@ class Trainer:
         if self.shards:
             for name, network in self._networks().items():
                 shard(network, processes.world_size, compile=config.compile and name in self.trained)
-        # FSDP frees gathered parameters after use, which it cannot if the CPU's compiled loops have seen them.
+        # FSDP frees gathered parameters after use, but it cannot free those that the CPU's compiled loops have used.
         self.backend = partial(use_backend, "pytorch") if self.shards and device.type == "cpu" else nullcontext
         group = torch.distributed.new_group(backend="gloo") if self.shards else None
         self.writer = CheckpointWriter(config.out, config.keep_checkpoints, group)
@@ -131,7 +131,7 @@ class Trainer:
             for parameter in group["params"]
         }
         if config.gradient_checkpointing:
-            # There is no random state to preserve, which a CUDA graph could not do: dropout is off.
+            # No random state has to be preserved, because dropout is off; a CUDA graph could not preserve it.
             checkpointing = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
             for network in self._trained():
                 network.enable_gradient_checkpointing(checkpointing)
@@ -170,11 +170,11 @@ class Trainer:
         return list(self.trained.values())
 
     def _named_parameters(self) -> dict[str, Tensor]:
-        """Return what is trained, by its name in a checkpoint."""
+        """Return all trained parameters, by their names in a checkpoint."""
         return {name.removeprefix("network."): value for name, value in self.trained.named_parameters()}
 
     def _predicts(self, network: Any) -> Predict:
-        """Return a network as it computes in training: in its precision, and compiled if the run is."""
+        """Return a function that evaluates a network as in training: with its precision, and compiled if chosen."""
         autocast, compiled = self.autocast, network
         if self.config.compile and not self.shards:
             compiled = torch.compile(network)
@@ -206,9 +206,9 @@ class Trainer:
             labels: (b,).
 
         Returns:
-            The means of the loss terms over the whole batch; `grad_norm`, the norm of its gradient, the largest one of
-            several networks; and `skipped`, 1 if that is not finite, so that the weights did not change. All ranks
-            return the same, as they share gradients.
+            The means of the loss terms over the global batch; `grad_norm`, the norm of the gradient, or the largest
+            norm if several networks are trained; and `skipped`, which is 1 if that norm is not finite, so that the
+            weights did not change. All ranks return the same values, because gradients are all-reduced.
         """
         if isinstance(self.task, MomentMatching) and self.task.begin_step(self.images):
             self._forget_graphs()
@@ -236,17 +236,17 @@ class Trainer:
     def add_gradients(
         self, x_0: Tensor, y: Tensor, t: Tensor, noise: Tensor, dropped: Tensor, *, reduces: bool = False
     ) -> dict[str, Tensor]:
-        """Add the gradients of a part of the batch to those of the parameters.
+        """Add the gradients of a part of the batch to the gradients of the parameters.
 
         Args:
-            x_0: the images or latents; of `_draw`, like all others.
+            x_0: the images or latents. All tensors are from `_draw`.
             y: labels.
             t, noise, dropped: see `draw_noise`.
             reduces: sum all gradients over the ranks, during the backward pass.
 
         Returns:
-            What the part adds to the means of the loss terms: sums over its images, divided by the size of the whole
-            batch, so that the sizes of the parts do not matter.
+            The part's contribution to the means of the loss terms: sums over its images, divided by the size of the
+            global batch, so that the sizes of the parts do not matter.
         """
         number = self.config.batch_size
         # FSDP takes the mean over the ranks by itself.
@@ -268,7 +268,7 @@ class Trainer:
             )
             (losses["loss"].sum() * (scale / number)).backward()
         sums = {name: loss.detach().sum() / number for name, loss in losses.items()}
-        for quarter in range(4):  # of the timesteps, 0 to 1000; the loss is that of a quarter over its share
+        for quarter in range(4):  # of the timesteps, 0 to 1000; the loss of a quarter is its loss_q over its share_q
             here = ((t * (4 / 1000)).clamp(max=3.5).floor() == quarter).float()
             sums[f"loss_q{quarter + 1}"] = (losses["loss"].detach() * here).sum() / number
             sums[f"share_q{quarter + 1}"] = here.sum() / number
@@ -290,9 +290,9 @@ class Trainer:
         return skipped
 
     def _draw(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """Encode this rank's images, and draw what is random in a step: x_0, y, t, noise, dropped.
+        """Encode this rank's images, and draw the random tensors of a step; return x_0, y, t, noise, dropped.
 
-        It is drawn for the whole batch, so that it does not depend on the number of ranks or parts.
+        They are drawn for the global batch, so that they do not depend on the number of ranks or parts.
         """
         network = self.config.network
         shape = (self.config.batch_size, network.in_channels, network.sample_size, network.sample_size)
@@ -380,7 +380,7 @@ class Trainer:
         for name, network in self._networks().items():
             if name == "auxiliary" and not (checkpoint / name).is_dir():
                 raise CheckpointError(
-                    f"{checkpoint} is of an earlier version, which distilled in another way: distill again"
+                    f"{checkpoint} is from an earlier version, which used another method: distill again"
                 )
             weights = load_network(checkpoint / name).state_dict()
             check_weights(checkpoint / name, network.state_dict(), weights)
@@ -418,17 +418,17 @@ class Trainer:
         return state, optimizer_state
 
     def begin_with(self, name: str) -> list[str]:
-        """Copy the EMA weights that fit from a run, a checkpoint or shipped weights.
+        """Copy all EMA weights that fit from a run, a checkpoint or shipped weights.
 
         Returns:
-            A line for everything that could not simply be copied.
+            A line for each thing that could not simply be copied.
 
         Raises:
             CheckpointError: nothing can be loaded, or it was trained with another objective.
         """
         loaded = load_checkpoint(name)
         if not (isinstance(self.network, LaMambaDiff) and isinstance(loaded.network, LaMambaDiff)):
-            raise CheckpointError(f"{name} cannot be transferred: only weights of a LaMambaDiff to another one can")
+            raise CheckpointError(f"{name} cannot be transferred: only from a LaMambaDiff to another LaMambaDiff")
         options = self.config.distillation
         objective = options.teacher_objective if options else self.config.objective
         if loaded.info.objective != objective:

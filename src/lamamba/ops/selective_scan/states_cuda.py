@@ -1,4 +1,4 @@
-"""The kernels in CUDA C++ for the scan with several states: where they fit, and their launches."""
+"""Choose where the CUDA C++ kernels for the scan with several states run, and how they are launched."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -12,9 +12,9 @@ from lamamba.ops.cuda import CudaKernel, has_compiler
 _SOURCE = Path(__file__).with_name("states_kernels.cu")
 forward_kernel, backward_kernel = CudaKernel(_SOURCE, "states_forward"), CudaKernel(_SOURCE, "states_backward")
 
-# Warps on a multiprocessor, which limits the registers of each: 96 and 168.
+# Warps that run at once on a multiprocessor. They limit a thread to 96 registers forward and 168 backward.
 FORWARD_WARPS, BACKWARD_WARPS = 20, 12
-BACKWARD_AT_ONCE = 132 * BACKWARD_WARPS  # on a large GPU
+BACKWARD_AT_ONCE = 132 * BACKWARD_WARPS  # with 132 multiprocessors, as on an H200
 _TILE = 16
 
 
@@ -29,10 +29,10 @@ class Plan(NamedTuple):
 def plan(
     x: Tensor, low: Tensor, weight: Tensor, rank: int, num_states: int, continuous: bool, backward: bool
 ) -> Plan | None:  # fmt: skip
-    """Choose how a call is launched; None where only the Triton kernels can run it.
+    """Choose how a call is launched; return None if only the Triton kernels can run it.
 
-    These kernels take bfloat16 from compute capability 8.0 on. They copy 4 or 16 bytes at a time, and some of their
-    offsets are 32-bit.
+    The CUDA C++ kernels need bfloat16 and compute capability 8.0. They copy 4 or 16 bytes at a time, so rows must be
+    multiples of these. Some offsets are 32-bit, so inputs must not be too large.
     """
     limit = shared_limit(x.device)
     if not limit or {x.dtype, low.dtype, weight.dtype} != {torch.bfloat16}:
@@ -73,5 +73,5 @@ def shared_bytes(warps: int, num_states: int, rank: int, backward: bool) -> int:
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """Return a tensor that begins at a multiple of 16 bytes."""
+    """Return the tensor, copied unless it begins at a multiple of 16 bytes."""
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

@@ -2,17 +2,21 @@
 //
 // A warp walks one path of one image, or a segment of it, for 32 channels: lanes are channels. The warps of a block walk
 // the same path for other channels, and share B, C and the low-rank step sizes. While a tile of TILE steps is computed,
-// what the next one needs is copied to shared memory. Triton cannot do that by hand, and its registers hold the same
-// values instead, so that fewer warps fit on a multiprocessor.
+// the inputs of the next tile are copied to shared memory. In Triton, we cannot place these copies by hand. The Triton
+// kernels hold the values in registers instead, so fewer of their warps fit on a multiprocessor.
 //
-// These constants are defined before this text: HEIGHT, WIDTH, CONTINUOUS, CHANNELS, LOW, RANK and STATES as for the
-// Triton kernels; BACKWARD; WARPS of a block; BLOCKS, of a multiprocessor, which limit the registers; and SHARED, bytes.
+// The caller defines these macros at the top of the source:
+//   HEIGHT, WIDTH, CONTINUOUS, CHANNELS, LOW, RANK, STATES: as in the Triton kernels.
+//   BACKWARD: whether to compile the backward kernel, instead of the forward kernel.
+//   WARPS: warps in a block.
+//   BLOCKS: blocks that run at once on a multiprocessor, which limits the registers of a thread.
+//   SHARED: bytes of shared memory in a block.
 
 constexpr int TILE = 16, LENGTH = HEIGHT * WIDTH, NUM_TILES = (LENGTH + TILE - 1) / TILE;
 constexpr int THREADS = 32 * WARPS;
 constexpr int ROW = (RANK + 7) / 8 * 8;      // of the matrix that expands step sizes, padded with zeros
 constexpr int DEPTHS = (RANK + 15) / 16;     // matrix products that expand the step sizes of a tile
-constexpr int LOW_ROW = 16 * DEPTHS + 8;     // values between rows of low in shared memory: without bank conflicts
+constexpr int LOW_ROW = 16 * DEPTHS + 8;     // values between rows of low in shared memory; this avoids bank conflicts
 constexpr int WEIGHTS = 2 * STATES * TILE;   // B and C of a tile, (n, 2, 16)
 constexpr int STEP_ROW = 36;                 // floats between the steps of a warp in shared memory
 constexpr int OWN = BACKWARD && WEIGHTS > TILE * STEP_ROW ? WEIGHTS : TILE * STEP_ROW;
@@ -22,7 +26,7 @@ constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 typedef unsigned short bf16;  // its bits
 typedef long long i64;
 
-// Where a block finds its inputs. In shared memory, this takes no registers.
+// Pointers to the inputs of a block. They are kept in shared memory to save registers.
 struct Sources {
     const bf16 *x, *low, *grad_y, *states, *expansion;
     const float* weights;
@@ -45,7 +49,7 @@ struct Shared {
     float D[THREADS], grad_D[THREADS], grad_bias[THREADS];
 #endif
 };
-static_assert(sizeof(Shared) == SHARED, "the caller has another size");
+static_assert(sizeof(Shared) == SHARED, "SHARED is not the size of Shared: correct shared_bytes in states_cuda.py");
 
 #ifndef EMULATED
 #define DEVICE __device__ __forceinline__
@@ -63,7 +67,7 @@ DEVICE unsigned pack(float first, float second) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
     return bits;
 }
-// d += a b for matrices (16, 16) and (16, 8). The PTX manual says which lane has which of their values.
+// d += a b for matrices a (16, 16) and b (16, 8). The PTX manual shows which lane holds which values.
 DEVICE void add_product(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -74,7 +78,7 @@ DEVICE unsigned transpose(unsigned pair) {
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(bits) : "r"(pair));
     return bits;
 }
-// Copy 4 or 16 bytes to shared memory without waiting, or write zeros if they are not there.
+// Start to copy 4 or 16 bytes to shared memory, without waiting; write zeros if `is_there` is false.
 template <int BYTES> DEVICE void copy_later(void* to, const void* from, bool is_there) {
     const unsigned place = (unsigned)__cvta_generic_to_shared(to), size = is_there ? BYTES : 0;
     if constexpr (BYTES == 16)
@@ -82,7 +86,7 @@ template <int BYTES> DEVICE void copy_later(void* to, const void* from, bool is_
     else
         asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(place), "l"(from), "r"(size) : "memory");
 }
-// Store to a pointer that is computed now, instead of its parts before each store.
+// Make the compiler compute a pointer here, once, instead of adding up its parts before each store.
 template <class T> DEVICE T* computed(T* pointer) {
     asm("" : "+l"(pointer));
     return pointer;
@@ -115,13 +119,13 @@ DEVICE float softplus(float z) {
     return fmaxf(z, 0.0f) + u * fmaf(u, fmaf(u, fmaf(u, -0.10725511f, 0.36648198f), -0.70174807f), 1.44212821f);
 }
 
-// Note the pixel of a step of a tile that will be copied, if there is such a step.
+// Store the pixel of a step in `shared.pixels`, for the copy of its tile; do nothing if the path has no such step.
 DEVICE void find_pixel(Shared& shared, int tile, int step) {
     const int t = tile * TILE + step;
     if (t >= 0 && t < LENGTH) shared.pixels[tile % 4][step] = pixel_of(t, blockIdx.y % 4);
 }
 
-// Start to copy what a tile needs. `find_pixel` has its pixels noted.
+// Start to copy the inputs of a tile, whose pixels `find_pixel` has stored.
 DEVICE void begin_copy(Shared& shared, int tile) {
     const int thread = threadIdx.x, buffer = tile % 2, steps = min(LENGTH - tile * TILE, TILE);
     const int* pixels = shared.pixels[tile % 4];
@@ -161,7 +165,7 @@ DEVICE void begin_copy(Shared& shared, int tile) {
         copy_later<16>(&shared.weights[buffer][place], sources.weights + (i64)tile * WEIGHTS + place, true);
 }
 
-// Prepare shared memory for the first tile of two, and start to copy what it needs.
+// Prepare shared memory for the first two tiles, and start to copy the inputs of the first.
 DEVICE void begin(Shared& shared, int tile, int next) {
     const int thread = threadIdx.x;
     // Columns of low that are not copied are multiplied by zeros, so they must be numbers.
@@ -172,7 +176,7 @@ DEVICE void begin(Shared& shared, int tile, int next) {
     begin_copy(shared, tile);
 }
 
-// Wait for what a tile needs, and start to copy what the next one needs; `after` is the one after that.
+// Wait for the inputs of a tile, start to copy those of the tile `next`, and find the pixels of the tile `after` it.
 DEVICE void turn_to_tile(Shared& shared, int next, int after, bool is_last) {
     wait_for_copies();
     __syncthreads();  // the copies of other threads are there, and nobody uses the buffers of the tile before
@@ -180,7 +184,7 @@ DEVICE void turn_to_tile(Shared& shared, int next, int after, bool is_last) {
     if (threadIdx.x < TILE) find_pixel(shared, after, threadIdx.x);
 }
 
-// Compute m of a tile's step sizes for the thread's channel.
+// Compute m, from which the step sizes follow (see README.md), for a tile and the thread's channel.
 DEVICE void compute_steps(Shared& shared, int tile, float (&m)[TILE]) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, place = lane % 4 * 2;
     const bf16(&low)[TILE][LOW_ROW] = shared.low[tile % 2];
@@ -243,7 +247,7 @@ KERNEL states_forward(
         expansion + (i64)path * CHANNELS * ROW, weights + o_tiles * WEIGHTS};
 
     for (int n = 0; n < STATES; ++n) {
-        float h = 0.0f;  // which the segments before this one leave
+        float h = 0.0f;  // the state after the segments before this one
         for (int other = 0; other < segment; ++other) {
             const i64 place = (((image * 4 + path) * num_segments + other) * STATES + n) * CHANNELS + d;
             if (is_there) h = fmaf(decay[place], h, carry[place]);
@@ -292,7 +296,8 @@ KERNEL states_forward(
     }
 }
 #else
-// `states_backward_kernel` of states_kernels.py, with the same arguments, but for `grad_weights`: a plane per block.
+// `states_backward_kernel` of states_kernels.py, with the same arguments. Only `grad_weights` differs: it has a plane
+// for each block.
 KERNEL states_backward(
     const bf16* x, const bf16* low, const float* weights, const bf16* expansion, const float* bias,
     const float* rates, const float* D, const bf16* grad_y, const bf16* states, const float* carry, const float* decay,
@@ -318,7 +323,7 @@ KERNEL states_backward(
         states + o_tiles * STATES * CHANNELS, expansion + (i64)path * CHANNELS * ROW, weights + o_tiles * WEIGHTS};
 
     for (int n = 0; n < STATES; ++n) {
-        float g = 0.0f;  // which the segments after this one leave
+        float g = 0.0f;  // the gradient that the segments after this one pass back
         for (int other = num_segments - 1; other > segment; --other) {
             const i64 place = ((((i64)own_image * 4 + path) * num_segments + other) * STATES + n) * CHANNELS + d;
             if (is_there) g = fmaf(decay[place], g, carry[place]);
@@ -327,8 +332,9 @@ KERNEL states_backward(
         shared.carried[n][thread] = g;
         shared.grad_A[n][thread] = 0.0f;
     }
-    // Right operands of `add_product`. The left operand has 8 steps in the values of each lane. `picks` sums them over four
-    // lanes, into columns 0 to 3 or 4 to 7. `all` sums the first half of each row into even columns, the others into odd.
+    // Right operands of `add_product`. Each lane of the left operand has the values of 8 steps. `picks` sums them over
+    // four lanes, into columns 0 to 3 or 4 to 7. `all` sums the first half of each row into even columns, and the second
+    // half into odd columns.
     const unsigned ones = 0x3f803f80u, all[2] = {lane / 4 % 2 ? 0u : ones, lane / 4 % 2 ? ones : 0u};  // 1 in bfloat16
     unsigned picks[2][2];
 #pragma unroll
@@ -404,7 +410,7 @@ KERNEL states_backward(
             }
             shared.carried[n][thread] = g;
             shared.grad_A[n][thread] = grad_A;
-            // Add up the partial sums; then each lane has one of dB and dC of two steps.
+            // Add up the partial sums. Then each lane stores the dB or dC of one step.
             const unsigned partial[4] = {
                 transpose(pack(grad_B[0], grad_B[1])), transpose(pack(grad_B[2], grad_B[3])),
                 transpose(pack(grad_C[0], grad_C[1])), transpose(pack(grad_C[2], grad_C[3]))};
