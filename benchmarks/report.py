@@ -205,7 +205,6 @@ def network_tables(records: list[Record]) -> list[str]:
             continue
         rows = []
         for record in sorted(timed, key=_size_and_batch):
-
             same_run = [other for other in records if other.commit == record.commit]
 
             def other(metric: str, record: Record = record, same_run: list[Record] = same_run) -> str:
