@@ -1,6 +1,7 @@
 // Runs a CUDA kernel on a CPU: a thread for each thread of a block, one block after the other. It has what
 // states_kernels.cu uses, and fills shared memory with NaN before each block.
 #include <algorithm>
+#include <atomic>
 #include <barrier>
 #include <cmath>
 #include <cstring>
@@ -46,10 +47,20 @@ inline unsigned pack(float first, float second) { return rounded(first) | rounde
 inline float half_of(unsigned bits, int index) { return __uint_as_float(index ? bits & 0xffff0000u : bits << 16); }
 template <class T> T* computed(T* pointer) { return pointer; }
 inline void store(unsigned short* to, float value) { *to = rounded(value); }
-inline void wait_for_copies() {}
-template <int BYTES> void copy_later(void* to, const void* from, bool is_there) {
-    if ((size_t)to % BYTES || (is_there && (size_t)from % BYTES)) std::abort();  // as the GPU does
-    is_there ? std::memcpy(to, from, BYTES) : std::memset(to, 0, BYTES);
+// Copies are done at the end of waiting for them, as late as the GPU may do them.
+static std::atomic<bool> misaligned;
+struct Copy { void* to; const void* from; int bytes, size; };
+static thread_local std::vector<Copy> copies;
+template <int BYTES> void copy_later(void* to, const void* from, int size) {
+    if ((size_t)to % BYTES || (size && (size_t)from % BYTES)) misaligned = true;
+    copies.push_back({to, from, BYTES, size});
+}
+inline void wait_for_copies() {
+    for (const Copy& copy : copies) {
+        std::memset(copy.to, 0, copy.bytes);
+        std::memcpy(copy.to, copy.from, copy.size);
+    }
+    copies.clear();
 }
 
 inline unsigned transpose(unsigned pair) {
@@ -80,8 +91,9 @@ inline void add_product(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsi
     warp.barrier.arrive_and_wait();
 }
 
-// Run `kernel` for each thread of each block.
-inline void launch(int threads, const int* grid, const std::function<void()>& kernel) {
+// Run `kernel` for each thread of each block, and return whether all copies were aligned.
+inline bool launch(int threads, const int* grid, const std::function<void()>& kernel) {
+    misaligned = false;
     for (blockIdx.z = 0; blockIdx.z < grid[2]; ++blockIdx.z)
         for (blockIdx.y = 0; blockIdx.y < grid[1]; ++blockIdx.y)
             for (blockIdx.x = 0; blockIdx.x < grid[0]; ++blockIdx.x) {
@@ -93,4 +105,5 @@ inline void launch(int threads, const int* grid, const std::function<void()>& ke
                 for (int thread = 0; thread < threads; ++thread)
                     running.emplace_back([&, thread] { threadIdx.x = thread; kernel(); });
             }
+    return !misaligned;
 }

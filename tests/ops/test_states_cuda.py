@@ -2,9 +2,10 @@
 
 import ctypes
 import importlib.util
+import math
 import re
+import shutil
 import subprocess
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from lamamba.ops import cuda
 from lamamba.ops.cuda import CudaKernel
 from lamamba.ops.launch import launch
+from lamamba.ops.selective_scan import scan_grid
 from ops.test_scan_grid import NAMES, check, make_inputs, output_and_gradients, relative_error
 
 triton = pytest.importorskip("triton")
@@ -25,14 +27,18 @@ from lamamba.ops.selective_scan import states_cuda  # noqa: E402
 
 triton_host = pytest.importorskip("lamamba.ops.selective_scan.triton")
 HERE = Path(__file__).parent
-H100_SHARED = 232448
+# CUDA C++ Programming Guide, technical specifications by compute capability.
+H100 = states_cuda.Limits(232448, 233472, 132)
+SMALL = states_cuda.Limits(101376, 102400, 80)
+A100 = states_cuda.Limits(166912, 167936, 108)
+LIMITS = {"80": A100, "86": SMALL, "89": SMALL, "90": H100, "100": H100, "120": SMALL}
 
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Run the kernels in CUDA C++ on this CPU; returns the names of those that run."""
-    if torch.cuda.is_available():
-        pytest.skip("runs without a GPU")
+    if torch.cuda.is_available() or not shutil.which("g++"):
+        pytest.skip("runs without a GPU, and needs g++")
     folder, names = tmp_path_factory.mktemp("emulated"), []
 
     def launch_emulated(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -46,7 +52,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathF
         assert all(x.is_contiguous() for x in tensors)
         pointers = (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
         numbers = [int(x) for x in arguments if not isinstance(x, Tensor)]
-        run(threads, (ctypes.c_int * 3)(*grid), pointers, (ctypes.c_int * len(numbers))(*numbers))
+        assert run(threads, (ctypes.c_int * 3)(*grid), pointers, (ctypes.c_int * len(numbers))(*numbers)), "misaligned"
 
     monkeypatch.setattr(triton_host, "launch", launch_emulated)
     # What Triton's interpreter cannot do in bfloat16 is done in PyTorch or in float32.
@@ -59,7 +65,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathF
             *(x.float() if isinstance(x, Tensor) else x for x in arguments), **options
         ),
     )
-    monkeypatch.setattr(states_cuda, "shared_limit", lambda device: H100_SHARED)
+    monkeypatch.setattr(states_cuda, "limits_of", lambda device: H100)
     return names
 
 
@@ -77,8 +83,8 @@ def build(kernel: CudaKernel, constants: tuple[tuple[str, int], ...], folder: Pa
     numbers = [f"i[{index}]" for index in range(5 if backward else 4)]
     source.write_text(
         f'#include "{HERE / "emulated_cuda.h"}"\n{kernel.source(dict(constants))}\n'
-        'extern "C" void run(int threads, const int* grid, void** p, const int* i) {\n'
-        f"    launch(threads, grid, [=] {{ {kernel.name}({', '.join(pointers + numbers)}); }});\n}}\n",
+        'extern "C" bool run(int threads, const int* grid, void** p, const int* i) {\n'
+        f"    return launch(threads, grid, [=] {{ {kernel.name}({', '.join(pointers + numbers)}); }});\n}}\n",
         encoding="utf-8",
     )
     command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", "-o", str(library), str(source)]
@@ -97,16 +103,103 @@ def test_emulated_kernels_agree_with_float64(case: str, scan: str, emulated: lis
     assert emulated == ["states_forward", "states_backward"]
 
 
+def in_bfloat16(*shape: int) -> list[Tensor]:
+    inputs = make_inputs(*shape)
+    return [tensor.to(torch.bfloat16 if index < 3 else torch.float32) for index, tensor in enumerate(inputs)]
+
+
+def check_close(found: list[Tensor], wanted: list[Tensor], tolerance: float = 8e-3) -> None:
+    for name, value, exact in zip(("y", *NAMES), found, wanted, strict=True):
+        assert relative_error(value, exact.double()) < tolerance, name
+
+
 def test_emulated_segments_give_the_same(emulated: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = make_inputs(1, 6, 8, 40, 4, 2)
-    inputs = [tensor.to(torch.bfloat16 if index < 3 else torch.float32) for index, tensor in enumerate(inputs)]
-    whole = output_and_gradients(inputs, "triton")
+    """The batch is cut into two images whose paths are whole, and one whose paths are cut; there are two blocks."""
+    inputs = in_bfloat16(3, 6, 8, 200, 10, 3)
+    exact = output_and_gradients([tensor.double() for tensor in inputs], "pytorch")
     monkeypatch.setattr(triton_host, "LONG_PATH", 1)
     monkeypatch.setattr(triton_host, "SHORTEST_SEGMENT", 1)
-    cut = output_and_gradients(inputs, "triton")
-    assert len(emulated) == 4
-    for name, a, b in zip(("y", *NAMES), cut, whole, strict=True):
-        assert relative_error(a, b.double()) < 4e-3, name
+    monkeypatch.setattr(states_cuda, "limits_of", lambda device: H100._replace(multiprocessors=5))
+    assert triton_host._cut_backward(3, 200, 3, 32, 60) == (32, [(2, 1), (1, 2)])
+    check_close(output_and_gradients(inputs, "triton"), exact)
+    assert emulated == ["states_forward", *2 * ["states_backward"]]
+
+
+def test_emulated_planes_have_gradients_of_their_own(emulated: list[str]) -> None:
+    """In float32, the Triton kernels run."""
+    inputs = in_bfloat16(2, 3, 7, 40, 4, 3)
+    results: list[list[Tensor]] = []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves = [tensor.to(dtype if index < 3 else torch.float32) for index, tensor in enumerate(inputs)]
+        leaves = [tensor.detach().requires_grad_() for tensor in leaves]
+        planes = scan_grid(*leaves, backend="triton")
+        weights = torch.randn(planes.shape, generator=torch.Generator().manual_seed(2)).to(planes)
+        results.append([planes.detach(), *torch.autograd.grad(planes, leaves, weights)])
+    assert emulated == ["states_forward", "states_backward"]
+    check_close(*results)
+    with torch.no_grad():  # a scan that saves nothing
+        assert torch.equal(scan_grid(*inputs, backend="triton"), results[0][0])
+
+
+def scan_directly(x: Tensor, low: Tensor, weight: Tensor, *others: Tensor) -> Tensor:
+    filled_up = F.pad(weight, (0, -weight.shape[2] % 8))
+    planes: Tensor = triton_host.scan_grid_triton(x, low, filled_up, *others, weight.shape[2], True, False)[0]
+    return planes
+
+
+def test_emulated_low_may_be_padded_and_x_begin_anywhere(emulated: list[str]) -> None:
+    x, low, *others = in_bfloat16(1, 4, 5, 72, 4, 2)
+    padded = F.pad(low.unflatten(3, (4, 8)), (0, 8), value=math.nan).flatten(3)
+    moved = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    assert moved.data_ptr() % 16
+    assert torch.equal(scan_directly(moved, padded, *others), scan_directly(x, low, *others))
+
+
+@pytest.mark.parametrize("place", [4, 6], ids=["B", "C"])
+def test_emulated_infinite_weights_change_nothing_else(place: int, emulated: list[str]) -> None:
+    """An infinite B or C of a pixel reaches what the paths read later, or this pixel; steps sizes stay finite."""
+    x, low, *others = in_bfloat16(1, 4, 8, 40, 4, 2)
+    low.unflatten(3, (4, 8))[0, 1, 3, :, place] = math.inf
+    found = scan_directly(x, low, *others)
+    wanted = scan_grid(*(tensor.float() for tensor in (x, low, *others)), backend="triton")
+    assert torch.equal(found.isfinite(), wanted.isfinite())
+
+
+@pytest.mark.parametrize(("shared", "warps"), [(60_000, 1), (120_000, 4)])
+def test_emulated_blocks_are_smaller_with_less_shared_memory(
+    shared: int, warps: int, emulated: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = in_bfloat16(1, 3, 7, 136, 4, 8)
+    monkeypatch.setattr(states_cuda, "limits_of", lambda device: states_cuda.Limits(shared, 10 * shared, 132))
+    plan = states_cuda.plan(*inputs[:3], 4, 8, True, backward=True)
+    assert plan is not None
+    exact = output_and_gradients([tensor.double() for tensor in inputs], "pytorch")
+    check_close(output_and_gradients(inputs, "triton"), exact)
+
+
+@pytest.mark.parametrize(
+    ("limits", "num_states", "expected"),
+    [(H100, 16, (12, 20)), (H100, 64, (None, None)), (A100, 16, (8, 16)), (SMALL, 16, (None, None))],
+)
+def test_they_run_where_enough_warps_fit(
+    limits: states_cuda.Limits, num_states: int, expected: tuple[int | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(states_cuda, "limits_of", lambda device: limits)
+    inputs = in_bfloat16(1, 4, 4, 128, 8, num_states)[:3]
+    plans = [states_cuda.plan(*inputs, 8, num_states, True, backward) for backward in (True, False)]
+    assert [plan and plan.at_once // limits.multiprocessors for plan in plans] == list(expected)
+
+
+def test_other_inputs_are_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states_cuda, "limits_of", lambda device: H100)
+    x, low, weight = in_bfloat16(1, 4, 4, 40, 4, 2)[:3]
+    assert states_cuda.plan(x, low, weight, 4, 2, True, False) is not None
+    assert states_cuda.plan(x.float(), low, weight, 4, 2, True, False) is None
+    assert states_cuda.plan(x[..., :36], low, weight, 4, 2, True, False) is None
+    assert states_cuda.plan(x, low[..., :28], weight, 3, 2, True, False) is None
+    assert states_cuda.plan(x.expand(2**22, -1, -1, -1), low, weight, 4, 2, True, False) is None
+    monkeypatch.setattr(states_cuda, "limits_of", lambda device: None)
+    assert states_cuda.plan(x, low, weight, 4, 2, True, False) is None
 
 
 def test_without_nvrtc_the_triton_kernels_run_after_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,53 +207,50 @@ def test_without_nvrtc_the_triton_kernels_run_after_a_warning(monkeypatch: pytes
         raise OSError("libnvrtc.so: cannot open shared object file")
 
     monkeypatch.setattr(torch.cuda._utils, "_get_gpu_rtc_library", missing, raising=False)
-    monkeypatch.setattr(cuda, "has_compiler", cuda.has_compiler.__wrapped__)
-    with pytest.warns(RuntimeWarning, match="NVRTC is missing .* slower Triton kernels"):
-        assert not cuda.has_compiler()
+    with pytest.warns(RuntimeWarning, match="NVRTC cannot be used .* slower Triton kernels"):
+        assert not cuda.has_compiler.__wrapped__("90")
 
 
-SMALLEST_SHARED = 101376  # of the GPUs below, in bytes
-
-
-def compile_by_nvrtc(nvrtc: Any, source: str, capability: str) -> bytes:
-    program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    options = [f"--gpu-architecture=sm_{capability}".encode(), b"--std=c++17"]
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"states_kernels.cu", 0, None, None)
-    failed = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
-
-    def read(length: Callable[..., int], content: Callable[..., int]) -> bytes:
-        length(program, ctypes.byref(size))
-        buffer = ctypes.create_string_buffer(size.value)
-        content(program, buffer)
-        return buffer.raw
-
-    assert not failed, read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).decode()
-    return read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
-
-
-@pytest.mark.slow
-def test_kernels_compile_without_a_gpu_and_spill_little(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Compile for the first and the last blocks of XL with 16 states, by NVRTC, for Ampere to Blackwell."""
+@pytest.fixture(scope="module")
+def nvrtc() -> Any:
     nvidia = importlib.util.find_spec("nvidia")
     places = [Path(place) for place in nvidia.submodule_search_locations or []] if nvidia else []
     found = [path for place in places for path in place.glob("cu*/lib/libnvrtc.so.*")]
     if not found:
         pytest.skip("needs nvidia-cuda-nvrtc")
     ctypes.CDLL(str(next(found[0].parent.glob("libnvrtc-builtins.so.*"))))  # which nvrtc then finds
-    nvrtc = ctypes.CDLL(str(found[0]))
-    monkeypatch.setattr(states_cuda, "shared_limit", lambda device: SMALLEST_SHARED)
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    for side, channels, rank in ((32, 640, 20), (8, 2560, 80)):
+    return ctypes.CDLL(str(found[0]))
+
+
+def test_a_gpu_that_nvrtc_does_not_know_is_left_to_triton(nvrtc: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda._utils, "_get_gpu_rtc_library", lambda: nvrtc, raising=False)
+    assert cuda.has_compiler.__wrapped__("90")
+    with pytest.warns(RuntimeWarning, match="NVRTC cannot be used .*gpu-architecture"):
+        assert not cuda.has_compiler.__wrapped__("999")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", LIMITS)
+def test_kernels_compile_without_a_gpu_and_spill_little(
+    capability: str, nvrtc: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Compile by NVRTC for the first and the last blocks of XL with 16 states, and for fewer and more states."""
+    monkeypatch.setattr(states_cuda, "limits_of", lambda device: LIMITS[capability])
+    cuobjdump, compiled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump", set()
+    for side, channels, rank, num_states in ((32, 640, 20, 16), (8, 2560, 80, 16), (16, 96, 6, 4), (8, 640, 20, 64)):
         x = torch.empty(1, side, side, channels, dtype=torch.bfloat16, device="meta")
-        low = torch.empty(1, side, side, 4 * (rank + 36), dtype=torch.bfloat16, device="meta")
+        low = torch.empty(1, side, side, 4 * (rank + 2 * num_states), dtype=torch.bfloat16, device="meta")
         for backward, kernel in enumerate((states_cuda.forward_kernel, states_cuda.backward_kernel)):
-            plan = states_cuda.plan(x, low, x, rank, 16, True, bool(backward))
-            assert plan is not None
+            plan = states_cuda.plan(x, low, x, rank, num_states, True, bool(backward))
+            if plan is None:
+                continue
             source = kernel.source({name: value for name, value in plan.constants.items() if name.isupper()})
-            for capability in ("80", "86", "89", "90", "100", "120"):
-                cubin = tmp_path / "kernel.cubin"
-                cubin.write_bytes(compile_by_nvrtc(nvrtc, source, capability))
-                used = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True)
-                stack = re.search(r"STACK:(\d+)", used.stdout + used.stderr)
-                assert stack is not None
-                assert int(stack[1]) <= 128, (kernel.name, side, capability)
+            cubin = tmp_path / "kernel.cubin"
+            cubin.write_bytes(cuda.compile_source(source, capability, nvrtc))
+            used = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True)
+            stack = re.search(r"STACK:(\d+)", used.stdout + used.stderr)
+            assert stack is not None
+            assert int(stack[1]) <= 128, (kernel.name, channels, num_states)
+            compiled.add((kernel.name, num_states))
+    assert ("states_backward", 4) in compiled
+    assert capability not in ("90", "100") or {("states_forward", 16), ("states_backward", 16)} <= compiled

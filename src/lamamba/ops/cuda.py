@@ -1,5 +1,6 @@
-"""Compile CUDA C++ at run time with NVRTC, which comes with PyTorch, and launch it like a Triton kernel."""
+"""Compile CUDA C++ at run time, by the compiler NVRTC that comes with PyTorch, and launch it like a Triton kernel."""
 
+import ctypes
 import warnings
 from functools import lru_cache, partial
 from pathlib import Path
@@ -9,14 +10,14 @@ import torch
 
 
 class CudaKernel:
-    """A CUDA C++ kernel that `lamamba.ops.launch` launches and precompiles like a Triton kernel.
+    """A kernel in CUDA C++ that `lamamba.ops.launch` launches and precompiles like a Triton kernel.
 
-    Every launch has the keyword arguments `threads` (of a block) and `shared` (bytes of shared memory of a block). All
-    other keyword arguments are constants in capitals, which become macros of the source.
+    A launch takes the constants of the source as keywords, in capitals: they become macros. It also takes `threads` and
+    `shared`, the bytes of shared memory, of a block.
 
     Args:
-        path: the source file.
-        name: name of the kernel in the source.
+        path: of the source.
+        name: of the kernel in the source.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -34,28 +35,67 @@ class CudaKernel:
         """Compile the kernel for the current device, once for each set of constants."""
         key = torch.cuda.current_device(), *constants.items()
         if key not in self._compiled:
-            kernel = torch.cuda._compile_kernel(self.source(constants), self.name, nvcc_options=["--std=c++17"])
-            kernel.set_shared_memory_config(shared)
-            self._compiled[key] = kernel
+            binary = compile_source(self.source(constants), current_capability())
+            loaded: Any = torch.cuda._utils._cuda_load_module(binary, [self.name])
+            loaded[self.name].set_shared_memory_config(shared)
+            self._compiled[key] = loaded[self.name]
         return self._compiled[key]
 
     def source(self, constants: dict[str, int]) -> str:
-        """Return the source with its constants defined at the top."""
+        """Return the source after its constants."""
         lines = [f"#define {name} {int(value)}" for name, value in constants.items()]
         return "\n".join([*lines, self.path.read_text(encoding="utf-8")])
 
 
-@lru_cache(maxsize=1)
-def has_compiler() -> bool:
-    """Return whether PyTorch can compile CUDA C++, which needs PyTorch 2.10 and NVRTC; warn if it cannot."""
-    try:
-        obstacle = ""
-        torch.cuda._utils._get_gpu_rtc_library()
-    except AttributeError:
+def current_capability() -> str:
+    """Return the compute capability of the current device, such as "90"."""
+    return "{}{}".format(*torch.cuda.get_device_capability())
+
+
+def compile_source(source: str, capability: str, nvrtc: Any = None) -> bytes:
+    """Compile CUDA C++ that includes nothing, which needs no CUDA toolkit.
+
+    `torch.cuda._compile_kernel` looks for a toolkit's headers, and fails without them.
+
+    Args:
+        source: the program.
+        capability: the compute capability, such as "90".
+        nvrtc: the compiler's library; None is PyTorch's.
+
+    Raises:
+        OSError: there is no compiler.
+        RuntimeError: the program does not compile; the message is the compiler's.
+    """
+    nvrtc = nvrtc or torch.cuda._utils._get_gpu_rtc_library()
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    options = [f"--gpu-architecture=sm_{capability}".encode(), b"--std=c++17"]
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"lamamba.cu", 0, None, None)
+    failed = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+    get_size, get = (
+        (nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog) if failed else
+        (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+    )  # fmt: skip
+    get_size(program, ctypes.byref(size))
+    found = ctypes.create_string_buffer(size.value)
+    get(program, found)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    if failed:
+        raise RuntimeError(found.value.decode().strip())
+    return found.raw
+
+
+@lru_cache
+def has_compiler(capability: str) -> bool:
+    """Return whether such kernels can be compiled for a GPU: with PyTorch 2.10 or newer and its NVRTC. Warn if not."""
+    obstacle = ""
+    if not hasattr(torch.cuda._utils, "_get_gpu_rtc_library"):
         obstacle = f"PyTorch {torch.__version__} is older than 2.10"
-    except OSError as error:
-        obstacle = f"CUDA's compiler NVRTC is missing ({error})"
+    else:
+        try:
+            compile_source('extern "C" __global__ void nothing() {}', capability)
+        except (OSError, RuntimeError) as error:
+            obstacle = f"CUDA's compiler NVRTC cannot be used ({error})"
     if obstacle:
-        message = f"{obstacle}: lamamba uses slower Triton kernels to scan several states"
+        message = f"{obstacle}: lamamba scans several states with slower Triton kernels"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     return not obstacle

@@ -1,4 +1,4 @@
-"""Launch Triton kernels, and precompile all kernels that a function will launch.
+"""Launch kernels, and precompile all kernels that a function will launch.
 
 Triton compiles a kernel at its first launch. This takes up to five seconds, and a network has a hundred kernels.
 `precompile` collects the launches of a function and compiles them on all cores at once. Triton keeps compiled kernels

@@ -24,7 +24,7 @@ from lamamba.ops.sequence_scan import selective_scan_fn
 from lamamba.ops.window_attention import window_attention
 from lamamba.ops.window_attention.reference import window_attention_reference
 
-_BATCH, _SIDE, _CHANNELS, _RANK, _HEADS, _WINDOW, _EPS, _LENGTH = 2, 6, 16, 3, 2, 4, 1e-5, 20
+_BATCH, _SIDE, _CHANNELS, _RANK, _HEADS, _WINDOW, _EPS, _LENGTH = 2, 6, 16, 4, 2, 4, 1e-5, 20
 # Wrong results differ by a tenth or more; rounding changes only the last digits.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
@@ -43,7 +43,7 @@ class Agreement(NamedTuple):
     """Which version of an operation ran, and how far its results are from the reference."""
 
     version: str
-    """Triton kernels, compiled loops or PyTorch."""
+    """Kernels, compiled loops or PyTorch."""
     error: float
     """The largest relative error of the result and the gradients: norm of the difference over norm of the reference."""
     holds: bool
@@ -66,7 +66,7 @@ def check_operation(name: str, device: torch.device, dtype: torch.dtype) -> Agre
     inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in operation.shapes]
     ours = [tensor.to(device) for tensor in inputs]
     if choose_kernels(name, ours[0], "auto"):
-        version = "Triton kernels"
+        version = "kernels"
         precompile(_differentiate, operation.run, ours)
     else:
         version = "compiled loops" if operation.takes_loops(ours[0]) else "PyTorch"

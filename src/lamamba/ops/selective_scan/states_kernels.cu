@@ -78,9 +78,9 @@ DEVICE unsigned transpose(unsigned pair) {
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(bits) : "r"(pair));
     return bits;
 }
-// Start to copy 4 or 16 bytes to shared memory, without waiting; write zeros if `is_there` is false.
-template <int BYTES> DEVICE void copy_later(void* to, const void* from, bool is_there) {
-    const unsigned place = (unsigned)__cvta_generic_to_shared(to), size = is_there ? BYTES : 0;
+// Start to copy `size` bytes to BYTES of shared memory, without waiting; the others become zeros.
+template <int BYTES> DEVICE void copy_later(void* to, const void* from, int size) {
+    const unsigned place = (unsigned)__cvta_generic_to_shared(to);
     if constexpr (BYTES == 16)
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(size) : "memory");
     else
@@ -138,9 +138,9 @@ DEVICE void begin_copy(Shared& shared, int tile) {
         const bool is_there =
             (ENDS_WITH_TILE || step < steps) && (WHOLE || first_channel + channel < CHANNELS);
         const int place = is_there ? pixels[step] * CHANNELS + first_channel + channel : 0;
-        copy_later<16>(&shared.x[buffer][step][channel], sources.x + place, is_there);
+        copy_later<16>(&shared.x[buffer][step][channel], sources.x + place, is_there ? 16 : 0);
 #if BACKWARD
-        copy_later<16>(&shared.grad_y[buffer][step][channel], sources.grad_y + place, is_there);
+        copy_later<16>(&shared.grad_y[buffer][step][channel], sources.grad_y + place, is_there ? 16 : 0);
 #endif
     }
     constexpr int VALUES = LOW / 4 % 8 == 0 ? 8 : 2, OF_STEP = (RANK + VALUES - 1) / VALUES;
@@ -148,9 +148,9 @@ DEVICE void begin_copy(Shared& shared, int tile) {
     for (int first = 0; first < TILE * OF_STEP; first += THREADS) {
         const int step = (first + thread) / OF_STEP, value = (first + thread) % OF_STEP * VALUES;
         const bool is_there = ENDS_WITH_TILE || step < steps;
+        const bf16* from = sources.low + (is_there ? (i64)pixels[step] * LOW + value : 0);
         if (step < TILE)
-            copy_later<2 * VALUES>(
-                &shared.low[buffer][step][value], sources.low + (is_there ? (i64)pixels[step] * LOW + value : 0), is_there);
+            copy_later<2 * VALUES>(&shared.low[buffer][step][value], from, is_there ? 2 * min(VALUES, RANK - value) : 0);
     }
 #if BACKWARD
 #pragma unroll
@@ -158,11 +158,12 @@ DEVICE void begin_copy(Shared& shared, int tile) {
         const int state = (first + thread) / PIECES, channel = (first + thread) % PIECES * 8;
         const bool is_there = WHOLE || first_channel + channel < CHANNELS;
         const i64 place = is_there ? ((i64)tile * STATES + state) * CHANNELS + first_channel + channel : 0;
-        if (state < STATES) copy_later<16>(&shared.starts[buffer][state][channel], sources.states + place, is_there);
+        if (state < STATES)
+            copy_later<16>(&shared.starts[buffer][state][channel], sources.states + place, is_there ? 16 : 0);
     }
 #endif
     for (int place = 4 * thread; place < WEIGHTS; place += 4 * THREADS)
-        copy_later<16>(&shared.weights[buffer][place], sources.weights + (i64)tile * WEIGHTS + place, true);
+        copy_later<16>(&shared.weights[buffer][place], sources.weights + (i64)tile * WEIGHTS + place, 16);
 }
 
 // Prepare shared memory for the first two tiles, and start to copy the inputs of the first.
@@ -211,10 +212,7 @@ DEVICE void compute_steps(Shared& shared, int tile, float (&m)[TILE]) {
     __syncwarp();
     const float bias = shared.bias[threadIdx.x] * LOG2_E;
 #pragma unroll
-    for (int t = 0; t < TILE; ++t) {
-        m[t] = softplus(fmaf(own[t * STEP_ROW + lane], LOG2_E, bias));
-        if (!ENDS_WITH_TILE && tile * TILE + t >= LENGTH) m[t] = 0.0f;  // changes nothing, and has no gradient
-    }
+    for (int t = 0; t < TILE; ++t) m[t] = softplus(fmaf(own[t * STEP_ROW + lane], LOG2_E, bias));
     __syncwarp();
 }
 
@@ -417,7 +415,8 @@ KERNEL states_backward(
             float sums[4] = {};
             add_product(sums, partial, all[0], all[1]);
             const int step = lane / 8 * 4 + lane / 4 % 2 + lane % 4 / 2 * 2;
-            own[n * 2 * TILE + lane % 2 * TILE + step] = lane & 2 ? (lane & 1 ? sums[3] : sums[2]) : (lane & 1 ? sums[1] : sums[0]);
+            const float of_first = lane & 1 ? sums[1] : sums[0], of_second = lane & 1 ? sums[3] : sums[2];
+            own[n * 2 * TILE + lane % 2 * TILE + step] = lane & 2 ? of_second : of_first;
         }
 
         bf16 *to_x = computed(grad_x + o_grad), *to_z = computed(grad_z + o_grad);

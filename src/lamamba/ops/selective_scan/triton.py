@@ -269,8 +269,7 @@ def _scan_grid_backward(
     batch, height, width, channels = x.shape
     num_states = A_log.shape[2]
     in_cuda = states_cuda.plan(x, low, weight, rank, num_states, continuous, backward=True) if num_states > 1 else None
-    at_once = states_cuda.BACKWARD_AT_ONCE if in_cuda else 0
-    geometry = _geometry(x, low, rank, A_log, continuous, True, at_once)
+    geometry = _geometry(x, low, rank, A_log, continuous, True, in_cuda.at_once if in_cuda else 0)
     grad_x, grad_z = (x.new_empty(4, batch, height * width, channels) for _ in range(2))
     num_rows = [part.num_images * part.num_segments for part in geometry.parts]
     grad_shared = A_log.new_empty(sum(num_rows), num_states + 2, 4, channels)
