@@ -107,6 +107,8 @@ def test_the_start_is_announced(teachers: dict[str, Path], tmp_path: Path, capsy
     assert "without guidance" not in shown
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert all(line["loss"] > line["gap"] > 0 for line in lines)
+    main(["watch", str(tmp_path / "run")])
+    assert f" gap            {lines[-1]['gap']:.4f} " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "objective", "sampler"), [
