@@ -258,6 +258,10 @@ def test_what_cannot_be_distilled_is_one_line(
     assert "'nanno' is neither a folder nor a preset: did you mean nano?" in line("nanno")
     assert "RUN" in line()
     assert "no option is named --objective" in line("nano", "--objective", "flow")
+    assert "no option is named --optimizer" in line("nano", "--optimizer", "muon")
+    for option, value in (("optimizer", "muon"), ("dropout", 0.1), ("min_snr_gamma", 5.0)):
+        with pytest.raises(ConfigError, match=f"{option} is .* in a distillation"):
+            DistillConfig(start_from="nano", out=tmp_path / "out", **{option: value})  # type: ignore[arg-type]
     unguided = train_teacher(tmp_path / "unguided", "--label-dropout", "0")
     assert 'it has never seen "no label", which guidance needs' in line(str(unguided), "--guidance", "2")
     message = f"{teachers['flow']} is no distillation: resume it with lamamba train"
