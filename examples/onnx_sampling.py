@@ -39,12 +39,17 @@ def training_betas(schedule: dict) -> np.ndarray:
 
 
 def sample(
-    session: onnxruntime.InferenceSession, labels: list[int], noise: np.ndarray, num_steps: int, guidance: float
+    session: onnxruntime.InferenceSession,
+    labels: list[int],
+    noise: np.ndarray,
+    num_steps: int,
+    guidance: float,
+    draw: Callable[[tuple[int, ...]], np.ndarray],
 ) -> np.ndarray:
-    """Turn noise (b, c, h, w) into images from -1 to 1."""
+    """Turn noise (b, c, h, w) into images from -1 to 1; `draw` draws the noise of a student's step."""
     properties = json.loads(session.get_modelmeta().custom_metadata_map["lamamba"])
     if "timesteps" in properties:
-        return sample_student(session, properties, labels, noise, np.random.default_rng(0).standard_normal)
+        return sample_student(session, properties, labels, noise, draw)
     assert (properties["data"]["kind"], properties["guided"]) == ("pixels", True)
     assert properties["objective"] in ("flow", "diffusion")
     is_flow = properties["objective"] == "flow"
@@ -138,8 +143,9 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     session = onnxruntime.InferenceSession(arguments.network)
     shape = (arguments.number, *session.get_inputs()[0].shape[1:])
-    noise = np.random.default_rng(arguments.seed).standard_normal(shape)
-    images = sample(session, [arguments.label] * arguments.number, noise, arguments.steps, arguments.guidance)
+    draw = np.random.default_rng(arguments.seed).standard_normal  # goes on: steps need other noise than the start
+    noise = draw(shape)
+    images = sample(session, [arguments.label] * arguments.number, noise, arguments.steps, arguments.guidance, draw)
     row = np.concatenate(list(images), axis=2).transpose(1, 2, 0)
     kind = b"P5" if shape[1] == 1 else b"P6"
     header = b"%s %d %d 255\n" % (kind, row.shape[1], row.shape[0])

@@ -40,6 +40,10 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def no_draw(shape: tuple[int, ...]) -> np.ndarray:
+    raise AssertionError("these samplers draw no noise in their steps")
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 25])
 @pytest.mark.parametrize("objective", ["diffusion", "flow"])
 def test_the_example_samples_what_pytorch_does(
@@ -55,7 +59,7 @@ def test_the_example_samples_what_pytorch_does(
     options = {"num_steps": steps, "guidance_scale": 3.0, "clip_sample": True, "noise": noise}
     wanted = lamamba.sample(network, OBJECTIVES[objective], [0, 1], [0, 0], **options).numpy()
     session = onnxruntime.InferenceSession(tmp_path / "network.onnx")
-    found = onnx_sampling.sample(session, [0, 1], noise.numpy(), steps, 3.0)
+    found = onnx_sampling.sample(session, [0, 1], noise.numpy(), steps, 3.0, no_draw)
     assert wanted.std() > 0.1
     np.testing.assert_allclose(found, wanted, atol=1e-3)
 
@@ -83,6 +87,19 @@ def test_the_example_samples_students(
     )
     assert wanted.std() > 0.1
     np.testing.assert_allclose(found, wanted, atol=1e-3)
+
+    # On the command line, one generator draws all noise, so that no step repeats the noise of the start.
+    seeds, make_generator = [], np.random.default_rng
+
+    def seeded(seed: int) -> np.random.Generator:
+        seeds.append(seed)
+        return make_generator(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", seeded)
+    arguments = ["onnx_sampling.py", str(tmp_path / "network.onnx"), "--seed", "3", "--out", str(tmp_path / "row.ppm")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(EXAMPLES / "onnx_sampling.py"), run_name="__main__")
+    assert seeds == [3]
 
 
 def test_the_example_writes_a_picture(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

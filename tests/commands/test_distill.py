@@ -107,6 +107,8 @@ def test_the_start_is_announced(teachers: dict[str, Path], tmp_path: Path, capsy
     assert "without guidance" not in shown
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert all(line["loss"] > line["gap"] > 0 for line in lines)
+    main(["watch", str(tmp_path / "run")])
+    assert f" gap            {lines[-1]['gap']:.4f} " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "objective", "sampler"), [
@@ -256,6 +258,10 @@ def test_what_cannot_be_distilled_is_one_line(
     assert "'nanno' is neither a folder nor a preset: did you mean nano?" in line("nanno")
     assert "RUN" in line()
     assert "no option is named --objective" in line("nano", "--objective", "flow")
+    assert "no option is named --optimizer" in line("nano", "--optimizer", "muon")
+    for option, value in (("optimizer", "muon"), ("dropout", 0.1), ("min_snr_gamma", 5.0)):
+        with pytest.raises(ConfigError, match=f"{option} is .* in a distillation"):
+            DistillConfig(start_from="nano", out=tmp_path / "out", **{option: value})  # type: ignore[arg-type]
     unguided = train_teacher(tmp_path / "unguided", "--label-dropout", "0")
     assert 'it has never seen "no label", which guidance needs' in line(str(unguided), "--guidance", "2")
     message = f"{teachers['flow']} is no distillation: resume it with lamamba train"

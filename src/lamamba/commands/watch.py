@@ -18,7 +18,7 @@ BARS = "▁▂▃▄▅▆▇█"
 UPDATE_S = 2.0
 # Values to show, if the log has them: name, unit, format.
 SHOWN = (
-    *(("loss", "", ".4f"), ("mse", "", ".4f"), ("vb", "", ".4f")),
+    *(("loss", "", ".4f"), ("mse", "", ".4f"), ("vb", "", ".4f"), ("gap", "", ".4f")),
     *(("loss_q1", "timesteps 0 to 250", ".4f"), ("loss_q2", "250 to 500", ".4f")),
     *(("loss_q3", "500 to 750", ".4f"), ("loss_q4", "750 to 1000", ".4f")),
     *(("grad_norm", "", ".3f"), ("learning_rate", "", ".2e"), ("images_per_s", "images/s", ",.1f")),

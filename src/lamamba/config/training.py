@@ -224,7 +224,10 @@ class TrainConfig:
         check_option(
             self, "dropout", not (self.dropout and self.gradient_checkpointing), "0 with gradient_checkpointing"
         )
-        check_option(self, "min_snr_gamma", not (self.min_snr_gamma and self.distillation), "0 in a distillation")
+        if self.distillation:
+            check_option(self, "min_snr_gamma", not self.min_snr_gamma, "0 in a distillation")
+            check_option(self, "dropout", not self.dropout, "0 in a distillation")
+            check_option(self, "optimizer", self.optimizer == "adamw", "adamw in a distillation: Muon has momentum")
         for length in self.power_averages:
             fits = 0 < length <= 0.288 and round(length, 3) == length
             check(fits, "power_averages", length, "from 0.001 to 0.288, with three decimals")
@@ -249,9 +252,10 @@ class FinetuneConfig(TrainConfig):
 class DistillConfig(TrainConfig):
     """Train a student that samples in a few steps, without guidance, what RUN samples in many steps with guidance."""
 
-    HIDDEN: ClassVar = (  # of other objectives, or as in RUN
+    HIDDEN: ClassVar = (  # as in RUN, or of no use to a student
         *("preset", "recipe", "network", "objective", "timesteps", "timestep_logits", "contrast", "min_snr_gamma"),
-        *("dropout", "horizontal_flip", "power_averages", "snapshot_every", "sample_steps", "sample_guidance"),
+        *("optimizer", "dropout", "horizontal_flip", "power_averages", "snapshot_every"),
+        *("sample_steps", "sample_guidance"),
     )
     start_from: Annotated[str, Option(positional=True, metavar="RUN")] = field()
     """The teacher: a run, a checkpoint, shipped weights (nano, emoji-64), a pipeline folder, or user/name on the

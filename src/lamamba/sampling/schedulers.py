@@ -19,7 +19,7 @@ from lamamba.errors import CheckpointError, ConfigError, first_line, reading
 from lamamba.files.records import SchedulerRecord, read_record
 from lamamba.files.weights import PIPELINE_INDEX
 
-COSINE_SPACING = "cosine"  # `timestep_spacing` of the scheduler of ddim-cosine, which diffusers itself does not know
+COSINE_SPACING = "cosine"  # `timestep_spacing` of ddim-cosine and ancestral-cosine, which diffusers does not know
 _PREDICTIONS = dict(epsilon="noise", v_prediction="v", sample="the clean image", flow_prediction="a flow's velocity")
 
 
