@@ -128,8 +128,8 @@ class MomentMatching:
             noise: (b, 2c, h, w) standard normal: for the student's input, and for z_s.
 
         Returns:
-            (b,) each: `loss`, of the auxiliary network, or the sum of both networks' errors while they learn to predict
-            v; and `gap`, |x_auxiliary - x_teacher|^2 / b_s^2.
+            (b,) each: `loss`, the loss of the auxiliary network, or the sum of both networks' errors while they learn
+            to predict v; and `gap`, |x_auxiliary - x_teacher|^2 / b_s^2.
         """
         noise, noise_of_step = noise.chunk(2, dim=1)
         earlier = self._levels(t, x_0)
