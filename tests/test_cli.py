@@ -227,7 +227,8 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     assert result.stderr == ""
 
 
-def test_a_full_disk_is_one_line(run: Path) -> None:
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    run = start_run(tmp_path / "run")
     # A limit on the size of files makes the operating system refuse the write, as a full disk does.
     script = f"""
 import resource, signal
