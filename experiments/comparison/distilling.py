@@ -56,6 +56,9 @@ def distill(setting: Setting, piece: Distilling) -> None:
     config, info = _make_config(setting, piece, teacher)
     record = Record(setting, piece, {"train": settings_of(config), "distillation": vars(config.distillation)})
     student = _train(setting, record, config)
+    kept = record.folder / f"student-{piece.steps}"  # in float16, to bring home and to ship
+    if not kept.is_dir():
+        export(student, kept)
     points = record.rows("points")
     there = {Way(point["who"], point["sampler"], point["steps"]) for point in points}
     for way in _ways(setting, config, info):
@@ -71,7 +74,6 @@ def distill(setting: Setting, piece: Distilling) -> None:
             record.write()
             forget(setting.device)
     _draw(setting, record, config, info, teacher, student)
-    export(student, record.folder / f"student-{piece.steps}")  # in float16, to bring home and to ship
     record.finish()
 
 
