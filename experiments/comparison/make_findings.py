@@ -34,7 +34,7 @@ DISTILLED = {
     "distill-nano-flow-guided": "flow matching, guidance 2",
     "distill-nano": "noise prediction",
 }
-"""Records of distillation, of which some may not be there yet."""
+"""Records of distillation by name, with their titles. A record may be missing."""
 PROGRESSIVE = RESULTS / "progressive"
 """Records of progressive distillation, which `lamamba distill` did before."""
 GRIDS = dict.fromkeys(CIFAR, "findings") | {

@@ -13,8 +13,8 @@ _SOURCE = Path(__file__).with_name("states_kernels.cu")
 forward_kernel, backward_kernel = CudaKernel(_SOURCE, "states_forward"), CudaKernel(_SOURCE, "states_backward")
 
 TILE = 16
-# Warps that run at once on a multiprocessor: at most, because of their registers, and at least, which are those of the
-# Triton kernels. Shared memory may allow less.
+# The least and the most warps that run at once on a multiprocessor. Registers limit the most. The least is what the
+# Triton kernels have; where it does not fit, they run.
 FORWARD_WARPS, BACKWARD_WARPS = (16, 20), (8, 12)
 MOST_WARPS, MOST_IDLE = 4, 1.25  # of a block; warps over those that have channels
 RESERVED = 1024  # bytes of shared memory that CUDA takes per block
