@@ -259,6 +259,10 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
     "cifar-longest": tuple(
         _natural(f"cifar-{network}-longest", network, num_images=8 * NUM_IMAGES) for network in ("s", "dit-s-2")
     ),
+    # Does dropout keep the distance of S from rising at the end?
+    "cifar-dropout": (
+        _natural("cifar-s-dropout-longer", "s", num_images=3 * NUM_IMAGES, recipe={**_MIRRORED, "dropout": 0.1}),
+    ),
     # What each part of the network contributes on natural images.
     "cifar-ablations": tuple(
         _natural(f"cifar-{network}-seed-{seed}", network, seed=seed, num_scores=1)
