@@ -1,5 +1,5 @@
 // Runs a CUDA kernel on a CPU: a thread for each thread of a block, one block after the other. It has what
-// states_kernels.cu uses, and fills shared memory with NaN before each block.
+// the kernels of states.cuh use, and fills shared memory with NaN before each block.
 #include <algorithm>
 #include <atomic>
 #include <barrier>
@@ -20,6 +20,7 @@
 using std::min;
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
+struct uint2 { unsigned x, y; };
 struct Index { int x, y, z; };
 
 static thread_local Index threadIdx;
@@ -29,6 +30,7 @@ alignas(16) static unsigned char shared_memory[1 << 18];
 struct Warp {
     std::barrier<> barrier{32};
     unsigned operands[32][6];
+    const unsigned short* rows[32];
 };
 static std::vector<std::unique_ptr<Warp>> warps;
 static std::unique_ptr<std::barrier<>> block_barrier;
@@ -36,6 +38,8 @@ static std::unique_ptr<std::barrier<>> block_barrier;
 inline float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
 inline unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline unsigned __ldg(const unsigned* from) { return *from; }
 inline float exp2_fast(float x) { return std::exp2(x); }
 
@@ -47,8 +51,12 @@ inline unsigned pack(float first, float second) { return rounded(first) | rounde
 inline float half_of(unsigned bits, int index) { return __uint_as_float(index ? bits & 0xffff0000u : bits << 16); }
 template <class T> T* computed(T* pointer) { return pointer; }
 inline void store(unsigned short* to, float value) { *to = rounded(value); }
-// Copies are done at the end of waiting for them, as late as the GPU may do them.
 static std::atomic<bool> misaligned;
+inline void store(unsigned short* to, uint2 values) {
+    if ((size_t)to % 8) misaligned = true;
+    std::memcpy(to, &values, 8);
+}
+// Copies are done at the end of waiting for them, as late as the GPU may do them.
 struct Copy { void* to; const void* from; int bytes, size; };
 static thread_local std::vector<Copy> copies;
 template <int BYTES> void copy_later(void* to, const void* from, int size) {
@@ -61,6 +69,16 @@ inline void wait_for_copies() {
         std::memcpy(copy.to, copy.from, copy.size);
     }
     copies.clear();
+}
+
+inline void load_operand(unsigned (&a)[4], const unsigned short* row) {
+    Warp& warp = *warps[threadIdx.x / 32];
+    const int lane = threadIdx.x % 32;
+    if ((size_t)row % 16) misaligned = true;
+    warp.rows[lane] = row;
+    warp.barrier.arrive_and_wait();
+    for (int i = 0; i < 4; ++i) std::memcpy(&a[i], warp.rows[8 * i + lane / 4] + lane % 4 * 2, 4);
+    warp.barrier.arrive_and_wait();
 }
 
 inline unsigned transpose(unsigned pair) {
@@ -89,6 +107,11 @@ inline void add_product(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsi
         }
     }
     warp.barrier.arrive_and_wait();
+}
+
+// mma.m16n8k8: the first half of the operands of mma.m16n8k16.
+inline void add_narrow_product(float (&d)[4], const unsigned (&a)[2], unsigned b) {
+    add_product(d, {a[0], a[1], 0, 0}, b, 0);
 }
 
 // Run `kernel` for each thread of each block, and return whether all copies were aligned.

@@ -77,8 +77,8 @@ def steps_backward(grad_z: Tensor, low: Tensor, weight: Tensor, rank: int, grad_
 @lru_cache
 def build(kernel: CudaKernel, constants: tuple[tuple[str, int], ...], folder: Path) -> Any:
     source, library = (folder / f"{kernel.name}-{hash(constants)}{end}" for end in (".cpp", ".so"))
-    backward = dict(constants)["BACKWARD"]
-    kinds = "hhfhfffhhffhhhf" if backward else "hhfhfffhhff"  # in the order of the arguments
+    backward = kernel is states_cuda.backward_kernel
+    kinds = "hhfhfffhhffhhhf" if backward else "hhhfffhhff"  # in the order of the arguments
     pointers = [f"({'bf16' if kind == 'h' else 'float'}*)p[{index}]" for index, kind in enumerate(kinds)]
     numbers = [f"i[{index}]" for index in range(5 if backward else 4)]
     source.write_text(
@@ -179,7 +179,7 @@ def test_emulated_blocks_are_smaller_with_less_shared_memory(
 
 @pytest.mark.parametrize(
     ("limits", "num_states", "expected"),
-    [(H100, 16, (12, 20)), (H100, 64, (None, None)), (A100, 16, (8, 16)), (SMALL, 16, (None, None))],
+    [(H100, 16, (12, 24)), (H100, 64, (None, None)), (A100, 16, (8, 24)), (SMALL, 16, (None, 24))],
 )
 def test_they_run_where_enough_warps_fit(
     limits: states_cuda.Limits, num_states: int, expected: tuple[int | None, ...], monkeypatch: pytest.MonkeyPatch
@@ -197,6 +197,8 @@ def test_other_inputs_are_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> Non
     assert states_cuda.plan(x.float(), low, weight, 4, 2, True, False) is None
     assert states_cuda.plan(x[..., :36], low, weight, 4, 2, True, False) is None
     assert states_cuda.plan(x, low[..., :28], weight, 3, 2, True, False) is None
+    assert states_cuda.plan(x, low, weight, 3, 2, True, False) is None
+    assert states_cuda.plan(x, low, weight, 3, 2, True, True) is not None
     assert states_cuda.plan(x.expand(2**22, -1, -1, -1), low, weight, 4, 2, True, False) is None
     monkeypatch.setattr(states_cuda, "limits_of", lambda device: None)
     assert states_cuda.plan(x, low, weight, 4, 2, True, False) is None

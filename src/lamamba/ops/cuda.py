@@ -2,6 +2,7 @@
 
 import ctypes
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ class CudaKernel:
     `shared`, the bytes of shared memory, of a block.
 
     Args:
-        path: of the source.
+        paths: of the source, in parts.
         name: of the kernel in the source.
     """
 
-    def __init__(self, path: Path, name: str) -> None:
-        self.path, self.name = path, name
+    def __init__(self, paths: Sequence[Path], name: str) -> None:
+        self.paths, self.name = paths, name
         self._compiled: dict[tuple[object, ...], Any] = {}
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Any:
@@ -44,7 +45,7 @@ class CudaKernel:
     def source(self, constants: dict[str, int]) -> str:
         """Return the source after its constants."""
         lines = [f"#define {name} {int(value)}" for name, value in constants.items()]
-        return "\n".join([*lines, self.path.read_text(encoding="utf-8")])
+        return "\n".join([*lines, *(path.read_text(encoding="utf-8") for path in self.paths)])
 
 
 def current_capability() -> str:

@@ -9,13 +9,16 @@ from torch import Tensor
 
 from lamamba.ops.cuda import CudaKernel, has_compiler
 
-_SOURCE = Path(__file__).with_name("states_kernels.cu")
-forward_kernel, backward_kernel = CudaKernel(_SOURCE, "states_forward"), CudaKernel(_SOURCE, "states_backward")
+_HERE = Path(__file__).parent
+forward_kernel = CudaKernel([_HERE / "states.cuh", _HERE / "states_forward.cu"], "states_forward")
+backward_kernel = CudaKernel([_HERE / "states.cuh", _HERE / "states_backward.cu"], "states_backward")
 
 TILE = 16
-# The least and the most warps that run at once on a multiprocessor. Registers limit the most. The least is what the
-# Triton kernels have; where it does not fit, they run.
-FORWARD_WARPS, BACKWARD_WARPS = (16, 20), (8, 12)
+# Channels of a warp. The least and the most warps that run at once on a multiprocessor: registers limit the most, and
+# where the least does not fit, the Triton kernels run.
+FORWARD_CHANNELS, BACKWARD_CHANNELS = 16, 32
+FORWARD_WARPS, BACKWARD_WARPS = (16, 16), (8, 12)
+MANY_STATES, MOST_STATES = 32, 63  # of the forward kernel: with MANY_STATES, only the least warps have enough registers
 MOST_WARPS, MOST_IDLE = 4, 1.25  # of a block; warps over those that have channels
 RESERVED = 1024  # bytes of shared memory that CUDA takes per block
 
@@ -55,20 +58,25 @@ def plan(
 ) -> Plan | None:  # fmt: skip
     """Choose how a call is launched; None where the Triton kernels run.
 
-    These kernels take bfloat16 from compute capability 8.0 on. They copy 4 or 16 bytes at a time, and offsets within an
-    image and between paths have 32 bits.
+    These kernels take bfloat16 from compute capability 8.0 on. They copy 4 bytes at a time or more, and offsets within
+    an image and between paths have 32 bits.
     """
     _, height, width, channels = x.shape
     low_row = low.shape[3]
     if {x.dtype, low.dtype, weight.dtype} != {torch.bfloat16} or channels % 8 or low_row // 4 % 2:
         return None
+    if not backward and (rank % 2 or num_states > MOST_STATES):
+        return None
     limits = limits_of(x.device)
     if limits is None or max(x.numel(), height * width * low_row) >= 2**31:
         return None
     least, most = BACKWARD_WARPS if backward else FORWARD_WARPS
-    with_channels, choices = triton.cdiv(channels, 32), []
+    if num_states >= MANY_STATES and not backward:
+        most = least
+    of_warp = BACKWARD_CHANNELS if backward else FORWARD_CHANNELS
+    with_channels, choices = triton.cdiv(channels, of_warp), []
     for warps in range(1, min(MOST_WARPS, with_channels) + 1):
-        shared = shared_bytes(warps, num_states, rank, backward)
+        shared = (backward_bytes if backward else forward_bytes)(warps, num_states, rank)
         of_multiprocessor = min(most // warps, limits.shared_of_multiprocessor // (shared + RESERVED))
         is_idle = triton.cdiv(with_channels, warps) * warps > MOST_IDLE * with_channels
         if shared <= limits.shared_of_block and not is_idle:
@@ -78,19 +86,24 @@ def plan(
         return None
     constants = {
         "HEIGHT": height, "WIDTH": width, "CONTINUOUS": continuous, "CHANNELS": channels, "LOW": low_row, "RANK": rank,
-        "STATES": num_states, "BACKWARD": backward, "WARPS": warps, "BLOCKS": of_multiprocessor, "SHARED": shared,
+        "STATES": num_states, "WARPS": warps, "BLOCKS": of_multiprocessor, "SHARED": shared,
         "threads": 32 * warps, "shared": shared,
     }  # fmt: skip
-    return Plan(triton.cdiv(channels, 32 * warps), at_once * limits.multiprocessors, constants)
+    return Plan(triton.cdiv(channels, of_warp * warps), at_once * limits.multiprocessors, constants)
 
 
-def shared_bytes(warps: int, num_states: int, rank: int, backward: bool) -> int:
-    """Return the size of `Shared` in states_kernels.cu."""
+def forward_bytes(warps: int, num_states: int, rank: int) -> int:
+    """Return the size of `Shared` in states_forward.cu."""
+    path_row = (rank + 2 * num_states + 7) // 16 * 16 + 8
+    expansion = 16 * triton.cdiv(rank, 16) + 8
+    return 4 * TILE * (16 * warps + 8 + path_row) + 32 * warps * expansion + 16 * TILE + 640 * warps
+
+
+def backward_bytes(warps: int, num_states: int, rank: int) -> int:
+    """Return the size of `Shared` in states_backward.cu."""
     threads, weights, depths = 32 * warps, 2 * num_states * TILE, triton.cdiv(rank, 16)
-    own = max(weights, TILE * 36) if backward else TILE * 36
-    size = 48 + 8 * weights + 4 * TILE * threads + 4 * TILE * (16 * depths + 8) + 16 * TILE + 4 * warps * own
-    size += (8 * num_states + 4) * threads
-    return size + ((4 * TILE + 8 * num_states + 12) * threads if backward else 0)
+    size = 48 + 8 * weights + 4 * TILE * threads + 4 * TILE * (16 * depths + 8) + 16 * TILE
+    return size + 4 * warps * max(weights, TILE * 36) + (4 * TILE + 16 * num_states + 16) * threads
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -184,15 +184,18 @@ def _scan_states(
     batch, _, _, channels = x.shape
     num_states = A_log.shape[2]
     save = states.numel() > 0
-    rows = _rows_of_weights(low, rank, num_states, continuous)
+    in_cuda = states_cuda.plan(x, low, weight, rank, num_states, continuous, backward=False)
     rates = _rates(A_log)
+    rows = rates  # which no kernel reads then
+    if in_cuda is None or part.num_segments > 1:
+        rows = _rows_of_weights(low, rank, num_states, continuous)
     carry, decay = _summarise(
         states_summary_kernel, geometry, part, num_states, x, 0, low, rows, weight, bias, rates, backward=False
     )
-    if in_cuda := states_cuda.plan(x, low, weight, rank, num_states, continuous, backward=False):
+    if in_cuda:
         launch(
             states_cuda.forward_kernel, (in_cuda.num_blocks, 4 * part.num_segments, batch),
-            states_cuda.aligned(x), states_cuda.aligned(low), rows, states_cuda.aligned(weight), bias, rates, D,
+            *map(states_cuda.aligned, (x, low, weight)), bias, rates, D,
             planes, states, carry, decay, save, batch, part.tiles_per_segment, part.num_segments, **in_cuda.constants,
         )  # fmt: skip
         return

@@ -1,30 +1,14 @@
-// The scan with several states for bfloat16, in CUDA C++, compiled at run time; see README.md.
+// The backward kernel of the scan with several states for bfloat16, in CUDA C++, compiled at run time; see README.md.
 //
 // A warp walks one path of one image, or a segment of it, for 32 channels: lanes are channels. The warps of a block walk
 // the same path for other channels, and share B, C and the low-rank step sizes. While a tile of TILE steps is computed,
 // the inputs of the next tile are copied to shared memory. In Triton, we cannot place these copies by hand. The Triton
 // kernels hold the values in registers instead, so fewer of their warps fit on a multiprocessor.
-//
-// The caller defines these macros at the top of the source:
-//   HEIGHT, WIDTH, CONTINUOUS, CHANNELS, LOW, RANK, STATES: as in the Triton kernels.
-//   BACKWARD: whether to compile the backward kernel, instead of the forward kernel.
-//   WARPS: warps in a block.
-//   BLOCKS: blocks that run at once on a multiprocessor, which limits the registers of a thread.
-//   SHARED: bytes of shared memory in a block.
 
-constexpr int TILE = 16, LENGTH = HEIGHT * WIDTH, NUM_TILES = (LENGTH + TILE - 1) / TILE;
-constexpr int THREADS = 32 * WARPS;
-constexpr int ROW = (RANK + 7) / 8 * 8;      // of the matrix that expands step sizes, padded with zeros
-constexpr int DEPTHS = (RANK + 15) / 16;     // matrix products that expand the step sizes of a tile
-constexpr int LOW_ROW = 16 * DEPTHS + 8;     // values between rows of low in shared memory; this avoids bank conflicts
 constexpr int WEIGHTS = 2 * STATES * TILE;   // B and C of a tile, (n, 2, 16)
 constexpr int STEP_ROW = 36;                 // floats between the steps of a warp in shared memory
-constexpr int OWN = BACKWARD && WEIGHTS > TILE * STEP_ROW ? WEIGHTS : TILE * STEP_ROW;
-constexpr bool WHOLE = CHANNELS % THREADS == 0, ENDS_WITH_TILE = LENGTH % TILE == 0;
-constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
-
-typedef unsigned short bf16;  // its bits
-typedef long long i64;
+constexpr int OWN = WEIGHTS > TILE * STEP_ROW ? WEIGHTS : TILE * STEP_ROW;
+constexpr bool WHOLE = CHANNELS % THREADS == 0;
 
 // Pointers to the inputs of a block. They are kept in shared memory to save registers.
 struct Sources {
@@ -41,118 +25,24 @@ struct Shared {
     float own[WARPS][OWN];  // of a warp: the step sizes before softplus, (16, 36); then its sums for dB and dC, (n, 2, 16)
     float A[STATES][THREADS];
     float bias[THREADS];
-    float carried[STATES][THREADS];  // between tiles: the state, or in the backward pass its gradient times a[t + 1]
-#if BACKWARD
+    float carried[STATES][THREADS];  // between tiles: the gradient of the state times a[t + 1]
     bf16 grad_y[2][TILE][THREADS];
     bf16 starts[2][STATES][THREADS];  // the states before a tile
     float grad_A[STATES][THREADS];
     float D[THREADS], grad_D[THREADS], grad_bias[THREADS];
-#endif
 };
-static_assert(sizeof(Shared) == SHARED, "SHARED is not the size of Shared: correct shared_bytes in states_cuda.py");
-
-#ifndef EMULATED
-#define DEVICE __device__ __forceinline__
-#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-#define SHARED_MEMORY extern __shared__ __align__(16) unsigned char shared_memory[]
-
-DEVICE float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-// Round to bfloat16, and put two of them side by side.
-DEVICE unsigned pack(float first, float second) {
-    unsigned bits;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
-    return bits;
-}
-// d += a b for matrices a (16, 16) and b (16, 8). The PTX manual shows which lane holds which values.
-DEVICE void add_product(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-// Transpose a matrix (8, 8): lane i has the values 2 i and 2 i + 1 of 64.
-DEVICE unsigned transpose(unsigned pair) {
-    unsigned bits;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(bits) : "r"(pair));
-    return bits;
-}
-// Start to copy `size` bytes to BYTES of shared memory, without waiting; the others become zeros.
-template <int BYTES> DEVICE void copy_later(void* to, const void* from, int size) {
-    const unsigned place = (unsigned)__cvta_generic_to_shared(to);
-    if constexpr (BYTES == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(size) : "memory");
-    else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(place), "l"(from), "r"(size) : "memory");
-}
-// Make the compiler compute a pointer here, once, instead of adding up its parts before each store.
-template <class T> DEVICE T* computed(T* pointer) {
-    asm("" : "+l"(pointer));
-    return pointer;
-}
-DEVICE void store(bf16* to, float value) {
-    asm volatile("st.global.b16 [%0], %1;" ::"l"(to), "h"((bf16)pack(value, 0.0f)) : "memory");
-}
-DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-#endif
-
-DEVICE float widened(bf16 bits) { return __uint_as_float((unsigned)bits << 16); }
-DEVICE bf16 narrowed(float x) { return (bf16)pack(x, 0.0f); }
-
-DEVICE bool is_reversed(int path) { return CONTINUOUS ? path % 2 == 1 : path >= 2; }
-
-// The row-major pixel that a path reads at a step; see `lamamba.ops.grid`.
-DEVICE int pixel_of(int t, int path) {
-    const bool columns = CONTINUOUS ? path >= 2 : path % 2 == 1;
-    if (is_reversed(path)) t = LENGTH - 1 - t;
-    const int row = t / WIDTH, column = t / HEIGHT;
-    int right = t % WIDTH, down = t % HEIGHT;
-    if (CONTINUOUS && row % 2 == 1) right = WIDTH - 1 - right;
-    if (CONTINUOUS && column % 2 == 0) down = HEIGHT - 1 - down;
-    return columns ? down * WIDTH + column : row * WIDTH + right;
-}
-
-// m = softplus(z) log2(e) from z log2(e), with the polynomial of `_softplus` in kernels.py.
-DEVICE float softplus(float z) {
-    const float u = exp2_fast(-fabsf(z));
-    return fmaxf(z, 0.0f) + u * fmaf(u, fmaf(u, fmaf(u, -0.10725511f, 0.36648198f), -0.70174807f), 1.44212821f);
-}
-
-// Store the pixel of a step in `shared.pixels`, for the copy of its tile; do nothing if the path has no such step.
-DEVICE void find_pixel(Shared& shared, int tile, int step) {
-    const int t = tile * TILE + step;
-    if (t >= 0 && t < LENGTH) shared.pixels[tile % 4][step] = pixel_of(t, blockIdx.y % 4);
-}
+static_assert(sizeof(Shared) == SHARED, "SHARED is not the size of Shared: correct backward_bytes in states_cuda.py");
 
 // Start to copy the inputs of a tile, whose pixels `find_pixel` has stored.
 DEVICE void begin_copy(Shared& shared, int tile) {
-    const int thread = threadIdx.x, buffer = tile % 2, steps = min(LENGTH - tile * TILE, TILE);
-    const int* pixels = shared.pixels[tile % 4];
+    const int thread = threadIdx.x, buffer = tile & 1, steps = min(LENGTH - tile * TILE, TILE);
+    const int* pixels = shared.pixels[tile & 3];
     const Sources& sources = shared.sources;
+    copy_channels<THREADS, THREADS>(&shared.x[buffer][0][0], sources.x, pixels, steps);
+    copy_channels<THREADS, THREADS>(&shared.grad_y[buffer][0][0], sources.grad_y, pixels, steps);
+    copy_low<RANK, LOW_ROW>(&shared.low[buffer][0][0], sources.low, pixels, steps);
+    constexpr int PIECES = THREADS / 8;  // of 16 bytes: the channels of a state
     const int first_channel = blockIdx.x * THREADS;
-    constexpr int PIECES = THREADS / 8;  // of 16 bytes: the channels of a pixel or of a state
-#pragma unroll
-    for (int first = 0; first < TILE * PIECES; first += THREADS) {
-        const int step = (first + thread) / PIECES, channel = (first + thread) % PIECES * 8;
-        const bool is_there =
-            (ENDS_WITH_TILE || step < steps) && (WHOLE || first_channel + channel < CHANNELS);
-        const int place = is_there ? pixels[step] * CHANNELS + first_channel + channel : 0;
-        copy_later<16>(&shared.x[buffer][step][channel], sources.x + place, is_there ? 16 : 0);
-#if BACKWARD
-        copy_later<16>(&shared.grad_y[buffer][step][channel], sources.grad_y + place, is_there ? 16 : 0);
-#endif
-    }
-    constexpr int VALUES = LOW / 4 % 8 == 0 ? 8 : 2, OF_STEP = (RANK + VALUES - 1) / VALUES;
-#pragma unroll
-    for (int first = 0; first < TILE * OF_STEP; first += THREADS) {
-        const int step = (first + thread) / OF_STEP, value = (first + thread) % OF_STEP * VALUES;
-        const bool is_there = ENDS_WITH_TILE || step < steps;
-        const bf16* from = sources.low + (is_there ? (i64)pixels[step] * LOW + value : 0);
-        if (step < TILE)
-            copy_later<2 * VALUES>(&shared.low[buffer][step][value], from, is_there ? 2 * min(VALUES, RANK - value) : 0);
-    }
-#if BACKWARD
 #pragma unroll
     for (int first = 0; first < STATES * PIECES; first += THREADS) {
         const int state = (first + thread) / PIECES, channel = (first + thread) % PIECES * 8;
@@ -161,34 +51,14 @@ DEVICE void begin_copy(Shared& shared, int tile) {
         if (state < STATES)
             copy_later<16>(&shared.starts[buffer][state][channel], sources.states + place, is_there ? 16 : 0);
     }
-#endif
     for (int place = 4 * thread; place < WEIGHTS; place += 4 * THREADS)
         copy_later<16>(&shared.weights[buffer][place], sources.weights + (i64)tile * WEIGHTS + place, 16);
-}
-
-// Prepare shared memory for the first two tiles, and start to copy the inputs of the first.
-DEVICE void begin(Shared& shared, int tile, int next) {
-    const int thread = threadIdx.x;
-    // Columns of low that are not copied are multiplied by zeros, so they must be numbers.
-    for (int place = thread; place < 2 * TILE * LOW_ROW; place += THREADS) (&shared.low[0][0][0])[place] = 0;
-    for (int step = thread; step < 2 * TILE; step += THREADS)
-        find_pixel(shared, step < TILE ? tile : next, step % TILE);
-    __syncthreads();
-    begin_copy(shared, tile);
-}
-
-// Wait for the inputs of a tile, start to copy those of the tile `next`, and find the pixels of the tile `after` it.
-DEVICE void turn_to_tile(Shared& shared, int next, int after, bool is_last) {
-    wait_for_copies();
-    __syncthreads();  // the copies of other threads are there, and nobody uses the buffers of the tile before
-    if (!is_last) begin_copy(shared, next);
-    if (threadIdx.x < TILE) find_pixel(shared, after, threadIdx.x);
 }
 
 // Compute m, from which the step sizes follow (see README.md), for a tile and the thread's channel.
 DEVICE void compute_steps(Shared& shared, int tile, float (&m)[TILE]) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, place = lane % 4 * 2;
-    const bf16(&low)[TILE][LOW_ROW] = shared.low[tile % 2];
+    const bf16(&low)[TILE][LOW_ROW] = shared.low[tile & 1];
     float* own = shared.own[warp];
     const bf16* expansions = shared.sources.expansion;
 #pragma unroll
@@ -221,79 +91,6 @@ DEVICE void unpack(const float* from, float (&to)[4]) {
     to[0] = quad.x, to[1] = quad.y, to[2] = quad.z, to[3] = quad.w;
 }
 
-#if !BACKWARD
-// `states_forward_kernel` of states_kernels.py, with the same arguments; `saves` is its SAVE.
-KERNEL states_forward(
-    const bf16* x, const bf16* low, const float* weights, const bf16* expansion, const float* bias,
-    const float* rates, const float* D, bf16* y, bf16* saved, const float* carry, const float* decay,
-    int saves, int batch, int tiles_per_segment, int num_segments
-) {
-    SHARED_MEMORY;
-    Shared& shared = *(Shared*)shared_memory;
-    const int thread = threadIdx.x, path = blockIdx.y % 4;
-    const i64 image = blockIdx.z;
-    const int segment = is_reversed(path) ? num_segments - 1 - (int)blockIdx.y / 4 : blockIdx.y / 4;
-    const int first_channel = blockIdx.x * THREADS, d = first_channel + thread, o_path = path * CHANNELS + d;
-    const bool is_there = WHOLE || d < CHANNELS;
-    const float D_d = is_there ? D[o_path] : 0.0f;
-    const i64 o_tiles = (image * 4 + path) * NUM_TILES;
-    shared.bias[thread] = is_there ? bias[o_path] : 0.0f;
-    const i64 o_y = (path * (i64)batch + image) * LENGTH * CHANNELS + d;
-    saved += o_tiles * STATES * CHANNELS + d;
-    if (thread == 0) shared.sources = {
-        x + image * LENGTH * CHANNELS, low + image * LENGTH * LOW + path * (LOW / 4), nullptr, nullptr,
-        expansion + (i64)path * CHANNELS * ROW, weights + o_tiles * WEIGHTS};
-
-    for (int n = 0; n < STATES; ++n) {
-        float h = 0.0f;  // the state after the segments before this one
-        for (int other = 0; other < segment; ++other) {
-            const i64 place = (((image * 4 + path) * num_segments + other) * STATES + n) * CHANNELS + d;
-            if (is_there) h = fmaf(decay[place], h, carry[place]);
-        }
-        shared.A[n][thread] = is_there ? -rates[((i64)path * STATES + n) * CHANNELS + d] : 0.0f;
-        shared.carried[n][thread] = h;
-    }
-    const int first = segment * tiles_per_segment, last = min(first + tiles_per_segment, NUM_TILES);
-    begin(shared, first, first + 1);
-    for (int tile = first; tile < last; ++tile) {
-        turn_to_tile(shared, tile + 1, tile + 2, tile + 1 == last);
-        const int buffer = tile % 2;
-        float m[TILE], inputs[TILE], ys[TILE];
-        compute_steps(shared, tile, m);
-#pragma unroll
-        for (int t = 0; t < TILE; ++t) {
-            const float x_t = widened(shared.x[buffer][t][thread]);
-            inputs[t] = m[t] * x_t * LN_2;
-            ys[t] = D_d * x_t;
-        }
-#pragma unroll 1
-        for (int n = 0; n < STATES; ++n) {
-            const float A = shared.A[n][thread], *B = &shared.weights[buffer][n * 2 * TILE], *C = B + TILE;
-            float h = shared.carried[n][thread];
-            if (saves && is_there) saved[((i64)tile * STATES + n) * CHANNELS] = narrowed(h);
-#pragma unroll
-            for (int four = 0; four < TILE; four += 4) {
-                float of_B[4], of_C[4];
-                unpack(B + four, of_B);
-                unpack(C + four, of_C);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int t = four + i;
-                    h = fmaf(exp2_fast(A * m[t]), h, of_B[i] * inputs[t]);
-                    ys[t] = fmaf(of_C[i], h, ys[t]);
-                }
-            }
-            shared.carried[n][thread] = h;
-        }
-        bf16* to_y = computed(y + o_y);
-#pragma unroll
-        for (int t = 0; t < TILE; ++t) {
-            const unsigned pixel = shared.pixels[tile % 4][t];
-            if (is_there && (ENDS_WITH_TILE || tile * TILE + t < LENGTH)) store(to_y + pixel * CHANNELS, ys[t]);
-        }
-    }
-}
-#else
 // `states_backward_kernel` of states_kernels.py, with the same arguments. Only `grad_weights` differs: it has a plane
 // for each block.
 KERNEL states_backward(
@@ -344,10 +141,13 @@ KERNEL states_backward(
         }
 
     const int first = segment * tiles_per_segment, last = min(first + tiles_per_segment, NUM_TILES);
+    // Columns of low that are not copied are multiplied by zeros, so they must be numbers.
+    for (int place = thread; place < 2 * TILE * LOW_ROW; place += THREADS) (&shared.low[0][0][0])[place] = 0;
+    __syncthreads();
     begin(shared, last - 1, last - 2);
     for (int tile = last - 1; tile >= first; --tile) {
         turn_to_tile(shared, tile - 1, tile - 2, tile == first);
-        const int buffer = tile % 2;
+        const int buffer = tile & 1;
         float* own = shared.own[warp];
         float m[TILE], inputs[TILE], grad_ys[TILE];
         float drives[TILE], exponents[TILE];  // over the states: g B, and the gradient of the exponent times A
@@ -424,7 +224,7 @@ KERNEL states_backward(
         const float D_d = shared.D[thread];
 #pragma unroll
         for (int t = 0; t < TILE; ++t) {
-            const unsigned pixel = shared.pixels[tile % 4][t];
+            const unsigned pixel = shared.pixels[tile & 3][t];
             const float x_t = widened(shared.x[buffer][t][thread]), drive = drives[t] * LN_2;
             const float slope = LOG2_E - LOG2_E * exp2_fast(-m[t]);  // of m with respect to z
             const float of_z = fmaf(exponents[t], LN_2, drive * x_t) * slope;
@@ -453,4 +253,3 @@ KERNEL states_backward(
         grad_shared[(i64)(STATES + 1) * 4 * CHANNELS] = shared.grad_bias[thread];
     }
 }
-#endif
