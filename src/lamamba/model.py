@@ -36,6 +36,7 @@ from lamamba.ops.depthwise_convolution import depthwise_convolution
 from lamamba.ops.fused_layers import Norm, gated_norm_linear, norm_attention, norm_linear_in_halves, norm_mlp
 from lamamba.ops.grid import NUM_PATHS
 from lamamba.ops.linear import compute_dtype, linear
+from lamamba.ops.modulation import Modulations, modulate, modulate_together
 from lamamba.ops.residual_norm import Residual, add_gated, layer_norm
 from lamamba.ops.selective_scan import project_and_scan
 
@@ -166,34 +167,34 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
             ValueError: a shape, a size or (on a CPU) a label is out of range.
         """
         y = self._check_inputs(x_t, t, y)
-        height, width = x_t.shape[2:]
         dtype = self.patch_projection.weight.dtype
-
         x = normalize(self.patch_projection(rearrange(x_t, "b c h w -> b h w c").to(dtype)), self.patch_norm)
-        x = x + self.resize_position_embedding(height, width).to(x.dtype)
+        x = x + self.resize_position_embedding(*x_t.shape[2:]).to(x.dtype)
         condition = self.timestep_embedding(t) + self._embed(y)
+        found = modulate_together(condition, self)
 
         skips = []
         for index, blocks in enumerate(_stages(self.encoder)):
-            x = self._run(blocks, x, condition)
+            x = self._run(blocks, x, condition, found)
             skips.append(x)
             if index < len(self.downsamples):
                 x = self.downsamples[index](x)
-        x = x + self._run(self.bottleneck, x, condition)
+        x = x + self._run(self.bottleneck, x, condition, found)
         for index, blocks in enumerate(_stages(self.decoder)):
             skip = skips.pop()
             if index >= 2:
                 x = self.upsamples[index - 2](x)[:, : skip.shape[1], : skip.shape[2]]
-            x = self._run(blocks, x + skip, condition)
-        return rearrange(self.head(x, condition), "b h w c -> b c h w").to(x_t.dtype).contiguous()
+            x = self._run(blocks, x + skip, condition, found)
+        out: Tensor = self.head(x, condition, found.get(self.head))
+        return out.permute(0, 3, 1, 2).to(x_t.dtype).contiguous()
 
-    def _run(self, blocks: Iterable[nn.Module], x: Tensor, condition: Tensor) -> Tensor:
+    def _run(self, blocks: Iterable[nn.Module], x: Tensor, condition: Tensor, found: Modulations) -> Tensor:
         residual: Residual | None = None
         for block in blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x, residual = self._gradient_checkpointing_func(block, x, condition, residual)
             else:
-                x, residual = block(x, condition, residual)
+                x, residual = block(x, condition, residual, found.get(block))
         return x if residual is None else add_gated(x, residual)
 
     def _embed(self, y: Tensor) -> Tensor:
@@ -256,7 +257,7 @@ NETWORKS: dict[str, Callable[..., Any]] = {"LaMambaDiff": LaMambaDiff}
 
 
 def _stages(stages: nn.ModuleList) -> Iterable[nn.ModuleList]:
-    """Tell the type checker that a list of stages contains lists of blocks."""
+    """Tell the type checker that stages are lists of blocks."""
     return cast(Iterable[nn.ModuleList], stages)
 
 
@@ -323,16 +324,16 @@ class Block(nn.Module):
     def reset_own_parameters(self) -> None:
         nn.init.zeros_(self.modulation.weight)
 
-    def modulate(self, condition: Tensor) -> Tensor:
-        """Compute the concatenated shifts, scales and gates of all branches from the condition (b, 4 embed_dim)."""
-        return self.modulation(F.silu(self.condition_projection(condition)))
-
-    def forward(self, x: Tensor, condition: Tensor, residual: Residual | None = None) -> tuple[Tensor, Residual]:
+    def forward(
+        self, x: Tensor, condition: Tensor, residual: Residual | None = None, modulation: Tensor | None = None
+    ) -> tuple[Tensor, Residual]:
         """Run the block on x and the previous block's residual, not added yet; return both for the next block.
 
         Each branch's output is added together with the next normalization, so x is read only once for both.
+        `modulation` has the shifts, scales and gates of all branches if the network has already computed them.
         """
-        parts = iter(self.modulate(condition).unflatten(1, (-1, x.shape[-1])).unbind(1))
+        own = modulate(self, condition) if modulation is None else modulation
+        parts = iter(own.unflatten(1, (-1, x.shape[-1])).unbind(1))
         for branch, norm in self._branches():
             shift_scale, gate = (next(parts), next(parts)), next(parts)
             x, out, bias = branch(Norm(x, residual, norm.weight, norm.bias, shift_scale, norm.eps))
@@ -482,8 +483,9 @@ class Head(nn.Module):
     def reset_own_parameters(self) -> None:
         nn.init.zeros_(self.modulation.weight)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.modulation(F.silu(self.condition_projection(condition))).chunk(2, dim=-1)
+    def forward(self, x: Tensor, condition: Tensor, modulation: Tensor | None = None) -> Tensor:
+        own = modulate(self, condition) if modulation is None else modulation
+        shift, scale = own.chunk(2, dim=-1)
         x = normalize(self.linear(x), self.norm)
         return self.output(layer_norm(x, modulation=(shift, scale), eps=1e-6))
 

@@ -23,6 +23,7 @@ import lamamba.ops.depthwise_convolution.triton
 import lamamba.ops.fused_layers.triton
 import lamamba.ops.gated_norm.triton
 import lamamba.ops.linear_gelu.triton
+import lamamba.ops.modulation.triton
 import lamamba.ops.residual_norm.triton
 import lamamba.ops.selective_scan.triton
 import lamamba.ops.sequence_scan.triton
@@ -35,6 +36,7 @@ from lamamba.ops.fused_layers import Norm
 from lamamba.ops.fused_layers.kernels import norm_linear_kernel
 from lamamba.ops.fused_layers.triton import norm_linear_triton
 from lamamba.ops.launch import Launch, compile_launch, record_launches
+from lamamba.ops.modulation import modulate_together
 from lamamba.ops.residual_norm import Residual, add_gated
 
 # Bytes of shared memory that a program can have, by compute capability (CUDA C++ Programming Guide, technical
@@ -123,6 +125,15 @@ def run_fused() -> None:
             )
 
 
+def modulate() -> None:
+    """Run the linear layers of a network's modulation, aligned and not."""
+    with torch.no_grad(), use_backend("triton"):
+        for width in (64, 12):
+            condition = torch.ones(1, 4 * width, dtype=torch.bfloat16)
+            network = Block(NetworkConfig(embed_dim=width, num_heads=1), width, False, True).to(torch.bfloat16)
+            assert modulate_together(condition, network)
+
+
 def scan_sequences(num_states: int) -> None:
     """Run forward and backward of a gated scan in bfloat16, cut into segments, which launches its every kernel."""
     u, delta, z = (torch.randn(1, 32, 256, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
@@ -173,5 +184,5 @@ if __name__ == "__main__":
         of_block = forms(1, 16 if every else 3)
         of_sequences = record_launches(scan_sequences, 4 if every else 1 if capability < 100 else 3)
         fused = [launched for launched in record_launches(run_fused) if launched.kernel.fn.__module__ == FUSED]
-        others = of_block + of_sequences
+        others = of_block + of_sequences + record_launches(modulate)
         compile_for(capability, others + fused if every else fullest(others) + fullest(fused))

@@ -86,13 +86,19 @@ def _has_copies() -> bool:
     return not torch.compiler.is_compiling() and bool(_copies)
 
 
+def find_rounded(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return a weight if it has this dtype, or else a copy of `RoundedWeights` if it has one."""
+    if weight.dtype == dtype:
+        return weight
+    copy = _copies.get(weight.data_ptr()) if _has_copies() and weight.is_contiguous() else None
+    is_of_it = copy is not None and copy.dtype == dtype and copy.numel() == weight.numel()
+    return copy.view(weight.shape) if copy is not None and is_of_it else None
+
+
 def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert a weight for a product: a copy of `RoundedWeights` if it has one. Autograd must not record this."""
-    if _has_copies() and weight.dtype != dtype:
-        copy = _copies.get(weight.data_ptr())
-        if copy is not None and copy.dtype == dtype and copy.numel() == weight.numel() and weight.is_contiguous():
-            return copy.view(weight.shape)
-    return weight.to(dtype)
+    found = find_rounded(weight, dtype)
+    return weight.to(dtype) if found is None else found
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,0 +1,147 @@
+"""Linear layers of many blocks in one launch, against each layer alone."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lamamba.model import LaMambaDiff
+from lamamba.ops import modulation
+from lamamba.ops.backend import use_backend
+from lamamba.ops.linear import RoundedWeights
+from lamamba.ops.modulation import modulate_together
+
+pytest.importorskip("triton")
+from lamamba.ops.modulation.triton import linears, make_table
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter has no arithmetic in bfloat16
+SMALL = {
+    "in_channels": 1, "sample_size": 8, "num_classes": 3, "embed_dim": 16, "depths": (1, 1, 1, 1),
+    "bottleneck_depth": 1, "decoder_extra_depth": 0, "num_heads": 2, "window_size": 4,
+}  # fmt: skip
+
+
+def make_network(dtype: torch.dtype = DTYPE) -> LaMambaDiff:
+    torch.manual_seed(0)
+    network = LaMambaDiff(**SMALL).eval()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return network.to(DEVICE, dtype)
+
+
+def make_condition(batch: int = 3, dtype: torch.dtype = DTYPE) -> Tensor:
+    return torch.randn(batch, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+
+
+def check(found: modulation.Modulations, network: LaMambaDiff, condition: Tensor) -> None:
+    """Compare with float64, from weights and a condition in 16 bits."""
+    exact, condition = copy.deepcopy(network).double(), condition.double()
+    names = {module: name for name, module in network.named_modules()}
+    wanted = {name: module for name, module in exact.named_modules() if hasattr(module, "condition_projection")}
+    assert [names[module] for module in found] == list(wanted)
+    for module, value in found.items():
+        of = wanted[names[module]]
+        result = of.modulation(F.silu(of.condition_projection(condition)))
+        assert value.dtype == DTYPE
+        assert value.shape == result.shape
+        assert (value.double() - result).norm() < 4 * torch.finfo(DTYPE).eps * result.norm(), names[module]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3, 17])
+def test_results_are_those_of_each_layer(batch: int) -> None:
+    network, condition = make_network(), make_condition(batch)
+    with use_backend("triton"):
+        check(modulate_together(condition, network), network, condition)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shapes", [[(70, 24), (33, 24)], [(40, 9), (5, 9)]], ids=["aligned", "odd"])
+def test_layers_may_have_any_size(shapes: list[tuple[int, int]]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, shapes[0][1], generator=generator).to(DEVICE, DTYPE)
+    weights = [torch.randn(shape, generator=generator).to(DEVICE, DTYPE) for shape in shapes]
+    biases = [torch.randn(len(weight), generator=generator).to(DEVICE, DTYPE) for weight in weights]
+    table, is_aligned = make_table([(w, b, None) for w, b in zip(weights, biases, strict=True)], x.device)
+    assert is_aligned == (shapes[0][1] % 8 == 0)
+    out = linears(x, x, table, is_aligned, sum(len(weight) for weight in weights), False)
+    parts = out.split([2 * len(weight) for weight in weights])
+    for part, weight, bias in zip(parts, weights, biases, strict=True):
+        wanted = F.linear(x.double(), weight.double(), bias.double())
+        torch.testing.assert_close(part.view(2, -1).double(), wanted, rtol=1e-2, atol=2e-2)
+
+
+@torch.no_grad()
+def test_weights_that_changed_or_moved_are_used() -> None:
+    network, condition = make_network(), make_condition()
+    with use_backend("triton"):
+        before = modulate_together(condition, network)
+        for parameter in network.parameters():
+            parameter.mul_(0.5)
+        check(modulate_together(condition, network), network, condition)
+        for parameter in network.parameters():
+            parameter.data = parameter.data.clone() * 3
+        moved = modulate_together(condition, network)
+        check(moved, network, condition)
+    assert not torch.equal(moved[network.head], before[network.head])
+
+
+def test_otherwise_each_module_computes_its_own() -> None:
+    network, condition = make_network(), make_condition()
+    with use_backend("triton"):
+        assert not modulate_together(condition, network)  # gradients
+        with torch.no_grad():
+            assert modulate_together(condition, network)
+            assert not modulate_together(make_condition(modulation.MAX_BATCH + 1), network)
+            assert not modulate_together(condition.float(), network.float())
+            network.to(DTYPE)
+            handle = network.head.modulation.register_forward_hook(lambda *_: None)
+            assert not modulate_together(condition, network)
+            handle.remove()
+            network.head.modulation = nn.Sequential(network.head.modulation)
+            assert not modulate_together(condition, network)
+    with torch.no_grad(), use_backend("pytorch"):
+        assert not modulate_together(condition, make_network())
+
+
+@torch.no_grad()
+def test_a_plan_lives_as_long_as_its_network() -> None:
+    network = make_network()
+    with use_backend("triton"):
+        modulate_together(make_condition(), network)
+    assert network in modulation._plans
+    number = len(modulation._plans)
+    del network
+    assert len(modulation._plans) == number - 1
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@torch.no_grad()
+def test_in_mixed_precision_rounded_weights_are_used() -> None:
+    network, condition = make_network(torch.float32), make_condition(dtype=torch.float32)
+    with torch.autocast(DEVICE, DTYPE):
+        assert not modulate_together(condition, network)
+        with RoundedWeights(network, DTYPE).in_use():
+            found = modulate_together(condition, network)
+    check(found, network.to(DTYPE), condition.to(DTYPE))
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@torch.no_grad()
+def test_a_network_gives_the_same_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = make_network()
+    inputs = torch.randn(2, 1, 8, 8, device=DEVICE, dtype=DTYPE), torch.tensor([5, 900.0], device=DEVICE)
+    labels = torch.tensor([0, 3], device=DEVICE)
+    together = network(*inputs, labels)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = network(*inputs, labels)
+    graph.replay()
+    assert torch.equal(out, together)
+    monkeypatch.setattr("lamamba.model.modulate_together", lambda condition, network: {})
+    apart = network(*inputs, labels)
+    assert (together - apart).norm() < 0.02 * apart.norm()
