@@ -205,11 +205,14 @@ def _exp(b_x, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def _softplus(b_z, PRECISE: tl.constexpr):
-    """Compute m = softplus(z) log2(e) from z log2(e); then exp(A softplus(z)) = 2^(m A)."""
+def _softplus(b_z, PRECISE: tl.constexpr, SERIES: tl.constexpr = False):
+    """Compute m = softplus(z) log2(e) from z log2(e); then exp(A softplus(z)) = 2^(m A).
+
+    SERIES needs more instructions, and PRECISE still more; both have about the error of float32.
+    """
     b_u = _exp2(-tl.abs(b_z), PRECISE)
-    if PRECISE:  # log(1 + u) = 2 artanh(u / (2 + u))
-        b_s = tl.div_rn(b_u, 2 + b_u)
+    if PRECISE or SERIES:  # log(1 + u) = 2 artanh(u / (2 + u))
+        b_s = tl.div_rn(b_u, 2 + b_u) if PRECISE else b_u / (2 + b_u)
         b_q = b_s * b_s
         b_sum = 1.0 / 11 + b_q * (1.0 / 13 + b_q * (1.0 / 15))
         b_sum = 1 + b_q * (1.0 / 3 + b_q * (1.0 / 5 + b_q * (1.0 / 7 + b_q * (1.0 / 9 + b_q * b_sum))))
@@ -236,9 +239,9 @@ def _steps(b_lows, weights, b_bias, start, LENGTH: tl.constexpr, RANK: tl.conste
 
 
 @triton.jit
-def _slope(b_m, PRECISE: tl.constexpr):
+def _slope(b_m, PRECISE: tl.constexpr, SERIES: tl.constexpr = False):
     """Compute the derivative of m with respect to z, (1 - 2^-m) log2(e); 1 - 2^-m = 1 / (1 + exp(-z))."""
-    if PRECISE:  # near 0, the difference 1 - 2^-m would lose digits
+    if PRECISE or SERIES:  # near 0, the difference 1 - 2^-m would lose digits
         b_x = b_m * LN_2
         b_series = 1 - b_x * (1.0 / 4) * (1 - b_x * (1.0 / 5) * (1 - b_x * (1.0 / 6)))
         b_series = b_x * (1 - b_x * (1.0 / 2) * (1 - b_x * (1.0 / 3) * b_series))

@@ -54,7 +54,7 @@ def _m(b_delta, b_bias, m_t, WHOLE: tl.constexpr, SOFTPLUS: tl.constexpr, PRECIS
     """Compute m = delta log2(e). Steps beyond the end of the sequence get 0, so that they change nothing."""
     b_m = b_delta.to(tl.float32) * LOG2_E + b_bias * LOG2_E
     if SOFTPLUS:
-        b_m = _softplus(b_m, PRECISE)
+        b_m = _softplus(b_m, PRECISE, True)
     return b_m if WHOLE else tl.where(m_t, b_m, 0.0)
 
 
@@ -243,26 +243,36 @@ def sequence_starts_kernel(
 
 
 @triton.jit
-def _sum_channels(rows, BLOCK: tl.constexpr):
-    """Sum each of 16 rows (1, BLOCK) over its channels: (16,). Rows in 16 bits are summed by tensor cores.
+def _split(rows):
+    """Split each of 16 rows into two in bfloat16, whose sum they are, but for a relative 2^-17."""
+    b_highs = ()
+    b_lows = ()
+    for row in tl.static_range(16):
+        b_high = rows[row].to(tl.bfloat16)
+        b_highs = b_highs + (b_high,)
+        b_lows = b_lows + ((rows[row] - b_high.to(tl.float32)).to(tl.bfloat16),)
+    return b_highs, b_lows
 
-    The products are rounded, not the factors as in `_sum_products` for grids: rounding a pair of products is one
-    instruction here, but packing factors that do not come as 16-bit pairs is two more.
-    """
-    if rows[0].dtype == tl.float32:
+
+@triton.jit
+def _sum_channels(rows, BLOCK: tl.constexpr, PRECISE: tl.constexpr):
+    """Sum each of 16 rows (1, BLOCK) over its channels: (16,). Unless PRECISE, tensor cores do, with two terms each."""
+    if PRECISE:
         return tl.sum(_stack(rows), axis=1)
+    b_highs, b_lows = _split(rows)
     o_row, o_of_four = tl.arange(0, 16)[:, None], tl.arange(0, BLOCK // 2)[None, :] % 4
     b_sums = tl.zeros([16, 8], tl.float32)
     for four in tl.static_range(0, 16, 4):
-        b_pick = tl.maximum(1 - tl.abs(o_row - four - o_of_four), 0).to(tl.float32)
-        b_sums = tl.dot(b_pick.to(rows[0].dtype), _operand(rows, four, BLOCK), b_sums)
+        b_pick = tl.maximum(1 - tl.abs(o_row - four - o_of_four), 0).to(tl.float32).to(tl.bfloat16)
+        b_sums = tl.dot(b_pick, _operand(b_highs, four, BLOCK), b_sums)
+        b_sums = tl.dot(b_pick, _operand(b_lows, four, BLOCK), b_sums)
     return tl.sum(b_sums, axis=1)
 
 
 @triton.jit
 def _walk_back(
     b_h, b_g, b_grad_A, b_A, BC, b_ms, b_inputs, b_grad_ys, b_drives, b_exponents, b_ys,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, PRECISE: tl.constexpr, SUM: tl.constexpr, GATED: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, PRECISE: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """Walk one state along a tile forward, then its gradient backward; b_g always holds a[t+1] g[t+1].
 
@@ -286,8 +296,8 @@ def _walk_back(
     b_new_exponents = ()
     for step in tl.static_range(TILE - 1, -1, -1):
         b_g += BC[TILE + step] * b_grad_ys[step]
-        b_grad_Bs = ((b_g * b_inputs[step]).to(SUM),) + b_grad_Bs
-        b_grad_Cs = ((b_hs[step + 1] * b_grad_ys[step]).to(SUM),) + b_grad_Cs
+        b_grad_Bs = (b_g * b_inputs[step],) + b_grad_Bs
+        b_grad_Cs = (b_hs[step + 1] * b_grad_ys[step],) + b_grad_Cs
         b_new_drives = (b_drives[step] + b_g * BC[step],) + b_new_drives
         b_g *= b_as[step]
         b_exponent = b_g * b_hs[step]
@@ -295,7 +305,7 @@ def _walk_back(
         b_grad_A += b_exponent * b_ms[step]
     if not GATED:
         b_new_ys = b_ys
-    of_BC = (_sum_channels(b_grad_Bs, BLOCK) * LN_2, _sum_channels(b_grad_Cs, BLOCK))
+    of_BC = (_sum_channels(b_grad_Bs, BLOCK, PRECISE) * LN_2, _sum_channels(b_grad_Cs, BLOCK, PRECISE))
     return b_g, b_grad_A, b_new_drives, b_new_exponents, b_new_ys, of_BC
 
 
@@ -316,7 +326,6 @@ def sequence_backward_kernel(
     * of A, D and the bias, (b, segments, n + 2, g, w)
     """
     IN_REGISTERS: tl.constexpr = STATES == AT_ONCE
-    SUM: tl.constexpr = tl.float32 if PRECISE else tl.bfloat16
     GATED: tl.constexpr = p_z is not None
     image, group, o_w, m_w = _place(num_channels, BLOCK)
     segment = tl.program_id(1)
@@ -381,7 +390,7 @@ def sequence_backward_kernel(
             for i in tl.static_range(AT_ONCE):
                 b_g, b_grad_A, b_drives, b_exponents, b_ys, of_BC = _walk_back(
                     b_starts[i], b_gs[i], b_grad_As[i], b_As[i], numbers(b_BCs[i]), b_ms, b_inputs, b_grad_rows,
-                    b_drives, b_exponents, b_ys, TILE, BLOCK, PRECISE, SUM, GATED,
+                    b_drives, b_exponents, b_ys, TILE, BLOCK, PRECISE, GATED,
                 )  # fmt: skip
                 b_new_gs = b_new_gs + (b_g,)
                 b_new_grad_As = b_new_grad_As + (b_grad_A,)
@@ -412,7 +421,7 @@ def sequence_backward_kernel(
             b_step, b_drive = b_ms[step], b_drives[step]
             b_grad_us = b_grad_us + (b_drive * b_step + b_D * b_grad_rows[step],)
             b_grad_delta = b_exponents[step] * LN_2 + b_drive * b_us[step]
-            b_grad_delta *= _slope(b_step, PRECISE) if SOFTPLUS else LOG2_E
+            b_grad_delta *= _slope(b_step, PRECISE, True) if SOFTPLUS else LOG2_E
             b_grad_deltas = b_grad_deltas + (b_grad_delta,)
             b_grad_D += b_grad_rows[step] * b_us[step]
             if WHOLE or SOFTPLUS:

@@ -7,7 +7,6 @@ import triton
 from torch import Tensor
 
 from lamamba.ops.launch import launch
-from lamamba.ops.selective_scan.triton import saved_dtype
 from lamamba.ops.sequence_scan.kernels import sequence_backward_kernel, sequence_forward_kernel, sequence_starts_kernel
 from lamamba.ops.sum_kernels import sum_parts
 
@@ -119,7 +118,7 @@ def scan_sequences_triton(
     plan = _plan(u, A.shape[2], softplus)
     rates, bias = A.float().mT.contiguous(), _float(delta_bias)
     y = torch.empty_like(u)
-    states = u.new_empty(plan.states if save else (0,), dtype=saved_dtype(u, A.shape[2]))
+    states = u.new_empty(plan.states if save else (0,), dtype=torch.float32)
     inputs = (*_strided(u), *_strided(delta), rates, *_strided(B), *_strided(C))
     carry, started = _prepare_carry(plan, initial_state, rates, (*inputs, None, *NOTHING, bias), backward=False)
     launch(
@@ -134,7 +133,7 @@ def scan_sequences_triton(
 def _(u: Tensor, delta: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     softplus, save = others[-2:]
     plan = _plan(u, A.shape[2], softplus)
-    states = u.new_empty(plan.states if save else (0,), dtype=saved_dtype(u, A.shape[2]))
+    states = u.new_empty(plan.states if save else (0,), dtype=torch.float32)
     return torch.empty_like(u), u.new_empty(plan.carry, dtype=torch.float32), states
 
 
@@ -157,7 +156,7 @@ def _backward(
     grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
     grad_z = u.new_empty(0) if z is None else torch.empty_like(z)
     batch, groups, segments, num_states, channels = plan.carry
-    grad_BC = u.new_empty(2, batch, groups, plan.num_blocks, *B.shape[2:], dtype=saved_dtype(u, num_states))
+    grad_BC = u.new_empty(2, batch, groups, plan.num_blocks, *B.shape[2:], dtype=torch.float32)
     grad_shared = rates.new_empty(batch * segments, num_states + 2, groups, channels)
     launch(
         sequence_backward_kernel, plan.grid,
@@ -166,7 +165,7 @@ def _backward(
         grad_BC, grad_shared, grad_BC[0].numel(), *plan.sizes,
         STARTED=started, AT_ONCE=_at_once(A.shape[2], 2), **plan.constants,
     )  # fmt: skip
-    of_BC = grad_BC.sum(dim=3, dtype=torch.float32)
+    of_BC = grad_BC.sum(dim=3)
     of_initial = carry[:, :, 0].mT.clone() if for_initial else carry.new_empty(0)
     return grad_u, grad_delta, grad_z, of_BC, sum_parts(grad_shared), of_initial
 
