@@ -212,6 +212,15 @@ def test_exported_files_name_the_timesteps(students: dict[str, Path], tmp_path: 
     assert "this network was distilled for 4 steps of ancestral, guidance 1.5 included: leave --guidance out" in line
 
 
+def test_info_says_how_a_student_is_sampled(
+    students: dict[str, Path], teachers: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["info", str(students["flow"])])
+    assert "This network was distilled for 4 steps of ancestral, guidance 1.5 included.\n" in capsys.readouterr().out
+    main(["info", str(teachers["flow"])])
+    assert "distilled" not in capsys.readouterr().out
+
+
 def test_the_demo_asks_for_the_own_steps(students: dict[str, Path]) -> None:
     config = SamplingConfig(checkpoint=str(students["diffusion"]))
     model = ImageSampler(config, torch.device("cpu"))

@@ -90,7 +90,7 @@ class PushConfig:
 
 @dataclass(frozen=True)
 class InfoConfig:
-    """Count parameters and multiply-adds, stage by stage."""
+    """Count parameters and multiply-adds, stage by stage; for students of lamamba distill, also print their steps."""
 
     network: Annotated[str, Option(positional=True)]
     """A preset, a run folder, a checkpoint folder, shipped weights (nano, emoji-64), a pipeline folder, or user/name on

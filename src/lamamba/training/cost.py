@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import lamamba.ops.selective_scan
 import lamamba.ops.window_attention  # noqa: F401 - both register operations counted below
-from lamamba.checkpoints.checkpoint import find_checkpoint, load_checkpoint
+from lamamba.checkpoints.checkpoint import load_checkpoint
 from lamamba.config import PRESETS, SIXTEEN_STATES, InfoConfig, NetworkConfig
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.model import Block, LaMambaDiff
@@ -151,17 +151,22 @@ def _flops_by_module(network: LaMambaDiff, height: int, width: int) -> dict[str,
 
 
 def print_info(config: InfoConfig) -> None:
-    """Print the table of `count`; raises LamambaError if the name or the size is invalid."""
+    """Print the table of `count`, and how a distilled network is sampled.
+
+    Raises:
+        LamambaError: the name or the size is invalid.
+    """
+    distilled = None
     if config.network in PRESETS:
         options = {} if config.ssm_state_size is None else {"ssm_state_size": config.ssm_state_size}
         with torch.device("meta"):
             network = LaMambaDiff.from_preset(config.network, **options)
         title = config.network
     else:
-        network = load_checkpoint(config.network).network.to("meta")
+        loaded = load_checkpoint(config.network)
+        network, title, distilled = loaded.network.to("meta"), str(loaded.path), loaded.info.distilled
         if not isinstance(network, LaMambaDiff):
             raise CheckpointError(f"{config.network} holds a {type(network).__name__}: only a LaMambaDiff is counted")
-        title = str(find_checkpoint(config.network))
     size = config.size or (network.config.sample_size, network.config.sample_size)
     table = Table(
         title=f"{title}, grid {size[0]}x{size[1]}, state size {network.config.ssm_state_size}", title_justify="left"
@@ -179,6 +184,8 @@ def print_info(config: InfoConfig) -> None:
         table.add_row(stage, f"{parameters:,}", f"{macs / 1e9:,.3f}")
     console = make_console()
     console.print(table)
+    if distilled:
+        console.print(f"This network was {distilled}.")
     console.print(WHAT_IS_COUNTED)
     pair = [config.network.removesuffix(SIXTEEN_STATES) + ending for ending in ("", SIXTEEN_STATES)]
     if all(name in PRESETS for name in pair):
