@@ -18,6 +18,7 @@ from lamamba.checkpoints.checkpoint import checkpoints_in, load_checkpoint
 from lamamba.cli import main
 from lamamba.commands.distill import complete
 from lamamba.config import DemoLimits, DistillationOptions, DistillConfig, SamplingConfig
+from lamamba.demo.previews import compare_guidance
 from lamamba.demo.settings import read_request
 from lamamba.errors import CheckpointError, ConfigError, DataError
 from lamamba.files.records import read_train_config
@@ -226,6 +227,8 @@ def test_the_demo_asks_for_the_own_steps(students: dict[str, Path]) -> None:
     model = ImageSampler(config, torch.device("cpu"))
     request = read_request({"labels": ["Coat"]}, model, DemoLimits()).config
     assert (request.sampler, request.steps, request.guidance) == ("ancestral-cosine", 4, 1.0)
+    with pytest.raises(ConfigError, match=r"guidance 1\.5 included: choose another model"):
+        compare_guidance(model, read_request({"labels": ["Coat"]}, model, DemoLimits()), [1.0, 2.0], DemoLimits())
 
 
 def test_earlier_versions_refuse_students_alone(

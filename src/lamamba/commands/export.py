@@ -56,8 +56,7 @@ def export(config: ExportConfig) -> None:
     size = config.size or (side, side)
     if any(length % 2 for length in size):
         raise ConfigError(f"size {size} has an odd side: give even numbers")
-    own = loaded.info.distilled
-    if config.guidance and (why := f"this network was {own}" if own else why_unguided(network.config)):
+    if config.guidance and (why := why_unguided(network.config, loaded.info.distilled)):
         raise ConfigError(f"{why}: leave --guidance out")
     text = json.dumps(describe(loaded, config, size))
     if config.format != "pt2":

@@ -97,7 +97,7 @@ def compare_guidance(model: ImageSampler, request: Request, scales: Sequence[Any
     Raises:
         ConfigError: a scale is out of range, there are too many scales, or the model has no labels.
     """
-    if why := why_unguided(model.network.config):
+    if why := why_unguided(model.network.config, model.info.distilled):
         raise ConfigError(f"{why}: choose another model")
     number = read_whole("number of scales", len(scales), 1, limits.max_images)
     check_pixels(number, *request.size, limits)

@@ -145,8 +145,10 @@ def _is_weight(value: Any) -> bool:
         return False
 
 
-def why_unguided(config: Any) -> str | None:
+def why_unguided(config: Any, distilled: Distilled | None = None) -> str | None:
     """Say why a network of this configuration cannot be guided away from "no label"; None if it can."""
+    if distilled:
+        return f"this network was {distilled}"
     if not config.num_classes:
         return "guidance needs labels, and this network is unconditional"
     if not getattr(config, "label_dropout", True):  # what has no such option was trained with some
