@@ -339,6 +339,19 @@ def test_unconditional_networks_are_distilled_without_guidance(tmp_path: Path) -
     assert pipe(output_type="np").images.shape == (1, 16, 16, 1)
 
 
+def test_latents_of_a_teacher_that_predicts_noise_are_noted(
+    autoencoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for objective, is_noted in (("diffusion", True), ("flow", False)):
+        options = ["--data", "builtin", "--vae", str(autoencoder), "--objective", objective]
+        teacher = train_teacher(tmp_path / f"teacher-{objective}", *options)
+        capsys.readouterr()
+        options = ["--num-images", "4", "--batch-size", "4", "--device", "cpu"]
+        main(["distill", str(teacher), "--out", str(tmp_path / objective), *options])
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("it predicts noise, which has not been tried with latents" in said) == is_noted
+
+
 def test_python_distills_like_the_command(students: dict[str, Path], tmp_path: Path) -> None:
     config = read_train_config(students["flow"] / "config.json")
     run = lamamba.distill(

@@ -441,6 +441,8 @@ class Trainer:
         notes = transfer_weights(network, loaded.network, self.source.class_names, loaded.info.class_names)
         for own in self._networks().values():
             load(own, network.state_dict())
+        if options and options.teacher_objective != self.config.objective and not self.space.bounded:
+            notes.append("it predicts noise, which has not been tried with latents: look at the first sample grids")
         return notes
 
     def draw_samples(self, callback: Callback | None = None) -> Any:
