@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers import scheduling_dpmsolver_multistep
 from PIL import Image
 from torch import Tensor
 
@@ -123,13 +124,21 @@ def served(folder: Path) -> Iterator[str]:
     server.shutdown()
 
 
-def sample_in(browser: Any, address: str, steps: int, device: str) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Sample class 8 on the page with seed 7 and guidance 2.5; return the request, the noise and the image."""
+def sample_in(
+    browser: Any, address: str, network: str, steps: int, device: str
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Sample class 8 on the page with seed 7 and guidance 2.5; return the request, all noise and the image."""
     from selenium.webdriver.support.ui import WebDriverWait
 
     browser.get(f"{address}/browser.html")
     waiting = WebDriverWait(browser, 120, 0.1)
-    waiting.until(lambda _: browser.execute_script("return document.querySelector('#sampler.ready') !== null"))
+    ready = "return document.querySelector('#sampler.ready') !== null && sampler.network === arguments[0]"
+    if network != "nano-4-steps":  # the page begins with it
+        choose = """const chosen = document.querySelector("#sampler [name=network]");
+            chosen.value = arguments[0];
+            chosen.dispatchEvent(new Event("change"));"""
+        browser.execute_script(choose, network)
+    waiting.until(lambda _: browser.execute_script(ready, network))
     if device == "webgpu" and not browser.execute_script("return sampler.hasGpu"):
         pytest.skip("this Chromium has no WebGPU")
     set_up = """const form = document.querySelector("#sampler");
@@ -140,34 +149,45 @@ def sample_in(browser: Any, address: str, steps: int, device: str) -> tuple[dict
         }
         form.querySelector("[name=label][value='8']").click();"""
     browser.execute_script(set_up, {"steps": steps, "seed": 7, "guidance": 2.5, "device": device})
-    done = "return !sampler.busy && sampler.request.steps === arguments[0] && sampler.step === arguments[0]"
+    done = "return !sampler.busy && sampler.request.label === 8 && sampler.step === arguments[0]"
     waiting.until(lambda _: browser.execute_script(done, steps))
     asked, noise, image = browser.execute_script(
         "return [sampler.request, Array.from(sampler.noise), Array.from(sampler.image)]"
     )
-    side = math.isqrt(len(noise))
-    return asked, torch.tensor(noise).view(1, 1, side, side), torch.tensor(image).view(side, side)
+    side = math.isqrt(len(image))
+    return asked, torch.tensor(noise).view(-1, 1, 1, side, side), torch.tensor(image).view(side, side)
 
 
 def sample_here(network: lamamba.LaMambaDiff, noise: Tensor, steps: int) -> Tensor:
-    guided = {"num_steps": steps, "guidance_scale": 2.5, "clip_sample": True, "noise": noise}
-    return lamamba.sample(network, lamamba.FlowMatching(), [8], [0], **guided)[0, 0]
+    """Sample as the page does: a student if there is noise for every step."""
+    options = {"num_steps": steps, "clip_sample": True, "noise": noise[0]}
+    if len(noise) == 1:
+        return lamamba.sample(network, lamamba.FlowMatching(), [8], [0], **options, guidance_scale=2.5)[0, 0]
+    drawn = iter([*noise[1:], torch.zeros_like(noise[0])])  # the last step adds none
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduling_dpmsolver_multistep, "randn_tensor", lambda *_, **__: next(drawn))
+        image = lamamba.sample(network, lamamba.FlowMatching(), [8], [0], **options, sampler="ancestral")[0, 0]
+    assert next(drawn, None) is None
+    return image
 
 
-def test_the_browser_samples_what_pytorch_does(site: Path, browser: Any, request: pytest.FixtureRequest) -> None:
-    pictures = request.config.getoption("--screenshots")
-    steps = 20 if pictures else 4
+@pytest.mark.parametrize("name", ["nano", "nano-4-steps"])
+def test_the_browser_samples_what_pytorch_does(
+    site: Path, browser: Any, name: str, request: pytest.FixtureRequest
+) -> None:
+    pictures = request.config.getoption("--screenshots") if name == "nano-4-steps" else None
     with served(site) as address:
-        asked, noise, image = sample_in(browser, address, steps, "wasm")
+        asked, noise, image = sample_in(browser, address, name, 4, "wasm")
     canvas = """const context = document.querySelector(".picture canvas").getContext("2d");
         return Array.from(context.getImageData(0, 0, 32, 32).data);"""
     shown = torch.tensor(browser.execute_script(canvas)).view(32, 32, 4)
     if pictures:
         browser.find_element("id", "sampler").screenshot(str(Path(pictures) / "page.png"))
     assert (asked["label"], asked["seed"], asked["guidance"], asked["device"]) == (8, 7, 2.5, "wasm")
+    assert len(noise) == (1 if name == "nano" else 4)
     assert abs(float(noise.mean())) < 0.2
     assert 0.9 < float(noise.std()) < 1.1
-    wanted = sample_here(load_checkpoint("nano").network, noise, steps)
+    wanted = sample_here(load_checkpoint(name).network, noise, 4)
     torch.testing.assert_close(image, wanted, atol=2e-3, rtol=0)
     assert (shown[:, :, 0] - (wanted + 1) * 127.5).abs().max() < 1
 
@@ -191,7 +211,7 @@ def test_web_gpu_samples_what_pytorch_does(site: Path, browser: Any, tmp_path: P
         (tmp_path / "browser" / name).unlink()
         (tmp_path / "browser" / name).write_bytes(content)
     with served(tmp_path) as address:
-        asked, noise, image = sample_in(browser, address, 3, "webgpu")
+        asked, noise, image = sample_in(browser, address, "nano", 3, "webgpu")
     assert asked["device"] == "webgpu"
     torch.testing.assert_close(image, sample_here(network, noise, 3), atol=2e-3, rtol=0)
 

@@ -26,12 +26,21 @@ function setBusy(busy) {
   find("stop").hidden = !busy;
 }
 
+/** Ask for the chosen network; the answer starts the first sample. */
+function open() {
+  setBusy(false);
+  form.classList.remove("ready");
+  show("Loading the network ...");
+  worker.postMessage({ open: find("network").value });
+}
+
 function start() {
   strip.replaceChildren();
   setBusy(true);
   show("Sampling ...");
   state.request = {
     id: ++state.id,
+    network: find("network").value,
     label: Number(form.querySelector('[name="label"]:checked').value),
     seed: Number(find("seed").value) || 0,
     steps: Number(find("steps").value),
@@ -41,11 +50,13 @@ function start() {
   worker.postMessage(state.request);
 }
 
-function addLabels(names) {
+function showLabels(names) {
+  const chosen = form.querySelector('[name="label"]:checked')?.value ?? names.indexOf("Ankle boot");
+  labels.replaceChildren();
   for (const [number, name] of names.entries()) {
     const label = document.createElement("label");
     const input = Object.assign(document.createElement("input"), { type: "radio", name: "label", value: number });
-    input.checked = name === "Ankle boot";
+    input.checked = number === Number(chosen);
     label.append(input, name);
     labels.append(label);
   }
@@ -56,8 +67,11 @@ worker.onmessage = ({ data }) => {
     setBusy(false);
     show(`This browser cannot sample: ${data.error}`);
   } else if (data.properties) {
+    if (data.network !== find("network").value) return; // another one was chosen meanwhile
     Object.assign(state, data);
-    addLabels(data.properties.labels);
+    showLabels(data.properties.labels);
+    find("steps").closest(".row").hidden = "timesteps" in data.properties;
+    find("guidance").closest(".row").hidden = !data.properties.guided;
     find("device").closest(".row").hidden = !data.hasGpu;
     form.classList.add("ready");
     start();
@@ -79,6 +93,7 @@ form.addEventListener("submit", (event) => {
   if (form.classList.contains("ready") && !state.busy) start();
 });
 labels.addEventListener("change", start);
+find("network").addEventListener("change", open);
 find("device").addEventListener("change", start);
 find("stop").addEventListener("click", () => {
   worker.postMessage({ stop: true });
@@ -93,3 +108,4 @@ for (const name of ["steps", "guidance"]) {
   const shown = find(name).parentElement.querySelector("output");
   find(name).addEventListener("input", () => (shown.textContent = find(name).value));
 }
+open();

@@ -31,6 +31,8 @@ ELSEWHERE = {
         for path in sorted(ROOT.glob("examples/notebooks/*.ipynb"))
     },
 }
+NETWORKS = ("nano-4-steps", "nano")
+"""Shipped weights that the page browser.md samples."""
 _LINK = re.compile(r"\]\((?![a-z]+:|#)([^)\s#]+)")
 
 
@@ -54,22 +56,22 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def browser_files() -> dict[str, str | bytes]:
-    """Make what the page browser.md loads: the runtime, unpacked, and nano as ONNX with its metadata."""
+    """Make what the page browser.md loads: the runtime, unpacked, and networks as ONNX with their metadata."""
     from lamamba.checkpoints.checkpoint import load_checkpoint
     from lamamba.commands.export import describe
     from lamamba.commands.onnx_graph import build
     from lamamba.config import ExportConfig
 
-    config = ExportConfig("nano", Path(), "onnx", guidance=True, precision="float16-weights")
-    loaded = load_checkpoint("nano")
-    size = (loaded.network.config.sample_size,) * 2
-    network = build(loaded.network, size, guided=True, stored="float16", computed="float32", metadata={})
     packed = sorted((ROOT / "docs" / "browser" / "ort").glob("*.xz"))
-    return {
-        "browser/nano.onnx": network.SerializeToString(),
-        "browser/nano.json": json.dumps(describe(loaded, config, size)),
-        **{f"browser/ort/{path.stem}": lzma.decompress(path.read_bytes()) for path in packed},
-    }
+    files: dict[str, str | bytes] = {f"browser/ort/{path.stem}": lzma.decompress(path.read_bytes()) for path in packed}
+    for name in NETWORKS:
+        loaded = load_checkpoint(name)
+        guided, size = loaded.info.distilled is None, (loaded.network.config.sample_size,) * 2
+        config = ExportConfig(name, Path(), "onnx", guidance=guided, precision="float16-weights")
+        network = build(loaded.network, size, guided=guided, stored="float16", computed="float32", metadata={})
+        files[f"browser/{name}.onnx"] = network.SerializeToString()
+        files[f"browser/{name}.json"] = json.dumps(describe(loaded, config, size))
+    return files
 
 
 def follow_links(text: str, path: str, pages: dict[str, str]) -> tuple[str, set[str]]:
