@@ -24,7 +24,7 @@ $(BIN)/lamamba: pyproject.toml constraints.txt
 
 demo: $(BIN)/lamamba
 	rm -rf demo
-	$(BIN)/lamamba sample nano --labels 0,1,2,3,4,5,6,7,8,9 --num-per-label 4 --steps 25 --guidance 2.0 --out demo/shipped.png
+	$(BIN)/lamamba sample nano-4-steps --labels 0,1,2,3,4,5,6,7,8,9 --num-per-label 4 --out demo/shipped.png
 	$(BIN)/lamamba train --preset nano --data builtin --out demo/run --num-images 1536 --batch-size 32 \
 		--learning-rate 0.001 --log-every 64 --sample-every 1536 --sample-steps 10 --checkpoint-every 1536
 	@echo

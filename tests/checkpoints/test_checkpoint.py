@@ -158,7 +158,7 @@ def test_names_that_are_nothing(tmp_path: Path) -> None:
         load_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["nano", "emoji-64"])
+@pytest.mark.parametrize("name", ["nano", "nano-4-steps", "emoji-64"])
 def test_the_shipped_weights_are_small_and_whole(name: str) -> None:
     loaded = load_checkpoint(name)
     assert loaded.path == shipped_weights()[name]
@@ -166,6 +166,12 @@ def test_the_shipped_weights_are_small_and_whole(name: str) -> None:
     assert sum(path.stat().st_size for path in loaded.path.rglob("*") if path.is_file()) <= 16e6
     assert all(value.isfinite().all() for value in loaded.network.state_dict().values())
     assert loaded.network.dtype == torch.float32
+
+
+def test_the_shipped_student_takes_four_steps() -> None:
+    distilled = load_checkpoint("nano-4-steps").info.distilled
+    assert distilled is not None
+    assert (distilled.steps, distilled.sampler) == (4, "ancestral")
 
 
 def test_a_later_checkpoint_of_the_same_images_replaces_the_first(run: Path) -> None:

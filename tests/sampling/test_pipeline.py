@@ -89,10 +89,11 @@ def test_it_is_saved_and_loaded_with_its_names(tmp_path: Path) -> None:
     assert latents_of(half, "Coat").dtype == torch.float32
 
 
-def test_shipped_weights_draw_what_they_are_asked_for() -> None:
-    pipe = LaMambaDiffPipeline.from_checkpoint("nano")
+@pytest.mark.parametrize(("name", "steps"), [("nano", 6), ("nano-4-steps", 4)])
+def test_shipped_weights_draw_what_they_are_asked_for(name: str, steps: int) -> None:
+    pipe = LaMambaDiffPipeline.from_checkpoint(name)
     pipe.set_progress_bar_config(disable=True)
-    images = pipe(["Trouser", "Bag"], 6, generator=torch.Generator().manual_seed(1)).images
+    images = pipe(["Trouser", "Bag"], steps, generator=torch.Generator().manual_seed(1)).images
     assert [(image.mode, image.size) for image in images] == [("L", (32, 32))] * 2
     trouser, bag = (np.asarray(image, dtype=float) for image in images)
     assert trouser[4:, 15:17].mean() > 30, "trousers are in the middle"

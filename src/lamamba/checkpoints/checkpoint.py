@@ -433,8 +433,9 @@ def _fetch(name: str) -> Path:
 
 
 def shipped_weights() -> dict[str, Path]:
-    """Return the folders of the shipped weights by name: the name of a preset or of the training data."""
-    return {"nano": SHIPPED / "nano", "fashion-mnist": SHIPPED / "nano", "emoji-64": SHIPPED / "emoji-64"}
+    """Return the folders of the shipped weights by name. `nano` is also called `fashion-mnist`, after its data."""
+    folders = {"nano": "nano", "nano-4-steps": "nano-4-steps", "fashion-mnist": "nano", "emoji-64": "emoji-64"}
+    return {name: SHIPPED / folder for name, folder in folders.items()}
 
 
 def export(checkpoint: Path, folder: Path) -> None:

@@ -123,7 +123,8 @@ def _draw(folder: Path, config: PushConfig) -> list[int]:
 
 def _dataset_of(path: Path) -> str | None:
     """Return the hub's name of the dataset that a checkpoint was trained on, if its run records it."""
-    if path == shipped_weights()["fashion-mnist"]:
+    shipped = shipped_weights()
+    if path in (shipped["nano"], shipped["nano-4-steps"]):
         return HUB_REPOSITORY
     try:
         data = read_record(path.parent.parent / "config.json", _Trained)["data"]

@@ -56,9 +56,9 @@ class SamplingConfig:
     """What to sample from, and how."""
 
     checkpoint: Annotated[str, Option(positional=True)]
-    """A run folder (its newest checkpoint), a checkpoint folder, shipped weights (nano, emoji-64); a folder that
-    diffusers saved of a LaMambaDiffPipeline, a DiTPipeline or a DiTTransformer2DModel; or user/name, such a folder on
-    the Hugging Face hub."""
+    """A run folder (its newest checkpoint), a checkpoint folder, shipped weights (nano, nano-4-steps, emoji-64); a
+    folder that diffusers saved of a LaMambaDiffPipeline, a DiTPipeline or a DiTTransformer2DModel; or user/name, such
+    a folder on the Hugging Face hub."""
     sampler: Annotated[Sampler | None, Option(metavar="NAME")] = None
     """For diffusion: ancestral, ancestral-cosine, ddim, ddim-cosine, dpm++ (default), sde-dpm++ or unipc. For flow:
     unipc (default), euler, heun or ancestral. The default of a distilled checkpoint is its own sampler."""
@@ -95,7 +95,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(SamplingConfig):
-    """Sample images from a run, a checkpoint, shipped weights (nano, emoji-64), or a DiT of diffusers."""
+    """Sample images from a run, a checkpoint, shipped weights, or a DiT of diffusers."""
 
     labels: str | None = None
     """Classes to sample, by name or number from 0, separated by commas. If class names are numbers, a number is a name.
@@ -193,10 +193,12 @@ class DemoConfig:
     """Serve a web page that samples images and shows what the network sees, until Ctrl-C."""
 
     checkpoints: Annotated[tuple[str, ...], Option(positional=True, metavar="[CHECKPOINT ...]")] = (
+        "nano-4-steps",
         "nano",
         "emoji-64",
     )
-    """Checkpoints that visitors can choose from, as for lamamba sample: runs, checkpoints, nano, emoji-64, a DiT."""
+    """Checkpoints that visitors can choose from, as for lamamba sample: runs, checkpoints, shipped weights, a DiT. The
+    page begins with the first."""
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 lets other machines connect. There is no password."""
     port: int = 7860
