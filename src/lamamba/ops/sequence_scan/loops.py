@@ -45,16 +45,22 @@ def sequences_backward(
 ):
     """Compute all gradients."""
     h, decays = (np.empty((steps, *A.shape[1:]), f32) for steps in (TILE + 1, TILE))
+    of_tile = np.empty(A.shape[1:], f32)
     _sequences_backward(
-        grad_y, grad_last, starts, u, delta, A, B, C, grad_u, grad_delta, grad_A, grad_B, grad_C, grad_start, h, decays
-    )
+        grad_y, grad_last, starts, u, delta, A, B, C,
+        grad_u, grad_delta, grad_A, grad_B, grad_C, grad_start, h, decays, of_tile,
+    )  # fmt: skip
 
 
 @compiled
 def _sequences_backward(
-    grad_y, grad_last, starts, u, delta, A, B, C, grad_u, grad_delta, grad_A, grad_B, grad_C, grad_start, h, decays
-):
-    """Walk the tiles backward; in each, first recompute the states: h[t + 1] is the state after step t."""
+    grad_y, grad_last, starts, u, delta, A, B, C,
+    grad_u, grad_delta, grad_A, grad_B, grad_C, grad_start, h, decays, of_tile,
+):  # fmt: skip
+    """Walk the tiles backward; in each, first recompute the states: h[t + 1] is the state after step t.
+
+    The gradient of A is added up over a tile first, because a sum over thousands of steps in float32 loses digits.
+    """
     length, channels = u.shape[1:]
     num_states = A.shape[1]
     for b in range(len(u)):
@@ -65,6 +71,7 @@ def _sequences_backward(
             first = tile * TILE
             steps = min(TILE, length - first)
             copy(starts[b, tile], h[0])
+            of_tile[:] = 0
             for t in range(steps):
                 u_t, delta_t = u[b, first + t], delta[b, first + t]
                 for s in range(num_states):
@@ -79,7 +86,7 @@ def _sequences_backward(
                     grad_u_t[c], grad_delta_t[c] = 0, 0
                 for s in range(num_states):
                     h_s, past, decay_s, carried_s = h[t + 1, s], h[t, s], decays[t, s], carried[s]
-                    A_s, grad_A_s, B_s, C_s = A[b, s], grad_A[b, s], B[b, first + t, s], C[b, first + t, s]
+                    A_s, of_tile_s, B_s, C_s = A[b, s], of_tile[s], B[b, first + t, s], C[b, first + t, s]
                     total_B, total_C = f32(0), f32(0)
                     for c in range(channels):
                         g = C_s * dy[c] + carried_s[c]
@@ -87,6 +94,10 @@ def _sequences_backward(
                         total_B += g * delta_t[c] * u_t[c]
                         grad_u_t[c] += g * delta_t[c] * B_s
                         carried_s[c] = g * decay_s[c]
-                        grad_A_s[c] += carried_s[c] * past[c] * delta_t[c]
+                        of_tile_s[c] += carried_s[c] * past[c] * delta_t[c]
                         grad_delta_t[c] += carried_s[c] * past[c] * A_s[c] + g * B_s * u_t[c]
                     grad_B[b, first + t, s], grad_C[b, first + t, s] = total_B, total_C
+            for s in range(num_states):
+                grad_A_s, of_tile_s = grad_A[b, s], of_tile[s]
+                for c in range(channels):
+                    grad_A_s[c] += of_tile_s[c]
