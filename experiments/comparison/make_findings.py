@@ -25,6 +25,7 @@ NAMES = {"s": "LaMamba-S", "dit-s-2": "DiT-S/2", "unet": "U-Net"}
 TITLES = {"cifar-10": "CIFAR-10, JPEG copy", "fashion-mnist": "Fashion-MNIST"}
 CIFAR = ("cifar-s-longer-seed-0", "cifar-dit-s-2-longer-seed-0")
 CIFAR_SEEDS = (CIFAR[0], "cifar-s-longer-seed-1", CIFAR[1], "cifar-dit-s-2-longer-seed-1")
+DROPOUT = (CIFAR[0], "cifar-s-dropout-longer")
 CLOTHES = ("s-flow-decay-longer", "dit-s-2-flow-decay-longer")
 # A third of the images, with a learning rate that falls three times as fast.
 SHORT_CIFAR = ("cifar-s-seed-0", "cifar-dit-s-2-seed-0")
@@ -45,6 +46,12 @@ PLOT = "distance.png"
 _SCORES = ("distance", "recall", "coverage")
 
 
+def title_of(record: dict[str, Any]) -> str:
+    """Name a network, and its dropout if it has any."""
+    dropout = record["settings"]["recipe"].get("dropout", 0.0)
+    return NAMES[record["settings"]["network"]] + (f", dropout {dropout:g}" if dropout else "")
+
+
 def scores_table(records: Records, names: Sequence[str]) -> list[str]:
     """Lay out a row per score: one network after a number of images, and the training images themselves."""
     data = records[names[0]]["settings"]["data"]
@@ -54,7 +61,7 @@ def scores_table(records: Records, names: Sequence[str]) -> list[str]:
     for name in names:
         record = records[name]
         for row in record["evaluations"]:
-            start = [NAMES[record["settings"]["network"]], f"{row['images']:,}", f"{row['seconds']:.0f}"]
+            start = [title_of(record), f"{row['images']:,}", f"{row['seconds']:.0f}"]
             rows.append(start + _cells(row, features))
     rows.append(["training images", "", "", *_cells(records[names[0]]["training_images"], features)])
     return table(header, rows)
@@ -153,13 +160,8 @@ def distillation(records: Records) -> list[str]:
     """Describe what the pieces of distillation reached, as far as there are records: scores, samples, and times."""
     titles = {name: title for name, title in DISTILLED.items() if name in records}
     if not titles:
-        return ["`lamamba distill` itself has no records yet: the experiment list `distill` will score it."]
-    lines = [
-        "The experiment list `distill` repeats this with `lamamba distill` itself. A student sees 1.2 million images.",
-        "Each score compares",
-        "10,000 samples with the 10,000 test images. Precision and recall use the features for clothes. All samples",
-        "start from the same seeds. Teachers use their default samplers. There is one seed of training each.", "",
-    ]  # fmt: skip
+        return []
+    lines: list[str] = []
     for name, title in titles.items():
         record = f"[record](../experiments/comparison/results/{name}.json)"
         lines += [f"{title[0].upper()}{title[1:]} ({record}):", "", *students_table(records, name)]
@@ -243,6 +245,7 @@ def page(records: Records, text: str) -> str:
         "{floors}": [" and ".join(floors)],
         "{cifar}": scores_table(records, CIFAR),
         "{seeds}": seeds_table(records, CIFAR_SEEDS),
+        "{dropout}": scores_table(records, DROPOUT),
         "{clothes}": scores_table(records, CLOTHES),
         "{short cifar}": scores_table(records, SHORT_CIFAR),
         "{short clothes}": scores_table(records, SHORT_CLOTHES),
