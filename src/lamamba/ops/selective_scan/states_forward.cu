@@ -71,9 +71,10 @@ DEVICE unsigned load_low(const bf16* low, int k, int last_k) {
     return last_k < RANK || k < RANK ? *(const unsigned*)(low + k) : 0u;
 }
 
-// Split a value into two in bfloat16, side by side, whose sum it is, but for a relative 2^-17.
+// Split a value into its first bits and the rest, both in bfloat16, side by side. The sum is off by a relative 2^-16.
 DEVICE unsigned split(float value) {
-    return pack(value, value - widened(narrowed(value)));
+    const float first = __uint_as_float(__float_as_uint(value) & 0xffff0000u);
+    return pack(first, value - first);
 }
 
 // Store a matrix (16 channels, 8 columns), whose rows r and r + 8 a lane has in pairs, with the channels side by side.
