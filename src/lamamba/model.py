@@ -484,8 +484,7 @@ class Head(nn.Module):
         nn.init.zeros_(self.modulation.weight)
 
     def forward(self, x: Tensor, condition: Tensor, modulation: Tensor | None = None) -> Tensor:
-        own = modulate(self, condition) if modulation is None else modulation
-        shift, scale = own.chunk(2, dim=-1)
+        shift, scale = (modulate(self, condition) if modulation is None else modulation).chunk(2, dim=-1)
         x = normalize(self.linear(x), self.norm)
         return self.output(layer_norm(x, modulation=(shift, scale), eps=1e-6))
 
