@@ -93,7 +93,10 @@ def build(kernel: CudaKernel, constants: tuple[tuple[str, int], ...], folder: Pa
 
 
 # (b, h, w, e, r, n): whole tiles; masked channels and steps; more warps than one, rank over one product.
-SHAPES = {"whole": (1, 4, 4, 32, 4, 2), "masked": (2, 3, 7, 40, 4, 3), "wide": (1, 4, 8, 72, 18, 4)}
+SHAPES = {
+    "whole": (1, 4, 4, 32, 4, 2), "masked": (2, 3, 7, 40, 4, 3), "wide": (1, 4, 8, 72, 18, 4),
+    "many": (1, 4, 8, 40, 4, 16),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("scan", ["continuous", "raster"])
@@ -179,7 +182,7 @@ def test_emulated_blocks_are_smaller_with_less_shared_memory(
 
 @pytest.mark.parametrize(
     ("limits", "num_states", "expected"),
-    [(H100, 16, (12, 24)), (H100, 64, (None, None)), (A100, 16, (8, 24)), (SMALL, 16, (None, 24))],
+    [(H100, 16, (12, 16)), (H100, 64, (None, None)), (A100, 16, (8, 16)), (SMALL, 16, (None, 16))],
 )
 def test_they_run_where_enough_warps_fit(
     limits: states_cuda.Limits, num_states: int, expected: tuple[int | None, ...], monkeypatch: pytest.MonkeyPatch

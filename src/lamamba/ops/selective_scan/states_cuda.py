@@ -18,7 +18,7 @@ TILE = 16
 # where the least does not fit, the Triton kernels run.
 FORWARD_CHANNELS, BACKWARD_CHANNELS = 16, 32
 FORWARD_WARPS, BACKWARD_WARPS = (16, 16), (8, 12)
-MANY_STATES, MOST_STATES = 32, 63  # of the forward kernel: with MANY_STATES, only the least warps have enough registers
+MOST_STATES = 63  # of the forward kernel, whose states are in registers
 MOST_WARPS, MOST_IDLE = 4, 1.25  # of a block; warps over those that have channels
 RESERVED = 1024  # bytes of shared memory that CUDA takes per block
 
@@ -71,8 +71,6 @@ def plan(
     if limits is None or max(x.numel(), height * width * low_row) >= 2**31:
         return None
     least, most = BACKWARD_WARPS if backward else FORWARD_WARPS
-    if num_states >= MANY_STATES and not backward:
-        most = least
     of_warp = BACKWARD_CHANNELS if backward else FORWARD_CHANNELS
     with_channels, choices = triton.cdiv(channels, of_warp), []
     for warps in range(1, min(MOST_WARPS, with_channels) + 1):
