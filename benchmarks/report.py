@@ -78,13 +78,19 @@ def fastest_dit(records: list[Record], case: str, batch: int | None = None) -> s
 def against_dit(
     case: str, metric: str, batch: int, provider: str = "lamamba"
 ) -> Callable[[list[Record]], float | None]:
-    """Return a function of records that divides a network's value by the fastest DiT's of the same size."""
+    """Return a function of records that divides a network's value by the fastest DiT's of the same size and commit.
+
+    It takes the first commit that has both.
+    """
 
     def ratio(records: list[Record]) -> float | None:
-        ours = find(records, case, provider, metric, batch)
-        same_run = [record for record in records if ours and record.commit == ours.commit]
-        theirs = find(same_run, case, fastest_dit(same_run, case, batch), metric, batch)
-        return ours.value / theirs.value if ours and theirs else None
+        for commit in dict.fromkeys(record.commit for record in records):
+            same_run = [record for record in records if record.commit == commit]
+            ours = find(same_run, case, provider, metric, batch)
+            theirs = find(same_run, case, fastest_dit(same_run, case, batch), metric, batch)
+            if ours and theirs:
+                return ours.value / theirs.value
+        return None
 
     return ratio
 
@@ -184,8 +190,9 @@ def target_table(records: list[Record]) -> list[str]:
         value = target.measure(records)
         if value is not None:
             bound = "at least" if target.aim > target.must else "at most"
-            must, aim = f"{bound} {target.must:.2f}", f"{target.aim:.2f}"
-            rows.append([target.what, f"{value:.2f}", must, aim, target.verdict(value)])
+            must, aim, verdict = f"{bound} {target.must:.2f}", f"{target.aim:.2f}", target.verdict(value)
+            digits = 3 if verdict == "not yet" and round(value, 2) == target.must else 2
+            rows.append([target.what, f"{value:.{digits}f}", must, aim, verdict])
     return table(["", "measured", "target", "goal", "status"], rows) if rows else []
 
 
