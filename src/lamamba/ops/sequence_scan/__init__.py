@@ -252,9 +252,7 @@ def _check_shapes(
         weights = weights[:, None] if weights.ndim == 3 else weights
         if weights.shape[1] == num_groups:
             return weights
-        weights = weights.to(
-            torch.promote_types(weights.dtype, torch.float32)
-        )  # so that gradients are summed in float32
+        weights = weights.to(torch.promote_types(weights.dtype, torch.float32))  # gradients are summed in float32
         repeated = weights[:, :, None].expand(b, weights.shape[1], num_groups // weights.shape[1], n, l)
         return repeated.flatten(1, 2)
 
