@@ -150,10 +150,13 @@ class Distilled:
     def teacher(self, steps: int) -> dict[str, Any]:
         return self.rows["teacher", self.default, steps]
 
+    def by_feature(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the scores on every feature network."""
+        return [row if feature == self.features[0] else row[feature] for feature in self.features]
+
     def distances(self, row: dict[str, Any]) -> list[float]:
         """Return the distance on every feature network."""
-        rows = (row if feature == self.features[0] else row[feature] for feature in self.features)
-        return [scores["distance"] for scores in rows]
+        return [scores["distance"] for scores in self.by_feature(row)]
 
 
 def distillation(records: Records) -> list[str]:
@@ -173,17 +176,15 @@ def distillation(records: Records) -> list[str]:
 def students_table(records: Records, name: str) -> list[str]:
     """Lay out a row for each number of steps of a teacher, by its default sampler, and of its student."""
     scores = Distilled(records[name])
-    header = [
-        "sampled from", "sampler", "steps",
-        *(f"distance, {feature}" for feature in scores.features), "precision", "recall",
-    ]  # fmt: skip
+    kinds = ("distance", "precision", "recall")
+    header = ["sampled from", "sampler", "steps", *(f"{kind}, {name}" for name in scores.features for kind in kinds)]
     (student,) = scores.students
     several = [("teacher", scores.default, steps, scores.teacher(steps)) for steps in scores.counts]
     several += [
         ("student", scores.sampler, steps, scores.rows[str(student), scores.sampler, steps]) for steps in scores.counts
     ]
     rows = [
-        [who, f"`{sampler}`", str(steps), *map(number, (*scores.distances(row), row["precision"], row["recall"]))]
+        [who, f"`{sampler}`", str(steps), *(number(one[kind]) for one in scores.by_feature(row) for kind in kinds)]
         for who, sampler, steps, row in several
     ]
     return table(header, rows)
