@@ -17,7 +17,7 @@ class ConvertConfig:
 
     checkpoint: Annotated[str, Option(positional=True)]
     """A released checkpoint, from whose pickle only tensors are read. Or, to write one: a run folder (its newest
-    checkpoint), a checkpoint folder, or shipped weights (nano, emoji-64)."""
+    checkpoint), a checkpoint folder, or shipped weights (such as nano)."""
     out: Annotated[Path, Option(positional=True)]
     """The folder to write; the .pt file if CHECKPOINT is one of this package's."""
     preset: str = "xl-256"
@@ -34,7 +34,7 @@ class ExportConfig:
     """Export a network for other runtimes: ONNX for onnxruntime, and a torch.export program for C++."""
 
     checkpoint: Annotated[str, Option(positional=True)]
-    """A run folder (its newest checkpoint), a checkpoint folder, shipped weights (nano, emoji-64), or a pipeline."""
+    """A run folder (its newest checkpoint), a checkpoint folder, shipped weights (such as nano), or a pipeline."""
     out: Path
     """Folder for network.onnx and network.pt2."""
     format: Literal["both", "onnx", "pt2"] = "both"
@@ -57,7 +57,7 @@ class PushConfig:
     """Upload a diffusers pipeline with a model card to the Hugging Face hub, or write it to a folder."""
 
     checkpoint: Annotated[str, Option(positional=True)]
-    """A run folder (its newest checkpoint), a checkpoint folder, shipped weights (nano, emoji-64), or a pipeline
+    """A run folder (its newest checkpoint), a checkpoint folder, shipped weights (such as nano), or a pipeline
     folder, which is uploaded unchanged if it has a model card."""
     repository: Annotated[str | None, Option(positional=True, metavar="[USER/NAME]")] = None
     """Model repository on the hub, created if missing. Without it nothing is uploaded, and --out is required."""
@@ -93,7 +93,7 @@ class InfoConfig:
     """Count parameters and multiply-adds, stage by stage; for students of lamamba distill, also print their steps."""
 
     network: Annotated[str, Option(positional=True)]
-    """A preset, a run folder, a checkpoint folder, shipped weights (nano, emoji-64), a pipeline folder, or user/name on
+    """A preset, a run folder, a checkpoint folder, shipped weights (such as nano), a pipeline folder, or user/name on
     the hub."""
     size: tuple[int, int] | None = None
     """Height and width of the network's input, in latents or pixels; the default is the training size."""

@@ -58,7 +58,7 @@ class TrainConfig:
     """paper is the training of the paper; best is what gave the best small images: --objective flow, --learning-rate
     0.001, --decay cosine, a warm-up, and mirrored images. Options that you give replace the recipe's."""
     start_from: str | None = None
-    """Copy the weights that fit from this run, checkpoint or shipped weights (nano, emoji-64), as lamamba finetune
+    """Copy the weights that fit from this run, checkpoint or shipped weights (such as nano), as lamamba finetune
     does; the default is fresh weights."""
     data: str = "builtin"
     """One of: builtin (10,000 Fashion-MNIST images); fashion-mnist (60,000); a folder of images, flat or with one
@@ -243,7 +243,7 @@ class FinetuneConfig(TrainConfig):
 
     HIDDEN: ClassVar = ("preset", "recipe")
     start_from: Annotated[str, Option(positional=True, metavar="CHECKPOINT")] = field()
-    """A run, a checkpoint, shipped weights (nano, emoji-64), a pipeline folder, or user/name on the hub."""
+    """A run, a checkpoint, shipped weights (such as nano), a pipeline folder, or user/name on the hub."""
     network: NetworkConfig = PRESETS["nano"]
     """Network options; CHECKPOINT sets their defaults (below: those of nano)."""
 
@@ -258,7 +258,7 @@ class DistillConfig(TrainConfig):
         *("sample_steps", "sample_guidance"),
     )
     start_from: Annotated[str, Option(positional=True, metavar="RUN")] = field()
-    """The teacher: a run, a checkpoint, shipped weights (nano, emoji-64), a pipeline folder, or user/name on the
+    """The teacher: a run, a checkpoint, shipped weights (such as nano), a pipeline folder, or user/name on the
     hub."""
     data: str = _OF_TEACHER
     """Images to distill on, as for lamamba train; they need the classes that RUN has. The default is the data of RUN,
