@@ -160,7 +160,7 @@ def test_emulated_low_may_be_padded_and_x_begin_anywhere(emulated: list[str]) ->
 
 @pytest.mark.parametrize("place", [4, 6], ids=["B", "C"])
 def test_emulated_infinite_weights_change_nothing_else(place: int, emulated: list[str]) -> None:
-    """An infinite B or C of a pixel reaches what the paths read later, or this pixel; steps sizes stay finite."""
+    """An infinite B or C of a pixel reaches what the paths read later, or this pixel; step sizes stay finite."""
     x, low, *others = in_bfloat16(1, 4, 8, 40, 4, 2)
     low.unflatten(3, (4, 8))[0, 1, 3, :, place] = math.inf
     found = scan_directly(x, low, *others)
@@ -181,15 +181,19 @@ def test_emulated_blocks_are_smaller_with_less_shared_memory(
 
 
 @pytest.mark.parametrize(
-    ("limits", "num_states", "expected"),
-    [(H100, 16, (12, 16)), (H100, 64, (None, None)), (A100, 16, (8, 16)), (SMALL, 16, (None, 16))],
-)
+    ("limits", "rank", "num_states", "expected"),
+    [
+        (H100, 8, 16, (12, 16)), (H100, 8, 64, (None, None)), (A100, 8, 16, (8, 16)),
+        (SMALL, 8, 16, (None, 16)), (SMALL, 80, 16, (None, None)),
+    ],
+)  # fmt: skip
 def test_they_run_where_enough_warps_fit(
-    limits: states_cuda.Limits, num_states: int, expected: tuple[int | None, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    limits: states_cuda.Limits, rank: int, num_states: int, expected: tuple[int | None, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setattr(states_cuda, "limits_of", lambda device: limits)
-    inputs = in_bfloat16(1, 4, 4, 128, 8, num_states)[:3]
-    plans = [states_cuda.plan(*inputs, 8, num_states, True, backward) for backward in (True, False)]
+    inputs = in_bfloat16(1, 4, 4, 128, rank, num_states)[:3]
+    plans = [states_cuda.plan(*inputs, rank, num_states, True, backward) for backward in (True, False)]
     assert [plan and plan.at_once // limits.multiprocessors for plan in plans] == list(expected)
 
 
