@@ -158,6 +158,15 @@ def test_emulated_low_may_be_padded_and_x_begin_anywhere(emulated: list[str]) ->
     assert torch.equal(scan_directly(moved, padded, *others), scan_directly(x, low, *others))
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 6, 24, 6, 16), (1, 2, 5, 16, 2, 20)])
+def test_emulated_states_are_padded_and_paired(shape: tuple[int, ...], emulated: list[str]) -> None:
+    """Matrices of states come in pairs, with B at no multiple of 8 bytes; or there are three, and states are padded."""
+    inputs = in_bfloat16(*shape)
+    exact = scan_grid(*(tensor.double() for tensor in inputs), backend="pytorch")[0]
+    assert relative_error(scan_directly(*inputs).sum(dim=0), exact) < 8e-3
+    assert emulated == ["states_forward"]
+
+
 @pytest.mark.parametrize("place", [4, 6], ids=["B", "C"])
 def test_emulated_infinite_weights_change_nothing_else(place: int, emulated: list[str]) -> None:
     """An infinite B or C of a pixel reaches what the paths read later, or this pixel; step sizes stay finite."""
