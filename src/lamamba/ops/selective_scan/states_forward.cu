@@ -2,7 +2,7 @@
 //
 // A warp walks one path of one image, or a segment of it, for 16 channels and all states. Its states are matrices
 // (16 channels, 8 states), laid out over the lanes like the results of a tensor core product. So tensor cores compute
-// what enters the states, the products of B with the inputs, and the sums of the states times C.
+// what enters the states (the products of B with the inputs) and the sums of the states times C.
 //
 // Lane 4 r + q has the channels of rows r and r + 8, and of each matrix the columns 2 q and 2 q + 1. Values of eight
 // steps at a time (an octet) are matrices (16 channels, 8 steps) in the same layout.
@@ -196,6 +196,7 @@ KERNEL states_forward(
                 float sums[4] = {};  // all columns are y of this step
 #pragma unroll
                 for (int matrix = 0; matrix < MATRICES; ++matrix) {
+                    // The inputs of the other steps are multiplied by zeros. So if one is infinite, this is NaN.
                     float drive[4] = {};
                     add_narrow_product(drive, inputs[step], q == pair ? B[step][matrix] : 0u);
 #pragma unroll
