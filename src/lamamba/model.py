@@ -35,7 +35,7 @@ from lamamba.files.weights import CONFIG, check_loaded
 from lamamba.ops.depthwise_convolution import depthwise_convolution
 from lamamba.ops.fused_layers import Norm, gated_norm_linear, norm_attention, norm_linear_in_halves, norm_mlp
 from lamamba.ops.grid import NUM_PATHS
-from lamamba.ops.linear import compute_dtype, linear
+from lamamba.ops.linear import Linear, compute_dtype
 from lamamba.ops.modulation import Modulations, modulate, modulate_together
 from lamamba.ops.residual_norm import Residual, add_gated, layer_norm
 from lamamba.ops.selective_scan import project_and_scan
@@ -261,16 +261,6 @@ def _stages(stages: nn.ModuleList) -> Iterable[nn.ModuleList]:
     return cast(Iterable[nn.ModuleList], stages)
 
 
-class Linear(nn.Linear):
-    """PyTorch's linear layer with faster gradients of float32 weights in mixed precision; see `lamamba.ops.linear`."""
-
-    rounded_parameters = ("weight", "bias")  # see `lamamba.ops.linear.RoundedWeights`
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map (..., i) to (..., o)."""
-        return linear(input, self.weight, self.bias)
-
-
 class TimestepEmbedding(nn.Module):
     """Embed timesteps (b,) as (b, width): 256 sinusoids, then two linear layers."""
 
@@ -324,6 +314,10 @@ class Block(nn.Module):
     def reset_own_parameters(self) -> None:
         nn.init.zeros_(self.modulation.weight)
 
+    def modulate(self, condition: Tensor) -> Tensor:
+        """Compute the shifts, scales and gates of all branches from the condition, (b, 4 embed_dim)."""
+        return modulate(self, condition)
+
     def forward(
         self, x: Tensor, condition: Tensor, residual: Residual | None = None, modulation: Tensor | None = None
     ) -> tuple[Tensor, Residual]:
@@ -332,7 +326,7 @@ class Block(nn.Module):
         Each branch's output is added together with the next normalization, so x is read only once for both.
         `modulation` has the shifts, scales and gates of all branches if the network has already computed them.
         """
-        own = modulate(self, condition) if modulation is None else modulation
+        own = self.modulate(condition) if modulation is None else modulation
         parts = iter(own.unflatten(1, (-1, x.shape[-1])).unbind(1))
         for branch, norm in self._branches():
             shift_scale, gate = (next(parts), next(parts)), next(parts)

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lamamba.config import NetworkConfig
-from lamamba.model import Block, Linear
+from lamamba.model import Block
 from lamamba.ops.linear import (
+    Linear,
     RoundedWeights,
     _is_faster_as_convolution,
     _Linear,

@@ -114,6 +114,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
+class Linear(nn.Linear):
+    """PyTorch's linear layer with faster gradients of float32 weights in mixed precision."""
+
+    rounded_parameters = ("weight", "bias")  # see `RoundedWeights`
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., i) to (..., o)."""
+        return linear(input, self.weight, self.bias)
+
+
 def linear_in_halves(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Compute both halves of x weight^T, each (..., o / 2): x (..., i), weight (o, i)."""
     if autocast_dtype(x) is None and _is_faster_as_convolution(x):
