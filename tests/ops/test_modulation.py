@@ -1,6 +1,8 @@
 """Linear layers of many blocks in one launch, against each layer alone."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -116,6 +118,92 @@ def test_a_plan_lives_as_long_as_its_network() -> None:
     number = len(modulation._plans)
     del network
     assert len(modulation._plans) == number - 1
+
+
+@torch.no_grad()
+def test_few_plans_are_kept_when_weights_move() -> None:
+    network, condition = make_network(), make_condition()
+    with use_backend("triton"):
+        modulate_together(condition, network)
+        (of_graph,) = modulation._plans[network].values()
+        of_graph.is_in_graph = True
+        weights = []  # kept, so that no address repeats
+        for _ in range(modulation.KEPT + 2):
+            for parameter in network.parameters():
+                weights.append(parameter.data)
+                parameter.data = parameter.data.clone()
+            modulate_together(condition, network)
+    plans = list(modulation._plans[network].values())
+    assert len(plans) == modulation.KEPT + 1
+    assert plans[0] is of_graph
+
+
+@torch.no_grad()
+def test_a_replaced_block_is_not_kept() -> None:
+    network, condition = make_network(), make_condition()
+    with use_backend("triton"):
+        modulate_together(condition, network)
+        before = weakref.ref(network.bottleneck[0])
+        network.bottleneck[0] = copy.deepcopy(network.bottleneck[0])
+        check(modulate_together(condition, network), network, condition)
+    gc.collect()
+    assert before() is None
+
+
+def test_tables_of_inference_mode_serve_elsewhere() -> None:
+    network, condition = make_network(), make_condition()
+    with use_backend("triton"):
+        with torch.inference_mode():
+            modulate_together(condition, network)
+        with torch.no_grad():
+            check(modulate_together(condition, network), network, condition)
+
+
+class Adapted(nn.Linear):
+    """A layer that does more than its product, under the name that adapters often have."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+Adapted.__name__ = "Linear"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["class", "method", "shape"])
+def test_layers_that_were_changed_compute_their_own(change: str) -> None:
+    network, condition = make_network(), make_condition()
+    layer = network.head.modulation
+    if change == "class":
+        layer.__class__ = Adapted
+    elif change == "method":
+        layer.forward = lambda x: 2 * F.linear(x, layer.weight, layer.bias)  # type: ignore[method-assign]
+    else:
+        layer.weight.data = layer.weight.data.flatten()[:7]  # as PyTorch's first FSDP keeps them between passes
+    with use_backend("triton"):
+        assert not modulate_together(condition, network)
+
+
+@torch.no_grad()
+def test_no_images_have_no_modulation() -> None:
+    with use_backend("triton"):
+        assert not modulate_together(make_condition(0), make_network())
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@torch.no_grad()
+def test_a_recording_does_not_make_tables() -> None:
+    network, condition = make_network(), make_condition()
+    for recorded in (False, True):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            condition + 1  # PyTorch warns of empty graphs
+            found = modulate_together(condition, network)
+        assert bool(found) == recorded
+        modulate_together(condition, network)
+    graph.replay()
+    check(found, network, condition)
+    assert [plan.is_in_graph for plan in modulation._plans[network].values()] == [True]
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")

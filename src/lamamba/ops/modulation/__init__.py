@@ -1,8 +1,9 @@
 """The modulation of all blocks from the condition, in three launches instead of three for each block."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -10,26 +11,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamamba.ops.backend import choose_kernels
-from lamamba.ops.linear import compute_dtype, find_rounded
+from lamamba.ops.linear import Linear, compute_dtype, find_rounded
 
 MAX_BATCH = 64  # with more images, matrix products of single layers are as fast
+KEPT = 4  # plans of a network, besides those of CUDA graphs; weights may move before every pass
 
 Modulations = Mapping[nn.Module, Tensor]
 
 
-class _Plan(NamedTuple):
+@dataclass
+class _Plan:
     """Tables for the kernel, and what its results are."""
 
     projections: tuple[Tensor, bool]
     num_hidden: int
     """Outputs of all projections."""
     modulations: tuple[Tensor, bool]
-    sizes: dict[nn.Module, int]
+    sizes: list[int]
     """Outputs of the modulation of each module."""
+    is_in_graph: bool = False
+    """Whether a CUDA graph reads the tables."""
 
 
-# By network, for the addresses of its weights. CUDA graphs of a network read its tables, so they live as long.
-_plans: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], _Plan]] = WeakKeyDictionary()
+# By network, for the addresses and shapes of its weights. CUDA graphs of a network read its tables, so these tables
+# live as long as the network.
+_plans: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], _Plan]] = WeakKeyDictionary()
 
 
 def modulate(module: Any, condition: Tensor) -> Tensor:
@@ -47,11 +53,11 @@ def modulate_together(condition: Tensor, network: nn.Module) -> Modulations:
 
     Returns:
         The results by module. There are none where each module has to compute its own: with gradients, with many
-        images, in torch.compile, without kernels, for other layers or those with hooks, or with weights that are not
-        rounded yet.
+        images or none, in torch.compile, without kernels, for other layers or those with hooks, or with weights that
+        are not rounded yet.
     """
     dtype = compute_dtype(condition)
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or len(condition) > MAX_BATCH:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not 0 < len(condition) <= MAX_BATCH:
         return {}
     if dtype == torch.float32 or not choose_kernels("modulate_together", condition, "auto"):
         return {}
@@ -67,15 +73,28 @@ def modulate_together(condition: Tensor, network: nn.Module) -> Modulations:
     from lamamba.ops.modulation.triton import linears
 
     plans = _plans.setdefault(network, {})
-    key = tuple(weight.data_ptr() for pair in weights.values() for weight in pair if weight is not None)
-    if key not in plans:
-        plans[key] = _make_plan(modules, weights, condition.device)
-    plan, batch = plans[key], len(condition)
+    addresses = (weight.data_ptr() for pair in weights.values() for weight in pair if weight is not None)
+    key = *addresses, *(layer.weight.shape for layer in layers)
+    is_recorded = condition.is_cuda and torch.cuda.is_current_stream_capturing()
+    plan = plans.get(key)
+    if plan is None:
+        if is_recorded:  # copying a new table to the GPU would end the recording
+            return {}
+        plan = plans[key] = _make_plan(modules, weights, condition.device)
+        _forget_old(plans)
+    plan.is_in_graph |= is_recorded
+    batch = len(condition)
     condition = condition.to(dtype).contiguous()
     hidden = linears(condition, condition, *plan.projections, plan.num_hidden, True) if plan.num_hidden else condition
-    out = linears(F.silu(condition), hidden, *plan.modulations, sum(plan.sizes.values()), False)
-    parts = out.split([batch * size for size in plan.sizes.values()])
-    return {module: part.view(batch, -1) for module, part in zip(plan.sizes, parts, strict=True)}
+    out = linears(F.silu(condition), hidden, *plan.modulations, sum(plan.sizes), False)
+    parts = out.split([batch * size for size in plan.sizes])
+    return {module: part.view(batch, -1) for module, part in zip(modules, parts, strict=True)}
+
+
+def _forget_old(plans: dict[tuple[object, ...], _Plan]) -> None:
+    others = [key for key, plan in list(plans.items()) if not plan.is_in_graph]
+    for key in others[:-KEPT]:
+        plans.pop(key, None)
 
 
 def _make_plan(modules: list[Any], weights: Mapping[Any, tuple[Any, Any]], device: torch.device) -> _Plan:
@@ -86,13 +105,19 @@ def _make_plan(modules: list[Any], weights: Mapping[Any, tuple[Any, Any]], devic
     starts = dict(zip(projections, before, strict=False))
     first = make_table([(*weights[layer], None) for layer in projections], device)
     rows = [(*weights[module.modulation], starts.get(module.condition_projection)) for module in modules]
-    sizes = {module: module.modulation.out_features for module in modules}
+    sizes = [module.modulation.out_features for module in modules]
     return _Plan(first, before[-1], make_table(rows, device), sizes)
 
 
 def _is_plain(layer: nn.Module, condition: Tensor) -> bool:
     """Return whether a layer lies on this device, and does nothing but its product when it is called."""
-    if not isinstance(layer, nn.Linear) or layer.bias is None or layer.weight.device != condition.device:
+    # Other classes may be called Linear, too. Libraries that offload or adapt layers replace the method of an object.
+    if type(layer) not in (nn.Linear, Linear) or "forward" in vars(layer):
         return False
-    has_hooks = layer._forward_hooks or layer._forward_pre_hooks
-    return type(layer.weight) is nn.Parameter and type(layer).__name__ == "Linear" and not has_hooks
+    assert isinstance(layer, nn.Linear)
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return False
+    weight, bias = layer.weight, layer.bias
+    if type(weight) is not nn.Parameter or type(bias) is not nn.Parameter or weight.device != condition.device:
+        return False
+    return weight.shape == (layer.out_features, layer.in_features)  # weights may also be in parts, on several devices
