@@ -68,18 +68,18 @@ class MomentMatching:
     """The losses of a student and of its auxiliary network.
 
     A training image is noised to z_t at a timestep t of the student, and the student predicts x from it. Then z_s is
-    drawn from q(z_s | z_t, x) for a time s between t and the student's next timestep. With the noise share b_s, and
-    sg for "no gradient":
+    drawn from q(z_s | z_t, x) for a time s between t and the student's next timestep. With z_s = alpha_s x + sigma_s
+    noise, and sg for "no gradient":
 
-        auxiliary:  |x_auxiliary(z_s) - sg(x)|^2 / b_s^2 + |x_auxiliary(z_s) - x_teacher(z_s)|^2 / b_s^2
-        student:    <x, sg(x_auxiliary(z_s) - x_teacher(z_s))> / b_s
+        auxiliary:  |x_auxiliary(z_s) - sg(x)|^2 / sigma_s^2 + |x_auxiliary(z_s) - x_teacher(z_s)|^2 / sigma_s^2
+        student:    <x, sg(x_auxiliary(z_s) - x_teacher(z_s))> / sigma_s
 
     The auxiliary network's best prediction is the average of E[x | z_s] and x_teacher. So the student's gradient is
     zero if E[x | z_s] = x_teacher(z_s). If the networks predict v or a velocity, the auxiliary loss is the squared
     error of that prediction.
 
     Networks that predict v cannot start from weights that predict noise. If the teacher predicts noise, both networks
-    first learn the clean images that the teacher predicts from noised images, for a share `REGRESSION` of the run.
+    first learn the clean images that the teacher predicts from noisy images, for a fraction `REGRESSION` of the run.
 
     Args:
         config: configuration of the run.
