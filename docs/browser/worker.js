@@ -9,7 +9,7 @@ const runtimes = {
 };
 const kept = {};
 
-/** Make something once by name; after an error, the next call tries again. */
+/** Call `make` once per name, and keep its result. After an error, the next call tries again. */
 function once(name, make) {
   kept[name] ??= make();
   kept[name].catch(() => delete kept[name]);
@@ -97,7 +97,7 @@ async function* takeUniPCSteps(steps, noise, predict) {
   }
 }
 
-/** Yield the clean image before each ancestral step of a student; noise is that of the start, then of each step. */
+/** Yield the clean image before each ancestral step of a student. noise: the initial noise, then that of each step. */
 async function* takeAncestralSteps(shares, noise, predict) {
   const length = noise.length / shares.length;
   let x = noise.subarray(0, length);
@@ -150,7 +150,7 @@ async function sample({ id, network, label, seed, steps, guidance, device }) {
   }
 }
 
-/** Load a network for the processor, and say what it is. */
+/** Load a network for the processor, and post its properties. */
 async function open(network) {
   newest++;
   const [{ properties }] = await Promise.all([fetched(network), opened(network, "wasm")]);

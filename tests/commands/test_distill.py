@@ -349,7 +349,7 @@ def test_latents_of_a_teacher_that_predicts_noise_are_noted(
         options = ["--num-images", "4", "--batch-size", "4", "--device", "cpu"]
         main(["distill", str(teacher), "--out", str(tmp_path / objective), *options])
         said = " ".join(capsys.readouterr().out.split())
-        assert ("it predicts noise, which has not been tried with latents" in said) == is_noted
+        assert ("it predicts noise, which has not been tested with latents" in said) == is_noted
 
 
 def test_python_distills_like_the_command(students: dict[str, Path], tmp_path: Path) -> None:

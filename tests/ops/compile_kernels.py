@@ -126,7 +126,7 @@ def run_fused() -> None:
 
 
 def modulate() -> None:
-    """Run the linear layers of a network's modulation, aligned and not."""
+    """Run the linear layers of a network's modulation, with aligned and with unaligned rows."""
     with torch.no_grad(), use_backend("triton"):
         for width in (64, 12):
             condition = torch.ones(1, 4 * width, dtype=torch.bfloat16)

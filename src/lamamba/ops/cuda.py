@@ -17,8 +17,8 @@ class CudaKernel:
     `shared`, the bytes of shared memory, of a block.
 
     Args:
-        paths: of the source, in parts.
-        name: of the kernel in the source.
+        paths: the source files, joined in this order.
+        name: the name of the kernel in the source.
     """
 
     def __init__(self, paths: Sequence[Path], name: str) -> None:

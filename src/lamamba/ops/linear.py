@@ -87,7 +87,7 @@ def _has_copies() -> bool:
 
 
 def find_rounded(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return a weight if it has this dtype, or else a copy of `RoundedWeights` if it has one."""
+    """Return the weight if it has this dtype, or its copy in `RoundedWeights`; None if there is no such copy."""
     if weight.dtype == dtype:
         return weight
     copy = _copies.get(weight.data_ptr()) if _has_copies() and weight.is_contiguous() else None
@@ -96,7 +96,7 @@ def find_rounded(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert a weight for a product: a copy of `RoundedWeights` if it has one. Autograd must not record this."""
+    """Convert a weight for a product, or return its copy in `RoundedWeights`. Autograd must not record this."""
     found = find_rounded(weight, dtype)
     return weight.to(dtype) if found is None else found
 

@@ -162,10 +162,11 @@ def choose_guidance(
     """Choose the guidance scale.
 
     Args:
-        config: the network's.
-        scale: wanted, 1 for none; None is the default, none for a network that cannot be guided.
+        config: the configuration of the network.
+        scale: the requested scale; 1 is no guidance. None chooses the default, or 1 if the network cannot be guided.
         by_weaker: guide away from a weaker network, not from "no label".
-        distilled: of a network whose predictions include guidance, which needs no more; its own scale may be wanted.
+        distilled: steps and guidance of a distilled network. Its predictions include guidance, so only this scale and
+            1 are accepted.
 
     Raises:
         ConfigError: guidance is wanted of a network that cannot be guided.

@@ -442,7 +442,7 @@ class Trainer:
         for own in self._networks().values():
             load(own, network.state_dict())
         if options and options.teacher_objective != self.config.objective and not self.space.bounded:
-            notes.append("it predicts noise, which has not been tried with latents: look at the first sample grids")
+            notes.append("it predicts noise, which has not been tested with latents: check the first sample grids")
         return notes
 
     def draw_samples(self, callback: Callback | None = None) -> Any:

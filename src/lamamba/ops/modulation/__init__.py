@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lamamba.ops.backend import choose_kernels
 from lamamba.ops.linear import Linear, compute_dtype, find_rounded
 
-MAX_BATCH = 64  # with more images, matrix products of single layers are as fast
+MAX_BATCH = 64  # with more images, separate matrix products are as fast
 KEPT = 4  # plans of a network, besides those of CUDA graphs; weights may move before every pass
 
 Modulations = Mapping[nn.Module, Tensor]
@@ -21,7 +21,7 @@ Modulations = Mapping[nn.Module, Tensor]
 
 @dataclass
 class _Plan:
-    """Tables for the kernel, and what its results are."""
+    """Tables for the kernel, and the sizes of its results."""
 
     projections: tuple[Tensor, bool]
     num_hidden: int
@@ -33,7 +33,7 @@ class _Plan:
     """Whether a CUDA graph reads the tables."""
 
 
-# By network, for the addresses and shapes of its weights. CUDA graphs of a network read its tables, so these tables
+# The plans of each network, by the addresses and shapes of its weights. CUDA graphs of a network read its tables, so these tables
 # live as long as the network.
 _plans: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], _Plan]] = WeakKeyDictionary()
 

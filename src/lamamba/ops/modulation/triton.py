@@ -1,6 +1,6 @@
 """Many linear layers of the same few images in one launch, for inference with small batches.
 
-The condition of every block passes two linear layers. With one image, launching each of them takes longer than reading
+Every block applies two linear layers to the condition. With one image, launching each layer takes longer than reading
 its weights. Here a table holds the addresses of all weights, and each program looks up its layer there.
 """
 
@@ -17,13 +17,13 @@ COLUMNS, DEPTH = 32, 64  # outputs of a program, and inputs that it multiplies a
 
 
 def make_table(layers: Iterable[tuple[Tensor, Tensor, int | None]], device: torch.device) -> tuple[Tensor, bool]:
-    """Return what each program of `linears` has to know, on the device, and whether all rows of weights are aligned.
+    """Return the table of `linears`, one row per program, and whether all rows of weights are aligned.
 
     The weights must stay where they are.
 
     Args:
         layers: weight (o, i), bias (o,), and the number of values in `hidden` before the layer's input, for one image.
-            None is `shared`, the input of all other layers.
+            None means that the layer's input is `shared`.
         device: the device of the weights.
     """
     rows: list[tuple[int, ...]] = []
@@ -42,13 +42,14 @@ def make_table(layers: Iterable[tuple[Tensor, Tensor, int | None]], device: torc
 
 @torch.library.custom_op("lamamba::linears", mutates_args=())
 def linears(shared: Tensor, hidden: Tensor, table: Tensor, is_aligned: bool, num_outputs: int, silu: bool) -> Tensor:
-    """Compute x weight^T + bias for the layers of a table, and SiLU of it if `silu`.
+    """Compute x weight^T + bias for the layers of a table, then SiLU if `silu`.
 
     Args:
         shared: (b, i), contiguous, in the dtype of the weights.
-        hidden: flat, with inputs (b, i) of other layers one after the other.
-        table: of the layers, and whether it is aligned, see `make_table`.
-        num_outputs: of all layers.
+        hidden: the inputs (b, i) of the other layers, flat, one after the other.
+        table: the table of the layers, from `make_table`.
+        is_aligned: whether all rows of weights are aligned, from `make_table`.
+        num_outputs: number of outputs of all layers together.
         silu: whether to apply SiLU to the results.
 
     Returns:

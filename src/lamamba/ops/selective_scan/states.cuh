@@ -1,4 +1,4 @@
-// What both kernels of the scan with several states share: their sizes, instructions, and copies to shared memory.
+// Code that both kernels of the scan with several states share: sizes, instructions, and copies to shared memory.
 //
 // The caller defines these macros at the top of the source:
 //   HEIGHT, WIDTH, CONTINUOUS, CHANNELS, LOW, RANK, STATES: as in the Triton kernels.
@@ -54,7 +54,7 @@ DEVICE unsigned transpose(unsigned pair) {
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(bits) : "r"(pair));
     return bits;
 }
-// Start to copy `size` bytes to BYTES of shared memory, without waiting; the others become zeros.
+// Start to copy `size` bytes to shared memory, without waiting. The rest of the BYTES bytes there becomes zeros.
 template <int BYTES> DEVICE void copy_later(void* to, const void* from, int size) {
     const unsigned place = (unsigned)__cvta_generic_to_shared(to);
     if constexpr (BYTES == 16)
@@ -63,7 +63,7 @@ template <int BYTES> DEVICE void copy_later(void* to, const void* from, int size
         asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;"
                      ::"r"(place), "l"(from), "r"(size), "n"(BYTES) : "memory");
 }
-// Make the compiler compute a pointer here, once, instead of adding up its parts before each store.
+// Make the compiler compute a pointer here, once. Otherwise it adds up the parts of the pointer before each store.
 template <class T> DEVICE T* computed(T* pointer) {
     asm("" : "+l"(pointer));
     return pointer;
@@ -145,7 +145,7 @@ template <class Shared, class... Inputs> DEVICE void begin(Shared& shared, int t
 template <class Shared, class... Inputs>
 DEVICE void turn_to_tile(Shared& shared, int next, int after, bool is_last, Inputs... inputs) {
     wait_for_copies();
-    __syncthreads();  // the copies of other threads are there, and nobody uses the buffers of the tile before
+    __syncthreads();  // the copies of other threads have arrived, and no thread uses the previous tile's buffers
     if (!is_last) begin_copy(shared, next, inputs...);
     if (threadIdx.x < TILE) find_pixel(shared, after, threadIdx.x);
 }

@@ -1,8 +1,8 @@
 // The backward kernel of the scan with several states for bfloat16, in CUDA C++, compiled at run time; see README.md.
 //
-// A warp walks one path of one image, or a segment of it, for 32 channels: lanes are channels. The warps of a block walk
+// A warp walks one path of one image, or a segment of it, for 32 channels, one per lane. The warps of a block walk
 // the same path for other channels, and share B, C and the low-rank step sizes. While a tile of TILE steps is computed,
-// the inputs of the next tile are copied to shared memory. In Triton, we cannot place these copies by hand. The Triton
+// the inputs of the next tile are copied to shared memory. Triton does not let us place these copies. The Triton
 // kernels hold the values in registers instead, so fewer of their warps fit on a multiprocessor.
 
 constexpr int WEIGHTS = 2 * STATES * TILE;   // B and C of a tile, (n, 2, 16)

@@ -14,20 +14,20 @@ forward_kernel = CudaKernel([_HERE / "states.cuh", _HERE / "states_forward.cu"],
 backward_kernel = CudaKernel([_HERE / "states.cuh", _HERE / "states_backward.cu"], "states_backward")
 
 TILE = 16
-# Channels of a warp. The least and the most warps that run at once on a multiprocessor: registers limit the most, and
-# where the least does not fit, the Triton kernels run.
+# Channels of a warp, and the least and the most warps that run at once on a multiprocessor. Registers limit the most.
+# If the least does not fit, the Triton kernels run.
 FORWARD_CHANNELS, BACKWARD_CHANNELS = 16, 32
 FORWARD_WARPS, BACKWARD_WARPS = (16, 16), (8, 12)
 MOST_STATES = 63  # of the forward kernel, whose states are in registers
-MOST_WARPS, MOST_IDLE = 4, 1.25  # of a block; warps over those that have channels
+MOST_WARPS, MOST_IDLE = 4, 1.25  # warps of a block; warps divided by those that have channels
 RESERVED = 1024  # bytes of shared memory that CUDA takes per block
 
 
 class Limits(NamedTuple):
-    """What a GPU has."""
+    """Limits of a GPU."""
 
     shared_of_block: int
-    """Most bytes of shared memory of a block."""
+    """Maximum bytes of shared memory of a block."""
     shared_of_multiprocessor: int
     multiprocessors: int
 
@@ -43,7 +43,7 @@ class Plan(NamedTuple):
 
 
 def limits_of(device: torch.device) -> Limits | None:
-    """Return the limits of a GPU; None where the kernels cannot run."""
+    """Return the limits of a GPU; None if the kernels cannot run there."""
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     gpu = torch.cuda.get_device_properties(device)
@@ -56,7 +56,7 @@ def limits_of(device: torch.device) -> Limits | None:
 def plan(
     x: Tensor, low: Tensor, weight: Tensor, rank: int, num_states: int, continuous: bool, backward: bool
 ) -> Plan | None:  # fmt: skip
-    """Choose how a call is launched; None where the Triton kernels run.
+    """Choose how a call is launched; return None if the Triton kernels run instead.
 
     These kernels take bfloat16 from compute capability 8.0 on. They copy 4 bytes at a time or more, and offsets within
     an image and between paths have 32 bits.
@@ -105,5 +105,5 @@ def backward_bytes(warps: int, num_states: int, rank: int) -> int:
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """Return a tensor that begins at a multiple of 16 bytes."""
+    """Return the tensor, or a copy if its address is not a multiple of 16 bytes."""
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

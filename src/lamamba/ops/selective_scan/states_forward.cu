@@ -1,8 +1,8 @@
 // The forward kernel of the scan with several states for bfloat16, in CUDA C++, compiled at run time; see README.md.
 //
 // A warp walks one path of one image, or a segment of it, for 16 channels and all states. Its states are matrices
-// (16 channels, 8 states), laid out over the lanes like the results of a tensor core product. So tensor cores compute
-// what enters the states (the products of B with the inputs) and the sums of the states times C.
+// (16 channels, 8 states), laid out over the lanes like the results of a tensor core product. So tensor cores can
+// compute the products of B with the inputs, which are added to the states, and the sums of the states times C.
 //
 // Lane 4 r + q has the channels of rows r and r + 8, and of each matrix the columns 2 q and 2 q + 1. Values of eight
 // steps at a time (an octet) are matrices (16 channels, 8 steps) in the same layout.
@@ -49,7 +49,7 @@ DEVICE int state_of(int matrix, int column) {
     return STATES % 16 == 0 ? matrix / 2 * 16 + column / 2 * 4 + matrix % 2 * 2 + column % 2 : 8 * matrix + column;
 }
 
-// C of the states of a lane in two matrices, from the row of low of a step; zeros for states that do not exist.
+// Load C for a lane's states in two matrices, from the row of low of a step; zeros for states that do not exist.
 DEVICE void load_C(const bf16* low, int matrix, int q, unsigned& first, unsigned& second) {
     const bf16* C = low + RANK + STATES;
     if constexpr (STATES % 16 == 0 && RANK % 4 == 0) {
@@ -66,12 +66,12 @@ DEVICE void load_C(const bf16* low, int matrix, int q, unsigned& first, unsigned
     }
 }
 
-// Two step sizes side by side, of the columns k and k + 1 of a row of low; zeros after the last.
+// Load the low-rank step sizes k and k + 1 from a row of low, side by side; zeros beyond the rank.
 DEVICE unsigned load_low(const bf16* low, int k, int last_k) {
     return last_k < RANK || k < RANK ? *(const unsigned*)(low + k) : 0u;
 }
 
-// 2^x for x from -126 to 0 on the units of ordinary arithmetic, with a relative error of 3e-6; smaller x count as -126.
+// Compute 2^x for x <= 0 on the ordinary arithmetic units, with a relative error of 3e-6; x below -126 counts as -126.
 DEVICE float exp2_by_polynomial(float x) {
     x = fmaxf(x, -126.0f);
     const float shifted = x + 12582912.0f;  // 1.5 * 2^23: rounds x, and leaves the whole part in the last bits
@@ -80,7 +80,7 @@ DEVICE float exp2_by_polynomial(float x) {
     return __uint_as_float(__float_as_uint(power) + (__float_as_uint(shifted) << 23));
 }
 
-// Split a value into its first bits and the rest, both in bfloat16, side by side. The sum is off by a relative 2^-16.
+// Split a value into its first bits and the rest, both in bfloat16. Their sum has a relative error of 2^-16.
 DEVICE unsigned split(float value) {
     const float first = __uint_as_float(__float_as_uint(value) & 0xffff0000u);
     return pack(first, value - first);
@@ -92,8 +92,8 @@ DEVICE void store_transposed(bf16* to, unsigned first, unsigned second, bool is_
     if (is_there) store(to, channels);
 }
 
-// The inputs are those of `states_forward_kernel` in states_kernels.py, but for B and C, which are read from low;
-// `saves` is its SAVE.
+// The arguments are those of `states_forward_kernel` in states_kernels.py, except that B and C are read from low.
+// `saves` corresponds to SAVE there.
 KERNEL states_forward(
     const bf16* x, const bf16* low, const bf16* expansion, const float* bias, const float* rates, const float* D,
     bf16* y, bf16* saved, const float* carry, const float* decay,
@@ -202,7 +202,7 @@ KERNEL states_forward(
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         const float x = A[matrix][i] * (i < 2 ? m_t.x : m_t.y);
-                        // The special function unit is the busiest. One of 16 exponentials is computed elsewhere.
+                        // The special function unit is the busiest, so one in 16 exponentials uses a polynomial.
                         const bool elsewhere = matrix % 2 == 1 && i == 3 && step == 1;
                         h[matrix][i] = fmaf(elsewhere ? exp2_by_polynomial(x) : exp2_fast(x), h[matrix][i], drive[i]);
                     }
