@@ -186,7 +186,7 @@ def _scan_states(
     save = states.numel() > 0
     in_cuda = states_cuda.plan(x, low, weight, rank, num_states, continuous, backward=False)
     rates = _rates(A_log)
-    rows = rates  # which no kernel reads then
+    rows = rates  # a placeholder that no kernel reads
     if in_cuda is None or part.num_segments > 1:
         rows = _rows_of_weights(low, rank, num_states, continuous)
     carry, decay = _summarise(

@@ -244,7 +244,7 @@ def sequence_starts_kernel(
 
 @triton.jit
 def _split(rows):
-    """Split each of 16 rows into two in bfloat16, whose sum they are, but for a relative 2^-17."""
+    """Split each of 16 rows into two rows in bfloat16. Their sum equals the row up to a relative error of 2^-17."""
     b_highs = ()
     b_lows = ()
     for row in tl.static_range(16):
@@ -256,7 +256,7 @@ def _split(rows):
 
 @triton.jit
 def _sum_channels(rows, BLOCK: tl.constexpr, PRECISE: tl.constexpr):
-    """Sum each of 16 rows (1, BLOCK) over its channels: (16,). Unless PRECISE, tensor cores do, with two terms each."""
+    """Sum each of 16 rows (1, BLOCK) over its channels: (16,). Unless PRECISE, tensor cores sum those of `_split`."""
     if PRECISE:
         return tl.sum(_stack(rows), axis=1)
     b_highs, b_lows = _split(rows)
