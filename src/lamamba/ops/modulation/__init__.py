@@ -33,8 +33,8 @@ class _Plan:
     """Whether a CUDA graph reads the tables."""
 
 
-# The plans of each network, by the addresses and shapes of its weights. CUDA graphs of a network read its tables, so these tables
-# live as long as the network.
+# The plans of each network, by the addresses and shapes of its weights. CUDA graphs of a network read its tables, so
+# these tables live as long as the network.
 _plans: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], _Plan]] = WeakKeyDictionary()
 
 
