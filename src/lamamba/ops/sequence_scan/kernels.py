@@ -294,6 +294,7 @@ def _walk_back(
     b_grad_Cs = ()
     b_new_drives = ()
     b_new_exponents = ()
+    b_of_tile = tl.zeros_like(b_grad_A)  # summed over a tile first: a sum over thousands of steps loses digits
     for step in tl.static_range(TILE - 1, -1, -1):
         b_g += BC[TILE + step] * b_grad_ys[step]
         b_grad_Bs = (b_g * b_inputs[step],) + b_grad_Bs
@@ -302,7 +303,8 @@ def _walk_back(
         b_g *= b_as[step]
         b_exponent = b_g * b_hs[step]
         b_new_exponents = (b_exponents[step] + b_exponent * b_A,) + b_new_exponents
-        b_grad_A += b_exponent * b_ms[step]
+        b_of_tile += b_exponent * b_ms[step]
+    b_grad_A += b_of_tile
     if not GATED:
         b_new_ys = b_ys
     of_BC = (_sum_channels(b_grad_Bs, BLOCK, PRECISE) * LN_2, _sum_channels(b_grad_Cs, BLOCK, PRECISE))
@@ -417,18 +419,22 @@ def sequence_backward_kernel(
         b_grad_us = ()
         b_grad_deltas = ()
         b_full_ys = ()
+        b_of_D = tl.zeros_like(b_grad_D)
+        b_of_bias = tl.zeros_like(b_grad_bias)
         for step in tl.static_range(TILE):
             b_step, b_drive = b_ms[step], b_drives[step]
             b_grad_us = b_grad_us + (b_drive * b_step + b_D * b_grad_rows[step],)
             b_grad_delta = b_exponents[step] * LN_2 + b_drive * b_us[step]
             b_grad_delta *= _slope(b_step, PRECISE, True) if SOFTPLUS else LOG2_E
             b_grad_deltas = b_grad_deltas + (b_grad_delta,)
-            b_grad_D += b_grad_rows[step] * b_us[step]
+            b_of_D += b_grad_rows[step] * b_us[step]
             if WHOLE or SOFTPLUS:
-                b_grad_bias += b_grad_delta
+                b_of_bias += b_grad_delta
             else:
-                b_grad_bias += tl.where(start + step < length, b_grad_delta, 0.0)
+                b_of_bias += tl.where(start + step < length, b_grad_delta, 0.0)
             b_full_ys = b_full_ys + (b_ys[step] + b_D * b_us[step],)
+        b_grad_D += b_of_D
+        b_grad_bias += b_of_bias
         if GATED:
             b_z = tl.load(_at(_lanes(p_z, s_z, image, group, o_w), s_z, o_t), mask=m, other=0.0).to(tl.float32)
             b_out = tl.load(_at(p_grad_ys, s_grad_y, o_t), mask=m, other=0.0).to(tl.float32)
