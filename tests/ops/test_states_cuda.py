@@ -93,10 +93,7 @@ def build(kernel: CudaKernel, constants: tuple[tuple[str, int], ...], folder: Pa
 
 
 # (b, h, w, e, r, n): whole tiles; masked channels and steps; more warps than one, rank over one product.
-SHAPES = {
-    "whole": (1, 4, 4, 32, 4, 2), "masked": (2, 3, 7, 40, 4, 3), "wide": (1, 4, 8, 72, 18, 4),
-    "many": (1, 4, 8, 40, 4, 16),
-}  # fmt: skip
+SHAPES = {"whole": (1, 4, 4, 32, 4, 2), "masked": (2, 3, 7, 40, 4, 3), "wide": (1, 4, 8, 72, 18, 4)}
 
 
 @pytest.mark.parametrize("scan", ["continuous", "raster"])
