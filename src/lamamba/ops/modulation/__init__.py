@@ -14,7 +14,8 @@ from lamamba.ops.backend import choose_kernels
 from lamamba.ops.linear import Linear, compute_dtype, find_rounded
 
 MAX_BATCH = 64  # with more images, separate matrix products are as fast
-KEPT = 4  # plans of a network, besides those of CUDA graphs; weights may move before every pass
+# Plans that a network keeps, besides those of CUDA graphs. Without a limit, weights that move often would fill memory.
+KEPT = 4
 
 Modulations = Mapping[nn.Module, Tensor]
 

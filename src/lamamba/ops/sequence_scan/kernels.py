@@ -256,7 +256,10 @@ def _split(rows):
 
 @triton.jit
 def _sum_channels(rows, BLOCK: tl.constexpr, PRECISE: tl.constexpr):
-    """Sum each of 16 rows (1, BLOCK) over its channels: (16,). Unless PRECISE, tensor cores sum those of `_split`."""
+    """Sum each of 16 rows (1, BLOCK) over its channels: (16,).
+
+    Unless PRECISE, each row is split into two rows in bfloat16, and tensor cores sum both.
+    """
     if PRECISE:
         return tl.sum(_stack(rows), axis=1)
     b_highs, b_lows = _split(rows)
