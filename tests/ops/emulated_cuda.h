@@ -21,6 +21,7 @@ using std::min;
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 struct uint2 { unsigned x, y; };
+struct uint4 { unsigned x, y, z, w; };
 struct Index { int x, y, z; };
 
 static thread_local Index threadIdx;
@@ -39,6 +40,7 @@ inline float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4)
 inline unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline unsigned __ldg(const unsigned* from) { return *from; }
 inline float exp2_fast(float x) { return std::exp2(x); }
@@ -55,6 +57,10 @@ static std::atomic<bool> misaligned;
 inline void store(unsigned short* to, uint2 values) {
     if ((size_t)to % 8) misaligned = true;
     std::memcpy(to, &values, 8);
+}
+inline void store(unsigned short* to, const unsigned (&values)[4]) {
+    if ((size_t)to % 16) misaligned = true;
+    std::memcpy(to, &values, 16);
 }
 // Copies are done at the end of waiting for them, as late as the GPU may do them.
 struct Copy { void* to; const void* from; int bytes, size; };
@@ -89,6 +95,11 @@ inline unsigned transpose(unsigned pair) {
     const unsigned bits = pack(half_of(warp.operands[first][0], half), half_of(warp.operands[first + 4][0], half));
     warp.barrier.arrive_and_wait();
     return bits;
+}
+
+inline void load_transposed(unsigned (&a)[4], const unsigned short* row) {
+    load_operand(a, row);
+    for (unsigned& matrix : a) matrix = transpose(matrix);
 }
 
 // mma.m16n8k16: where values lie is section "Matrix Fragments for mma.m16n8k16" of the PTX manual.

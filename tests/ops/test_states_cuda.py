@@ -74,13 +74,19 @@ def steps_backward(grad_z: Tensor, low: Tensor, weight: Tensor, rank: int, grad_
     return F.pad(torch.einsum("pze,zpr->per", grad_z, low[..., :rank]), (0, weight.shape[2] - rank))
 
 
+# The dtypes of the pointers in the order of the arguments: bfloat16 or float32.
+KINDS = {
+    "states_forward": "hhhfffhhff", "states_backward": "hhfhfffhhffhhhf",
+    "one_state_backward": "hhhfffhfffhhhff",
+}  # fmt: skip
+
+
 @lru_cache
 def build(kernel: CudaKernel, constants: tuple[tuple[str, int], ...], folder: Path) -> Any:
     source, library = (folder / f"{kernel.name}-{hash(constants)}{end}" for end in (".cpp", ".so"))
-    backward = kernel is states_cuda.backward_kernel
-    kinds = "hhfhfffhhffhhhf" if backward else "hhhfffhhff"  # in the order of the arguments
+    kinds = KINDS[kernel.name]
     pointers = [f"({'bf16' if kind == 'h' else 'float'}*)p[{index}]" for index, kind in enumerate(kinds)]
-    numbers = [f"i[{index}]" for index in range(5 if backward else 4)]
+    numbers = [f"i[{index}]" for index in range(4 if kernel.name.endswith("forward") else 5)]
     source.write_text(
         f'#include "{HERE / "emulated_cuda.h"}"\n{kernel.source(dict(constants))}\n'
         'extern "C" bool run(int threads, const int* grid, void** p, const int* i) {\n'
@@ -141,6 +147,57 @@ def test_emulated_planes_have_gradients_of_their_own(emulated: list[str]) -> Non
         assert torch.equal(scan_grid(*inputs, backend="triton"), results[0][0])
 
 
+# (b, h, w, e, r, n), and columns that fill up each path's part of low. The last two do not compute products.
+ONE_STATE = {
+    "whole": ((1, 4, 8, 64, 4, 1), 2), "masked": ((2, 3, 7, 72, 4, 1), 0), "two blocks": ((1, 8, 9, 328, 18, 1), 4),
+    "odd rank": ((1, 4, 5, 136, 5, 1), 1), "short path": ((1, 3, 5, 64, 4, 1), 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scan", ["continuous", "raster"])
+@pytest.mark.parametrize("case", ONE_STATE)
+def test_emulated_gradients_of_one_state_agree_with_float64(case: str, scan: str, emulated: list[str]) -> None:
+    shape, fill = ONE_STATE[case]
+    inputs = in_bfloat16(*shape)
+    (x, low, weight, *others), rank = inputs, shape[4]
+    padded = F.pad(low.unflatten(3, (4, rank + 2)), (0, fill), value=math.nan).flatten(3)
+    arguments = padded, F.pad(weight, (0, -rank % 8)), *others, rank, scan == "continuous"
+    in_float32 = (tensor.float() if isinstance(tensor, Tensor) else tensor for tensor in (x, *arguments))
+    states = triton_host.scan_grid_triton(*in_float32, True)[1]
+    leaves = [tensor.double().requires_grad_() for tensor in inputs]
+    y = scan_grid(*leaves, scan=scan, backend="pytorch").sum(dim=0)
+    grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(x)
+    exact = torch.autograd.grad(y, leaves, grad_y.double())
+    grad_x, grad_low, grad_weight, shared = triton_host._scan_grid_backward(grad_y, states, x, *arguments)
+    assert emulated == ["one_state_backward"]
+    of_path = grad_low.unflatten(3, (4, -1))
+    assert not of_path[..., rank + 2 :].any()
+    assert not grad_weight[..., rank:].any()
+    found = [
+        grad_x.float().sum(dim=0), of_path[..., : rank + 2].flatten(3), grad_weight[..., :rank],
+        shared[2], shared[0][..., None], shared[1],
+    ]  # fmt: skip
+    check_close([y, *found], [y, *exact])
+
+
+def test_emulated_gradients_of_one_state_in_segments(emulated: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paths of the last image are cut, and each path has a gradient of its own; in float32, Triton kernels run."""
+    x, low, weight, *others = in_bfloat16(3, 6, 8, 72, 4, 1)
+    inputs = (x, low, F.pad(weight, (0, 4)), *others)
+    in_float32 = [tensor.float() for tensor in inputs]
+    states = triton_host.scan_grid_triton(*in_float32, 4, True, True)[1]
+    grad_y = torch.randn(4, *x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+    wanted = triton_host._scan_grid_backward(grad_y.float(), states, *in_float32, 4, True)
+    monkeypatch.setattr(triton_host, "LONG_PATH", 1)
+    monkeypatch.setattr(triton_host, "SHORTEST_SEGMENT", 1)
+    monkeypatch.setattr(states_cuda, "limits_of", lambda device: H100._replace(multiprocessors=2))
+    assert triton_host._cut_backward(3, 72, 3, 64, 16) == (64, [(2, 1), (1, 2)])
+    found = triton_host._scan_grid_backward(grad_y, states, *inputs, 4, True)
+    assert emulated == 2 * ["one_state_backward"]
+    for value, exact in zip(found, wanted, strict=True):
+        assert relative_error(value, exact.double()) < 8e-3
+
+
 def scan_directly(x: Tensor, low: Tensor, weight: Tensor, *others: Tensor) -> Tensor:
     filled_up = F.pad(weight, (0, -weight.shape[2] % 8))
     planes: Tensor = triton_host.scan_grid_triton(x, low, filled_up, *others, weight.shape[2], True, False)[0]
@@ -191,6 +248,7 @@ def test_emulated_blocks_are_smaller_with_less_shared_memory(
     [
         (H100, 8, 16, (12, 16)), (H100, 8, 64, (None, None)), (A100, 8, 16, (8, 16)),
         (SMALL, 8, 16, (None, 16)), (SMALL, 80, 16, (None, None)),
+        (H100, 80, 1, (8, None)), (A100, 8, 1, (8, None)), (SMALL, 8, 1, (None, None)),
     ],
 )  # fmt: skip
 def test_they_run_where_enough_warps_fit(
@@ -249,13 +307,15 @@ def test_a_gpu_that_nvrtc_does_not_know_is_left_to_triton(nvrtc: Any, monkeypatc
 def test_kernels_compile_without_a_gpu_and_spill_little(
     capability: str, nvrtc: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Compile by NVRTC for the first and the last blocks of XL with 16 states, and for fewer and more states."""
+    """Compile by NVRTC for the first and last blocks of XL with 16 states, for fewer and more states, and for one."""
     monkeypatch.setattr(states_cuda, "limits_of", lambda device: LIMITS[capability])
     cuobjdump, compiled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump", set()
-    for side, channels, rank, num_states in ((32, 640, 20, 16), (8, 2560, 80, 16), (16, 96, 6, 4), (8, 640, 20, 64)):
+    shapes = [(32, 640, 20, 16), (8, 2560, 80, 16), (16, 96, 6, 4), (8, 640, 20, 64)]
+    for side, channels, rank, num_states in [*shapes, (32, 128, 4, 1), (16, 1024, 32, 1), (8, 2560, 80, 1)]:
         x = torch.empty(1, side, side, channels, dtype=torch.bfloat16, device="meta")
         low = torch.empty(1, side, side, 4 * (rank + 2 * num_states), dtype=torch.bfloat16, device="meta")
-        for backward, kernel in enumerate((states_cuda.forward_kernel, states_cuda.backward_kernel)):
+        of_backward = states_cuda.one_state_kernel if num_states == 1 else states_cuda.backward_kernel
+        for backward, kernel in enumerate((states_cuda.forward_kernel, of_backward)):
             plan = states_cuda.plan(x, low, x, rank, num_states, True, bool(backward))
             if plan is None:
                 continue
@@ -268,4 +328,5 @@ def test_kernels_compile_without_a_gpu_and_spill_little(
             assert int(stack[1]) <= 128, (kernel.name, channels, num_states)
             compiled.add((kernel.name, num_states))
     assert ("states_backward", 4) in compiled
-    assert capability not in ("90", "100") or {("states_forward", 16), ("states_backward", 16)} <= compiled
+    everything = {("states_forward", 16), ("states_backward", 16), ("one_state_backward", 1)}
+    assert capability not in ("90", "100") or everything <= compiled

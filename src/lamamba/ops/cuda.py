@@ -97,6 +97,6 @@ def has_compiler(capability: str) -> bool:
         except (OSError, RuntimeError) as error:
             obstacle = f"CUDA's compiler NVRTC cannot be used ({error})"
     if obstacle:
-        message = f"{obstacle}: lamamba scans several states with slower Triton kernels"
+        message = f"{obstacle}: lamamba scans with slower Triton kernels"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     return not obstacle

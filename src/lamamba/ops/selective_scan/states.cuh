@@ -48,6 +48,11 @@ DEVICE void load_operand(unsigned (&a)[4], const bf16* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
         : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"((unsigned)__cvta_generic_to_shared(row)) : "memory");
 }
+// The same with each matrix transposed.
+DEVICE void load_transposed(unsigned (&a)[4], const bf16* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+        : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"((unsigned)__cvta_generic_to_shared(row)) : "memory");
+}
 // Transpose a matrix (8, 8): lane i has the values 2 i and 2 i + 1 of 64.
 DEVICE unsigned transpose(unsigned pair) {
     unsigned bits;
@@ -74,11 +79,19 @@ DEVICE void store(bf16* to, float value) {
 DEVICE void store(bf16* to, uint2 values) {
     asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(values.x), "r"(values.y) : "memory");
 }
+DEVICE void store(bf16* to, const unsigned (&values)[4]) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+        ::"l"(to), "r"(values[0]), "r"(values[1]), "r"(values[2]), "r"(values[3]) : "memory");
+}
 DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
 
 DEVICE float widened(bf16 bits) { return __uint_as_float((unsigned)bits << 16); }
 DEVICE bf16 narrowed(float x) { return (bf16)pack(x, 0.0f); }
+DEVICE void unpack(const float* from, float (&to)[4]) {
+    const float4 quad = *(const float4*)from;
+    to[0] = quad.x, to[1] = quad.y, to[2] = quad.z, to[3] = quad.w;
+}
 
 DEVICE bool is_reversed(int path) { return CONTINUOUS ? path % 2 == 1 : path >= 2; }
 

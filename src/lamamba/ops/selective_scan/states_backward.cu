@@ -86,11 +86,6 @@ DEVICE void compute_steps(Shared& shared, int tile, float (&m)[TILE]) {
     __syncwarp();
 }
 
-DEVICE void unpack(const float* from, float (&to)[4]) {
-    const float4 quad = *(const float4*)from;
-    to[0] = quad.x, to[1] = quad.y, to[2] = quad.z, to[3] = quad.w;
-}
-
 // `states_backward_kernel` of states_kernels.py, with the same arguments. Only `grad_weights` differs: it has a plane
 // for each block.
 KERNEL states_backward(
