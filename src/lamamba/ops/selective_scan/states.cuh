@@ -1,4 +1,4 @@
-// Code that both kernels of the scan with several states share: sizes, instructions, and copies to shared memory.
+// Code that the kernels of the scan in CUDA C++ share: sizes, instructions, and copies to shared memory.
 //
 // The caller defines these macros at the top of the source:
 //   HEIGHT, WIDTH, CONTINUOUS, CHANNELS, LOW, RANK, STATES: as in the Triton kernels.
