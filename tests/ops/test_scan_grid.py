@@ -208,6 +208,21 @@ def test_autocast_rounds_nothing_in_the_backward_pass() -> None:
     assert all(torch.equal(a, b) for a, b in zip(again, exact, strict=True))
 
 
+@ON_GPU
+def test_autocast_leaves_16_bits_in_the_backward_pass() -> None:
+    """The gradient of `low` is a sum over three blocks of channels; autocast would return it in float32."""
+    tensors = make_inputs(2, 8, 8, 328, 16, 1)
+    x, low, weight = (tensor.to(torch.bfloat16) for tensor in tensors[:3])
+    inputs = x, low, weight, *(tensor.float() for tensor in tensors[3:]), 16, True
+    states = triton_host.scan_grid_triton(*inputs, True)[1]
+    exact = triton_host._scan_grid_backward(torch.ones_like(x), states, *inputs)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = triton_host._scan_grid_backward(torch.ones_like(x), states, *inputs)
+    for a, b in zip(found, exact, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
 def test_compiles_as_one_graph() -> None:
     inputs = [tensor.float().requires_grad_() for tensor in make_inputs(1, 4, 4, 8, 3, 1)]
     compiled = torch.compile(scan_grid, backend="aot_eager", fullgraph=True)

@@ -304,7 +304,7 @@ def _scan_grid_backward(
                 plane, batch, part.first_image, part.tiles_per_segment, part.num_segments, **geometry.constants,
             )  # fmt: skip
         if is_fused:
-            grad_low = planes_of_low[0] if num_blocks == 1 else planes_of_low.sum(dim=0)
+            grad_low = planes_of_low[0] if num_blocks == 1 else planes_of_low.sum(dim=0, dtype=low.dtype)
             sums = sum_parts(grad_shared)
             grad_weight = torch.empty_like(weight).copy_(sums[3:].permute(1, 2, 0))
             return grad_x.view(4, *x.shape), grad_low, grad_weight, sums[:3]
