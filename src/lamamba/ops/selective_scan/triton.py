@@ -272,29 +272,34 @@ def _scan_grid_backward(
     batch, height, width, channels = x.shape
     num_states = A_log.shape[2]
     in_cuda = states_cuda.plan(x, low, weight, rank, num_states, continuous, backward=True)
+    if in_cuda:
+        grad_y, x, low, weight = map(states_cuda.aligned, (grad_y, x, low, weight))
     geometry = _geometry(x, low, rank, A_log, continuous, True, in_cuda.at_once if in_cuda else 0)
     num_blocks = in_cuda.num_blocks if in_cuda else geometry.num_blocks
     is_fused = in_cuda is not None and in_cuda.constants["FUSED"]
     grad_x = x.new_empty(4, batch, height * width, channels)
-    grad_z = grad_x if is_fused else torch.empty_like(grad_x)
-    num_rows = [part.num_images * part.num_segments for part in geometry.parts]
-    more = weight.shape[2] if is_fused else 0  # the gradient of the weight is in the same tensor
-    grad_shared = A_log.new_empty(sum(num_rows), num_states + 2 + more, 4, channels)
     low_by_path = low.view(batch * height * width, 4, -1)
-    is_filled_up = low_by_path.shape[2] > rank + 2 * num_states
-    planes_of_low = low.new_empty(num_blocks if is_fused else 0, *low.shape)
-    grad_low = planes_of_low if is_fused else torch.zeros_like(low) if is_filled_up else torch.empty_like(low)
+    num_shared = num_states + 2
+    if is_fused:  # the kernel writes planes of the gradient of low, no grad_z, and the gradient of weight after others
+        grad_z, grad_low = grad_x, low.new_empty(num_blocks, *low.shape)
+        num_shared += weight.shape[2]
+    else:
+        is_filled_up = low_by_path.shape[2] > rank + 2 * num_states
+        grad_z, grad_low = torch.empty_like(grad_x), torch.zeros_like(low) if is_filled_up else torch.empty_like(low)
+    num_rows = [part.num_images * part.num_segments for part in geometry.parts]
+    grad_shared = A_log.new_empty(sum(num_rows), num_shared, 4, channels)
+    parts = zip(geometry.parts, grad_shared.split(num_rows), strict=True)
     if num_states == 1:
         grad_BC = A_log.new_empty(0 if is_fused else num_blocks, batch, height * width, 4, 2)
-        for part, of_part in zip(geometry.parts, grad_shared.split(num_rows), strict=True):
+        for part, of_part in parts:
             carry, decay = _summarise(
                 scan_summary_kernel, geometry, part, 1, grad_y, plane, low, weight, bias, A_log, backward=True
             )
             if in_cuda:
                 launch(
                     states_cuda.one_state_kernel, (num_blocks, 4 * part.num_segments, part.num_images),
-                    *map(states_cuda.aligned, (x, low, weight)), bias, A_log, D, states_cuda.aligned(grad_y),
-                    states, carry, decay, grad_x, grad_z, grad_low, grad_BC, of_part,
+                    x, low, weight, bias, A_log, D, grad_y, states, carry, decay,
+                    grad_x, grad_z, grad_low, grad_BC, of_part,
                     plane, batch, part.first_image, part.tiles_per_segment, part.num_segments, **in_cuda.constants,
                 )  # fmt: skip
                 continue
@@ -303,17 +308,13 @@ def _scan_grid_backward(
                 x, low, weight, bias, A_log, D, grad_y, states, carry, decay, grad_x, grad_z, grad_BC, of_part,
                 plane, batch, part.first_image, part.tiles_per_segment, part.num_segments, **geometry.constants,
             )  # fmt: skip
-        if is_fused:
-            grad_low = planes_of_low[0] if num_blocks == 1 else planes_of_low.sum(dim=0, dtype=low.dtype)
-            sums = sum_parts(grad_shared)
-            grad_weight = torch.empty_like(weight).copy_(sums[3:].permute(1, 2, 0))
-            return grad_x.view(4, *x.shape), grad_low, grad_weight, sums[:3]
-        grad_low.view_as(low_by_path)[..., rank : rank + 2] = grad_BC.sum(dim=0).flatten(0, 1)
+        if not is_fused:
+            grad_low.view_as(low_by_path)[..., rank : rank + 2] = grad_BC.sum(dim=0).flatten(0, 1)
     else:
         rows = _rows_of_weights(low, rank, num_states, continuous)
         grad_rows = x.new_empty(num_blocks, *rows.shape, dtype=saved_dtype(x, num_states))
         rates = _rates(A_log)
-        for part, of_part in zip(geometry.parts, grad_shared.split(num_rows), strict=True):
+        for part, of_part in parts:
             carry, decay = _summarise(
                 states_summary_kernel, geometry, part, num_states,
                 grad_y, plane, low, rows, weight, bias, rates, backward=True,
@@ -321,8 +322,8 @@ def _scan_grid_backward(
             if in_cuda:
                 launch(
                     states_cuda.backward_kernel, (num_blocks, 4 * part.num_segments, part.num_images),
-                    *map(states_cuda.aligned, (x, low)), rows, states_cuda.aligned(weight), bias, rates, D,
-                    states_cuda.aligned(grad_y), states, carry, decay, grad_x, grad_z, grad_rows, of_part,
+                    x, low, rows, weight, bias, rates, D, grad_y, states, carry, decay,
+                    grad_x, grad_z, grad_rows, of_part,
                     plane, batch, part.first_image, part.tiles_per_segment, part.num_segments, **in_cuda.constants,
                 )  # fmt: skip
                 continue
@@ -338,8 +339,13 @@ def _scan_grid_backward(
             from_paths_kernel, low, rank, num_states, continuous,
             grad_rows, grad_low, num_blocks, rows.numel(),
         )  # fmt: skip
-    grad_weight = steps_backward(grad_z.flatten(1, 2), low_by_path, weight, rank, grad_low.view_as(low_by_path))
-    return grad_x.view(4, *x.shape), grad_low, grad_weight, sum_parts(grad_shared)
+    sums = sum_parts(grad_shared)
+    if is_fused:
+        grad_low = grad_low[0] if num_blocks == 1 else grad_low.sum(dim=0, dtype=low.dtype)
+        grad_weight = torch.empty_like(weight).copy_(sums[num_states + 2 :].permute(1, 2, 0))
+    else:
+        grad_weight = steps_backward(grad_z.flatten(1, 2), low_by_path, weight, rank, grad_low.view_as(low_by_path))
+    return grad_x.view(4, *x.shape), grad_low, grad_weight, sums[: num_states + 2]
 
 
 @_scan_grid_backward.register_fake
