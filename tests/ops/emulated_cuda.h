@@ -18,10 +18,10 @@
 #define __syncwarp() warps[threadIdx.x / 32]->barrier.arrive_and_wait()
 
 using std::min;
-struct float2 { float x, y; };
-struct float4 { float x, y, z, w; };
-struct uint2 { unsigned x, y; };
-struct uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct Index { int x, y, z; };
 
 static thread_local Index threadIdx;

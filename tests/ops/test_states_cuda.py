@@ -1,4 +1,4 @@
-"""The kernels in CUDA C++ for the scan with several states: emulated on a CPU, and compiled for every GPU."""
+"""The kernels of the scan in CUDA C++: emulated on a CPU, and compiled for every GPU."""
 
 import ctypes
 import importlib.util

@@ -124,7 +124,7 @@ template <int NUMBER, int TO_ROW> DEVICE void copy_low(bf16* to, const bf16* low
 #pragma unroll
     for (int first = 0; first < TILE * OF_STEP; first += THREADS) {
         const int step = (first + (int)threadIdx.x) / OF_STEP, value = (first + (int)threadIdx.x) % OF_STEP * VALUES;
-        const bool is_there = ENDS_WITH_TILE || step < steps;
+        const bool is_there = step < TILE && (ENDS_WITH_TILE || step < steps);
         const bf16* from = low + (is_there ? (i64)pixels[step] * LOW + value : 0);
         if (step < TILE)
             copy_later<2 * VALUES>(to + step * TO_ROW + value, from, is_there ? 2 * min(VALUES, NUMBER - value) : 0);

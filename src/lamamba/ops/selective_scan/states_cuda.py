@@ -113,7 +113,8 @@ def plan(
 def is_fused(rank: int, length: int) -> bool:
     """Return whether `one_state_backward` computes the products of the gradient of z, too.
 
-    It writes a gradient of the expansion per image, which must be smaller than the gradient of z.
+    It writes a gradient of the expansion for each image and segment. For a short path and a large rank, this would take
+    as much memory as the gradient of z.
     """
     return rank % 2 == 0 and rank <= MOST_RANK and 4 * rank <= length
 
