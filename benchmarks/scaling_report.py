@@ -26,7 +26,7 @@ Key = tuple[str, str, str, int]
 
 
 def newest_records(folder: Path = RESULTS / "scaling") -> dict[Key, list[Record]]:
-    """Read the records of the newest day for each case, number of processes, metric and batch, on the newest GPU.
+    """Read the records of the newest day for each case, world size, metric and batch, on the GPU measured last.
 
     Early records of steps lack the memory in use. They are left out.
     """
@@ -116,7 +116,7 @@ def fit_table(model: Model) -> list[str]:
         "predicted GiB",
         "error",
     ]
-    said = f"Without sharding, predictions are off by at most {worst[0]} in time and {worst[1]} in memory."
+    said = f"Without sharding, the largest error is {worst[0]} in time and {worst[1]} in memory."
     return [f"{model.gpu}, {model.versions}.", "", *table(header, rows), said, ""]
 
 
@@ -131,13 +131,13 @@ def constants_table(model: Model) -> list[str]:
         )
     alone = [
         *([f"{kind.replace('_', '-')}, GB/s", number(speed)] for kind, speed in model.sent_gb_per_s.items()),
-        ["latency: constant part of what communication adds to a step, ms", f"{model.exposed_ms.fixed:.2f}"],
-        ["share of a bare all-reduce that adds to a step", f"{model.exposed_ms.slope:.2f}"],
-        ["launching: a sharded step, ms", f"{model.launching_ms:.0f}"],
-        ["NCCL, GiB", f"{model.together_gib:.2f}"],
-        ["noise, numbers per ns", number(model.noise_numbers_per_ns)],
+        ["latency: the constant part of the time that communication adds, ms", f"{model.exposed_ms.fixed:.2f}"],
+        ["share: the part of the time of an all-reduce alone that adds to a step", f"{model.exposed_ms.slope:.2f}"],
+        ["launching: the mean time of a sharded step, ms", f"{model.launching_ms:.0f}"],
+        ["NCCL: additional memory with two GPUs, GiB", f"{model.together_gib:.2f}"],
+        ["random numbers drawn for noise, per ns", number(model.noise_numbers_per_ns)],
         *(
-            [f"latents of {side}x{side} that one process reads, images/s", number(speed)]
+            [f"{side}x{side} latents that one process reads, per second", number(speed)]
             for side, speed in model.latents_per_s.items()
         ),
     ]
@@ -180,7 +180,7 @@ def predictions_table(model: Model) -> list[str]:
                 sharded = " with sharding" * config.shard
                 lines += [
                     f"This batch does not fit on {config.gpus} GPUs{sharded}: it needs {needed:.0f} GiB per GPU, and "
-                    f"an H100 has {config.gpu_memory_gib:g}.",
+                    f"an H100 has {config.gpu_memory_gib:g} GiB.",
                     "",
                 ]
     return lines
