@@ -21,7 +21,10 @@ from setting import HERE, RESULTS
 DOCS = HERE.parents[1] / "docs"
 PAGES = {name: name for name in ("findings.md", "distillation.md")} | {"results.md": "answer.md"}
 """Each page, and its text in this folder."""
-NAMES = {"s": "LaMamba-S", "dit-s-2": "DiT-S/2", "unet": "U-Net"}
+NAMES = {
+    "s": "LaMamba-S", "s-scan-only": "LaMamba-S, scan only", "s-attention-only": "LaMamba-S, attention only",
+    "dit-s-2": "DiT-S/2", "unet": "U-Net",
+}  # fmt: skip
 TITLES = {"cifar-10": "CIFAR-10, JPEG copy", "fashion-mnist": "Fashion-MNIST"}
 CIFAR = ("cifar-s-longer-seed-0", "cifar-dit-s-2-longer-seed-0")
 CIFAR_SEEDS = (CIFAR[0], "cifar-s-longer-seed-1", CIFAR[1], "cifar-dit-s-2-longer-seed-1")
@@ -29,6 +32,7 @@ DROPOUT = (CIFAR[0], "cifar-s-dropout-longer")
 CLOTHES = ("s-flow-decay-longer", "dit-s-2-flow-decay-longer")
 # A third of the images, with a learning rate that falls three times as fast.
 SHORT_CIFAR = ("cifar-s-seed-0", "cifar-dit-s-2-seed-0")
+PARTS = (SHORT_CIFAR[0], "cifar-s-scan-only-seed-0", "cifar-s-attention-only-seed-0", SHORT_CIFAR[1])
 SHORT_CLOTHES = ("s-flow-decay", "dit-s-2-flow-decay")
 DISTILLED = {
     "distill-nano-flow": "flow matching",
@@ -52,15 +56,18 @@ def title_of(record: dict[str, Any]) -> str:
     return NAMES[record["settings"]["network"]] + (f", dropout {dropout:g}" if dropout else "")
 
 
-def scores_table(records: Records, names: Sequence[str]) -> list[str]:
-    """Lay out a row per score: one network after a number of images, and the training images themselves."""
+def scores_table(records: Records, names: Sequence[str], last: int | None = None) -> list[str]:
+    """Lay out a row per score: one network after a number of images, and the training images themselves.
+
+    `last` limits the rows of each network to the last ones.
+    """
     data = records[names[0]]["settings"]["data"]
     features = FEATURES[data]
     header = ["", "images", "seconds", *(f"{score}, {feature}" for feature in features for score in _SCORES)]
     rows = []
     for name in names:
         record = records[name]
-        for row in record["evaluations"]:
+        for row in record["evaluations"][-last if last else None :]:
             start = [title_of(record), f"{row['images']:,}", f"{row['seconds']:.0f}"]
             rows.append(start + _cells(row, features))
     rows.append(["training images", "", "", *_cells(records[names[0]]["training_images"], features)])
@@ -249,6 +256,7 @@ def page(records: Records, text: str) -> str:
         "{dropout}": scores_table(records, DROPOUT),
         "{clothes}": scores_table(records, CLOTHES),
         "{short cifar}": scores_table(records, SHORT_CIFAR),
+        "{parts}": scores_table(records, PARTS, last=1),
         "{short clothes}": scores_table(records, SHORT_CLOTHES),
         "{coarse}": coarse_table(records, (*CLOTHES, *CIFAR)),
         "{losses}": losses_table(records, (*CLOTHES, *CIFAR)),
