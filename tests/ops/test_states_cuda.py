@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lamamba.ops import cuda
 from lamamba.ops.cuda import CudaKernel
+from lamamba.ops.grid import Scan, path_order
 from lamamba.ops.launch import launch
 from lamamba.ops.selective_scan import scan_grid
 from ops.test_scan_grid import NAMES, check, make_inputs, output_and_gradients, relative_error
@@ -93,7 +94,7 @@ def build(kernel: CudaKernel, constants: tuple[tuple[str, int], ...], folder: Pa
         f"    return launch(threads, grid, [=] {{ {kernel.name}({', '.join(pointers + numbers)}); }});\n}}\n",
         encoding="utf-8",
     )
-    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", "-o", str(library), str(source)]
+    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-o", str(library), str(source)]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(library)).run
 
@@ -155,21 +156,65 @@ ONE_STATE = {
 }  # fmt: skip
 
 
+def on_path(path: int, low: Tensor, D: Tensor, with_C: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return low with one state and D of a scan whose result is that of one path. `with_C` replaces its C."""
+    mask = torch.zeros(4).scatter(0, torch.tensor(path), 1.0)
+    *others, C = low.unflatten(3, (4, -1)).split([low.shape[3] // 4 - 1, 1], dim=4)
+    C = (C if with_C is None else with_C.expand_as(C)) * mask[:, None]
+    return torch.cat([*others, C], dim=4).flatten(3), D * mask[:, None]
+
+
+def states_before_tiles(inputs: list[Tensor], scan: Scan) -> Tensor:
+    """Compute what the forward pass saves for one state, (b, 4, tiles, 1, e): with C = 1 and D = 0, y is the state."""
+    x, low, weight, bias, A_log, D = (tensor.double() for tensor in inputs)
+    ones = x.new_ones(1)
+    states = []
+    for path, pixels in enumerate(torch.from_numpy(path_order(*x.shape[1:3], scan))):
+        of_path, _ = on_path(path, low, D, with_C=ones)
+        h = scan_grid(x, of_path, weight, bias, A_log, 0 * D, scan=scan, backend="pytorch")[0].flatten(1, 2)
+        starts = pixels[torch.arange(15, len(pixels), 16)[: (len(pixels) - 1) // 16]]
+        states.append(torch.cat([torch.zeros_like(h[:, :1]), h[:, starts]], dim=1))
+    return torch.stack(states, dim=1)[:, :, :, None].float()
+
+
 @pytest.mark.parametrize(("case", "scan"), [("masked", "raster"), *((case, "continuous") for case in ONE_STATE)])
-def test_emulated_gradients_of_one_state_agree_with_float64(case: str, scan: str, emulated: list[str]) -> None:
+def test_emulated_gradients_of_one_state_agree_with_float64(case: str, scan: Scan, emulated: list[str]) -> None:
     shape, fill = ONE_STATE[case]
     inputs = in_bfloat16(*shape)
-    (x, low, weight, *others), rank = inputs, shape[4]
-    padded = F.pad(low.unflatten(3, (4, rank + 2)), (0, fill), value=math.nan).flatten(3)
-    arguments = padded, F.pad(weight, (0, -rank % 8)), *others, rank, scan == "continuous"
-    in_float32 = (tensor.float() if isinstance(tensor, Tensor) else tensor for tensor in (x, *arguments))
-    states = triton_host.scan_grid_triton(*in_float32, True)[1]
-    leaves = [tensor.double().requires_grad_() for tensor in inputs]
-    y = scan_grid(*leaves, scan=scan, backend="pytorch").sum(dim=0)
-    grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(x)
-    exact = torch.autograd.grad(y, leaves, grad_y.double())
-    grad_x, grad_low, grad_weight, shared = triton_host._scan_grid_backward(grad_y, states, x, *arguments)
+    grad_y = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    check_gradients_of_one_state(inputs, scan, fill, grad_y)
     assert emulated == ["one_state_backward"]
+
+
+def test_emulated_gradients_of_one_state_in_segments(emulated: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paths of the last image are cut, and each path has a gradient of its own."""
+    inputs = in_bfloat16(3, 4, 8, 72, 4, 1)
+    monkeypatch.setattr(triton_host, "LONG_PATH", 1)
+    monkeypatch.setattr(triton_host, "SHORTEST_SEGMENT", 1)
+    monkeypatch.setattr(states_cuda, "limits_of", lambda device: H100._replace(multiprocessors=2))
+    assert triton_host._cut_backward(3, 72, 2, 64, 16) == (64, [(2, 1), (1, 2)])
+    grad_y = torch.randn(4, *inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    check_gradients_of_one_state(inputs, "continuous", 2, grad_y)
+    assert emulated == 2 * ["one_state_backward"]
+
+
+def check_gradients_of_one_state(inputs: list[Tensor], scan: Scan, fill: int, grad_y: Tensor) -> None:
+    """Compare with float64; `fill` is the number of columns that fill up each path's part of low."""
+    (x, low, weight, *others), rank = inputs, inputs[2].shape[2]
+    leaves = [tensor.double().requires_grad_() for tensor in inputs]
+    if grad_y.ndim == 4:
+        planes = [scan_grid(*leaves, scan=scan, backend="pytorch")[0]]
+    else:
+        of_paths = (on_path(path, leaves[1], leaves[5]) for path in range(4))
+        planes = [
+            scan_grid(leaves[0], of_path, *leaves[2:5], D, scan=scan, backend="pytorch")[0] for of_path, D in of_paths
+        ]
+    exact = torch.autograd.grad(planes, leaves, [*grad_y.double().view(-1, *x.shape)])
+    padded = F.pad(low.unflatten(3, (4, rank + 2)), (0, fill), value=math.nan).flatten(3)
+    arguments = x, padded, F.pad(weight, (0, -rank % 8)), *others, rank, scan == "continuous"
+    grad_x, grad_low, grad_weight, shared = triton_host._scan_grid_backward(
+        grad_y, states_before_tiles(inputs, scan), *arguments
+    )
     of_path = grad_low.unflatten(3, (4, -1))
     assert not of_path[..., rank + 2 :].any()
     assert not grad_weight[..., rank:].any()
@@ -177,25 +222,8 @@ def test_emulated_gradients_of_one_state_agree_with_float64(case: str, scan: str
         grad_x.float().sum(dim=0), of_path[..., : rank + 2].flatten(3), grad_weight[..., :rank],
         shared[2], shared[0][..., None], shared[1],
     ]  # fmt: skip
-    check_close([y, *found], [y, *exact])
-
-
-def test_emulated_gradients_of_one_state_in_segments(emulated: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The paths of the last image are cut, and each path has a gradient of its own; in float32, Triton kernels run."""
-    x, low, weight, *others = in_bfloat16(3, 4, 8, 72, 4, 1)
-    inputs = (x, low, F.pad(weight, (0, 4)), *others)
-    in_float32 = [tensor.float() for tensor in inputs]
-    states = triton_host.scan_grid_triton(*in_float32, 4, True, True)[1]
-    grad_y = torch.randn(4, *x.shape, generator=torch.Generator().manual_seed(1)).to(x)
-    wanted = triton_host._scan_grid_backward(grad_y.float(), states, *in_float32, 4, True)
-    monkeypatch.setattr(triton_host, "LONG_PATH", 1)
-    monkeypatch.setattr(triton_host, "SHORTEST_SEGMENT", 1)
-    monkeypatch.setattr(states_cuda, "limits_of", lambda device: H100._replace(multiprocessors=2))
-    assert triton_host._cut_backward(3, 72, 2, 64, 16) == (64, [(2, 1), (1, 2)])
-    found = triton_host._scan_grid_backward(grad_y, states, *inputs, 4, True)
-    assert emulated == 2 * ["one_state_backward"]
-    for value, exact in zip(found, wanted, strict=True):
-        assert relative_error(value, exact.double()) < 8e-3
+    for name, value, wanted in zip(NAMES, found, exact, strict=True):
+        assert relative_error(value, wanted) < 8e-3, name
 
 
 def scan_directly(x: Tensor, low: Tensor, weight: Tensor, *others: Tensor) -> Tensor:
