@@ -2,6 +2,7 @@
 
 import gc
 import os
+import time
 
 # No test needs a network, also where there is one: whatever asks another host for something fails at once.
 for scheme in ("http", "https", "all"):
@@ -45,6 +46,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the slow tests, so that none of them is left to a single process at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what would begin after TESTS_BEGIN_BEFORE, in seconds since 1970: `.ci/run` has a time limit."""
+    if time.time() > float(os.environ.get("TESTS_BEGIN_BEFORE", "inf")):
+        pytest.skip("the time limit of .ci/run is nearly reached")
 
 
 def pytest_collection_finish() -> None:
