@@ -207,17 +207,7 @@ KERNEL one_state_backward(
         }
     }
     float grad_expansion[4][EIGHTS][4] = {};  // of 16 rows and 8 ranks each
-    // Right operands of `add_product`, as in states_backward.cu.
-    const unsigned ones = 0x3f803f80u, all[2] = {r % 2 ? 0u : ones, r % 2 ? ones : 0u};  // 1 in bfloat16
-    unsigned picks[2][2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int pair = 0; pair < 2; ++pair) {
-            const int column = r - 4 * half - 2 * pair;
-            picks[half][pair] = column == 0 ? 0x00003f80u : column == 1 ? 0x3f800000u : 0u;
-        }
-
+    const Picks picks = make_picks();
     // Columns of low that are not copied are multiplied by zeros, so they must be numbers.
     for (int place = thread; place < 2 * TILE * LOW_ROW; place += THREADS) (&shared.low[0][0][0])[place] = 0;
     copy_expansion(shared.expansion, expansion + (i64)path * CHANNELS * ROW);
@@ -293,8 +283,8 @@ KERNEL one_state_backward(
                     pairs_z[c][two] = pack(of_z[c][0], of_z[c][1]);
                 }
             }
-            add_product(grad_B, products_B, picks[half][0], picks[half][1]);
-            add_product(grad_C, products_C, picks[half][0], picks[half][1]);
+            add_product(grad_B, products_B, picks.of_half[half][0], picks.of_half[half][1]);
+            add_product(grad_C, products_C, picks.of_half[half][0], picks.of_half[half][1]);
 #pragma unroll
             for (int c = 0; c < 2; ++c) turn(turned_x, c, half, pairs_x[c]), turn(turned_z, c, half, pairs_z[c]);
         }
@@ -331,15 +321,8 @@ KERNEL one_state_backward(
         } else {
             store_turned(shared.pixels[tile & 3], tile, turned_z, grad_z, first_stored);
         }
-        // Add up the partial sums. Then each lane stores the dB or dC of one step.
-        const unsigned partial[4] = {
-            transpose(pack(grad_B[0], grad_B[1])), transpose(pack(grad_B[2], grad_B[3])),
-            transpose(pack(grad_C[0], grad_C[1])), transpose(pack(grad_C[2], grad_C[3]))};
-        float totals[4] = {};
-        add_product(totals, partial, all[0], all[1]);
-        const int step = lane / 8 * 4 + r % 2 + q / 2 * 2;
-        const float total = lane & 2 ? (lane & 1 ? totals[3] : totals[2]) : (lane & 1 ? totals[1] : totals[0]);
-        sums[step][(FUSED ? RANK : 0) + lane % 2] = lane & 1 ? total : total * LN_2;
+        const float total = sum_partials(grad_B, grad_C, picks);
+        sums[summed_step()][(FUSED ? RANK : 0) + lane % 2] = lane & 1 ? total : total * LN_2;
     }
     __syncthreads();
     write_sums(shared, first, grad_low, grad_BC);

@@ -2,6 +2,7 @@
 //
 // The caller defines these macros at the top of the source:
 //   HEIGHT, WIDTH, CONTINUOUS, CHANNELS, LOW, RANK, STATES: as in the Triton kernels.
+//   FUSED: see one_state_backward.cu.
 //   WARPS: warps in a block.
 //   BLOCKS: blocks that run at once on a multiprocessor, which limits the registers of a thread.
 //   SHARED: bytes of shared memory in a block.
@@ -91,6 +92,42 @@ DEVICE bf16 narrowed(float x) { return (bf16)pack(x, 0.0f); }
 DEVICE void unpack(const float* from, float (&to)[4]) {
     const float4 quad = *(const float4*)from;
     to[0] = quad.x, to[1] = quad.y, to[2] = quad.z, to[3] = quad.w;
+}
+
+// Right operands of `add_product` for sums over channels. Each lane of the left operand has the values of 8 steps.
+struct Picks {
+    unsigned of_half[2][2];  // sum them over four lanes, into columns 0 to 3 or 4 to 7
+    unsigned all[2];         // sum the first half of each row into even columns, and the second half into odd columns
+};
+DEVICE Picks make_picks() {
+    const int r = threadIdx.x % 32 / 4;
+    const unsigned ones = 0x3f803f80u;  // 1 in bfloat16, twice
+    Picks picks = {{}, {r % 2 ? 0u : ones, r % 2 ? ones : 0u}};
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+            const int column = r - 4 * half - 2 * pair;
+            picks.of_half[half][pair] = column == 0 ? 0x00003f80u : column == 1 ? 0x3f800000u : 0u;
+        }
+    return picks;
+}
+
+// Add up the partial sums of a tile for dB and dC, which eight lanes have for the same four steps. Even lanes get a dB, and
+// odd lanes a dC, of the step `summed_step`.
+DEVICE float sum_partials(const float (&of_B)[4], const float (&of_C)[4], const Picks& picks) {
+    const int lane = threadIdx.x % 32;
+    const unsigned partial[4] = {
+        transpose(pack(of_B[0], of_B[1])), transpose(pack(of_B[2], of_B[3])),
+        transpose(pack(of_C[0], of_C[1])), transpose(pack(of_C[2], of_C[3]))};
+    float sums[4] = {};
+    add_product(sums, partial, picks.all[0], picks.all[1]);
+    const float of_first = lane & 1 ? sums[1] : sums[0], of_second = lane & 1 ? sums[3] : sums[2];
+    return lane & 2 ? of_second : of_first;
+}
+DEVICE int summed_step() {
+    const int lane = threadIdx.x % 32;
+    return lane / 8 * 4 + lane / 4 % 2 + lane % 4 / 2 * 2;
 }
 
 DEVICE bool is_reversed(int path) { return CONTINUOUS ? path % 2 == 1 : path >= 2; }

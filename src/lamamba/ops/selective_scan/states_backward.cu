@@ -122,19 +122,7 @@ KERNEL states_backward(
         shared.carried[n][thread] = g;
         shared.grad_A[n][thread] = 0.0f;
     }
-    // Right operands of `add_product`. Each lane of the left operand has the values of 8 steps. `picks` sums them over
-    // four lanes, into columns 0 to 3 or 4 to 7. `all` sums the first half of each row into even columns, and the second
-    // half into odd columns.
-    const unsigned ones = 0x3f803f80u, all[2] = {lane / 4 % 2 ? 0u : ones, lane / 4 % 2 ? ones : 0u};  // 1 in bfloat16
-    unsigned picks[2][2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int pair = 0; pair < 2; ++pair) {
-            const int column = lane / 4 - 4 * half - 2 * pair;
-            picks[half][pair] = column == 0 ? 0x00003f80u : column == 1 ? 0x3f800000u : 0u;
-        }
-
+    const Picks picks = make_picks();
     const int first = segment * tiles_per_segment, last = min(first + tiles_per_segment, NUM_TILES);
     // Columns of low that are not copied are multiplied by zeros, so they must be numbers.
     for (int place = thread; place < 2 * TILE * LOW_ROW; place += THREADS) (&shared.low[0][0][0])[place] = 0;
@@ -198,20 +186,12 @@ KERNEL states_backward(
                         products_C[2 * quarter + pair] = pack(h[t + 1] * grad_ys[t], h[t + 2] * grad_ys[t + 1]);
                     }
                 }
-                add_product(grad_B, products_B, picks[half][0], picks[half][1]);
-                add_product(grad_C, products_C, picks[half][0], picks[half][1]);
+                add_product(grad_B, products_B, picks.of_half[half][0], picks.of_half[half][1]);
+                add_product(grad_C, products_C, picks.of_half[half][0], picks.of_half[half][1]);
             }
             shared.carried[n][thread] = g;
             shared.grad_A[n][thread] = grad_A;
-            // Add up the partial sums. Then each lane stores the dB or dC of one step.
-            const unsigned partial[4] = {
-                transpose(pack(grad_B[0], grad_B[1])), transpose(pack(grad_B[2], grad_B[3])),
-                transpose(pack(grad_C[0], grad_C[1])), transpose(pack(grad_C[2], grad_C[3]))};
-            float sums[4] = {};
-            add_product(sums, partial, all[0], all[1]);
-            const int step = lane / 8 * 4 + lane / 4 % 2 + lane % 4 / 2 * 2;
-            const float of_first = lane & 1 ? sums[1] : sums[0], of_second = lane & 1 ? sums[3] : sums[2];
-            own[n * 2 * TILE + lane % 2 * TILE + step] = lane & 2 ? of_second : of_first;
+            own[n * 2 * TILE + lane % 2 * TILE + summed_step()] = sum_partials(grad_B, grad_C, picks);
         }
 
         bf16 *to_x = computed(grad_x + o_grad), *to_z = computed(grad_z + o_grad);
