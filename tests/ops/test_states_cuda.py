@@ -157,7 +157,7 @@ ONE_STATE = {
 
 
 def on_path(path: int, low: Tensor, D: Tensor, with_C: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return low with one state and D of a scan whose result is that of one path. `with_C` replaces its C."""
+    """Set C and D of the other paths to 0, so that the scan returns one path. `with_C` replaces C of this path."""
     mask = torch.zeros(4).scatter(0, torch.tensor(path), 1.0)
     *others, C = low.unflatten(3, (4, -1)).split([low.shape[3] // 4 - 1, 1], dim=4)
     C = (C if with_C is None else with_C.expand_as(C)) * mask[:, None]
