@@ -71,7 +71,6 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline unsigned __ldg(const unsigned* from) { return *from; }
-inline void let_next_start() {}
 inline float exp2_fast(float x) { return std::exp2(x); }
 
 inline unsigned rounded(float x) {  // to nearest even

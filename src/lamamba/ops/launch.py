@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
 from threading import RLock
 from typing import Any, NamedTuple
 
@@ -29,7 +28,6 @@ _recorded: dict[Launch, None] | None = None
 # Kernels, compiled, and their constant arguments, by what they were compiled for. A kernel that is kept keeps its id.
 _compiled: dict[tuple[object, ...], tuple[Any, Any, tuple[object, ...]]] = {}
 MOST_COMPILED = 10_000
-OVERLAPS_FROM = 9  # the major compute capability from which kernels wait for their inputs themselves (`overlap.py`)
 # Held while launches are recorded, which affects the whole process. Threads that share a GPU hold it while they work.
 LOCK = RLock()
 
@@ -59,22 +57,12 @@ def _launch_on(
         _, compiled, others = found
         compiled[(*grid, 1, 1)[:3]](*arguments, *others)
         return
-    compiled = kernel[grid](*arguments, **constants, **_options(kernel, device))
+    compiled = kernel[grid](*arguments, **constants)
     names = getattr(kernel, "arg_names", ())[len(arguments) :]
     if hasattr(compiled, "packed_metadata") and all(name in constants for name in names):
         if len(_compiled) >= MOST_COMPILED:
             _compiled.clear()
         _compiled[key] = kernel, compiled, tuple(constants[name] for name in names)
-
-
-def _options(kernel: Any, device: int) -> dict[str, bool]:
-    """Return Triton's option for kernels that start before the previous one ends, if the GPU can do that."""
-    return {"launch_pdl": True} if hasattr(kernel, "arg_names") and device >= 0 and _overlaps(device) else {}
-
-
-@lru_cache
-def _overlaps(device: int) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= OVERLAPS_FROM
 
 
 def _kind(argument: Any) -> object:
@@ -135,9 +123,7 @@ def record_launches(function: Callable[..., object], *arguments: object) -> list
 
 def compile_launch(launched: Launch) -> Any:
     """Compile the kernel of a launch for the current device, and return the compiled kernel."""
-    device = torch.cuda.current_device() if torch.cuda.is_available() else -1
-    options = {**dict(launched.constants), **_options(launched.kernel, device)}
-    return launched.kernel.warmup(*launched.arguments, grid=(1,), **options)
+    return launched.kernel.warmup(*launched.arguments, grid=(1,), **dict(launched.constants))
 
 
 @contextmanager

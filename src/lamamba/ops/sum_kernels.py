@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lamamba.ops.launch import launch
-from lamamba.ops.overlap import wait_for_inputs
 
 # Values per program and step: four loads of 16 bytes per thread. A program reads at least 32 bytes of a row, and more
 # where there are enough columns to keep a large GPU busy.
@@ -35,7 +34,6 @@ def sum_parts(parts: Tensor, out: Tensor | None = None) -> Tensor:
 @triton.jit(do_not_specialize=["num_rows"])
 def sum_parts_kernel(p_parts, p_out, num_rows, num_columns, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """Sum the rows of a block of columns."""
-    wait_for_inputs()
     o_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     m_c = o_c < num_columns
     o_row = tl.arange(0, ROWS)[:, None]

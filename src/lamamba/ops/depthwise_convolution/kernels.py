@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from lamamba.ops.overlap import wait_for_inputs
-
 
 @triton.jit
 def _place(tile, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
@@ -98,7 +96,6 @@ def convolution_forward_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Convolve and apply SiLU; STRIDE is the distance between pixels of x."""
-    wait_for_inputs()
     MARGIN: tl.constexpr = 1 if ROWS < HEIGHT else 0
     o_e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_e = o_e < CHANNELS
@@ -143,7 +140,6 @@ def convolution_backward_kernel(
     A new column of x completes the gradient of z in the column to its left. That completes the gradient of x two
     columns to the left. The caller adds up the sums, (programs, 10, e).
     """
-    wait_for_inputs()
     MARGIN: tl.constexpr = 1 if ROWS < HEIGHT else 0
     o_e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_e = o_e < CHANNELS

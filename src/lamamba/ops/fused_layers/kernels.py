@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from lamamba.ops.linear_gelu.kernels import normal
-from lamamba.ops.overlap import wait_for_inputs
 from lamamba.ops.rows import normalize
 from lamamba.ops.window_attention.kernels import attention_weights, places, relative_bias
 
@@ -70,7 +69,6 @@ def norm_linear_kernel(
     COLUMNS: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
     """Norm, linear layer and, if GELU, the activation. A program computes TURNS times COLUMNS columns."""
-    wait_for_inputs()
     image, o_row, m_row = _tile(num_pixels, num_tiles, ROWS)
     dtype = p_out.dtype.element_ty
     b_normed = _residual_norm(
@@ -99,7 +97,6 @@ def norm_mlp_kernel(
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Norm, linear layer, GELU, linear layer; a chunk of the hidden channels at a time."""
-    wait_for_inputs()
     image, o_row, m_row = _tile(num_pixels, num_tiles, ROWS)
     dtype = p_out.dtype.element_ty
     b_normed = _residual_norm(
@@ -138,7 +135,6 @@ def norm_attention_kernel(
     HEADS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Norm, queries, keys and values, attention in a window, linear layer; one head at a time."""
-    wait_for_inputs()
     HEAD: tl.constexpr = CHANNELS // HEADS
     PER_IMAGE: tl.constexpr = ((HEIGHT + SIDE_Y - 1) // SIDE_Y) * ((WIDTH + SIDE_X - 1) // SIDE_X)
     image = (tl.program_id(0) // PER_IMAGE).to(tl.int64)
@@ -174,7 +170,6 @@ def gated_norm_linear_kernel(
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Add up the planes, normalize, multiply by SiLU(z), linear layer; `z_stride` is between pixels of z."""
-    wait_for_inputs()
     o_row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     o_c = tl.arange(0, BLOCK)
     m_row, m_c = o_row < num_rows, o_c < CHANNELS

@@ -8,7 +8,6 @@ Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
 import triton
 import triton.language as tl
 
-from lamamba.ops.overlap import wait_for_inputs
 from lamamba.ops.rows import (
     add,
     load_channels,
@@ -33,7 +32,6 @@ def gated_norm_forward_kernel(
 
     `z_stride` is the distance between pixels of z. `p_y` is None if the sum of the planes is not needed.
     """
-    wait_for_inputs()
     first = tl.program_id(0) * pixels_per_program
     end = tl.minimum(first + pixels_per_program, num_pixels)
     plane_stride = tl.cast(num_pixels, tl.int64) * CHANNELS
@@ -74,7 +72,6 @@ def gated_norm_backward_kernel(
     The gradients of the weight and the bias are summed over the pixels of the program, (programs, 2, e). The caller
     adds up the programs.
     """
-    wait_for_inputs()
     first = tl.program_id(0) * pixels_per_program
     end = tl.minimum(first + pixels_per_program, num_pixels)
     weight = load_channels(p_weight, CHANNELS, PIECE, PIECES)

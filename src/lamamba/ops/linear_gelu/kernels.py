@@ -9,8 +9,6 @@ Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
 import triton
 import triton.language as tl
 
-from lamamba.ops.overlap import wait_for_inputs
-
 # Values per thread: two loads of 16 bytes for 16-bit numbers. A warp reads 64 to 256 columns.
 VALUES_PER_THREAD, MIN_COLUMNS, MAX_COLUMNS, MAX_WARPS = 16, 64, 256, 4
 
@@ -73,7 +71,6 @@ def linear_gelu_forward_kernel(
     CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Add the bias, then apply GELU."""
-    wait_for_inputs()
     o_c, m_c = _columns_of_program(CHANNELS, COLUMNS)
     first = tl.program_id(1) * rows_per_program
     end = tl.minimum(first + rows_per_program, num_rows)
@@ -95,7 +92,6 @@ def linear_gelu_backward_kernel(
 
     The caller adds up the sums, (programs of a column, c).
     """
-    wait_for_inputs()
     o_c, m_c = _columns_of_program(CHANNELS, COLUMNS)
     first = tl.program_id(1) * rows_per_program
     end = tl.minimum(first + rows_per_program, num_rows)

@@ -6,8 +6,6 @@ Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
 import triton
 import triton.language as tl
 
-from lamamba.ops.overlap import wait_for_inputs
-
 
 @triton.jit(do_not_specialize=["batch"])
 def linears_kernel(
@@ -18,7 +16,6 @@ def linears_kernel(
 
     ALIGNED promises that all rows begin at multiples of 16 bytes.
     """
-    wait_for_inputs()
     dtype: tl.constexpr = p_out.dtype.element_ty
     p_entry = p_table + tl.program_id(0) * 7
     p_weight = tl.load(p_entry).to(tl.pointer_type(dtype))

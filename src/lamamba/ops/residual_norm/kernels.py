@@ -9,7 +9,6 @@ Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
 import triton
 import triton.language as tl
 
-from lamamba.ops.overlap import wait_for_inputs
 from lamamba.ops.rows import (
     add,
     channels_of,
@@ -63,7 +62,6 @@ def residual_norm_forward_kernel(
     CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Add the branch if there is one, then normalize if `p_normed` is given; strides are between images."""
-    wait_for_inputs()
     image = tl.cast(tl.program_id(0), tl.int64)
     first = tl.program_id(1) * pixels_per_program
     end = tl.minimum(first + pixels_per_program, num_pixels)
@@ -117,7 +115,6 @@ def residual_norm_backward_kernel(
 
     Without a gradient of `normed`, the gradient of x equals the gradient of `x_new`.
     """
-    wait_for_inputs()
     image = tl.cast(tl.program_id(0), tl.int64)
     first = tl.program_id(1) * pixels_per_program
     end = tl.minimum(first + pixels_per_program, num_pixels)
@@ -186,7 +183,6 @@ def residual_norm_sum_kernel(
     SUMS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Compute gradients from the sums: of gate, shift and scale, and the part of each image for weight and biases."""
-    wait_for_inputs()
     image = tl.cast(tl.program_id(0), tl.int64)
     o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_c = o_c < CHANNELS

@@ -11,8 +11,6 @@ Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
 import triton
 import triton.language as tl
 
-from lamamba.ops.overlap import wait_for_inputs
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -264,7 +262,6 @@ def scan_summary_kernel(
     the distance between the gradients of two paths. The segment that is walked last has no program, because no other
     segment needs its end. Results are indexed by image - `first_image`.
     """
-    wait_for_inputs()
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     WHOLE: tl.constexpr = LENGTH % TILE == 0
     o_d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
@@ -340,7 +337,6 @@ def scan_forward_kernel(
     BLOCK: tl.constexpr, PRECISE: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     """Scan a segment and write y, one plane per path; SAVE also writes the state at the start of each tile."""
-    wait_for_inputs()
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     WHOLE: tl.constexpr = LENGTH % TILE == 0
     NUM_TILES: tl.constexpr = (LENGTH + TILE - 1) // TILE
@@ -408,7 +404,6 @@ def scan_backward_kernel(
 
     `plane` is the distance between the gradients of y of two paths.
     """
-    wait_for_inputs()
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     WHOLE: tl.constexpr = LENGTH % TILE == 0
     NUM_TILES: tl.constexpr = (LENGTH + TILE - 1) // TILE

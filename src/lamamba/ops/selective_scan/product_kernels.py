@@ -6,8 +6,6 @@ Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
 import triton
 import triton.language as tl
 
-from lamamba.ops.overlap import wait_for_inputs
-
 
 @triton.jit(do_not_specialize=["num_rows"])
 def sum_and_project_kernel(
@@ -15,7 +13,6 @@ def sum_and_project_kernel(
     PROJECTED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """Add up four planes, (rows, e), and the product of (rows, low) and (low, e) unless PROJECTED is 0."""
-    wait_for_inputs()
     BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     o_row = (tl.program_id(0) // BLOCKS * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     o_e = (tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK))[None, :]
@@ -44,7 +41,6 @@ def steps_backward_kernel(
     ROWS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, RANK_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Multiply the gradient of z of a path with the weight and with the low-rank step sizes; see `steps_backward`."""
-    wait_for_inputs()
     FILLED: tl.constexpr = (RANK + 7) // 8 * 8
     path, chunk = tl.program_id(0), tl.program_id(1)
     o_r = tl.arange(0, RANK_BLOCK)[None, :]

@@ -23,12 +23,6 @@ typedef long long i64;
 #define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #define SHARED_MEMORY extern __shared__ __align__(16) unsigned char shared_memory[]
 
-// Allow the next kernel to start; see overlap.py.
-DEVICE void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
 DEVICE float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

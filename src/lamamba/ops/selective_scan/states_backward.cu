@@ -94,7 +94,6 @@ KERNEL states_backward(
     bf16* grad_x, bf16* grad_z, bf16* grad_weights, float* grad_shared,
     int plane, int batch, int first_image, int tiles_per_segment, int num_segments
 ) {
-    let_next_start();
     SHARED_MEMORY;
     Shared& shared = *(Shared*)shared_memory;
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;

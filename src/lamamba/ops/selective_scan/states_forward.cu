@@ -99,7 +99,6 @@ KERNEL states_forward(
     bf16* y, bf16* saved, const float* carry, const float* decay,
     int saves, int batch, int tiles_per_segment, int num_segments
 ) {
-    let_next_start();
     SHARED_MEMORY;
     Shared& shared = *(Shared*)shared_memory;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, q = lane % 4, path = blockIdx.y % 4;

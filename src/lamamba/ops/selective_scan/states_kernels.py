@@ -11,7 +11,6 @@ Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
 import triton
 import triton.language as tl
 
-from lamamba.ops.overlap import wait_for_inputs
 from lamamba.ops.selective_scan.kernels import (
     LN_2,
     _below,
@@ -90,7 +89,6 @@ def to_paths_kernel(
     STATES: tl.constexpr, VALUES: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Copy B and C into the order of the paths, so that the values of a state and tile are contiguous."""
-    wait_for_inputs()
     o_low, o_row, m_low, m_row = _path_rows(HEIGHT, WIDTH, CONTINUOUS, LOW, RANK, STATES, VALUES, STEPS, TILE)
     tl.store(p_rows + o_row, tl.load(p_low + o_low, mask=m_low, other=0.0).to(tl.float32), mask=m_row)
 
@@ -102,7 +100,6 @@ def from_paths_kernel(
     STATES: tl.constexpr, VALUES: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Sum the gradients of B and C over planes that are `plane` apart, and copy the sums to their places in low."""
-    wait_for_inputs()
     o_low, o_row, m_low, _ = _path_rows(HEIGHT, WIDTH, CONTINUOUS, LOW, RANK, STATES, VALUES, STEPS, TILE)
     b_sum = tl.zeros([VALUES, STEPS], tl.float32)
     for index in range(0, num_planes):
@@ -124,7 +121,6 @@ def states_summary_kernel(
     the distance between the gradients of two paths. The segment that is walked last has no program, because no other
     segment needs its end. Results are indexed by image - `first_image`.
     """
-    wait_for_inputs()
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     NUM_TILES: tl.constexpr = (LENGTH + TILE - 1) // TILE
     o_d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
@@ -187,7 +183,6 @@ def states_forward_kernel(
     `p_room` has room for the states of each program between two tiles. With SAVE, `p_saved` receives the states at the
     start of each tile, for the backward pass.
     """
-    wait_for_inputs()
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     NUM_TILES: tl.constexpr = (LENGTH + TILE - 1) // TILE
     o_d = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
@@ -291,7 +286,6 @@ def states_backward_kernel(
 
     `plane` is the distance between the gradients of y of two paths. `p_grads` has room for the gradients of the states.
     """
-    wait_for_inputs()
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     NUM_TILES: tl.constexpr = (LENGTH + TILE - 1) // TILE
     SUM: tl.constexpr = tl.float32 if PRECISE else tl.bfloat16

@@ -17,7 +17,6 @@ Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask, `s_` strides
 import triton
 import triton.language as tl
 
-from lamamba.ops.overlap import wait_for_inputs
 from lamamba.ops.selective_scan.kernels import LN_2, LOG2_E, _exp2, _rows, _slope, _softplus, _stack, numbers
 from lamamba.ops.selective_scan.states_kernels import _operand
 
@@ -125,7 +124,6 @@ def sequence_forward_kernel(
     that is walked last has no program, because no other needs its end. STARTED says that `p_carry` holds states to
     start with; else these are zero.
     """
-    wait_for_inputs()
     IN_REGISTERS: tl.constexpr = STATES == AT_ONCE
     image, group, o_w, m_w = _place(num_channels, BLOCK)
     segment = tl.program_id(1) + (1 if BACKWARD else 0)
@@ -228,7 +226,6 @@ def sequence_starts_kernel(
     All are (b g, segments, n w), and the state before the first segment is (b g, n w). BACKWARD computes the gradient
     of the state after each segment.
     """
-    wait_for_inputs()
     o_s = tl.arange(0, SEGMENTS)[:, None]
     o_n = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     o_before = o_s + (1 if BACKWARD else -1)
@@ -333,7 +330,6 @@ def sequence_backward_kernel(
     * of B and C, `plane` apart, (b, g, blocks of channels, n, l)
     * of A, D and the bias, (b, segments, n + 2, g, w)
     """
-    wait_for_inputs()
     IN_REGISTERS: tl.constexpr = STATES == AT_ONCE
     GATED: tl.constexpr = p_z is not None
     image, group, o_w, m_w = _place(num_channels, BLOCK)

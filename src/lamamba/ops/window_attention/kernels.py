@@ -10,8 +10,6 @@ Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
 import triton
 import triton.language as tl
 
-from lamamba.ops.overlap import wait_for_inputs
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Below any logit, but finite, so that a row of only such values gives no NaN.
 NEVER = tl.constexpr(-1e30)
@@ -74,7 +72,6 @@ def attention_forward_kernel(
     HEADS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Attend; CHANNELS are the channels of a head, `num_windows` counts the windows of all images."""
-    wait_for_inputs()
     PER_IMAGE: tl.constexpr = ((HEIGHT + SIDE_Y - 1) // SIDE_Y) * ((WIDTH + SIDE_X - 1) // SIDE_X)
     head = tl.program_id(0)
     o_d = tl.arange(0, BLOCK)
@@ -109,7 +106,6 @@ def attention_backward_kernel(
     The gradient of the logits is summed over the windows of the program: (programs, heads, places, places). The caller
     adds up the programs, and all pairs that use the same row of the bias table.
     """
-    wait_for_inputs()
     PER_IMAGE: tl.constexpr = ((HEIGHT + SIDE_Y - 1) // SIDE_Y) * ((WIDTH + SIDE_X - 1) // SIDE_X)
     head = tl.program_id(0)
     o_d = tl.arange(0, BLOCK)
@@ -153,7 +149,6 @@ def column_sum_kernel(
     STRIDE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum the first WIDTH channels over rows that are STRIDE apart: (WIDTH,) float32 per program."""
-    wait_for_inputs()
     o_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_c = o_c < WIDTH
     first = tl.program_id(1) * rows_per_program
