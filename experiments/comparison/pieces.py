@@ -242,8 +242,9 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
     ),
     # The same at three times the length: does the distance still rise towards the end?
     "decay-longer": tuple(
-        _train(f"{network}-flow-decay-longer", network, objective="flow", num_images=3 * NUM_IMAGES, learning_rate=1e-3,
-               warmup=0.05, recipe=_DECAY)
+        _train(f"{network}-flow-decay-longer{suffix}", network, seed=seed, objective="flow", num_images=3 * NUM_IMAGES,
+               learning_rate=1e-3, warmup=0.05, recipe=_DECAY)
+        for seed, suffix in enumerate(("", "-seed-1", "-seed-2"))
         for network in ("s", "dit-s-2")
     ),
     "cifar-longer": tuple(

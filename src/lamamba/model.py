@@ -171,7 +171,8 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         x = normalize(self.patch_projection(rearrange(x_t, "b c h w -> b h w c").to(dtype)), self.patch_norm)
         x = x + self.resize_position_embedding(*x_t.shape[2:]).to(x.dtype)
         condition = self.timestep_embedding(t) + self._embed(y)
-        found = modulate_together(condition, self)
+        is_checkpointed = torch.is_grad_enabled() and self.gradient_checkpointing
+        found = {} if is_checkpointed else modulate_together(condition, self)
 
         skips = []
         for index, blocks in enumerate(_stages(self.encoder)):
@@ -314,20 +315,23 @@ class Block(nn.Module):
     def reset_own_parameters(self) -> None:
         nn.init.zeros_(self.modulation.weight)
 
-    def modulate(self, condition: Tensor) -> Tensor:
-        """Compute the shifts, scales and gates of all branches from the condition, (b, 4 embed_dim)."""
+    def modulate(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """Compute shift, scale and gate of each branch, (b, c) each, from the condition, (b, 4 embed_dim)."""
         return modulate(self, condition)
 
     def forward(
-        self, x: Tensor, condition: Tensor, residual: Residual | None = None, modulation: Tensor | None = None
+        self,
+        x: Tensor,
+        condition: Tensor,
+        residual: Residual | None = None,
+        modulation: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Residual]:
         """Run the block on x and the previous block's residual, not added yet; return both for the next block.
 
         Each branch's output is added together with the next normalization, so x is read only once for both.
         `modulation` has the shifts, scales and gates of all branches if the network has already computed them.
         """
-        own = self.modulate(condition) if modulation is None else modulation
-        parts = iter(own.unflatten(1, (-1, x.shape[-1])).unbind(1))
+        parts = iter(self.modulate(condition) if modulation is None else modulation)
         for branch, norm in self._branches():
             shift_scale, gate = (next(parts), next(parts)), next(parts)
             x, out, bias = branch(Norm(x, residual, norm.weight, norm.bias, shift_scale, norm.eps))
@@ -477,8 +481,8 @@ class Head(nn.Module):
     def reset_own_parameters(self) -> None:
         nn.init.zeros_(self.modulation.weight)
 
-    def forward(self, x: Tensor, condition: Tensor, modulation: Tensor | None = None) -> Tensor:
-        shift, scale = (modulate(self, condition) if modulation is None else modulation).chunk(2, dim=-1)
+    def forward(self, x: Tensor, condition: Tensor, modulation: Sequence[Tensor] | None = None) -> Tensor:
+        shift, scale = modulate(self, condition) if modulation is None else modulation
         x = normalize(self.linear(x), self.norm)
         return self.output(layer_norm(x, modulation=(shift, scale), eps=1e-6))
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from lamamba.model import LaMambaDiff
 from lamamba.ops import modulation
 from lamamba.ops.backend import use_backend
-from lamamba.ops.linear import RoundedWeights
+from lamamba.ops.linear import RoundedWeights, rounded, stack_rounded
 from lamamba.ops.modulation import modulate_together
 
 pytest.importorskip("triton")
@@ -44,9 +45,10 @@ def check(found: modulation.Modulations, network: LaMambaDiff, condition: Tensor
     names = {module: name for name, module in network.named_modules()}
     wanted = {name: module for name, module in exact.named_modules() if hasattr(module, "condition_projection")}
     assert [names[module] for module in found] == list(wanted)
-    for module, value in found.items():
-        of = wanted[names[module]]
+    for module, parts in found.items():
+        of, value = wanted[names[module]], torch.cat(list(parts), dim=1)
         result = of.modulation(F.silu(of.condition_projection(condition)))
+        assert {part.shape for part in parts} == {(len(condition), of.modulation.in_features)}
         assert value.dtype == DTYPE
         assert value.shape == result.shape
         assert (value.double() - result).norm() < 4 * torch.finfo(DTYPE).eps * result.norm(), names[module]
@@ -88,13 +90,13 @@ def test_weights_that_changed_or_moved_are_used() -> None:
             parameter.data = parameter.data.clone() * 3
         moved = modulate_together(condition, network)
         check(moved, network, condition)
-    assert not torch.equal(moved[network.head], before[network.head])
+    assert not torch.equal(moved[network.head][0], before[network.head][0])
 
 
 def test_otherwise_each_module_computes_its_own() -> None:
     network, condition = make_network(), make_condition()
     with use_backend("triton"):
-        assert not modulate_together(condition, network)  # gradients
+        assert network.head not in modulate_together(condition, network)  # with gradients, alone with its shapes
         with torch.no_grad():
             assert modulate_together(condition, network)
             assert not modulate_together(make_condition(modulation.MAX_BATCH + 1), network)
@@ -233,3 +235,59 @@ def test_a_network_gives_the_same_in_a_graph(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("lamamba.model.modulate_together", lambda condition, network: {})
     apart = network(*inputs, labels)
     assert (together - apart).norm() < 0.02 * apart.norm()
+
+
+LAYERS = ("condition_projection", "modulation")
+
+
+def gradients_of(network: LaMambaDiff, condition: Tensor, together: bool) -> list[Tensor]:
+    """Return the gradients of the condition and of all layers that can be computed in groups."""
+    condition = condition.clone().requires_grad_()
+    found = modulate_together(condition, network) if together else {}
+    modules = [module for module in network.modules() if hasattr(module, "modulation") and module is not network.head]
+    assert len(found) == (len(modules) if together else 0)
+    total = torch.zeros((), dtype=torch.float64, device=condition.device)
+    for index, module in enumerate(modules):
+        for number, part in enumerate(found[module] if together else modulation.modulate(module, condition)):
+            if number != 4:  # a part without a gradient
+                total = total + (part.double() * torch.cos(index + torch.arange(part.numel()).view(part.shape))).sum()
+    parameters = [p for module in modules for name in LAYERS for p in getattr(module, name).parameters()]
+    return list(torch.autograd.grad(total, [condition, *parameters]))
+
+
+@pytest.mark.parametrize("with_copies", [False, True])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_gradients_of_groups_are_those_of_each_layer(batch: int, with_copies: bool) -> None:
+    """Weights are float32 with or without copies in 16 bits, and errors are relative to float64."""
+    network = make_network(torch.float32)
+    condition = make_condition(batch, torch.float32)
+    rounding = RoundedWeights(network, DTYPE).in_use if with_copies else nullcontext
+    with torch.autocast(DEVICE, DTYPE), rounding():
+        with use_backend("triton"):
+            grads = gradients_of(network, condition, True)
+            found = modulate_together(condition.to(DTYPE), network)
+        alone = gradients_of(network, condition, False)
+    exact = gradients_of(copy.deepcopy(network).double(), condition.double(), False)
+    for grad, own, wanted in zip(grads, alone, exact, strict=True):
+        assert grad.dtype == own.dtype == torch.float32
+        assert (grad - wanted).norm() <= 2 * (own - wanted).norm() + 1e-6 * wanted.norm()
+        assert (own - wanted).norm() > 0
+    rounded_network = copy.deepcopy(network).to(DTYPE)
+    with torch.no_grad():
+        for module, parts in found.items():
+            name = next(name for name, other in network.named_modules() if other is module)
+            wanted = torch.cat(modulation.modulate(rounded_network.get_submodule(name), condition.to(DTYPE)), dim=1)
+            torch.testing.assert_close(torch.cat(list(parts), dim=1), wanted, rtol=1e-2, atol=1e-2)
+
+
+def test_copies_of_equal_layers_are_stacked_without_another_copy() -> None:
+    network = make_network(torch.float32)
+    layers = [network.encoder[2][0].modulation, network.encoder[3][0].modulation]
+    with RoundedWeights(network, DTYPE).in_use():
+        stacked = stack_rounded([layer.weight for layer in layers], DTYPE)
+        assert stacked.data_ptr() == rounded(layers[0].weight, DTYPE).data_ptr()
+        apart = stack_rounded([layer.weight for layer in reversed(layers)], DTYPE)
+        assert apart.data_ptr() != rounded(layers[1].weight, DTYPE).data_ptr()
+    assert stacked.shape == (2, *layers[0].weight.shape)
+    for of_stack, layer in zip((*stacked, *apart.flip(0)), layers * 2, strict=True):
+        assert torch.equal(of_stack, layer.weight.to(DTYPE))

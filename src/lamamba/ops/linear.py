@@ -7,8 +7,9 @@
   multiplied where it lies, and the second product is added to the first.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -48,10 +49,17 @@ class RoundedWeights:
     """
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
-        named = ((module, name) for module in network.modules() for name in getattr(module, "rounded_parameters", ()))
-        self._places = [place for place in named if _is_rounded(getattr(*place))]
+        named = (
+            (path.rpartition(".")[2], name, module)
+            for path, module in network.named_modules()
+            for name in getattr(module, "rounded_parameters", ())
+        )
+        places = [place for place in named if _is_rounded(getattr(place[2], place[1]))]
+        # Weights of the same name and shape lie one after the other, for `stack_rounded`.
+        places.sort(key=lambda place: (*place[:2], getattr(place[2], place[1]).shape))
+        self._places = [(module, name) for _, name, module in places]
         with torch.inference_mode(False):  # or autograd could not save them
-            self.copies = [torch.empty_like(weight, dtype=dtype) for weight in self.weights()]
+            self.copies = _empty_like_all(self.weights(), dtype)
 
     def weights(self) -> list[Tensor]:
         """Return the weights that have copies."""
@@ -78,6 +86,15 @@ class RoundedWeights:
             _copies.update(before)
 
 
+def _empty_like_all(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Allocate a tensor for each weight; those of the same shape lie one after the other."""
+    copies: list[Tensor] = []
+    for _, of_shape in groupby(weights, key=lambda weight: (weight.shape, weight.device)):
+        group = list(of_shape)
+        copies += group[0].new_empty(len(group), *group[0].shape, dtype=dtype).unbind()
+    return copies
+
+
 def _is_rounded(weight: Tensor | None) -> bool:
     return weight is not None and weight.dtype == torch.float32 and weight.is_contiguous()
 
@@ -99,6 +116,19 @@ def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert a weight for a product, or return its copy in `RoundedWeights`. Autograd must not record this."""
     found = find_rounded(weight, dtype)
     return weight.to(dtype) if found is None else found
+
+
+def stack_rounded(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return `rounded` of weights of one shape, (n, ...), without a copy if they lie one after the other."""
+    all_rounded = [rounded(weight, dtype) for weight in weights]
+    first, size = all_rounded[0], all_rounded[0].nbytes
+    in_a_row = all(
+        weight.is_contiguous() and weight.data_ptr() == first.data_ptr() + index * size
+        for index, weight in enumerate(all_rounded)
+    )
+    if in_a_row and first.untyped_storage().data_ptr() == all_rounded[-1].untyped_storage().data_ptr():
+        return first.as_strided((len(all_rounded), *first.shape), (first.numel(), *first.stride()))
+    return torch.stack(all_rounded)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -170,7 +170,7 @@ def modulations_ahead(network: nn.Module) -> Iterator[None]:
     """
     blocks: list[Any] = [module for module in network.modules() if callable(getattr(module, "modulate", None))]
     plain = {block: block.modulate for block in blocks}
-    ahead: dict[Any, tuple[Tensor, torch.cuda.Event]] = {}
+    ahead: dict[Any, tuple[Any, torch.cuda.Event]] = {}
 
     def modulate_ahead(block: Any, condition: Tensor) -> Any:
         if not torch.cuda.is_current_stream_capturing():  # another thread, which computes as usual

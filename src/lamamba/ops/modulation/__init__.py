@@ -1,6 +1,6 @@
-"""The modulation of all blocks from the condition, in three launches instead of three for each block."""
+"""The modulation of all blocks from the condition, with fewer launches than if each block computes its own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from lamamba.ops.backend import choose_kernels
 from lamamba.ops.linear import Linear, compute_dtype, find_rounded
+from lamamba.ops.modulation.groups import modulate_in_groups
 
-MAX_BATCH = 64  # with more images, separate matrix products are as fast
+MAX_BATCH = 64  # of the kernel; with more images, separate matrix products are as fast
 # Plans that a network keeps, besides those of CUDA graphs. Without a limit, weights that move often would fill memory.
 KEPT = 4
 
-Modulations = Mapping[nn.Module, Tensor]
+Modulations = Mapping[nn.Module, Sequence[Tensor]]
+"""Shifts, scales and gates by module, (b, c) each."""
 
 
 @dataclass
@@ -39,10 +41,14 @@ class _Plan:
 _plans: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], _Plan]] = WeakKeyDictionary()
 
 
-def modulate(module: Any, condition: Tensor) -> Tensor:
-    """Compute a module's shifts, scales and gates, (b, o), from the condition, (b, i)."""
-    modulation: Tensor = module.modulation(F.silu(module.condition_projection(condition)))
-    return modulation
+def modulate(module: Any, condition: Tensor) -> tuple[Tensor, ...]:
+    """Compute a module's shifts, scales and gates, (b, c) each, from the condition, (b, i)."""
+    layer = module.modulation
+    return _cut(layer(F.silu(module.condition_projection(condition))), layer.out_features // layer.in_features)
+
+
+def _cut(modulation: Tensor, number: int) -> tuple[Tensor, ...]:
+    return modulation.unflatten(1, (number, -1)).unbind(1)
 
 
 def modulate_together(condition: Tensor, network: nn.Module) -> Modulations:
@@ -53,12 +59,13 @@ def modulate_together(condition: Tensor, network: nn.Module) -> Modulations:
         network: the network. A projection is a linear layer or the identity, and a modulation is a linear layer.
 
     Returns:
-        The results by module. There are none where each module has to compute its own: with gradients, with many
-        images or none, in torch.compile, without kernels, for other layers or those with hooks, or with weights that
-        are not rounded yet.
+        The results by module. There are none where each module has to compute its own: with no images, in
+        torch.compile, in float32, without kernels, and for other layers or those with hooks. Without gradients, there
+        are none with many images either, or with weights that are not rounded yet. With gradients, there are none for a
+        module whose layers have other shapes than those of all other modules.
     """
-    dtype = compute_dtype(condition)
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not 0 < len(condition) <= MAX_BATCH:
+    dtype, with_gradients = compute_dtype(condition), torch.is_grad_enabled()
+    if torch.compiler.is_compiling() or len(condition) == 0 or not (with_gradients or len(condition) <= MAX_BATCH):
         return {}
     if dtype == torch.float32 or not choose_kernels("modulate_together", condition, "auto"):
         return {}
@@ -67,6 +74,8 @@ def modulate_together(condition: Tensor, network: nn.Module) -> Modulations:
     layers = [layer for layer in layers if not isinstance(layer, nn.Identity)]
     if not all(_is_plain(layer, condition) for layer in layers):
         return {}
+    if with_gradients:
+        return modulate_in_groups(condition.to(dtype), modules)
     weights = {layer: (find_rounded(layer.weight, dtype), find_rounded(layer.bias, dtype)) for layer in layers}
     if any(weight is None or not weight.is_contiguous() for pair in weights.values() for weight in pair):
         return {}
@@ -89,7 +98,10 @@ def modulate_together(condition: Tensor, network: nn.Module) -> Modulations:
     hidden = linears(condition, condition, *plan.projections, plan.num_hidden, True) if plan.num_hidden else condition
     out = linears(F.silu(condition), hidden, *plan.modulations, sum(plan.sizes), False)
     parts = out.split([batch * size for size in plan.sizes])
-    return {module: part.view(batch, -1) for module, part in zip(modules, parts, strict=True)}
+    return {
+        module: _cut(part.view(batch, -1), module.modulation.out_features // module.modulation.in_features)
+        for module, part in zip(modules, parts, strict=True)
+    }
 
 
 def _forget_old(plans: dict[tuple[object, ...], _Plan]) -> None:
