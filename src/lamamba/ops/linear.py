@@ -217,13 +217,16 @@ class _LinearInHalves(torch.autograd.Function):
         first_weight, second_weight = weight.chunk(2)
         with torch.autocast(x.device.type, enabled=False):
             grad_x = (first @ first_weight).addmm_(second, second_weight)
-            grad_weight = torch.cat([weight_gradient(half, x, ctx.weight_dtype) for half in (first, second)])
+            grad_weight = torch.empty_like(weight, dtype=ctx.weight_dtype)
+            for half, of_half in zip((first, second), grad_weight.chunk(2), strict=True):
+                weight_gradient(half, x, ctx.weight_dtype, of_half)
         return grad_x.view_as(x), grad_weight
 
 
-def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Compute the gradient of a weight, (o, i) in `dtype`, from gradients (..., o) and inputs (..., i)."""
     grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     if x.is_cuda and dtype == torch.float32 != x.dtype:
-        return torch.mm(grad.mT, x, out_dtype=dtype)
-    return (grad.mT @ x).to(dtype)
+        return torch.mm(grad.mT, x, out_dtype=dtype, out=out)
+    found = (grad.mT @ x).to(dtype)
+    return found if out is None else out.copy_(found)

@@ -18,7 +18,7 @@ from lamamba.ops.sum_kernels import sum_parts
 # Enough warps to keep a large GPU busy: several programs share an image where there are fewer images. In the backward
 # pass each program writes its sums.
 FORWARD_WARPS, BACKWARD_WARPS = 4096, 1024
-SUM_BLOCK, SUM_ROWS = 64, 8
+SUM_BLOCK, MAX_SUM_ROWS = 32, 64
 
 
 class _Plan(NamedTuple):
@@ -125,7 +125,8 @@ def _backward(
         sums, gate, branch_bias, weight, bias, scale,
         grad_gate, grad_branch_bias, grad_shift, grad_scale, grad_affine,
         gate_stride, scale_stride, of_images.stride(0), plan.grid[1],
-        SUMS=num_sums, CHANNELS=channels, BLOCK=SUM_BLOCK, ROWS=SUM_ROWS, num_warps=2,
+        SUMS=num_sums, CHANNELS=channels, BLOCK=SUM_BLOCK,
+        ROWS=min(MAX_SUM_ROWS, triton.next_power_of_2(plan.grid[1])), num_warps=2,
     )  # fmt: skip
     sum_parts(of_images, out=of_parameters)
     return results

@@ -96,22 +96,25 @@ def attention_forward_kernel(
 
 @triton.jit(do_not_specialize=["num_windows", "windows_per_program"])
 def attention_backward_kernel(
-    p_qkv, p_bias, p_grad_out, p_grad_qkv, p_grad_bias, num_windows, windows_per_program, scale,
+    p_qkv, p_bias, p_grad_out, p_grad_qkv, p_sums, num_windows, windows_per_program, scale,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr,
     SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr, PLACES: tl.constexpr, WINDOW: tl.constexpr,
     HEADS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Recompute the weights, and compute all gradients.
 
-    The gradient of the logits is summed over the windows of the program: (programs, heads, places, places). The caller
-    adds up the programs, and all pairs that use the same row of the bias table.
+    Two gradients are summed over the windows of the program, and the caller adds up the programs: of the logits,
+    (heads, places, places), and then of the bias of the qkv layer, (3, heads, c). The caller also adds up all pairs of
+    places that use the same row of the bias table.
     """
+    LOGITS: tl.constexpr = HEADS * PLACES * PLACES
     PER_IMAGE: tl.constexpr = ((HEIGHT + SIDE_Y - 1) // SIDE_Y) * ((WIDTH + SIDE_X - 1) // SIDE_X)
     head = tl.program_id(0)
     o_d = tl.arange(0, BLOCK)
     m_d = (o_d < CHANNELS)[None, :]
     b_bias = relative_bias(p_bias, head, HEADS, WINDOW, SIDE_Y, SIDE_X, PLACES)
     b_grad_bias = tl.zeros([PLACES, PLACES], tl.float32)
+    b_query_sum, b_value_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     first = tl.program_id(1) * windows_per_program
     for window in range(first, tl.minimum(first + windows_per_program, num_windows)):
         image = tl.zeros([1, 1], tl.int64) + window // PER_IMAGE
@@ -134,27 +137,16 @@ def attention_backward_kernel(
         b_grad_logit = (b_grad_logit * scale).to(b_v.dtype)
         b_grad_q = tl.dot(b_grad_logit, b_k, input_precision="ieee")
         b_grad_k = tl.dot(tl.trans(b_grad_logit), b_q, input_precision="ieee")
+        b_query_sum += tl.sum(b_grad_q, axis=0)
+        b_value_sum += tl.sum(b_grad_out.to(tl.float32), axis=0)
         p_grad_row = p_grad_qkv + o_row
         tl.store(p_grad_row, b_grad_q.to(p_grad_qkv.dtype.element_ty), mask=m_row)
         tl.store(p_grad_row + HEADS * CHANNELS, b_grad_k.to(p_grad_qkv.dtype.element_ty), mask=m_row)
         tl.store(p_grad_row + 2 * HEADS * CHANNELS, b_grad_v.to(p_grad_qkv.dtype.element_ty), mask=m_row)
     o_place = tl.arange(0, PLACES)
-    p_grad_bias += (tl.program_id(1) * HEADS + head).to(tl.int64) * PLACES * PLACES
-    tl.store(p_grad_bias + o_place[:, None] * PLACES + o_place[None, :], b_grad_bias)
-
-
-@triton.jit(do_not_specialize=["num_rows", "rows_per_program"])
-def column_sum_kernel(
-    p_x, p_sums, num_rows, rows_per_program,
-    STRIDE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sum the first WIDTH channels over rows that are STRIDE apart: (WIDTH,) float32 per program."""
-    o_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_c = o_c < WIDTH
-    first = tl.program_id(1) * rows_per_program
-    end = tl.minimum(first + rows_per_program, num_rows)
-    b_sum = tl.zeros([ROWS, BLOCK], tl.float32)
-    for row in range(first, end, ROWS):
-        o_row = (row + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        b_sum += tl.load(p_x + o_row * STRIDE + o_c[None, :], mask=(o_row < end) & m_c[None, :], other=0.0)
-    tl.store(p_sums + tl.program_id(1) * WIDTH + o_c, tl.sum(b_sum, axis=0), mask=m_c)
+    p_sums += tl.program_id(1).to(tl.int64) * (LOGITS + 3 * HEADS * CHANNELS)
+    tl.store(p_sums + head * PLACES * PLACES + o_place[:, None] * PLACES + o_place[None, :], b_grad_bias)
+    p_sums += LOGITS + head * CHANNELS + o_d
+    tl.store(p_sums, b_query_sum, mask=o_d < CHANNELS)
+    tl.store(p_sums + HEADS * CHANNELS, tl.zeros([BLOCK], tl.float32), mask=o_d < CHANNELS)
+    tl.store(p_sums + 2 * HEADS * CHANNELS, b_value_sum, mask=o_d < CHANNELS)

@@ -13,16 +13,10 @@ from lamamba.ops.launch import launch
 from lamamba.ops.linear import rounded, weight_gradient
 from lamamba.ops.sum_kernels import sum_parts
 from lamamba.ops.window_attention.geometry import Windows
-from lamamba.ops.window_attention.kernels import (
-    attention_backward_kernel,
-    attention_forward_kernel,
-    column_sum_kernel,
-)
+from lamamba.ops.window_attention.kernels import attention_backward_kernel, attention_forward_kernel
 
-# Enough programs to keep a large GPU busy. Each loads its bias once, and writes one sum of the gradients of the logits.
+# Enough programs to keep a large GPU busy. Each loads its bias once, and writes its sums once.
 WANTED_PROGRAMS = 1024
-# Rows and columns of a block of `column_sum_kernel`, and the number of its programs.
-SUM_ROWS, SUM_BLOCK, WANTED_SUMS = 32, 64, 1056
 
 
 class _Plan(NamedTuple):
@@ -64,23 +58,38 @@ window_attention_triton.register_fake(lambda qkv, *others: qkv.new_empty(*qkv.sh
 @torch.library.custom_op("lamamba::window_attention_backward", mutates_args=())
 def _backward(
     grad_out: Tensor, qkv: Tensor, bias: Tensor, num_heads: int, window_size: int, shifted: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the backward kernel.
+
+    Returns:
+        The gradients of qkv and bias, and in float32 that of a bias (3 heads c) which was added to qkv:
+
+        * Queries: the sum of their gradients over pixels.
+        * Keys: zero, because adding the same vector to every key does not change the weights.
+        * Values: the sum of the gradient of the result. Weights add up to 1, so a vector that is added to every value
+          is added to the result.
+    """
     grad_out, qkv, bias = grad_out.contiguous(), qkv.contiguous(), bias.contiguous()
     plan = _plan(qkv, num_heads, window_size, shifted)
     places = plan.constants["PLACES"]
     grad_qkv = qkv.new_empty(qkv.shape)
-    logits = qkv.new_empty(plan.grid[1], num_heads, places * places, dtype=torch.float32)
-    launch(attention_backward_kernel, plan.grid, qkv, bias, grad_out, grad_qkv, logits, *plan.numbers, **plan.constants)
+    num_logits = num_heads * places**2
+    sums = qkv.new_empty(plan.grid[1], num_logits + qkv.shape[3], dtype=torch.float32)
+    launch(attention_backward_kernel, plan.grid, qkv, bias, grad_out, grad_qkv, sums, *plan.numbers, **plan.constants)
+    logits, added = sum_parts(sums).split([num_logits, qkv.shape[3]])
     rows = _row_of_each_pair(plan.constants["SIDE_Y"], plan.constants["SIDE_X"], places, window_size, str(qkv.device))
     # A product with zeros and ones, because `index_add` has no fixed order on a GPU.
     with torch.autocast(qkv.device.type, enabled=False):
-        return grad_qkv, (rows @ sum_parts(logits).mT).to(bias.dtype)
+        return grad_qkv, (rows @ logits.view(num_heads, -1).mT).to(bias.dtype), added
 
 
-_backward.register_fake(lambda grad_out, qkv, bias, *others: (qkv.new_empty(qkv.shape), bias.new_empty(bias.shape)))
+@_backward.register_fake
+def _(grad_out: Tensor, qkv: Tensor, bias: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    added = qkv.new_empty(qkv.shape[3], dtype=torch.float32)
+    return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape), added
 
 
-register_gradients(window_attention_triton, _backward, num_tensors=2)
+register_gradients(window_attention_triton, lambda *given: _backward(*given)[:2], num_tensors=2)
 
 
 class ProjectedAttention(torch.autograd.Function):
@@ -105,42 +114,10 @@ class ProjectedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         qkv, bias, x, weight = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
-        grad_qkv, grad_bias = _backward(grads[0], qkv, bias, *ctx.options)
+        grad_qkv, grad_bias, added = _backward(grads[0], qkv, bias, *ctx.options)
         with torch.autocast(x.device.type, enabled=False):
             grad_x, grad_weight = grad_qkv @ weight, weight_gradient(grad_qkv, x, weight_dtype)
-        added = added_gradient(grad_qkv, grads[0]).to(bias_dtype)
-        return grad_x, grad_weight, added, grad_bias, None, None, None
-
-
-@torch.library.custom_op("lamamba::added_gradient", mutates_args=())
-def added_gradient(grad_qkv: Tensor, grad_out: Tensor) -> Tensor:
-    """Compute the gradient of the bias of the qkv layer, (3 heads c) float32.
-
-    * Queries: the sum of their gradients over pixels.
-    * Keys: zero, because adding the same vector to every key does not change the weights.
-    * Values: the sum of the gradient of the result. Weights add up to 1, so a vector that is added to every value is
-      added to the result.
-    """
-    width = grad_out.shape[3]
-    query, value = (_sum_columns(x.contiguous(), width) for x in (grad_qkv, grad_out))
-    return torch.cat([query, torch.zeros_like(query), value])
-
-
-added_gradient.register_fake(lambda grad_qkv, grad_out: grad_qkv.new_empty(grad_qkv.shape[3], dtype=torch.float32))
-
-
-def _sum_columns(x: Tensor, width: int) -> Tensor:
-    """Sum the first `width` channels over all pixels: (width,) float32."""
-    stride = x.shape[-1]
-    num_rows, num_blocks = x.numel() // stride, triton.cdiv(width, SUM_BLOCK)
-    steps_per_program = triton.cdiv(triton.cdiv(num_rows, SUM_ROWS) * num_blocks, WANTED_SUMS)
-    num_programs = triton.cdiv(num_rows, SUM_ROWS * steps_per_program)
-    sums = x.new_empty(num_programs, width, dtype=torch.float32)
-    launch(
-        column_sum_kernel, (num_blocks, num_programs), x, sums, num_rows, SUM_ROWS * steps_per_program,
-        STRIDE=stride, WIDTH=width, ROWS=SUM_ROWS, BLOCK=SUM_BLOCK, num_warps=4, num_stages=1,
-    )  # fmt: skip
-    return sum_parts(sums)
+        return grad_x, grad_weight, added.to(bias_dtype), grad_bias, None, None, None
 
 
 @lru_cache(maxsize=64)
