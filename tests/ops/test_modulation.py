@@ -250,7 +250,8 @@ def gradients_of(network: LaMambaDiff, condition: Tensor, together: bool) -> lis
     for index, module in enumerate(modules):
         for number, part in enumerate(found[module] if together else modulation.modulate(module, condition)):
             if number != 4:  # a part without a gradient
-                total = total + (part.double() * torch.cos(index + torch.arange(part.numel()).view(part.shape))).sum()
+                weights = torch.cos(index + torch.arange(part.numel(), device=part.device)).view(part.shape)
+                total = total + (part.double() * weights).sum()
     parameters = [p for module in modules for name in LAYERS for p in getattr(module, name).parameters()]
     return list(torch.autograd.grad(total, [condition, *parameters]))
 

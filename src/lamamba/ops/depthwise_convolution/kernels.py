@@ -138,7 +138,7 @@ def convolution_backward_kernel(
     """Recompute z, and compute all gradients; those of the taps and the bias are summed over the tiles of the program.
 
     A new column of x completes the gradient of z in the column to its left. That completes the gradient of x two
-    columns to the left. The caller adds up the sums, (programs, 10, e).
+    columns to the left. The caller adds up the sums: for each program (e, 9) of the taps, then (e,) of the bias.
     """
     MARGIN: tl.constexpr = 1 if ROWS < HEIGHT else 0
     o_e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -191,6 +191,7 @@ def convolution_backward_kernel(
                 p_grad_x_strip + (end - 1) * CHANNELS, m_e, grad_left, grad_middle, outside, parameters,
                 first_row, HEIGHT, WIDTH, CHANNELS, ROWS, MARGIN,
             )  # fmt: skip
-    p_sums += tl.program_id(1) * 10 * CHANNELS + o_e
-    for row in tl.static_range(10):
-        tl.store(p_sums + row * CHANNELS, sums[row], mask=m_e)
+    p_sums += tl.program_id(1) * 10 * CHANNELS
+    for tap in tl.static_range(9):
+        tl.store(p_sums + 9 * o_e + tap, sums[tap], mask=m_e)
+    tl.store(p_sums + 9 * CHANNELS + o_e, sums[9], mask=m_e)

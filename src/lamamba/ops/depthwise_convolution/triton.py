@@ -67,11 +67,11 @@ depthwise_convolution_triton.register_fake(lambda x, weight, bias: x.new_empty(x
 
 @torch.library.custom_op("lamamba::depthwise_convolution_backward", mutates_args=())
 def _backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Run the backward kernel; return the gradient of x, and of the nine taps and the bias as (10, e) float32."""
+    """Run the backward kernel; return the gradient of x, and of the taps (e, 9) and then the bias, flat in float32."""
     x, stride = readable_pixels(x)
     plan = _plan(x, stride, BACKWARD_BLOCK, BACKWARD_ROWS)
     grad_x = x.new_empty(x.shape)
-    sums = x.new_empty(plan.grid[1], 10, x.shape[3], dtype=torch.float32)
+    sums = x.new_empty(plan.grid[1], 10 * x.shape[3], dtype=torch.float32)
     launch(
         convolution_backward_kernel, plan.grid,
         x, weight.contiguous(), bias, grad_y.contiguous(), grad_x, sums, plan.num_tiles, **plan.constants,
@@ -80,7 +80,7 @@ def _backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
 
 
 _backward.register_fake(
-    lambda grad_y, x, weight, bias: (x.new_empty(x.shape), x.new_empty(10, x.shape[3], dtype=torch.float32))
+    lambda grad_y, x, weight, bias: (x.new_empty(x.shape), x.new_empty(10 * x.shape[3], dtype=torch.float32))
 )
 
 
@@ -91,8 +91,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
     grad_x, sums = _backward(grad_y, x, weight, bias)
-    grad_weight = sums[:9].mT.reshape(weight.shape).to(weight.dtype)
-    return grad_x, grad_weight, None if bias is None else sums[9].to(bias.dtype)
+    of_taps, of_bias = sums.split([weight.numel(), x.shape[3]])
+    grad_weight = of_taps.view(weight.shape).to(weight.dtype)
+    return grad_x, grad_weight, None if bias is None else of_bias.to(bias.dtype)
 
 
 depthwise_convolution_triton.register_autograd(_autograd, setup_context=_setup_context)
