@@ -36,6 +36,8 @@ from lamamba.ops.fused_layers import Norm
 from lamamba.ops.fused_layers.kernels import norm_linear_kernel
 from lamamba.ops.fused_layers.triton import norm_linear_triton
 from lamamba.ops.launch import Launch, compile_launch, record_launches
+from lamamba.ops.linear_gelu import gelu_mlp
+from lamamba.ops.linear_gelu.products import gelu_linear, gelu_linear_backward
 from lamamba.ops.modulation import modulate_together
 from lamamba.ops.residual_norm import Residual, add_gated
 
@@ -125,6 +127,18 @@ def run_fused() -> None:
             )
 
 
+def run_mlp() -> None:
+    """Run MLPs in bfloat16: with GELU in kernels of the second layer, largest shared memory first, and alone."""
+    hidden, bias = torch.ones(8, 640, dtype=torch.bfloat16), torch.ones(640, dtype=torch.bfloat16)
+    for width in (256, 128):
+        gelu_linear(hidden, bias, hidden.new_ones(width, 640))
+    for width in (512, 128):
+        gelu_linear_backward(hidden.new_ones(8, width), hidden, bias, hidden.new_ones(width, 640))
+    weight_2 = hidden.new_ones(576, 640).requires_grad_()
+    with use_backend("triton"):
+        gelu_mlp(hidden.new_ones(8, 32), hidden.new_ones(640, 32), bias, weight_2).sum().backward()
+
+
 def modulate() -> None:
     """Run the linear layers of a network's modulation, with aligned and with unaligned rows."""
     with torch.no_grad(), use_backend("triton"):
@@ -184,5 +198,5 @@ if __name__ == "__main__":
         of_block = forms(1, 16 if every else 3)
         of_sequences = record_launches(scan_sequences, 4 if every else 1 if capability < 100 else 3)
         fused = [launched for launched in record_launches(run_fused) if launched.kernel.fn.__module__ == FUSED]
-        others = of_block + of_sequences + record_launches(modulate)
+        others = of_block + of_sequences + record_launches(modulate) + record_launches(run_mlp)
         compile_for(capability, others + fused if every else fullest(others) + fullest(fused))

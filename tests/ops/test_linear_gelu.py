@@ -78,6 +78,32 @@ def test_the_plain_version_is_a_layer_and_gelu() -> None:
     torch.testing.assert_close(linear_gelu(*inputs), 0.5 * z * (1 + torch.erf(z / math.sqrt(2))))
 
 
+@pytest.mark.parametrize("width", [64, 128, 192, 256, 320])
+@pytest.mark.parametrize("num_rows", [70, 5])
+def test_the_second_layer_with_gelu_in_its_kernel(num_rows: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both kernels, or only that of the backward pass for a width that is no power of two, with rows that end early."""
+    from lamamba.ops.linear_gelu import products
+
+    launched = []
+    launch = products.launch
+    monkeypatch.setattr(
+        products, "launch", lambda kernel, *rest, **c: launched.append(kernel) or launch(kernel, *rest, **c)
+    )
+    monkeypatch.setattr(products, "MIN_ROWS", 5)
+    x, weight_1, bias_1 = make_inputs((num_rows, 16, 192))
+    weight_2 = torch.randn(width, 192, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    inputs = [tensor.half() for tensor in (x, weight_1, bias_1, weight_2 / 14)]
+    ours, plain = (mlp_and_gradients(inputs, backend) for backend in ("triton", "pytorch"))
+    exact = mlp_and_gradients([tensor.double() for tensor in inputs], "pytorch")
+    with torch.no_grad():
+        assert torch.equal(gelu_mlp(*inputs, backend="triton"), ours[0])
+    for name, value, reference, wanted in zip(("out", "x", "1", "bias", "2"), ours, plain, exact, strict=True):
+        assert value.dtype == reference.dtype, name
+        assert relative_error(value, wanted) <= 2 * relative_error(reference, wanted) + 1e-5, name
+    forward = 2 if width in (64, 128, 256) else 0  # with and without gradients
+    assert len(launched) == forward + 1
+
+
 @pytest.mark.parametrize("warps", [1, 3])
 def test_programs_share_the_rows(warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One program takes all rows, or many programs share them and the last one has fewer rows."""
@@ -99,6 +125,8 @@ def test_every_value_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
         return new_empty(tensor, *shape, **options).fill_(torch.nan)
 
     monkeypatch.setattr(Tensor, "new_empty", poisoned)
+    x, weight_1, bias_1 = (tensor.half() for tensor in make_inputs((70, 16, 128)))
+    assert all(bool(value.isfinite().all()) for value in mlp_and_gradients([x, weight_1, bias_1, weight_1.T], "triton"))
     inputs = [tensor.float() for tensor in make_inputs((2, 5, 7, 4, 97))]
     for name, value in zip(NAMES, output_and_gradients(inputs, "triton"), strict=True):
         assert bool(value.isfinite().all()), name

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lamamba.ops.backend import Backend, choose_kernels
-from lamamba.ops.linear import compute_dtype, linear
+from lamamba.ops.linear import compute_dtype, linear, rounded
 from lamamba.ops.linear_gelu.reference import linear_gelu_reference
 from lamamba.ops.shapes import check_shapes
 
@@ -65,13 +65,17 @@ def gelu_mlp(
     """
     with_layer = f"weight_1 {tuple(weight_1.shape)}"
     check_shapes("gelu_mlp", with_layer, {"weight_2": (weight_2, (len(weight_2), len(weight_1)))})
-    if dropout or not (torch.is_grad_enabled() and choose_kernels("gelu_mlp", x, backend)):
+    if dropout or not choose_kernels("gelu_mlp", x, backend):
         hidden = linear_gelu(x, weight_1, bias_1, backend)
         return linear(F.dropout(hidden, dropout) if dropout else hidden, weight_2)
     check_layer(x, weight_1, bias_1)
-    from lamamba.ops.linear_gelu.triton import GeluMlp
+    from lamamba.ops.linear_gelu.mlp import GeluMlp
+    from lamamba.ops.linear_gelu.products import second_layer
 
-    out: Tensor = GeluMlp.apply(x.to(compute_dtype(x)), weight_1, bias_1, weight_2)
+    x = x.to(compute_dtype(x))
+    if not torch.is_grad_enabled():
+        return second_layer(linear(x, weight_1), bias_1, rounded(weight_2, x.dtype))
+    out: Tensor = GeluMlp.apply(x, weight_1, bias_1, weight_2)
     return out
 
 

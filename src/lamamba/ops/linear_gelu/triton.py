@@ -1,15 +1,13 @@
 """The kernels of `kernels.py` as one differentiable operation that torch.compile can see."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from lamamba.ops.gradients import register_gradients
 from lamamba.ops.launch import launch
-from lamamba.ops.linear import rounded, weight_gradient
 from lamamba.ops.linear_gelu.kernels import cut_columns, linear_gelu_backward_kernel, linear_gelu_forward_kernel
 from lamamba.ops.sum_kernels import sum_parts
 
@@ -63,13 +61,13 @@ _backward.register_fake(lambda grad_out, x, bias: (x.new_empty(x.shape), x.new_e
 
 
 @torch.library.custom_op("lamamba::bias_gelu_recompute", mutates_args=())
-def _recompute(grad_out: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def bias_gelu_recompute(grad_out: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Run the backward kernel; return the forward result too, before the gradients."""
     out = x.new_empty(x.shape)
     return out, *_differentiate(grad_out, x, bias, out)
 
 
-@_recompute.register_fake
+@bias_gelu_recompute.register_fake
 def _(grad_out: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[-1], dtype=torch.float32)
 
@@ -87,31 +85,3 @@ def _differentiate(grad_out: Tensor, x: Tensor, bias: Tensor, out: Tensor | None
 
 
 register_gradients(bias_gelu_triton, _backward, num_tensors=2)
-
-
-class GeluMlp(torch.autograd.Function):
-    """Two linear layers with bias and GELU between them, whose backward pass computes the hidden values again.
-
-    Takes x, the weight and bias of the first layer, and the weight of the second. The hidden values are the largest
-    tensor of a block. The backward kernel of GELU reads what it needs to compute them anyway.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor) -> Tensor:
-        low_1, low_2 = rounded(weight_1, x.dtype), rounded(weight_2, x.dtype)
-        z = F.linear(x, low_1)
-        out = F.linear(bias_gelu_triton(z, bias_1), low_2)
-        ctx.save_for_backward(x, low_1, z, bias_1, low_2)
-        ctx.dtypes = weight_1.dtype, weight_2.dtype
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        (grad,), (x, weight_1, z, bias_1, weight_2) = grads, ctx.saved_tensors
-        dtype_1, dtype_2 = ctx.dtypes
-        with torch.autocast(x.device.type, enabled=False):  # autocast would round the gradients
-            hidden, grad_z, grad_bias = _recompute(grad @ weight_2, z, bias_1)
-            grad_weight_2 = weight_gradient(grad, hidden, dtype_2)
-            del hidden
-            grad_weight_1 = weight_gradient(grad_z, x, dtype_1)
-            return grad_z @ weight_1, grad_weight_1, grad_bias.to(bias_1.dtype), grad_weight_2

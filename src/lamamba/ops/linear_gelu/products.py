@@ -1,0 +1,82 @@
+"""The second layer of an MLP: GELU of the sum with a bias, then a linear layer, in one kernel where that is faster.
+
+`mlp.py` has the gradients. What is faster was measured on one H200 in bf16
+(benchmarks/results/2026-11-30_second_layer.txt).
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from lamamba.ops.launch import launch
+from lamamba.ops.linear_gelu.product_kernels import gelu_linear_backward_kernel, gelu_linear_kernel
+from lamamba.ops.linear_gelu.triton import bias_gelu_recompute, bias_gelu_triton
+from lamamba.ops.sum_kernels import sum_parts
+
+ROWS, DEPTH = 64, 64  # rows of a program, and channels that it multiplies at once
+COLUMNS = 64  # of a program of the backward kernel
+MIN_ROWS = 128 * ROWS  # for which the forward kernel has enough programs
+MAX_WIDTH, MAX_WIDTH_OF_GRADIENT = 256, 512
+
+
+def second_layer(x: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
+    """Compute gelu(x + bias) weight^T without gradients: x (..., h), bias (h,), weight (o, h) in the dtype of x."""
+    width, hidden = weight.shape
+    is_power = width >= DEPTH and width & (width - 1) == 0  # of two; a program computes all columns
+    if is_power and width <= MAX_WIDTH and _is_cut_evenly(x) and x.numel() >= MIN_ROWS * hidden:
+        return gelu_linear(x, bias, weight)
+    return F.linear(bias_gelu_triton(x, bias), weight)
+
+
+def second_layer_backward(grad_out: Tensor, x: Tensor, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gelu(x + bias), and the gradients of x and of bias, the latter in float32, from that of the result."""
+    if len(weight) % DEPTH == 0 and len(weight) <= MAX_WIDTH_OF_GRADIENT and _is_cut_evenly(x):
+        return gelu_linear_backward(grad_out, x, bias, weight)
+    return bias_gelu_recompute(grad_out @ weight, x, bias)
+
+
+def _is_cut_evenly(x: Tensor) -> bool:
+    return x.dtype.itemsize == 2 and x.shape[-1] % DEPTH == 0
+
+
+@torch.library.custom_op("lamamba::gelu_linear", mutates_args=())
+def gelu_linear(x: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
+    """Run the forward kernel; arguments as of `second_layer`."""
+    x, bias, weight = x.contiguous(), bias.contiguous(), weight.contiguous()
+    width, hidden = weight.shape
+    num_rows = x.numel() // hidden
+    out = x.new_empty(*x.shape[:-1], width)
+    # Three or four tiles of each operand are in shared memory, of which some GPUs have 99 KiB.
+    depth, stages = (DEPTH, 3) if width < MAX_WIDTH else (DEPTH // 2, 4)
+    launch(
+        gelu_linear_kernel, (triton.cdiv(num_rows, ROWS),), x, bias, weight, out, num_rows,
+        HIDDEN=hidden, OUT=width, ROWS=ROWS, DEPTH=depth, num_warps=4, num_stages=stages,
+    )  # fmt: skip
+    return out
+
+
+gelu_linear.register_fake(lambda x, bias, weight: x.new_empty(*x.shape[:-1], len(weight)))
+
+
+@torch.library.custom_op("lamamba::gelu_linear_backward", mutates_args=())
+def gelu_linear_backward(grad_out: Tensor, x: Tensor, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the backward kernel; arguments and results as of `second_layer_backward`."""
+    grad_out, x, bias, weight = (tensor.contiguous() for tensor in (grad_out, x, bias, weight))
+    width, hidden = weight.shape
+    num_rows = x.numel() // hidden
+    num_tiles = triton.cdiv(num_rows, ROWS)
+    out, grad_x = x.new_empty(x.shape), x.new_empty(x.shape)
+    sums = x.new_empty(num_tiles, hidden, dtype=torch.float32)
+    launch(
+        gelu_linear_backward_kernel, (num_tiles * (hidden // COLUMNS),),
+        x, bias, weight, grad_out, out, grad_x, sums, num_rows,
+        HIDDEN=hidden, OUT=width, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH,
+        num_warps=4 if width <= 128 else 8, num_stages=3,
+    )  # fmt: skip
+    return out, grad_x, sum_parts(sums)
+
+
+@gelu_linear_backward.register_fake
+def _(grad_out: Tensor, x: Tensor, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[-1], dtype=torch.float32)
