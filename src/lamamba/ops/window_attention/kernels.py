@@ -150,3 +150,22 @@ def attention_backward_kernel(
     tl.store(p_sums, b_query_sum, mask=o_d < CHANNELS)
     tl.store(p_sums + HEADS * CHANNELS, tl.zeros([BLOCK], tl.float32), mask=o_d < CHANNELS)
     tl.store(p_sums + 2 * HEADS * CHANNELS, b_value_sum, mask=o_d < CHANNELS)
+
+
+@triton.jit
+def pair_sum_kernel(
+    p_logits, p_out,
+    SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, PLACES: tl.constexpr, WINDOW: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Sum (heads, places, places) over pairs of places that use the same row of the bias table, ((2 s - 1)^2, heads).
+
+    A program sums the pairs of one row and head.
+    """
+    row, head = tl.program_id(0), tl.program_id(1)
+    o_query = tl.arange(0, PLACES)
+    y = o_query // SIDE_X - (row // (2 * WINDOW - 1) - (WINDOW - 1))
+    x = o_query % SIDE_X - (row % (2 * WINDOW - 1) - (WINDOW - 1))
+    m_pair = (o_query < SIDE_Y * SIDE_X) & (y >= 0) & (y < SIDE_Y) & (x >= 0) & (x < SIDE_X)
+    o_pair = (head * PLACES + o_query) * PLACES + y * SIDE_X + x
+    b_sum = tl.sum(tl.load(p_logits + o_pair, mask=m_pair, other=0.0), axis=0)
+    tl.store(p_out + row * HEADS + head, b_sum.to(p_out.dtype.element_ty))

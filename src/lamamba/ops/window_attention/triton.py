@@ -1,6 +1,5 @@
 """The kernels of `kernels.py` as one differentiable operation that torch.compile can see."""
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from lamamba.ops.launch import launch
 from lamamba.ops.linear import rounded, weight_gradient
 from lamamba.ops.sum_kernels import sum_parts
 from lamamba.ops.window_attention.geometry import Windows
-from lamamba.ops.window_attention.kernels import attention_backward_kernel, attention_forward_kernel
+from lamamba.ops.window_attention.kernels import attention_backward_kernel, attention_forward_kernel, pair_sum_kernel
 
 # Enough programs to keep a large GPU busy. Each loads its bias once, and writes its sums once.
 WANTED_PROGRAMS = 1024
@@ -77,10 +76,12 @@ def _backward(
     sums = qkv.new_empty(plan.grid[1], num_logits + qkv.shape[3], dtype=torch.float32)
     launch(attention_backward_kernel, plan.grid, qkv, bias, grad_out, grad_qkv, sums, *plan.numbers, **plan.constants)
     logits, added = sum_parts(sums).split([num_logits, qkv.shape[3]])
-    rows = _row_of_each_pair(plan.constants["SIDE_Y"], plan.constants["SIDE_X"], places, window_size, str(qkv.device))
-    # A product with zeros and ones, because `index_add` has no fixed order on a GPU.
-    with torch.autocast(qkv.device.type, enabled=False):
-        return grad_qkv, (rows @ logits.view(num_heads, -1).mT).to(bias.dtype), added
+    grad_bias = bias.new_empty(bias.shape)
+    launch(
+        pair_sum_kernel, (len(bias), num_heads), logits, grad_bias,
+        **{name: plan.constants[name] for name in ("SIDE_Y", "SIDE_X", "PLACES", "WINDOW", "HEADS")}, num_warps=1,
+    )  # fmt: skip
+    return grad_qkv, grad_bias, added
 
 
 @_backward.register_fake
@@ -118,14 +119,3 @@ class ProjectedAttention(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             grad_x, grad_weight = grad_qkv @ weight, weight_gradient(grad_qkv, x, weight_dtype)
         return grad_x, grad_weight, added.to(bias_dtype), grad_bias, None, None, None
-
-
-@lru_cache(maxsize=64)
-def _row_of_each_pair(side_y: int, side_x: int, places: int, window_size: int, device: str) -> Tensor:
-    """Build a matrix of 0 and 1, ((2 s - 1)^2, places^2): 1 where a pair of places uses a row of the bias table."""
-    place = torch.arange(side_y * side_x)
-    y, x = place // side_x, place % side_x
-    row = (y[:, None] - y + window_size - 1) * (2 * window_size - 1) + x[:, None] - x + window_size - 1
-    ones = torch.zeros((2 * window_size - 1) ** 2, places, places)
-    ones[row, place[:, None], place] = 1
-    return ones.flatten(1).to(device)
