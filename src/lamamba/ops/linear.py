@@ -230,3 +230,10 @@ def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype, out: Tensor | N
         return torch.mm(grad.mT, x, out_dtype=dtype, out=out)
     found = (grad.mT @ x).to(dtype)
     return found if out is None else out.copy_(found)
+
+
+def weight_gradients(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute `weight_gradient` of n layers, (n, o, i), from (n, b, o) and (n, b, i)."""
+    if x.is_cuda and dtype == torch.float32 != x.dtype:
+        return torch.bmm(grad.mT, x, out_dtype=dtype)
+    return (grad.mT @ x).to(dtype)

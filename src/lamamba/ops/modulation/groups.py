@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lamamba.ops.linear import stack_rounded, weight_gradient
+from lamamba.ops.linear import stack_rounded, weight_gradient, weight_gradients
 
 
 def modulate_in_groups(condition: Tensor, modules: Iterable[Any]) -> Mapping[nn.Module, tuple[Tensor, ...]]:
@@ -84,13 +84,6 @@ class _Layers(torch.autograd.Function):
             else:
                 of_layers = grad.transpose(0, 1)
                 grad_x = (of_layers @ weight).transpose(0, 1)
-                grad_weight = _weight_gradients(of_layers, x.transpose(0, 1), weight_dtype)
+                grad_weight = weight_gradients(of_layers, x.transpose(0, 1), weight_dtype)
             grad_bias = grad.sum(dim=0, dtype=bias_dtype)
         return grad_x, None, *grad_weight.unbind(), *grad_bias.unbind()
-
-
-def _weight_gradients(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute `weight_gradient` of n layers, (n, o, i), from (n, b, o) and (n, b, i)."""
-    if x.is_cuda and dtype == torch.float32 != x.dtype:
-        return torch.bmm(grad.mT, x, out_dtype=dtype)
-    return (grad.mT @ x).to(dtype)

@@ -63,9 +63,10 @@ def scan_grid(
     """
     _check_grid_shapes(x, low, dt_weight, dt_bias, A_log, D)
     if choose_kernels("scan_grid", x, backend):
-        from lamamba.ops.selective_scan.triton import scan_grid_triton
+        from lamamba.ops.selective_scan.triton import padded, scan_grid_triton
 
-        tensors = (x, low.to(x.dtype), *_for_kernels(x, dt_weight, dt_bias, A_log, D))
+        weight = dt_weight.to(x.dtype) if torch.is_grad_enabled() else rounded(dt_weight, x.dtype)
+        tensors = (x, low.to(x.dtype), padded(weight), dt_bias.float(), A_log.float(), D.float())
         save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         planes: Tensor = scan_grid_triton(*tensors, dt_weight.shape[2], scan == "continuous", save)[0]
         return planes
@@ -111,26 +112,20 @@ def project_and_scan(
     x, weight = x.to(compute_dtype(x)), x_proj_weight.flatten(0, 1)
     if not choose_kernels("scan_grid", x, backend):
         return scan_grid(x, linear(x, weight), dt_weight, dt_bias, A_log, D, scan, backend)
-    from lamamba.ops.selective_scan.triton import ProjectedScan, scan_grid_triton
+    from lamamba.ops.selective_scan.triton import ProjectedScan, padded, scan_grid_triton
 
     _check_grid_shapes(x, x[..., :1].expand(*x.shape[:-1], len(weight)), dt_weight, dt_bias, A_log, D)
     fill = -x_proj_weight.shape[1] % 8
     if fill and x.numel() >= FILLED_UP_FROM:
         weight = F.pad(x_proj_weight, (0, 0, 0, fill)).flatten(0, 1)
-    others = (*_for_kernels(x, dt_weight, dt_bias, A_log, D), dt_weight.shape[2], scan == "continuous")
+    others = (dt_bias.float(), A_log.float(), D.float(), dt_weight.shape[2], scan == "continuous")
     parameters = (x_proj_weight, dt_weight, dt_bias, A_log, D)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters)):
-        y: Tensor = ProjectedScan.apply(x, weight, *others)
+        y: Tensor = ProjectedScan.apply(x, weight, dt_weight, *others)
     else:
-        y = scan_grid_triton(x, linear(x, weight).to(x.dtype), *others, False)[0]
+        of_steps = padded(rounded(dt_weight, x.dtype))
+        y = scan_grid_triton(x, linear(x, weight).to(x.dtype), of_steps, *others, False)[0]
     return y
-
-
-def _for_kernels(x: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> tuple[Tensor, ...]:
-    """Convert parameters to the dtypes that the kernels need, and pad the rows of `dt_weight` to a multiple of 8."""
-    weight = dt_weight.to(x.dtype) if torch.is_grad_enabled() else rounded(dt_weight, x.dtype)
-    weight = F.pad(weight, (0, -weight.shape[2] % 8)) if weight.shape[2] % 8 else weight
-    return weight, dt_bias.float(), A_log.float(), D.float()
 
 
 def _scan_grid_pytorch(

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from lamamba.ops.launch import launch
+from lamamba.ops.linear import weight_gradients
 from lamamba.ops.selective_scan.product_kernels import steps_backward_kernel, sum_and_project_kernel
 from lamamba.ops.sum_kernels import sum_parts
 
@@ -62,7 +63,7 @@ def steps_backward(grad_z: Tensor, low: Tensor, weight: Tensor, rank: int, grad_
         grad_low: shaped like low; the first r values of the last dimension are written.
 
     Returns:
-        The gradient of weight.
+        The gradient of weight, in float32.
     """
     _, num_rows, width = grad_z.shape
     if not _fits(rank, width):
@@ -70,7 +71,7 @@ def steps_backward(grad_z: Tensor, low: Tensor, weight: Tensor, rank: int, grad_
         fill = weight.shape[2] - rank
         with torch.autocast(grad_z.device.type, enabled=False):  # autocast would round float32 products to bfloat16
             torch.bmm(grad_z, weight[..., :rank], out=grad_steps)
-            grad_weight = grad_z.mT @ steps
+            grad_weight = weight_gradients(grad_z, steps, torch.float32)
         return F.pad(grad_weight, (0, fill)) if fill else grad_weight
     pieces = triton.cdiv(width, STEP_CHANNELS)
     num_chunks = min(WANTED_PROGRAMS // 4, triton.cdiv(num_rows, STEP_ROWS))
@@ -83,7 +84,7 @@ def steps_backward(grad_z: Tensor, low: Tensor, weight: Tensor, rank: int, grad_
         RANK=rank, LOW=4 * low.shape[2], WIDTH=width, ROWS=STEP_ROWS, PIECE=STEP_CHANNELS, PIECES=pieces,
         RANK_BLOCK=max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=1,
     )  # fmt: skip
-    return sum_parts(parts).to(weight.dtype)
+    return sum_parts(parts)
 
 
 def _fits(rank: int, width: int) -> bool:

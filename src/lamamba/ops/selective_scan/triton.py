@@ -244,6 +244,12 @@ def _states_shape(x: Tensor, A_log: Tensor, save: bool) -> tuple[int, ...]:
     return (batch, 4, triton.cdiv(height * width, TILE), A_log.shape[2], channels) if save else (0,)
 
 
+def padded(weight: Tensor) -> Tensor:
+    """Pad the rows of a weight (4, e, r) to a multiple of 8."""
+    fill = -weight.shape[2] % 8
+    return F.pad(weight, (0, fill)) if fill else weight
+
+
 def saved_dtype(x: Tensor, num_states: int) -> torch.dtype:
     """Return the dtype of saved states and of the parts of dB and dC: bfloat16 saves memory, float16 could overflow."""
     return torch.bfloat16 if x.dtype == torch.bfloat16 and num_states > 1 else torch.float32
@@ -263,8 +269,8 @@ def _scan_grid_backward(
     """Run the backward kernels.
 
     Returns:
-        The gradients of x, one per path, (4, b, h, w, e), of low and of weight. Then, stacked as (n + 2, 4, e) float32,
-        the gradients of A_log, of D and of bias.
+        The gradients of x, one per path, (4, b, h, w, e), of low, and of weight in float32. Then, stacked as
+        (n + 2, 4, e) float32, the gradients of A_log, of D and of bias.
     """
     tensors = (grad_y, x, low, weight, bias, A_log, D)
     grad_y, x, low, weight, bias, A_log, D = (tensor.contiguous() for tensor in tensors)
@@ -342,7 +348,7 @@ def _scan_grid_backward(
     sums = sum_parts(grad_shared)
     if is_fused:
         grad_low = grad_low[0] if num_blocks == 1 else grad_low.sum(dim=0, dtype=low.dtype)
-        grad_weight = torch.empty_like(weight).copy_(sums[num_states + 2 :].permute(1, 2, 0))
+        grad_weight = sums[num_states + 2 :].permute(1, 2, 0).contiguous()
     else:
         grad_weight = steps_backward(grad_z.flatten(1, 2), low_by_path, weight, rank, grad_low.view_as(low_by_path))
     return grad_x.view(4, *x.shape), grad_low, grad_weight, sums[: num_states + 2]
@@ -351,8 +357,13 @@ def _scan_grid_backward(
 @_scan_grid_backward.register_fake
 def _(grad_y: Tensor, states: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
     low, weight, _, A_log, D, *_ = others
-    of_inputs = (tensor.new_empty(tensor.shape) for tensor in (low, weight))
-    return x.new_empty(4, *x.shape), *of_inputs, A_log.new_empty(A_log.shape[2] + 2, *D.shape)
+    grad_weight = weight.new_empty(weight.shape, dtype=torch.float32)
+    return (
+        x.new_empty(4, *x.shape),
+        low.new_empty(low.shape),
+        grad_weight,
+        A_log.new_empty(A_log.shape[2] + 2, *D.shape),
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -365,8 +376,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad_y: Tensor | None, grad_states: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_y is None:  # nothing downstream depends on y
         return (None,) * 9
-    grad_x, *of_others = _gradients(grad_y, ctx.saved_tensors, *ctx.options)
-    return grad_x.sum(dim=0, dtype=grad_x.dtype), *of_others, None, None, None
+    grad_x, grad_low, grad_weight, *of_others = _gradients(grad_y, ctx.saved_tensors, *ctx.options)
+    grad_weight = grad_weight.to(ctx.saved_tensors[3].dtype)
+    return grad_x.sum(dim=0, dtype=grad_x.dtype), grad_low, grad_weight, *of_others, None, None, None
 
 
 def _gradients(grad_y: Tensor, saved: Sequence[Tensor], rank: int, continuous: bool) -> tuple[Tensor, ...]:
@@ -385,8 +397,8 @@ scan_grid_triton.register_autograd(_autograd, setup_context=_setup_context)
 class ProjectedScan(torch.autograd.Function):
     """The projection of x and the scan as one function; one kernel adds up both gradients of x.
 
-    Takes x, the weight of the projection, (4 (r + 2 n), e), and the arguments of `scan_grid_triton` after `low`.
-    Returns y. Each path's part of the weight may be padded with rows of zeros.
+    Takes x, the weight of the projection, (4 (r + 2 n), e), and the arguments of `scan_grid_triton` after `low`, but
+    weight (4, e, r) in any dtype. Returns y. Each path's part of the projection may be padded with rows of zeros.
     """
 
     @staticmethod
@@ -394,16 +406,18 @@ class ProjectedScan(torch.autograd.Function):
         ctx: Any, x: Tensor, projection: Tensor,
         weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, rank: int, continuous: bool,
     ) -> Tensor:  # fmt: skip
-        low_projection = rounded(projection, x.dtype)
+        low_projection, low_weight = rounded(projection, x.dtype), padded(rounded(weight, x.dtype))
         low = F.linear(x, low_projection)
-        planes, states = scan_grid_triton(x, low, weight, bias, A_log, D, rank, continuous, True)
-        ctx.save_for_backward(states, x, low, weight, bias, A_log, D, low_projection)
-        ctx.options, ctx.projection_dtype = (rank, continuous), projection.dtype
+        planes, states = scan_grid_triton(x, low, low_weight, bias, A_log, D, rank, continuous, True)
+        ctx.save_for_backward(states, x, low, low_weight, bias, A_log, D, low_projection)
+        ctx.options, ctx.dtypes = (rank, continuous), (projection.dtype, weight.dtype)
         return planes
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *saved, projection = ctx.saved_tensors
-        planes, grad_low, *of_others = _gradients(grads[0], saved, *ctx.options)
+        planes, grad_low, grad_weight, *of_others = _gradients(grads[0], saved, *ctx.options)
         grad_x = sum_and_project(planes, grad_low, projection)
-        return grad_x, weight_gradient(grad_low, saved[1], ctx.projection_dtype), *of_others, None, None
+        grad_projection = weight_gradient(grad_low, saved[1], ctx.dtypes[0])
+        grad_weight = grad_weight[..., : ctx.options[0]].to(ctx.dtypes[1])
+        return grad_x, grad_projection, grad_weight, *of_others, None, None
