@@ -112,19 +112,17 @@ def project_and_scan(
     x, weight = x.to(compute_dtype(x)), x_proj_weight.flatten(0, 1)
     if not choose_kernels("scan_grid", x, backend):
         return scan_grid(x, linear(x, weight), dt_weight, dt_bias, A_log, D, scan, backend)
-    from lamamba.ops.selective_scan.triton import ProjectedScan, padded, scan_grid_triton
+    from lamamba.ops.selective_scan.triton import ProjectedScan, fill_up, padded, scan_grid_triton
 
     _check_grid_shapes(x, x[..., :1].expand(*x.shape[:-1], len(weight)), dt_weight, dt_bias, A_log, D)
-    fill = -x_proj_weight.shape[1] % 8
-    if fill and x.numel() >= FILLED_UP_FROM:
-        weight = F.pad(x_proj_weight, (0, 0, 0, fill)).flatten(0, 1)
+    fill = -x_proj_weight.shape[1] % 8 if x.numel() >= FILLED_UP_FROM else 0
     others = (dt_bias.float(), A_log.float(), D.float(), dt_weight.shape[2], scan == "continuous")
     parameters = (x_proj_weight, dt_weight, dt_bias, A_log, D)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters)):
-        y: Tensor = ProjectedScan.apply(x, weight, dt_weight, *others)
+        y: Tensor = ProjectedScan.apply(x, x_proj_weight, dt_weight, *others, fill)
     else:
-        of_steps = padded(rounded(dt_weight, x.dtype))
-        y = scan_grid_triton(x, linear(x, weight).to(x.dtype), of_steps, *others, False)[0]
+        low, of_steps = F.linear(x, fill_up(x_proj_weight, x.dtype, fill)), padded(rounded(dt_weight, x.dtype))
+        y = scan_grid_triton(x, low, of_steps, *others, False)[0]
     return y
 
 

@@ -244,6 +244,12 @@ def _states_shape(x: Tensor, A_log: Tensor, save: bool) -> tuple[int, ...]:
     return (batch, 4, triton.cdiv(height * width, TILE), A_log.shape[2], channels) if save else (0,)
 
 
+def fill_up(projection: Tensor, dtype: torch.dtype, fill: int) -> Tensor:
+    """Round a projection (4, low, e), add rows of zeros to the part of each path, and return (4 (low + fill), e)."""
+    low = rounded(projection, dtype)
+    return (F.pad(low, (0, 0, 0, fill)) if fill else low).flatten(0, 1)
+
+
 def padded(weight: Tensor) -> Tensor:
     """Pad the rows of a weight (4, e, r) to a multiple of 8."""
     fill = -weight.shape[2] % 8
@@ -397,20 +403,21 @@ scan_grid_triton.register_autograd(_autograd, setup_context=_setup_context)
 class ProjectedScan(torch.autograd.Function):
     """The projection of x and the scan as one function; one kernel adds up both gradients of x.
 
-    Takes x, the weight of the projection, (4 (r + 2 n), e), and the arguments of `scan_grid_triton` after `low`, but
-    weight (4, e, r) in any dtype. Returns y. Each path's part of the projection may be padded with rows of zeros.
+    Takes x, the weight of the projection, (4, r + 2 n, e), the arguments of `scan_grid_triton` after `low`, but with
+    weight (4, e, r), and the number of rows of zeros to add to each path's projection. The weights may have any dtype.
+    Returns y.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, projection: Tensor,
-        weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, rank: int, continuous: bool,
+        weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, rank: int, continuous: bool, fill: int,
     ) -> Tensor:  # fmt: skip
-        low_projection, low_weight = rounded(projection, x.dtype), padded(rounded(weight, x.dtype))
+        low_projection, low_weight = fill_up(projection, x.dtype, fill), padded(rounded(weight, x.dtype))
         low = F.linear(x, low_projection)
         planes, states = scan_grid_triton(x, low, low_weight, bias, A_log, D, rank, continuous, True)
         ctx.save_for_backward(states, x, low, low_weight, bias, A_log, D, low_projection)
-        ctx.options, ctx.dtypes = (rank, continuous), (projection.dtype, weight.dtype)
+        ctx.options, ctx.dtypes, ctx.num_low = (rank, continuous), (projection.dtype, weight.dtype), projection.shape[1]
         return planes
 
     @staticmethod
@@ -418,6 +425,6 @@ class ProjectedScan(torch.autograd.Function):
         *saved, projection = ctx.saved_tensors
         planes, grad_low, grad_weight, *of_others = _gradients(grads[0], saved, *ctx.options)
         grad_x = sum_and_project(planes, grad_low, projection)
-        grad_projection = weight_gradient(grad_low, saved[1], ctx.dtypes[0])
+        grad_projection = weight_gradient(grad_low, saved[1], ctx.dtypes[0]).unflatten(0, (4, -1))[:, : ctx.num_low]
         grad_weight = grad_weight[..., : ctx.options[0]].to(ctx.dtypes[1])
-        return grad_x, grad_projection, grad_weight, *of_others, None, None
+        return grad_x, grad_projection, grad_weight, *of_others, None, None, None
