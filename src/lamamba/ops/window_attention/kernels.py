@@ -10,6 +10,8 @@ Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
 import triton
 import triton.language as tl
 
+MAX_CHANNELS_OF_SUMS = tl.constexpr(32)
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Below any logit, but finite, so that a row of only such values gives no NaN.
 NEVER = tl.constexpr(-1e30)
@@ -114,7 +116,9 @@ def attention_backward_kernel(
     m_d = (o_d < CHANNELS)[None, :]
     b_bias = relative_bias(p_bias, head, HEADS, WINDOW, SIDE_Y, SIDE_X, PLACES)
     b_grad_bias = tl.zeros([PLACES, PLACES], tl.float32)
-    b_query_sum, b_value_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    # Sums over places need an exchange between warps. So while registers suffice, each place has sums of its own.
+    ROWS: tl.constexpr = PLACES if BLOCK <= MAX_CHANNELS_OF_SUMS else 1
+    b_query_sum, b_value_sum = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
     first = tl.program_id(1) * windows_per_program
     for window in range(first, tl.minimum(first + windows_per_program, num_windows)):
         image = tl.zeros([1, 1], tl.int64) + window // PER_IMAGE
@@ -137,8 +141,12 @@ def attention_backward_kernel(
         b_grad_logit = (b_grad_logit * scale).to(b_v.dtype)
         b_grad_q = tl.dot(b_grad_logit, b_k, input_precision="ieee")
         b_grad_k = tl.dot(tl.trans(b_grad_logit), b_q, input_precision="ieee")
-        b_query_sum += tl.sum(b_grad_q, axis=0)
-        b_value_sum += tl.sum(b_grad_out.to(tl.float32), axis=0)
+        if ROWS > 1:
+            b_query_sum += b_grad_q
+            b_value_sum += b_grad_out.to(tl.float32)
+        else:
+            b_query_sum += tl.sum(b_grad_q, axis=0, keep_dims=True)
+            b_value_sum += tl.sum(b_grad_out.to(tl.float32), axis=0, keep_dims=True)
         p_grad_row = p_grad_qkv + o_row
         tl.store(p_grad_row, b_grad_q.to(p_grad_qkv.dtype.element_ty), mask=m_row)
         tl.store(p_grad_row + HEADS * CHANNELS, b_grad_k.to(p_grad_qkv.dtype.element_ty), mask=m_row)
@@ -147,9 +155,9 @@ def attention_backward_kernel(
     p_sums += tl.program_id(1).to(tl.int64) * (LOGITS + 3 * HEADS * CHANNELS)
     tl.store(p_sums + head * PLACES * PLACES + o_place[:, None] * PLACES + o_place[None, :], b_grad_bias)
     p_sums += LOGITS + head * CHANNELS + o_d
-    tl.store(p_sums, b_query_sum, mask=o_d < CHANNELS)
+    tl.store(p_sums, tl.sum(b_query_sum, axis=0), mask=o_d < CHANNELS)
     tl.store(p_sums + HEADS * CHANNELS, tl.zeros([BLOCK], tl.float32), mask=o_d < CHANNELS)
-    tl.store(p_sums + 2 * HEADS * CHANNELS, b_value_sum, mask=o_d < CHANNELS)
+    tl.store(p_sums + 2 * HEADS * CHANNELS, tl.sum(b_value_sum, axis=0), mask=o_d < CHANNELS)
 
 
 @triton.jit
