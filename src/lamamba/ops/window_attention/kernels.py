@@ -10,7 +10,7 @@ Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
 import triton
 import triton.language as tl
 
-MAX_CHANNELS_OF_SUMS = tl.constexpr(32)
+MAX_CHANNELS_OF_SUMS = tl.constexpr(64)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Below any logit, but finite, so that a row of only such values gives no NaN.
