@@ -18,6 +18,7 @@ ROWS, DEPTH = 64, 64  # rows of a program, and channels that it multiplies at on
 COLUMNS = 64  # of a program of the backward kernel
 MIN_ROWS = 128 * ROWS  # for which the forward kernel has enough programs
 MAX_WIDTH, MAX_WIDTH_OF_GRADIENT = 256, 512
+LARGEST_WIDE = 2**23  # values of a gradient of more than 128 channels
 
 
 def second_layer(x: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
@@ -31,7 +32,9 @@ def second_layer(x: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
 
 def second_layer_backward(grad_out: Tensor, x: Tensor, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return gelu(x + bias), and the gradients of x and of bias, the latter in float32, from that of the result."""
-    if len(weight) % DEPTH == 0 and len(weight) <= MAX_WIDTH_OF_GRADIENT and _is_cut_evenly(x):
+    width = len(weight)
+    pays = width <= 128 or (width <= MAX_WIDTH_OF_GRADIENT and grad_out.numel() <= LARGEST_WIDE)
+    if pays and width % DEPTH == 0 and _is_cut_evenly(x):
         return gelu_linear_backward(grad_out, x, bias, weight)
     return bias_gelu_recompute(grad_out @ weight, x, bias)
 
