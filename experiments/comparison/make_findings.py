@@ -22,17 +22,20 @@ DOCS = HERE.parents[1] / "docs"
 PAGES = {name: name for name in ("findings.md", "distillation.md")} | {"results.md": "answer.md"}
 """Each page, and its text in this folder."""
 NAMES = {
-    "s": "LaMamba-S", "s-scan-only": "LaMamba-S, scan only", "s-attention-only": "LaMamba-S, attention only",
-    "dit-s-2": "DiT-S/2", "unet": "U-Net",
+    "s": "LaMamba-S", "s-raster": "LaMamba-S, raster paths", "s-scan-only": "LaMamba-S, scan only",
+    "s-attention-only": "LaMamba-S, attention only", "dit-s-2": "DiT-S/2", "unet": "U-Net",
 }  # fmt: skip
 TITLES = {"cifar-10": "CIFAR-10, JPEG copy", "fashion-mnist": "Fashion-MNIST"}
 CIFAR = ("cifar-s-longer-seed-0", "cifar-dit-s-2-longer-seed-0")
 CIFAR_SEEDS = (CIFAR[0], "cifar-s-longer-seed-1", CIFAR[1], "cifar-dit-s-2-longer-seed-1")
 DROPOUT = (CIFAR[0], "cifar-s-dropout-longer")
 CLOTHES = ("s-flow-decay-longer", "dit-s-2-flow-decay-longer")
+CLOTHES_SEEDS = (CLOTHES[0], f"{CLOTHES[0]}-seed-1", CLOTHES[1], f"{CLOTHES[1]}-seed-1")
 # A third of the images, with a learning rate that falls three times as fast.
 SHORT_CIFAR = ("cifar-s-seed-0", "cifar-dit-s-2-seed-0")
-PARTS = (SHORT_CIFAR[0], "cifar-s-scan-only-seed-0", "cifar-s-attention-only-seed-0", SHORT_CIFAR[1])
+PARTS = (
+    SHORT_CIFAR[0], "cifar-s-raster-seed-0", "cifar-s-scan-only-seed-0", "cifar-s-attention-only-seed-0", SHORT_CIFAR[1]
+)  # fmt: skip
 SHORT_CLOTHES = ("s-flow-decay", "dit-s-2-flow-decay")
 DISTILLED = {
     "distill-nano-flow": "flow matching",
@@ -128,13 +131,14 @@ def answer_table(records: Records, names: Sequence[str]) -> list[str]:
 
 def seeds_table(records: Records, names: Sequence[str]) -> list[str]:
     """Lay out the last two scores of each training."""
-    shared = FEATURES["cifar-10"]
-    header = ["", "seed", "images", "seconds", *(f"{score}, {feature}" for score in _SCORES[:2] for feature in shared)]
+    features = FEATURES[records[names[0]]["settings"]["data"]]
+    header = ["", "seed", "images", "seconds"]
+    header += [f"{score}, {feature}" for score in _SCORES[:2] for feature in features]
     rows = []
     for name in names:
         settings = records[name]["settings"]
         for row in records[name]["evaluations"][-2:]:
-            scores = [row, row[shared[1]]]
+            scores = [row, *(row[feature] for feature in features[1:])]
             cells = [number(of_feature[score]) for score in _SCORES[:2] for of_feature in scores]
             start = [NAMES[settings["network"]], str(settings["seed"]), f"{row['images']:,}", f"{row['seconds']:.0f}"]
             rows.append(start + cells)
@@ -255,6 +259,7 @@ def page(records: Records, text: str) -> str:
         "{seeds}": seeds_table(records, CIFAR_SEEDS),
         "{dropout}": scores_table(records, DROPOUT),
         "{clothes}": scores_table(records, CLOTHES),
+        "{clothes seeds}": seeds_table(records, CLOTHES_SEEDS),
         "{short cifar}": scores_table(records, SHORT_CIFAR),
         "{parts}": scores_table(records, PARTS, last=1),
         "{short clothes}": scores_table(records, SHORT_CLOTHES),
