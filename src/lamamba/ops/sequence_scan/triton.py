@@ -103,8 +103,7 @@ def _prepare_carry(
     return carry, True
 
 
-@torch.library.custom_op("lamamba::scan_sequences", mutates_args=())
-def scan_sequences_triton(
+def _run_forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, initial_state: Tensor | None,
     softplus: bool, save: bool,
@@ -129,6 +128,9 @@ def scan_sequences_triton(
     return y, carry, states
 
 
+scan_sequences_triton = torch.library.custom_op("lamamba::scan_sequences", mutates_args=())(_run_forward)
+
+
 @scan_sequences_triton.register_fake
 def _(u: Tensor, delta: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     softplus, save = others[-2:]
@@ -137,8 +139,7 @@ def _(u: Tensor, delta: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, Tensor
     return torch.empty_like(u), u.new_empty(plan.carry, dtype=torch.float32), states
 
 
-@torch.library.custom_op("lamamba::scan_sequences_backward", mutates_args=())
-def _backward(
+def _run_backward(
     grad_y: Tensor, grad_last: Tensor | None, states: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, softplus: bool, for_initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -170,6 +171,9 @@ def _backward(
     return grad_u, grad_delta, grad_z, of_BC, sum_parts(grad_shared), of_initial
 
 
+_backward = torch.library.custom_op("lamamba::scan_sequences_backward", mutates_args=())(_run_backward)
+
+
 @_backward.register_fake
 def _(grad_y: Tensor, grad_last: Tensor | None, states: Tensor, u: Tensor, *others: Any) -> tuple[Tensor, ...]:
     delta, A, B, _, _, z, *_, for_initial = others
@@ -194,14 +198,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _autograd(
-    ctx: Any, grad_y: Tensor | None, grad_carry: Tensor | None, grad_states: Tensor | None
+    ctx: Any, grad_y: Tensor | None, grad_carry: Tensor | None, grad_states: Tensor | None, run: Any = _backward
 ) -> tuple[Tensor | None, ...]:
     states, u, delta, A, B, C, D, z, delta_bias = ctx.saved_tensors
     if grad_y is None and grad_carry is None:  # nothing downstream depends on the results
         return (None,) * 11
     grad_y = torch.zeros_like(u) if grad_y is None else grad_y
     grad_last = None if grad_carry is None else grad_carry[:, :, -1].mT
-    of_u, of_delta, of_z, of_BC, shared, of_state = _backward(
+    of_u, of_delta, of_z, of_BC, shared, of_state = run(
         grad_y, grad_last, states, u, delta, A, B, C, D, z, delta_bias, ctx.softplus, ctx.dtype_of_state is not None
     )
     of_B, of_C = of_BC.to(B.dtype) if B.dtype == C.dtype else (of_BC[0].to(B.dtype), of_BC[1].to(C.dtype))
@@ -217,19 +221,25 @@ scan_sequences_triton.register_autograd(_autograd, setup_context=_setup_context)
 
 
 class _Scan(torch.autograd.Function):
-    """The same operation with gradients. PyTorch's wrapper of registered gradients takes longer on the host."""
+    """The same operation with gradients, without PyTorch's wrappers, which take longer on the host than the kernels."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = scan_sequences_triton(*inputs)
+        output = _run_forward(*inputs)
         _setup_context(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_autograd)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_y, grad_carry, grad_states = grads
+        return _autograd(ctx, grad_y, grad_carry, grad_states, run=_run_backward)
 
 
 def scan_sequences(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Scan; inputs and results as in `scan_sequences_triton`, which torch.compile gets to see."""
-    with_gradients = inputs[-1] and not torch.compiler.is_compiling()
-    result: tuple[Tensor, Tensor, Tensor] = (_Scan.apply if with_gradients else scan_sequences_triton)(*inputs)
+    """Scan; inputs and results as in `scan_sequences_triton`, which torch.compile and subclasses of tensors see."""
+    if torch.compiler.is_compiling() or type(inputs[0]) not in (Tensor, torch.nn.Parameter):
+        run: Any = scan_sequences_triton
+    else:
+        run = _Scan.apply if inputs[-1] else _run_forward
+    result: tuple[Tensor, Tensor, Tensor] = run(*inputs)
     return result
