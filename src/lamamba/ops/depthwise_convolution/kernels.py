@@ -40,7 +40,7 @@ def _load_parameters(p_weight, p_bias, o_e, m_e):
 def _load_column(
     p_image, o_e, m_e, first_row, column,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, MARGIN: tl.constexpr,
-):  # fmt: skip
+):
     """Load a column of a strip and MARGIN rows above and below it in float32, with zeros outside the image."""
     m_column = m_e & (column >= 0) & (column < WIDTH)
     p_column = p_image + o_e + ((first_row - MARGIN) * WIDTH + column) * STRIDE
@@ -94,7 +94,7 @@ def convolution_forward_kernel(
     p_x, p_weight, p_bias, p_y, num_tiles,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, CHANNELS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
+):
     """Convolve and apply SiLU; STRIDE is the distance between pixels of x."""
     MARGIN: tl.constexpr = 1 if ROWS < HEIGHT else 0
     o_e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -120,7 +120,7 @@ def convolution_forward_kernel(
 def _store_grad_x(
     p_column, m_e, left, middle, right, taps, first_row,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, MARGIN: tl.constexpr,
-):  # fmt: skip
+):
     """Convolve the gradient of z at three columns with the flipped taps."""
     for row in tl.static_range(ROWS):
         b_zero = tl.zeros_like(taps[0])
@@ -134,7 +134,7 @@ def convolution_backward_kernel(
     p_x, p_weight, p_bias, p_grad_y, p_grad_x, p_sums, num_tiles,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, CHANNELS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
+):
     """Recompute z, and compute all gradients; those of the taps and the bias are summed over the tiles of the program.
 
     A new column of x completes the gradient of z in the column to its left. That completes the gradient of x two
@@ -178,7 +178,7 @@ def convolution_backward_kernel(
                 _store_grad_x(
                     p_grad_x_strip + (column - 1) * CHANNELS, m_e, grad_left, grad_middle, grad_right, parameters,
                     first_row, HEIGHT, WIDTH, CHANNELS, ROWS, MARGIN,
-                )  # fmt: skip
+                )
             for row in tl.static_range(ROWS):
                 b_grad_z = grad_right[row + MARGIN]
                 if COLUMNS < WIDTH:
@@ -190,7 +190,7 @@ def convolution_backward_kernel(
             _store_grad_x(
                 p_grad_x_strip + (end - 1) * CHANNELS, m_e, grad_left, grad_middle, outside, parameters,
                 first_row, HEIGHT, WIDTH, CHANNELS, ROWS, MARGIN,
-            )  # fmt: skip
+            )
     p_sums += tl.program_id(1) * 10 * CHANNELS
     for tap in tl.static_range(9):
         tl.store(p_sums + 9 * o_e + tap, sums[tap], mask=m_e)

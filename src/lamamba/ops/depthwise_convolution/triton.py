@@ -45,7 +45,7 @@ def _plan(x: Tensor, stride: int, widest_block: int, most_rows: int) -> _Plan:
         "HEIGHT": height, "WIDTH": width, "STRIDE": stride, "CHANNELS": channels,
         "ROWS": rows, "COLUMNS": columns, "BLOCK": block, "FAST": x.dtype != torch.float32,
         "num_warps": NUM_WARPS, "num_stages": 1,
-    }  # fmt: skip
+    }
     return _Plan((num_blocks, triton.cdiv(num_tiles, tiles_per_program)), num_tiles, constants)
 
 
@@ -58,7 +58,7 @@ def depthwise_convolution_triton(x: Tensor, weight: Tensor, bias: Tensor | None)
     launch(
         convolution_forward_kernel, plan.grid,
         x, weight.contiguous(), bias, y, plan.num_tiles, **plan.constants,
-    )  # fmt: skip
+    )
     return y
 
 
@@ -75,7 +75,7 @@ def _backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     launch(
         convolution_backward_kernel, plan.grid,
         x, weight.contiguous(), bias, grad_y.contiguous(), grad_x, sums, plan.num_tiles, **plan.constants,
-    )  # fmt: skip
+    )
     return grad_x, sum_parts(sums)
 
 

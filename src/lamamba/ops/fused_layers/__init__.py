@@ -85,7 +85,7 @@ def norm_linear_in_halves(norm: Norm, weight: Tensor, backend: Backend = "auto")
 def gated_norm_linear(
     planes: Tensor, z: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor,
     backend: Backend = "auto",
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Apply `lamamba.ops.gated_norm`, then a linear layer with weight (o, e).
 
     Returns:
@@ -105,7 +105,7 @@ def gated_norm_linear(
 def norm_attention(
     norm: Norm, qkv_weight: Tensor, qkv_bias: Tensor, bias: Tensor, weight: Tensor,
     num_heads: int, window_size: int, shifted: bool = False, backend: Backend = "auto",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Normalize, apply `lamamba.ops.window_attention.project_and_attend`, then a linear layer with weight (c, c).
 
     Returns:

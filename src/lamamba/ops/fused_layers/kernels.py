@@ -40,7 +40,7 @@ def _residual_norm(
     p_x, p_branch, p_gate, p_branch_bias, p_norm_weight, p_norm_bias, p_shift, p_scale, p_x_new,
     gate_stride, shift_stride, scale_stride, eps, image, o_row, m_row, is_first, CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Add a branch if there is one, and normalize rows of one image; the first program of a row stores the stream."""
     o_c = tl.arange(0, BLOCK)
     m_c = o_c < CHANNELS
@@ -67,14 +67,14 @@ def norm_linear_kernel(
     p_x_new, p_out, gate_stride, shift_stride, scale_stride, eps, num_pixels, num_tiles,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, OUT: tl.constexpr, GELU: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, TURNS: tl.constexpr,
-):  # fmt: skip
+):
     """Norm, linear layer and, if GELU, the activation. A program computes TURNS times COLUMNS columns."""
     image, o_row, m_row = _tile(num_pixels, num_tiles, ROWS)
     dtype = p_out.dtype.element_ty
     b_normed = _residual_norm(
         p_x, p_branch, p_gate, p_branch_bias, p_norm_weight, p_norm_bias, p_shift, p_scale, p_x_new,
         gate_stride, shift_stride, scale_stride, eps, image, o_row, m_row, tl.program_id(1) == 0, CHANNELS, BLOCK,
-    ).to(dtype)  # fmt: skip
+    ).to(dtype)
     o_c = tl.arange(0, BLOCK)
     for turn in tl.range(0, TURNS):
         o_out = (tl.program_id(1) * TURNS + turn) * COLUMNS + tl.arange(0, COLUMNS)
@@ -95,14 +95,14 @@ def norm_mlp_kernel(
     p_weight_1, p_bias_1, p_weight_2, p_x_new, p_out,
     gate_stride, shift_stride, scale_stride, eps, num_pixels, num_tiles,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+):
     """Norm, linear layer, GELU, linear layer; a chunk of the hidden channels at a time."""
     image, o_row, m_row = _tile(num_pixels, num_tiles, ROWS)
     dtype = p_out.dtype.element_ty
     b_normed = _residual_norm(
         p_x, p_branch, p_gate, p_branch_bias, p_norm_weight, p_norm_bias, p_shift, p_scale, p_x_new,
         gate_stride, shift_stride, scale_stride, eps, image, o_row, m_row, True, CHANNELS, BLOCK,
-    ).to(dtype)  # fmt: skip
+    ).to(dtype)
     o_c = tl.arange(0, BLOCK)
     m_c = o_c < CHANNELS
     b_out = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -133,7 +133,7 @@ def norm_attention_kernel(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr,
     SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr, PLACES: tl.constexpr, WINDOW: tl.constexpr,
     HEADS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Norm, queries, keys and values, attention in a window, linear layer; one head at a time."""
     HEAD: tl.constexpr = CHANNELS // HEADS
     PER_IMAGE: tl.constexpr = ((HEIGHT + SIDE_Y - 1) // SIDE_Y) * ((WIDTH + SIDE_X - 1) // SIDE_X)
@@ -145,7 +145,7 @@ def norm_attention_kernel(
     b_normed = _residual_norm(
         p_x, p_branch, p_gate, p_branch_bias, p_norm_weight, p_norm_bias, p_shift, p_scale, p_x_new,
         gate_stride, shift_stride, scale_stride, eps, image, o_row, m_place, True, CHANNELS, BLOCK,
-    ).to(dtype)  # fmt: skip
+    ).to(dtype)
     o_c, o_d = tl.arange(0, BLOCK), tl.arange(0, HEAD_BLOCK)
     m_c, m_d = o_c < CHANNELS, o_d < HEAD
     b_out = tl.zeros([PLACES, BLOCK], tl.float32)
@@ -168,7 +168,7 @@ def gated_norm_linear_kernel(
     p_planes, p_z, p_norm_weight, p_norm_bias, p_weight, p_out, z_stride, eps, num_rows,
     PLANES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-):  # fmt: skip
+):
     """Add up the planes, normalize, multiply by SiLU(z), linear layer; `z_stride` is between pixels of z."""
     o_row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     o_c = tl.arange(0, BLOCK)

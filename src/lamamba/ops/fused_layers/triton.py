@@ -29,7 +29,7 @@ class _Norm:
     def __init__(
         self, x: Tensor, branch: Tensor | None, gate: Tensor | None, branch_bias: Tensor | None,
         weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, eps: float,
-    ) -> None:  # fmt: skip
+    ) -> None:
         of_images, strides = zip(*map(readable_rows, (gate, shift, scale)), strict=True)
         self.x_new = x.new_empty(0 if branch is None else x.shape)
         self.stored = None if branch is None else self.x_new
@@ -51,7 +51,7 @@ def norm_linear_triton(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, branch_bias: Tensor | None,
     norm_weight: Tensor, norm_bias: Tensor, shift: Tensor, scale: Tensor, eps: float,
     weight: Tensor, bias: Tensor | None, gelu: bool, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Run the kernel; arguments as in `lamamba.ops.fused_layers`.
 
     Returns:
@@ -67,7 +67,7 @@ def norm_linear_triton(
         *norm.tensors, weight.contiguous(), dense(bias), norm.stored, out,
         *norm.numbers, height * width, num_tiles,
         CHANNELS=channels, BLOCK=padded(channels), OUT=len(weight), GELU=gelu, **tile,
-    )  # fmt: skip
+    )
     return norm.x_new, out
 
 
@@ -81,7 +81,7 @@ def norm_mlp_triton(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, branch_bias: Tensor | None,
     norm_weight: Tensor, norm_bias: Tensor, shift: Tensor, scale: Tensor, eps: float,
     weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Run the kernel; arguments as in `lamamba.ops.fused_layers`, results as of `norm_linear_triton`."""
     norm = _Norm(x, branch, gate, branch_bias, norm_weight, norm_bias, shift, scale, eps)
     batch, height, width, channels = x.shape
@@ -93,7 +93,7 @@ def norm_mlp_triton(
         *norm.tensors, weight_1.contiguous(), bias_1.contiguous(), weight_2.contiguous(), norm.stored, out,
         *norm.numbers, height * width, num_tiles,
         CHANNELS=channels, BLOCK=padded(channels), HIDDEN=len(weight_1), **tile,
-    )  # fmt: skip
+    )
     return norm.x_new, out
 
 
@@ -106,7 +106,7 @@ def norm_attention_triton(
     norm_weight: Tensor, norm_bias: Tensor, shift: Tensor, scale: Tensor, eps: float,
     qkv_weight: Tensor, qkv_bias: Tensor, bias: Tensor, weight: Tensor,
     num_heads: int, window_size: int, shifted: bool, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Run the kernel; arguments as in `lamamba.ops.fused_layers`, results as of `norm_linear_triton`."""
     norm = _Norm(x, branch, gate, branch_bias, norm_weight, norm_bias, shift, scale, eps)
     batch, height, width, channels = x.shape
@@ -121,7 +121,7 @@ def norm_attention_triton(
         SHIFT_Y=windows.shift_y, SHIFT_X=windows.shift_x, PLACES=padded(windows.side_y * windows.side_x),
         WINDOW=window_size, HEADS=num_heads, CHANNELS=channels, BLOCK=padded(channels),
         HEAD_BLOCK=padded(head_channels), **attention_tile(batch * height * width, channels),
-    )  # fmt: skip
+    )
     return norm.x_new, out
 
 
@@ -143,7 +143,7 @@ def gated_norm_linear_triton(
         (triton.cdiv(num_rows, tile["ROWS"]), triton.cdiv(len(weight), tile["COLUMNS"])),
         planes, z, norm_weight.contiguous(), norm_bias.contiguous(), weight.contiguous(), out, z_stride, eps, num_rows,
         PLANES=len(planes), CHANNELS=channels, BLOCK=padded(channels), OUT=len(weight), **tile,
-    )  # fmt: skip
+    )
     return out
 
 

@@ -27,7 +27,7 @@ def gated_norm_forward_kernel(
     z_stride, eps, num_pixels, pixels_per_program,
     PLANES: tl.constexpr,
     CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+):
     """Add up the planes, normalize, and multiply by SiLU(z).
 
     `z_stride` is the distance between pixels of z. `p_y` is None if the sum of the planes is not needed.
@@ -66,7 +66,7 @@ def gated_norm_backward_kernel(
     p_y, p_z, p_weight, p_bias, p_grad_out, p_grad_y, p_grad_z, p_sums,
     z_stride, eps, num_pixels, pixels_per_program,
     CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+):
     """Recompute the normalized values, and compute all gradients.
 
     The gradients of the weight and the bias are summed over the pixels of the program, (programs, 2, e). The caller

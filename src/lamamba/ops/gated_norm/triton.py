@@ -53,7 +53,7 @@ def gated_norm_triton(
         planes, z, weight, bias, y if y.numel() else None, out,
         z_stride, eps, plan.num_pixels, plan.pixels_per_program,
         PLANES=planes.shape[0], **plan.constants,
-    )  # fmt: skip
+    )
     return out, y
 
 
@@ -83,7 +83,7 @@ def _backward(
         gated_norm_backward_kernel, plan.grid,
         y, z, weight, bias, grad_out, grad_y, grad_z, sums,
         z_stride, eps, plan.num_pixels, plan.pixels_per_program, **plan.constants,
-    )  # fmt: skip
+    )
     return grad_y, grad_z, sum_parts(sums)
 
 

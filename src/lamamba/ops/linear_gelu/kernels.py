@@ -69,7 +69,7 @@ def normal(b_z, PRECISE: tl.constexpr):
 def linear_gelu_forward_kernel(
     p_x, p_bias, p_out, num_rows, rows_per_program,
     CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+):
     """Add the bias, then apply GELU."""
     o_c, m_c = _columns_of_program(CHANNELS, COLUMNS)
     first = tl.program_id(1) * rows_per_program
@@ -87,7 +87,7 @@ def linear_gelu_forward_kernel(
 def linear_gelu_backward_kernel(
     p_x, p_bias, p_grad_out, p_out, p_grad_x, p_sums, num_rows, rows_per_program,
     CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+):
     """Compute the gradient of x, and its sum over the rows of the program; and the result again, if `p_out` is given.
 
     The caller adds up the sums, (programs of a column, c).

@@ -21,7 +21,7 @@ def _load_bias(p_bias, o_c):
 def gelu_linear_kernel(
     p_x, p_bias, p_weight, p_out, num_rows,
     HIDDEN: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+):
     """Compute gelu(x + bias) weight^T, a part of the hidden channels at a time. OUT is a power of two."""
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     m_row = o_row < num_rows
@@ -42,7 +42,7 @@ def gelu_linear_kernel(
 def gelu_linear_backward_kernel(
     p_x, p_bias, p_weight, p_grad_out, p_hidden, p_grad_x, p_sums, num_rows,
     HIDDEN: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+):
     """Compute the gradient of x, and its sum over the rows of the tile, (tiles of rows, HIDDEN); also gelu(x + bias).
 
     OUT is a multiple of DEPTH.

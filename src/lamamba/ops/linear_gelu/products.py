@@ -55,7 +55,7 @@ def gelu_linear(x: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
     launch(
         gelu_linear_kernel, (triton.cdiv(num_rows, ROWS),), x, bias, weight, out, num_rows,
         HIDDEN=hidden, OUT=width, ROWS=ROWS, DEPTH=depth, num_warps=4, num_stages=stages,
-    )  # fmt: skip
+    )
     return out
 
 
@@ -76,7 +76,7 @@ def gelu_linear_backward(grad_out: Tensor, x: Tensor, bias: Tensor, weight: Tens
         x, bias, weight, grad_out, out, grad_x, sums, num_rows,
         HIDDEN=hidden, OUT=width, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH,
         num_warps=4 if width <= 128 else 8, num_stages=3,
-    )  # fmt: skip
+    )
     return out, grad_x, sum_parts(sums)
 
 

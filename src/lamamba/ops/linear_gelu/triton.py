@@ -80,7 +80,7 @@ def _differentiate(grad_out: Tensor, x: Tensor, bias: Tensor, out: Tensor | None
     launch(
         linear_gelu_backward_kernel, plan.grid,
         x, bias, grad_out, out, grad_x, sums, plan.num_rows, plan.rows_per_program, **plan.constants,
-    )  # fmt: skip
+    )
     return grad_x, sum_parts(sums)
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 def linears_kernel(
     p_shared, p_hidden, p_table, p_out, batch,
     SILU: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+):
     """Compute the columns of a layer that the table names.
 
     ALIGNED promises that all rows begin at multiples of 16 bytes.

@@ -59,7 +59,7 @@ def linears(shared: Tensor, hidden: Tensor, table: Tensor, is_aligned: bool, num
     launch(
         linears_kernel, (len(table),), shared, hidden, table, out, len(shared), SILU=silu, ALIGNED=is_aligned,
         ROWS=max(16, triton.next_power_of_2(len(shared))), COLUMNS=COLUMNS, DEPTH=DEPTH, num_warps=4, num_stages=4,
-    )  # fmt: skip
+    )
     return out
 
 

@@ -60,7 +60,7 @@ def residual_norm_forward_kernel(
     p_x, p_branch, p_gate, p_branch_bias, p_weight, p_bias, p_shift, p_scale, p_x_new, p_normed,
     gate_stride, shift_stride, scale_stride, eps, num_pixels, pixels_per_program,
     CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+):
     """Add the branch if there is one, then normalize if `p_normed` is given; strides are between images."""
     image = tl.cast(tl.program_id(0), tl.int64)
     first = tl.program_id(1) * pixels_per_program
@@ -102,7 +102,7 @@ def residual_norm_backward_kernel(
     p_x_new, p_branch, p_gate, p_weight, p_scale, p_grad_x_new, p_grad_normed, p_grad_x, p_grad_branch, p_sums,
     gate_stride, scale_stride, eps, num_pixels, pixels_per_program,
     SUMS: tl.constexpr, CHANNELS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+):
     """Recompute the normalized values, and compute all gradients.
 
     Gradients per channel are summed over the pixels of the program: (images, programs of an image, 3 or 4, c). The sums
@@ -181,7 +181,7 @@ def residual_norm_sum_kernel(
     p_grad_gate, p_grad_branch_bias, p_grad_shift, p_grad_scale, p_grad_affine,
     gate_stride, scale_stride, part_stride, num_programs,
     SUMS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+):
     """Compute gradients from the sums: of gate, shift and scale, and the part of each image for weight and biases."""
     image = tl.cast(tl.program_id(0), tl.int64)
     o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

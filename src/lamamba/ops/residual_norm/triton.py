@@ -49,7 +49,7 @@ def residual_norm_triton(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, branch_bias: Tensor | None,
     weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, scale: Tensor | None,
     eps: float, dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Run the forward kernel; arguments as in `lamamba.ops.residual_norm`, but `dtype` None means no norm.
 
     Returns:
@@ -68,7 +68,7 @@ def residual_norm_triton(
         None if branch is None else x_new, None if dtype is None else normed,
         gate_stride, shift_stride, scale_stride, eps, plan.num_pixels, plan.pixels_per_program,
         **plan.constants,
-    )  # fmt: skip
+    )
     return x_new, normed
 
 
@@ -85,7 +85,7 @@ def _backward(
     grad_x_new: Tensor | None, grad_normed: Tensor | None, x_new: Tensor | None,
     branch: Tensor | None, gate: Tensor | None, branch_bias: Tensor | None,
     weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the backward kernels. At least one of the two gradients is given.
 
     Returns:
@@ -119,7 +119,7 @@ def _backward(
         x_new, branch, gate, weight, scale, grad_x_new, grad_normed, grad_x, grad_branch, sums,
         gate_stride, scale_stride, eps, plan.num_pixels, plan.pixels_per_program,
         SUMS=num_sums, **plan.constants,
-    )  # fmt: skip
+    )
     launch(
         residual_norm_sum_kernel, (batch, triton.cdiv(channels, SUM_BLOCK)),
         sums, gate, branch_bias, weight, bias, scale,
@@ -127,7 +127,7 @@ def _backward(
         gate_stride, scale_stride, of_images.stride(0), plan.grid[1],
         SUMS=num_sums, CHANNELS=channels, BLOCK=SUM_BLOCK,
         ROWS=min(MAX_SUM_ROWS, triton.next_power_of_2(plan.grid[1])), num_warps=2,
-    )  # fmt: skip
+    )
     sum_parts(of_images, out=of_parameters)
     return results
 
@@ -136,7 +136,7 @@ def _gradients(
     grad_x_new: Tensor | None, grad_normed: Tensor | None, x_new: Tensor | None,
     branch: Tensor | None, gate: Tensor | None, branch_bias: Tensor | None,
     shift: Tensor | None, scale: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Allocate the results of the backward pass."""
     like = grad_normed if grad_x_new is None else grad_x_new
     assert like is not None

@@ -43,7 +43,7 @@ def _shape_of_starts(x: Tensor, A: Tensor) -> tuple[int, ...]:
 def _backward(
     grad_y: Tensor, starts: Tensor,
     x: Tensor, low: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, continuous: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from lamamba.ops.selective_scan.loops import scan_backward
 
     b, e = x.shape[0], x.shape[3]
@@ -53,7 +53,7 @@ def _backward(
     (x_array, low_array), shared = _arrays(x, low, dt_weight, dt_bias, A, D, continuous)
     outputs = (
         grad_x.flatten(1, 2), grad_low.view(low_array.shape), grad_weight, grad_bias, grad_A, grad_skip,
-    )  # fmt: skip
+    )
     inputs = (x_array, low_array, starts.numpy(), array(grad_y.flatten(1, 2)))
     share_images(scan_backward, inputs, shared, tuple(output.numpy() for output in outputs))
     sums = (grad_weight.sum(dim=0).mT, grad_bias.sum(dim=0), grad_A.sum(dim=0).mT)

@@ -91,7 +91,7 @@ def _below(o_x, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
 def _runs(
     first, path,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
-):  # fmt: skip
+):
     """Find the pixels of a tile: first pixel and stride of each run of RUN steps, which lie on one line of the grid."""
     firsts = ()
     strides = ()
@@ -137,7 +137,7 @@ def _load_expansion(p_weight, path, o_d, m_d, CHANNELS: tl.constexpr, RANK: tl.c
 def _load_low(
     p_low, start, path, LOW: tl.constexpr, RANK: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr,
-):  # fmt: skip
+):
     """Load the low-rank step sizes of 16 steps as blocks (2, 16, 8), the layout of a tensor core operand."""
     b_lows = ()
     o_half, o_place = tl.arange(0, 2)[:, None, None], tl.arange(0, 8)[None, None, :]
@@ -154,7 +154,7 @@ def _load_low(
 def _load_numbers(
     p_low, start, path, LOW: tl.constexpr, RANK: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr,
-):  # fmt: skip
+):
     """Load B ln(2) and C of 16 steps as one block (32,)."""
     o_i = tl.arange(0, 32)
     o_t = start + o_i % 16
@@ -255,7 +255,7 @@ def scan_summary_kernel(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
     CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr,
     BLOCK: tl.constexpr, PRECISE: tl.constexpr, BACKWARD: tl.constexpr,
-):  # fmt: skip
+):
     """Scan a segment from a zero state; store the last state and the decay over the segment, each (e,).
 
     BACKWARD does the same backward in time for the gradient of the state. Then u is the gradient of y, and `plane` is
@@ -335,7 +335,7 @@ def scan_forward_kernel(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
     CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr,
     BLOCK: tl.constexpr, PRECISE: tl.constexpr, SAVE: tl.constexpr,
-):  # fmt: skip
+):
     """Scan a segment and write y, one plane per path; SAVE also writes the state at the start of each tile."""
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     WHOLE: tl.constexpr = LENGTH % TILE == 0
@@ -393,7 +393,7 @@ def scan_backward_kernel(
     plane, batch, first_image, tiles_per_segment, num_segments,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
     CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr, PRECISE: tl.constexpr,
-):  # fmt: skip
+):
     """Walk the tiles of a segment backward; in each, scan forward from the saved state, then backward.
 
     Writes these gradients, which the caller adds up:

@@ -77,21 +77,21 @@ def _scan_forward(x, low, weight, bias, A, skip, order, y, starts, delta, h):
 def scan_backward(
     x, low, starts, grad_y, weight, bias, A, skip, order,
     grad_x, grad_low, grad_weight, grad_bias, grad_A, grad_skip,
-):  # fmt: skip
+):
     """Compute all gradients; those of tensors that the images share, separately for each image."""
     delta, grad_z = np.empty((TILE, x.shape[2]), f32), np.empty(x.shape[2], f32)
     h, decay, carried = (np.empty((*tiles, *A.shape[1:]), f32) for tiles in ((TILE + 1,), (TILE,), ()))
     _scan_backward(
         x, low, starts, grad_y, weight, bias, A, skip, order,
         grad_x, grad_low, grad_weight, grad_bias, grad_A, grad_skip, delta, decay, h, carried, grad_z,
-    )  # fmt: skip
+    )
 
 
 @compiled
 def _scan_backward(
     x, low, starts, grad_y, weight, bias, A, skip, order,
     grad_x, grad_low, grad_weight, grad_bias, grad_A, grad_skip, delta, decay, h, carried, grad_z,
-):  # fmt: skip
+):
     """Walk the tiles of a path backward; in each, first recompute the states: h[t + 1] is the state after step t."""
     length, channels = x.shape[1:]
     rank, num_states = weight.shape[1], A.shape[1]

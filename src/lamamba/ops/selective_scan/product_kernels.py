@@ -11,7 +11,7 @@ import triton.language as tl
 def sum_and_project_kernel(
     p_planes, p_grad_low, p_weight, p_grad_x, num_rows,
     PROJECTED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LOW: tl.constexpr,
-):  # fmt: skip
+):
     """Add up four planes, (rows, e), and the product of (rows, low) and (low, e) unless PROJECTED is 0."""
     BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     o_row = (tl.program_id(0) // BLOCKS * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
@@ -39,7 +39,7 @@ def steps_backward_kernel(
     p_grad_z, p_low, p_weight, p_grad_low, p_grad_weight, num_rows, rows_per_program,
     RANK: tl.constexpr, LOW: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, RANK_BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Multiply the gradient of z of a path with the weight and with the low-rank step sizes; see `steps_backward`."""
     FILLED: tl.constexpr = (RANK + 7) // 8 * 8
     path, chunk = tl.program_id(0), tl.program_id(1)

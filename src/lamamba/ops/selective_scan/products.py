@@ -42,7 +42,7 @@ def sum_and_project(planes: Tensor, grad_low: Tensor, weight: Tensor) -> Tensor:
         planes, grad_low, weight, grad_x, num_rows,
         PROJECTED=low if low <= MAX_LOW else 0, WIDTH=width, ROWS=ROWS, BLOCK=CHANNELS, LOW=LOW,
         num_warps=4, num_stages=1,
-    )  # fmt: skip
+    )
     if low > MAX_LOW:
         with torch.autocast(planes.device.type, enabled=False):
             grad_x.view(-1, width).addmm_(grad_low.view(-1, low), weight)
@@ -83,7 +83,7 @@ def steps_backward(grad_z: Tensor, low: Tensor, weight: Tensor, rank: int, grad_
         grad_z, low, weight, grad_low, parts, num_rows, rows_per_program,
         RANK=rank, LOW=4 * low.shape[2], WIDTH=width, ROWS=STEP_ROWS, PIECE=STEP_CHANNELS, PIECES=pieces,
         RANK_BLOCK=max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=1,
-    )  # fmt: skip
+    )
     return sum_parts(parts)
 
 

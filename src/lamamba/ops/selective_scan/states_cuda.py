@@ -72,7 +72,7 @@ def limits_of(device: torch.device) -> Limits | None:
 
 def plan(
     x: Tensor, low: Tensor, weight: Tensor, rank: int, num_states: int, continuous: bool, backward: bool
-) -> Plan | None:  # fmt: skip
+) -> Plan | None:
     """Choose how a call is launched; return None if the Triton kernels run instead.
 
     These kernels take bfloat16 from compute capability 8.0 on. They copy 4 bytes at a time or more, and offsets within
@@ -106,7 +106,7 @@ def plan(
         "HEIGHT": height, "WIDTH": width, "CONTINUOUS": continuous, "CHANNELS": channels, "LOW": low_row, "RANK": rank,
         "STATES": num_states, "FUSED": fused,
         "WARPS": warps, "BLOCKS": of_multiprocessor, "SHARED": shared, "threads": 32 * warps, "shared": shared,
-    }  # fmt: skip
+    }
     return Plan(triton.cdiv(channels, kind.of_warp * warps), at_once * limits.multiprocessors, constants)
 
 

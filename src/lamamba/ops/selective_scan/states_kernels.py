@@ -58,7 +58,7 @@ def _sum_products(rows, others, BLOCK: tl.constexpr):
 def _pixels(
     start, path, o_d, m_d,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+):
     """Compute offsets (16, d) of the pixels of a tile, and their mask. One access for all 16 compiles much faster."""
     o_t = start + tl.arange(0, TILE)[:, None]
     return _pixel(o_t, path, HEIGHT, WIDTH, CONTINUOUS) * CHANNELS + o_d, m_d & _below(o_t, HEIGHT * WIDTH, TILE)
@@ -68,7 +68,7 @@ def _pixels(
 def _path_rows(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr,
     STATES: tl.constexpr, VALUES: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+):
     """Compute where B and C of steps lie: offsets in (b, h, w, 4, r + 2n) and (b, 4, tiles, n, 2, 16), and masks."""
     LENGTH: tl.constexpr = HEIGHT * WIDTH
     NUM_TILES: tl.constexpr = (LENGTH + TILE - 1) // TILE
@@ -87,7 +87,7 @@ def to_paths_kernel(
     p_low, p_rows,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr,
     STATES: tl.constexpr, VALUES: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+):
     """Copy B and C into the order of the paths, so that the values of a state and tile are contiguous."""
     o_low, o_row, m_low, m_row = _path_rows(HEIGHT, WIDTH, CONTINUOUS, LOW, RANK, STATES, VALUES, STEPS, TILE)
     tl.store(p_rows + o_row, tl.load(p_low + o_low, mask=m_low, other=0.0).to(tl.float32), mask=m_row)
@@ -98,7 +98,7 @@ def from_paths_kernel(
     p_grad_rows, p_grad_low, num_planes, plane,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr,
     STATES: tl.constexpr, VALUES: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+):
     """Sum the gradients of B and C over planes that are `plane` apart, and copy the sums to their places in low."""
     o_low, o_row, m_low, _ = _path_rows(HEIGHT, WIDTH, CONTINUOUS, LOW, RANK, STATES, VALUES, STEPS, TILE)
     b_sum = tl.zeros([VALUES, STEPS], tl.float32)
@@ -114,7 +114,7 @@ def states_summary_kernel(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr,
     CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr,
     BLOCK: tl.constexpr, PRECISE: tl.constexpr, BACKWARD: tl.constexpr,
-):  # fmt: skip
+):
     """Scan a segment from a zero state; store the last states and the decays over the segment, each (n, e).
 
     BACKWARD does the same backward in time for the gradient of the state. Then u is the gradient of y, and `plane` is
@@ -177,7 +177,7 @@ def states_forward_kernel(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr,
     CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr,
     BLOCK: tl.constexpr, PRECISE: tl.constexpr, AT_ONCE: tl.constexpr, SAVE: tl.constexpr,
-):  # fmt: skip
+):
     """Scan a segment and write y, one plane per path.
 
     `p_room` has room for the states of each program between two tiles. With SAVE, `p_saved` receives the states at the
@@ -275,7 +275,7 @@ def states_backward_kernel(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONTINUOUS: tl.constexpr, TILE: tl.constexpr,
     CHANNELS: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr,
     BLOCK: tl.constexpr, PRECISE: tl.constexpr, AT_ONCE: tl.constexpr,
-):  # fmt: skip
+):
     """Walk the tiles of a segment backward; in each, scan every state forward from the saved one, then backward.
 
     Writes these gradients, which the caller adds up:

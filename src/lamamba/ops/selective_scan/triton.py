@@ -58,7 +58,7 @@ class _Geometry(NamedTuple):
 
 def _geometry(
     x: Tensor, low: Tensor, rank: int, A_log: Tensor, continuous: bool, backward: bool, at_once: int = 0
-) -> _Geometry:  # fmt: skip
+) -> _Geometry:
     batch, height, width, channels = x.shape
     if batch > MAX_BATCH:
         raise ValueError(f"scan_grid: a batch of {batch} is too large for the kernels: use {MAX_BATCH} or less")
@@ -79,7 +79,7 @@ def _geometry(
         "HEIGHT": height, "WIDTH": width, "CONTINUOUS": continuous, "TILE": TILE, "CHANNELS": channels,
         "LOW": low.shape[3], "RANK": rank, "BLOCK": block,
         "PRECISE": x.dtype == torch.float32, "num_warps": 1, "num_stages": 1,
-    }  # fmt: skip
+    }
     constants |= {"STATES": states} if states > 1 else {"RUN": math.gcd(height, width, TILE)}
     return _Geometry(triton.cdiv(channels, block), parts, constants)
 
@@ -120,7 +120,7 @@ def _narrower(batch: int, channels: int, block: int, below: int) -> int:
 def _summarise(
     kernel: Any, geometry: _Geometry, part: _Part, num_states: int,
     u: Tensor, plane: int, *shared: Tensor, backward: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Scan every segment of a part from a zero state; does nothing if a path is one segment."""
     if part.num_segments == 1:
         nothing = shared[-1].new_empty(0)
@@ -131,7 +131,7 @@ def _summarise(
         kernel, (geometry.num_blocks, 4 * (part.num_segments - 1), part.num_images),
         u, *shared, carry, decay,
         plane, part.first_image, part.tiles_per_segment, part.num_segments, BACKWARD=backward, **geometry.constants,
-    )  # fmt: skip
+    )
     return carry, decay
 
 
@@ -171,7 +171,7 @@ def scan_grid_triton(
         scan_forward_kernel, (geometry.num_blocks, 4 * part.num_segments, batch),
         x, low, weight, bias, A_log, D, planes, states, carry, decay,
         batch, part.tiles_per_segment, part.num_segments, SAVE=save, **geometry.constants,
-    )  # fmt: skip
+    )
     return planes, states
 
 
@@ -179,7 +179,7 @@ def _scan_states(
     geometry: _Geometry, part: _Part, x: Tensor,
     low: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor,
     planes: Tensor, states: Tensor, rank: int, continuous: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Scan with several states: write y of each path to `planes`, and saved states to `states` unless it is empty."""
     batch, _, _, channels = x.shape
     num_states = A_log.shape[2]
@@ -197,7 +197,7 @@ def _scan_states(
             states_cuda.forward_kernel, (in_cuda.num_blocks, 4 * part.num_segments, batch),
             *map(states_cuda.aligned, (x, low, weight)), bias, rates, D,
             planes, states, carry, decay, save, batch, part.tiles_per_segment, part.num_segments, **in_cuda.constants,
-        )  # fmt: skip
+        )
         return
     room = A_log.new_empty(batch, 4, part.num_segments, num_states, channels)
     launch(
@@ -205,7 +205,7 @@ def _scan_states(
         x, low, rows, weight, bias, rates, D, planes, room, states, carry, decay,
         batch, part.tiles_per_segment, part.num_segments,
         SAVE=save, AT_ONCE=_states_at_once(num_states, 4), maxnreg=STATES_REGISTERS, **geometry.constants,
-    )  # fmt: skip
+    )
 
 
 def _rates(A_log: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ def _copy_rows(
         kernel, (triton.cdiv(height * width, STEPS), 4, batch), *arguments,
         HEIGHT=height, WIDTH=width, CONTINUOUS=continuous, LOW=channels, RANK=rank, STATES=num_states,
         VALUES=triton.next_power_of_2(2 * num_states), STEPS=STEPS, TILE=TILE, num_warps=4, num_stages=1,
-    )  # fmt: skip
+    )
 
 
 def _states_shape(x: Tensor, A_log: Tensor, save: bool) -> tuple[int, ...]:
@@ -271,7 +271,7 @@ def _(x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, *othe
 def _scan_grid_backward(
     grad_y: Tensor, states: Tensor,
     x: Tensor, low: Tensor, weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, rank: int, continuous: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the backward kernels.
 
     Returns:
@@ -313,13 +313,13 @@ def _scan_grid_backward(
                     x, low, weight, bias, A_log, D, grad_y, states, carry, decay,
                     grad_x, grad_z, grad_low, grad_BC, of_part,
                     plane, batch, part.first_image, part.tiles_per_segment, part.num_segments, **in_cuda.constants,
-                )  # fmt: skip
+                )
                 continue
             launch(
                 scan_backward_kernel, (num_blocks, 4 * part.num_segments, part.num_images),
                 x, low, weight, bias, A_log, D, grad_y, states, carry, decay, grad_x, grad_z, grad_BC, of_part,
                 plane, batch, part.first_image, part.tiles_per_segment, part.num_segments, **geometry.constants,
-            )  # fmt: skip
+            )
         if not is_fused:
             grad_low.view_as(low_by_path)[..., rank : rank + 2] = grad_BC.sum(dim=0).flatten(0, 1)
     else:
@@ -330,14 +330,14 @@ def _scan_grid_backward(
             carry, decay = _summarise(
                 states_summary_kernel, geometry, part, num_states,
                 grad_y, plane, low, rows, weight, bias, rates, backward=True,
-            )  # fmt: skip
+            )
             if in_cuda:
                 launch(
                     states_cuda.backward_kernel, (num_blocks, 4 * part.num_segments, part.num_images),
                     x, low, rows, weight, bias, rates, D, grad_y, states, carry, decay,
                     grad_x, grad_z, grad_rows, of_part,
                     plane, batch, part.first_image, part.tiles_per_segment, part.num_segments, **in_cuda.constants,
-                )  # fmt: skip
+                )
                 continue
             grads = A_log.new_empty(part.num_images, 4, part.num_segments, num_states, channels)
             launch(
@@ -346,11 +346,11 @@ def _scan_grid_backward(
                 grads, grad_x, grad_z, grad_rows, of_part,
                 plane, batch, part.first_image, part.tiles_per_segment, part.num_segments,
                 AT_ONCE=_states_at_once(num_states, 2), **geometry.constants,
-            )  # fmt: skip
+            )
         _copy_rows(
             from_paths_kernel, low, rank, num_states, continuous,
             grad_rows, grad_low, num_blocks, rows.numel(),
-        )  # fmt: skip
+        )
     sums = sum_parts(grad_shared)
     if is_fused:
         grad_low = grad_low[0] if num_blocks == 1 else grad_low.sum(dim=0, dtype=low.dtype)
@@ -412,7 +412,7 @@ class ProjectedScan(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, projection: Tensor,
         weight: Tensor, bias: Tensor, A_log: Tensor, D: Tensor, rank: int, continuous: bool, fill: int,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         low_projection, low_weight = fill_up(projection, x.dtype, fill), padded(rounded(weight, x.dtype))
         low = F.linear(x, low_projection)
         planes, states = scan_grid_triton(x, low, low_weight, bias, A_log, D, rank, continuous, True)

@@ -76,7 +76,7 @@ def selective_scan_fn(
     grouped = _Grouped(
         u.unflatten(1, (num_groups, -1)), delta.unflatten(1, (num_groups, -1)), A.unflatten(0, (num_groups, -1)),
         B, C, split(D, 0), split(z, 1), split(delta_bias, 0), split(initial_state, 1),
-    )  # fmt: skip
+    )
     y, last = _scan(grouped, delta_softplus, backend, return_last_state)
     return (y.flatten(1, 2), last.flatten(1, 2)) if return_last_state else y.flatten(1, 2)
 
@@ -139,7 +139,7 @@ def selective_scan_2d(
         A.unflatten(0, (NUM_PATHS, d)), along_paths(B), along_paths(C),
         None if D is None else D.unflatten(0, (NUM_PATHS, d)), None,
         None if delta_bias is None else delta_bias.unflatten(0, (NUM_PATHS, d)), None,
-    )  # fmt: skip
+    )
     y = _scan(grouped, delta_softplus, backend, False)[0].mT.flatten(1, 2)
     return sum_rows(y, order.pixels, order.pixel_positions).mT.reshape(b, d, h, w)
 
@@ -223,7 +223,7 @@ def _scan_in_blocks(wide: _Grouped, with_last: bool) -> tuple[Tensor, Tensor]:
 def _check_shapes(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor, int]:  # fmt: skip
+) -> tuple[Tensor, Tensor, int]:
     """Check all shapes, and return B and C as (b, g, n, l), and g."""
     for name, tensor in (("A", A), ("B", B), ("C", C)):
         if tensor.is_complex():
@@ -235,7 +235,7 @@ def _check_shapes(
     wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "delta": (delta, (b, d, l)), "A": (A, (d, n)), "D": (D, (d,)), "z": (z, (b, d, l)),
         "delta_bias": (delta_bias, (d,)), "initial_state": (initial_state, (b, d, n)),
-    }  # fmt: skip
+    }
     groups = {1}
     for name, weights in (("B", B), ("C", C)):
         groups.add({2: d, 4: weights.shape[1]}.get(weights.ndim, 1))

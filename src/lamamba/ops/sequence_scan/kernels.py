@@ -116,7 +116,7 @@ def sequence_forward_kernel(
     p_carry, p_decay, num_groups, num_channels, length, tiles_per_segment, num_segments,
     STATES: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, SOFTPLUS: tl.constexpr,
     WHOLE: tl.constexpr, PRECISE: tl.constexpr, STARTED: tl.constexpr, BACKWARD: tl.constexpr,
-):  # fmt: skip
+):
     """Scan a segment, write y, and in `p_states` the state at the start of each tile.
 
     `p_decay` instead of `p_y` asks for a summary of the segment: its last state from a zero state, and its decay.
@@ -220,7 +220,7 @@ def _then(b_decay, b_end, b_next_decay, b_next_end):
 def sequence_starts_kernel(
     p_ends, p_decays, p_first, p_starts, num_states, num_segments,
     SEGMENTS: tl.constexpr, COLUMNS: tl.constexpr, BACKWARD: tl.constexpr,
-):  # fmt: skip
+):
     """Compute the state before each segment from the ends and decays of `sequence_forward_kernel`.
 
     All are (b g, segments, n w), and the state before the first segment is (b g, n w). BACKWARD computes the gradient
@@ -276,7 +276,7 @@ def _sum_channels(rows, BLOCK: tl.constexpr, PRECISE: tl.constexpr):
 def _walk_back(
     b_h, b_g, b_grad_A, b_A, BC, b_ms, b_inputs, b_grad_ys, b_drives, b_exponents, b_ys,
     TILE: tl.constexpr, BLOCK: tl.constexpr, PRECISE: tl.constexpr, GATED: tl.constexpr,
-):  # fmt: skip
+):
     """Walk one state along a tile forward, then its gradient backward; b_g always holds a[t+1] g[t+1].
 
     Returns:
@@ -321,7 +321,7 @@ def sequence_backward_kernel(
     plane, num_groups, num_channels, length, tiles_per_segment, num_segments,
     STATES: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, SOFTPLUS: tl.constexpr,
     WHOLE: tl.constexpr, PRECISE: tl.constexpr, STARTED: tl.constexpr,
-):  # fmt: skip
+):
     """Walk the tiles of a segment backward; in each, scan every state forward from the saved one, then backward.
 
     `p_carry` holds the gradient of the state after the segment, and receives that of the state before it. Besides the
@@ -396,7 +396,7 @@ def sequence_backward_kernel(
                 b_g, b_grad_A, b_drives, b_exponents, b_ys, of_BC = _walk_back(
                     b_starts[i], b_gs[i], b_grad_As[i], b_As[i], numbers(b_BCs[i]), b_ms, b_inputs, b_grad_rows,
                     b_drives, b_exponents, b_ys, TILE, BLOCK, PRECISE, GATED,
-                )  # fmt: skip
+                )
                 b_new_gs = b_new_gs + (b_g,)
                 b_new_grad_As = b_new_grad_As + (b_grad_A,)
                 p_weights = p_grad_BC + (turn + i) * length + start + tl.arange(0, TILE)

@@ -49,14 +49,14 @@ def sequences_backward(
     _sequences_backward(
         grad_y, grad_last, starts, u, delta, A, B, C,
         grad_u, grad_delta, grad_A, grad_B, grad_C, grad_start, h, decays, of_tile,
-    )  # fmt: skip
+    )
 
 
 @compiled
 def _sequences_backward(
     grad_y, grad_last, starts, u, delta, A, B, C,
     grad_u, grad_delta, grad_A, grad_B, grad_C, grad_start, h, decays, of_tile,
-):  # fmt: skip
+):
     """Walk the tiles backward; in each, first recompute the states: h[t + 1] is the state after step t.
 
     The gradient of A is added up over a tile first, because a sum over thousands of steps in float32 loses digits.

@@ -9,7 +9,7 @@ def selective_scan_fn_reference(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None = None, z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
     initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Scan sequences step by step; arguments and both results as in `lamamba.ops.selective_scan_fn`."""
     batch, channels, length = u.shape
     delta = delta if delta_bias is None else delta + delta_bias[:, None]

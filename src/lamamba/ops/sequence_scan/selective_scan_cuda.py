@@ -18,7 +18,7 @@ from lamamba.ops.sequence_scan import selective_scan_fn
 def fwd(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """Scan; arguments as in `lamamba.ops.selective_scan_fn`.
 
     Returns:
@@ -34,7 +34,7 @@ def bwd(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None,
     dout: Tensor, x: Tensor | None, out: Tensor | None, dz: Tensor | None, delta_softplus: bool, recompute_out_z: bool,
-) -> list[Tensor | None]:  # fmt: skip
+) -> list[Tensor | None]:
     """Compute gradients; x and out are results of `fwd`, which are not read.
 
     Returns:

@@ -48,7 +48,7 @@ def _plan(u: Tensor, num_states: int, softplus: bool) -> _Plan:
     constants = {
         "STATES": num_states, "TILE": TILE, "BLOCK": BLOCK, "SOFTPLUS": softplus, "WHOLE": length % TILE == 0,
         "PRECISE": u.dtype == torch.float32, "num_warps": 1, "num_stages": 1,
-    }  # fmt: skip
+    }
     sizes = (groups, channels, length, tiles_per_segment, num_segments)
     grid = (groups * num_blocks, num_segments, batch)
     carry, states = ((batch, groups, number, num_states, channels) for number in (num_segments, num_tiles))
@@ -93,13 +93,13 @@ def _prepare_carry(
         sequence_forward_kernel, (channels, plan.num_segments - 1, images),
         *arguments, *NOTHING, None, ends, decays, *plan.sizes, STARTED=False, BACKWARD=backward,
         AT_ONCE=_at_once(plan.carry[3], 4), maxnreg=FORWARD_REGISTERS, **plan.constants,
-    )  # fmt: skip
+    )
     columns = plan.carry[3] * plan.carry[4]
     launch(
         sequence_starts_kernel, (-(-columns // COLUMNS), plan.carry[0] * plan.carry[1], 1),
         ends, decays, _float(None if first is None else first.mT), carry, columns, plan.num_segments,
         SEGMENTS=triton.next_power_of_2(plan.num_segments), COLUMNS=COLUMNS, BACKWARD=backward, num_warps=4,
-    )  # fmt: skip
+    )
     return carry, True
 
 
@@ -107,7 +107,7 @@ def _run_forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, initial_state: Tensor | None,
     softplus: bool, save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run the forward kernels; arguments as in `lamamba.ops.sequence_scan._Grouped`.
 
     Returns:
@@ -124,7 +124,7 @@ def _run_forward(
         sequence_forward_kernel, plan.grid,
         *inputs, _float(D), *_strided(z), bias, *_strided(y), states if save else None, carry, None, *plan.sizes,
         STARTED=started, BACKWARD=False, AT_ONCE=_at_once(A.shape[2], 4), maxnreg=FORWARD_REGISTERS, **plan.constants,
-    )  # fmt: skip
+    )
     return y, carry, states
 
 
@@ -142,7 +142,7 @@ def _(u: Tensor, delta: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, Tensor
 def _run_backward(
     grad_y: Tensor, grad_last: Tensor | None, states: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, softplus: bool, for_initial: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the backward kernels.
 
     Returns:
@@ -165,7 +165,7 @@ def _run_backward(
         *_strided(grad_u), *_strided(grad_delta), *(NOTHING if z is None else _strided(grad_z)),
         grad_BC, grad_shared, grad_BC[0].numel(), *plan.sizes,
         STARTED=started, AT_ONCE=_at_once(A.shape[2], 2), **plan.constants,
-    )  # fmt: skip
+    )
     of_BC = grad_BC.sum(dim=3)
     of_initial = carry[:, :, 0].mT.clone() if for_initial else carry.new_empty(0)
     return grad_u, grad_delta, grad_z, of_BC, sum_parts(grad_shared), of_initial
@@ -214,7 +214,7 @@ def _autograd(
         None if D is None else shared[-2].to(D.dtype), None if z is None else of_z,
         None if delta_bias is None else shared[-1].to(delta_bias.dtype),
         None if ctx.dtype_of_state is None else of_state.to(ctx.dtype_of_state), None, None,
-    )  # fmt: skip
+    )
 
 
 scan_sequences_triton.register_autograd(_autograd, setup_context=_setup_context)

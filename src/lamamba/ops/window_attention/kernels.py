@@ -22,7 +22,7 @@ def places(
     window,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr,
     SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr, PLACES: tl.constexpr,
-):  # fmt: skip
+):
     """Find the pixels of a window: (places,) row-major pixel, mask of existing pixels, and region.
 
     The cyclic shift puts pixels from opposite edges of the grid into one window. They have different regions.
@@ -44,7 +44,7 @@ def places(
 def relative_bias(
     p_bias, head, HEADS: tl.constexpr, WINDOW: tl.constexpr,
     SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, PLACES: tl.constexpr,
-):  # fmt: skip
+):
     """Load the bias of every query and key of a window, (places, places), times log2(e)."""
     o_place = tl.arange(0, PLACES)
     m_place = o_place < SIDE_Y * SIDE_X
@@ -72,7 +72,7 @@ def attention_forward_kernel(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr,
     SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr, PLACES: tl.constexpr, WINDOW: tl.constexpr,
     HEADS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Attend; CHANNELS are the channels of a head, `num_windows` counts the windows of all images."""
     PER_IMAGE: tl.constexpr = ((HEIGHT + SIDE_Y - 1) // SIDE_Y) * ((WIDTH + SIDE_X - 1) // SIDE_X)
     head = tl.program_id(0)
@@ -102,7 +102,7 @@ def attention_backward_kernel(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr,
     SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr, PLACES: tl.constexpr, WINDOW: tl.constexpr,
     HEADS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Recompute the weights, and compute all gradients.
 
     Two gradients are summed over the windows of the program, and the caller adds up the programs: of the logits,
@@ -164,7 +164,7 @@ def attention_backward_kernel(
 def pair_sum_kernel(
     p_logits, p_out,
     SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, PLACES: tl.constexpr, WINDOW: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
+):
     """Sum (heads, places, places) over pairs of places that use the same row of the bias table, ((2 s - 1)^2, heads).
 
     A program sums the pairs of one row and head.

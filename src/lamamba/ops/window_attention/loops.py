@@ -138,7 +138,7 @@ def attention_backward(parts, grad_out, qkv, places, added, scale, grad_qkv, gra
 def _backward(
     parts, grad_out, qkv, places, added, scale, grad_qkv, grad_added,
     query, grad, grad_query, key, value, weights, grad_logits, top, total, along,
-):  # fmt: skip
+):
     num_places, channels = key.shape
     for part in range(len(parts)):
         grad_added[part] = 0

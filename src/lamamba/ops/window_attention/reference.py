@@ -20,7 +20,7 @@ def window_attention_reference(qkv: Tensor, bias: Tensor, num_heads: int, window
     query, key, value = rearrange(
         x, "b (ny sy) (nx sx) (three heads c) -> three (b ny nx) heads (sy sx) c",
         sy=side_y, sx=side_x, three=3, heads=num_heads,
-    )  # fmt: skip
+    )
     added = rearrange(bias[geometry.offsets], "query key heads -> 1 heads query key")
     if geometry.mask is not None:
         added = (added + geometry.mask[:, None]).repeat(batch, 1, 1, 1)
@@ -28,6 +28,6 @@ def window_attention_reference(qkv: Tensor, bias: Tensor, num_heads: int, window
     x = rearrange(
         x, "(b ny nx) heads (sy sx) c -> b (ny sy) (nx sx) (heads c)",
         ny=(height + pad_y) // side_y, nx=(width + pad_x) // side_x, sy=side_y,
-    )  # fmt: skip
+    )
     x = x.roll((shift_y, shift_x), dims=(1, 2)) if shift_y or shift_x else x
     return x[:, :height, :width]

@@ -36,7 +36,7 @@ def _plan(qkv: Tensor, num_heads: int, window_size: int, shifted: bool) -> _Plan
         "SHIFT_Y": windows.shift_y, "SHIFT_X": windows.shift_x, "PLACES": places, "WINDOW": window_size,
         "HEADS": num_heads, "CHANNELS": head_channels, "BLOCK": max(16, triton.next_power_of_2(head_channels)),
         "num_warps": 8 if head_channels > 64 else 4, "num_stages": 1,
-    }  # fmt: skip
+    }
     grid = (num_heads, triton.cdiv(num_windows, windows_per_program))
     return _Plan(grid, (num_windows, windows_per_program, head_channels**-0.5), constants)
 
@@ -80,7 +80,7 @@ def _backward(
     launch(
         pair_sum_kernel, (len(bias), num_heads), logits, grad_bias,
         **{name: plan.constants[name] for name in ("SIDE_Y", "SIDE_X", "PLACES", "WINDOW", "HEADS")}, num_warps=1,
-    )  # fmt: skip
+    )
     return grad_qkv, grad_bias, added
 
 
@@ -103,7 +103,7 @@ class ProjectedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, weight_bias: Tensor,
         bias: Tensor, num_heads: int, window_size: int, shifted: bool,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         low = rounded(weight, x.dtype)
         qkv = F.linear(x, low, rounded(weight_bias, x.dtype))
         out: Tensor = window_attention_triton(qkv, bias, num_heads, window_size, shifted)
