@@ -281,6 +281,19 @@ def test_gradients_of_groups_are_those_of_each_layer(batch: int, with_copies: bo
             torch.testing.assert_close(torch.cat(list(parts), dim=1), wanted, rtol=1e-2, atol=1e-2)
 
 
+def test_modules_with_hooks_compute_their_own_gradients() -> None:
+    network, condition = make_network(), make_condition()
+    layer, seen = network.bottleneck[0].modulation, []
+    with use_backend("triton"):
+        assert network.bottleneck[0] in modulate_together(condition, network)
+        handle = layer.register_full_backward_hook(lambda *_: seen.append("gradient"))
+        assert not modulate_together(condition, network)
+        sum(part.sum() for part in modulation.modulate(network.bottleneck[0], condition)).backward()
+        handle.remove()
+        assert network.bottleneck[0] in modulate_together(condition, network)
+    assert seen == ["gradient"]
+
+
 def test_copies_of_equal_layers_are_stacked_without_another_copy() -> None:
     network = make_network(torch.float32)
     layers = [network.encoder[2][0].modulation, network.encoder[3][0].modulation]

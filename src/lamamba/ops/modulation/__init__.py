@@ -128,7 +128,7 @@ def _is_plain(layer: nn.Module, condition: Tensor) -> bool:
     if type(layer) not in (nn.Linear, Linear) or "forward" in vars(layer):
         return False
     assert isinstance(layer, nn.Linear)
-    if layer._forward_hooks or layer._forward_pre_hooks:
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return False
     weight, bias = layer.weight, layer.bias
     if type(weight) is not nn.Parameter or type(bias) is not nn.Parameter or weight.device != condition.device:
