@@ -3,7 +3,8 @@
     python benchmarks/report.py             from the newest file of each device
     python benchmarks/report.py FILE...     from these files
 
-The tables contain no number that was typed by hand. The page includes benchmarks/profile_notes.md after the profile.
+The tables of records contain no number that was typed by hand. The page includes benchmarks/target_notes.md after the
+targets of the first GPU, and benchmarks/profile_notes.md after the profile.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any
 from measure import RESULTS, ROOT, Record
 
 DOCS = ROOT / "docs"
-NOTES = Path(__file__).with_name("profile_notes.md")
+NOTES, TARGET_NOTES = (Path(__file__).with_name(name) for name in ("profile_notes.md", "target_notes.md"))
 PROFILE = "profile_train_xl_256"
 
 
@@ -364,7 +365,7 @@ def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
-def gpu_section(run: Run, docs: Path, notes: str) -> list[str]:
+def gpu_section(run: Run, docs: Path, notes: str, target_notes: str) -> list[str]:
     """Make the section of a GPU, and draw its plots beside the page."""
     records = run.records
     lines = heading(run)
@@ -382,6 +383,7 @@ def gpu_section(run: Run, docs: Path, notes: str) -> list[str]:
             "",
             *targets,
         ]
+        lines += [target_notes.strip(), ""] if target_notes.strip() else []
     lines += network_tables(records)
     resolution = resolution_table(records)
     if resolution:
@@ -425,7 +427,7 @@ def heading(run: Run) -> list[str]:
     return [f"## {run.device}", "", f"{run.day}, PyTorch {first.torch}{triton}, commit{several} {commits}.", ""]
 
 
-def write_page(runs: list[Run], docs: Path, notes: str = "") -> Path:
+def write_page(runs: list[Run], docs: Path, notes: str = "", target_notes: str = "") -> Path:
     """Write performance.md and its plots into a folder."""
     lines = [
         "# Performance", "",
@@ -434,8 +436,9 @@ def write_page(runs: list[Run], docs: Path, notes: str = "") -> Path:
         "section names the commits that were measured; later changes are not in its tables. A ratio is always of two",
         "measurements of the same commit.", "",
     ]  # fmt: skip
-    for run in runs:
-        lines += [*heading(run), *cpu_table(run.records)] if run.on_cpu else gpu_section(run, docs, notes)
+    for index, run in enumerate(runs):
+        of_targets = target_notes if index == 0 else ""
+        lines += [*heading(run), *cpu_table(run.records)] if run.on_cpu else gpu_section(run, docs, notes, of_targets)
     page = docs / "performance.md"
     page.write_text("\n".join(lines).rstrip() + "\n")
     return page
@@ -446,10 +449,10 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path, help="results to use (the newest of each device)")
     arguments = parser.parse_args()
     runs = newest_runs(arguments.files or RESULTS.glob("*.json"))
-    notes = NOTES.read_text() if NOTES.is_file() else ""
+    notes = [path.read_text() if path.is_file() else "" for path in (NOTES, TARGET_NOTES)]
     for run in runs:
         print(f"{run.device}: {run.day}, commit {run.records[0].commit}, {len(run.records)} records")
-    print(f"written: {write_page(runs, DOCS, notes)}")
+    print(f"written: {write_page(runs, DOCS, *notes)}")
 
 
 if __name__ == "__main__":

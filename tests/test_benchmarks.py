@@ -171,11 +171,12 @@ def test_the_page_is_made_from_the_records(tmp_path: Path) -> None:
     from report import Run, newest_runs, write_page
 
     cpu = newest_runs(sorted((BENCHMARKS / "results").glob("*threads*.json")))
-    page = write_page([Run("2026-01-01", gpu_records()), *cpu], tmp_path, notes="A word on the profile.")
+    page = write_page([Run("2026-01-01", gpu_records()), *cpu], tmp_path, "A word on the profile.", "Why not yet.")
     text = page.read_text()
     assert "## Made-up GPU\n\n2026-01-01, PyTorch 2, Triton 3, commit c.\n" in text
     assert "| matrix products | 40 | 100% | 20 | 2.0 |" in text
     assert "A word on the profile." in text
+    assert text.count("Why not yet.") == 1
     assert "threads" in text
     pictures = {path.name for path in (tmp_path / "performance").iterdir()}
     assert pictures == {"Made-up-GPU-speed.png", "Made-up-GPU-resolution.png"}
