@@ -184,6 +184,21 @@ def test_the_page_is_made_from_the_records(tmp_path: Path) -> None:
     assert write_page(cpu, tmp_path).read_text().count("## ") == len(cpu)
 
 
+def test_networks_are_prepared_side_by_side_and_timed_in_turn(tmp_path: Path) -> None:
+    """If one network fails, the others are timed and recorded."""
+    command = [sys.executable, str(BENCHMARKS / "together.py"), "--quick", "--out", str(tmp_path), "--commit", "abc"]
+    networks = ["infer:s:lamamba:256:2,1", "infer:s:lamamba:256:-1"]
+    done = subprocess.run([*command, *networks], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout.endswith(f"failed: {networks[1]}\n")
+    (path,) = tmp_path.iterdir()
+    records = json.loads(path.read_text())
+    assert [(r["case"], r["provider"], r["metric"], r["batch"]) for r in records if r["metric"] != "peak_gib"] == [
+        ("infer_s_256", "lamamba", metric, batch) for batch in (2, 1) for metric in ("ms", "images_per_s")
+    ]
+    assert {record["commit"] for record in records} == {"abc"}
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_scaling_is_measured_by_any_number_of_processes(tmp_path: Path, number: int) -> None:
     command = [str(BENCHMARKS / "scaling.py"), "--quick", "--out", str(tmp_path)]
