@@ -35,12 +35,17 @@ A100 = states_cuda.Limits(166912, 167936, 108)
 LIMITS = {"80": A100, "86": SMALL, "89": SMALL, "90": H100, "100": H100, "120": SMALL}
 
 
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("emulated")
+
+
 @pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def emulated(monkeypatch: pytest.MonkeyPatch, libraries: Path) -> list[str]:
     """Run the kernels in CUDA C++ on this CPU; returns the names of those that run."""
     if torch.cuda.is_available() or not shutil.which("g++"):
         pytest.skip("runs without a GPU, and needs g++")
-    folder, names = tmp_path_factory.mktemp("emulated"), []
+    names: list[str] = []
 
     def launch_emulated(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         if not isinstance(kernel, CudaKernel):
@@ -48,7 +53,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathF
             return
         names.append(kernel.name)
         threads, constants = constants["threads"], {k: v for k, v in constants.items() if k.isupper()}
-        run = build(kernel, tuple(constants.items()), folder)
+        run = build(kernel, tuple(constants.items()), libraries)
         tensors = [x for x in arguments if isinstance(x, Tensor)]
         assert all(x.is_contiguous() for x in tensors)
         pointers = (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
