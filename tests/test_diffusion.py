@@ -124,8 +124,8 @@ def test_samplers_reach_the_distribution_of_the_data(
 
 
 @pytest.mark.parametrize("sampler", Diffusion.samplers)
-def test_every_number_of_steps_goes_down_from_noise(sampler: str) -> None:
-    for num_steps in range(1, 1001):
+def test_any_number_of_steps_goes_down_from_noise(sampler: str) -> None:
+    for num_steps in (*range(1, 101), *range(109, 1001, 9)):
         timesteps = make_scheduler(Diffusion(), sampler, num_steps).timesteps.tolist()
         assert len(timesteps) == num_steps
         apart = sampler in ("ancestral", "ddim") or num_steps < 79  # or the nearest to two levels can be the same

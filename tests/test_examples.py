@@ -55,9 +55,14 @@ def test_a_job_saves_and_queues_itself_again_when_its_time_is_over(tmp_path: Pat
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
     saved = int(checkpoints_in(run)[-1].name)
     assert saved >= 8
-    # The next part: what is left, which it finishes.
+    # The next part: what is left, which one process finishes.
     again = ["bash", str(SLURM), str(run), "--num-images", str(saved + 8)]
-    assert subprocess.run(again, env={**slurm, "SLURM_RESTART_COUNT": "1"}, timeout=240).returncode == 0
+    assert (
+        subprocess.run(
+            again, env={**slurm, "SLURM_RESTART_COUNT": "1", "SLURM_GPUS_ON_NODE": "1"}, timeout=240
+        ).returncode
+        == 0
+    )
     assert int(checkpoints_in(run)[-1].name) == saved + 8
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
 

@@ -10,6 +10,7 @@ emoji-64        the shipped network for 64x64: narrower, and deeper where the gr
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -169,6 +170,7 @@ def build(name: str, config: NetworkConfig, quick: bool = False) -> Any:
     return DiT(_QUICK_DIT if quick else DIT[name], config.in_channels, config.sample_size, config.num_classes)
 
 
+@lru_cache
 def cost(name: str, config: NetworkConfig, quick: bool = False) -> dict[str, int]:
     """Count parameters, and the multiply-adds of one image's forward pass."""
     with torch.device("meta"):

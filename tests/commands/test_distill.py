@@ -82,7 +82,7 @@ def test_a_stop_changes_nothing(students: dict[str, Path], tmp_path: Path, name:
         if int(path.name) > images:
             shutil.rmtree(path)
     config = read_train_config(run / "config.json")
-    main(["distill", str(config.start_from), "--out", str(run), "--resume"])
+    main(["distill", str(config.start_from), "--out", str(run), "--resume", "--checkpoint-every", "32"])
     expected, found = weights(whole), weights(run)
     assert {name.split("/")[0] for name in expected} == {"network", "ema", "auxiliary", "teacher", "training"}
     assert expected.keys() == found.keys()

@@ -99,7 +99,7 @@ def build(kernel: CudaKernel, constants: tuple[tuple[str, int], ...], folder: Pa
         f"    return launch(threads, grid, [=] {{ {kernel.name}({', '.join(pointers + numbers)}); }});\n}}\n",
         encoding="utf-8",
     )
-    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-o", str(library), str(source)]
+    command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-o", str(library), str(source)]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(library)).run
 
