@@ -103,6 +103,7 @@ class Trainer:
         group = torch.distributed.new_group(backend="gloo") if self.shards else None
         self.writer = CheckpointWriter(config.out, config.keep_checkpoints, group)
         self._saved: dict[str, dict[str, Tensor]] = {name: {} for name in self._networks()}  # of the last checkpoint
+        self._shells: dict[str, Any] = {}  # networks as they are saved, with the weights in `_saved`
         self.power_averages = PowerAverages(self.network, config.power_averages) if config.power_averages else None
         self.generator = torch.Generator(device).manual_seed(config.seed)
         decays = weights_decayed(self.trained)
@@ -354,7 +355,7 @@ class Trainer:
             for name, network in self._networks().items()
         }
         if self.processes.is_first or self.shards:
-            networks = {name: self._rebuild(value) for name, value in weights.items() if value}
+            networks = {name: self._to_save(name, value) for name, value in weights.items() if value}
             self.writer.begin(self.info(), networks, state)
 
     def save_snapshot(self) -> None:
@@ -362,6 +363,13 @@ class Trainer:
         averages = gather(self.power_averages.state_dict(), self.processes.is_first) if self.power_averages else {}
         if averages:
             save_snapshot(self.config.out, averages, self.step, self.images)
+
+    def _to_save(self, name: str, weights: Mapping[str, Tensor]) -> Any:
+        """Put weights into a network that all checkpoints share: the writer is done with the previous one."""
+        if name not in self._shells:
+            self._shells[name] = deepcopy(self._empty_network)
+        self._shells[name].load_state_dict(weights, assign=True)
+        return self._shells[name]
 
     def _rebuild(self, weights: Mapping[str, Tensor]) -> Any:
         network = deepcopy(self._empty_network)
