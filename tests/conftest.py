@@ -29,6 +29,8 @@ from lamamba.config import NetworkConfig
 from lamamba.data import fashion_mnist
 from lamamba.model import Block
 from lamamba.ops.residual_norm import add_gated
+from lamamba.training.log import TrainingLog
+from loss_curves import draw
 from tiny_autoencoder import write_autoencoder
 
 FASHION_MNIST_FOLDER = fashion_mnist.FASHION_MNIST_FOLDER
@@ -69,6 +71,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _no_fashion_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide Fashion-MNIST, so that a test that needs it without saying so fails on every machine."""
     monkeypatch.setattr(fashion_mnist, "FASHION_MNIST_FOLDER", Path(__file__).parent / "nowhere")
+
+
+@pytest.fixture
+def loss_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the loss curves of runs, which other tests leave out."""
+    monkeypatch.setattr(TrainingLog, "_plot", draw)
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lamamba.cli import main
 from lamamba.sampling.pipeline import LaMambaDiffPipeline
+from lamamba.training.log import TrainingLog
+from loss_curves import draw
 
 CLASSES = (b"[red]$a_$", b"_\xff\n|<b>")  # in order, as their names are printed below
 SHOWN = ("[red]$a_$", r"_\xff\n|<b>")
@@ -40,7 +42,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(place: Path) -> Path:
     options = ["--image-size", "32", "--channels", "1", "--num-images", "2", "--power-averages", "0.1"]
     main(["train", "--data", str(place / "data"), "--out", str(place / "run"), *options, *TINY])
-    main(["train", "--out", str(place / "run"), "--resume", "--num-images", "4"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingLog, "_plot", draw)
+        main(["train", "--out", str(place / "run"), "--resume", "--num-images", "4"])
     return place / "run"
 
 

@@ -18,6 +18,7 @@ import lamamba.commands.encode
 import lamamba.evaluation.evaluate
 import lamamba.sampling.generate
 import lamamba.training.run  # noqa: F401 - what commands import when they are called
+import loss_curves  # noqa: F401
 from lamamba.cli import main
 
 TINY = [

@@ -73,6 +73,7 @@ def test_four_and_four_steps_are_bitwise_eight(tmp_path: Path, extra: list[str])
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
 
 
+@pytest.mark.usefixtures("loss_curves")
 def test_a_run_leaves_its_configuration_log_and_pictures(tmp_path: Path) -> None:
     train(tmp_path / "run", "--num-images", "16", "--sample-every", "4")
     record = json.loads((tmp_path / "run" / "config.json").read_text())
