@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+import loss_curves  # noqa: F401
 from lamamba.cli import main
 
 

@@ -65,16 +65,16 @@ def wait_for(happened: Callable[[], object], seconds: float = 180) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_fifty_random_moments_it_ends_bitwise_like_an_unbroken_run(tmp_path: Path) -> None:
+def test_killed_at_thirty_random_moments_it_ends_bitwise_like_an_unbroken_run(tmp_path: Path) -> None:
     server = str(Path(__file__).with_name("killing_server.py"))
     # All in forks of one process, with one thread: another order of sums would be another result.
-    command = [sys.executable, server, str(tmp_path), "50", "0", *TINY, *OFTEN, "--num-images", "120"]
+    command = [sys.executable, server, str(tmp_path), "30", "0", *TINY, *OFTEN, "--num-images", "120"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     killed, inside_a_save = map(int, re.findall(r"\d+", done.stdout)[:2])
-    assert killed == 50
-    assert inside_a_save >= 10, "too few to say anything"
+    assert killed == 30
+    assert inside_a_save >= 6, "too few to say anything"
     whole, killed_runs = tmp_path / "whole", sorted(tmp_path.glob("killed-*"))
     assert killed_runs
     assert len(records(whole)) == 30
