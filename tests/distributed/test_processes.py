@@ -9,7 +9,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -95,26 +94,17 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     return out
 
 
+# That ranks start as processes of their own is tested in test_examples.py.
 @pytest.mark.parametrize(
-    ("how", "number", "options"),
-    [
-        ("torchrun", 2, []),
-        ("forks", 4, []),
-        ("forks", 2, ["--shard", "--accumulate", "2", "--gradient-checkpointing"]),
-    ],
+    ("number", "options"), [(4, []), (2, ["--shard", "--accumulate", "2", "--gradient-checkpointing"])]
 )
 def test_the_loss_curve_is_that_of_one_process(
-    tmp_path: Path, tiny: list[str], alone: Path, how: str, number: int, options: list[str]
+    tmp_path: Path, tiny: list[str], alone: Path, number: int, options: list[str]
 ) -> None:
     if "--device" not in tiny and torch.cuda.device_count() < number:
         pytest.skip(f"needs {number} GPUs")
     out = tmp_path / "run"
-    command = ["train", "--out", str(out), *tiny, "--num-images", "40", *options]
-    if how == "forks":
-        done = run_ranks(number, "-m", "lamamba", *command)
-    else:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
-        done = subprocess.run([*torchrun, "-m", "lamamba", *command], capture_output=True, text=True, timeout=240)
+    done = train_together(number, "--out", str(out), *tiny, "--num-images", "40", *options)
     assert done.returncode == 0, done.stderr
     assert len(curve(out)) == 5
     for ours, wanted in zip(curve(out), curve(alone), strict=True):
