@@ -24,7 +24,7 @@ from lamamba.training.run import resolve
 from lamamba.training.trainer import Trainer
 
 # Batch and parts, for two ranks: more parts than a share has images; uneven shares and parts; a share of one image.
-CUTS = ((8, 8), (7, 2), (3, 3))
+CUTS = ((4, 4), (7, 2), (3, 3))
 TEACHERS = ("flow", "diffusion")  # of distillations, which are cut in the second way
 WAYS = ("copies", "shards", "graphs")
 ON_GPU = torch.cuda.device_count() >= 2
@@ -101,14 +101,14 @@ if __name__ == "__main__":
     results: dict[str, Any] = {}
     with joined("cuda" if ON_GPU else "cpu") as (processes, device):
         for batch, accumulate, teacher in [(*cut, "") for cut in CUTS] + [(*CUTS[1], teacher) for teacher in TEACHERS]:
-            expected = take_two_steps(Path(sys.argv[1]), device, Processes(), batch, 1, teacher=teacher)
-            number = sum(value.numel() for name, value in expected.items() if name.startswith("gradient"))
+            if processes.is_first:
+                expected = take_two_steps(Path(sys.argv[1]), device, Processes(), batch, 1, teacher=teacher)
             for way in WAYS:
                 sent = 0
                 ours = take_two_steps(Path(sys.argv[1]), device, processes, batch, accumulate, way, teacher)
-                results[f"{batch} images, {accumulate} parts, {way}, {teacher}"] = (
-                    distance(ours, expected),
-                    sent / number,
-                )
+                number = sum(value.numel() for name, value in ours.items() if name.startswith("gradient"))
+                if processes.is_first:
+                    case = f"{batch} images, {accumulate} parts, {way}, {teacher}"
+                    results[case] = distance(ours, expected), sent / number
         if processes.is_first:
             (Path(sys.argv[1]) / "steps.json").write_text(json.dumps(results))
