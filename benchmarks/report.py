@@ -3,7 +3,7 @@
     python benchmarks/report.py             from the newest file of each device
     python benchmarks/report.py FILE...     from these files
 
-The tables of records contain no number that was typed by hand. The page includes benchmarks/target_notes.md after the
+All tables except those in the notes are computed from records. The page includes benchmarks/target_notes.md after the
 targets of the first GPU, and benchmarks/profile_notes.md after the profile.
 """
 

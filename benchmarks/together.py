@@ -1,11 +1,12 @@
-"""Time several networks in one run: prepare them side by side, in a process each, and then time one after the other.
+"""Time several networks in one run: prepare all at once, each in its own process, then time one after the other.
 
     python benchmarks/together.py train:s:lamamba:256:256,32 train:s:dit-s-2:256:256,32 infer:xl:lamamba:256:128,8,1
 
 Each argument is a network, as KIND:SIZE:PROVIDER:PIXELS:BATCHES. KIND is `train` or `infer`; networks.py has the
-providers. This takes minutes less than run.py, which compiles and times one network after the other. All networks must
-fit into the memory of the GPU together. The records are like those of run.py, and ratios of one run are comparable.
-Peak memory is recorded for the first batch of each network, before the others are prepared.
+providers. This saves minutes compared with run.py, which compiles and times one network after the other. All networks
+must fit into the memory of the GPU together. The records are like those of run.py. Compute ratios only from records of
+the same run. Peak memory is recorded only for the first batch size of each network, before its other batch sizes are
+prepared.
 """
 
 import argparse
@@ -42,7 +43,7 @@ class Network(NamedTuple):
         """Read KIND:SIZE:PROVIDER:PIXELS:BATCHES."""
         kind, size, provider, pixels, batches = text.split(":")
         if kind not in REPEATS or size not in networks.SIZES:
-            raise ValueError(f"{text}: begin with one of {', '.join(REPEATS)}, then one of {', '.join(networks.SIZES)}")
+            raise ValueError(f"{text}: KIND is one of {', '.join(REPEATS)}; SIZE is one of {', '.join(networks.SIZES)}")
         return cls(kind, size, provider, int(pixels), tuple(map(int, batches.split(","))))
 
 
@@ -51,7 +52,7 @@ class Prepared(NamedTuple):
 
     replay: Callable[[], object]
     step: Callable[[], object]
-    """The step itself, whose tensors the replay reads."""
+    """The step itself. It is kept because the replay reads its tensors."""
     peak_gib: float
 
 
@@ -70,7 +71,7 @@ def prepare(network: Network, batch: int, quick: bool) -> Prepared:
 
 
 def work(network: Network, folder: Path, number: int, total: int, quick: bool, commit: str) -> None:
-    """Prepare a network, wait for the other processes, and time it when it is this one's turn."""
+    """Prepare a network, wait until all processes have prepared theirs, and time it when its turn comes."""
     results = Results(None, commit)
     try:
         prepared = [prepare(network, batch, quick) for batch in network.batches]
