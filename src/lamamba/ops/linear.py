@@ -55,7 +55,7 @@ class RoundedWeights:
             for name in getattr(module, "rounded_parameters", ())
         )
         places = [place for place in named if _is_rounded(getattr(place[2], place[1]))]
-        # Weights of the same name and shape lie one after the other, for `stack_rounded`.
+        # Copies of weights of the same name and shape are adjacent in memory, for `stack_rounded`.
         places.sort(key=lambda place: (*place[:2], getattr(place[2], place[1]).shape))
         self._places = [(module, name) for _, name, module in places]
         with torch.inference_mode(False):  # or autograd could not save them
@@ -87,7 +87,7 @@ class RoundedWeights:
 
 
 def _empty_like_all(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Allocate a tensor for each weight; those of the same shape lie one after the other."""
+    """Allocate a tensor for each weight; consecutive weights of the same shape get adjacent memory."""
     copies: list[Tensor] = []
     for _, of_shape in groupby(weights, key=lambda weight: (weight.shape, weight.device)):
         group = list(of_shape)
@@ -119,7 +119,7 @@ def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def stack_rounded(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return `rounded` of weights of one shape, (n, ...), without a copy if they lie one after the other."""
+    """Round n weights of one shape and stack them, (n, ...); copy nothing if the rounded weights are adjacent."""
     all_rounded = [rounded(weight, dtype) for weight in weights]
     first, size = all_rounded[0], all_rounded[0].nbytes
     in_a_row = all(

@@ -103,7 +103,7 @@ class Trainer:
         group = torch.distributed.new_group(backend="gloo") if self.shards else None
         self.writer = CheckpointWriter(config.out, config.keep_checkpoints, group)
         self._saved: dict[str, dict[str, Tensor]] = {name: {} for name in self._networks()}  # of the last checkpoint
-        self._shells: dict[str, Any] = {}  # networks as they are saved, with the weights in `_saved`
+        self._shells: dict[str, Any] = {}  # networks that hold the weights in `_saved` for saving
         self.power_averages = PowerAverages(self.network, config.power_averages) if config.power_averages else None
         self.generator = torch.Generator(device).manual_seed(config.seed)
         decays = weights_decayed(self.trained)
@@ -365,7 +365,7 @@ class Trainer:
             save_snapshot(self.config.out, averages, self.step, self.images)
 
     def _to_save(self, name: str, weights: Mapping[str, Tensor]) -> Any:
-        """Put weights into a network that all checkpoints share: the writer is done with the previous one."""
+        """Put weights into a network that all checkpoints reuse: the writer has finished the previous checkpoint."""
         if name not in self._shells:
             self._shells[name] = deepcopy(self._empty_network)
         self._shells[name].load_state_dict(weights, assign=True)

@@ -138,7 +138,8 @@ def convolution_backward_kernel(
     """Recompute z, and compute all gradients; those of the taps and the bias are summed over the tiles of the program.
 
     A new column of x completes the gradient of z in the column to its left. That completes the gradient of x two
-    columns to the left. The caller adds up the sums: for each program (e, 9) of the taps, then (e,) of the bias.
+    columns to the left. Each program writes its sums, (e, 9) for the taps and then (e,) for the bias, and the caller
+    adds them up.
     """
     MARGIN: tl.constexpr = 1 if ROWS < HEIGHT else 0
     o_e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -1,4 +1,4 @@
-"""An MLP as one differentiable operation, of kernels and matrix products."""
+"""An MLP as one differentiable operation, made of kernels and matrix products."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from lamamba.ops.linear_gelu.products import second_layer, second_layer_backward
 
 
 class GeluMlp(torch.autograd.Function):
-    """Two linear layers with bias and GELU between them, whose backward pass computes the hidden values again.
+    """Two linear layers with bias and GELU between them, whose backward pass recomputes the hidden values.
 
     Takes x, the weight and bias of the first layer, and the weight of the second. The hidden values are the largest
     tensor of a block. The backward kernel of GELU reads what it needs to compute them anyway.

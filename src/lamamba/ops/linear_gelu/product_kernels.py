@@ -1,4 +1,4 @@
-"""Triton kernels for the second layer of an MLP, which compute GELU on the way; see README.md.
+"""Triton kernels for the second layer of an MLP, which also compute GELU; see README.md.
 
 One program computes ROWS rows of some or all columns. HIDDEN is a multiple of DEPTH and of COLUMNS. The weight has the
 dtype of the result.
@@ -43,7 +43,7 @@ def gelu_linear_backward_kernel(
     p_x, p_bias, p_weight, p_grad_out, p_hidden, p_grad_x, p_sums, num_rows,
     HIDDEN: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):
-    """Compute the gradient of x, and its sum over the rows of the tile, (tiles of rows, HIDDEN); also gelu(x + bias).
+    """Compute gelu(x + bias), the gradient of x, and the sums of that gradient over each tile of rows, (tiles, HIDDEN).
 
     OUT is a multiple of DEPTH.
     """

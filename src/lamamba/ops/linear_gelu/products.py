@@ -1,6 +1,6 @@
-"""The second layer of an MLP: GELU of the sum with a bias, then a linear layer, in one kernel where that is faster.
+"""The second layer of an MLP: add a bias, apply GELU, and multiply by a weight, in one kernel where that is faster.
 
-`mlp.py` has the gradients. What is faster was measured on one H200 in bf16
+`mlp.py` makes this differentiable. The limits below were measured on one H200 in bf16
 (benchmarks/results/2026-11-30_second_layer.txt).
 """
 
@@ -14,24 +14,24 @@ from lamamba.ops.linear_gelu.product_kernels import gelu_linear_backward_kernel,
 from lamamba.ops.linear_gelu.triton import bias_gelu_recompute, bias_gelu_triton
 from lamamba.ops.sum_kernels import sum_parts
 
-ROWS, DEPTH = 64, 64  # rows of a program, and channels that it multiplies at once
+ROWS, DEPTH = 64, 64  # rows of a program, and channels that it multiplies at a time
 COLUMNS = 64  # of a program of the backward kernel
-MIN_ROWS = 128 * ROWS  # for which the forward kernel has enough programs
+MIN_ROWS = 128 * ROWS  # fewer rows give the forward kernel too few programs
 MAX_WIDTH, MAX_WIDTH_OF_GRADIENT = 256, 512
-LARGEST_WIDE = 2**23  # values of a gradient of more than 128 channels
+LARGEST_WIDE = 2**23  # most values of a gradient with more than 128 channels
 
 
 def second_layer(x: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
     """Compute gelu(x + bias) weight^T without gradients: x (..., h), bias (h,), weight (o, h) in the dtype of x."""
     width, hidden = weight.shape
-    is_power = width >= DEPTH and width & (width - 1) == 0  # of two; a program computes all columns
+    is_power = width >= DEPTH and width & (width - 1) == 0  # a power of two, because a program computes all columns
     if is_power and width <= MAX_WIDTH and _is_cut_evenly(x) and x.numel() >= MIN_ROWS * hidden:
         return gelu_linear(x, bias, weight)
     return F.linear(bias_gelu_triton(x, bias), weight)
 
 
 def second_layer_backward(grad_out: Tensor, x: Tensor, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return gelu(x + bias), and the gradients of x and of bias, the latter in float32, from that of the result."""
+    """Return gelu(x + bias), the gradient of x, and the float32 gradient of bias, given the gradient of the result."""
     width = len(weight)
     pays = width <= 128 or (width <= MAX_WIDTH_OF_GRADIENT and grad_out.numel() <= LARGEST_WIDE)
     if pays and width % DEPTH == 0 and _is_cut_evenly(x):
@@ -50,7 +50,7 @@ def gelu_linear(x: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
     width, hidden = weight.shape
     num_rows = x.numel() // hidden
     out = x.new_empty(*x.shape[:-1], width)
-    # Three or four tiles of each operand are in shared memory, of which some GPUs have 99 KiB.
+    # Shared memory holds three or four tiles of each operand, and some GPUs have only 99 KiB of it.
     depth, stages = (DEPTH, 3) if width < MAX_WIDTH else (DEPTH // 2, 4)
     launch(
         gelu_linear_kernel, (triton.cdiv(num_rows, ROWS),), x, bias, weight, out, num_rows,

@@ -1,4 +1,4 @@
-"""The modulation of all blocks from the condition, with fewer launches than if each block computes its own."""
+"""The modulation of all blocks from the condition, in fewer launches than one block at a time."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ MAX_BATCH = 64  # of the kernel; with more images, separate matrix products are 
 KEPT = 4
 
 Modulations = Mapping[nn.Module, Sequence[Tensor]]
-"""Shifts, scales and gates by module, (b, c) each."""
+"""The shifts, scales and gates of each module, (b, c) each."""
 
 
 @dataclass
@@ -59,10 +59,12 @@ def modulate_together(condition: Tensor, network: nn.Module) -> Modulations:
         network: the network. A projection is a linear layer or the identity, and a modulation is a linear layer.
 
     Returns:
-        The results by module. There are none where each module has to compute its own: with no images, in
-        torch.compile, in float32, without kernels, and for other layers or those with hooks. Without gradients, there
-        are none with many images either, or with weights that are not rounded yet. With gradients, there are none for a
-        module whose layers have other shapes than those of all other modules.
+        The results by module. A module without a result has to compute its own:
+
+        * Always: all modules with no images, in torch.compile, in float32, without kernels, or if any layer has another
+          type or hooks.
+        * Without gradients: all modules with more than MAX_BATCH images, or with weights that are not rounded yet.
+        * With gradients: each module whose layers have shapes that no other module has.
     """
     dtype, with_gradients = compute_dtype(condition), torch.is_grad_enabled()
     if torch.compiler.is_compiling() or len(condition) == 0 or not (with_gradients or len(condition) <= MAX_BATCH):

@@ -1,7 +1,7 @@
 """Linear layers of the same shape as one matrix product, for training.
 
-Every block applies two linear layers to the condition. Their matrix products are small, and with their gradients they
-are a tenth of a training step's launches.
+Every block applies two linear layers to the condition. Their matrix products are small. One by one, these products and
+their gradients would be a tenth of the launches of a training step.
 """
 
 from collections import defaultdict
@@ -53,9 +53,11 @@ def _apply_layers(x: Tensor, layers: list[nn.Linear], num_parts: int | None) -> 
 
 
 class _Layers(torch.autograd.Function):
-    """Takes x, (b, i) for all layers or (b, n, i), and the weights (o, i) and biases (o,) of n layers.
+    """Apply n linear layers of the same shape as one matrix product.
 
-    Returns (b, n, o), or, with a number of parts, every part of every layer's result, each (b, o / parts).
+    Takes x, the number of parts or None, the n weights (o, i), and the n biases (o,). x is (b, i) if all layers share
+    it, and (b, n, i) otherwise. Returns one tensor (b, n, o), or with a number of parts, the parts of every layer's
+    result, (b, o / parts) each.
     """
 
     @staticmethod

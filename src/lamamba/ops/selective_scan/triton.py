@@ -245,7 +245,7 @@ def _states_shape(x: Tensor, A_log: Tensor, save: bool) -> tuple[int, ...]:
 
 
 def fill_up(projection: Tensor, dtype: torch.dtype, fill: int) -> Tensor:
-    """Round a projection (4, low, e), add rows of zeros to the part of each path, and return (4 (low + fill), e)."""
+    """Round a projection (4, low, e), append `fill` rows of zeros for each path, and return (4 (low + fill), e)."""
     low = rounded(projection, dtype)
     return (F.pad(low, (0, 0, 0, fill)) if fill else low).flatten(0, 1)
 
@@ -403,9 +403,9 @@ scan_grid_triton.register_autograd(_autograd, setup_context=_setup_context)
 class ProjectedScan(torch.autograd.Function):
     """The projection of x and the scan as one function; one kernel adds up both gradients of x.
 
-    Takes x, the weight of the projection, (4, r + 2 n, e), the arguments of `scan_grid_triton` after `low`, but with
-    weight (4, e, r), and the number of rows of zeros to add to each path's projection. The weights may have any dtype.
-    Returns y.
+    Takes x, the weight of the projection (4, r + 2 n, e), and the arguments of `scan_grid_triton` after `low`, where
+    weight is (4, e, r), not padded. The last argument is the number of rows of zeros that are appended to the
+    projection of each path. The weights may have any dtype. Returns y.
     """
 
     @staticmethod

@@ -221,7 +221,7 @@ scan_sequences_triton.register_autograd(_autograd, setup_context=_setup_context)
 
 
 class _Scan(torch.autograd.Function):
-    """The same operation with gradients, without PyTorch's wrappers, which take longer on the host than the kernels."""
+    """The operation with gradients, without PyTorch's wrappers, which take longer on the host than the kernels."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,7 +236,7 @@ class _Scan(torch.autograd.Function):
 
 
 def scan_sequences(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Scan; inputs and results as in `scan_sequences_triton`, which torch.compile and subclasses of tensors see."""
+    """Scan; inputs and results as in `scan_sequences_triton`, which runs only in torch.compile and for subclasses."""
     if torch.compiler.is_compiling() or type(inputs[0]) not in (Tensor, torch.nn.Parameter):
         run: Any = scan_sequences_triton
     else:

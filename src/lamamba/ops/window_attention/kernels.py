@@ -105,9 +105,9 @@ def attention_backward_kernel(
 ):
     """Recompute the weights, and compute all gradients.
 
-    Two gradients are summed over the windows of the program, and the caller adds up the programs: of the logits,
-    (heads, places, places), and then of the bias of the qkv layer, (3, heads, c). The caller also adds up all pairs of
-    places that use the same row of the bias table.
+    Each program sums two gradients over its windows: first that of the logits, (heads, places, places), then that of
+    the bias of the qkv layer, (3, heads, c). The caller adds up the programs. It also adds up all pairs of places that
+    use the same row of the bias table.
     """
     LOGITS: tl.constexpr = HEADS * PLACES * PLACES
     PER_IMAGE: tl.constexpr = ((HEIGHT + SIDE_Y - 1) // SIDE_Y) * ((WIDTH + SIDE_X - 1) // SIDE_X)
@@ -116,7 +116,7 @@ def attention_backward_kernel(
     m_d = (o_d < CHANNELS)[None, :]
     b_bias = relative_bias(p_bias, head, HEADS, WINDOW, SIDE_Y, SIDE_X, PLACES)
     b_grad_bias = tl.zeros([PLACES, PLACES], tl.float32)
-    # Sums over places need an exchange between warps. So while registers suffice, each place has sums of its own.
+    # To sum over places, warps exchange values. So each place keeps its own sums, as long as registers suffice.
     ROWS: tl.constexpr = PLACES if BLOCK <= MAX_CHANNELS_OF_SUMS else 1
     b_query_sum, b_value_sum = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
     first = tl.program_id(1) * windows_per_program

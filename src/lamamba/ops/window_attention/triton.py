@@ -61,7 +61,7 @@ def _backward(
     """Run the backward kernel.
 
     Returns:
-        The gradients of qkv and bias, and in float32 that of a bias (3 heads c) which was added to qkv:
+        The gradients of qkv and bias, and the float32 gradient of the bias of the qkv layer, (3 heads c):
 
         * Queries: the sum of their gradients over pixels.
         * Keys: zero, because adding the same vector to every key does not change the weights.
