@@ -75,7 +75,7 @@ def _no_fashion_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def loss_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw the loss curves of runs, which other tests leave out."""
+    """Draw the loss curves of runs, which other tests skip."""
     monkeypatch.setattr(TrainingLog, "_plot", draw)
 
 

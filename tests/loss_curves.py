@@ -1,6 +1,6 @@
-"""Leave out the loss curves of runs: drawing one takes longer than most tests train. Importing this does.
+"""Skip the loss curves of runs when this module is imported: drawing one takes longer than the training in most tests.
 
-A test that looks at them asks for the fixture `loss_curves`.
+A test that needs them uses the fixture `loss_curves`.
 """
 
 from lamamba.training.log import TrainingLog

@@ -55,7 +55,7 @@ def test_a_job_saves_and_queues_itself_again_when_its_time_is_over(tmp_path: Pat
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
     saved = int(checkpoints_in(run)[-1].name)
     assert saved >= 8
-    # The next part: what is left, which one process finishes.
+    # The next part: one process trains what is left.
     again = ["bash", str(SLURM), str(run), "--num-images", str(saved + 8)]
     assert (
         subprocess.run(

@@ -105,7 +105,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> settings.Setting:
     return setting
 
 
-@pytest.mark.parametrize("name", ["dit-s-2-seed-0", "s-longer-seed-1"])  # with a sweep, with more averages
+@pytest.mark.parametrize("name", ["dit-s-2-seed-0", "s-longer-seed-1"])  # the first has a sweep, the second more EMAs
 def test_what_is_stopped_again_and_again_leaves_the_same_record(
     tmp_path: Path, whole: settings.Setting, name: str
 ) -> None:

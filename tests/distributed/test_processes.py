@@ -94,7 +94,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
     return out
 
 
-# That ranks start as processes of their own is tested in test_examples.py.
+# test_examples.py tests ranks that start as separate processes.
 @pytest.mark.parametrize(
     ("number", "options"), [(4, []), (2, ["--shard", "--accumulate", "2", "--gradient-checkpointing"])]
 )

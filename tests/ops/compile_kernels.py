@@ -128,7 +128,7 @@ def run_fused() -> None:
 
 
 def run_mlp() -> None:
-    """Run MLPs in bfloat16: with GELU in kernels of the second layer, largest shared memory first, and alone."""
+    """Run MLPs in bfloat16: GELU in the second layer's kernels, most shared memory first, then GELU by itself."""
     hidden, bias = torch.ones(8, 640, dtype=torch.bfloat16), torch.ones(640, dtype=torch.bfloat16)
     for width in (256, 128):
         gelu_linear(hidden, bias, hidden.new_ones(width, 640))
@@ -180,7 +180,7 @@ def compile_for(capability: int, launches: list[Launch]) -> list[Any]:
 
 
 def assemble(compiled: Any, capability: int) -> tuple[str, bytes]:
-    """Return PTX and cubin for a GPU to which Triton gives the same LLVM code as to the one compiled for."""
+    """Assemble PTX and cubin for a GPU for which Triton generates the same LLVM code as for the compiled one."""
     backend, metadata = CUDABackend(GPUTarget("cuda", capability, 32)), compiled.metadata._asdict()
     options = backend.parse_options({name: metadata[name] for name in ("num_warps", "num_ctas", "num_stages")})
     ptx = backend.make_ptx(compiled.asm["llir"], metadata, options, capability)
@@ -202,7 +202,7 @@ def check(launched: Launch, compiled: Any, capability: int) -> None:
 
 
 def check_same_code(of_80: list[Any], capability: int, launches: list[Launch]) -> None:
-    """Compile some kernels, which take little time, to see that their code is that for 80."""
+    """Compile a few kernels that compile quickly, and check that their code is the same as for 80."""
     quick = {"linear_gelu_forward_kernel", "attention_forward_kernel", "steps_backward_kernel", "gelu_linear_kernel"}
     pairs = [pair for pair in zip(launches, of_80, strict=True) if pair[0].kernel.fn.__name__ in quick]
     assert len(pairs) == len(quick)
@@ -216,8 +216,9 @@ if __name__ == "__main__":
     knobs.runtime.interpret = True  # so that operations accept CPU tensors and launch the same kernels as on a GPU
     others = record_launches(modulate) + record_launches(run_mlp)
     fused = [launched for launched in record_launches(run_fused) if launched.kernel.fn.__module__ == FUSED]
-    # Several states per iteration, as with 16 states, or one, as with 3, which compiles twice as fast; sequences also
-    # with one state, which stays in registers. Only one GPU gets every form of a kernel, to save time.
+    # Loops take several states per iteration with 16 states, and one with 3 states, which compiles twice as fast. The
+    # sequence scan is also compiled for one state, which stays in registers. To save time, only one GPU gets every form
+    # of a kernel.
     every, few = forms(1, 16) + others + fused, forms(1, 3) + others
     sequences = {number: record_launches(scan_sequences, number) for number in (1, 3, 4)}
     of_80: list[Any] = []
@@ -225,7 +226,7 @@ if __name__ == "__main__":
         launches = fullest(few + sequences[1 if capability < 100 else 3]) + fullest(fused)
         if capability == 90:
             launches = every + sequences[4]
-        if capability in (86, 89):  # for which Triton does what it does for 80; only the assembler differs
+        if capability in (86, 89):  # Triton generates the same code as for 80; only the assembler differs
             compiled = of_80 = of_80 or compile_for(80, launches)
             check_same_code(of_80, capability, launches)
         else:

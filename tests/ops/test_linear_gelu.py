@@ -81,7 +81,7 @@ def test_the_plain_version_is_a_layer_and_gelu() -> None:
 @pytest.mark.parametrize("width", [64, 128, 192, 256, 320])
 @pytest.mark.parametrize("num_rows", [70, 5])
 def test_the_second_layer_with_gelu_in_its_kernel(num_rows: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both kernels, or only that of the backward pass for a width that is no power of two, with rows that end early."""
+    """Run both kernels, or only the backward kernel if the width is not a power of two. The last tile is not full."""
     from lamamba.ops.linear_gelu import products
 
     launched = []

@@ -259,7 +259,7 @@ def gradients_of(network: LaMambaDiff, condition: Tensor, together: bool) -> lis
 @pytest.mark.parametrize("with_copies", [False, True])
 @pytest.mark.parametrize("batch", [1, 5])
 def test_gradients_of_groups_are_those_of_each_layer(batch: int, with_copies: bool) -> None:
-    """Weights are float32 with or without copies in 16 bits, and errors are relative to float64."""
+    """Weights are float32, with or without 16-bit copies. Both versions are compared with float64."""
     network = make_network(torch.float32)
     condition = make_condition(batch, torch.float32)
     rounding = RoundedWeights(network, DTYPE).in_use if with_copies else nullcontext
