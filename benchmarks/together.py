@@ -40,11 +40,16 @@ class Network(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Network":
-        """Read KIND:SIZE:PROVIDER:PIXELS:BATCHES."""
-        kind, size, provider, pixels, batches = text.split(":")
+        """Read KIND:SIZE:PROVIDER:PIXELS:BATCHES; raises ArgumentTypeError."""
+        try:
+            kind, size, provider, pixels, batches = text.split(":")
+            network = cls(kind, size, provider, int(pixels), tuple(map(int, batches.split(","))))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text}: give five parts, such as train:s:lamamba:256:256,32") from None
         if kind not in REPEATS or size not in networks.SIZES:
-            raise ValueError(f"{text}: KIND is one of {', '.join(REPEATS)}; SIZE is one of {', '.join(networks.SIZES)}")
-        return cls(kind, size, provider, int(pixels), tuple(map(int, batches.split(","))))
+            kinds, sizes = ", ".join(REPEATS), ", ".join(networks.SIZES)
+            raise argparse.ArgumentTypeError(f"{text}: KIND is one of {kinds}; SIZE is one of {sizes}")
+        return network
 
 
 class Prepared(NamedTuple):

@@ -221,7 +221,7 @@ scan_sequences_triton.register_autograd(_autograd, setup_context=_setup_context)
 
 
 class _Scan(torch.autograd.Function):
-    """The operation with gradients, without PyTorch's wrappers, which take longer on the host than the kernels."""
+    """The operation with gradients, without the time that PyTorch's wrappers of registered operations take."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
