@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import triton
 from triton import knobs
-from triton._C.libtriton import ir, passes
+from triton._C.libtriton import ir, llvm, passes
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 
@@ -181,6 +181,7 @@ def compile_for(capability: int, launches: list[Launch]) -> list[Any]:
 
 def assemble(compiled: Any, capability: int) -> tuple[str, bytes]:
     """Assemble PTX and cubin for a GPU for which Triton generates the same LLVM code as for the compiled one."""
+    llvm.init_targets()  # which Triton leaves out if it finds all kernels in its cache
     backend, metadata = CUDABackend(GPUTarget("cuda", capability, 32)), compiled.metadata._asdict()
     options = backend.parse_options({name: metadata[name] for name in ("num_warps", "num_ctas", "num_stages")})
     ptx = backend.make_ptx(compiled.asm["llir"], metadata, options, capability)
