@@ -4,29 +4,21 @@ import json
 import math
 from dataclasses import fields
 from pathlib import Path
-from typing import cast
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
 from lamamba.checkpoints.released import load_released, translate
 from lamamba.config import NetworkConfig
 from lamamba.diffusion import OBJECTIVES, training_losses
-from lamamba.model import LaMambaDiff, Mlp, WindowAttention
-from lamamba.ops.fused_layers import Norm
-from lamamba.ops.window_attention.geometry import window_geometry
+from lamamba.model import LaMambaDiff
 from lamamba.sampling.guidance import guide
+from small_network import build, build_random, make_batch, relative_error
 
 GOLDEN = Path(__file__).parent / "golden"
 NETWORKS = ["golden_continuous", "golden_window8_res32", "golden_cross_dstate4_uncond"]
-
-
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    value, reference = value.detach().double(), reference.detach().double()
-    return float((value - reference).norm() / reference.norm())
 
 
 def load_golden(name: str) -> tuple[LaMambaDiff, dict[str, Tensor]]:
@@ -86,42 +78,6 @@ def test_guidance_agrees_with_the_released_network(name: str) -> None:
     with torch.no_grad():
         out = denoiser(golden["x"], golden["t"], golden["y"])
     assert relative_error(out, golden["cfg_out_scale_4"][:batch]) < 1e-5
-
-
-SMALL = {
-    "embed_dim": 8,
-    "sample_size": 8,
-    "num_classes": 3,
-    "num_heads": 2,
-    "window_size": 4,
-    "depths": (2, 1, 1, 1),
-    "bottleneck_depth": 1,
-    "decoder_extra_depth": 0,
-}
-
-
-def build(seed: int = 0, **options: object) -> LaMambaDiff:
-    torch.manual_seed(seed)
-    return LaMambaDiff(**{**SMALL, **options}).eval()
-
-
-@torch.no_grad()
-def randomise(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Move every parameter off its initial value, so that no gate is closed."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in network.parameters():
-        parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
-    return network
-
-
-def build_random(**options: object) -> LaMambaDiff:
-    return randomise(build(**options))
-
-
-def make_batch(height: int = 8, width: int = 8, channels: int = 4, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    x_t = torch.randn(batch, channels, height, width, generator=generator)
-    return x_t, torch.tensor([3, 700])[:batch], torch.tensor([1, 3])[:batch]
 
 
 # What each option changes: the parameters, or with the same parameters the output.
@@ -272,125 +228,6 @@ def test_missing_labels_are_refused() -> None:
         build()(x_t, t)
 
 
-def attend_pixel_by_pixel(attention: WindowAttention, x: Tensor) -> Tensor:
-    """Normalize, then attend in windows of a padded, shifted grid, one real query at a time, without padding."""
-    x = F.layer_norm(x, x.shape[-1:])
-    batch, height, width, channels = x.shape
-    side_y, side_x = min(height, attention.window_size), min(width, attention.window_size)
-    shift_y = side_y // 2 if attention.shifted and height > side_y else 0
-    shift_x = side_x // 2 if attention.shifted and width > side_x else 0
-
-    def place_and_region(pixel: int, length: int, side: int, shift: int) -> tuple[int, int]:
-        """Where the cyclic shift puts a pixel, and from which side of the image it came there."""
-        padded = math.ceil(length / side) * side
-        return (pixel - shift) % padded, int(pixel < shift)
-
-    def window_and_region(pixel: int) -> tuple[int, int, int, int]:
-        row, region_y = place_and_region(pixel // width, height, side_y, shift_y)
-        column, region_x = place_and_region(pixel % width, width, side_x, shift_x)
-        return row // side_y, column // side_x, region_y, region_x
-
-    def offset_row(query: int, key: int) -> int:
-        (query_y, _), (key_y, _) = (place_and_region(p // width, height, side_y, shift_y) for p in (query, key))
-        (query_x, _), (key_x, _) = (place_and_region(p % width, width, side_x, shift_x) for p in (query, key))
-        window = attention.window_size
-        return (query_y - key_y + window - 1) * (2 * window - 1) + query_x - key_x + window - 1
-
-    heads = attention.num_heads
-    qkv = attention.qkv(x).reshape(batch, height * width, 3, heads, channels // heads)
-    q, k, v = qkv.unbind(2)
-    table = attention.relative_position_bias
-    found = [window_and_region(pixel) for pixel in range(height * width)]
-    outputs = []
-    for query in range(height * width):
-        keys = [key for key in range(height * width) if found[key][:2] == found[query][:2]]
-        bias = torch.stack([table[offset_row(query, key)] for key in keys], dim=1)
-        bias = bias + torch.tensor([0.0 if found[key][2:] == found[query][2:] else -100.0 for key in keys])
-        logits = torch.einsum("bhc,bkhc->bhk", q[:, query], k[:, keys]) * (channels // heads) ** -0.5 + bias
-        outputs.append(torch.einsum("bhk,bkhc->bhc", logits.softmax(dim=-1), v[:, keys]).flatten(1))
-    return attention.out_proj(torch.stack(outputs, dim=1)).reshape(x.shape)
-
-
-def run_branch(branch: torch.nn.Module, x: Tensor) -> Tensor:
-    """Run a branch of a block after a norm that only normalizes."""
-    ones, zeros = x.new_ones(x.shape[-1]), x.new_zeros(x.shape[-1])
-    of_images = zeros.expand(len(x), -1)
-    stream, out, bias = branch(Norm(x, None, ones, zeros, (of_images, of_images), 1e-5))
-    assert stream is x
-    return cast(Tensor, out if bias is None else out + bias)
-
-
-def attend(attention: WindowAttention, x: Tensor) -> Tensor:
-    return run_branch(attention, x)
-
-
-def build_attention(window_size: int, shifted: bool, scale: float = 1.0) -> WindowAttention:
-    config = NetworkConfig(embed_dim=8, num_heads=2, window_size=window_size)
-    attention = WindowAttention(config, 8, shifted)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in attention.parameters():
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-    return attention.double()
-
-
-@pytest.mark.parametrize("shifted", [False, True], ids=["plain", "shifted"])
-@pytest.mark.parametrize(
-    ("height", "width", "window_size"),
-    [(10, 10, 8), (8, 8, 4), (8, 12, 4), (6, 10, 4), (5, 7, 4), (9, 4, 4), (3, 11, 4), (9, 9, 8), (7, 6, 2)],
-    ids=str,
-)
-def test_window_attention_never_sees_padding(height: int, width: int, window_size: int, shifted: bool) -> None:
-    attention = build_attention(window_size, shifted)
-    x = torch.randn(2, height, width, 8, generator=torch.Generator().manual_seed(1)).double()
-    with torch.no_grad():
-        assert relative_error(attend(attention, x), attend_pixel_by_pixel(attention, x)) < 1e-12
-
-
-def test_pixels_that_only_the_shift_brought_together_see_each_other_at_minus_100() -> None:
-    """Logits in the hundreds tell -100 from minus infinity."""
-    attention = build_attention(4, shifted=True, scale=6.0)
-    x = 3 * torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(1)).double()
-    with torch.no_grad():
-        wanted, out = attend_pixel_by_pixel(attention, x), attend(attention, x)
-        geometry = window_geometry(8, 8, 4, True, torch.device("cpu"))
-        assert sorted(geometry.mask.unique().tolist()) == [-100.0, 0.0]
-        assert relative_error(out, wanted) < 1e-12
-        geometry.mask[geometry.mask == -100] = -math.inf
-        try:
-            assert relative_error(attend(attention, x), wanted) > 1e-3
-        finally:
-            geometry.mask[geometry.mask == -math.inf] = -100
-
-
-@pytest.mark.parametrize("shifted", [False, True])
-@pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 8), (3, 5), (1, 1)])
-def test_a_grid_no_larger_than_the_window_is_one_window(height: int, width: int, shifted: bool) -> None:
-    attention = build_attention(8, shifted)
-    x = torch.randn(1, height, width, 8).double().requires_grad_()
-    assert window_geometry(height, width, 8, False, x.device).mask is None
-    (sensitivity,) = torch.autograd.grad(attend(attention, x)[0, 0, 0].sum(), x)
-    assert (sensitivity != 0).all()
-    assert relative_error(attend(attention, x), attend_pixel_by_pixel(attention, x)) < 1e-12
-
-
-@pytest.mark.parametrize("shifted", [False, True])
-def test_windows_agree_with_the_released_geometry(shifted: bool) -> None:
-    recorded = json.loads((GOLDEN / "official_xl_256_state.json").read_text())
-    geometry = window_geometry(32, 32, 8, shifted, torch.device("cpu"))
-    shape, _, mean, std, least, most = recorded["layers.0.blocks.0.attn.relative_position_index"]
-    offsets = geometry.offsets.double()
-    assert list(offsets.shape) == shape
-    assert [offsets.mean(), offsets.std(), offsets.min(), offsets.max()] == pytest.approx([mean, std, least, most])
-    if shifted:
-        shape, _, mean, std, least, most = recorded["layers.0.blocks.1.attn_mask"]
-        mask = geometry.mask.double()
-        assert list(mask.shape) == shape
-        assert [mask.mean(), mask.std(), mask.min(), mask.max()] == pytest.approx([mean, std, least, most])
-    else:
-        assert geometry.mask is None
-
-
 @pytest.mark.parametrize("way", ["weights", "autocast"])
 def test_bf16_is_finite_and_near_float32(way: str) -> None:
     network = build_random()
@@ -441,21 +278,6 @@ def gradients_of(network: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     out = network(*make_batch())
     out.square().mean().backward()
     return out.detach(), {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
-
-
-def test_dropout_acts_on_the_activations_of_the_mlp() -> None:
-    mlp = Mlp(8, 8)
-    mlp.linear_2.weight.data = torch.eye(8)
-    torch.nn.init.zeros_(mlp.linear_2.bias)
-    x = torch.randn(1, 100, 100, 8)
-    whole = F.gelu(mlp.linear_1(F.layer_norm(x, (8,))))
-    torch.testing.assert_close(run_branch(mlp, x), whole)
-    mlp.dropout.p = 0.25
-    left = run_branch(mlp, x)
-    kept = left != 0
-    assert float(kept.float().mean()) == pytest.approx(0.75, abs=0.01)
-    torch.testing.assert_close(left[kept], whole[kept] / 0.75)
-    torch.testing.assert_close(run_branch(mlp.eval(), x), whole)
 
 
 def test_gradient_checkpointing_gives_identical_gradients() -> None:
@@ -541,114 +363,3 @@ def test_saved_and_loaded_network_is_the_same_bit_for_bit(tmp_path: Path) -> Non
     y = torch.tensor([0, 2])
     # Tensors lie elsewhere in memory once read from a file, which changes the last bit of some sums.
     torch.testing.assert_close(again(x_t, t, y), network(x_t, t, y), rtol=1e-5, atol=1e-5)
-
-
-def test_the_same_seed_gives_the_same_network() -> None:
-    first, again, other = build(seed=1).state_dict(), build(seed=1).state_dict(), build(seed=2).state_dict()
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["head.output.weight"], other["head.output.weight"])
-
-
-def wanted_distribution(name: str, shape: tuple[int, ...]) -> tuple[str, float]:
-    """The initialisation of a parameter of this package's name and shape: a law and its one number."""
-    module, _, kind = name.rpartition(".")
-    if name == "position_embedding":
-        return "sine-cosine", 0.0
-    if kind in ("A_log", "dt_bias"):
-        return kind, 0.0
-    if kind == "D":
-        return "constant", 1.0
-    if kind == "relative_position_bias" or name.startswith(("timestep_embedding", "label_embedding")):
-        return ("constant", 0.0) if kind == "bias" else ("normal", 0.02)
-    if kind == "dt_weight":
-        return "uniform", shape[-1] ** -0.5
-    if kind == "x_proj_weight":
-        return "uniform", shape[-1] ** -0.5
-    if module.endswith("convolution"):  # PyTorch's default; only a depthwise 3x3 one is among the recorded
-        return "uniform", math.prod(shape[1:]) ** -0.5
-    if "norm" in module:
-        return "constant", 1.0 if kind == "weight" else 0.0
-    if kind == "bias" or module.endswith("modulation"):
-        return "constant", 0.0
-    return "uniform", math.sqrt(6 / (shape[0] + shape[1]))
-
-
-def assert_follows(name: str, shape: tuple[int, ...], statistics: tuple[float, float, float, float]) -> None:
-    """Hold mean, standard deviation, least and most to a law, within 5.5 standard errors."""
-    mean, std, least, most = statistics
-    count = math.prod(shape)
-    law, number = wanted_distribution(name, shape)
-    if law == "constant":
-        assert (mean, least, most) == (number, number, number), name
-    elif law == "A_log":
-        assert (least, most) == pytest.approx((0.0, math.log(shape[-1])), abs=1e-6), name
-        assert mean == pytest.approx(math.lgamma(shape[-1] + 1) / shape[-1], abs=1e-6), name
-    elif law == "sine-cosine":
-        assert -1 <= least < -0.9, name
-        assert 0.9 < most <= 1, name
-    elif law == "dt_bias":
-        low, high = (math.log(math.expm1(step)) for step in (1e-3, 1e-1))
-        assert low - 1e-4 <= least < most <= high + 1e-4, name
-        # The inverse softplus is nearly the logarithm for small steps, so the law is nearly uniform.
-        steps = torch.linspace(math.log(1e-3), math.log(1e-1), 10_001, dtype=torch.float64).exp()
-        exact = torch.log(torch.expm1(steps))
-        assert abs(mean - float(exact.mean())) < 5.5 * float(exact.std()) / math.sqrt(count), name
-        assert abs(std - float(exact.std())) < 5.5 * float(exact.std()) * math.sqrt(0.25 / count), name
-    else:
-        sigma = number / math.sqrt(3) if law == "uniform" else number
-        assert abs(mean) < 5.5 * sigma / math.sqrt(count), name
-        assert abs(std - sigma) < 5.5 * sigma * math.sqrt((0.2 if law == "uniform" else 0.5) / count), name
-        if law == "uniform":
-            assert max(-least, most) <= number * (1 + 1e-5), name
-            assert count < 1000 or min(-least, most) > 0.98 * number, name
-        else:
-            assert 1.5 * sigma < min(-least, most) <= max(-least, most) < 6 * sigma, name
-
-
-def test_the_laws_of_initialisation_are_those_of_the_released_xl() -> None:
-    """The laws that the next test holds networks to, held to the statistics of the released network itself."""
-    recorded = json.loads((GOLDEN / "official_xl_256_state.json").read_text())
-    with torch.device("meta"):
-        shapes = {name: tuple(value.shape) for name, value in LaMambaDiff.from_preset("xl-256").state_dict().items()}
-    checked = set()
-    for released_name, (_, _, *statistics) in recorded.items():
-        name = translate(released_name)
-        if name in shapes:
-            assert_follows(name, shapes[name], tuple(statistics))
-            checked.add(name)
-    assert checked == set(shapes)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"embed_dim": 32, "num_heads": 4, "window_size": 8, "num_classes": 20, "sample_size": 16},
-        {"embed_dim": 32, "num_heads": 4, "ssm_state_size": 4, "ssm_dt_rank": 7, "ssm_ratio": 1.0, "mlp_ratio": 2.0},
-    ],
-    ids=["default", "other"],
-)
-def test_fresh_parameters_follow_the_laws(options: dict[str, object]) -> None:
-    for name, value in build(**options).state_dict().items():
-        value = value.double()
-        statistics = tuple(float(x) for x in (value.mean(), value.std(), value.min(), value.max()))
-        assert_follows(name, tuple(value.shape), statistics)
-
-
-def test_position_embedding_is_sine_and_cosine_of_column_then_row() -> None:
-    embedding = build(embed_dim=16, num_heads=2).position_embedding[0].detach()
-    for row in range(8):
-        for column in range(8):
-            wanted = []
-            for position in (column, row):
-                angles = [position / 10000 ** (i / 4) for i in range(4)]
-                wanted += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
-            assert embedding[row, column].tolist() == pytest.approx(wanted, abs=1e-6)
-
-
-def test_position_embedding_of_another_size_is_resized_not_repeated() -> None:
-    network = build()
-    assert network.resize_position_embedding(8, 8) is network.position_embedding
-    resized = network.resize_position_embedding(16, 12)
-    assert resized.shape == (1, 16, 12, 8)
-    # Resizing to the same picture at twice the size keeps its mean.
-    assert resized.mean().item() == pytest.approx(network.position_embedding.mean().item(), abs=0.02)
