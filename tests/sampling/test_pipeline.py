@@ -1,7 +1,6 @@
-"""The pipeline as diffusers' users know one: saved and loaded, schedulers swapped, steered, interrupted."""
+"""The pipeline as diffusers' users know one: saved and loaded, guided, steered, interrupted, offloaded."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,44 +10,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_pipeline import build, latents_of, seeds
 
-from lamamba.data import read_image
 from lamamba.diffusion import OBJECTIVES
-from lamamba.errors import CheckpointError, ConfigError, LamambaError
+from lamamba.errors import CheckpointError, ConfigError
 from lamamba.model import LaMambaDiff
 from lamamba.sampling import sample, slerp
 from lamamba.sampling.pipeline import LaMambaDiffPipeline
 from lamamba.sampling.schedulers import make_scheduler
 from tiny_autoencoder import write_autoencoder
-
-NAMES = ("T-shirt", "Coat", "Bag")
-
-
-def build(objective: str = "diffusion", vae: Any = None, **options: Any) -> LaMambaDiffPipeline:
-    torch.manual_seed(0)
-    tiny = {
-        "in_channels": 1, "sample_size": 8, "num_classes": 3, "embed_dim": 8, "num_heads": 2, "depths": (1, 1, 1, 1),
-        "bottleneck_depth": 1,
-    }  # fmt: skip
-    network = LaMambaDiff(**{**tiny, **options}).eval()
-    for parameter in network.parameters():  # or gates of zero would hide what is asked for
-        torch.nn.init.normal_(parameter, std=0.1)
-    kind = OBJECTIVES[objective]
-    names = dict(enumerate(NAMES)) if network.config.num_classes else None
-    pipe = LaMambaDiffPipeline(network, make_scheduler(kind, kind.default_sampler, 4), vae, names, objective)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def seeds(*numbers: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(number) for number in numbers]
-
-
-def latents_of(pipe: LaMambaDiffPipeline, labels: Any = None, num_steps: int = 4, **options: Any) -> torch.Tensor:
-    options = {"generator": torch.Generator().manual_seed(7), **options}
-    out: torch.Tensor = pipe(labels, num_steps, output_type="latent", **options).images
-    assert out.isfinite().all()
-    return out
 
 
 @pytest.mark.parametrize(
@@ -150,83 +120,6 @@ def test_where_memory_does_not_do_half_as_many_are_sampled_at_once(monkeypatch: 
         latents_of(pipe, 0)
 
 
-OTHERS = [
-    "DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
-    "HeunDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler",
-    "KDPM2DiscreteScheduler", "DPMSolverSinglestepScheduler",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_schedulers_of_diffusers_can_be_swapped(name: str) -> None:
-    """All solve the same equation: of a network that knows the noise of a single image, all make that image."""
-    pipe = build()
-    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
-    target = torch.linspace(-0.8, 0.8, 64).reshape(1, 1, 8, 8)
-    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).float()
-
-    def forward(x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        place = t.float().clamp(0, 999)
-        below = place.long()
-        level = torch.lerp(alpha_bar[below], alpha_bar[(below + 1).clamp(max=999)], place - below)[:, None, None, None]
-        noise = (x_t - level.sqrt() * target) / (1 - level).sqrt()
-        return torch.cat([noise, torch.zeros_like(noise)], dim=1)
-
-    pipe.network.forward = forward
-    out = latents_of(pipe, ["Coat", "Bag"], 30, guidance_scale=1.0)
-    assert (out - target).abs().max() < 0.05
-
-
-@pytest.mark.parametrize(
-    ("objective", "make", "said"),
-    [
-        ("diffusion", lambda: diffusers.FlowMatchEulerDiscreteScheduler(), "is for flow matching, and this network"),
-        ("diffusion", lambda: diffusers.DDIMScheduler(prediction_type="v_prediction", beta_schedule="linear"),
-         "takes v_prediction, and this network predicts noise"),
-        ("diffusion", lambda: diffusers.DDIMScheduler(beta_schedule="scaled_linear"),
-         "other noise levels than the network was trained with (beta_schedule scaled_linear): make it with"),
-        ("flow", lambda: diffusers.UniPCMultistepScheduler(use_flow_sigmas=True), "takes epsilon, and this network"),
-        ("flow", lambda: diffusers.DDIMScheduler(), "is not for flow matching, which this network was trained with"),
-    ],
-)  # fmt: skip
-def test_a_scheduler_that_cannot_work_is_refused(objective: str, make: Callable[[], Any], said: str) -> None:
-    pipe = build(objective)
-    pipe.scheduler = make()
-    with pytest.raises(ConfigError) as error:
-        pipe("Coat", 4)
-    assert said in str(error.value)
-
-
-def test_a_scheduler_that_clips_is_for_pixels(tmp_path: Path) -> None:
-    pipe = build()
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)  # which clips by default
-    assert latents_of(pipe, "Coat").abs().max() <= 1 + 1e-5
-    latent = build(in_channels=4)
-    assert latents_of(latent, "Coat").abs().max() > 1
-    latent.scheduler = pipe.scheduler
-    with pytest.raises(ConfigError, match=r"clips to -1 to 1.*from_config\(.*clip_sample=False"):
-        latent("Coat", 4, output_type="latent")
-    latent.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)
-    assert latents_of(latent, "Coat").abs().max() > 1
-    for name in ("UniPCMultistepScheduler", "EulerDiscreteScheduler"):  # keep what they do not know, and do not clip
-        diffusers.DDIMScheduler.from_config(latent.scheduler.config, clip_sample=True).save_pretrained(tmp_path)
-        latent.scheduler = getattr(diffusers, name).from_pretrained(tmp_path)
-        assert latent.scheduler.config["clip_sample"]
-        assert latents_of(latent, "Coat").abs().max() > 1
-
-
-def test_flow_schedulers_can_be_swapped() -> None:
-    pipe = build("flow")
-    own = latents_of(pipe, "Coat", 40, guidance_scale=1.0)
-    for name, steps in (("FlowMatchEulerDiscreteScheduler", 200), ("FlowMatchHeunDiscreteScheduler", 40)):
-        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
-        assert (latents_of(pipe, "Coat", steps, guidance_scale=1.0) - own).norm() < 0.05 * own.norm()
-    # A configuration keeps what a class does not know, which makes no scheduler one for a flow.
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(build("flow").scheduler.config)
-    with pytest.raises(ConfigError, match="is not for flow matching"):
-        pipe("Coat")
-
-
 def test_mixtures_and_guidance_change_the_image() -> None:
     pipe = build()
     weaker = build(decoder_extra_depth=0).network
@@ -260,129 +153,6 @@ def test_noise_can_be_given() -> None:
     assert torch.equal(latents_of(pipe, "Coat", latents=noise), latents_of(pipe, "Coat", generator=seeds(3)))
     with pytest.raises(ConfigError, match=r"latents are \(1, 1, 4, 4\): give a tensor \(1, 1, 8, 8\)"):
         pipe("Coat", 4, latents=torch.randn(1, 1, 4, 4))
-
-
-@pytest.mark.parametrize("objective", ["diffusion", "flow"])
-def test_an_image_to_start_from_is_kept_the_more_the_less_it_is_noised(objective: str) -> None:
-    pipe = build(objective)
-    start = Image.fromarray(np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8))
-    pixels = torch.from_numpy(np.array(start)).float()[None, None] / 127.5 - 1
-    away = [
-        float((latents_of(pipe, "Coat", 50, guidance_scale=1.0, image=start, strength=strength) - pixels).norm())
-        for strength in (0.02, 0.3, 1.0)
-    ]
-    assert away[0] < away[1] < away[2]
-    assert away[0] < 0.2 * float(pixels.norm())
-
-
-@pytest.mark.parametrize("objective", ["diffusion", "flow"])
-def test_outside_of_a_mask_the_image_stays(objective: str) -> None:
-    pipe = build(objective)
-    start = Image.fromarray(np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8))
-    mask = Image.fromarray(np.repeat(np.array([[255] * 4 + [0] * 4], dtype=np.uint8), 8, axis=0))
-    pixels = torch.from_numpy(np.array(start)).float()[None, None] / 127.5 - 1
-    out = latents_of(pipe, ["Coat", "Bag"], 8, image=start, mask_image=mask, strength=1.0)
-    assert torch.allclose(out[..., 4:], pixels[..., 4:].expand(2, -1, -1, -1), atol=1e-5)
-    assert not torch.allclose(out[..., :4], pixels[..., :4].expand(2, -1, -1, -1), atol=0.1)
-    assert not torch.allclose(out[0, ..., :4], out[1, ..., :4], atol=1e-3)
-
-
-def images_of_all_modes() -> dict[str, Image.Image]:
-    """Pictures of 8x8 in modes that a plain conversion to RGB gets wrong, by the suffix to save them with."""
-    ramp = np.arange(0, 65536, 1024).astype(np.uint16).reshape(8, 8)
-    eights = (ramp // 257).astype(np.uint8)
-    transparent = Image.fromarray(np.stack([eights, eights.T, eights[::-1], eights], axis=-1))
-    turned = Image.fromarray(np.stack([eights, eights // 2, eights // 3], axis=-1))
-    turned.getexif()[0x0112] = 6
-    return {
-        "rgba.png": transparent, "la.png": transparent.convert("LA"), "p.png": transparent.quantize(16),
-        "16-bit.png": Image.fromarray(ramp), "16-bit.tif": Image.fromarray(ramp), "turned.png": turned,
-        "cmyk.tif": turned.convert("CMYK"), "bilevel.png": Image.fromarray(eights > 99),
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("name", images_of_all_modes())
-def test_an_image_is_decoded_as_in_training(tmp_path: Path, name: str, channels: int) -> None:
-    path = tmp_path / name
-    image = images_of_all_modes()[name]
-    image.save(path, exif=image.getexif())
-    pipe = build(in_channels=channels)
-    read = np.asarray(read_image(path, channels)).reshape(8, 8, channels)
-    wanted = torch.from_numpy(read.astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
-    assert wanted.std() > 0.1
-    for given in (Image.open(path), read, torch.from_numpy(read.copy()).permute(2, 0, 1), read / 255):
-        torch.testing.assert_close(pipe._encode(given, (8, 8), 1), wanted, atol=1e-6, rtol=0)
-
-
-def test_16_bits_and_transparency_of_arrays_are_decoded_too() -> None:
-    pipe = build(in_channels=3)
-    grey = np.full((8, 8), 128 * 257, np.uint16)
-    half = np.zeros((2, 8, 8, 4), np.uint8)
-    half[1, ..., 3] = 255
-    assert pipe._encode(grey, (8, 8), 1).unique().tolist() == pytest.approx([128 / 127.5 - 1], abs=1e-6)
-    on_white = pipe._encode(half, (8, 8), 2)
-    assert [part.unique().tolist() for part in on_white] == [[1.0], [-1.0]]
-    out = latents_of(pipe, ["Coat", "Bag"], 50, image=half, strength=0.02, guidance_scale=1.0)
-    assert out[0].mean() > 0.5 > -0.5 > out[1].mean()
-
-
-def test_a_transparent_color_of_16_bits_is_found_in_an_image_that_is_loaded() -> None:
-    """Pillow scales the pixels to 8 bits when it loads them, but not the transparent color."""
-    image = Image.new("RGB", (8, 8), (128, 128, 128))
-    image.info["transparency"] = (0x8000, 0x8000, 0x8000)
-    assert build(in_channels=3)._encode(image, (8, 8), 1).unique().tolist() == [1.0]
-
-
-@pytest.mark.parametrize(
-    ("image", "message"),
-    [
-        (
-            Image.new("F", (8, 8)),
-            "image cannot be decoded .*32-bit pixels .mode F. of unknown range, and not 8 or 16 bits",
-        ),
-        ("a.png", "image holds a str: give PIL images"),
-        ([], "image is an empty list"),
-        (np.full((8, 8, 3), 200.0), "image has values outside of 0 to 1"),
-        (np.full((8, 8, 3), np.nan), "image has values outside of 0 to 1"),
-        (torch.zeros(4, 8, 8), "image has 4 channels: give 3"),
-        (np.zeros((8, 8, 3), np.int64), "image is a int64 array"),
-        (np.zeros((0, 8), np.uint8), r"image is a uint8 array of shape \(0, 8\)"),
-        ([np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8, 3))], "image mixes"),
-    ],
-)
-def test_images_that_cannot_be_decoded_are_one_line(image: Any, message: str) -> None:
-    with pytest.raises(LamambaError, match=message):
-        build(in_channels=3)("Coat", 4, image=image)
-
-
-def test_masks_of_any_kind_are_white_where_they_say_so() -> None:
-    pipe, half = build(), np.repeat([[True] * 4 + [False] * 4], 8, axis=0)
-    strokes = np.zeros((8, 8, 4), np.uint8)
-    strokes[half] = 255
-    deep = np.where(half, 65535, 900).astype(np.uint16)  # 900 of 65535 is dark
-    masks = [half, half * 1.0, half.astype(np.uint8), torch.from_numpy(half), deep * half, Image.fromarray(deep)]
-    clear_white = Image.new("LA", (8, 8), (255, 0))
-    clear_white.paste((255, 255), (0, 0, 4, 8))
-    for mask in [*masks, Image.fromarray(half), Image.fromarray(strokes), clear_white]:
-        assert torch.equal(pipe._encode_mask(mask, (8, 8), 1)[0, 0], torch.from_numpy(half).float())
-
-
-def test_latents_are_decoded_and_images_encoded(tmp_path: Path) -> None:
-    vae = diffusers.AutoencoderKL.from_pretrained(write_autoencoder(tmp_path), low_cpu_mem_usage=False)
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    pipe = build(vae=vae, in_channels=vae.config.latent_channels)
-    side = 8 * factor
-    images = pipe("Coat", 2, generator=torch.Generator().manual_seed(0)).images
-    assert (images[0].mode, images[0].size) == ("RGB", (side, side))
-    start = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
-    kept = pipe("Coat", 50, 1.0, image=start, strength=0.02, output_type="latent").images
-    wanted = vae.encode(torch.from_numpy(np.array(start)).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist.mode()
-    wanted = (wanted - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
-    assert (kept - wanted).norm() < 0.4 * wanted.norm()
-    pipe.save_pretrained(tmp_path / "pipe")
-    again = LaMambaDiffPipeline.from_pretrained(tmp_path / "pipe", local_files_only=True)
-    assert again.vae.config.scaling_factor == vae.config.scaling_factor
 
 
 def test_steps_are_called_back_and_can_be_changed_or_ended() -> None:
