@@ -1,7 +1,6 @@
 """Training on real images from one command: it stops and goes on exactly, and refuses what it cannot do."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -15,39 +14,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import TINY, losses, make_trainer, same, train, weights
 
 import lamamba
 from lamamba.checkpoints.checkpoint import checkpoints_in, load_checkpoint
 from lamamba.cli import main
 from lamamba.config import PRESETS, NetworkConfig, TrainConfig
-from lamamba.data import to_float
 from lamamba.diffusion import Diffusion
 from lamamba.errors import LamambaError
 from lamamba.files.records import read_train_config
-from lamamba.ops.linear import RoundedWeights
 from lamamba.training import run as training
-from lamamba.training.optimizers import hidden_matrices, weights_decayed
 from lamamba.training.run import _set_aside
-from steps import Replayed
-
-TINY = [
-    *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
-    *("--data", "builtin", "--batch-size", "4", "--device", "cpu", "--seed", "3", "--sample-steps", "1"),
-    *("--sample-every", "100000"),  # drawing takes longer than a step
-]
-
-
-def train(out: Path, *options: str) -> None:
-    main(["train", "--out", str(out), *TINY, *options])
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    newest = checkpoints_in(run)[-1]
-    return {f"{path.parent.name}/{k}": v for path in newest.rglob("*.safetensors") for k, v in load_file(path).items()}
-
-
-def losses(run: Path) -> list[tuple[int, float]]:
-    return [(r["images"], r["loss"]) for r in map(json.loads, (run / "log.jsonl").read_text().splitlines())]
 
 
 @pytest.mark.parametrize(
@@ -152,227 +129,6 @@ def test_an_infinite_loss_stops_the_run_and_names_the_last_checkpoint(
     config = OptionReader(TrainConfig, "train", defaults={"network": PRESETS["nano"]}).read(arguments)
     with pytest.raises(LamambaError, match=r"gradient was not finite in 1 step in a row, at image 12.*000000000008"):
         module.train(config)
-
-
-def make_trainer(out: Path, network: dict[str, Any] | None = None, **options: Any) -> training.Trainer:
-    """Build a trainer of a tiny network without the run around it."""
-    tiny = replace(
-        PRESETS["nano"], embed_dim=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1, **(network or {})
-    )
-    config = TrainConfig(**{"out": out, "batch_size": 4, "device": "cpu", "network": tiny, **options})
-    return training.Trainer(*training.resolve(config))
-
-
-def take_steps(trainer: training.Trainer, number: int) -> dict[str, torch.Tensor]:
-    """Train for some steps; return the network's and the averaged weights."""
-    for (images, labels), _ in zip(trainer.batches(), range(number), strict=False):
-        trainer.take_step(images, labels)
-    pairs = (("network", trainer.network), ("average", trainer.average))
-    return {f"{kind}.{name}": value.clone() for kind, network in pairs for name, value in network.state_dict().items()}
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    assert first.keys() == second.keys()
-    return all(torch.equal(value, second[name]) for name, value in first.items())
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    return take_steps(make_trainer(tmp_path_factory.mktemp("trained")), 3)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"seed": 1},
-        {"learning_rate": 1e-3},
-        {"warmup_images": 100},
-        {"decay": "linear", "num_images": 20},
-        {"decay": "cosine", "num_images": 20},
-        {"weight_decay": 0.1},
-        {"max_grad_norm": 0.01},
-        {"dropout": 0.1},
-        {"optimizer": "muon"},
-        {"ema_decay": 0.1},
-        {"horizontal_flip": True},
-        {"objective": "flow"},
-        {"objective": "flow", "timesteps": "logit-normal"},
-        {"objective": "flow", "timesteps": "logit-normal", "timestep_logits": (0.8, 0.8)},
-        {"objective": "flow", "contrast": 0.05},
-        {"objective": "flow-x"},
-        {"objective": "diffusion-v"},
-        {"objective": "diffusion-v-zero-snr"},
-        {"precision": "bf16"},
-        {"network": {"label_dropout": 0.9}},
-    ],
-    ids=lambda options: list(options)[-1],
-)
-def test_every_option_of_training_changes_it(
-    tmp_path: Path, trained: dict[str, torch.Tensor], options: dict[str, Any]
-) -> None:
-    changed = take_steps(make_trainer(tmp_path, **options), 3)
-    assert all(bool(value.isfinite().all()) for value in changed.values())
-    assert not same(trained, changed)
-
-
-@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"gradient_checkpointing": True}], ids=str)
-def test_weights_rounded_together_train_the_same(tmp_path: Path, options: dict[str, Any]) -> None:
-    """Only GPUs use this, but a CPU computes the same."""
-    plain, together = (make_trainer(tmp_path, precision="bf16", **options) for _ in range(2))
-    copies = RoundedWeights(together.network, torch.bfloat16)
-    together.rounding = copies.in_use
-    assert same(take_steps(plain, 3), take_steps(together, 3))
-    assert all(bool(copy.isfinite().all()) for copy in copies.copies)
-    assert any(bool(copy.any()) for copy in copies.copies), "the copies were written"
-
-
-@pytest.mark.parametrize("geometry", [{}, {"downsample": "conv", "ssm_conv_bias": True, "ssm_state_size": 2}], ids=str)
-def test_weight_decay_shrinks_matrices_and_convolutions_alone(tmp_path: Path, geometry: dict[str, Any]) -> None:
-    trainer = make_trainer(tmp_path, network=geometry, weight_decay=0.5, learning_rate=0.1)
-    for parameter in trainer.network.parameters():
-        parameter.data.fill_(1.0)
-        parameter.grad = torch.zeros_like(parameter)
-    trainer.optimizer.step()
-    left_alone = re.compile(r"bias$|norm\.weight$|_embedding(\.weight)?$|\.A_log$|\.D$")
-    shrunk = 0
-    for name, parameter in trainer.network.named_parameters():
-        expected = 1.0 if left_alone.search(name) else 0.95  # 1 - learning_rate * weight_decay
-        torch.testing.assert_close(parameter.data, torch.full_like(parameter, expected), msg=name)
-        shrunk += expected < 1
-    assert shrunk > 50
-
-
-def test_muon_steps_by_its_equation_and_adamw_trains_the_rest(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, optimizer="muon", learning_rate=0.01, weight_decay=0.5)
-    generator = torch.Generator().manual_seed(0)
-    before = {name: value.detach().clone() for name, value in trainer.network.named_parameters()}
-    for parameter in trainer.network.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
-    trainer._step_if_finite(torch.tensor(1.0))
-    hidden = hidden_matrices(trainer.network)
-    assert {name for name in before if re.search(r"^patch_proj|^head|embedding|_norm|dt_|x_proj", name)}.isdisjoint(
-        hidden
-    )
-    assert {"encoder.0.0.mlp.linear_1.weight", "bottleneck.0.attention.qkv.weight"} < set(hidden)
-    for name, parameter in trainer.network.named_parameters():
-        kept = before[name] * (0.995 if weights_decayed(trainer.network)[name] else 1)  # 1 - 0.01 * 0.5
-        assert parameter.grad is not None
-        if name not in hidden:
-            torch.testing.assert_close(parameter.detach(), kept - 0.01 * parameter.grad.sign(), rtol=1e-4, atol=1e-5)
-            continue
-        # Newton-Schulz changes the singular values alone: x <- 3.4445 x - 4.775 x^3 + 2.0315 x^5, five times.
-        left, values, right = torch.linalg.svd(parameter.grad.double(), full_matrices=False)
-        values = values / values.norm()
-        for _ in range(5):
-            values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
-        step = 0.2 * max(parameter.shape) ** 0.5 * (left * values) @ right
-        distance = (kept - parameter.detach()).double() / 0.01 - step
-        assert float(distance.norm() / step.norm()) < 0.03, name  # it computes in bf16
-
-
-def test_muon_skips_a_step_whose_gradient_is_not_finite(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, optimizer="muon")
-    before = take_steps(trainer, 1)
-    momenta = [
-        trainer.optimizers[1].state[value]["momentum_buffer"] for value in hidden_matrices(trainer.network).values()
-    ]
-    kept = [momentum.clone() for momentum in momenta]
-    for parameter in trainer.network.parameters():
-        parameter.grad = torch.full_like(parameter, float("nan"))
-    assert float(trainer._step_if_finite(torch.tensor(float("nan")))) == 1
-    assert same(before, take_steps(trainer, 0))
-    assert all(torch.equal(first, second) for first, second in zip(kept, momenta, strict=True))
-
-
-def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
-    saved = make_trainer(tmp_path, gradient_checkpointing=True)
-    assert saved.network.is_gradient_checkpointing
-    assert same(take_steps(saved, 2), take_steps(make_trainer(tmp_path), 2))
-
-
-def test_dropout_is_for_training_alone(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, dropout=0.25)
-    before = torch.get_rng_state()
-    take_steps(trainer, 2)
-    assert torch.equal(torch.get_rng_state(), before)
-    batch = torch.randn(2, 1, 32, 32), torch.tensor([3, 500]), torch.tensor([0, 2])
-    with torch.no_grad():
-        assert not torch.equal(trainer.network(*batch), trainer.network(*batch))
-        for network in (trainer.average, trainer.network.eval()):
-            assert torch.equal(network(*batch), network(*batch))
-    assert trainer.network.state_dict().keys() == make_trainer(tmp_path).network.state_dict().keys()
-    assert "dropout" not in trainer.network.config
-    with pytest.raises(LamambaError, match=r"dropout is 0.1: it must be 0 with gradient_checkpointing"):
-        make_trainer(tmp_path, dropout=0.1, gradient_checkpointing=True)
-
-
-def test_dropout_in_a_network_without_such_layers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.Trainer, "build", lambda self: torch.nn.Linear(2, 2))
-    with pytest.raises(LamambaError, match=r"dropout is 0.1, but the network has no layer nn.Dropout"):
-        make_trainer(tmp_path, dropout=0.1)
-
-
-def test_the_average_follows_its_formula(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, ema_decay=0.25, learning_rate=0.01)
-    before = take_steps(trainer, 0)
-    for (images, labels), step in zip(trainer.batches(), range(1, 5), strict=False):
-        trainer.take_step(images, labels)
-        after = take_steps(trainer, 0)
-        decay = min(0.25, (1 + step) / (10 + step))  # 2/11, then 0.25
-        for name in (name.removeprefix("network.") for name in after if name.startswith("network.")):
-            expected = decay * before[f"average.{name}"] + (1 - decay) * after[f"network.{name}"]
-            torch.testing.assert_close(after[f"average.{name}"], expected, rtol=1e-5, atol=1e-7)
-        before = after
-
-
-@pytest.mark.parametrize("objective", ["diffusion", "flow"])
-@pytest.mark.parametrize("min_snr_gamma", [0.0, 5.0])
-def test_the_documented_loss_is_the_loss_that_runs(tmp_path: Path, objective: str, min_snr_gamma: float) -> None:
-    trainer = make_trainer(tmp_path, objective=objective, min_snr_gamma=min_snr_gamma, network={"label_dropout": 0.5})
-    images, labels = next(trainer.batches())
-    generator = torch.Generator()
-    generator.set_state(trainer.generator.get_state())
-    expected = lamamba.training_losses(
-        trainer.objective,
-        trainer.network,
-        to_float(images),
-        labels,
-        null_label=trainer.network.null_label,
-        label_dropout=0.5,
-        generator=generator,
-        min_snr_gamma=min_snr_gamma,
-    )
-    terms = trainer.take_step(images, labels)
-    for name, value in expected.items():
-        assert float(terms[name]) == pytest.approx(float(value.detach().mean()), rel=1e-6)
-
-
-@pytest.mark.parametrize(("batch", "accumulate"), [(4, 4), (7, 3)])
-def test_a_batch_in_parts_is_one_step_with_the_same_gradient(tmp_path: Path, batch: int, accumulate: int) -> None:
-    options = {"batch_size": batch, "max_grad_norm": 0.0}
-    whole, parts = (make_trainer(tmp_path, accumulate=number, **options) for number in (1, accumulate))
-    images, labels = next(whole.batches())
-    terms = [trainer.take_step(images, labels) for trainer in (whole, parts)]
-    torch.testing.assert_close(terms[0], terms[1], rtol=1e-5, atol=0)
-    assert (parts.step, parts.images) == (1, batch)
-    for (name, first), second in zip(whole.network.named_parameters(), parts.network.parameters(), strict=True):
-        assert first.grad is not None
-        assert second.grad is not None
-        assert float((first.grad - second.grad).norm()) <= 1e-5 * float(first.grad.norm()), name
-
-
-@pytest.mark.parametrize("accumulate", [1, 2, 3], ids="{} parts".format)
-def test_a_step_that_is_replayed_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int) -> None:
-    options = {"batch_size": 7, "accumulate": accumulate, "learning_rate": 1e-3}
-    called, replayed = (make_trainer(tmp_path, **options) for _ in range(2))
-    replayed.captures = True
-    monkeypatch.setattr("lamamba.training.gradients.Captured", Replayed)
-    monkeypatch.setattr(Replayed, "parameters", list(replayed.network.parameters()))
-    wanted, ours = (take_steps(trainer, 4) for trainer in (called, replayed))
-    assert replayed.gradients is not None
-    assert len(replayed.gradients.graphs) == len({*replayed.parts})
-    for name, value in wanted.items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_the_optimizer_steps_once_a_batch(tmp_path: Path) -> None:
@@ -516,22 +272,6 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path: Path, monkeypatch: pytest
         training.train(config)
     assert [int(path.name) for path in checkpoints_in(tmp_path)] == [4, 8]
     assert all(bool(value.float().isfinite().all()) for value in weights(tmp_path).values())
-
-
-def test_the_learning_rate_rises_and_falls(tmp_path: Path) -> None:
-    def rates(**options: Any) -> list[float]:
-        config = TrainConfig(out=tmp_path, learning_rate=8.0, num_images=100, **options)
-        return [training.learning_rate(config, images) for images in (10, 20, 60, 100)]
-
-    assert rates() == [8.0, 8.0, 8.0, 8.0]
-    assert rates(warmup_images=20) == [4.0, 8.0, 8.0, 8.0]
-    assert rates(warmup_images=20, decay="linear") == [4.0, 8.0, 4.0, 0.0]
-    assert rates(warmup_images=20, decay="cosine") == pytest.approx([4.0, 8.0, 4.0, 0.0])
-    trainer = make_trainer(tmp_path, warmup_images=16)
-    take_steps(trainer, 2)
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(5e-5)
-    with pytest.raises(LamambaError, match=r"warmup_images is 100: it must be less than num_images 100"):
-        rates(warmup_images=100, decay="linear")
 
 
 def test_a_run_whose_rate_falls_keeps_its_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
