@@ -14,7 +14,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from make_page import Records, number, number_by_decades, read_records, speed, table
+from make_page import Records, number, read_records, speed, table
+from plots import number_by_decades
 from scoring import FEATURES
 from setting import HERE, RESULTS
 

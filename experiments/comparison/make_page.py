@@ -14,13 +14,11 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
 
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
 from pieces import LISTS, Clipping, Memorisation, Speed, Steps, Training
+from plots import Content, draw_curves, draw_losses, draw_steps
 from setting import HERE, RESULTS
 
 PAGE = HERE.parents[1] / "docs" / "results_tables.md"
@@ -49,7 +47,6 @@ _AT_SIZE = """\
 """
 _REFERENCES = {256: "VIRTUAL_imagenet256_labeled.npz", 512: "VIRTUAL_imagenet512.npz"}
 
-Content = dict[str, Any]
 Records = Mapping[str, Content]
 Draw = Callable[[Figure], None]
 _INTRODUCTION = """\
@@ -205,7 +202,7 @@ def comparison(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
         lines += table(_COSTS, [costs_row(name, several) for name, several in named.items()])
         if len(groups) == len(networks):
             lines += equal_seconds(groups)
-        lines += [draw(f"{names[0]}-curves.png", lambda figure, groups=groups: draw_curves(figure, groups)), ""]
+        lines += [draw(f"{names[0]}-curves.png", lambda figure, named=named: draw_curves(figure, named)), ""]
         lines += averages(groups)
         firsts = [several[0]["piece"] for several in groups.values()]
         told = ", then of ".join(f"`{piece}`" for piece in firsts)
@@ -238,37 +235,6 @@ def averages(groups: Mapping[str, Sequence[Content]]) -> list[str]:
     rows = [[name, *(number(row["distance"]) for row in rows)] for name, rows in scored.items()]
     told = "EMAs of the weights, by their relative length (sigma_rel):"
     return [told, "", *table(["distance at", *lengths], rows)]
-
-
-def number_by_decades(*several: Axis) -> None:
-    """Number a logarithmic axis plainly, at 1, 2 and 5 of each decade."""
-    for axis in several:
-        axis.set_minor_locator(LogLocator(subs=(2, 5)))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}")
-
-
-def draw_curves(figure: Figure, groups: Mapping[str, Sequence[Content]]) -> None:
-    """Plot loss and distance against images and against seconds of training, a colour a network, a line a seed."""
-    axes = figure.subplots(2, 2, sharey="row")
-    for column, (key, scale, label) in enumerate(
-        (("images", 1e6, "million images seen"), ("seconds", 1.0, "seconds of training"))
-    ):
-        for colour, (network, several) in enumerate(groups.items()):
-            for index, record in enumerate(several):
-                name = _NAMES[network] if index == 0 else None
-                for row, curve, value in ((0, "curve", "loss"), (1, "evaluations", "distance")):
-                    axes[row][column].plot(
-                        [point[key] / scale for point in record[curve]], [point[value] for point in record[curve]],
-                        color=f"C{colour}", label=name, marker="o" if row else None, linewidth=1, alpha=0.8,
-                    )  # fmt: skip
-        for row in (0, 1):
-            axes[row][column].set(xlabel=label, yscale="log")
-            number_by_decades(axes[row][column].yaxis)
-            axes[row][column].grid(alpha=0.3)
-    axes[0][0].set_ylabel("loss")
-    axes[1][0].set_ylabel("Fréchet distance, no guidance")
-    axes[0][0].legend()
 
 
 def ablations(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
@@ -321,18 +287,6 @@ def clipping(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
     ]  # fmt: skip
     header = [f"{key}{clipped}" for key in keys for clipped in ("", ", clipped")]
     return table(["", *header], rows) if rows else []
-
-
-def draw_steps(figure: Figure, points: Sequence[Content]) -> None:
-    """Plot the distance over the evaluations of the network."""
-    axes = figure.subplots()
-    for sampler in dict.fromkeys(point["sampler"] for point in points):
-        own = [point for point in points if point["sampler"] == sampler]
-        axes.plot([p["evaluations"] for p in own], [p["distance"] for p in own], marker="o", label=sampler, linewidth=1)
-    axes.set(xlabel="evaluations of the network", ylabel="Fréchet distance", xscale="log", yscale="log")
-    number_by_decades(axes.xaxis, axes.yaxis)
-    axes.grid(alpha=0.3)
-    axes.legend()
 
 
 def memorisation(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
@@ -396,20 +350,6 @@ def rates(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
             "",
         ]
     return lines
-
-
-def draw_losses(figure: Figure, several: Sequence[Content]) -> None:
-    """Plot loss against images."""
-    axes = figure.subplots()
-    for record in several:
-        curve = record["curve"]
-        axes.plot(
-            [row["images"] / 1e6 for row in curve], [row["loss"] for row in curve], label=record["piece"], linewidth=1
-        )
-    axes.set(xlabel="million images seen", ylabel="loss", yscale="log")
-    number_by_decades(axes.yaxis)
-    axes.grid(alpha=0.3)
-    axes.legend()
 
 
 def emoji(records: Records, draw: Callable[[str, Draw], str]) -> list[str]:
