@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 import time
 
 # No test needs a network, also where there is one: whatever asks another host for something fails at once.
@@ -34,6 +35,7 @@ from loss_curves import draw
 from tiny_autoencoder import write_autoencoder
 
 FASHION_MNIST_FOLDER = fashion_mnist.FASHION_MNIST_FOLDER
+sys.path.append(str(Path(__file__).parent.parent / "experiments" / "comparison"))  # last: its names are its own
 
 
 def pytest_configure(config: pytest.Config) -> None:

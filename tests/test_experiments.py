@@ -1,82 +1,35 @@
 """The comparison of LaMamba with DiT: its pieces run, are stopped, go on to the same records, and are shown."""
 
 import importlib.util
-import io
 import json
-import pickle
 import shutil
 import sys
-import tarfile
-from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet
 import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
 
-from forked import run_python, run_ranks
-
-COMPARISON = Path(__file__).parent.parent / "experiments" / "comparison"
-sys.path.append(str(COMPARISON))  # last: its names are its own
-
-import cifar  # noqa: E402
-import contestants  # noqa: E402
-import distilling  # noqa: E402
-import features  # noqa: E402
-import make_findings  # noqa: E402
-import make_page  # noqa: E402
-import pieces  # noqa: E402
-import scoring  # noqa: E402
-import setting as settings  # noqa: E402
-import studies  # noqa: E402
-import training  # noqa: E402
-import weights  # noqa: E402
-from lamamba.cli import main as lamamba  # noqa: E402
-from lamamba.distributed.processes import Processes  # noqa: E402
-from lamamba.errors import CheckpointError, ConfigError, DataError  # noqa: E402
-from lamamba.evaluation.features import open_features  # noqa: E402
+import contestants
+import distilling
+import make_page
+import pieces
+import scoring
+import setting as settings
+import studies
+import training
+import weights
+from comparison_setting import COMPARISON, place, read
+from forked import run_ranks
+from lamamba.cli import main as lamamba
+from lamamba.distributed.processes import Processes
+from lamamba.errors import CheckpointError, ConfigError
 
 TIMES = {"seconds", "images_per_s", "compile_s", "sampling_s"}
-
-
-class Clock(settings.Clock):
-    """Of which the time is over when it is looked at this many times."""
-
-    def __init__(self, looks: int = 1_000_000) -> None:
-        super().__init__()
-        self.looks = looks
-
-    def check(self, *_: object) -> None:
-        self.looks -= 1
-        if self.looks < 0:
-            raise settings.OutOfTimeError
-
-
-def place(folder: Path, looks: int = 1_000_000, **changed: Any) -> settings.Setting:
-    scale = replace(pieces.QUICK, **changed)
-    data = clothes(folder / "clothes")
-    return settings.Setting(folder / "out", folder / "results", scale, torch.device("cpu"), Clock(looks), data)
-
-
-def clothes(folder: Path) -> Path:
-    """A hundred random squares in place of the data set, in its files."""
-    if not folder.is_dir():
-        folder.mkdir(parents=True)
-        random = np.random.default_rng(0)
-        for name in ("train", "t10k"):
-            images = random.integers(0, 256, (100, 28, 28), np.uint8)
-            header = b"\x00\x00\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (100, 28, 28))
-            (folder / f"{name}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-            labels = random.integers(0, 10, 100, np.uint8).tobytes()
-            (folder / f"{name}-labels-idx1-ubyte").write_bytes(b"\x00\x00\x08\x01" + (100).to_bytes(4, "big") + labels)
-    return folder
 
 
 def without_times(content: Any) -> Any:
@@ -84,10 +37,6 @@ def without_times(content: Any) -> Any:
     if isinstance(content, dict):
         return {name: without_times(value) for name, value in content.items() if name not in TIMES | {"parts"}}
     return [without_times(value) for value in content] if isinstance(content, list) else content
-
-
-def read(setting: settings.Setting, name: str) -> dict[str, Any]:
-    return json.loads((setting.results / f"{name}.json").read_text())
 
 
 STEPS_S = replace(pieces.PIECES["steps-s"], of=pieces.PIECES["s-seed-0"])  # of seed 1, which is not trained here
@@ -206,99 +155,6 @@ def test_both_networks_see_the_same_images_timesteps_and_noise(tmp_path: Path) -
         drawn.append([tensor for _ in range(3) for tensor in trainer._draw(*next(batches))])
         trainer.close()
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*drawn, strict=True))
-
-
-def test_the_networks_have_the_sizes_of_their_papers() -> None:
-    def count(name: str) -> tuple[int, int]:
-        found = contestants.cost(name, contestants.network_config(name, 1, 32, 10))
-        return found["parameters"], found["multiply_adds"]
-
-    # Table 1 of DiT, at 32 x 32 and a thousand classes: 33 M and 130 M parameters, 6.06 and 23.01 G multiply-adds.
-    assert count("dit-s-2") == pytest.approx((33e6, 6.06e9), rel=0.02)
-    assert count("dit-b-2") == pytest.approx((130e6, 23.01e9), rel=0.01)
-    whole = count("s")
-    assert count("unet")[0] == pytest.approx(whole[0], rel=0.03)
-    for name in ("s-scan-only", "s-attention-only"):
-        assert all(part < all_of_it for part, all_of_it in zip(count(name), whole, strict=True))
-    assert count("s-raster") == whole
-    assert count("s-window-4")[1] < whole[1] < count("s-state-16")[1]
-
-
-@pytest.fixture
-def dit() -> contestants.DiT:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return contestants.DiT(contestants.DiTGeometry(3, 24, 2), in_channels=1, sample_size=8, num_classes=10)
-
-
-def inputs(number: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return (
-        torch.randn(number, 1, 8, 8, generator=generator),
-        torch.randint(1000, (number,), generator=generator),
-        torch.randint(10, (number,), generator=generator),
-    )
-
-
-def stir(network: torch.nn.Module) -> None:
-    """Move parameters off 0, where what they multiply does not show."""
-    generator = torch.Generator().manual_seed(2)
-    for parameter in network.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-
-
-def test_a_dit_drops_no_labels_itself(dit: contestants.DiT) -> None:
-    stir(dit)
-    x, t, y = inputs()
-    trains = dit.train()(x, t, y)
-    assert torch.equal(trains, dit.eval()(x, t, y)), "else one in ten would differ"
-    assert bool((dit(x, t, torch.full_like(y, dit.null_label)) != trains).flatten(1).any(dim=1).all())
-
-
-def test_a_dit_begins_as_the_identity_and_learns_with_every_parameter(dit: contestants.DiT) -> None:
-    x, t, y = inputs()
-    assert bool((dit(x, t, y) == 0).all()), "adaLN-Zero: modulation and output are 0"
-    table = dit.embedding.class_embedder.embedding_table.weight
-    assert table.shape == (11, 24)
-    assert 0.01 < float(table.detach().std()) < 0.03
-    stir(dit)
-    y[0] = dit.null_label
-    dit.train()(x, t, y).square().mean().backward()
-    for name, parameter in dit.named_parameters():
-        assert parameter.grad is not None, name
-        assert bool(parameter.grad.any()), name
-
-
-def test_a_u_net_learns_with_every_parameter() -> None:
-    network = contestants.build("unet", contestants.network_config("unet", 1, 8, 10, quick=True), quick=True)
-    x, t, y = inputs(4)
-    y[0] = network.null_label
-    network.train()(x, t, y).square().mean().backward()
-    assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in network.parameters())
-    labels = torch.arange(4)
-    assert bool((network(x, t, labels) != network(x, t, labels.flip(0))).flatten(1).any(dim=1).all())
-
-
-def test_a_u_net_is_trained_and_scored(tmp_path: Path) -> None:
-    piece = replace(pieces.PIECES["cifar-unet-seed-0"], data="fashion-mnist")
-    assert piece.compile
-    training.train(place(tmp_path), piece)
-    record = read(place(tmp_path), "cifar-unet-seed-0")
-    assert record["network"]["step"].startswith("compiled")
-    assert [row["images"] for row in record["evaluations"]] == [32, 64]
-
-
-@pytest.mark.parametrize("name", ["s", "dit-s-2", "unet"])
-def test_autocast_rounds_the_network_but_not_what_the_sampler_gets(name: str) -> None:
-    network = contestants.build(name, contestants.network_config(name, 1, 8, 10, quick=True), quick=True).eval()
-    stir(network)
-    x, t, y = inputs(4)
-    with torch.no_grad():
-        exact = network(x, t, y)
-        rounded = scoring.InAutocast(network, torch.autocast("cpu", torch.bfloat16))(x, t, y)
-    assert rounded.dtype == torch.float32
-    error = float((rounded - exact).norm() / exact.norm())
-    assert 1e-5 < error < 0.1
 
 
 def test_the_nearest_are_found() -> None:
@@ -454,20 +310,6 @@ def test_the_page_is_made_of_records_and_names_what_is_missing(tmp_path: Path, w
             image.verify()
 
 
-def test_without_records_no_page_is_written(tmp_path: Path) -> None:
-    page = str(tmp_path / "results.md")
-    done = run_python(str(COMPARISON / "make_page.py"), "--results", str(tmp_path), "--page", page)
-    assert done.returncode == 1
-    assert "nothing is measured yet, and nothing was written" in done.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_equal_time_reads_between_scores() -> None:
-    rows = [{"seconds": 10.0, "distance": 8.0}, {"seconds": 20.0, "distance": 4.0}, {"seconds": 40.0, "distance": 3.0}]
-    read_at: Callable[[float], float | None] = lambda s: make_page.at_seconds({"evaluations": rows}, s)  # noqa: E731
-    assert [read_at(seconds) for seconds in (5, 10, 15, 30, 50)] == [None, 8.0, 6.0, 3.5, 3.0]
-
-
 @pytest.fixture
 def run() -> ModuleType:
     spec = importlib.util.spec_from_file_location("comparison_run", COMPARISON / "run.py")
@@ -603,111 +445,3 @@ def test_a_real_list_has_names_of_its_own_and_even_quarters() -> None:
             assert piece.num_images % (4 * pieces.FULL.batch_size) == 0
             assert piece.num_images % pieces.FULL.log_every == 0
     assert pieces.FULL.num_samples <= 60_000, "there are not more images to compare as many samples with"
-
-
-@pytest.mark.parametrize(("name", "text"), make_findings.PAGES.items())
-def test_the_findings_are_those_of_the_records(name: str, text: str) -> None:
-    made = make_findings.page(make_page.read_records(COMPARISON / "results"), (COMPARISON / text).read_text())
-    assert made == (make_findings.DOCS / name).read_text()
-    assert "{" not in made
-
-
-@pytest.mark.parametrize(("name", "folder"), make_findings.GRIDS.items())
-def test_the_pictures_are_those_of_the_records(name: str, folder: str) -> None:
-    made = COMPARISON / "results" / f"{name}-grid.png"
-    assert made.read_bytes() == (make_findings.DOCS / folder / f"{name}.png").read_bytes()
-
-
-def test_students_are_compared_with_the_most_steps_of_their_teacher() -> None:
-    """Each number of the tables comes from its own row of the record; records that are not there yet are left out."""
-    ways = [
-        ("teacher", "unipc", 4),
-        ("teacher", "unipc", 25),
-        ("teacher", "ancestral", 4),
-        ("teacher", "ancestral", 25),
-    ]
-    ways += [("4", "ancestral", 4), ("4", "ancestral", 25)]
-    points = [
-        {"who": who, "sampler": sampler, "steps": steps, "distance": place + 1.0, "precision": 0.5, "recall": 0.25,
-         "squeezenet": {"distance": 10.0 * (place + 1), "precision": 0.75, "recall": 0.125},
-         "vgg16": {"distance": 100.0, "precision": 1.0, "recall": 0.0}, "sampling_s": 1.0}
-        for place, (who, sampler, steps) in enumerate(ways)
-    ]  # fmt: skip
-    curve = [{"seconds": 1.0, "compile_s": 2.0}, {"seconds": 7.0}]
-    record = {"points": points, "curve": curve, "settings": {"scale": {"few_steps": [4, 25]}}}
-    records = {"distill-nano": record}
-    assert make_findings.students_table(records, "distill-nano")[2:6] == [
-        "| teacher | `unipc` | 25 | 2 | 0.5 | 0.25 | 20 | 0.75 | 0.125 | 100 | 1 | 0 |",
-        "| teacher | `unipc` | 4 | 1 | 0.5 | 0.25 | 10 | 0.75 | 0.125 | 100 | 1 | 0 |",
-        "| student | `ancestral` | 25 | 6 | 0.5 | 0.25 | 60 | 0.75 | 0.125 | 100 | 1 | 0 |",
-        "| student | `ancestral` | 4 | 5 | 0.5 | 0.25 | 50 | 0.75 | 0.125 | 100 | 1 | 0 |",
-    ]
-    ratios = make_findings.ratios_table(records)
-    assert ratios[0] == "|  | teacher, 4 | student, 4 |"
-    assert ratios[2] == "| noise prediction, clothes | 0.50 | 2.50 |"
-    assert make_findings.times_table(records)[2] == "| noise prediction | 2 | 7 | 6 |"
-    text = "\n".join(make_findings.distillation(records))
-    assert "Noise prediction ([record]" in text
-    assert "distillation/distill-nano.png" in text
-    assert "low matching" not in text
-    assert make_findings.distillation({}) == []
-
-
-def test_packed_cifar_holds_the_same_pictures(tmp_path: Path) -> None:
-    files, colors = [], ((200, 30, 30), (30, 30, 200), (30, 200, 30))
-    for color in colors:
-        file = io.BytesIO()
-        Image.new("RGB", (32, 32), color).save(file, "JPEG", quality=95)
-        files.append({"bytes": file.getvalue(), "path": None})
-    pyarrow.parquet.write_table(pyarrow.table({"image": files, "label": [3, 0, 9]}), tmp_path / "test-0.parquet")
-    cifar.pack(tmp_path / "test-0.parquet", tmp_path / "cifar10-test.xz")
-    source = cifar.load_cifar("test", tmp_path)
-    assert source.labels.tolist() == [3, 0, 9]
-    assert np.abs(source.images.mean((2, 3)) - np.array(colors)).max() < 3
-    with pytest.raises(DataError, match="train"):
-        cifar.load_cifar("train", tmp_path)
-
-
-@pytest.mark.parametrize("name", ["vgg16", "squeezenet"])
-def test_feature_networks_take_images_of_both_kinds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a package to packed weights, to a network."""
-    random = np.random.default_rng(0)
-
-    def weights(side: int, inputs: int, outputs: int) -> list[np.ndarray]:
-        scale = (2 / (side * side * inputs)) ** 0.5
-        weight = random.standard_normal((side, side, inputs, outputs), np.float32) * scale
-        return [weight, np.zeros(outputs, np.float32)]
-
-    if name == "vgg16":
-        widths = (3, 64, 64, 128, 128, 256, 256, 256, *[512] * 6)
-        layers = [dict(zip(("kernel", "bias"), weights(3, *pair), strict=True)) for pair in pairwise(widths)]
-        arrays = {"VGG16_0": {f"Conv_{i}": layer for i, layer in enumerate(layers)}, "unused": np.ones(3)}
-        file = "vgg16.ckpt"
-    else:
-        arrays, inputs = {"conv1": weights(3, 3, 64)}, 64
-        for fire, narrow in zip(range(2, 10), (16, 16, 32, 32, 48, 48, 64, 64), strict=True):
-            arrays[f"fire{fire}/squeeze1x1"] = weights(1, inputs, narrow)
-            arrays[f"fire{fire}/expand1x1"] = weights(1, narrow, 4 * narrow)
-            arrays[f"fire{fire}/expand3x3"] = weights(3, narrow, 4 * narrow)
-            inputs = 8 * narrow
-        file = "squeezenet_weights.pkl"
-    (tmp_path / file).write_bytes(pickle.dumps(arrays))
-    with tarfile.open(tmp_path / "package.tar.gz", "w:gz", compresslevel=1) as archive:
-        archive.add(tmp_path / file, f"package-0.1/weights/{file}")
-    for given in (["package.tar.gz", "--pack"], [f"{name}.npz"]):
-        monkeypatch.setattr(sys, "argv", ["features.py", str(tmp_path / given[0]), *given[1:], "--out", str(tmp_path)])
-        features.main()
-    assert "unused" not in np.load(tmp_path / f"{name}.npz")
-
-    extract = open_features(str(tmp_path / f"{name}.pt"), torch.device("cpu"))
-    gray = torch.from_numpy(random.integers(0, 256, (2, 1, 32, 32), np.uint8))
-    found = extract(gray.expand(-1, 3, -1, -1)).features
-    assert found.shape == (2, 512)
-    assert found.std() > 0
-    network = features.NETWORKS[name](features.unflatten(dict(features.flatten(arrays))))
-    torch.testing.assert_close(network(gray), found)
-
-
-def test_arrays_are_read_without_running_code() -> None:
-    with pytest.raises(pickle.UnpicklingError, match="is not an array"):
-        features.read_arrays(io.BytesIO(pickle.dumps(print)))
