@@ -4,9 +4,8 @@
 
 Each argument is a network, as KIND:SIZE:PROVIDER:PIXELS:BATCHES. KIND is `train` or `infer`; networks.py has the
 providers. This saves minutes compared with run.py, which compiles and times one network after the other. All networks
-must fit into the memory of the GPU together. The records are like those of run.py. Compute ratios only from records of
-the same run. Peak memory is recorded only for the first batch size of each network, before its other batch sizes are
-prepared.
+must fit into the memory of the GPU together. Records have the same form as those of run.py. Compare only records of one
+run. Peak memory is recorded only for the first batch size of a network.
 """
 
 import argparse
@@ -37,6 +36,9 @@ class Network(NamedTuple):
     provider: str
     pixels: int
     batches: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return ":".join((self.kind, self.size, self.provider, str(self.pixels), ",".join(map(str, self.batches))))
 
     @classmethod
     def parse(cls, text: str) -> "Network":
@@ -71,6 +73,8 @@ def prepare(network: Network, batch: int, quick: bool) -> Prepared:
         images = networks.random_batch(batch, side, dtype=torch.bfloat16)
         step = networks.inference_step(networks.to_bfloat16(module.eval()), images)
     step()
+    if networks.CUDA:
+        torch.cuda.reset_peak_memory_stats()
     replay = captured(step)
     return Prepared(replay, step, torch.cuda.max_memory_allocated() / 2**30 if networks.CUDA else 0.0)
 
@@ -78,10 +82,8 @@ def prepare(network: Network, batch: int, quick: bool) -> Prepared:
 def work(network: Network, folder: Path, number: int, total: int, quick: bool, commit: str) -> None:
     """Prepare a network, wait until all processes have prepared theirs, and time it when its turn comes."""
     results = Results(None, commit)
-    try:
-        prepared = [prepare(network, batch, quick) for batch in network.batches]
-    finally:  # the others must not wait for a process that failed
-        (folder / f"ready-{number}").touch()
+    prepared = [prepare(network, batch, quick) for batch in network.batches]
+    (folder / f"ready-{number}").touch()
     while len(list(folder.glob("ready-*"))) < total:
         time.sleep(0.05)
     case = f"{network.kind}_{network.size}_{network.pixels}"
@@ -108,7 +110,7 @@ def main() -> int:
         folder, number, total = arguments.worker
         work(arguments.networks[0], Path(folder), int(number), int(total), arguments.quick, arguments.commit)
         return 0
-    texts = [text for text in sys.argv[1:] if ":" in text]
+    texts = [str(network) for network in arguments.networks]
     options = [*(["--quick"] if arguments.quick else []), "--commit", arguments.commit]
     results = Results(arguments.out, arguments.commit)
     with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +118,12 @@ def main() -> int:
         workers = [
             subprocess.Popen([*command, str(number), str(len(texts)), text]) for number, text in enumerate(texts)
         ]
-        failed = [text for worker, text in zip(workers, texts, strict=True) if worker.wait() != 0]
+        while None in (codes := [worker.poll() for worker in workers]):
+            for number, code in enumerate(codes):
+                if code:  # the others must not wait for a process that has failed, however it ended
+                    Path(folder, f"ready-{number}").touch()
+            time.sleep(0.1)
+        failed = [text for text, code in zip(texts, codes, strict=True) if code]
         for path in sorted(Path(folder).glob("*.json"), key=lambda path: int(path.stem)):
             results.records += [Record(**record) for record in json.loads(path.read_text())]
     results.write()
