@@ -105,8 +105,10 @@ def test_otherwise_each_module_computes_its_own() -> None:
             handle = network.head.modulation.register_forward_hook(lambda *_: None)
             assert not modulate_together(condition, network)
             handle.remove()
+            own = modulation.modulate(network.head, condition)
             network.head.modulation = nn.Sequential(network.head.modulation)
             assert not modulate_together(condition, network)
+            assert all(map(torch.equal, modulation.modulate(network.head, condition), own))
     with torch.no_grad(), use_backend("pytorch"):
         assert not modulate_together(condition, make_network())
 

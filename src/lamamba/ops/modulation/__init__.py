@@ -43,12 +43,12 @@ _plans: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], _Plan]] = WeakKeyD
 
 def modulate(module: Any, condition: Tensor) -> tuple[Tensor, ...]:
     """Compute a module's shifts, scales and gates, (b, c) each, from the condition, (b, i)."""
-    layer = module.modulation
-    return _cut(layer(F.silu(module.condition_projection(condition))), layer.out_features // layer.in_features)
+    hidden = F.silu(module.condition_projection(condition))
+    return _cut(module.modulation(hidden), hidden.shape[1])
 
 
-def _cut(modulation: Tensor, number: int) -> tuple[Tensor, ...]:
-    return modulation.unflatten(1, (number, -1)).unbind(1)
+def _cut(modulation: Tensor, width: int) -> tuple[Tensor, ...]:
+    return modulation.unflatten(1, (-1, width)).unbind(1)
 
 
 def modulate_together(condition: Tensor, network: nn.Module) -> Modulations:
@@ -101,7 +101,7 @@ def modulate_together(condition: Tensor, network: nn.Module) -> Modulations:
     out = linears(F.silu(condition), hidden, *plan.modulations, sum(plan.sizes), False)
     parts = out.split([batch * size for size in plan.sizes])
     return {
-        module: _cut(part.view(batch, -1), module.modulation.out_features // module.modulation.in_features)
+        module: _cut(part.view(batch, -1), module.modulation.in_features)
         for module, part in zip(modules, parts, strict=True)
     }
 

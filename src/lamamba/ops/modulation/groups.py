@@ -16,7 +16,7 @@ from lamamba.ops.linear import stack_rounded, weight_gradient, weight_gradients
 
 
 def modulate_in_groups(condition: Tensor, modules: Iterable[Any]) -> Mapping[nn.Module, tuple[Tensor, ...]]:
-    """Compute `modulate` for all modules whose layers have the same shapes as those of another module.
+    """Compute `modulate` for all modules that share the shapes of their layers with another module.
 
     Args:
         condition: (b, i), in the dtype of the products.
