@@ -1,4 +1,4 @@
-"""A setting of the comparison of LaMamba with DiT: random squares in place of data, and little of everything."""
+"""A small setting for tests of the comparison of LaMamba with DiT, with random images."""
 
 import json
 from dataclasses import replace
@@ -15,7 +15,7 @@ COMPARISON = Path(__file__).parent.parent / "experiments" / "comparison"
 
 
 class Clock(settings.Clock):
-    """Of which the time is over when it is looked at this many times."""
+    """A clock whose time is over after it was read this many times."""
 
     def __init__(self, looks: int = 1_000_000) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ def place(folder: Path, looks: int = 1_000_000, **changed: Any) -> settings.Sett
 
 
 def clothes(folder: Path) -> Path:
-    """A hundred random squares in place of the data set, in its files."""
+    """Write a hundred random images in the file format of Fashion-MNIST."""
     if not folder.is_dir():
         folder.mkdir(parents=True)
         random = np.random.default_rng(0)

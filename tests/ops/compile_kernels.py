@@ -128,7 +128,10 @@ def run_fused() -> None:
 
 
 def run_mlp() -> None:
-    """Run MLPs in bfloat16: GELU in the second layer's kernels, most shared memory first, then GELU by itself."""
+    """Run MLPs in bfloat16. First GELU is in the kernels of the second layer, then it has kernels of its own.
+
+    The sizes that need most shared memory come first, because some GPUs compile only the first launch of a kernel.
+    """
     hidden, bias = torch.ones(8, 640, dtype=torch.bfloat16), torch.ones(640, dtype=torch.bfloat16)
     for width in (256, 128):
         gelu_linear(hidden, bias, hidden.new_ones(width, 640))

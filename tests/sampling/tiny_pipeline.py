@@ -19,7 +19,7 @@ def build(objective: str = "diffusion", vae: Any = None, **options: Any) -> LaMa
         "bottleneck_depth": 1,
     }  # fmt: skip
     network = LaMambaDiff(**{**tiny, **options}).eval()
-    for parameter in network.parameters():  # or gates of zero would hide what is asked for
+    for parameter in network.parameters():  # new networks ignore their inputs, because gates are zero
         torch.nn.init.normal_(parameter, std=0.1)
     kind = OBJECTIVES[objective]
     names = dict(enumerate(NAMES)) if network.config.num_classes else None

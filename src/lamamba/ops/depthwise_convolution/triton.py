@@ -67,7 +67,11 @@ depthwise_convolution_triton.register_fake(lambda x, weight, bias: x.new_empty(x
 
 @torch.library.custom_op("lamamba::depthwise_convolution_backward", mutates_args=())
 def _backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Run the backward kernel; return the gradient of x, and those of taps (e, 9) and bias (e,), flat in float32."""
+    """Run the backward kernel.
+
+    Returns:
+        The gradient of x. Then, in one flat float32 tensor, the gradient of the taps (e, 9) and that of the bias (e,).
+    """
     x, stride = readable_pixels(x)
     plan = _plan(x, stride, BACKWARD_BLOCK, BACKWARD_ROWS)
     grad_x = x.new_empty(x.shape)

@@ -10,11 +10,11 @@ Names: `p_` pointer, `b_` block of values, `o_` offsets, `m_` mask.
 import triton
 import triton.language as tl
 
-MAX_CHANNELS_OF_SUMS = tl.constexpr(64)
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Below any logit, but finite, so that a row of only such values gives no NaN.
 NEVER = tl.constexpr(-1e30)
+# Channels of a head up to which each place keeps its own sums of gradients; measured on an H200.
+MAX_CHANNELS_OF_SUMS = tl.constexpr(64)
 
 
 @triton.jit
