@@ -4,10 +4,12 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lamamba.ops import selective_scan
 from lamamba.ops.backend import Backend
@@ -70,6 +72,19 @@ TINY = {
 @pytest.mark.parametrize("case", TINY)
 def test_kernels_agree_with_float64(case: str, scan: str) -> None:
     check(make_inputs(*TINY[case]), torch.float32, scan)
+
+
+@pytest.mark.parametrize("num_states", [1, 2])
+def test_gradients_may_be_recomputed(num_states: int) -> None:
+    """Gradient checkpointing lets a backward pass read its saved tensors once."""
+    inputs = [tensor.float() for tensor in make_inputs(1, 2, 4, 8, 3, num_states)]
+    found = []
+    for recomputed in (False, True):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        scan = partial(scan_grid, backend="triton")
+        y = checkpoint(scan, *leaves, use_reentrant=False) if recomputed else scan(*leaves)
+        found.append(torch.autograd.grad(y.square().sum(), leaves))
+    assert all(map(torch.equal, *found))
 
 
 def test_two_turns_of_two_states_agree_with_float64() -> None:

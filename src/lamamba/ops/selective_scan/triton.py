@@ -382,8 +382,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad_y: Tensor | None, grad_states: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_y is None:  # nothing downstream depends on y
         return (None,) * 9
-    grad_x, grad_low, grad_weight, *of_others = _gradients(grad_y, ctx.saved_tensors, *ctx.options)
-    grad_weight = grad_weight.to(ctx.saved_tensors[3].dtype)
+    saved = ctx.saved_tensors  # gradient checkpointing allows to read them once
+    grad_x, grad_low, grad_weight, *of_others = _gradients(grad_y, saved, *ctx.options)
+    grad_weight = grad_weight.to(saved[3].dtype)
     return grad_x.sum(dim=0, dtype=grad_x.dtype), grad_low, grad_weight, *of_others, None, None, None
 
 
