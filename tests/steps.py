@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from lamamba.config import PRESETS, DistillationOptions, TrainConfig
 from lamamba.distributed.processes import GradientSums, Processes, joined
-from lamamba.distributed.sharding import unshard
 from lamamba.training import gradients
 from lamamba.training.distillation import student_objective
 from lamamba.training.run import resolve
@@ -25,8 +24,10 @@ from lamamba.training.trainer import Trainer
 
 # Batch and parts, for two ranks: more parts than a share has images; uneven shares and parts; a share of one image.
 CUTS = ((4, 4), (7, 2), (3, 3))
-TEACHERS = ("flow", "diffusion")  # of distillations, which are cut in the second way
-WAYS = ("copies", "shards", "graphs")
+TEACHERS = ("flow", "diffusion")
+# Each cut with AdamW; and, cut in the second way, Muon and distillations.
+CASES = [*((*cut, "adamw") for cut in CUTS), *((*CUTS[1], of) for of in ("muon", *TEACHERS))]
+WAYS = ("copies", "graphs", "shards and graphs")
 ON_GPU = torch.cuda.device_count() >= 2
 
 
@@ -57,19 +58,20 @@ class Replayed:
 
 
 def take_two_steps(
-    out: Path, device: str, processes: Processes, batch: int, accumulate: int, way: str = "copies", teacher: str = ""
+    out: Path, device: str, processes: Processes, batch: int, accumulate: int, way: str = "copies", of: str = "adamw"
 ) -> dict[str, Tensor]:
-    """Return the gradients, losses and weights of the second step, of a distillation if there is a teacher."""
+    """Return the gradients, losses and weights of the second step of a training or distillation, see `CASES`."""
+    teacher, optimizer = (of, "adamw") if of in TEACHERS else ("", of)
     width = 32 if ON_GPU else 8  # for the kernels
     network = replace(PRESETS["nano"], embed_dim=width, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1)
     config = TrainConfig(
-        out=out, batch_size=batch, accumulate=accumulate, shard=way == "shards", cuda_graph=way == "graphs",
-        device=device, network=network, horizontal_flip=True, precision="float32",
+        out=out, batch_size=batch, accumulate=accumulate, shard="shards" in way, cuda_graph="graphs" in way,
+        device=device, network=network, horizontal_flip=True, precision="float32", optimizer=optimizer,
         objective=student_objective(teacher) or None, num_images=4 * batch,  # if there is regression, for one step
         distillation=DistillationOptions(4, 2.0, teacher) if teacher else None,
     )  # fmt: skip
     trainer = Trainer(*resolve(config), processes)
-    if way == "graphs" and not ON_GPU:
+    if "graphs" in way and not ON_GPU:
         trainer.captures = True
         Replayed.parameters = list(trainer.trained.parameters())
     reader = trainer.batches()
@@ -77,8 +79,8 @@ def take_two_steps(
         terms = trainer.take_step(*next(reader))
     trainer.close()
     named = dict(trainer.trained.named_parameters())
-    gradients = {f"gradient of {name}": unshard(value.grad) for name, value in named.items() if value.grad is not None}
-    return {**terms, **gradients, **{name: unshard(value.detach()) for name, value in named.items()}}
+    gradients = {f"gradient of {name}": value.grad for name, value in named.items() if value.grad is not None}
+    return {**terms, **gradients, **{name: value.detach() for name, value in named.items()}}
 
 
 def distance(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
@@ -100,15 +102,15 @@ if __name__ == "__main__":
     GradientSums._launch = count
     results: dict[str, Any] = {}
     with joined("cuda" if ON_GPU else "cpu") as (processes, device):
-        for batch, accumulate, teacher in [(*cut, "") for cut in CUTS] + [(*CUTS[1], teacher) for teacher in TEACHERS]:
+        for batch, accumulate, of in CASES:
             if processes.is_first:
-                expected = take_two_steps(Path(sys.argv[1]), device, Processes(), batch, 1, teacher=teacher)
+                expected = take_two_steps(Path(sys.argv[1]), device, Processes(), batch, 1, of=of)
             for way in WAYS:
                 sent = 0
-                ours = take_two_steps(Path(sys.argv[1]), device, processes, batch, accumulate, way, teacher)
+                ours = take_two_steps(Path(sys.argv[1]), device, processes, batch, accumulate, way, of)
                 number = sum(value.numel() for name, value in ours.items() if name.startswith("gradient"))
                 if processes.is_first:
-                    case = f"{batch} images, {accumulate} parts, {way}, {teacher}"
+                    case = f"{batch} images, {accumulate} parts, {way}, {of}"
                     results[case] = distance(ours, expected), sent / number
         if processes.is_first:
             (Path(sys.argv[1]) / "steps.json").write_text(json.dumps(results))

@@ -21,7 +21,7 @@ from lamamba.data.latents import Pixels
 from lamamba.errors import CheckpointError, LamambaError
 from lamamba.files import atomic_write
 from lamamba.sampling import make_grid
-from lamamba.training.optimizers import optimizer_keys
+from lamamba.training.optimizers import ADAMW_KEYS, MUON_KEYS
 from lamamba.training.trainer import Trainer
 from pieces import Scale, Training
 from scoring import FEATURES, Denoiser, InAutocast, score, spread
@@ -75,7 +75,7 @@ class ComparisonTrainer(Trainer):
         self.generator.set_state(saved["random_state"].cpu())
         for name, parameter in self.network.named_parameters():
             optimizer = self.optimizer_of[parameter]
-            keys = optimizer_keys(optimizer)
+            keys = MUON_KEYS if parameter in self.hidden else ADAMW_KEYS
             if f"optimizer.{keys[0]}.{name}" in saved:
                 optimizer.state[parameter] = {key: saved[f"optimizer.{key}.{name}"] for key in keys}
         self.images, self.step = int(metadata["images"]), int(metadata["step"])

@@ -215,7 +215,6 @@ def test_limits_are_allowed(options: dict[str, object]) -> None:
         (lambda: TrainConfig(Path("a"), objective="flow", contrast=0.1, min_snr_gamma=5.0), "0 with min_snr_gamma"),
         (lambda: TrainConfig(Path("a"), objective="flow", contrast=0.1, batch_size=1), "must be 0 with batch_size 1"),
         (lambda: TrainConfig(Path("a"), dropout=1.0), "dropout is 1.0: it must be from 0 to less than 1"),
-        (lambda: TrainConfig(Path("a"), optimizer="muon", shard=True), "'muon': it must be adamw with shard"),
         (lambda: TrainConfig(Path("a"), objective="flow", timestep_logits=(0.8, 0.8)), "0 1 with the timesteps"),
         (lambda: TrainConfig(Path("a"), timesteps="logit-normal"), "'logit-normal': it must be uniform with"),
     ],

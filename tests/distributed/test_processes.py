@@ -116,15 +116,16 @@ def test_the_loss_curve_is_that_of_one_process(
 
 
 def test_a_step_is_the_same_however_the_batch_is_cut(tmp_path: Path) -> None:
-    """By ranks with copies of the weights, with a part of them each, and as in CUDA graphs."""
+    """By ranks with all of the optimizer state, with a part of it each, and as in CUDA graphs."""
     done = run_ranks(2, steps.__file__, str(tmp_path))
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "steps.json").read_text())
-    assert len(results) == (len(steps.CUTS) + len(steps.TEACHERS)) * len(steps.WAYS)
+    assert len(results) == len(steps.CASES) * len(steps.WAYS)
     for case, (distance, times_sent) in results.items():
-        assert distance < (1e-3 if steps.ON_GPU else 1e-4), case
+        # Muon computes its steps in bfloat16, which makes more of rounding errors.
+        assert distance < (0.02 if "muon" in case else 1e-3 if steps.ON_GPU else 1e-4), case
         if not steps.ON_GPU:  # where a graph sends them unseen
-            assert times_sent == (0 if "shards" in case else 2), f"{case}: once in each of two steps"
+            assert times_sent == 2, f"{case}: once in each of two steps"
 
 
 @pytest.mark.slow

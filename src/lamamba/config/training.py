@@ -126,8 +126,8 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """Precision of the network; auto uses bf16 on GPUs that support it. Weights are always float32."""
     shard: bool = False
-    """Shard weights, gradients, optimizer state and EMAs across ranks (FSDP2), for networks that do not fit on one GPU;
-    slower, and without CUDA graphs."""
+    """Divide optimizer state and EMAs among the ranks (ZeRO, stage 1), which saves memory; a step takes slightly
+    longer."""
     cuda_graph: bool = True
     """On CUDA, launch the kernels of a step as one CUDA graph, so that the GPU never waits for Python."""
     compile: bool = False
@@ -218,7 +218,6 @@ class TrainConfig:
             check_option(self, "contrast", not self.min_snr_gamma, "0 with min_snr_gamma")
             check_option(self, "contrast", self.accumulate == 1, "0 with accumulate above 1")
             check_option(self, "contrast", self.batch_size > 1, "0 with batch_size 1")
-        check_option(self, "optimizer", not (self.optimizer == "muon" and self.shard), "adamw with shard")
         check_option(self, "dropout", 0 <= self.dropout < 1, "from 0 to less than 1")
         # The second computation would drop other activations.
         check_option(

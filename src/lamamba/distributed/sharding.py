@@ -1,82 +1,123 @@
-"""Sharded networks (PyTorch's FSDP2): each rank holds only a part of every parameter.
+"""Divide what a run holds beside the weights among its ranks (Rajbhandari et al. 2020, arXiv 1910.02054, stage 1).
 
-Gradients, optimizer moments and EMAs are sharded like the parameters they belong to.
+Each parameter belongs to one rank. Only that rank holds its optimizer state and its EMAs, steps it, and sends the
+result to the others. All ranks hold all weights, so the rest of a step is the same as without sharding.
 """
 
-from collections.abc import Iterable, Mapping, MutableMapping
-from contextlib import suppress
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lamamba.model import Block
-from lamamba.ops.residual_norm import Residual
+from lamamba.distributed.processes import Processes
+
+ALIGNMENT = 64
+"""Values; parameters begin at multiples of it."""
 
 
-def shard(network: Any, number: int, compile: bool = False) -> None:
-    """Shard the parameters of a network over all ranks. The parameters of a block are gathered while it runs.
+class Division:
+    """Which rank each parameter of a network belongs to. All ranks have about the same number of values.
+
+    All ranks call each method together. With a single rank, everything belongs to it, and nothing is sent or moved.
 
     Args:
-        network: the complete network on this rank's device, equal on all ranks.
-        number: the number of ranks; all of them call this.
-        compile: compile each block by itself; parameters are gathered between blocks.
+        network: a complete network; the division holds for all networks of the same shapes.
+        processes: the ranks.
     """
-    mesh = init_device_mesh(network.device.type, (number,))
-    for block in network.modules():
-        if isinstance(block, Block):
-            if compile:
-                block.compile()
-            block.register_forward_hook(_copy_bias)
-            fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    fully_shard(network, mesh=mesh, reshard_after_forward=True)
+
+    def __init__(self, network: nn.Module, processes: Processes) -> None:
+        self.shapes = [parameter.shape for parameter in network.parameters()]
+        self.rank, self.number = processes.rank, processes.world_size
+        lengths = [-(-shape.numel() // ALIGNMENT) * ALIGNMENT for shape in self.shapes]
+        filled = [0] * self.number
+        self.places = [(0, 0)] * len(lengths)  # the rank of each parameter, and where it begins in the rank's share
+        for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+            rank = filled.index(min(filled))
+            self.places[index] = rank, filled[rank]
+            filled[rank] += lengths[index]
+        self.share = max(filled)
+        self.are_own = [rank == self.rank for rank, _ in self.places]
+        self._flat: list[Tensor] = []
+
+    def select(self, network: nn.Module) -> dict[str, Tensor]:
+        """Return this rank's parameters of a network, by name."""
+        named = zip(network.named_parameters(), self.are_own, strict=True)
+        return {name: parameter for (name, parameter), is_own in named if is_own}
+
+    def synchronize_from_now_on(self, network: nn.Module) -> None:
+        """Let `synchronize` send the parameters of this network. They move to adjacent memory, and must stay there."""
+        if self.number > 1:
+            flat, views = self._allocate(next(network.parameters()).detach())
+            _set(network, [view.copy_(value.detach()) for view, value in zip(views, network.parameters(), strict=True)])
+            self._flat.append(flat)
+
+    def synchronize(self) -> None:
+        """Send all ranks the parameters that have been stepped here, and receive the others."""
+        for flat in self._flat:
+            self._gather(flat)
+
+    def complete(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return tensors shaped like the parameters, each from the rank to which it belongs."""
+        if self.number == 1:
+            return list(tensors)
+        flat, views = self._allocate(tensors[0])
+        for view, tensor, is_own in zip(views, tensors, self.are_own, strict=True):
+            if is_own:
+                view.copy_(tensor)
+        self._gather(flat)
+        return views
+
+    def forget_others(self, network: nn.Module) -> None:
+        """Free the parameters of a network that belong to other ranks; they become empty."""
+        for parameter, is_own in zip(network.parameters(), self.are_own, strict=True):
+            if not is_own:
+                parameter.data = parameter.new_empty(0)
+
+    @contextmanager
+    def completed(self, network: nn.Module) -> Iterator[None]:
+        """Give a network all parameters, as long as the context lasts, after `forget_others`."""
+        parts = [parameter.detach() for parameter in network.parameters()]
+        _set(network, self.complete(parts))
+        try:
+            yield
+        finally:
+            _set(network, parts)
+
+    def _allocate(self, like: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Allocate memory for all parameters, those of a rank adjacent; return all of it, and each parameter."""
+        shares = like.new_empty(self.number, self.share)
+        places = zip(self.places, self.shapes, strict=True)
+        return shares, [shares[rank, start : start + shape.numel()].view(shape) for (rank, start), shape in places]
+
+    def _gather(self, shares: Tensor) -> None:
+        dist.all_gather_into_tensor(shares.view(-1), shares[self.rank])
 
 
-def _copy_bias(block: nn.Module, inputs: Any, outputs: tuple[Tensor, Residual]) -> tuple[Tensor, Residual]:
-    """Copy the bias that a block passes on, because the block's parameters are freed before the next block runs."""
-    x, residual = outputs
-    return x, residual._replace(bias=residual.bias if residual.bias is None else residual.bias.clone())
-
-
-def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return this rank's parts of tensors."""
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-
-
-def unshard(tensor: Tensor) -> Tensor:
-    """Gather a complete tensor. All ranks must call this together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def _set(network: nn.Module, values: Iterable[Tensor]) -> None:
+    for parameter, value in zip(network.parameters(), values, strict=True):
+        parameter.data = value
 
 
 @torch.no_grad()
-def gather(
-    tensors: Mapping[str, Tensor], keep: bool = True, memory: MutableMapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Copy complete tensors to the CPU, one after the other. All ranks must call this, even those that keep no copies.
+def copy_to_cpu(tensors: Mapping[str, Tensor], memory: MutableMapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Copy tensors to the CPU.
 
     Args:
-        tensors: tensors by name; sharded ones are gathered on their device.
-        keep: whether this rank keeps the copies.
+        tensors: tensors by name.
         memory: earlier copies to overwrite; empty at first. For CUDA tensors they are pinned, which takes a while once
             and then makes copying as fast as the bus.
     """
-    copies = {}
+    if memory is None:
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
-        full = unshard(tensor.detach())
-        if not keep:
-            continue
-        if memory is None:
-            copies[name] = full.to("cpu", copy=True)
-            continue
         if name not in memory:
-            memory[name] = _memory_for(full)
-        copies[name] = memory[name].copy_(full, non_blocking=full.is_cuda)
-    if memory and full.is_cuda:
-        torch.cuda.current_stream(full.device).synchronize()
-    return copies
+            memory[name] = _memory_for(tensor)
+        memory[name].copy_(tensor, non_blocking=tensor.is_cuda)
+    for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+    return {name: memory[name] for name in tensors}
 
 
 def _memory_for(tensor: Tensor) -> Tensor:
@@ -89,9 +130,7 @@ def _memory_for(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def load(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Set the parameters of a network from complete weights, which every rank has."""
+    """Set the parameters of a network from complete weights; parameters of other ranks stay empty."""
     for name, parameter in network.named_parameters():
-        value = weights[name].to(parameter.device)
-        if isinstance(parameter, DTensor):  # each rank takes its own part; nothing is sent
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(value)
+        if parameter.numel():
+            parameter.copy_(weights[name])

@@ -19,6 +19,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -70,12 +71,15 @@ class PowerAverages:
     Args:
         module: the module whose parameters are averaged.
         sigma_rels: relative lengths, with at most three decimals, which become part of names.
+        are_own: for each parameter, whether to average it; None averages all.
 
     Raises:
         ValueError: a length is out of range, has more decimals or occurs twice, or there are no lengths.
     """
 
-    def __init__(self, module: nn.Module, sigma_rels: Sequence[float] = (0.05, 0.10)) -> None:
+    def __init__(
+        self, module: nn.Module, sigma_rels: Sequence[float] = (0.05, 0.10), are_own: Sequence[bool] | None = None
+    ) -> None:
         if not sigma_rels or len(set(sigma_rels)) < len(sigma_rels):
             raise ValueError(f"sigma_rels {tuple(sigma_rels)}: give one or more different lengths")
         for sigma_rel in sigma_rels:
@@ -83,9 +87,10 @@ class PowerAverages:
                 raise ValueError(f"sigma_rel {sigma_rel} has more than three decimals: use {sigma_rel:.3f}")
         self.sigma_rels = tuple(sigma_rels)
         self._gammas = [gamma_of(sigma_rel) for sigma_rel in sigma_rels]
+        named = dict(module.named_parameters())
+        self._are_own = [True] * len(named) if are_own is None else are_own
         self._averages = [
-            {name: parameter.detach().float().clone() for name, parameter in module.named_parameters()}
-            for _ in sigma_rels
+            {name: named[name].detach().float().clone() for name in compress(named, self._are_own)} for _ in sigma_rels
         ]
 
     @torch.no_grad()
@@ -103,15 +108,15 @@ class PowerAverages:
         """
         if step < 1:
             raise ValueError(f"step {step} is less than 1: count steps from 1")
-        parameters = [parameter.float() for parameter in module.parameters()]
+        parameters = [parameter.float() for parameter in compress(module.parameters(), self._are_own)]
         for gamma, average in zip(self._gammas, self._averages, strict=True):
             share = -math.expm1((gamma + 1) * math.log1p(-1 / step)) if step > 1 else 1.0
             torch._foreach_lerp_(list(average.values()), parameters, share)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the EMAs as "0.050.<parameter>". The tensors are not copied, so `update` keeps changing them."""
-        averages = zip(map(_prefix, self.sigma_rels), self._averages, strict=True)
-        return {f"{prefix}{name}": value for prefix, average in averages for name, value in average.items()}
+        averages = zip(self.sigma_rels, self._averages, strict=True)
+        return {power_name(length, name): value for length, average in averages for name, value in average.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy the tensors that `state_dict` returned.
@@ -168,7 +173,7 @@ def save_snapshot(
         "format": str(FORMAT),
         "step": str(step),
         "images": str(images),
-        "sigma_rels": json.dumps(sorted({float(name[: len(_prefix(0)) - 1]) for name in averages})),
+        "sigma_rels": json.dumps(sorted({float(name[: len(power_name(0)) - 1]) for name in averages})),
     }
     checksum = _Checksum(record)
     for name in sorted(tensors):
@@ -353,11 +358,11 @@ def _read_snapshot(path: Path) -> _Snapshot:
             gamma_of(length)
         names = sorted(file.keys())
         slices = {name: file.get_slice(name) for name in names}
-        first = _prefix(sigma_rels[0]) if sigma_rels else ""
+        first = power_name(sigma_rels[0]) if sigma_rels else ""
         shapes = {
             name.removeprefix(first): tuple(part.get_shape()) for name, part in slices.items() if name.startswith(first)
         }
-        if names != sorted(f"{_prefix(length)}{name}" for length in sigma_rels for name in shapes):
+        if names != sorted(power_name(length, name) for length in sigma_rels for name in shapes):
             raise ValueError("its tensors do not have the names of EMAs")
         if images != int(path.stem) or step < 1:
             raise ValueError(f"its header states {images} images and {step} steps")
@@ -372,7 +377,7 @@ def _add(total: Mapping[str, Tensor], snapshot: _Snapshot, shares: Mapping[float
     with _reading_snapshot(snapshot.path), safe_open(utf8_path(snapshot.path), "pt") as file:
         for length in sorted(shares):
             for parameter in sorted(total):
-                name = f"{_prefix(length)}{parameter}"
+                name = power_name(length, parameter)
                 tensor = file.get_tensor(name)
                 checksum.add(name, tensor)
                 if shares[length]:
@@ -395,5 +400,6 @@ class _Checksum:
         return self._digest.hexdigest()
 
 
-def _prefix(sigma_rel: float) -> str:
-    return f"{sigma_rel:.3f}."
+def power_name(sigma_rel: float, parameter: str = "") -> str:
+    """Name the EMA of a parameter in state dicts and snapshots."""
+    return f"{sigma_rel:.3f}.{parameter}"

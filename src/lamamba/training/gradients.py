@@ -1,7 +1,6 @@
 """Compute the gradients of a batch in parts: by calls, or by CUDA graphs that are recorded once and replayed."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -29,10 +28,9 @@ class Gradients:
     def __init__(self, trainer: "Trainer", inputs: Sequence[Tensor]) -> None:
         self.trainer = trainer
         self.graphs: dict[int, Captured] = {}  # by the images in a part
-        # All ranks compile as many, since with sharded weights they meet in each.
         if trainer.device.type == "cuda":
             for part in self.largest_and_smallest(inputs):
-                precompile(partial(trainer.add_gradients, reduces=trainer.shards), *part)
+                precompile(trainer.add_gradients, *part)
         self.zero()
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
@@ -42,8 +40,7 @@ class Gradients:
         return _sum([terms, self.trainer.add_gradients(*last, reduces=True)])
 
     def zero(self) -> None:
-        for optimizer in self.trainer.optimizers:
-            optimizer.zero_grad(set_to_none=not self.keeps_tensors)
+        self.trainer.trained.zero_grad(set_to_none=not self.keeps_tensors)
 
     def cut(self, inputs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         return list(zip(*(tensor.split(self.trainer.parts) for tensor in inputs), strict=True))

@@ -1,16 +1,16 @@
 """Which parameters an optimizer changes in which way, and the learning rate over a run."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lamamba.config import TrainConfig
+from lamamba.training.distillation import BETAS
 
-
-def optimizer_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """Name the tensors that an optimizer keeps for a parameter."""
-    return ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq")
+ADAMW_KEYS, MUON_KEYS = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)
+"""The names of the tensors that an optimizer keeps for a parameter."""
 
 
 def hidden_matrices(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -38,6 +38,37 @@ def weights_decayed(network: nn.Module) -> dict[str, bool]:
         for path, module in network.named_modules()
         for name, parameter in module.named_parameters(recurse=False)
     }
+
+
+def make_optimizers(
+    config: TrainConfig, trained: nn.Module, own: Mapping[str, Tensor], hidden: set[Tensor], fused: bool
+) -> list[torch.optim.Optimizer]:
+    """Make AdamW for parameters and, if there are hidden matrices, Muon for these.
+
+    Args:
+        config: of the run.
+        trained: all networks that are trained.
+        own: the parameters to step, by name in `trained`.
+        hidden: the parameters in `trained` that Muon steps.
+        fused: use AdamW's single kernel.
+    """
+    decays = weights_decayed(trained)
+    named = [(name, value) for name, value in own.items() if value not in hidden]
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [value for name, value in named if decays[name]], "weight_decay": config.weight_decay},
+            {"params": [value for name, value in named if not decays[name]], "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=BETAS if config.distillation else (0.9, 0.999),
+        fused=fused,
+    )
+    matrices = [value for value in own.values() if value in hidden]
+    if not matrices:
+        return [adamw]
+    # Its steps get the length of AdamW's, so that both use one learning rate (arXiv 2502.16982, section 2.2).
+    muon = torch.optim.Muon(matrices, config.learning_rate, config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [adamw, muon]
 
 
 def learning_rate(config: TrainConfig, images: int) -> float:

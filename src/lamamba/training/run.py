@@ -381,8 +381,8 @@ def _take_steps(
     is_first = trainer.processes.is_first
 
     def give_up(_: object) -> None:
-        """Stop drawing samples after a signal, to have time to save; sharded ranks must draw together to the end."""
-        if signals.number and not trainer.shards:
+        """Stop drawing samples after a signal, to have time to save."""
+        if signals.number:
             raise SignalError(signals.number, "its samples")
 
     last = trainer.images >= config.num_images

@@ -28,20 +28,19 @@ from lamamba.data import Source, batches
 from lamamba.data.latents import Space
 from lamamba.diffusion import OBJECTIVES, FlowMatching, Objective, Predict, Task, draw_noise, training_losses
 from lamamba.distributed.processes import GradientSums, Processes, cut_evenly
-from lamamba.distributed.sharding import gather, load, local, shard, unshard
+from lamamba.distributed.sharding import Division, copy_to_cpu, load
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.files.weights import check_weights
 from lamamba.model import NETWORKS, LaMambaDiff
-from lamamba.ops.backend import use_backend
 from lamamba.ops.linear import RoundedWeights
 from lamamba.sampling import Callback, make_grid, sample, uses_bf16
 from lamamba.sampling.captured import CapturedNetwork
 from lamamba.sampling.guidance import guide
 from lamamba.sampling.labels import why_unguided
-from lamamba.training.averages import PowerAverages, save_snapshot
-from lamamba.training.distillation import BETAS, MomentMatching, check_teacher, student_sampler
+from lamamba.training.averages import PowerAverages, power_name, save_snapshot
+from lamamba.training.distillation import MomentMatching, check_teacher, student_sampler
 from lamamba.training.gradients import Gradients, choose_gradients
-from lamamba.training.optimizers import hidden_matrices, learning_rate, optimizer_keys, weights_decayed
+from lamamba.training.optimizers import ADAMW_KEYS, MUON_KEYS, hidden_matrices, learning_rate, make_optimizers
 from lamamba.training.transfer import transfer_weights
 
 
@@ -66,7 +65,6 @@ class Trainer:
     ) -> None:
         self.config, self.source, self.space, self.device, self.processes = config, source, space, device, processes
         self.share = processes.share(config.batch_size)
-        # All ranks have the same number of parts, because sharded weights are gathered in each part.
         num_parts = min(config.accumulate, config.batch_size // processes.world_size)
         self.parts = cut_evenly(self.share.stop - self.share.start, num_parts)
         self.objective = choose_objective(config)
@@ -94,37 +92,29 @@ class Trainer:
             copied.load_state_dict(self.network.state_dict())
             if name not in self.trained:
                 copied.eval().requires_grad_(False)
-        self.shards = config.shard and processes.world_size > 1
-        if self.shards:
-            for name, network in self._networks().items():
-                shard(network, processes.world_size, compile=config.compile and name in self.trained)
-        # FSDP frees gathered parameters after use, but it cannot free those that the CPU's compiled loops have used.
-        self.backend = partial(use_backend, "pytorch") if self.shards and device.type == "cpu" else nullcontext
+        self.division = Division(self.network, processes if config.shard else Processes())
+        for network in self._trained():
+            self.division.synchronize_from_now_on(network)
+        self.division.forget_others(self.average)
+        self.shards = self.division.number > 1
         group = torch.distributed.new_group(backend="gloo") if self.shards else None
         self.writer = CheckpointWriter(config.out, config.keep_checkpoints, group)
         self._saved: dict[str, dict[str, Tensor]] = {name: {} for name in self._networks()}  # of the last checkpoint
         self._shells: dict[str, Any] = {}  # networks that hold the weights in `_saved` for saving
-        self.power_averages = PowerAverages(self.network, config.power_averages) if config.power_averages else None
-        self.generator = torch.Generator(device).manual_seed(config.seed)
-        decays = weights_decayed(self.trained)
-        hidden = hidden_matrices(self.trained) if config.optimizer == "muon" else {}
-        named = [(name, value) for name, value in self.trained.named_parameters() if name not in hidden]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [value for name, value in named if decays[name]], "weight_decay": config.weight_decay},
-                {"params": [value for name, value in named if not decays[name]], "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
-            betas=BETAS if config.distillation else (0.9, 0.999),
-            fused=device.type in ("cpu", "cuda"),
+        self.power_averages = (
+            PowerAverages(self.network, config.power_averages, self.division.are_own) if config.power_averages else None
         )
-        self.optimizers: list[torch.optim.Optimizer] = [self.optimizer]
+        self.generator = torch.Generator(device).manual_seed(config.seed)
+        own = {
+            f"{path}.{name}": value
+            for path, network in self.trained.items()
+            for name, value in self.division.select(network).items()
+        }
+        self.hidden: set[Tensor] = set()  # what Muon steps
         if config.optimizer == "muon":
-            # Its steps get the length of AdamW's, so that both use one learning rate (arXiv 2502.16982, section 2.2).
-            muon = torch.optim.Muon(
-                hidden.values(), config.learning_rate, config.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
-            self.optimizers.append(muon)
+            self.hidden.update(hidden_matrices(self.trained).values())
+        self.optimizers = make_optimizers(config, self.trained, own, self.hidden, device.type in ("cpu", "cuda"))
+        self.optimizer = self.optimizers[0]
         self.optimizer_of: dict[Tensor, torch.optim.Optimizer] = {
             parameter: optimizer
             for optimizer in self.optimizers
@@ -138,7 +128,7 @@ class Trainer:
                 network.enable_gradient_checkpointing(checkpointing)
         self.uses_bf16 = uses_bf16(config.precision, device)
         self.autocast = torch.autocast(device.type, torch.bfloat16) if self.uses_bf16 else nullcontext()
-        rounds_ahead = self.uses_bf16 and device.type == "cuda" and not (self.shards or config.compile)
+        rounds_ahead = self.uses_bf16 and device.type == "cuda" and not config.compile
         self.rounding: Callable[[], AbstractContextManager[None]] = (
             RoundedWeights(self.trained, torch.bfloat16).in_use if rounds_ahead else nullcontext
         )
@@ -148,9 +138,8 @@ class Trainer:
             teacher = guide(self._predicts(self.teacher), config.distillation.guidance, self.teacher.null_label)
             auxiliary = self._predicts(self.trained["auxiliary"])
             self.task = MomentMatching(config, teacher, auxiliary, device, space.bounded)
-        sums_up = processes.world_size > 1 and not self.shards
-        self.gradient_sums = GradientSums(self.trained.parameters()) if sums_up else None
-        self.captures = config.cuda_graph and device.type == "cuda" and not self.shards
+        self.gradient_sums = GradientSums(self.trained.parameters()) if processes.world_size > 1 else None
+        self.captures = config.cuda_graph and device.type == "cuda"
         self.gradients: Gradients | None = None  # chosen at the first step
 
     def build(self) -> Any:
@@ -177,7 +166,7 @@ class Trainer:
     def _predicts(self, network: Any) -> Predict:
         """Return a function that evaluates a network as in training: with its precision, and compiled if chosen."""
         autocast, compiled = self.autocast, network
-        if self.config.compile and not self.shards:
+        if self.config.compile:
             compiled = torch.compile(network)
 
         def predict(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -223,7 +212,7 @@ class Trainer:
                 torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
             terms = self.processes.all_reduce(self.gradients(*inputs))
         limit = self.config.max_grad_norm or math.inf
-        norms = [unshard(nn.utils.clip_grad_norm_(network.parameters(), limit)) for network in self._trained()]
+        norms = [nn.utils.clip_grad_norm_(network.parameters(), limit) for network in self._trained()]
         terms["grad_norm"] = torch.stack(norms).max()  # not a number if one of them is not
         self.images += self.config.batch_size
         for optimizer in self.optimizers:
@@ -250,13 +239,8 @@ class Trainer:
             global batch, so that the sizes of the parts do not matter.
         """
         number = self.config.batch_size
-        # FSDP takes the mean over the ranks by itself.
-        scale = self.processes.world_size if self.shards else 1
-        if self.shards:
-            for network in self._trained():
-                network.set_requires_gradient_sync(reduces)
         sums_up = self.gradient_sums.all_reducing() if self.gradient_sums and reduces else nullcontext()
-        with self.backend(), self.rounding(), sums_up:
+        with self.rounding(), sums_up:
             losses = training_losses(
                 self.task,
                 self.predict,
@@ -267,7 +251,7 @@ class Trainer:
                 drawn=(t, noise, dropped),
                 min_snr_gamma=self.config.min_snr_gamma,
             )
-            (losses["loss"].sum() * (scale / number)).backward()
+            (losses["loss"].sum() / number).backward()
         sums = {name: loss.detach().sum() / number for name, loss in losses.items()}
         for quarter in range(4):  # of the timesteps, 0 to 1000; the loss of a quarter is its loss_q over its share_q
             here = ((t * (4 / 1000)).clamp(max=3.5).floor() == quarter).float()
@@ -288,6 +272,7 @@ class Trainer:
                 optimizer.step()
             elif not skipped:
                 optimizer.step()
+        self.division.synchronize()
         return skipped
 
     def _draw(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
@@ -309,7 +294,8 @@ class Trainer:
     def _update_average(self) -> None:
         # The decay starts low and grows, so that the EMA forgets the initial weights in short runs too.
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(local(self.average.parameters()), local(self.network.parameters()), 1 - decay)
+        average, network = (list(self.division.select(each).values()) for each in (self.average, self.network))
+        torch._foreach_lerp_(average, network, 1 - decay)
         if self.power_averages:
             self.power_averages.update(self.network, self.step)
 
@@ -326,7 +312,7 @@ class Trainer:
         self.gradients = None
 
     def is_finite(self) -> bool:
-        finite = torch.stack([tensor.isfinite().all() for tensor in local(self.trained.parameters())]).all()
+        finite = torch.stack([tensor.isfinite().all() for tensor in self.trained.parameters()]).all()
         return not self.processes.all_reduce_max(int(not finite))
 
     def info(self) -> CheckpointInfo:
@@ -346,22 +332,28 @@ class Trainer:
         self.writer.finish()  # the writer still reads the memory to which the weights are copied now
         state = {"random_state": self.generator.get_state()}
         for name, parameter in self._named_parameters().items():
-            for key, value in self.optimizer_of[parameter].state.get(parameter, {}).items():
-                state[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+            if optimizer := self.optimizer_of.get(parameter):  # else it belongs to another rank
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    state[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
         if self.power_averages:
             state |= {f"power.{name}": value for name, value in self.power_averages.state_dict().items()}
-        weights = {
-            name: gather(network.state_dict(), self.processes.is_first, self._saved[name])
-            for name, network in self._networks().items()
-        }
+        networks = {}
+        with self.division.completed(self.average):
+            for name, network in self._networks().items() if self.processes.is_first else ():
+                networks[name] = self._to_save(name, copy_to_cpu(network.state_dict(), self._saved[name]))
         if self.processes.is_first or self.shards:
-            networks = {name: self._to_save(name, value) for name, value in weights.items() if value}
             self.writer.begin(self.info(), networks, state)
 
     def save_snapshot(self) -> None:
         """Write a snapshot of the power function EMAs, if there are any; raises CheckpointError."""
-        averages = gather(self.power_averages.state_dict(), self.processes.is_first) if self.power_averages else {}
-        if averages:
+        if not self.power_averages:
+            return
+        own, averages = self.power_averages.state_dict(), dict[str, Tensor]()
+        for sigma_rel in self.power_averages.sigma_rels:
+            names = [power_name(sigma_rel, name) for name, _ in self.network.named_parameters()]
+            complete = self.division.complete([own.get(name, self.skipped_in_a_row.new_empty(0)) for name in names])
+            averages |= zip(names, complete, strict=True)
+        if self.processes.is_first:
             save_snapshot(self.config.out, averages, self.step, self.images)
 
     def _to_save(self, name: str, weights: Mapping[str, Tensor]) -> Any:
@@ -391,7 +383,7 @@ class Trainer:
                     f"{checkpoint} is from an earlier version, which used another method: distill again"
                 )
             weights = load_network(checkpoint / name).state_dict()
-            check_weights(checkpoint / name, network.state_dict(), weights)
+            check_weights(checkpoint / name, self._empty_network.state_dict(), weights)
             load(network, weights)
         state, optimizer_state = self._empty_state(checkpoint)
         load_training_state(checkpoint, state, self.writer.group)
@@ -407,22 +399,33 @@ class Trainer:
         """
         saved = describe_training_state(checkpoint)
         state, optimizer_state = {"random_state": torch.empty_like(self.generator.get_state())}, {}
+        of_others: dict[str, Tensor] = {}  # what other ranks read; its shapes are checked here, too
         for name, parameter in self._named_parameters().items():
-            keys = optimizer_keys(self.optimizer_of[parameter])
+            keys = MUON_KEYS if parameter in self.hidden else ADAMW_KEYS
             if f"optimizer.{keys[0]}.{name}" not in saved:
                 continue  # it had no gradient yet
-            optimizer_state[parameter] = {
-                key: torch.zeros((), device=self.device) if key == "step" else torch.zeros_like(parameter.detach())
+            device = self.device if parameter in self.optimizer_of else "meta"
+            moments = {
+                key: torch.zeros(() if key == "step" else parameter.shape, dtype=parameter.dtype, device=device)
                 for key in keys
             }
-            state |= {f"optimizer.{key}.{name}": value for key, value in optimizer_state[parameter].items()}
+            named = {f"optimizer.{key}.{name}": value for key, value in moments.items()}
+            if parameter in self.optimizer_of:
+                optimizer_state[parameter], state = moments, state | named
+            else:
+                of_others |= named
         if self.power_averages:
-            state |= {f"power.{name}": value for name, value in self.power_averages.state_dict().items()}
+            own = self.power_averages.state_dict()
+            state |= {f"power.{name}": value for name, value in own.items()}
+            for sigma_rel in self.power_averages.sigma_rels:
+                for name, value in self._empty_network.named_parameters():
+                    if power_name(sigma_rel, name) not in own:
+                        of_others[f"power.{power_name(sigma_rel, name)}"] = value
         if "random_state" in saved and saved["random_state"].shape != state["random_state"].shape:
             raise CheckpointError(
                 f"{checkpoint} was written on another kind of device than {self.device}: resume on that kind"
             )
-        check_weights(checkpoint / "training", state, saved)
+        check_weights(checkpoint / "training", state | of_others, saved)
         return state, optimizer_state
 
     def begin_with(self, name: str) -> list[str]:
@@ -445,7 +448,7 @@ class Trainer:
             )
         if options:
             check_teacher(name, loaded, self.config, self.source.class_names)
-        network = self._rebuild(gather(self.network.state_dict()))
+        network = self._rebuild(copy_to_cpu(self.network.state_dict()))
         notes = transfer_weights(network, loaded.network, self.source.class_names, loaded.info.class_names)
         for own in self._networks().values():
             load(own, network.state_dict())
@@ -456,13 +459,16 @@ class Trainer:
     def draw_samples(self, callback: Callback | None = None) -> Any:
         """Sample a grid from the EMA, with the same seeds every time; `callback` is that of `sample`.
 
-        There is one row for each of the first ten classes, with its name; without classes there are two rows.
+        There is one row for each of the first ten classes, with its name; without classes there are two rows. Rank 0
+        draws. If the EMA is sharded, all ranks call this; the others return None.
         """
         rows = min(self.config.network.num_classes, 10)
         columns = max(2, min(10, 20 // max(rows, 1)))
         labels = [row for row in range(rows) for _ in range(columns)] or [0] * 2 * columns
         own = self._distilled()
-        with self.backend():
+        with self.division.completed(self.average):
+            if not self.processes.is_first:  # it has only helped to complete the EMA
+                return None
             x = sample(
                 CapturedNetwork(self.average, captures=False),
                 self.objective,
