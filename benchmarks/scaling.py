@@ -102,7 +102,6 @@ class Measurement:
         ways: dict[str, tuple[int, Callable[[], object]]] = {
             "all_reduce": (2, lambda: dist.all_reduce(whole)),
             "all_gather": (1, lambda: dist.all_gather_into_tensor(whole, part)),
-            "reduce_scatter": (1, lambda: dist.reduce_scatter_tensor(part, whole)),
         }
         for name, (passes, way) in ways.items():
             times = milliseconds(way, 3 if self.quick else 20)

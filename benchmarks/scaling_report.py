@@ -17,7 +17,7 @@ from lamamba.config import PlanConfig
 from measure import RESULTS, Record
 from report import DOCS, number, read_run, table
 
-KINDS = ("all_reduce", "all_gather", "reduce_scatter")
+KINDS = ("all_reduce", "all_gather")
 PAGE = DOCS / "scaling.md"
 NUM_IMAGES = PlanConfig("xl-512").num_images
 
@@ -133,7 +133,6 @@ def constants_table(model: Model) -> list[str]:
         *([f"{kind.replace('_', '-')}, GB/s", number(speed)] for kind, speed in model.sent_gb_per_s.items()),
         ["latency: the constant part of the time that communication adds, ms", f"{model.exposed_ms.fixed:.2f}"],
         ["share: the part of the time of an all-reduce alone that adds to a step", f"{model.exposed_ms.slope:.2f}"],
-        ["launching: the mean time of a sharded step, ms", f"{model.launching_ms:.0f}"],
         ["NCCL: additional memory with two GPUs, GiB", f"{model.together_gib:.2f}"],
         ["random numbers drawn for noise, per ns", number(model.noise_numbers_per_ns)],
         *(
@@ -180,7 +179,7 @@ def predictions_table(model: Model) -> list[str]:
                 sharded = " with sharding" * config.shard
                 lines += [
                     f"This batch does not fit on {config.gpus} GPUs{sharded}: it needs {needed:.0f} GiB per GPU, and "
-                    f"an H100 has {config.gpu_memory_gib:g} GiB.",
+                    f"an {config.gpu} has {config.gpu_memory_gib:g} GiB.",
                     "",
                 ]
     return lines

@@ -4,15 +4,16 @@ A small model of the time of a step on n GPUs with b images on each, in h hosts 
 
     compute       = fixed + slope b                      a line fitted to steps measured on one GPU
     pass          = S (g - 1) / g / link + S / g (h - 1) / h / network         S: bytes of all gradients, float32
-    communication = 2 passes, of an all-reduce; sharded 3, of two all-gathers and a reduce-scatter
-    exposed       = max(latency + share communication, communication - overlap)        a line fitted to two GPUs
+    reduce        = 2 passes, of an all-reduce during the backward pass
+    gather        = 1 pass, of an all-gather at the end of a sharded step; else 0
+    exposed       = max(latency + share reduce, reduce - overlap) + gather     a line fitted to two GPUs
     noise         = random numbers drawn for the other GPUs' images / speed
-    step          = max(compute + exposed + noise, reading, launching)         launching: only for sharded steps
+    step          = max(compute + exposed + noise, reading)
 
 and of the memory of a GPU, which holds weights, EMA, two moments and p power-function EMAs, S bytes each:
 
     memory        = (4 + p) S + rest + slope b + NCCL + noise for the others   rest and slope: a line, as above
-    sharded       = (4 + p) S / n + blocks gathered + the same
+    sharded       = (1 + (3 + p) / n) S + the same
 
 docs/scaling.md describes the measurements, the fit, and the assumptions.
 """
@@ -23,7 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,15 +32,13 @@ from rich.table import Table
 
 from lamamba.config import NetworkConfig, PlanConfig, preset
 from lamamba.errors import ConfigError
-from lamamba.model import Block, LaMambaDiff
+from lamamba.model import LaMambaDiff
 from lamamba.terminal.output import make_console
 from lamamba.training.cost import PEAK_TFLOPS, count, peak_tflops
 
 MEASURED = Path(__file__).parents[1] / "assets" / "scaling.json"
 BACKWARD_SHARE = 2 / 3
 """Share of the time per image: a backward pass has twice the multiplications of a forward pass."""
-BLOCKS_GATHERED = 3
-"""Complete blocks in memory with sharding: one computed, one gathered, and the gradients of one."""
 NOT_COUNTED = (
     "latency and waiting for the slowest GPU, which grow with the number of GPUs; sample grids, checkpoints and "
     "startup; the effect of larger batches on learning"
@@ -53,7 +52,6 @@ class Network:
     config: NetworkConfig
     parameters: int
     multiply_adds: int
-    largest_block: int
 
     @property
     def state_bytes(self) -> int:
@@ -72,10 +70,8 @@ def network_of(name: str) -> Network:
     config = preset(name)
     with torch.device("meta"):
         network = LaMambaDiff(**vars(config))
-    blocks = [module for module in network.modules() if isinstance(module, Block)]
-    largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
     parameters, multiply_adds = count(network, config.sample_size, config.sample_size)["all"]
-    return Network(config, parameters, multiply_adds, largest)
+    return Network(config, parameters, multiply_adds)
 
 
 @dataclass(frozen=True)
@@ -181,13 +177,8 @@ class Model:
             if point.gpus == 2 and not point.shard:
                 alone = {one.images: one.ms for one in self.of(point.preset, gpus=1)}
                 before = alone.get(point.images, self.milliseconds(point.preset).at(point.images))
-                pairs.append((self.communication(point_plan(point))[0], point.ms - before))
+                pairs.append((self.communication(point_plan(point)).reduce_ms, point.ms - before))
         return Line.through(pairs, relative=False)
-
-    @cached_property
-    def launching_ms(self) -> float:
-        """Average the time of sharded steps, which Python launches without a CUDA graph: equal for all presets."""
-        return float(np.mean([point.ms for point in self.points if point.shard] or [0.0]))
 
     @cached_property
     def together_gib(self) -> float:
@@ -198,17 +189,32 @@ class Model:
         in_use = [point.memory_gib for point in pairs]
         return float(np.mean(np.array(in_use) - held - others))
 
-    def communication(self, config: PlanConfig) -> tuple[float, float, float]:
-        """Compute the time of a step's bare collectives in ms, and the GB sent per GPU inside and outside its host."""
+    def communication(self, config: PlanConfig) -> "Communication":
+        """Compute the time of a step's collectives alone, and what they send."""
         state = network_of(config.preset).state_bytes / 1e9
         in_host, hosts = config.gpus_in_host, config.hosts
         inside, between = state * (in_host - 1) / in_host, state / in_host * (hosts - 1) / hosts
-        kinds = ["all_gather", "all_gather", "reduce_scatter"] if config.shard else ["all_reduce"] * 2
-        seconds = [
-            inside / (config.link_gbytes_per_s or self.sent_gb_per_s[kind]) + between / config.network_gbytes_per_s
-            for kind in kinds
-        ]
-        return 1e3 * sum(seconds), len(kinds) * inside, len(kinds) * between
+
+        def pass_ms(kind: str) -> float:
+            link = config.link_gbytes_per_s or self.sent_gb_per_s[kind]
+            return 1e3 * (inside / link + between / config.network_gbytes_per_s)
+
+        passes = 3 if config.shard else 2
+        gather_ms = pass_ms("all_gather") if config.shard else 0.0
+        return Communication(2 * pass_ms("all_reduce"), gather_ms, passes * inside, passes * between)
+
+
+class Communication(NamedTuple):
+    """What the GPUs of a run send to each other in a step."""
+
+    reduce_ms: float
+    """Time to all-reduce gradients, which the backward pass can hide."""
+    gather_ms: float
+    """Time to gather the weights after a sharded step, which nothing hides."""
+    in_host_gb: float
+    """GB that a GPU sends inside its host."""
+    out_gb: float
+    """GB that it sends to other hosts."""
 
 
 def point_plan(point: Point) -> PlanConfig:
@@ -228,7 +234,6 @@ class Prediction:
     communication_ms: float
     """Time of communication alone."""
     noise_ms: float
-    launching_ms: float
     reading_ms: float
     read_mb: float
     """MB that a host reads in a step."""
@@ -240,7 +245,7 @@ class Prediction:
 
     @property
     def ms(self) -> float:
-        return max(self.compute_ms + self.exposed_ms + self.noise_ms, self.launching_ms, self.reading_ms)
+        return max(self.compute_ms + self.exposed_ms + self.noise_ms, self.reading_ms)
 
     @property
     def efficiency(self) -> float:
@@ -251,8 +256,6 @@ class Prediction:
     def limit(self) -> str:
         if self.reading_ms == self.ms:
             return "reading"
-        if self.launching_ms == self.ms:
-            return "launching"
         return "communication" if self.exposed_ms > self.compute_ms else "computing"
 
     def images_per_s(self, gpus: int) -> float:
@@ -277,11 +280,9 @@ def predict(config: PlanConfig, model: Model | None = None) -> Prediction:
     line = model.milliseconds(config.preset)
     slower = _slower(config, model, line.at(images))
     compute_ms, overlap_ms = slower * line.at(images), slower * line.slope * images
-    if not config.shard:
-        overlap_ms *= BACKWARD_SHARE
-    communication_ms, inside, between = model.communication(config)
-    partly = model.exposed_ms.at(communication_ms) if config.gpus > 1 else 0.0
-    bound = communication_ms - overlap_ms
+    sent = model.communication(config)
+    partly = model.exposed_ms.at(sent.reduce_ms) if config.gpus > 1 else 0.0
+    bound = sent.reduce_ms - BACKWARD_SHARE * overlap_ms
     # An image is pixels (uint8), or latents: mean and deviation (float16), from which a sample is drawn.
     is_of_latents = network.config.in_channels == 4
     values = network.config.in_channels * network.pixels
@@ -289,17 +290,15 @@ def predict(config: PlanConfig, model: Model | None = None) -> Prediction:
     noise_ms = numbers_of_others / model.noise_numbers_per_ns / 1e6
     read_mb = config.gpus_in_host * images * values * (4 if is_of_latents else 1) / 1e6
     reading_ms = read_mb / config.data_gbytes_per_s if config.data_gbytes_per_s else 0.0
-    held = (4 + config.power_averages) * network.state_bytes / 2**30
+    divided = 3 + config.power_averages  # the EMA and two moments
+    held = (1 + divided / (config.gpus if config.shard else 1)) * network.state_bytes / 2**30
     other_gib = model.other_gib(config.preset).at(images) + 4 * numbers_of_others / 2**30
     if config.gpus > 1:
         other_gib += model.together_gib
-    if config.shard:
-        held /= config.gpus
-        other_gib += BLOCKS_GATHERED * 4 * network.largest_block / 2**30
     return Prediction(
-        images=images, compute_ms=compute_ms, exposed_ms=max(partly, bound), communication_ms=communication_ms,
-        noise_ms=noise_ms, launching_ms=model.launching_ms if config.shard else 0.0, reading_ms=reading_ms,
-        read_mb=read_mb, sent_in_host_gb=inside, sent_out_gb=between,
+        images=images, compute_ms=compute_ms, exposed_ms=max(partly, bound) + sent.gather_ms,
+        communication_ms=sent.reduce_ms + sent.gather_ms, noise_ms=noise_ms, reading_ms=reading_ms,
+        read_mb=read_mb, sent_in_host_gb=sent.in_host_gb, sent_out_gb=sent.out_gb,
         held_gib=held, memory_gib=held + other_gib,
     )  # fmt: skip
 
@@ -335,7 +334,6 @@ def print_plan(config: PlanConfig) -> None:
         "  computing": f"{predicted.compute_ms:.1f}",
         f"  communication, of {predicted.communication_ms:.1f} not hidden": f"{predicted.exposed_ms:.1f}",
         "  noise for the other GPUs' images": f"{predicted.noise_ms:.1f}",
-        **({"  or launching by Python": f"{predicted.launching_ms:.1f}"} if config.shard else {}),
         "sent per GPU and step, GB, inside its host": f"{predicted.sent_in_host_gb:.2f}",
         "  to other hosts": f"{predicted.sent_out_gb:.2f}",
         "read per host, MB/s": f"{1e3 * predicted.read_mb / predicted.ms:,.1f}",
@@ -379,7 +377,7 @@ def basis(config: PlanConfig, model: Model) -> list[str]:
     if config.hosts > 1:
         assumed.append(f"{config.network_gbytes_per_s:g} GB/s from each GPU's network card")
     if config.shard:
-        assumed.append("the same overlap in sharded as in unsharded training, and launching as fast as on two GPUs")
+        assumed.append("that nothing hides the gathering of sharded weights")
     if not config.data_gbytes_per_s:
         assumed.append("no waiting for data")
     return [

@@ -119,13 +119,13 @@ class PlanConfig:
     num_images: int = 400_000_000
     """Length of the training, in images seen."""
     shard: bool = False
-    """Shard weights, optimizer state and EMAs across all GPUs."""
+    """Divide optimizer state and EMAs among all GPUs, as train --shard does."""
     power_averages: int = 0
     """Number of EMAs that train --power-averages keeps."""
-    gpu: str = "H100"
+    gpu: str = "H200"
     """Part of the GPU's name. For other GPUs than the measured one, times are scaled by peak TFLOP/s."""
-    gpu_memory_gib: float = 79.0
-    """Memory of a GPU; an 80 GB H100 has 79 GiB."""
+    gpu_memory_gib: float = 139.0
+    """Memory of a GPU; an H200 has 139 GiB, and an 80 GB H100 has 79 GiB."""
     images_per_s: float | None = None
     """Measured speed of one such GPU with its share of the batch; the default is predicted."""
     link_gbytes_per_s: float | None = None
