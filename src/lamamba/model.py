@@ -186,7 +186,7 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
             if index >= 2:
                 x = self.upsamples[index - 2](x)[:, : skip.shape[1], : skip.shape[2]]
             x = self._run(blocks, x + skip, condition, found)
-        out: Tensor = self.head(x, condition, found.get(self.head))
+        out = self.head(x, condition, found.get(self.head))
         return out.permute(0, 3, 1, 2).to(x_t.dtype).contiguous()
 
     def _run(self, blocks: Iterable[nn.Module], x: Tensor, condition: Tensor, found: Modulations) -> Tensor:

@@ -129,8 +129,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             check_autoencoder(Path(info.vae), options.get("variant"))
         if "scheduler" not in options and (folder / PIPELINE_INDEX).is_file():
             options["scheduler"] = open_scheduler(folder)
-        loaded: Self = super().from_pretrained(utf8_path(folder), **options)
-        return loaded
+        return super().from_pretrained(utf8_path(folder), **options)
 
     @classmethod
     def download(cls, pretrained_model_name: Any, **options: Any) -> str:
