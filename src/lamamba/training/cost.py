@@ -72,25 +72,19 @@ def count(network: LaMambaDiff, height: int, width: int) -> dict[str, tuple[int,
     Returns:
         Parameters and multiply-adds of each stage, in the order in which they run, and of "all".
     """
-    stages = {
+    stages: dict[str, list[nn.Module]] = {
         "embeddings": [
             *(network.patch_projection, network.patch_norm),
             *(network.timestep_embedding, network.label_embedding),
-        ],
-        **{
-            f"encoder {index} ({_width(blocks)} wide)": [*blocks, *network.downsamples[index : index + 1]]
-            for index, blocks in enumerate(cast(Iterable[nn.ModuleList], network.encoder))
-        },
-        "bottleneck": [*network.bottleneck],
-        **{
-            f"decoder {index} ({_width(blocks)} wide)": [
-                *blocks,
-                *([network.upsamples[index - 2]] if index >= 2 else []),
-            ]
-            for index, blocks in enumerate(cast(Iterable[nn.ModuleList], network.decoder))
-        },
-        "head": [network.head],
+        ]
     }
+    for index, blocks in enumerate(cast(Iterable[nn.ModuleList], network.encoder)):
+        stages[f"encoder {index} ({_width(blocks)} wide)"] = [*blocks, *network.downsamples[index : index + 1]]
+    stages["bottleneck"] = [*network.bottleneck]
+    for index, blocks in enumerate(cast(Iterable[nn.ModuleList], network.decoder)):
+        upsample = [network.upsamples[index - 2]] if index >= 2 else []
+        stages[f"decoder {index} ({_width(blocks)} wide)"] = [*blocks, *upsample]
+    stages["head"] = [network.head]
     names = {module: name for name, module in network.named_modules()}
     root = type(network).__name__
     flops = {
