@@ -97,11 +97,8 @@ class ImageSampler:
                 )
             self.weaker = CapturedNetwork(weaker.network.to(self.network.device), self.uses_bf16)
             self.weaker_path = weaker.path
-        by_weaker = self.weaker is not None
         own = self.info.distilled
-        self.guidance = choose_guidance(self.network.config, config.guidance, by_weaker, own)
-        is_silent = config.guidance is not None or by_weaker or own is not None
-        self.unguided = None if is_silent else why_unguided(self.network.config)
+        self.guidance = choose_guidance(self.network.config, config.guidance, self.weaker is not None, own)
         sides = config.size
         self.size = None if sides is None else (self.space.grid_size(sides[0]), self.space.grid_size(sides[1]))
         self.sampler = config.sampler or (own.sampler if own else self.objective.default_sampler)
@@ -116,10 +113,11 @@ class ImageSampler:
 
     def say_notes(self) -> None:
         """Print why guidance is off by default although there are labels, and how a distilled network is sampled."""
-        if self.unguided and self.num_classes:
-            say(f"guidance is off: {self.unguided}")
+        is_default = self.config.guidance is None and self.weaker is None
         if own := self.info.distilled:
             say(own.why_unsuited(self.sampler, self.steps) or f"this network was {own}")
+        elif is_default and self.num_classes and (why := why_unguided(self.network.config)):
+            say(f"guidance is off: {why}")
 
     def prepare(self, number: int) -> None:
         """Compile the autoencoder's decoder if that pays: on a GPU, for many images."""
