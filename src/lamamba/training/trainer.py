@@ -3,8 +3,7 @@
 import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -367,16 +366,10 @@ class Trainer:
     def _to_save(self, name: str, weights: Mapping[str, Tensor]) -> Any:
         """Put weights into a network that all checkpoints reuse: the writer has finished the previous checkpoint."""
         if name not in self._shells:
-            self._shells[name] = deepcopy(self._empty_network)
+            self._shells[name] = self._empty_network()
         self._shells[name].load_state_dict(weights, assign=True)
         return self._shells[name]
 
-    def _rebuild(self, weights: Mapping[str, Tensor]) -> Any:
-        network = deepcopy(self._empty_network)
-        network.load_state_dict(weights, assign=True)
-        return network
-
-    @cached_property
     def _empty_network(self) -> Any:
         with torch.device("meta"):
             return self.build()
@@ -445,7 +438,8 @@ class Trainer:
             )
         if options:
             check_teacher(name, loaded, self.config, self.source.class_names)
-        network = self._rebuild(gather(self.network.state_dict()))
+        network = self._empty_network()
+        network.load_state_dict(gather(self.network.state_dict()), assign=True)
         notes = transfer_weights(network, loaded.network, self.source.class_names, loaded.info.class_names)
         for own in self._networks().values():
             load(own, network.state_dict())
