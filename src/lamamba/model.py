@@ -137,10 +137,7 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         network, info = super().from_pretrained(place, output_loading_info=True, **options)
         check_loaded(pretrained_model_name_or_path, network, info)
         if isinstance(dtype, torch.dtype):
-            state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-            for name, parameter in network.named_parameters():
-                of_state = name.endswith((".A_log", ".D", ".dt_bias"))
-                parameter.data = parameter.data.to(state_dtype if of_state else dtype)
+            convert_parameters(network, dtype)
         return (network, info) if wants_info else network  # type: ignore[return-value]
 
     @property
@@ -333,6 +330,14 @@ class Block(nn.Module):
             residual = Residual(out, gate, bias)
         assert residual is not None  # every block has an MLP
         return x, residual
+
+
+def convert_parameters(network: nn.Module, dtype: torch.dtype) -> None:
+    """Convert parameters to a dtype, but those of the scan's state to at least float32, like the state itself."""
+    state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    for name, parameter in network.named_parameters():
+        is_of_state = name.endswith((".A_log", ".D", ".dt_bias"))
+        parameter.data = parameter.data.to(state_dtype if is_of_state else dtype)
 
 
 def normalize(x: Tensor, norm: nn.LayerNorm) -> Tensor:
