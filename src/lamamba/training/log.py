@@ -116,11 +116,6 @@ class TrainingLog:
     def note(self, text: str) -> None:
         say(text, console=self.console)
 
-    def note_start(self, name: str, notes: list[str]) -> None:
-        self.note(f"starts from the EMA weights of {name}")
-        for note in notes:
-            self.note(f"  {note}")
-
     def step(self, images: int, terms: dict[str, Tensor]) -> None:
         """Add the loss terms of a step, without waiting for the device."""
         skipped = terms["skipped"]  # the terms of a skipped step may not be finite
@@ -139,14 +134,11 @@ class TrainingLog:
 
     def waiting_for(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Yield the batches, and measure the time spent waiting for them."""
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
+        start = time.perf_counter()
+        for batch in batches:
             self.waited_s += time.perf_counter() - start
             yield batch
+            start = time.perf_counter()
 
     def write(self, images: int, step: int, learning_rate: float) -> float:
         """Log the means over the steps since the last call that were not skipped; return the mean loss."""
@@ -245,8 +237,7 @@ class TrainingLog:
         seen = [name for name in names if name.isdecimal() and int(name) <= images]
         self.note(f"done: {images:,} images seen")
         kinds = {"compile": "preparing the first step", "sample": "sample grids", "save": "checkpoints"}
-        spent = {kinds[key]: describe_duration(seconds) for key, seconds in self.seconds_of.items()}
-        parts = [f"{kind} {duration}" for kind, duration in spent.items()]
+        parts = [f"{kinds[key]} {describe_duration(seconds)}" for key, seconds in self.seconds_of.items()]
         took = describe_duration(time.perf_counter() - self.started)
         self.note(f"time        {took}{', of which ' * bool(parts)}{', '.join(parts)}")
         if seen:

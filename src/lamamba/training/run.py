@@ -267,7 +267,9 @@ def _train(
                     for note in moved:
                         log.note(note)
                     if config.start_from is not None and not saved:
-                        log.note_start(config.start_from, notes)
+                        log.note(f"starts from the EMA weights of {config.start_from}")
+                        for note in notes:
+                            log.note(f"  {note}")
                     _run(trainer, log, signals)
         except OSError as error:
             raise CheckpointError(f"run folder {config.out} could not be written ({error}): free some space") from error
