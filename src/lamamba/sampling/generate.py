@@ -11,7 +11,6 @@ import json
 import math
 import tarfile
 import zipfile
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -50,10 +49,6 @@ COMPILE_FROM = 10_000 * 256**2  # decoded pixels; benchmarks/sampling.py measure
 
 class ImageSampler:
     """Samples images from a checkpoint on a device.
-
-    Args:
-        config: what to sample from, and how.
-        device: the device to work on.
 
     Raises:
         LamambaError: the checkpoint or an option is wrong.
@@ -380,7 +375,7 @@ def write_pngs(out: Path, places: range, images: np.ndarray, settings: Sequence[
     """Write each image of (b, c, h, w) uint8 to a file named after its position."""
     paths = (out / f"{place:08d}.png" for place in places)
     with ThreadPoolExecutor() as threads:
-        deque(threads.map(_write_png, paths, images, settings), maxlen=0)
+        list(threads.map(_write_png, paths, images, settings))  # raises the first error
 
 
 def _write_tar(out: Path, places: range, images: np.ndarray, settings: Sequence[dict[str, Any]]) -> None:

@@ -86,9 +86,7 @@ class PowerAverages:
 
             average(t) = beta average(t - 1) + (1 - beta) theta(t),   beta = (1 - 1 / t)^(gamma + 1)
 
-        Args:
-            module: the module given to the constructor.
-            step: t, counted from 1. At step 1 the EMA equals the weights.
+        The step t is counted from 1. At step 1 the EMA equals the weights.
         """
         parameters = [parameter.float() for parameter in module.parameters()]
         for gamma, average in zip(self._gammas, self._averages, strict=True):

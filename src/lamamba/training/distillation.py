@@ -75,10 +75,8 @@ class MomentMatching:
     first learn the clean images that the teacher predicts from noisy images, for a fraction `REGRESSION` of the run.
 
     Args:
-        config: configuration of the run.
         teacher: the teacher, with guidance; see `lamamba.diffusion.Predict`.
         auxiliary: the auxiliary network, which has the objective of the student.
-        device: where to compute.
         bounded: whether images lie within -1 to 1. If so, and if the teacher predicts noise, its clean images are
             clipped where the noise exceeds the signal.
     """

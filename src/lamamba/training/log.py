@@ -39,10 +39,7 @@ AS_IT_IS: dict[str, Any] = {"parse_math": False, "usetex": False}
 class TrainingLog:
     """Collects the loss terms of steps and writes their means at each interval; a context manager.
 
-    Args:
-        config: the resolved configuration of the run.
-        images: images seen before, in a resumed run.
-        device: where the run trains.
+    The configuration is resolved. `images` is the number of images seen before, in a resumed run.
     """
 
     def __init__(self, config: TrainConfig, images: int, device: torch.device) -> None:
@@ -92,7 +89,7 @@ class TrainingLog:
             write_text(temporary, "".join(json.dumps(record) + "\n" for record in records))
         return records, damaged_lines
 
-    def introduce(self, source: Source, network: nn.Module, num_processes: int = 1, uses_bf16: bool = False) -> None:
+    def introduce(self, source: Source, network: nn.Module, num_processes: int, uses_bf16: bool) -> None:
         """Describe data and network, and work out the TFLOP of an image and the peak of the devices."""
         if self.config.network_class == "LaMambaDiff" and not self.config.distillation:  # the teacher computes too
             self.tflop_per_image = training_flops(self.config.network) / 1e12

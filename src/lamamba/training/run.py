@@ -120,12 +120,7 @@ _FREE_TO_CHANGE = {
 
 
 def check_resumable(config: TrainConfig, origin: Mapping[str, Any], checkpoint: Path) -> list[str]:
-    """Check that a run can be resumed with these options, data and autoencoder.
-
-    Args:
-        config: resolved.
-        origin: the result of `describe_origin`.
-        checkpoint: to resume from.
+    """Check that a run can be resumed with these resolved options, data and autoencoder (`describe_origin`).
 
     Returns:
         A line for each path that has moved, and for each difference that `allow_changed` allows.
