@@ -253,9 +253,9 @@ class TrainingLog:
             return
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.add_subplot()
-        styles: dict[str, dict[str, Any]] = {"loss": {"label": "loss"}}
-        styles |= {part: {"label": part, "alpha": 0.6} for part in loss_parts(self.records)}
-        draw_lines(axes, self.records, styles)
+        draw_line(axes, self.records, "loss", label="loss")
+        for part in loss_parts(self.records):
+            draw_line(axes, self.records, part, label=part, alpha=0.6)
         axes.set(xlabel="images seen", ylabel="loss", yscale="log")
         axes.set_title(visible(f"{self.config.preset} on {self.config.data}"), **AS_IT_IS)
         axes.grid(alpha=0.3)
@@ -269,12 +269,11 @@ def loss_parts(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return [part for part in parts if any(row.get(part) not in (None, row.get("loss")) for row in records)]
 
 
-def draw_lines(axes: Any, records: Sequence[Mapping[str, Any]], styles: Mapping[str, Mapping[str, Any]]) -> None:
-    """Draw columns of a log over the images seen; `styles` maps their names to keywords of matplotlib."""
-    for name, style in styles.items():
-        points = [(record["images"], record[name]) for record in records if name in record]
-        if points:
-            axes.plot(*zip(*points, strict=True), **style)
+def draw_line(axes: Any, records: Sequence[Mapping[str, Any]], name: str, **style: Any) -> None:
+    """Draw a value over the images seen, if the log has it; `style` has keywords of matplotlib."""
+    points = [(record["images"], record[name]) for record in records if name in record]
+    if points:
+        axes.plot(*zip(*points, strict=True), **style)
 
 
 def draw_legend(axes: Any, **options: Any) -> None:
