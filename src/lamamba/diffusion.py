@@ -195,7 +195,7 @@ class Diffusion:
         x_t = self.noise_image(x_0, t, noise)
         prediction, variance = denoiser(x_t, t, y).to(x_0.dtype).chunk(2, dim=1)
         schedule = {name: _at(values, t) for name, values in self._schedule(x_0.device).items()}
-        mse = _mean(torch.square(self._target(schedule, x_0, noise) - prediction))
+        mse = mean_by_image(torch.square(self._target(schedule, x_0, noise) - prediction))
         predicted_x_0 = self._implied_x_0(schedule, x_t, prediction.detach())
         vb = self._variational_bound(schedule, x_0, x_t, t, predicted_x_0, variance)
         return {"loss": mse + vb, "mse": mse, "vb": vb}
@@ -219,7 +219,7 @@ class Diffusion:
         widths = -1 + log_variance - true_log_variance + torch.exp(true_log_variance - log_variance)
         divergence = 0.5 * (widths + torch.square(true_mean - mean) * torch.exp(-log_variance))
         likelihood = -_discretised_gaussian_log_likelihood(x_0, mean, 0.5 * log_variance)
-        return torch.where(t == 0, _mean(likelihood), _mean(divergence)) / math.log(2)
+        return torch.where(t == 0, mean_by_image(likelihood), mean_by_image(divergence)) / math.log(2)
 
 
 class VPrediction(Diffusion):
@@ -332,10 +332,10 @@ class FlowMatching:
         return self._compare(velocity, noise - x_0)
 
     def _compare(self, velocity: Tensor, wanted: Tensor) -> dict[str, Tensor]:
-        mse = _mean(torch.square(wanted - velocity))
+        mse = mean_by_image(torch.square(wanted - velocity))
         if not self.contrast:
             return {"loss": mse, "mse": mse}
-        mse_other = _mean(torch.square(wanted.roll(1, dims=0) - velocity))
+        mse_other = mean_by_image(torch.square(wanted.roll(1, dims=0) - velocity))
         return {"loss": mse - self.contrast * mse_other, "mse": mse, "mse_other": mse_other}
 
 
@@ -475,8 +475,8 @@ def _at(values: Tensor, t: Tensor) -> Tensor:
     return values[t][:, None, None, None]
 
 
-def _mean(x: Tensor) -> Tensor:
-    """(b, ...) to (b,)."""
+def mean_by_image(x: Tensor) -> Tensor:
+    """Compute the mean of each image: (b, ...) to (b,)."""
     return x.flatten(1).mean(dim=1)
 
 

@@ -17,7 +17,7 @@ Initialization (`LaMambaDiff.reset_parameters`):
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -137,10 +137,7 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         network, info = super().from_pretrained(place, output_loading_info=True, **options)
         check_loaded(pretrained_model_name_or_path, network, info)
         if isinstance(dtype, torch.dtype):
-            state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-            for name, parameter in network.named_parameters():
-                of_state = name.endswith((".A_log", ".D", ".dt_bias"))
-                parameter.data = parameter.data.to(state_dtype if of_state else dtype)
+            convert_parameters(network, dtype)
         return (network, info) if wants_info else network  # type: ignore[return-value]
 
     @property
@@ -175,23 +172,23 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         found = {} if is_checkpointed else modulate_together(condition, self)
 
         skips = []
-        for index, blocks in enumerate(_stages(self.encoder)):
+        for index, blocks in enumerate(self.encoder):
             x = self._run(blocks, x, condition, found)
             skips.append(x)
             if index < len(self.downsamples):
                 x = self.downsamples[index](x)
         x = x + self._run(self.bottleneck, x, condition, found)
-        for index, blocks in enumerate(_stages(self.decoder)):
+        for index, blocks in enumerate(self.decoder):
             skip = skips.pop()
             if index >= 2:
                 x = self.upsamples[index - 2](x)[:, : skip.shape[1], : skip.shape[2]]
             x = self._run(blocks, x + skip, condition, found)
-        out: Tensor = self.head(x, condition, found.get(self.head))
+        out = self.head(x, condition, found.get(self.head))
         return out.permute(0, 3, 1, 2).to(x_t.dtype).contiguous()
 
-    def _run(self, blocks: Iterable[nn.Module], x: Tensor, condition: Tensor, found: Modulations) -> Tensor:
+    def _run(self, blocks: nn.Module, x: Tensor, condition: Tensor, found: Modulations) -> Tensor:
         residual: Residual | None = None
-        for block in blocks:
+        for block in cast(nn.ModuleList, blocks):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x, residual = self._gradient_checkpointing_func(block, x, condition, residual)
             else:
@@ -255,11 +252,6 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
 
 NETWORKS: dict[str, Callable[..., Any]] = {"LaMambaDiff": LaMambaDiff}
 """All networks that can be trained, by class name. Code may add its own: `examples/network.py`."""
-
-
-def _stages(stages: nn.ModuleList) -> Iterable[nn.ModuleList]:
-    """Tell the type checker that stages are lists of blocks."""
-    return cast(Iterable[nn.ModuleList], stages)
 
 
 class TimestepEmbedding(nn.Module):
@@ -340,9 +332,17 @@ class Block(nn.Module):
         return x, residual
 
 
-def normalize(x: Tensor, norm: nn.LayerNorm, modulation: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Apply `norm` to (b, h, w, c), then shift and scale, each (b, c): x (1 + scale) + shift."""
-    return layer_norm(x, norm.weight, norm.bias, modulation, norm.eps, compute_dtype(x))
+def convert_parameters(network: nn.Module, dtype: torch.dtype) -> None:
+    """Convert parameters to a dtype, but those of the scan's state to at least float32, like the state itself."""
+    state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    for name, parameter in network.named_parameters():
+        is_of_state = name.endswith((".A_log", ".D", ".dt_bias"))
+        parameter.data = parameter.data.to(state_dtype if is_of_state else dtype)
+
+
+def normalize(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """Apply `norm` to (b, h, w, c), in the dtype to compute in."""
+    return layer_norm(x, norm.weight, norm.bias, None, norm.eps, compute_dtype(x))
 
 
 class SS2D(nn.Module):

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lamamba.checkpoints.checkpoint import CheckpointInfo, write_weights
 from lamamba.cli import main
-from lamamba.commands.export import METADATA, example_inputs, halved
+from lamamba.commands.export import METADATA, example_inputs
 from lamamba.commands.onnx_graph import build
-from lamamba.model import LaMambaDiff
+from lamamba.model import LaMambaDiff, convert_parameters
 from lamamba.ops.backend import use_backend
 from lamamba.sampling.guidance import guide
 
@@ -201,7 +201,8 @@ def test_what_cannot_be_exported(
 
 def test_half_a_network_keeps_the_state_of_the_scan() -> None:
     inputs = example_inputs(smallest(), (4, 4), guided=False, batch=2)
-    network = halved(smallest())
+    network = smallest()
+    convert_parameters(network, torch.float16)
     with use_backend("portable"):
         found = network(**inputs)
     wanted = smallest()(**inputs)

@@ -79,11 +79,6 @@ def test_stages_sum_to_all(options: dict[str, object]) -> None:
     assert list(rows)[-1] == "head"
 
 
-def test_counting_does_not_depend_on_the_device() -> None:
-    options = {"embed_dim": 8, "num_heads": 2, "window_size": 4, "num_classes": 3, "sample_size": 8}
-    assert count(LaMambaDiff(**options), 8, 8) == count(build_on_meta(**options), 8, 8)
-
-
 def test_cost_is_linear_in_the_pixels() -> None:
     network = build_tiny()
     small, large = count(network, 16, 16), count(network, 32, 32)

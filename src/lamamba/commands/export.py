@@ -25,7 +25,7 @@ from lamamba.errors import CheckpointError, ConfigError, reading
 from lamamba.files import atomic_write
 from lamamba.files.records import AutoencoderRecord, read_record
 from lamamba.files.weights import CONFIG
-from lamamba.model import LaMambaDiff
+from lamamba.model import LaMambaDiff, convert_parameters
 from lamamba.ops.backend import use_backend
 from lamamba.sampling.labels import choose_guidance, why_unguided
 from lamamba.sampling.schedulers import make_scheduler
@@ -34,7 +34,6 @@ from lamamba.terminal.output import say
 ONNX, PROGRAM = "network.onnx", "network.pt2"
 METADATA = "lamamba"  # key of the metadata, JSON, in both files
 _LARGEST_ONNX = 2**31 - 2**24  # bytes: protobuf's limit, less space for the nodes
-_STATE = (".A_log", ".D", ".dt_bias")  # stay float32, like the state of the scan
 _EXAMPLE_BATCH = 3  # torch.export would take a batch of 1 as a constant
 _TOLERANCE = 1e-4
 
@@ -66,7 +65,8 @@ def export(config: ExportConfig) -> None:
         _compare(network, config, size)
     if config.format != "onnx":
         with atomic_write(config.out / PROGRAM) as temporary:
-            network = halved(network) if config.precision == "float16" else network
+            if config.precision == "float16":
+                convert_parameters(network, torch.float16)
             program = as_program(network, size, guided=config.guidance)
             renamed = temporary.with_suffix(".pt2")  # torch refuses other suffixes
             torch.export.save(program, renamed, extra_files={METADATA: text})
@@ -175,14 +175,6 @@ def example_inputs(network: LaMambaDiff, size: tuple[int, int], guided: bool, ba
         "y": torch.arange(batch) % max(1, config.num_classes),
     }
     return inputs | ({"guidance": torch.tensor(2.0)} if guided else {})
-
-
-def halved(network: LaMambaDiff) -> LaMambaDiff:
-    """Round parameters to float16, except the ones that the scan's state needs."""
-    for name, parameter in network.named_parameters():
-        if not name.endswith(_STATE):
-            parameter.data = parameter.data.half()
-    return network
 
 
 def as_program(network: LaMambaDiff, size: tuple[int, int], *, guided: bool = False) -> torch.export.ExportedProgram:

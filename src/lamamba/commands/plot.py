@@ -18,7 +18,7 @@ from lamamba.files import atomic_write
 from lamamba.sampling import make_grid
 from lamamba.terminal.output import say
 from lamamba.terminal.streams import visible
-from lamamba.training.log import draw_legend, draw_lines, read_log, save_figure
+from lamamba.training.log import draw_legend, draw_line, read_log, save_figure
 
 # The loss of each quarter of the timesteps: its key in the log, its label, and its line style.
 QUARTERS = {
@@ -90,12 +90,12 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     for index, (run, records) in enumerate(runs.items()):
         style = {"color": f"C{index}"}
         for axes, name in ((losses, "loss"), (speed, "images_per_s"), (gradient, "grad_norm")):
-            draw_lines(axes, records, {name: {"label": run, **style}})
+            draw_line(axes, records, name, label=run, **style)
         for number, (name, (timesteps, line)) in enumerate(QUARTERS.items()):
             alone = len(runs) == 1
             own = {"color": f"C{number}"} if alone else {"linestyle": line, **style}
             label = timesteps if alone else f"{timesteps}, {run}"
-            draw_lines(quarters, records, {name: {"label": label, **own}})
+            draw_line(quarters, records, name, label=label, **own)
     titles = {losses: "loss", quarters: "loss by timestep", speed: "images/s", gradient: "gradient norm"}
     for axes, title in titles.items():
         axes.set(xlabel="images seen", title=title)

@@ -20,11 +20,8 @@ class Captured:
     """A function of CUDA tensors that is recorded as a CUDA graph at its first call and replayed after that.
 
     Every call takes tensors of the same shapes and overwrites the results of the previous call, so read them before the
-    next call. The same holds for gradients that the function writes to parameters.
-
-    Args:
-        function: the function to record.
-        shares_memory_with: another graph that never runs at the same time. Its results are overwritten too.
+    next call. The same holds for gradients that the function writes to parameters. `shares_memory_with` is another
+    graph that never runs at the same time; its results are overwritten too.
     """
 
     def __init__(

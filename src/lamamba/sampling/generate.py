@@ -11,7 +11,6 @@ import json
 import math
 import tarfile
 import zipfile
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -50,10 +49,6 @@ COMPILE_FROM = 10_000 * 256**2  # decoded pixels; benchmarks/sampling.py measure
 
 class ImageSampler:
     """Samples images from a checkpoint on a device.
-
-    Args:
-        config: what to sample from, and how.
-        device: the device to work on.
 
     Raises:
         LamambaError: the checkpoint or an option is wrong.
@@ -97,11 +92,8 @@ class ImageSampler:
                 )
             self.weaker = CapturedNetwork(weaker.network.to(self.network.device), self.uses_bf16)
             self.weaker_path = weaker.path
-        by_weaker = self.weaker is not None
         own = self.info.distilled
-        self.guidance = choose_guidance(self.network.config, config.guidance, by_weaker, own)
-        is_silent = config.guidance is not None or by_weaker or own is not None
-        self.unguided = None if is_silent else why_unguided(self.network.config)
+        self.guidance = choose_guidance(self.network.config, config.guidance, self.weaker is not None, own)
         sides = config.size
         self.size = None if sides is None else (self.space.grid_size(sides[0]), self.space.grid_size(sides[1]))
         self.sampler = config.sampler or (own.sampler if own else self.objective.default_sampler)
@@ -116,10 +108,11 @@ class ImageSampler:
 
     def say_notes(self) -> None:
         """Print why guidance is off by default although there are labels, and how a distilled network is sampled."""
-        if self.unguided and self.num_classes:
-            say(f"guidance is off: {self.unguided}")
+        is_default = self.config.guidance is None and self.weaker is None
         if own := self.info.distilled:
             say(own.why_unsuited(self.sampler, self.steps) or f"this network was {own}")
+        elif is_default and self.num_classes and (why := why_unguided(self.network.config)):
+            say(f"guidance is off: {why}")
 
     def prepare(self, number: int) -> None:
         """Compile the autoencoder's decoder if that pays: on a GPU, for many images."""
@@ -382,7 +375,7 @@ def write_pngs(out: Path, places: range, images: np.ndarray, settings: Sequence[
     """Write each image of (b, c, h, w) uint8 to a file named after its position."""
     paths = (out / f"{place:08d}.png" for place in places)
     with ThreadPoolExecutor() as threads:
-        deque(threads.map(_write_png, paths, images, settings), maxlen=0)
+        list(threads.map(_write_png, paths, images, settings))  # raises the first error
 
 
 def _write_tar(out: Path, places: range, images: np.ndarray, settings: Sequence[dict[str, Any]]) -> None:

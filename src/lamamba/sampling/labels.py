@@ -162,7 +162,6 @@ def choose_guidance(
     """Choose the guidance scale.
 
     Args:
-        config: the configuration of the network.
         scale: the requested scale; 1 is no guidance. None chooses the default, or 1 if the network cannot be guided.
         by_weaker: guide away from a weaker network, not from "no label".
         distilled: steps and guidance of a distilled network. Its predictions include guidance, so only this scale and

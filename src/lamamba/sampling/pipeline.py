@@ -27,7 +27,7 @@ from lamamba.files import utf8_path
 from lamamba.files.weights import PIPELINE_INDEX
 from lamamba.model import LaMambaDiff
 from lamamba.sampling import Start, Step, check_strength, interpolate, sample, seeded_noise
-from lamamba.sampling.captured import CapturedNetwork, capture
+from lamamba.sampling.captured import CapturedNetwork, capture, device_of
 from lamamba.sampling.labels import Labels, check_no_label, choose_guidance, why_unguided
 from lamamba.sampling.schedulers import check_scheduler, is_sampler, make_scheduler, open_scheduler
 
@@ -129,8 +129,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
             check_autoencoder(Path(info.vae), options.get("variant"))
         if "scheduler" not in options and (folder / PIPELINE_INDEX).is_file():
             options["scheduler"] = open_scheduler(folder)
-        loaded: Self = super().from_pretrained(utf8_path(folder), **options)
-        return loaded
+        return super().from_pretrained(utf8_path(folder), **options)
 
     @classmethod
     def download(cls, pretrained_model_name: Any, **options: Any) -> str:
@@ -149,8 +148,7 @@ class LaMambaDiffPipeline(DiffusionPipeline):
     @property
     def _execution_device(self) -> torch.device:
         """Where the network computes, which may not be where its weights are (`enable_model_cpu_offload`)."""
-        device = getattr(getattr(self.network, "_hf_hook", None), "execution_device", None)
-        return super()._execution_device if device is None else torch.device(device)
+        return device_of(self.network)
 
     @property
     def labels(self) -> dict[str, int]:

@@ -156,16 +156,14 @@ def set_timesteps(scheduler: Any, num_steps: int, device: torch.device | None = 
 
 def _even_timesteps(num_steps: int, first: float = NUM_TIMESTEPS - 1) -> list[int]:
     """Space whole timesteps evenly from the first down to 0; a single step is the first."""
-    timesteps: list[int] = torch.linspace(first, 0, num_steps, dtype=torch.float64).round().long().tolist()
-    return timesteps
+    return torch.linspace(first, 0, num_steps, dtype=torch.float64).round().long().tolist()
 
 
 def _cosine_timesteps(num_steps: int, alpha_bar: Tensor) -> list[int]:
     """Choose the whole timesteps nearest to even angles, whose tangent is noise over signal, from the last down."""
     angles = (1 / alpha_bar.double().cpu() - 1).sqrt().atan()
     wanted = angles[-1] * torch.arange(num_steps, 0, -1) / num_steps
-    timesteps: list[int] = (angles - wanted[:, None]).abs().argmin(dim=1).tolist()
-    return timesteps
+    return (angles - wanted[:, None]).abs().argmin(dim=1).tolist()
 
 
 def _ddim_timesteps(num_steps: int) -> list[int]:
@@ -250,16 +248,13 @@ class Steps:
         """Add the noise of a timestep to clean images (b, c, h, w)."""
         times = t.expand(len(x_0))
         if hasattr(self.scheduler, "scale_noise"):  # of flow matching
-            scaled: Tensor = self.scheduler.scale_noise(x_0, times, noise)
-            return scaled
-        added: Tensor = self.scheduler.add_noise(x_0, noise, times)
-        return added
+            return self.scheduler.scale_noise(x_0, times, noise)
+        return self.scheduler.add_noise(x_0, noise, times)
 
     def scaled(self, x: Tensor, t: Tensor) -> Tensor:
         """Convert x from the scheduler's own scale to x_t, the input of the network."""
         scale = getattr(self.scheduler, "scale_model_input", None)
-        x_t: Tensor = x if scale is None else scale(x, t)
-        return x_t
+        return x if scale is None else scale(x, t)
 
     def clipped(self, x_t: Tensor, t: Tensor, out: Tensor) -> Tensor:
         """Change predictions so that they imply clean images within the scheduler's limits, if it has limits.
@@ -291,8 +286,7 @@ class Steps:
             x_0 = self.objective.predict_x_0(x, times, prediction)
             prediction = FlowMatching().move_x_0(x, times, torch.zeros_like(x), x_0)
         options = {"generator": list(generators)} if self._takes_generator else {}
-        after: Tensor = self.scheduler.step(prediction, t, x, return_dict=False, **options)[0]
-        return after
+        return self.scheduler.step(prediction, t, x, return_dict=False, **options)[0]
 
 
 def choose_scheduler(

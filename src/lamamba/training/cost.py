@@ -8,16 +8,13 @@ from typing import Any, cast
 import torch
 from rich.table import Table
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-import lamamba.ops.selective_scan
-import lamamba.ops.window_attention  # noqa: F401 - both register operations counted below
+import lamamba.ops.selective_scan  # noqa: F401 - registers the operation counted below
 from lamamba.checkpoints.checkpoint import load_checkpoint
 from lamamba.config import PRESETS, SIXTEEN_STATES, InfoConfig, NetworkConfig
 from lamamba.errors import CheckpointError, ConfigError
 from lamamba.model import Block, LaMambaDiff
-from lamamba.ops.window_attention.geometry import Windows
 from lamamba.terminal.output import make_console
 
 WHAT_IS_COUNTED = (
@@ -40,24 +37,6 @@ def _scan_flops(u_shape: Any, delta_shape: Any, A_shape: Any, *arguments: Any, *
     return int(2 * b * k * l * d * (4 * A_shape[2] + 2))
 
 
-@register_flop_formula(torch.ops.lamamba.scan_grid_cpu)
-def _scan_grid_flops(
-    x_shape: Any, low_shape: Any, weight_shape: Any, bias_shape: Any, A_shape: Any, *arguments: Any, **options: Any
-) -> int:
-    (b, h, w, e), (paths, _, rank) = x_shape, weight_shape
-    expansion = 2 * b * paths * h * w * e * rank
-    return expansion + _scan_flops((b, paths, h * w, e), None, A_shape)
-
-
-@register_flop_formula(torch.ops.lamamba.window_attention_cpu)
-def _attention_flops(
-    qkv_shape: Any, bias_shape: Any, num_heads: int, window_size: int, shifted: bool, *arguments: Any, **options: Any
-) -> int:
-    b, h, w, channels = qkv_shape
-    windows = Windows.of(h, w, window_size, shifted)
-    return int(2 * 2 * b * windows.number * (windows.side_y * windows.side_x) ** 2 * channels // 3)
-
-
 def _width(blocks: nn.ModuleList) -> int:
     return cast(Block, blocks[0]).mlp_norm.weight.numel()
 
@@ -66,31 +45,25 @@ def count(network: LaMambaDiff, height: int, width: int) -> dict[str, tuple[int,
     """Count the parameters, and the multiply-adds of one image's forward pass.
 
     Args:
-        network: on any device including meta.
+        network: on the meta device, where every operation is one that is counted.
         height, width: size of the network's input grid.
 
     Returns:
         Parameters and multiply-adds of each stage, in the order in which they run, and of "all".
     """
-    stages = {
+    stages: dict[str, list[nn.Module]] = {
         "embeddings": [
             *(network.patch_projection, network.patch_norm),
             *(network.timestep_embedding, network.label_embedding),
-        ],
-        **{
-            f"encoder {index} ({_width(blocks)} wide)": [*blocks, *network.downsamples[index : index + 1]]
-            for index, blocks in enumerate(cast(Iterable[nn.ModuleList], network.encoder))
-        },
-        "bottleneck": [*network.bottleneck],
-        **{
-            f"decoder {index} ({_width(blocks)} wide)": [
-                *blocks,
-                *([network.upsamples[index - 2]] if index >= 2 else []),
-            ]
-            for index, blocks in enumerate(cast(Iterable[nn.ModuleList], network.decoder))
-        },
-        "head": [network.head],
+        ]
     }
+    for index, blocks in enumerate(cast(Iterable[nn.ModuleList], network.encoder)):
+        stages[f"encoder {index} ({_width(blocks)} wide)"] = [*blocks, *network.downsamples[index : index + 1]]
+    stages["bottleneck"] = [*network.bottleneck]
+    for index, blocks in enumerate(cast(Iterable[nn.ModuleList], network.decoder)):
+        upsample = [network.upsamples[index - 2]] if index >= 2 else []
+        stages[f"decoder {index} ({_width(blocks)} wide)"] = [*blocks, *upsample]
+    stages["head"] = [network.head]
     names = {module: name for name, module in network.named_modules()}
     root = type(network).__name__
     flops = {
@@ -108,10 +81,7 @@ def count(network: LaMambaDiff, height: int, width: int) -> dict[str, tuple[int,
 
 
 def count_as_papers_on_mamba(network: LaMambaDiff, height: int, width: int) -> int:
-    """Count the multiply-adds of one image with 9 for each step, channel and state of the scan, and nothing more.
-
-    The network is on the meta device, where the scan is counted apart from the projections around it.
-    """
+    """Count the multiply-adds of one image with 9 for each step, channel and state of the scan, and nothing more."""
     states = network.config.ssm_state_size
     by_operation = _flops_by_module(network, height, width)[type(network).__name__]
     scan = by_operation[torch.ops.lamamba.selective_scan]
@@ -141,11 +111,10 @@ def peak_tflops(device_name: str) -> float | None:
 @lru_cache(maxsize=1)  # two kinds of counts are made of it, one after the other
 def _flops_by_module(network: LaMambaDiff, height: int, width: int) -> dict[str, dict[Any, int]]:
     """Count the FLOPs of one image by module and operation. Module names start with the network's class name."""
-    device = network.device
-    x_t = torch.empty(1, network.config.in_channels, height, width, device=device)
-    t, y = torch.zeros(1, device=device), torch.zeros(1, dtype=torch.long, device=device)
-    # Plain attention is counted in the same way on every device.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+    with torch.device("meta"):
+        x_t = torch.empty(1, network.config.in_channels, height, width)
+        t, y = torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(x_t, t, y)
     return counter.get_flop_counts()
 

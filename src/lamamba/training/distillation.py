@@ -13,8 +13,7 @@ from torch import Tensor
 
 from lamamba.checkpoints.checkpoint import LoadedCheckpoint
 from lamamba.config import TrainConfig
-from lamamba.config.training import DistillationOptions
-from lamamba.diffusion import OBJECTIVES, Objective, Predict
+from lamamba.diffusion import OBJECTIVES, Objective, Predict, mean_by_image
 from lamamba.errors import ConfigError
 from lamamba.sampling.schedulers import make_scheduler
 
@@ -24,12 +23,6 @@ REGRESSION = 0.2
 """Share of the images during which the networks first learn to predict v, if their teacher predicts noise."""
 Levels = tuple[Tensor, Tensor]
 """Shares of the clean image and of the noise in a noised image, each (b, 1, 1, 1)."""
-
-
-def options_of(config: TrainConfig) -> DistillationOptions:
-    """Return the options of a run that distills."""
-    assert config.distillation is not None
-    return config.distillation
 
 
 def student_objective(name: str) -> str:
@@ -82,10 +75,8 @@ class MomentMatching:
     first learn the clean images that the teacher predicts from noisy images, for a fraction `REGRESSION` of the run.
 
     Args:
-        config: configuration of the run.
         teacher: the teacher, with guidance; see `lamamba.diffusion.Predict`.
         auxiliary: the auxiliary network, which has the objective of the student.
-        device: where to compute.
         bounded: whether images lie within -1 to 1. If so, and if the teacher predicts noise, its clean images are
             clipped where the noise exceeds the signal.
     """
@@ -93,13 +84,15 @@ class MomentMatching:
     def __init__(
         self, config: TrainConfig, teacher: Predict, auxiliary: Predict, device: torch.device, bounded: bool
     ) -> None:
+        options = config.distillation
+        assert options is not None
         self.objective = OBJECTIVES[config.objective]
         self.teacher, self.auxiliary = teacher, auxiliary
-        self.teacher_objective = OBJECTIVES[options_of(config).teacher_objective]
+        self.teacher_objective = OBJECTIVES[options.teacher_objective]
         self.regresses = self.teacher_objective is not self.objective
         self.end_of_regression = self.regresses * REGRESSION * config.num_images
         self.clips = self.regresses and bounded
-        scheduler = make_scheduler(self.objective, student_sampler(self.objective), options_of(config).steps)
+        scheduler = make_scheduler(self.objective, student_sampler(self.objective), options.steps)
         self.times = scheduler.timesteps.to(device, torch.float32).flip(0)
         """Timesteps of the student, ascending."""
 
@@ -138,7 +131,8 @@ class MomentMatching:
             z = earlier[0] * x_0 + earlier[1] * noise
             wanted = self._ask_teacher(z, t, y)
             errors = [
-                _mean_square((self._clean(ask, z, t, y) - wanted) / divisor) for ask in (denoiser, self.auxiliary)
+                mean_by_image(((self._clean(ask, z, t, y) - wanted) / divisor).square())
+                for ask in (denoiser, self.auxiliary)
             ]
             return {"loss": errors[0] + errors[1], "gap": errors[1]}
         t_student = self.times[torch.bucketize(t, self.times)]
@@ -148,9 +142,9 @@ class MomentMatching:
         z = draw_earlier(x_t, x.detach(), later, earlier, noise_of_step)
         wanted = self._ask_teacher(z, t, y)
         expected = self._clean(self.auxiliary, z, t, y)
-        gap = _mean_square((expected - wanted) / divisor)
-        loss = _mean_square((expected - x.detach()) / divisor) + gap
-        of_student = (x * (expected - wanted).detach() / divisor).flatten(1).mean(dim=1)
+        gap = mean_by_image(((expected - wanted) / divisor).square())
+        loss = mean_by_image(((expected - x.detach()) / divisor).square()) + gap
+        of_student = mean_by_image(x * (expected - wanted).detach() / divisor)
         return {"loss": loss + of_student - of_student.detach(), "gap": gap}
 
     def _levels(self, t: Tensor, like: Tensor) -> Levels:
@@ -189,8 +183,3 @@ def draw_earlier(x_t: Tensor, x_0: Tensor, later: Levels, earlier: Levels, noise
     variance = (b_t.square() - (ratio * b_s).square()).clamp(min=0)
     mean = ratio * (b_s / b_t).square() * x_t + a_s * variance / b_t.square() * x_0
     return mean + variance.sqrt() * b_s / b_t * noise
-
-
-def _mean_square(x: Tensor) -> Tensor:
-    """Compute the mean square of each image: (b, ...) to (b,)."""
-    return x.square().flatten(1).mean(dim=1)

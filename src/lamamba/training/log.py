@@ -30,7 +30,6 @@ from lamamba.training.cost import peak_tflops, training_flops
 
 SHOWN_EVERY_S = 5.0  # loss and speed beside the progress bar; reading the loss waits for the device
 SHORT_RUN_STEPS = 5000  # of training from fresh weights
-MAX_LINE_BYTES = 1 << 16  # a longer line of log.jsonl is damaged
 MAX_VALUE = 1e100  # a larger value in log.jsonl is damaged, and sums with it would overflow
 # Names in texts of matplotlib: "$" and "_" in them are not formulas.
 AS_IT_IS: dict[str, Any] = {"parse_math": False, "usetex": False}
@@ -39,10 +38,7 @@ AS_IT_IS: dict[str, Any] = {"parse_math": False, "usetex": False}
 class TrainingLog:
     """Collects the loss terms of steps and writes their means at each interval; a context manager.
 
-    Args:
-        config: the resolved configuration of the run.
-        images: images seen before, in a resumed run.
-        device: where the run trains.
+    The configuration is resolved. `images` is the number of images seen before, in a resumed run.
     """
 
     def __init__(self, config: TrainConfig, images: int, device: torch.device) -> None:
@@ -92,7 +88,7 @@ class TrainingLog:
             write_text(temporary, "".join(json.dumps(record) + "\n" for record in records))
         return records, damaged_lines
 
-    def introduce(self, source: Source, network: nn.Module, num_processes: int = 1, uses_bf16: bool = False) -> None:
+    def introduce(self, source: Source, network: nn.Module, num_processes: int, uses_bf16: bool) -> None:
         """Describe data and network, and work out the TFLOP of an image and the peak of the devices."""
         if self.config.network_class == "LaMambaDiff" and not self.config.distillation:  # the teacher computes too
             self.tflop_per_image = training_flops(self.config.network) / 1e12
@@ -116,11 +112,6 @@ class TrainingLog:
     def note(self, text: str) -> None:
         say(text, console=self.console)
 
-    def note_start(self, name: str, notes: list[str]) -> None:
-        self.note(f"starts from the EMA weights of {name}")
-        for note in notes:
-            self.note(f"  {note}")
-
     def step(self, images: int, terms: dict[str, Tensor]) -> None:
         """Add the loss terms of a step, without waiting for the device."""
         skipped = terms["skipped"]  # the terms of a skipped step may not be finite
@@ -139,14 +130,11 @@ class TrainingLog:
 
     def waiting_for(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Yield the batches, and measure the time spent waiting for them."""
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
+        start = time.perf_counter()
+        for batch in batches:
             self.waited_s += time.perf_counter() - start
             yield batch
+            start = time.perf_counter()
 
     def write(self, images: int, step: int, learning_rate: float) -> float:
         """Log the means over the steps since the last call that were not skipped; return the mean loss."""
@@ -245,8 +233,7 @@ class TrainingLog:
         seen = [name for name in names if name.isdecimal() and int(name) <= images]
         self.note(f"done: {images:,} images seen")
         kinds = {"compile": "preparing the first step", "sample": "sample grids", "save": "checkpoints"}
-        spent = {kinds[key]: describe_duration(seconds) for key, seconds in self.seconds_of.items()}
-        parts = [f"{kind} {duration}" for kind, duration in spent.items()]
+        parts = [f"{kinds[key]} {describe_duration(seconds)}" for key, seconds in self.seconds_of.items()]
         took = describe_duration(time.perf_counter() - self.started)
         self.note(f"time        {took}{', of which ' * bool(parts)}{', '.join(parts)}")
         if seen:
@@ -265,9 +252,9 @@ class TrainingLog:
             return
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.add_subplot()
-        styles: dict[str, dict[str, Any]] = {"loss": {"label": "loss"}}
-        styles |= {part: {"label": part, "alpha": 0.6} for part in loss_parts(self.records)}
-        draw_lines(axes, self.records, styles)
+        draw_line(axes, self.records, "loss", label="loss")
+        for part in loss_parts(self.records):
+            draw_line(axes, self.records, part, label=part, alpha=0.6)
         axes.set(xlabel="images seen", ylabel="loss", yscale="log")
         axes.set_title(visible(f"{self.config.preset} on {self.config.data}"), **AS_IT_IS)
         axes.grid(alpha=0.3)
@@ -281,12 +268,11 @@ def loss_parts(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return [part for part in parts if any(row.get(part) not in (None, row.get("loss")) for row in records)]
 
 
-def draw_lines(axes: Any, records: Sequence[Mapping[str, Any]], styles: Mapping[str, Mapping[str, Any]]) -> None:
-    """Draw columns of a log over the images seen; `styles` maps their names to keywords of matplotlib."""
-    for name, style in styles.items():
-        points = [(record["images"], record[name]) for record in records if name in record]
-        if points:
-            axes.plot(*zip(*points, strict=True), **style)
+def draw_line(axes: Any, records: Sequence[Mapping[str, Any]], name: str, **style: Any) -> None:
+    """Draw a value over the images seen, if the log has it; `style` has keywords of matplotlib."""
+    points = [(record["images"], record[name]) for record in records if name in record]
+    if points:
+        axes.plot(*zip(*points, strict=True), **style)
 
 
 def draw_legend(axes: Any, **options: Any) -> None:
@@ -330,15 +316,13 @@ def _read_records(path: Path) -> tuple[list[dict[str, float]], int]:
     A damaged log must not stop a run, so lines that are not records of numbers are skipped: half a line after a kill,
     or bytes of a failing disk.
     """
-    records, damaged_lines, at_start = {}, 0, True
+    records, damaged_lines = {}, 0
     with path.open("rb") as file:
-        while line := file.readline(MAX_LINE_BYTES):
-            record = _parse_record(line) if at_start else None
-            if record:
+        for line in file:
+            if record := _parse_record(line):
                 records[record["images"]] = record
-            elif at_start and line.strip():
+            elif line.strip():
                 damaged_lines += 1
-            at_start = line.endswith(b"\n")  # otherwise the rest of a line that is too long follows
     return [records[images] for images in sorted(records)], damaged_lines
 
 

@@ -120,12 +120,7 @@ _FREE_TO_CHANGE = {
 
 
 def check_resumable(config: TrainConfig, origin: Mapping[str, Any], checkpoint: Path) -> list[str]:
-    """Check that a run can be resumed with these options, data and autoencoder.
-
-    Args:
-        config: resolved.
-        origin: the result of `describe_origin`.
-        checkpoint: to resume from.
+    """Check that a run can be resumed with these resolved options, data and autoencoder (`describe_origin`).
 
     Returns:
         A line for each path that has moved, and for each difference that `allow_changed` allows.
@@ -267,7 +262,9 @@ def _train(
                     for note in moved:
                         log.note(note)
                     if config.start_from is not None and not saved:
-                        log.note_start(config.start_from, notes)
+                        log.note(f"starts from the EMA weights of {config.start_from}")
+                        for note in notes:
+                            log.note(f"  {note}")
                     _run(trainer, log, signals)
         except OSError as error:
             raise CheckpointError(f"run folder {config.out} could not be written ({error}): free some space") from error
@@ -332,7 +329,7 @@ def _read(
         return None, error
 
 
-def _reading_failed(failure: Exception | None, where: str = "") -> Exception:
+def _reading_failed(failure: Exception | None, where: str) -> Exception:
     """Make the error for images that could not be read, by this rank or (None) by another one."""
     if failure is None:
         return OtherProcessError("another rank could not read its images")
@@ -385,14 +382,33 @@ def _take_steps(
         if signals.number:
             raise SignalError(signals.number, "its samples")
 
-    last = trainer.images >= config.num_images
-    batch, failure = (None, None) if last else _read(reader, signals)
-    stop = trainer.processes.all_reduce_max(2 * signals.number + (failure is not None))
-    if stop and not last:  # the first step may take minutes, and there is nothing to save yet
-        if stop > 1:
-            raise SignalError(stop // 2, f"image {started}: --resume goes on from here", silent=not is_first)
-        raise _reading_failed(failure)
-    while batch is not None:
+    def due(interval: int | None) -> bool:
+        """Return whether the step reached a multiple of an interval, or the end of the run."""
+        reached = interval is not None and trainer.images // interval > before // interval
+        return reached or trainer.images >= config.num_images
+
+    while True:
+        last, has_stepped = trainer.images >= config.num_images, trainer.images > started
+        # Read the next batch before saving: a signal, or a batch that cannot be read, is a reason to save.
+        batch, failure = (None, None) if last else _read(reader, signals)
+        stop = trainer.processes.all_reduce_max(2 * signals.number + (failure is not None))
+        if has_stepped and (due(config.checkpoint_every) or stop):
+            if not trainer.is_finite():
+                raise _diverged(trainer, "a weight is not finite")
+            with log.pause("save"):
+                log.note_checkpoint(trainer.writer.finish())
+                trainer.save()
+        if has_stepped and (stop or last):
+            log.note_checkpoint(trainer.writer.finish())
+            trainer.processes.barrier()
+        if stop and not last:
+            where = f"image {trainer.images}{', all is saved' * has_stepped}: --resume goes on from here"
+            if stop > 1:
+                raise SignalError(stop // 2, where, silent=not is_first)
+            raise _reading_failed(failure, f"; stopped at {where}" * has_stepped)
+        if batch is None:
+            return
+        before = trainer.images
         try:
             with first_step:
                 terms = trainer.take_step(*batch)
@@ -405,11 +421,6 @@ def _take_steps(
             raise
         first_step = nullcontext()
         log.step(config.batch_size, terms)
-        last = trainer.images >= config.num_images
-
-        def due(interval: int | None, before: int = before, last: bool = last) -> bool:
-            return last or (interval is not None and trainer.images // interval > before // interval)
-
         if due(config.log_every):
             _write_log(trainer, log)
         draws = is_first or trainer.shards
@@ -420,21 +431,3 @@ def _take_steps(
             with log.pause("save"):
                 trainer.save_snapshot()
         log.note_checkpoint(trainer.writer.finish(wait=False))
-        # Read the next batch before saving: a signal, or a batch that cannot be read, is a reason to save.
-        batch, failure = (None, None) if last else _read(reader, signals)
-        stop = trainer.processes.all_reduce_max(2 * signals.number + (failure is not None))
-        if due(config.checkpoint_every) or stop:
-            if not trainer.is_finite():
-                raise _diverged(trainer, "a weight is not finite")
-            with log.pause("save"):
-                log.note_checkpoint(trainer.writer.finish())
-                trainer.save()
-        if stop or last:
-            log.note_checkpoint(trainer.writer.finish())
-            trainer.processes.barrier()
-        if stop and not last:
-            where = f"image {trainer.images}, all is saved: --resume goes on from here"
-            if stop > 1:
-                raise SignalError(stop // 2, where, silent=not is_first)
-            raise _reading_failed(failure, f"; stopped at {where}")
-        before = trainer.images

@@ -3,8 +3,7 @@
 import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -359,16 +358,10 @@ class Trainer:
     def _to_save(self, name: str, weights: Mapping[str, Tensor]) -> Any:
         """Put weights into a network that all checkpoints reuse: the writer has finished the previous checkpoint."""
         if name not in self._shells:
-            self._shells[name] = deepcopy(self._empty_network)
+            self._shells[name] = self._empty_network()
         self._shells[name].load_state_dict(weights, assign=True)
         return self._shells[name]
 
-    def _rebuild(self, weights: Mapping[str, Tensor]) -> Any:
-        network = deepcopy(self._empty_network)
-        network.load_state_dict(weights, assign=True)
-        return network
-
-    @cached_property
     def _empty_network(self) -> Any:
         with torch.device("meta"):
             return self.build()
@@ -383,7 +376,7 @@ class Trainer:
                     f"{checkpoint} is from an earlier version, which used another method: distill again"
                 )
             weights = load_network(checkpoint / name).state_dict()
-            check_weights(checkpoint / name, self._empty_network.state_dict(), weights)
+            check_weights(checkpoint / name, self._empty_network().state_dict(), weights)
             load(network, weights)
         state, optimizer_state = self._empty_state(checkpoint)
         load_training_state(checkpoint, state, self.writer.group)
@@ -418,7 +411,7 @@ class Trainer:
             own = self.power_averages.state_dict()
             state |= {f"power.{name}": value for name, value in own.items()}
             for sigma_rel in self.power_averages.sigma_rels:
-                for name, value in self._empty_network.named_parameters():
+                for name, value in self._empty_network().named_parameters():
                     if power_name(sigma_rel, name) not in own:
                         of_others[f"power.{power_name(sigma_rel, name)}"] = value
         if "random_state" in saved and saved["random_state"].shape != state["random_state"].shape:
@@ -448,7 +441,8 @@ class Trainer:
             )
         if options:
             check_teacher(name, loaded, self.config, self.source.class_names)
-        network = self._rebuild(copy_to_cpu(self.network.state_dict()))
+        network = self._empty_network()
+        network.load_state_dict(copy_to_cpu(self.network.state_dict()), assign=True)
         notes = transfer_weights(network, loaded.network, self.source.class_names, loaded.info.class_names)
         for own in self._networks().values():
             load(own, network.state_dict())

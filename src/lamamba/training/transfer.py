@@ -15,15 +15,10 @@ LABELS, POSITIONS = "label_embedding.weight", "position_embedding"
 def transfer_weights(
     network: LaMambaDiff, other: LaMambaDiff, class_names: Sequence[str], other_class_names: Sequence[str]
 ) -> list[str]:
-    """Copy weights from another network, as far as they fit.
+    """Copy weights from another network into a network, as far as they fit.
 
-    Classes are matched by name, if both networks have class names. An unknown class starts as "no label". A position
-    embedding of another size is resized.
-
-    Args:
-        network: the network to initialize.
-        other: the network to read from.
-        class_names, other_class_names: their class names by label; empty if there are none.
+    Classes are matched by name, if both networks have class names, which may be empty. An unknown class starts as "no
+    label". A position embedding of another size is resized.
 
     Returns:
         A message about everything that is not simply copied.
