@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,7 +15,15 @@ from lamamba.data.decoding import crop_centre, read_image
 from lamamba.data.folders import list_classes
 from lamamba.errors import DataError
 
-_PIECE = 4096  # files given to threads at a time: a million would fill the memory
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def map_in_threads(work: Callable[[Item], Result], items: Sequence[Item], at_once: int = 4096) -> Iterator[Result]:
+    """Map items in threads and in order, `at_once` at a time: a million would fill the memory."""
+    with ThreadPoolExecutor() as threads:
+        for first in range(0, len(items), at_once):
+            yield from threads.map(work, items[first : first + at_once])
 
 
 class Source(ABC):
@@ -84,11 +94,7 @@ class ImageSource(Source):
 
     def find_readable(self) -> list[bool]:
         """Load all images, in threads, and return which of them can be read."""
-        readable: list[bool] = []
-        with ThreadPoolExecutor() as threads:
-            for first in range(0, len(self), _PIECE):
-                readable += threads.map(self._is_readable, range(first, min(first + _PIECE, len(self))))
-        return readable
+        return list(map_in_threads(self._is_readable, range(len(self))))
 
     def _is_readable(self, index: int) -> bool:
         try:
@@ -163,11 +169,8 @@ class FolderSource(ImageSource):
     def identify(self) -> str:
         """Digest the files' paths within the folder, and their sizes."""
         start = len(os.path.join(self.folder, ""))
-        sizes: list[int] = []
-        with ThreadPoolExecutor() as threads:  # network file systems are slow
-            for first in range(0, len(self.paths), _PIECE):
-                sizes += threads.map(_size, self.paths[first : first + _PIECE])
         names = (path[start:].replace(os.sep, "/") for path in self.paths)
+        sizes = map_in_threads(_size, self.paths)  # network file systems are slow
         together = hashlib.sha256()
         for name, size in sorted(zip(names, sizes, strict=True)):
             together.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))

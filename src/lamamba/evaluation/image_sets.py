@@ -5,7 +5,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from lamamba.data import ArraySource, crop_centre, load_builtin, load_fashion_mnist, read_image
 from lamamba.data.folders import list_images_below, no_images
+from lamamba.data.sources import map_in_threads
 from lamamba.errors import DataError
 from lamamba.evaluation.metrics import Gaussian
 from lamamba.files import checksum
@@ -161,10 +161,7 @@ def _open_folder(folder: Path, image_size: int | None) -> ImageSet:
         return np.asarray(image if image_size is None else crop_centre(image, image_size))
 
     def read() -> Iterator[tuple[str, np.ndarray]]:
-        with ThreadPoolExecutor() as threads:
-            for start in range(0, len(paths), 256):  # all at once would fill the memory
-                part = paths[start : start + 256]
-                yield from zip(part, threads.map(load, part), strict=True)
+        return zip(paths, map_in_threads(load, paths, at_once=256), strict=True)
 
     return ImageSet(str(folder), len(paths), read, tuple(paths), left_out=found.left_out)
 
