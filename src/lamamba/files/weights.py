@@ -112,23 +112,19 @@ def find_weights(folder: Path, variant: str | None = None) -> WeightFiles:
     files = [path]
     if match["index"] is not None:
         names = sorted(set(read_record(path, _Index)["weight_map"].values()))
-        outside = [name for name in names if not _is_plain(name)]
+        outside = [name for name in names if Path(name).name != name or name in ("", "..")]
         if outside or not names:
             fault = f"{outside[0]!r}, which is not a file beside it" if outside else "no files: its weight_map is empty"
             raise CheckpointError(f"{path} names {fault}")
         files = [folder / name for name in names]
     missing = [file for file in files if not file.is_file()]
     if missing:
-        raise CheckpointError(f"{missing[0]} is missing, but {path} lists it: copy or download the whole folder again")
+        raise CheckpointError(f"{missing[0]} is missing, but {path} lists it: {_DAMAGED}")
     return WeightFiles(tuple(files), _variant_of(match) or None, match["kind"] == "safetensors")
 
 
 def _variant_of(match: re.Match[str]) -> str:
     return match["file_variant"] or match["variant"] or match["old_variant"] or ""
-
-
-def _is_plain(name: str) -> bool:
-    return Path(name).name == name and name not in ("", ".", "..")
 
 
 def read_weights(found: WeightFiles) -> dict[str, Tensor]:
@@ -139,25 +135,20 @@ def read_weights(found: WeightFiles) -> dict[str, Tensor]:
     """
     weights: dict[str, Tensor] = {}
     for path in found.files:
-        weights |= _of_safetensors(path) if found.use_safetensors else _of_pickle(path)
+        if found.use_safetensors:
+            with reading(f"{path} cannot be read as safetensors", _DAMAGED, CheckpointError):
+                weights |= load_file(utf8_path(path))
+            continue
+        content = read_pickle(path)
+        if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+            raise CheckpointError(f"{path} does not contain weights: expected tensors by name")
+        weights |= {str(name): value for name, value in content.items()}
     return weights
 
 
 def describe_weights(found: WeightFiles) -> dict[str, Tensor]:
     """Like `read_weights`, but return tensors on the meta device: names, shapes and dtypes."""
     return {name: value.to("meta") for name, value in read_weights(found).items()}
-
-
-def _of_safetensors(path: Path) -> dict[str, Tensor]:
-    with reading(f"{path} cannot be read as safetensors", _DAMAGED, CheckpointError):
-        return load_file(utf8_path(path))
-
-
-def _of_pickle(path: Path) -> dict[str, Tensor]:
-    content = read_pickle(path)
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{path} does not contain weights: expected tensors by name")
-    return {str(name): value for name, value in content.items()}
 
 
 class _Inert(dict[Any, Any]):
