@@ -185,16 +185,13 @@ def locked(run: Path) -> Iterator[None]:
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run / ".lock")
-        lock.acquire(timeout=0)
+        lock = FileLock(run / ".lock").acquire(timeout=0)
     except Timeout:
         raise CheckpointError(f"another process trains into {run}: wait for it, or choose another --out") from None
     except OSError as error:
         raise CheckpointError(f"run folder {run} cannot be created: {error}") from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def read_info(checkpoint: Path) -> CheckpointInfo:
