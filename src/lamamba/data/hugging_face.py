@@ -108,9 +108,8 @@ class DatasetSource(ImageSource):
         compute = import_module("pyarrow.compute")
         for table in self.images.with_format("arrow").iter(1000):
             for chunk in table[self.column].chunks:
-                entries = dict(zip((field.name for field in chunk.type), chunk.flatten(), strict=True))
-                sizes = compute.binary_length(entries["bytes"]).to_pylist()
-                paths = entries["path"].to_pylist()
+                sizes = compute.binary_length(compute.struct_field(chunk, "bytes")).to_pylist()
+                paths = compute.struct_field(chunk, "path").to_pylist()
                 sizes = [
                     os.path.getsize(path) if size is None and path and os.path.isfile(path) else size
                     for size, path in zip(sizes, paths, strict=True)
