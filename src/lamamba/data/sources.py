@@ -6,6 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import compress
 from pathlib import Path
 from typing import TypeVar
 
@@ -52,11 +53,6 @@ class Source(ABC):
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
-
-    @property
-    def skipped(self) -> int:
-        """The number of files that were left out because they cannot be read."""
-        return len(self.bad_files)
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -183,12 +179,14 @@ class FolderSource(ImageSource):
     def _leave_out_bad_files(self) -> None:
         good = self.find_readable()
         self.bad_files = tuple(path for path, keep in zip(self.paths, good, strict=True) if not keep)
-        self.labels = [label for label, keep in zip(self.labels, good, strict=True) if keep]
-        self.paths = [path for path, keep in zip(self.paths, good, strict=True) if keep]
+        self.labels = list(compress(self.labels, good))
+        self.paths = list(compress(self.paths, good))
         lost = sorted(set(range(max(1, self.num_classes))) - set(self.labels))
         if lost:
             which = self.folder / self.class_names[lost[0]] if self.class_names else self.folder
-            raise DataError(f"{which} has no readable image ({self.skipped} bad files skipped): replace its images")
+            raise DataError(
+                f"{which} has no readable image ({len(self.bad_files)} bad files skipped): replace its images"
+            )
 
 
 def _size(path: str) -> int:
