@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lamamba.errors import CheckpointError, ConfigError, first_line
 from lamamba.files import atomic_write
-from lamamba.files.weights import check_weights, read_pickle
+from lamamba.files.weights import fill, read_pickle
 from lamamba.model import LaMambaDiff
 from lamamba.ops.window_attention.geometry import WindowGeometry
 
@@ -108,11 +108,8 @@ def load_released(
     if problems:
         listed = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(f"{source} does not fit this network, give its options: {listed}")
-    check_weights(source, wanted, state)
-    own = {name: value.to(wanted[name].dtype, copy=True).contiguous() for name, value in state.items()}
-    network.load_state_dict(own, assign=True)
-    network.eval()
-    return network
+    fill(network, {name: value.clone() for name, value in state.items()}, source)
+    return network.eval()
 
 
 def released_state(network: LaMambaDiff) -> dict[str, Tensor]:
