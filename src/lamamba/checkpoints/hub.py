@@ -16,12 +16,9 @@ def is_repository(name: str) -> bool:
 
 
 def fetch(name: str, *patterns: str, **options: Any) -> Path:
-    """Download the files of a model that the cache lacks. Without a network, find them in the cache.
+    """Download the files of a model that match the patterns. Without a network, find them in the cache.
 
-    Args:
-        name: "user/name".
-        patterns: patterns of file names.
-        options: revision, token, cache_dir, force_download and local_files_only, as for huggingface_hub.
+    The options are revision, token, cache_dir, force_download and local_files_only, as for huggingface_hub.
 
     Raises:
         CheckpointError: there is no such model, or the hub cannot be reached.

@@ -104,12 +104,9 @@ def _cause(error: BaseException) -> BaseException:
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints while training continues, one at a time.
+    """Writes a run's checkpoints while training continues, one at a time; arguments as of `save_checkpoint`.
 
-    Args:
-        run: the run folder.
-        keep: see `save_checkpoint`.
-        group: see `save_checkpoint`. Do not use it for anything else meanwhile.
+    Do not use `group` for anything else meanwhile.
     """
 
     def __init__(self, run: Path, keep: int = 0, group: dist.ProcessGroup | None = None) -> None:
@@ -173,12 +170,9 @@ def describe_training_state(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def load_training_state(checkpoint: Path, state: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Read the training state of a checkpoint into the tensors in `state`.
+    """Read the training state of a checkpoint, written by any number of ranks, into the tensors in `state`.
 
-    Args:
-        checkpoint: a checkpoint written by any number of ranks.
-        state: tensors to fill, or this rank's parts of them.
-        group: see `save_checkpoint`.
+    Sharded tensors receive this rank's parts. For `group`, see `save_checkpoint`.
 
     Raises:
         CheckpointError: it cannot be read.

@@ -61,10 +61,9 @@ class Pixels:
 
 
 class Latents:
-    """The network sees latents of a diffusers AutoencoderKL, scaled as its configuration says; methods as of `Pixels`.
+    """The network sees latents of a diffusers AutoencoderKL, scaled as its configuration says.
 
-    Args:
-        autoencoder: on the device to compute on.
+    The methods are those of `Pixels`.
     """
 
     draws, bounded = True, False
@@ -217,12 +216,9 @@ def open_space(vae: Path | None, device: torch.device, dtype: torch.dtype = torc
 
 
 def in_parts(work: Callable[[slice], Tensor], number: int, at_once: int) -> Iterator[Tensor]:
-    """Process a batch in parts. Whenever GPU memory runs out, continue with parts half as large.
+    """Process a batch of `number` items in parts of up to `at_once`, and halve the parts when GPU memory runs out.
 
-    Args:
-        work: takes a slice of the batch and returns one result per item.
-        number: number of items in the batch.
-        at_once: maximum number of items in a part.
+    `work` takes a slice of the batch and returns one result per item.
 
     Raises:
         torch.OutOfMemoryError: a single item does not fit.

@@ -17,25 +17,18 @@ _AGAIN = "download or create it again"
 
 @dataclass(frozen=True)
 class OpenedArray:
-    """An array whose values have not been read yet.
-
-    Attributes:
-        path: the .npz file.
-        name: name of the array.
-        shape: shape according to the header.
-        dtype: dtype of the values; never objects.
-        is_fortran: whether the first index varies fastest.
-        file: the open file, positioned at the first value.
-        what: what the values are, for errors.
-    """
+    """An array whose values have not been read yet, with the shape and dtype of its header."""
 
     path: Path
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
     is_fortran: bool
+    """Whether the first index varies fastest."""
     file: IO[bytes]
+    """The open file, positioned at the first value."""
     what: str
+    """What the values are, for errors."""
 
     @property
     def num_bytes(self) -> int:

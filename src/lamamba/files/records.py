@@ -28,10 +28,7 @@ Schema = TypeVar("Schema")
 def read_record(path: Path, schema: type[Schema], error: type[LamambaError] = CheckpointError) -> Schema:
     """Read a JSON file and check it against a schema.
 
-    Args:
-        path: the file.
-        schema: a dataclass or TypedDict. Types are strict: "8" and true are not integers.
-        error: the kind of error to raise.
+    The schema is a dataclass or TypedDict. Types are strict: "8" and true are not integers.
 
     Raises:
         LamambaError: of kind `error`. The file is missing, too large, not UTF-8 or JSON, nested more than 200 levels,

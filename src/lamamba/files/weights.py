@@ -84,11 +84,7 @@ def check_class(folder: Path, names: Sequence[str]) -> None:
 
 
 def find_weights(folder: Path, variant: str | None = None) -> WeightFiles:
-    """Find a model's weights in a folder.
-
-    Args:
-        folder: the model's folder.
-        variant: which variant to find; by default the one with the most bits.
+    """Find the weights of a variant in a model's folder; by default of the variant with the most bits.
 
     Raises:
         CheckpointError: there are none, or a file listed in the index is missing.
@@ -245,12 +241,7 @@ def _check_storage(content: Any, path: Path) -> None:
 
 
 def check_weights(source: str | Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Compare loaded weights with those that a model needs, on any device.
-
-    Args:
-        source: where the weights came from, for the error.
-        wanted: the model's state dict.
-        found: tensors by name.
+    """Compare the weights found in `source` with the state dict that a model needs, on any device.
 
     Raises:
         CheckpointError: weights are missing, unexpected, of the wrong shape, not floating point numbers, or not finite
@@ -306,16 +297,13 @@ def fill(network: nn.Module, weights: Mapping[str, Tensor], source: str | Path) 
 
 
 def check_model(kind: Any, folder: Path, schema: type[Any], variant: str | None = None) -> WeightFiles:
-    """Check the configuration and the weights of a diffusers model before it is built.
+    """Check a folder that `save_pretrained` of a diffusers model wrote, and return the files with its weights.
 
     Args:
         kind: the class, such as AutoencoderKL.
-        folder: the folder that `save_pretrained` wrote.
+        folder: the model's folder.
         schema: the schema of its config.json, with limits.
         variant: variant of the weights; see `find_weights`.
-
-    Returns:
-        The files with its weights.
 
     Raises:
         CheckpointError: a value of the configuration is wrong, or weights are missing, unexpected or of the wrong
