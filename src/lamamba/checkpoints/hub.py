@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi, constants, get_token, snapshot_download
+
 from lamamba.errors import CheckpointError, ConfigError
 
 
@@ -23,8 +25,6 @@ def fetch(name: str, *patterns: str, **options: Any) -> Path:
     Raises:
         CheckpointError: there is no such model, or the hub cannot be reached.
     """
-    from huggingface_hub import snapshot_download
-
     with _explained(f"{name}, which is not a local path,", "give a folder, or a model that was downloaded before"):
         return Path(snapshot_download(name, allow_patterns=list(patterns), **options))
 
@@ -36,8 +36,6 @@ def make_repository(name: str, *, private: bool, branch: str | None) -> None:
         ConfigError: the name is invalid, or the repository exists and is public but should be private.
         CheckpointError: there is no token, it has no write access, or the hub cannot be reached.
     """
-    from huggingface_hub import HfApi, get_token
-
     if name.count("/") != 1:
         raise ConfigError(
             f"repository {name!r} is not of the form USER/NAME: give the owner's name on the hub and the model's name"
@@ -63,8 +61,6 @@ def send(folder: Path, name: str, *, branch: str | None, message: str) -> str:
     Raises:
         CheckpointError: the hub refuses them, or cannot be reached.
     """
-    from huggingface_hub import HfApi
-
     hub = HfApi()
     with _explained(name, "run the command again, it continues the upload"):
         hub.upload_folder(repo_id=name, folder_path=folder, revision=branch, commit_message=message)
@@ -74,8 +70,6 @@ def send(folder: Path, name: str, *, branch: str | None, message: str) -> str:
 @contextmanager
 def _explained(name: str, advice: str) -> Iterator[None]:
     """Turn the many errors of huggingface_hub and of the network into one line with advice."""
-    from huggingface_hub import constants
-
     try:
         yield
     except ConfigError:
