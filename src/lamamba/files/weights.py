@@ -4,15 +4,14 @@ The formats: safetensors or pickles (`.bin`), in one file or several with an ind
 Pickles are read with PyTorch's restricted reader, which creates tensors and runs no code.
 """
 
-import io
 import json
 import pickletools
 import re
 import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -196,8 +195,14 @@ def read_pickle(path: Path) -> Any:
 def _globals_in(path: Path) -> set[str]:
     """List the globals that a file's pickles refer to, without running anything."""
     names: set[str] = set()
-    with _opened_pickles(path) as (file, number), suppress(ValueError):  # unreadable files fail again on loading
-        for _ in range(number):
+    with ExitStack() as stack, suppress(ValueError):  # unreadable files fail again on loading
+        if zipfile.is_zipfile(path):
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            members = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            files: list[IO[bytes]] = [stack.enter_context(archive.open(name)) for name in members[:1]]
+        else:  # four pickles in a row, then the tensor data: magic number, protocol, machine, content
+            files = [stack.enter_context(path.open("rb"))] * 4
+        for file in files:
             strings: list[str] = []
             for operation, argument, _place in pickletools.genops(file):
                 if operation.name == "GLOBAL":
@@ -210,19 +215,6 @@ def _globals_in(path: Path) -> set[str]:
                 elif isinstance(argument, str):
                     strings.append(argument)
     return names
-
-
-@contextmanager
-def _opened_pickles(path: Path) -> Iterator[tuple[IO[bytes], int]]:
-    """Open a file at its first pickle, and yield the number of consecutive pickles."""
-    if not zipfile.is_zipfile(path):
-        with path.open("rb") as file:
-            yield file, 4  # magic number, protocol, machine, content; then the tensor data
-        return
-    with zipfile.ZipFile(path) as archive:
-        members = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        with archive.open(members[0]) if members else io.BytesIO() as file:
-            yield file, len(members[:1])
 
 
 def _check_storage(content: Any, path: Path) -> None:
