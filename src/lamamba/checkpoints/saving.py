@@ -160,8 +160,8 @@ class CheckpointWriter:
 
 def describe_training_state(checkpoint: Path) -> dict[str, Tensor]:
     """Describe the training state in a checkpoint, as tensors on the meta device."""
-    with _training_state_read(checkpoint):
-        metadata = _training_reader(checkpoint).read_metadata().state_dict_metadata
+    with _training_reader(checkpoint) as reader:
+        metadata = reader.read_metadata().state_dict_metadata
         return {
             name: torch.empty(value.size, dtype=value.properties.dtype, device="meta")
             for name, value in metadata.items()
@@ -177,19 +177,15 @@ def load_training_state(checkpoint: Path, state: dict[str, Tensor], group: dist.
     Raises:
         CheckpointError: it cannot be read.
     """
-    with _training_state_read(checkpoint), warnings.catch_warnings():
+    with _training_reader(checkpoint) as reader, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(state, storage_reader=_training_reader(checkpoint), process_group=group, no_dist=group is None)
-
-
-def _training_reader(checkpoint: Path) -> HuggingFaceStorageReader:
-    return HuggingFaceStorageReader(str(utf8_path(checkpoint / "training")))
+        load(state, storage_reader=reader, process_group=group, no_dist=group is None)
 
 
 @contextmanager
-def _training_state_read(checkpoint: Path) -> Iterator[None]:
+def _training_reader(checkpoint: Path) -> Iterator[HuggingFaceStorageReader]:
     try:
-        yield
+        yield HuggingFaceStorageReader(str(utf8_path(checkpoint / "training")))
     except (*_ERRORS, KeyError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint / 'training'} cannot be read ({_cause(error)}): resume from another checkpoint"
