@@ -153,9 +153,7 @@ class FolderSource(ImageSource):
     def __init__(self, folder: Path, *, image_size: int, channels: int = 3, skip_bad_images: bool = False) -> None:
         self.folder, self.name = folder, folder.resolve().name
         self.image_size, self.channels = image_size, channels
-        found = list_classes(folder)
-        self.class_names, self.paths, self.labels = found.class_names, found.paths, found.labels
-        self.left_out = found.left_out
+        self.class_names, self.paths, self.labels, self.left_out = list_classes(folder)
         if skip_bad_images:
             self._leave_out_bad_files()
 
