@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -64,28 +65,27 @@ class ImageSet:
             DataError: an image cannot be read, has another size than the first, or is in color where channels is 1.
         """
         digest = hashlib.sha256()
-        names: list[str] = []
-        images: list[np.ndarray] = []
         first = "the first"
-        for name, image in self.read():
-            if self.size is None:
-                self.size, first = image.shape[:2], name
-            if image.shape[:2] != self.size:
-                raise DataError(
-                    f"{name} is {show_size(image.shape)} and {first} {show_size(self.size)}: give images of one size, "
-                    "or image_size (--image-size) to crop the files of folders to"
-                )
-            if channels == 1 and (image != image[..., :1]).any():
-                raise DataError(f"{name} is in color and these features are for gray images: give others (--features)")
-            in_color = np.broadcast_to(image, (*self.size, 3))
-            digest.update(in_color.tobytes())
-            images.append(in_color[..., :channels])
-            names.append(name)
-            if len(images) == batch_size:
-                yield names, _to_tensor(images)
-                names, images = [], []
-        if images:
-            yield names, _to_tensor(images)
+        images = self.read()
+        while batch := list(islice(images, batch_size)):
+            pixels = []
+            for name, image in batch:
+                if self.size is None:
+                    self.size, first = image.shape[:2], name
+                if image.shape[:2] != self.size:
+                    raise DataError(
+                        f"{name} is {show_size(image.shape)} and {first} {show_size(self.size)}: give images of one "
+                        "size, or image_size (--image-size) to crop the files of folders to"
+                    )
+                if channels == 1 and (image != image[..., :1]).any():
+                    raise DataError(
+                        f"{name} is in color and these features are for gray images: give others (--features)"
+                    )
+                in_color = np.broadcast_to(image, (*self.size, 3))
+                digest.update(in_color.tobytes())
+                pixels.append(in_color[..., :channels])
+            stacked = np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2))
+            yield [name for name, _ in batch], torch.from_numpy(stacked)
         self.pixels_sha256 = digest.hexdigest()
 
 
@@ -138,10 +138,6 @@ def open_reference(name: str, image_size: int | None = None, data_folder: Path |
 def show_size(shape: tuple[int, ...]) -> str:
     """Format height and width, such as 32x32."""
     return f"{shape[0]}x{shape[1]}"
-
-
-def _to_tensor(images: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)))
 
 
 def _enumerate(name: str, images: Iterator[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
