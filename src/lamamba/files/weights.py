@@ -88,9 +88,10 @@ def find_weights(folder: Path, variant: str | None = None) -> WeightFiles:
     Raises:
         CheckpointError: there are none, or a file listed in the index is missing.
     """
-    matches = [(_NAME.fullmatch(path.name), path) for path in folder.glob("diffusion_pytorch_model*")]
     found = [
-        (match, path) for match, path in matches if match is not None and variant in (None, _variant_of(match) or None)
+        (match, path)
+        for path in folder.glob("diffusion_pytorch_model*")
+        if (match := _NAME.fullmatch(path.name)) and variant in (None, _variant_of(match) or None)
     ]
     if not found:
         raise CheckpointError(
