@@ -26,8 +26,6 @@ _PIXELS_AT_ONCE = 16 * 256**2
 class Pixels:
     """The network sees pixels, scaled to -1 to 1."""
 
-    draws = False
-    """Whether `encode` draws from a distribution."""
     bounded = True
     """Whether clean inputs of the network lie between -1 and 1, so that predictions can be clipped to that."""
     factor = 1
@@ -66,7 +64,7 @@ class Latents:
     The methods are those of `Pixels`.
     """
 
-    draws, bounded = True, False
+    bounded = False
 
     def __init__(self, autoencoder: Any) -> None:
         self.autoencoder = autoencoder
