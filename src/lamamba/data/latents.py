@@ -152,9 +152,11 @@ class Latents:
         self.autoencoder.decoder.compile(dynamic=False)
         self._is_compiled = True
 
+    @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
         return torch.cat([to_uint8(part) for part in self._decoded(x)])[: len(x)]
 
+    @torch.no_grad()
     def decode_float(self, x: Tensor) -> Tensor:
         return torch.cat(list(self._decoded(x)))[: len(x)]
 
@@ -164,13 +166,7 @@ class Latents:
         if self._is_compiled:  # compiled for one shape: use parts of equal size, and fill up the last one
             at_once = math.ceil(len(x) / math.ceil(len(x) / at_once))
             latents = torch.cat([latents, latents[:1].expand(-len(x) % at_once, -1, -1, -1)])
-
-        @torch.no_grad()
-        def decode(part: slice) -> Tensor:
-            images: Tensor = self.autoencoder.decode(latents[part]).sample
-            return images.float()
-
-        return in_parts(decode, len(latents), at_once)
+        return in_parts(lambda part: self.autoencoder.decode(latents[part]).sample.float(), len(latents), at_once)
 
 
 Space = Pixels | Latents
