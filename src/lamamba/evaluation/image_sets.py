@@ -188,7 +188,7 @@ def _images_of(path: Path) -> ImageSet:
 
 def _stream(path: Path) -> Iterator[np.ndarray]:
     """Yield one image after the other, so that 10 GB of images are never in memory at once."""
-    with opened_array(path, "arr_0", "images") as array:
+    with opened_array(path, "arr_0") as array:
         count, *shape = array.shape
         for _ in range(count):
             yield np.frombuffer(array.read_bytes(math.prod(shape)), np.uint8).reshape(shape)
