@@ -162,7 +162,7 @@ class TestBadFiles:
     def test_each_is_named_when_touched(self, tmp_path):
         bad = self.add_bad_files(make_class_folder(tmp_path))
         source = open_source(str(tmp_path), image_size=8)
-        assert source.skipped == 0
+        assert source.bad_files == ()
         for index, path in enumerate(source.paths):
             if path in bad:
                 with pytest.raises(DataError, match=re.escape(path)):
@@ -173,7 +173,7 @@ class TestBadFiles:
     def test_they_are_skipped_and_listed_on_demand(self, tmp_path):
         bad = self.add_bad_files(make_class_folder(tmp_path))
         source = open_source(str(tmp_path), image_size=8, skip_bad_images=True)
-        assert (len(source), source.skipped) == (6, len(bad))
+        assert (len(source), len(source.bad_files)) == (6, len(bad))
         assert set(source.bad_files) == bad
         assert [source.load(index)[1] for index in range(6)] == [0, 0, 0, 1, 1, 1]
 

@@ -74,7 +74,7 @@ class TestBuiltin:
         assert (len(source), source.num_classes, source.image_size, source.channels) == (10_000, 10, 32, 1)
         assert source.class_names[0] == "T-shirt/top"
         assert source.class_names[9] == "Ankle boot"
-        assert (source.name, source.skipped, source.bad_files) == ("builtin", 0, ())
+        assert (source.name, source.bad_files) == ("builtin", ())
         image, label = source.load(0)
         assert image.shape == (32, 32, 1)
         assert image.dtype == np.uint8

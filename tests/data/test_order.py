@@ -83,9 +83,9 @@ class TestOrder:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"batch_size": 0}, "batch_size 0"),
-            ({"start": -1}, "start -1"),
-            ({"num_workers": -2}, "num_workers -2"),
+            ({"batch_size": 0}, "batch_size is 0"),
+            ({"start": -1}, "start is -1"),
+            ({"num_workers": -2}, "num_workers is -2"),
             ({"seed": -1}, "seed is -1"),
             ({"seed": 2**64}, "seed is 18446744073709551616"),
         ],

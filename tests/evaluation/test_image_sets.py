@@ -266,7 +266,7 @@ def test_damaged_images_are_named(tmp_path: Path) -> None:
     content = bytearray((tmp_path / "set.npz").read_bytes())
     content[40_000] ^= 1
     (tmp_path / "set.npz").write_bytes(content)
-    with pytest.raises(DataError, match=r"the images \(arr_0\) of .*set\.npz are damaged"):
+    with pytest.raises(DataError, match=r"the array arr_0 of .*set\.npz is damaged"):
         read(open_images(str(tmp_path / "set.npz")))
 
 

@@ -130,15 +130,10 @@ def write_info(checkpoint: Path, info: CheckpointInfo) -> None:
     """Write checkpoint.json, with the checksums of all files in the checkpoint."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != RECORD)
     checksums = {path.relative_to(checkpoint).as_posix(): checksum(path) for path in files}
-    content = asdict(info)
+    number = DISTILLED_FORMAT if info.distilled else FORMAT
+    record = {"format": number, "lamamba": __version__, **asdict(info), "sha256": checksums}
     if info.distilled is None:
-        del content["distilled"]
-    record = {
-        "format": DISTILLED_FORMAT if info.distilled else FORMAT,
-        "lamamba": __version__,
-        **content,
-        "sha256": checksums,
-    }
+        del record["distilled"]
     write_text(checkpoint / RECORD, json.dumps(record, indent=2) + "\n")
 
 
@@ -169,10 +164,9 @@ def newest_undamaged(checkpoints: Sequence[Path]) -> Path:
         try:
             read_info(checkpoint)
             verify(checkpoint)
+            return checkpoint
         except CheckpointError as error:
             fault = error
-            continue
-        return checkpoint
     raise CheckpointError(f"all checkpoints are damaged; the oldest one: {fault}")
 
 
@@ -185,16 +179,13 @@ def locked(run: Path) -> Iterator[None]:
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run / ".lock")
-        lock.acquire(timeout=0)
+        lock = FileLock(run / ".lock").acquire(timeout=0)
     except Timeout:
         raise CheckpointError(f"another process trains into {run}: wait for it, or choose another --out") from None
     except OSError as error:
         raise CheckpointError(f"run folder {run} cannot be created: {error}") from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def read_info(checkpoint: Path) -> CheckpointInfo:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi, constants, get_token, snapshot_download
+
 from lamamba.errors import CheckpointError, ConfigError
 
 
@@ -16,18 +18,13 @@ def is_repository(name: str) -> bool:
 
 
 def fetch(name: str, *patterns: str, **options: Any) -> Path:
-    """Download the files of a model that the cache lacks. Without a network, find them in the cache.
+    """Download the files of a model that match the patterns. Without a network, find them in the cache.
 
-    Args:
-        name: "user/name".
-        patterns: patterns of file names.
-        options: revision, token, cache_dir, force_download and local_files_only, as for huggingface_hub.
+    The options are revision, token, cache_dir, force_download and local_files_only, as for huggingface_hub.
 
     Raises:
         CheckpointError: there is no such model, or the hub cannot be reached.
     """
-    from huggingface_hub import snapshot_download
-
     with _explained(f"{name}, which is not a local path,", "give a folder, or a model that was downloaded before"):
         return Path(snapshot_download(name, allow_patterns=list(patterns), **options))
 
@@ -39,8 +36,6 @@ def make_repository(name: str, *, private: bool, branch: str | None) -> None:
         ConfigError: the name is invalid, or the repository exists and is public but should be private.
         CheckpointError: there is no token, it has no write access, or the hub cannot be reached.
     """
-    from huggingface_hub import HfApi, get_token
-
     if name.count("/") != 1:
         raise ConfigError(
             f"repository {name!r} is not of the form USER/NAME: give the owner's name on the hub and the model's name"
@@ -66,8 +61,6 @@ def send(folder: Path, name: str, *, branch: str | None, message: str) -> str:
     Raises:
         CheckpointError: the hub refuses them, or cannot be reached.
     """
-    from huggingface_hub import HfApi
-
     hub = HfApi()
     with _explained(name, "run the command again, it continues the upload"):
         hub.upload_folder(repo_id=name, folder_path=folder, revision=branch, commit_message=message)
@@ -77,8 +70,6 @@ def send(folder: Path, name: str, *, branch: str | None, message: str) -> str:
 @contextmanager
 def _explained(name: str, advice: str) -> Iterator[None]:
     """Turn the many errors of huggingface_hub and of the network into one line with advice."""
-    from huggingface_hub import constants
-
     try:
         yield
     except ConfigError:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from lamamba.errors import CheckpointError, ConfigError, first_line
 from lamamba.files import atomic_write
-from lamamba.files.weights import check_weights, read_pickle
+from lamamba.files.weights import fill, read_pickle
 from lamamba.model import LaMambaDiff
 from lamamba.ops.window_attention.geometry import WindowGeometry
 
 # Pairs of prefixes: the name in the authors' code and in this package. # is a number. The first match counts.
-_Rules = tuple[tuple[str, str], ...]
+_Rules = Sequence[tuple[str, str]]
 _ROOTS: _Rules = (
     ("pos_embed", "position_embedding"),
     ("t_embedder.mlp.0", "timestep_embedding.linear_1"),
@@ -108,11 +108,8 @@ def load_released(
     if problems:
         listed = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(f"{source} does not fit this network, give its options: {listed}")
-    check_weights(source, wanted, state)
-    own = {name: value.to(wanted[name].dtype, copy=True).contiguous() for name, value in state.items()}
-    network.load_state_dict(own, assign=True)
-    network.eval()
-    return network
+    fill(network, {name: value.clone() for name, value in state.items()}, source)
+    return network.eval()
 
 
 def released_state(network: LaMambaDiff) -> dict[str, Tensor]:
@@ -142,12 +139,12 @@ def released_state(network: LaMambaDiff) -> dict[str, Tensor]:
             value = value[:, :, None, None]
         elif _reshapes(name):
             value = value.flatten(0, 1)
-        state[_rename(name, tuple(roots), tuple(in_block))] = value.float()
+        state[_rename(name, roots, in_block)] = value.float()
     for name, shrunk in _stages(network):
         for index, block in enumerate(network.get_submodule(name).children()):
             side, attention = config.sample_size // shrunk, block.get_submodule("attention")
             geometry = WindowGeometry(side, side, config.window_size, bool(attention.shifted), "cpu")
-            begin = _rename(f"{name}.{index}", tuple(roots), ())
+            begin = _rename(f"{name}.{index}", roots, ())
             state[f"{begin}.attn.relative_position_index"] = geometry.offsets
             if geometry.mask is not None:
                 state[f"{begin}.attn_mask"] = geometry.mask

@@ -104,12 +104,9 @@ def _cause(error: BaseException) -> BaseException:
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints while training continues, one at a time.
+    """Writes a run's checkpoints while training continues, one at a time; arguments as of `save_checkpoint`.
 
-    Args:
-        run: the run folder.
-        keep: see `save_checkpoint`.
-        group: see `save_checkpoint`. Do not use it for anything else meanwhile.
+    Do not use `group` for anything else meanwhile.
     """
 
     def __init__(self, run: Path, keep: int = 0, group: dist.ProcessGroup | None = None) -> None:
@@ -163,8 +160,8 @@ class CheckpointWriter:
 
 def describe_training_state(checkpoint: Path) -> dict[str, Tensor]:
     """Describe the training state in a checkpoint, as tensors on the meta device."""
-    with _training_state_read(checkpoint):
-        metadata = _training_reader(checkpoint).read_metadata().state_dict_metadata
+    with _training_reader(checkpoint) as reader:
+        metadata = reader.read_metadata().state_dict_metadata
         return {
             name: torch.empty(value.size, dtype=value.properties.dtype, device="meta")
             for name, value in metadata.items()
@@ -173,29 +170,22 @@ def describe_training_state(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def load_training_state(checkpoint: Path, state: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Read the training state of a checkpoint into the tensors in `state`.
+    """Read the training state of a checkpoint, written by any number of ranks, into the tensors in `state`.
 
-    Args:
-        checkpoint: a checkpoint written by any number of ranks.
-        state: tensors to fill, or this rank's parts of them.
-        group: see `save_checkpoint`.
+    Sharded tensors receive this rank's parts. For `group`, see `save_checkpoint`.
 
     Raises:
         CheckpointError: it cannot be read.
     """
-    with _training_state_read(checkpoint), warnings.catch_warnings():
+    with _training_reader(checkpoint) as reader, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(state, storage_reader=_training_reader(checkpoint), process_group=group, no_dist=group is None)
-
-
-def _training_reader(checkpoint: Path) -> HuggingFaceStorageReader:
-    return HuggingFaceStorageReader(str(utf8_path(checkpoint / "training")))
+        load(state, storage_reader=reader, process_group=group, no_dist=group is None)
 
 
 @contextmanager
-def _training_state_read(checkpoint: Path) -> Iterator[None]:
+def _training_reader(checkpoint: Path) -> Iterator[HuggingFaceStorageReader]:
     try:
-        yield
+        yield HuggingFaceStorageReader(str(utf8_path(checkpoint / "training")))
     except (*_ERRORS, KeyError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint / 'training'} cannot be read ({_cause(error)}): resume from another checkpoint"

@@ -20,10 +20,7 @@ IMAGE_SUFFIXES = tuple(sorted(suffix for suffix, name in Image.registered_extens
 def read_image(path: str | Path, channels: int, *, can_skip: bool = False) -> Image.Image:
     """Decode a file (of an animation, the first frame) to mode L (channels 1) or RGB (3), see `convert_image`.
 
-    Args:
-        path: of the file.
-        channels: 1 or 3.
-        can_skip: mention in the error the option that skips unreadable files.
+    With `can_skip`, the error mentions the option that skips unreadable files.
 
     Raises:
         DataError: the file is missing, damaged or truncated, or its pixels cannot be converted to 8 bits.

@@ -5,6 +5,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from lamamba.data.decoding import IMAGE_SUFFIXES
 from lamamba.errors import DataError
@@ -48,8 +49,7 @@ class Found:
         return ", ".join([*kinds, *more]).encode(errors="backslashreplace").decode()
 
 
-@dataclass(frozen=True)
-class ClassFolders:
+class ClassFolders(NamedTuple):
     """The images of a training set: class names, the path and label of each image, and a description of other files."""
 
     class_names: tuple[str, ...]

@@ -75,7 +75,7 @@ class DatasetSource(ImageSource):
         self.where = f"{data} ({options.split})"
         with reading(f"reading {data} needs datasets", "run pip install 'lamamba[datasets]'"):
             library = import_module("datasets")
-        with _quiet(library, unless=make_console().is_terminal):
+        with _quiet(library):
             rows = _open(library, data, options.subset, options.split).with_format(None)
             self.column = _find_image_column(library, rows, self.where, options.image_column)
             self.class_names, self.labels = _find_classes(library, rows, self.where, options.label_column)
@@ -108,9 +108,8 @@ class DatasetSource(ImageSource):
         compute = import_module("pyarrow.compute")
         for table in self.images.with_format("arrow").iter(1000):
             for chunk in table[self.column].chunks:
-                entries = dict(zip((field.name for field in chunk.type), chunk.flatten(), strict=True))
-                sizes = compute.binary_length(entries["bytes"]).to_pylist()
-                paths = entries["path"].to_pylist()
+                sizes = compute.binary_length(compute.struct_field(chunk, "bytes")).to_pylist()
+                paths = compute.struct_field(chunk, "path").to_pylist()
                 sizes = [
                     os.path.getsize(path) if size is None and path and os.path.isfile(path) else size
                     for size, path in zip(sizes, paths, strict=True)
@@ -153,9 +152,9 @@ class DatasetSource(ImageSource):
 
 
 @contextmanager
-def _quiet(library: Any, unless: bool) -> Iterator[None]:
+def _quiet(library: Any) -> Iterator[None]:
     """Without a terminal, keep the library's progress bars off."""
-    if unless or library.are_progress_bars_disabled():
+    if make_console().is_terminal or library.are_progress_bars_disabled():
         yield
         return
     library.disable_progress_bars()

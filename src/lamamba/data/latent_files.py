@@ -12,17 +12,18 @@ import hashlib
 import json
 import zlib
 from bisect import bisect_right
+from contextlib import AbstractContextManager
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from typing_extensions import TypedDict
 
 from lamamba.data.sources import Source
-from lamamba.errors import DataError
+from lamamba.errors import DataError, reading
 from lamamba.files import utf8_path
 from lamamba.files.records import read_versioned
 
@@ -133,22 +134,18 @@ class LatentSource(Source):
     def _read(self, index: int, view: int) -> tuple[np.ndarray, int]:
         shard = bisect_right(self.ends, index)
         place = index - (self.ends[shard - 1] if shard else 0)
-        path = self.shards[shard]
-        try:
+        with _reading_shard(self.shards[shard]):
             if shard not in self.opened:
-                self.opened[shard] = open_shard(path)
+                self.opened[shard] = open_shard(self.shards[shard])
             moments, labels, sums = self.opened[shard]
             values: np.ndarray = moments[place : place + 1, view : view + 1][0, 0]
-            if zlib.crc32(values.tobytes()) == int(sums[place, view]):
-                return values, int(labels[place])
-            fault = f"the checksum of image {place} does not match"
-        except (OSError, SafetensorError, IndexError) as error:
-            fault = str(error)
-        raise _damaged(path, fault)
+            if zlib.crc32(values.tobytes()) != int(sums[place, view]):
+                raise ValueError(f"the checksum of image {place} does not match")
+            return values, int(labels[place])
 
 
-def _damaged(path: Path, fault: str) -> DataError:
-    return DataError(f"{path} is damaged ({fault}): delete it and {INDEX} and run the same lamamba encode again")
+def _reading_shard(path: Path) -> AbstractContextManager[None]:
+    return reading(f"{path} is damaged", f"delete it and {INDEX} and run the same lamamba encode again")
 
 
 def open_shard(path: Path) -> tuple[Any, np.ndarray, np.ndarray]:
@@ -196,19 +193,16 @@ def _check_shard(path: Path, num_images: int, settings: _Settings) -> None:
         "labels": ("I64", [num_images]),
         "crc32": ("I64", [num_images, views]),
     }
-    try:
-        with safe_open(utf8_path(path), framework="np") as file:
-            there = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
-            for name, (dtype, shape) in wanted.items():
-                found = [there[name].get_dtype(), list(there[name].get_shape())] if name in there else "missing"
-                if found != [dtype, shape]:
-                    raise DataError(
-                        f"{path}: {name} is {found}, but the index says {[dtype, shape]}: delete it and {INDEX} and "
-                        "run the same lamamba encode again"
-                    )
-            labels = file.get_tensor("labels")
-    except (OSError, SafetensorError) as error:
-        raise _damaged(path, str(error)) from error
+    with _reading_shard(path), safe_open(utf8_path(path), framework="np") as file:
+        there = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+        for name, (dtype, shape) in wanted.items():
+            found = [there[name].get_dtype(), list(there[name].get_shape())] if name in there else "missing"
+            if found != [dtype, shape]:
+                raise DataError(
+                    f"{path}: {name} is {found}, but the index says {[dtype, shape]}: delete it and {INDEX} and "
+                    "run the same lamamba encode again"
+                )
+        labels = file.get_tensor("labels")
     most = max(1, len(settings["class_names"])) - 1
     wrong = np.flatnonzero((labels < 0) | (labels > most))
     if len(wrong):

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -23,72 +23,48 @@ IMAGE_CHANNELS = (1, 3)  # grey; red, green and blue: without an autoencoder, a 
 _PIXELS_AT_ONCE = 16 * 256**2
 
 
-class Space(Protocol):
-    """What the network sees, and the conversion to and from images."""
-
-    def channels(self, image_channels: int) -> int:
-        """Return the number of channels that the network sees."""
-
-    def grid_size(self, pixels: int) -> int:
-        """Convert a side in pixels to rows of the network's grid; raises ConfigError if it does not fit."""
-
-    draws: bool
-    """Whether `encode` draws from a distribution."""
-
-    bounded: bool
-    """Whether clean inputs of the network lie between -1 and 1, so that predictions can be clipped to that."""
-
-    factor: int
-    """Pixels per row of the grid."""
-
-    def encode(self, images: Tensor, noise: Tensor | None) -> Tensor:
-        """Convert what a data source holds to float32 training inputs; `noise` of that shape draws latents."""
-
-    def decode(self, x: Tensor) -> Tensor:
-        """Convert what the network samples to (b, c, h, w) uint8 images."""
-
-    def encode_float(self, images: Tensor) -> Tensor:
-        """Convert (b, c, h, w) images from -1 to 1 to what the network samples."""
-
-    def decode_float(self, x: Tensor) -> Tensor:
-        """Convert what the network samples to float32 images, about -1 to 1."""
-
-
 class Pixels:
     """The network sees pixels, scaled to -1 to 1."""
 
-    draws, bounded = False, True
+    bounded = True
+    """Whether clean inputs of the network lie between -1 and 1, so that predictions can be clipped to that."""
     factor = 1
+    """Pixels per row of the network's grid."""
 
     def channels(self, image_channels: int) -> int:
+        """Return the number of channels that the network sees."""
         return image_channels
 
     def grid_size(self, pixels: int) -> int:
+        """Convert a side in pixels to rows of the network's grid; raises ConfigError if it does not fit."""
         if pixels % 2 or pixels < 4:
             raise ConfigError(f"image size {pixels} is not an even number from 4 up: use {max(4, pixels + pixels % 2)}")
         return pixels
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Convert what a data source holds to float32 training inputs."""
         return to_float(images)
 
     def decode(self, x: Tensor) -> Tensor:
+        """Convert what the network samples to (b, c, h, w) uint8 images."""
         return to_uint8(x)
 
     def encode_float(self, images: Tensor) -> Tensor:
+        """Convert (b, c, h, w) images from -1 to 1 to what the network samples."""
         return images.float()
 
     def decode_float(self, x: Tensor) -> Tensor:
+        """Convert what the network samples to float32 images, about -1 to 1."""
         return x.float()
 
 
 class Latents:
     """The network sees latents of a diffusers AutoencoderKL, scaled as its configuration says.
 
-    Args:
-        autoencoder: on the device to compute on.
+    The methods are those of `Pixels`.
     """
 
-    draws, bounded = True, False
+    bounded = False
 
     def __init__(self, autoencoder: Any) -> None:
         self.autoencoder = autoencoder
@@ -176,9 +152,11 @@ class Latents:
         self.autoencoder.decoder.compile(dynamic=False)
         self._is_compiled = True
 
+    @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
         return torch.cat([to_uint8(part) for part in self._decoded(x)])[: len(x)]
 
+    @torch.no_grad()
     def decode_float(self, x: Tensor) -> Tensor:
         return torch.cat(list(self._decoded(x)))[: len(x)]
 
@@ -188,13 +166,11 @@ class Latents:
         if self._is_compiled:  # compiled for one shape: use parts of equal size, and fill up the last one
             at_once = math.ceil(len(x) / math.ceil(len(x) / at_once))
             latents = torch.cat([latents, latents[:1].expand(-len(x) % at_once, -1, -1, -1)])
+        return in_parts(lambda part: self.autoencoder.decode(latents[part]).sample.float(), len(latents), at_once)
 
-        @torch.no_grad()
-        def decode(part: slice) -> Tensor:
-            images: Tensor = self.autoencoder.decode(latents[part]).sample
-            return images.float()
 
-        return in_parts(decode, len(latents), at_once)
+Space = Pixels | Latents
+"""What the network sees, and the conversion to and from images."""
 
 
 def check_autoencoder(folder: Path, variant: str | None = None) -> None:
@@ -234,12 +210,9 @@ def open_space(vae: Path | None, device: torch.device, dtype: torch.dtype = torc
 
 
 def in_parts(work: Callable[[slice], Tensor], number: int, at_once: int) -> Iterator[Tensor]:
-    """Process a batch in parts. Whenever GPU memory runs out, continue with parts half as large.
+    """Process a batch of `number` items in parts of up to `at_once`, and halve the parts when GPU memory runs out.
 
-    Args:
-        work: takes a slice of the batch and returns one result per item.
-        number: number of items in the batch.
-        at_once: maximum number of items in a part.
+    `work` takes a slice of the batch and returns one result per item.
 
     Raises:
         torch.OutOfMemoryError: a single item does not fit.

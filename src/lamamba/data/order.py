@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lamamba.config.checks import check_seed
+from lamamba.config.checks import check, check_seed
 from lamamba.data.sources import ArraySource, Source
 from lamamba.distributed.signals import leave_signals_to_parent
-from lamamba.errors import ConfigError, DataError, first_line
+from lamamba.errors import DataError, first_line
 
 
 @lru_cache(maxsize=2)
@@ -77,11 +77,8 @@ def batches(
         ConfigError: a number is out of its range.
         DataError: the source is empty. While iterating: an image cannot be read, or a worker died.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size {batch_size} is not positive: use at least 1")
-    for name, value in (("start", start), ("num_workers", num_workers)):
-        if value < 0:
-            raise ConfigError(f"{name} {value} is negative: use 0 or more")
+    for name, value, least in (("batch_size", batch_size, 1), ("start", start, 0), ("num_workers", num_workers, 0)):
+        check(value >= least, name, value, f"{least} or more")
     check_seed(seed)
     if len(source) == 0:
         raise DataError(f"the source {source.name} has no images: give one with at least one image")

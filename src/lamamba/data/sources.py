@@ -4,8 +4,11 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import compress
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,7 +16,15 @@ from lamamba.data.decoding import crop_centre, read_image
 from lamamba.data.folders import list_classes
 from lamamba.errors import DataError
 
-_PIECE = 4096  # files given to threads at a time: a million would fill the memory
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def map_in_threads(work: Callable[[Item], Result], items: Sequence[Item], at_once: int = 4096) -> Iterator[Result]:
+    """Map items in threads and in order, `at_once` at a time: a million would fill the memory."""
+    with ThreadPoolExecutor() as threads:
+        for first in range(0, len(items), at_once):
+            yield from threads.map(work, items[first : first + at_once])
 
 
 class Source(ABC):
@@ -42,11 +53,6 @@ class Source(ABC):
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
-
-    @property
-    def skipped(self) -> int:
-        """The number of files that were left out because they cannot be read."""
-        return len(self.bad_files)
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -84,11 +90,7 @@ class ImageSource(Source):
 
     def find_readable(self) -> list[bool]:
         """Load all images, in threads, and return which of them can be read."""
-        readable: list[bool] = []
-        with ThreadPoolExecutor() as threads:
-            for first in range(0, len(self), _PIECE):
-                readable += threads.map(self._is_readable, range(first, min(first + _PIECE, len(self))))
-        return readable
+        return list(map_in_threads(self._is_readable, range(len(self))))
 
     def _is_readable(self, index: int) -> bool:
         try:
@@ -151,9 +153,7 @@ class FolderSource(ImageSource):
     def __init__(self, folder: Path, *, image_size: int, channels: int = 3, skip_bad_images: bool = False) -> None:
         self.folder, self.name = folder, folder.resolve().name
         self.image_size, self.channels = image_size, channels
-        found = list_classes(folder)
-        self.class_names, self.paths, self.labels = found.class_names, found.paths, found.labels
-        self.left_out = found.left_out
+        self.class_names, self.paths, self.labels, self.left_out = list_classes(folder)
         if skip_bad_images:
             self._leave_out_bad_files()
 
@@ -163,11 +163,8 @@ class FolderSource(ImageSource):
     def identify(self) -> str:
         """Digest the files' paths within the folder, and their sizes."""
         start = len(os.path.join(self.folder, ""))
-        sizes: list[int] = []
-        with ThreadPoolExecutor() as threads:  # network file systems are slow
-            for first in range(0, len(self.paths), _PIECE):
-                sizes += threads.map(_size, self.paths[first : first + _PIECE])
         names = (path[start:].replace(os.sep, "/") for path in self.paths)
+        sizes = map_in_threads(_size, self.paths)  # network file systems are slow
         together = hashlib.sha256()
         for name, size in sorted(zip(names, sizes, strict=True)):
             together.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
@@ -180,12 +177,14 @@ class FolderSource(ImageSource):
     def _leave_out_bad_files(self) -> None:
         good = self.find_readable()
         self.bad_files = tuple(path for path, keep in zip(self.paths, good, strict=True) if not keep)
-        self.labels = [label for label, keep in zip(self.labels, good, strict=True) if keep]
-        self.paths = [path for path, keep in zip(self.paths, good, strict=True) if keep]
+        self.labels = list(compress(self.labels, good))
+        self.paths = list(compress(self.paths, good))
         lost = sorted(set(range(max(1, self.num_classes))) - set(self.labels))
         if lost:
             which = self.folder / self.class_names[lost[0]] if self.class_names else self.folder
-            raise DataError(f"{which} has no readable image ({self.skipped} bad files skipped): replace its images")
+            raise DataError(
+                f"{which} has no readable image ({len(self.bad_files)} bad files skipped): replace its images"
+            )
 
 
 def _size(path: str) -> int:

@@ -90,10 +90,8 @@ def cut_evenly(length: int, number: int) -> list[int]:
 class GradientSums:
     """All-reduces gradients during the backward pass, as soon as they are computed.
 
-    Unlike DistributedDataParallel, its operations can be recorded in a CUDA graph.
-
-    Args:
-        parameters: this rank's parameters. The other ranks compute the same gradients in the same order.
+    Unlike DistributedDataParallel, its operations can be recorded in a CUDA graph. All ranks must compute the same
+    gradients in the same order.
     """
 
     AT_A_TIME = 256 << 20  # bytes

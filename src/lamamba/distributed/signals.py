@@ -54,12 +54,7 @@ class SignalsNoted:
         self._restore()
 
     def end_if_noted(self, where: str, silent: bool = False) -> None:
-        """Raise SignalError if a signal has arrived.
-
-        Args:
-            where: where the work stopped, and how to continue it.
-            silent: do not print the error, because another process does.
-        """
+        """Raise SignalError, with these arguments, if a signal has arrived."""
         if self.number:
             raise SignalError(self.number, where, silent)
 

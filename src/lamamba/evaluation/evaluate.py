@@ -72,10 +72,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             name: _measure(images, network, device, exact, config.batch_size, bar(name, images.num_images))
             for name, images in sets.items()
         }
-        theirs = measured.get("reference")
-        if reference.features is not None:
-            # Published statistics and images come from different sets, so do not replace one by the other.
-            theirs = Measured(reference.features, reference.spatial, theirs.features if theirs else None)
+        if reference.features is None:
+            theirs = measured["reference"]
+        else:  # published statistics and images come from different sets, so do not replace one by the other
+            own = measured.get("reference")
+            theirs = Measured(reference.features, reference.spatial, own.features if own else None)
         bar("scores", None)
         scores, left_out = _score(measured["generated"], theirs, reference.name, network, config, exact)
     warned += _warn(measured, reference, network)
@@ -181,15 +182,13 @@ def _measure(
 
 def _score(
     ours: Measured,
-    theirs: Measured | None,
+    theirs: Measured,
     reference: str,
     network: FeatureNetwork,
     config: EvaluateConfig,
     exact: torch.device,
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Compute the scores that are possible; return them, and the reasons why others are missing."""
-    if theirs is None:
-        raise DataError(f"{reference} has neither images nor statistics")
     key = {name: names[0 if network.is_standard else 1] for name, names in NAMES.items()}
     no_torchmetrics = (
         "" if metrics.HAS_TORCHMETRICS else "torchmetrics is not installed: pip install 'lamamba[evaluate]'"

@@ -5,8 +5,8 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lamamba.data import ArraySource, crop_centre, load_builtin, load_fashion_mnist, read_image
 from lamamba.data.folders import list_images_below, no_images
+from lamamba.data.sources import map_in_threads
 from lamamba.errors import DataError
 from lamamba.evaluation.metrics import Gaussian
 from lamamba.files import checksum
@@ -64,28 +65,27 @@ class ImageSet:
             DataError: an image cannot be read, has another size than the first, or is in color where channels is 1.
         """
         digest = hashlib.sha256()
-        names: list[str] = []
-        images: list[np.ndarray] = []
         first = "the first"
-        for name, image in self.read():
-            if self.size is None:
-                self.size, first = image.shape[:2], name
-            if image.shape[:2] != self.size:
-                raise DataError(
-                    f"{name} is {show_size(image.shape)} and {first} {show_size(self.size)}: give images of one size, "
-                    "or image_size (--image-size) to crop the files of folders to"
-                )
-            if channels == 1 and (image != image[..., :1]).any():
-                raise DataError(f"{name} is in color and these features are for gray images: give others (--features)")
-            in_color = np.broadcast_to(image, (*self.size, 3))
-            digest.update(in_color.tobytes())
-            images.append(in_color[..., :channels])
-            names.append(name)
-            if len(images) == batch_size:
-                yield names, _to_tensor(images)
-                names, images = [], []
-        if images:
-            yield names, _to_tensor(images)
+        images = self.read()
+        while batch := list(islice(images, batch_size)):
+            pixels = []
+            for name, image in batch:
+                if self.size is None:
+                    self.size, first = image.shape[:2], name
+                if image.shape[:2] != self.size:
+                    raise DataError(
+                        f"{name} is {show_size(image.shape)} and {first} {show_size(self.size)}: give images of one "
+                        "size, or image_size (--image-size) to crop the files of folders to"
+                    )
+                if channels == 1 and (image != image[..., :1]).any():
+                    raise DataError(
+                        f"{name} is in color and these features are for gray images: give others (--features)"
+                    )
+                in_color = np.broadcast_to(image, (*self.size, 3))
+                digest.update(in_color.tobytes())
+                pixels.append(in_color[..., :channels])
+            stacked = np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2))
+            yield [name for name, _ in batch], torch.from_numpy(stacked)
         self.pixels_sha256 = digest.hexdigest()
 
 
@@ -140,10 +140,6 @@ def show_size(shape: tuple[int, ...]) -> str:
     return f"{shape[0]}x{shape[1]}"
 
 
-def _to_tensor(images: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)))
-
-
 def _enumerate(name: str, images: Iterator[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     return ((f"image {index} of {name}", image) for index, image in enumerate(images))
 
@@ -161,10 +157,7 @@ def _open_folder(folder: Path, image_size: int | None) -> ImageSet:
         return np.asarray(image if image_size is None else crop_centre(image, image_size))
 
     def read() -> Iterator[tuple[str, np.ndarray]]:
-        with ThreadPoolExecutor() as threads:
-            for start in range(0, len(paths), 256):  # all at once would fill the memory
-                part = paths[start : start + 256]
-                yield from zip(part, threads.map(load, part), strict=True)
+        return zip(paths, map_in_threads(load, paths, at_once=256), strict=True)
 
     return ImageSet(str(folder), len(paths), read, tuple(paths), left_out=found.left_out)
 
@@ -195,7 +188,7 @@ def _images_of(path: Path) -> ImageSet:
 
 def _stream(path: Path) -> Iterator[np.ndarray]:
     """Yield one image after the other, so that 10 GB of images are never in memory at once."""
-    with opened_array(path, "arr_0", "images") as array:
+    with opened_array(path, "arr_0") as array:
         count, *shape = array.shape
         for _ in range(count):
             yield np.frombuffer(array.read_bytes(math.prod(shape)), np.uint8).reshape(shape)

@@ -4,9 +4,9 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
@@ -92,19 +92,12 @@ def flush(path: Path) -> None:
         OSError: a file could not be written. For a folder, errors are ignored: network file systems refuse to sync
             folders, Windows cannot open them, and the files inside are written either way.
     """
-    if path.is_dir():
-        with suppress(OSError):
-            _sync(path)
-    else:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def checksum(*paths: Path) -> str:
@@ -112,6 +105,5 @@ def checksum(*paths: Path) -> str:
     together = sha256()
     for path in paths:
         with path.open("rb") as file:
-            while piece := file.read(1 << 20):
-                together.update(piece)
+            file_digest(file, lambda: together)
     return together.hexdigest()

@@ -17,25 +17,16 @@ _AGAIN = "download or create it again"
 
 @dataclass(frozen=True)
 class OpenedArray:
-    """An array whose values have not been read yet.
-
-    Attributes:
-        path: the .npz file.
-        name: name of the array.
-        shape: shape according to the header.
-        dtype: dtype of the values; never objects.
-        is_fortran: whether the first index varies fastest.
-        file: the open file, positioned at the first value.
-        what: what the values are, for errors.
-    """
+    """An array whose values have not been read yet, with the shape and dtype of its header."""
 
     path: Path
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
     is_fortran: bool
+    """Whether the first index varies fastest."""
     file: IO[bytes]
-    what: str
+    """The open file, positioned at the first value."""
 
     @property
     def num_bytes(self) -> int:
@@ -48,7 +39,7 @@ class OpenedArray:
 
     def read_bytes(self, number: int) -> bytes:
         """Read the next bytes of the values; raises DataError."""
-        with reading(f"the {self.what} ({self.name}) of {self.path} are damaged", _AGAIN):
+        with reading(f"the array {self.name} of {self.path} is damaged", _AGAIN):
             content = self.file.read(number)
             if len(content) != number:
                 raise EOFError(f"{len(content):,} of {number:,} bytes")
@@ -62,7 +53,7 @@ def list_arrays(path: Path) -> list[str]:
 
 
 @contextmanager
-def opened_array(path: Path, name: str, what: str = "values") -> Iterator[OpenedArray]:
+def opened_array(path: Path, name: str) -> Iterator[OpenedArray]:
     """Open an array, to read it at once or in parts.
 
     Raises:
@@ -72,15 +63,15 @@ def opened_array(path: Path, name: str, what: str = "values") -> Iterator[Opened
         with reading(f"{path} cannot be read as a .npz file", _AGAIN):
             archive = stack.enter_context(zipfile.ZipFile(path))
             file = stack.enter_context(archive.open(f"{name}.npy"))
-            array = _read_header(path, name, archive.getinfo(f"{name}.npy"), file, what)
+            array = _read_header(path, name, archive.getinfo(f"{name}.npy"), file)
         yield array
 
 
-def _read_header(path: Path, name: str, info: zipfile.ZipInfo, file: IO[bytes], what: str) -> OpenedArray:
+def _read_header(path: Path, name: str, info: zipfile.ZipInfo, file: IO[bytes]) -> OpenedArray:
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, is_fortran, dtype = read_header(file)
-    array = OpenedArray(path, name, shape, dtype, is_fortran, file, what)
+    array = OpenedArray(path, name, shape, dtype, is_fortran, file)
     if not all(type(side) is int and side >= 0 for side in shape):  # NumPy accepts True and negative numbers
         raise ValueError(f"{name} has the shape {shape}")
     if dtype.hasobject or not dtype.itemsize:

@@ -28,10 +28,7 @@ Schema = TypeVar("Schema")
 def read_record(path: Path, schema: type[Schema], error: type[LamambaError] = CheckpointError) -> Schema:
     """Read a JSON file and check it against a schema.
 
-    Args:
-        path: the file.
-        schema: a dataclass or TypedDict. Types are strict: "8" and true are not integers.
-        error: the kind of error to raise.
+    The schema is a dataclass or TypedDict. Types are strict: "8" and true are not integers.
 
     Raises:
         LamambaError: of kind `error`. The file is missing, too large, not UTF-8 or JSON, nested more than 200 levels,
@@ -152,15 +149,10 @@ def read_train_config(path: Path) -> TrainConfig:
         raise CheckpointError(f"{path} is not the configuration of a run: it lacks network or num_images")
     config = read_record(path, TrainConfig)
     moved = _find_paths(config, read_record(path, OriginRecord).get("paths", {}))
-    # These belong to the command that started the run, not to the run.
-    asked: dict[str, Any] = {
-        "resume": False,
-        "resume_or_start": False,
-        "fall_back": False,
-        "allow_changed": (),
-        "dry_run": False,
-    }
-    return replace(config, **moved, **asked)
+    # The other options belong to the command that started the run, not to the run.
+    return replace(
+        config, **moved, resume=False, resume_or_start=False, fall_back=False, allow_changed=(), dry_run=False
+    )
 
 
 def _find_paths(config: TrainConfig, recorded: Mapping[Any, str]) -> dict[str, Any]:

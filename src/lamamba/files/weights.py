@@ -4,15 +4,14 @@ The formats: safetensors or pickles (`.bin`), in one file or several with an ind
 Pickles are read with PyTorch's restricted reader, which creates tensors and runs no code.
 """
 
-import io
 import json
 import pickletools
 import re
 import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -84,18 +83,15 @@ def check_class(folder: Path, names: Sequence[str]) -> None:
 
 
 def find_weights(folder: Path, variant: str | None = None) -> WeightFiles:
-    """Find a model's weights in a folder.
-
-    Args:
-        folder: the model's folder.
-        variant: which variant to find; by default the one with the most bits.
+    """Find the weights of a variant in a model's folder; by default of the variant with the most bits.
 
     Raises:
         CheckpointError: there are none, or a file listed in the index is missing.
     """
-    matches = [(_NAME.fullmatch(path.name), path) for path in folder.glob("diffusion_pytorch_model*")]
     found = [
-        (match, path) for match, path in matches if match is not None and variant in (None, _variant_of(match) or None)
+        (match, path)
+        for path in folder.glob("diffusion_pytorch_model*")
+        if (match := _NAME.fullmatch(path.name)) and variant in (None, _variant_of(match) or None)
     ]
     if not found:
         raise CheckpointError(
@@ -112,23 +108,19 @@ def find_weights(folder: Path, variant: str | None = None) -> WeightFiles:
     files = [path]
     if match["index"] is not None:
         names = sorted(set(read_record(path, _Index)["weight_map"].values()))
-        outside = [name for name in names if not _is_plain(name)]
+        outside = [name for name in names if Path(name).name != name or name in ("", "..")]
         if outside or not names:
             fault = f"{outside[0]!r}, which is not a file beside it" if outside else "no files: its weight_map is empty"
             raise CheckpointError(f"{path} names {fault}")
         files = [folder / name for name in names]
     missing = [file for file in files if not file.is_file()]
     if missing:
-        raise CheckpointError(f"{missing[0]} is missing, but {path} lists it: copy or download the whole folder again")
+        raise CheckpointError(f"{missing[0]} is missing, but {path} lists it: {_DAMAGED}")
     return WeightFiles(tuple(files), _variant_of(match) or None, match["kind"] == "safetensors")
 
 
 def _variant_of(match: re.Match[str]) -> str:
     return match["file_variant"] or match["variant"] or match["old_variant"] or ""
-
-
-def _is_plain(name: str) -> bool:
-    return Path(name).name == name and name not in ("", ".", "..")
 
 
 def read_weights(found: WeightFiles) -> dict[str, Tensor]:
@@ -139,25 +131,20 @@ def read_weights(found: WeightFiles) -> dict[str, Tensor]:
     """
     weights: dict[str, Tensor] = {}
     for path in found.files:
-        weights |= _of_safetensors(path) if found.use_safetensors else _of_pickle(path)
+        if found.use_safetensors:
+            with reading(f"{path} cannot be read as safetensors", _DAMAGED, CheckpointError):
+                weights |= load_file(utf8_path(path))
+            continue
+        content = read_pickle(path)
+        if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+            raise CheckpointError(f"{path} does not contain weights: expected tensors by name")
+        weights |= {str(name): value for name, value in content.items()}
     return weights
 
 
 def describe_weights(found: WeightFiles) -> dict[str, Tensor]:
     """Like `read_weights`, but return tensors on the meta device: names, shapes and dtypes."""
     return {name: value.to("meta") for name, value in read_weights(found).items()}
-
-
-def _of_safetensors(path: Path) -> dict[str, Tensor]:
-    with reading(f"{path} cannot be read as safetensors", _DAMAGED, CheckpointError):
-        return load_file(utf8_path(path))
-
-
-def _of_pickle(path: Path) -> dict[str, Tensor]:
-    content = read_pickle(path)
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{path} does not contain weights: expected tensors by name")
-    return {str(name): value for name, value in content.items()}
 
 
 class _Inert(dict[Any, Any]):
@@ -209,8 +196,14 @@ def read_pickle(path: Path) -> Any:
 def _globals_in(path: Path) -> set[str]:
     """List the globals that a file's pickles refer to, without running anything."""
     names: set[str] = set()
-    with _opened_pickles(path) as (file, number), suppress(ValueError):  # unreadable files fail again on loading
-        for _ in range(number):
+    with ExitStack() as stack, suppress(ValueError):  # unreadable files fail again on loading
+        if zipfile.is_zipfile(path):
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            members = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            files: list[IO[bytes]] = [stack.enter_context(archive.open(name)) for name in members[:1]]
+        else:  # four pickles in a row, then the tensor data: magic number, protocol, machine, content
+            files = [stack.enter_context(path.open("rb"))] * 4
+        for file in files:
             strings: list[str] = []
             for operation, argument, _place in pickletools.genops(file):
                 if operation.name == "GLOBAL":
@@ -223,19 +216,6 @@ def _globals_in(path: Path) -> set[str]:
                 elif isinstance(argument, str):
                     strings.append(argument)
     return names
-
-
-@contextmanager
-def _opened_pickles(path: Path) -> Iterator[tuple[IO[bytes], int]]:
-    """Open a file at its first pickle, and yield the number of consecutive pickles."""
-    if not zipfile.is_zipfile(path):
-        with path.open("rb") as file:
-            yield file, 4  # magic number, protocol, machine, content; then the tensor data
-        return
-    with zipfile.ZipFile(path) as archive:
-        members = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        with archive.open(members[0]) if members else io.BytesIO() as file:
-            yield file, len(members[:1])
 
 
 def _check_storage(content: Any, path: Path) -> None:
@@ -254,12 +234,7 @@ def _check_storage(content: Any, path: Path) -> None:
 
 
 def check_weights(source: str | Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Compare loaded weights with those that a model needs, on any device.
-
-    Args:
-        source: where the weights came from, for the error.
-        wanted: the model's state dict.
-        found: tensors by name.
+    """Compare the weights found in `source` with the state dict that a model needs, on any device.
 
     Raises:
         CheckpointError: weights are missing, unexpected, of the wrong shape, not floating point numbers, or not finite
@@ -315,16 +290,13 @@ def fill(network: nn.Module, weights: Mapping[str, Tensor], source: str | Path) 
 
 
 def check_model(kind: Any, folder: Path, schema: type[Any], variant: str | None = None) -> WeightFiles:
-    """Check the configuration and the weights of a diffusers model before it is built.
+    """Check a folder that `save_pretrained` of a diffusers model wrote, and return the files with its weights.
 
     Args:
         kind: the class, such as AutoencoderKL.
-        folder: the folder that `save_pretrained` wrote.
+        folder: the model's folder.
         schema: the schema of its config.json, with limits.
         variant: variant of the weights; see `find_weights`.
-
-    Returns:
-        The files with its weights.
 
     Raises:
         CheckpointError: a value of the configuration is wrong, or weights are missing, unexpected or of the wrong

@@ -106,8 +106,8 @@ class TrainingLog:
             self.note(f"{self.damaged_lines} damaged line{'s' * (self.damaged_lines > 1)} of log.jsonl left out")
         if source.left_out:
             self.note(f"left out of {source.name}: {source.left_out}")
-        if source.skipped:
-            self.note(f"left out {source.skipped} images that cannot be read: {', '.join(source.bad_files)}")
+        if source.bad_files:
+            self.note(f"left out {len(source.bad_files)} images that cannot be read: {', '.join(source.bad_files)}")
 
     def note(self, text: str) -> None:
         say(text, console=self.console)

@@ -24,7 +24,7 @@ from lamamba.checkpoints.checkpoint import (
 from lamamba.checkpoints.saving import CheckpointWriter, describe_training_state, load_training_state
 from lamamba.config import TrainConfig, nearest
 from lamamba.data import Source, batches
-from lamamba.data.latents import Space
+from lamamba.data.latents import Latents, Space
 from lamamba.diffusion import OBJECTIVES, FlowMatching, Objective, Predict, Task, draw_noise, training_losses
 from lamamba.distributed.processes import GradientSums, Processes, cut_evenly
 from lamamba.distributed.sharding import Division, copy_to_cpu, load
@@ -282,7 +282,7 @@ class Trainer:
         network = self.config.network
         shape = (self.config.batch_size, network.in_channels, network.sample_size, network.sample_size)
         latent_noise = None
-        if self.space.draws:
+        if isinstance(self.space, Latents):
             latent_noise = torch.randn(shape, device=self.device, generator=self.generator)[self.share]
         if self.config.distillation:
             shape = (shape[0], 2 * shape[1], *shape[2:])
