@@ -45,16 +45,14 @@ def draw_paths(height: int, width: int, scan: Scan) -> str:
         rows, columns = np.divmod(order, width)
         points = [(_centre(column), _centre(row)) for row, column in zip(rows, columns, strict=True)]
         line = " ".join(f"{x:g},{y:g}" for x, y in points)
-        steps = "M" + " L".join(f"{x:g} {y:g}" for x, y in points)
         colour = _COLOURS[number]
-        # A walk has a step for each pixel, however far the next one is: a raster jumps back at the end of a row.
-        times = ";".join(f"{index / (len(points) - 1):.5f}" for index in range(len(points)))
         panels.append(
             f"{_grid_lines(height, width)}"
             f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-opacity="0.45" stroke-width="2"/>'
             f'<circle cx="{points[0][0]:g}" cy="{points[0][1]:g}" r="3" fill="none" stroke="{colour}"/>'
-            f'<circle r="4.5" fill="{colour}"><animateMotion path="{steps}" dur="6s" calcMode="linear" '
-            f'keyTimes="{times}" keyPoints="{_distances(points)}" repeatCount="indefinite"/></circle>'
+            # Each step takes as long as the others, however far the next pixel is.
+            f'<circle r="4.5" fill="{colour}"><animateMotion values="{line.replace(" ", ";")}" dur="6s" '
+            'calcMode="linear" repeatCount="indefinite"/></circle>'
         )
     return _in_row(panels, PATH_NAMES[scan], height, width)
 
@@ -115,12 +113,6 @@ def _bands(groups: np.ndarray) -> np.ndarray:
 
 def _centre(place: int) -> float:
     return (int(place) + 0.5) * _CELL
-
-
-def _distances(points: Sequence[tuple[float, float]]) -> str:
-    """Say where along the line each point lies, from 0 to 1."""
-    traveled = np.cumsum([0, *np.hypot(*np.diff(np.array(points), axis=0).T)])
-    return ";".join(f"{fraction:.5f}" for fraction in traveled / traveled[-1])
 
 
 def _grid_lines(height: int, width: int) -> str:
