@@ -9,7 +9,7 @@ from lamamba.config import nearest
 from lamamba.demo.settings import read_whole
 from lamamba.errors import ConfigError
 from lamamba.ops.grid import Scan, path_order
-from lamamba.ops.window_attention.geometry import Windows, window_geometry
+from lamamba.ops.window_attention.geometry import window_geometry
 
 MAX_SIDE = 24  # cells of a drawn grid: beyond, they are too small to follow
 # In the order of `path_order`, which is another for each scan.
@@ -91,19 +91,16 @@ def attention_groups(height: int, width: int, window_size: int, shifted: bool) -
 
     From the geometry that attention itself uses, with its mask.
     """
-    side_y, side_x, shift_y, shift_x, _ = Windows.of(height, width, window_size, shifted)
-    mask = window_geometry(height, width, window_size, shifted, torch.device("cpu")).mask
-    padded_height, padded_width = height + -height % side_y, width + -width % side_x
-    windows_y, windows_x = padded_height // side_y, padded_width // side_x
-    first = np.empty((windows_y * windows_x, side_y * side_x), dtype=np.int64)
-    for window in range(len(first)):
-        # A group is known by the first place in its window that sees it.
-        allowed = np.ones((first.shape[1],) * 2, dtype=bool) if mask is None else (mask[window] == 0).numpy()
-        first[window] = window * first.shape[1] + allowed.argmax(axis=1)
-    grid = first.reshape(windows_y, windows_x, side_y, side_x).transpose(0, 2, 1, 3)
-    grid = np.roll(grid.reshape(padded_height, padded_width), (shift_y, shift_x), axis=(0, 1))[:height, :width]
-    _, place, group = np.unique(grid, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(place))[group].reshape(height, width)
+    geometry = window_geometry(height, width, window_size, shifted, torch.device("cpu"))
+    windows = geometry.pixels.numpy()
+    places = windows.shape[1]
+    seen = np.ones((len(windows), places, places), dtype=bool) if geometry.mask is None else geometry.mask.numpy() == 0
+    # A pixel's group is known by the first pixel of its window that it attends to.
+    first = np.empty(height * width, dtype=np.int64)
+    for pixels, visible in zip(windows, seen, strict=True):
+        first[pixels[pixels >= 0]] = pixels[visible.argmax(axis=1)][pixels >= 0]
+    _, group = np.unique(first, return_inverse=True)
+    return group.reshape(height, width)
 
 
 def _bands(groups: np.ndarray) -> np.ndarray:
