@@ -25,17 +25,12 @@ _GAP = 28
 def draw_paths(height: int, width: int, scan: Scan) -> str:
     """Draw the four paths of the scan over a grid; on each a point goes from its first pixel to its last.
 
-    Args:
-        height: rows of the grid, 2 to 24.
-        width: columns, 2 to 24.
-        scan: "continuous" or "raster", see `lamamba.ops.grid.path_order`.
-
     Returns:
         An `<svg>` element; each path is a `<polyline>` through the centres of all cells, in its order, with a ring at
         its first pixel.
 
     Raises:
-        ConfigError: a side is out of range, or there is no such scan.
+        ConfigError: a side is not 2 to 24, or there is no such scan.
     """
     if scan not in PATH_NAMES:
         raise ConfigError(f"scan {scan!r} is unknown: {nearest(str(scan), PATH_NAMES)}")
@@ -60,16 +55,11 @@ def draw_paths(height: int, width: int, scan: Scan) -> str:
 def draw_windows(height: int, width: int, window_size: int) -> str:
     """Draw which pixels attend to one another, by colour: in windows, and in those of the next block, shifted by half.
 
-    Args:
-        height: rows of the grid, 2 to 24.
-        width: columns, 2 to 24.
-        window_size: side of a window.
-
     Returns:
         An `<svg>` element of two grids; pixels of a group have the same `data-group`.
 
     Raises:
-        ConfigError: a side is out of range.
+        ConfigError: a side is not 2 to 24.
     """
     height, width = (read_whole(name, side, 2, MAX_SIDE) for name, side in (("height", height), ("width", width)))
     window_size = read_whole("window_size", window_size, 2, MAX_SIDE)
