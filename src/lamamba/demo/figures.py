@@ -38,13 +38,13 @@ def draw_paths(height: int, width: int, scan: Scan) -> str:
     panels = []
     for number, order in enumerate(path_order(height, width, scan)):
         rows, columns = np.divmod(order, width)
-        points = [(_centre(column), _centre(row)) for row, column in zip(rows, columns, strict=True)]
+        points = (np.stack([columns, rows], axis=1) + 0.5) * _CELL
         line = " ".join(f"{x:g},{y:g}" for x, y in points)
         colour = _COLOURS[number]
         panels.append(
             f"{_grid_lines(height, width)}"
             f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-opacity="0.45" stroke-width="2"/>'
-            f'<circle cx="{points[0][0]:g}" cy="{points[0][1]:g}" r="3" fill="none" stroke="{colour}"/>'
+            f'<circle cx="{points[0, 0]:g}" cy="{points[0, 1]:g}" r="3" fill="none" stroke="{colour}"/>'
             # Each step takes as long as the others, however far the next pixel is.
             f'<circle r="4.5" fill="{colour}"><animateMotion values="{line.replace(" ", ";")}" dur="6s" '
             'calcMode="linear" repeatCount="indefinite"/></circle>'
@@ -96,10 +96,6 @@ def attention_groups(height: int, width: int, window_size: int, shifted: bool) -
 def _bands(groups: np.ndarray) -> np.ndarray:
     """Number the runs of equal groups along one side of the grid."""
     return np.cumsum([0, *(groups[1:] != groups[:-1])])
-
-
-def _centre(place: int) -> float:
-    return (int(place) + 0.5) * _CELL
 
 
 def _grid_lines(height: int, width: int) -> str:
