@@ -33,12 +33,7 @@ _TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 
 
 class Graph:
-    """Collects nodes. Every method that adds one returns the name of its output.
-
-    Args:
-        stored: dtype of the weights in the file.
-        computed: dtype of activations; the state of the scan is float32.
-    """
+    """Collects nodes. Every method that adds one returns the name of its output."""
 
     def __init__(self, stored: str, computed: str) -> None:
         self.stored, self.computed = stored, computed
@@ -129,7 +124,7 @@ def build(
         size: height and width of the grid, even.
         guided: add the input `guidance`, a scale, and return guided predictions.
         stored: dtype of the weights in the file, "float32" or "float16".
-        computed: dtype of activations.
+        computed: dtype of activations; the state of the scan is float32.
         metadata: properties of the model.
 
     Returns:
