@@ -6,37 +6,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 from lamamba import __version__
+from lamamba import config as configs
 from lamamba.commands.completion import write_completion
-from lamamba.config import (
-    AverageConfig,
-    ConvertConfig,
-    DemoConfig,
-    DistillConfig,
-    DoctorConfig,
-    EncodeConfig,
-    EvaluateConfig,
-    ExportConfig,
-    FinetuneConfig,
-    GenerateConfig,
-    GridConfig,
-    InfoConfig,
-    OptionReader,
-    PlanConfig,
-    PlotConfig,
-    PrepareEmojiConfig,
-    PrepareImagenetConfig,
-    PushConfig,
-    SampleConfig,
-    TrainConfig,
-    WatchConfig,
-    nearest,
-    preset,
-)
+from lamamba.config import OptionReader, nearest, preset
 from lamamba.config.training import RECIPES
 from lamamba.errors import ConfigError, LamambaError, OtherProcessError, SignalError
 from lamamba.terminal.streams import StandardStream, standard_streams, visible
@@ -54,75 +31,78 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command(
-        TrainConfig, "lamamba.training.run:train", "train a network on images",
+        configs.TrainConfig, "lamamba.training.run:train", "train a network on images",
         "lamamba train --preset nano --data builtin --out runs/first",
     ),
     "finetune": Command(
-        FinetuneConfig, "lamamba.training.run:train", "train from a checkpoint's weights",
+        configs.FinetuneConfig, "lamamba.training.run:train", "train from a checkpoint's weights",
         "lamamba finetune nano --data photos --image-size 32 --out runs/photos",
     ),
     "distill": Command(
-        DistillConfig, "lamamba.commands.distill:distill", "train a student that samples in a few steps",
+        configs.DistillConfig, "lamamba.commands.distill:distill", "train a student that samples in a few steps",
         "lamamba distill runs/first --steps 4 --out runs/fast",
     ),
     "encode": Command(
-        EncodeConfig, "lamamba.commands.encode:encode", "encode images to latents",
+        configs.EncodeConfig, "lamamba.commands.encode:encode", "encode images to latents",
         "lamamba encode --data photos --vae vae --image-size 256 --out latents",
     ),
     "prepare imagenet": Command(
-        PrepareImagenetConfig, "lamamba.data.imagenet:prepare", "extract the ImageNet files",
+        configs.PrepareImagenetConfig, "lamamba.data.imagenet:prepare", "extract the ImageNet files",
         "lamamba prepare imagenet --train ILSVRC2012_img_train.tar --out imagenet",
     ),
     "prepare emoji": Command(
-        PrepareEmojiConfig, "lamamba.data.emoji:prepare", "download the Noto emoji",
+        configs.PrepareEmojiConfig, "lamamba.data.emoji:prepare", "download the Noto emoji",
         "lamamba prepare emoji --out emoji",
     ),
     "average": Command(
-        AverageConfig, "lamamba.training.averages:average", "make an EMA of any length",
+        configs.AverageConfig, "lamamba.training.averages:average", "make an EMA of any length",
         "lamamba average runs/first --sigma-rel 0.07 --out averaged",
     ),
-    "watch": Command(WatchConfig, "lamamba.commands.watch:watch", "follow a run", "lamamba watch runs/first"),
+    "watch": Command(configs.WatchConfig, "lamamba.commands.watch:watch", "follow a run", "lamamba watch runs/first"),
     "convert": Command(
-        ConvertConfig, "lamamba.commands.convert:convert", "convert released checkpoints",
+        configs.ConvertConfig, "lamamba.commands.convert:convert", "convert released checkpoints",
         "lamamba convert released.pt lamamba-xl",
     ),
     "export": Command(
-        ExportConfig, "lamamba.commands.export:export", "export to ONNX and C++",
+        configs.ExportConfig, "lamamba.commands.export:export", "export to ONNX and C++",
         "lamamba export nano --guidance --out exported",
     ),
     "sample": Command(
-        SampleConfig, "lamamba.sampling.generate:sample_grid", "sample a grid of images",
+        configs.SampleConfig, "lamamba.sampling.generate:sample_grid", "sample a grid of images",
         "lamamba sample nano --labels 0,1,2 --out grid.png",
     ),
     "generate": Command(
-        GenerateConfig, "lamamba.sampling.generate:generate", "sample any number of images",
+        configs.GenerateConfig, "lamamba.sampling.generate:generate", "sample any number of images",
         "lamamba generate nano --num-images 10000 --out images",
     ),
-    "demo": Command(DemoConfig, "lamamba.demo.serving:serve", "sample in a browser", "lamamba demo nano runs/photos"),
+    "demo": Command(
+        configs.DemoConfig, "lamamba.demo.serving:serve", "sample in a browser", "lamamba demo nano runs/photos",
+    ),
     "evaluate": Command(
-        EvaluateConfig, "lamamba.evaluation.evaluate:evaluate", "compute FID and other scores",
+        configs.EvaluateConfig, "lamamba.evaluation.evaluate:evaluate", "compute FID and other scores",
         "lamamba evaluate samples fashion-mnist --features clothes",
     ),
     "push": Command(
-        PushConfig, "lamamba.commands.push:push", "upload to the Hugging Face hub",
+        configs.PushConfig, "lamamba.commands.push:push", "upload to the Hugging Face hub",
         "lamamba push runs/first user/first",
     ),
     "info": Command(
-        InfoConfig, "lamamba.training.cost:print_info", "count parameters and multiply-adds", "lamamba info xl-256",
+        configs.InfoConfig, "lamamba.training.cost:print_info", "count parameters and multiply-adds",
+        "lamamba info xl-256",
     ),
     "plan": Command(
-        PlanConfig, "lamamba.commands.plan:print_plan", "predict training on a cluster",
+        configs.PlanConfig, "lamamba.commands.plan:print_plan", "predict training on a cluster",
         "lamamba plan xl-512 --gpus 64",
     ),
     "plot": Command(
-        PlotConfig, "lamamba.commands.plot:plot", "plot curves and samples of runs",
+        configs.PlotConfig, "lamamba.commands.plot:plot", "plot curves and samples of runs",
         "lamamba plot runs/first runs/second",
     ),
     "grid": Command(
-        GridConfig, "lamamba.commands.plot:grid", "arrange images in a grid",
+        configs.GridConfig, "lamamba.commands.plot:grid", "arrange images in a grid",
         "lamamba grid samples --rows 4 --columns 8",
     ),
-    "doctor": Command(DoctorConfig, "lamamba.commands.doctor:doctor", "check this machine", "lamamba doctor"),
+    "doctor": Command(configs.DoctorConfig, "lamamba.commands.doctor:doctor", "check this machine", "lamamba doctor"),
 }  # fmt: skip
 
 # Their output is their only result. The others go on when nobody can read what they print, and succeed.
@@ -193,12 +173,9 @@ def _dispatch(arguments: list[str]) -> None:
     elif (first, second) == ("prepare", "dataset"):
         raise LamambaError("a dataset needs no preparing any more: lamamba train --data NAME reads it as it is")
     elif kinds:
-        fault = (
-            f"nothing to {first} is named {second!r}: {nearest(second, kinds)}"
-            if second
-            else (f"give what to {first} first, {' or '.join(kinds)}")
-        )
-        raise LamambaError(f"{fault} (see lamamba {first} --help)")
+        fault = f"nothing to {first} is named {second!r}: {nearest(second, kinds)}"
+        missing = f"give what to {first} first, {' or '.join(kinds)}"
+        raise LamambaError(f"{fault if second else missing} (see lamamba {first} --help)")
     else:
         names = dict.fromkeys([*(name.split()[0] for name in COMMANDS), "completion"])
         raise LamambaError(f"no command is named {first!r}: {nearest(first, names)}")
@@ -208,10 +185,9 @@ def _call(name: str, arguments: list[str]) -> None:
     command = COMMANDS[name]
     defaults = _DEFAULTS[name](arguments) if name in _DEFAULTS else {}
     config = OptionReader(command.config, name, command.example, defaults).read(arguments)
-    module, _, function = command.function.partition(":")
     with _loading():
-        call = getattr(import_module(module), function)
-    if call(config) is False:
+        function = resolve_name(command.function)
+    if function(config) is False:
         sys.exit(1)
 
 
@@ -299,12 +275,12 @@ def _train_defaults(arguments: list[str]) -> dict[str, Any]:
     started = _run_defaults(arguments)
     if started:
         return started if name == started["preset"] else started | _network_defaults(name)
-    return _recipe_defaults(_peek(arguments, "--recipe")) | _network_defaults(name or TrainConfig.preset)
+    return _recipe_defaults(_peek(arguments, "--recipe")) | _network_defaults(name or configs.TrainConfig.preset)
 
 
 def _recipe_defaults(name: str | None) -> dict[str, Any]:
     # The configuration computes the warm-up from --num-images.
-    values = RECIPES.get(name or TrainConfig.recipe, {})
+    values = RECIPES.get(name or configs.TrainConfig.recipe, {})
     return {option: value for option, value in values.items() if option != "warmup_images"}
 
 

@@ -85,8 +85,8 @@ def test_a_recurrence_is_few_nodes() -> None:
 def test_softplus_is_precise_where_it_is_small() -> None:
     from lamamba.commands import onnx_graph
 
-    graph = onnx_graph.Graph()
-    out = onnx_graph._Emitter(graph, tiny_network(), (8, 8)).softplus("z")
+    graph = onnx_graph.Graph("float32", "float32")
+    out = graph.softplus("z")
     values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n"]) for name in ("z", out)]
     whole = onnx.helper.make_graph(graph.nodes, "softplus", values[:1], values[1:], list(graph.weights.values()))
     model = onnx.helper.make_model(whole, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)

@@ -1,7 +1,7 @@
 """The command `lamamba convert`: between checkpoints of the authors' code and folders of this package."""
 
 import shlex
-import shutil
+import tempfile
 from pathlib import Path
 
 from lamamba.checkpoints.checkpoint import CheckpointInfo, find_checkpoint, load_network, locate, verify, write_weights
@@ -49,13 +49,11 @@ def _from_released(source: Path, config: ConvertConfig) -> None:
         if weights == "ema" or state is not states.get("ema")
     }
     averaged = networks.pop("ema", None) or networks.pop("model")
-    temporary = config.out.with_name(TEMPORARY + config.out.name)
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        write_weights(temporary, averaged, CheckpointInfo(vae=vae), trained=networks.get("model"))
-        temporary.replace(config.out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=config.out.parent) as temporary:
+        folder = Path(temporary) / "weights"
+        write_weights(folder, averaged, CheckpointInfo(vae=vae), trained=networks.get("model"))
+        folder.replace(config.out)
 
 
 def _to_released(config: ConvertConfig) -> None:

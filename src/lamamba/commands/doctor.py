@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lamamba import __version__
 from lamamba.config import DoctorConfig
@@ -136,35 +136,33 @@ def _look_at_python() -> Iterator[Finding]:
 
 def _look_at_packages() -> Iterator[Finding]:
     """Compare the installed packages with the required versions."""
-    faults = [fault for name, wanted in _requirements("") for fault in _check_version(name, wanted)]
-    yield from (Finding("packages", "broken", detail, fix) for detail, fix in faults)
+    required = _requirements("")
+    faults = [(one, fault) for one in required if (fault := _check_version(one))]
+    for one, fault in faults:
+        yield Finding("packages", "broken", fault, f"pip install '{one.name}{one.specifier}'")
     if not faults:
-        yield Finding("packages", "ok", f"all {len(_requirements(''))} required packages have suitable versions")
+        yield Finding("packages", "ok", f"all {len(required)} required packages have suitable versions")
 
 
-def _requirements(extra: str) -> list[tuple[str, str]]:
-    """List the packages of an extra, or with "" those always required, each with its version specifier."""
+def _requirements(extra: str) -> list[Any]:
+    """List each `packaging.requirements.Requirement` of an extra, or with "" those that are always required."""
     from packaging.requirements import Requirement
 
     listed = [Requirement(text) for text in importlib.metadata.requires("lamamba") or ()]
     always = [one for one in listed if one.marker is None or one.marker.evaluate({"extra": ""})]
-    if extra:
-        listed = [one for one in listed if one.marker is not None and one.marker.evaluate({"extra": extra})]
-    return [(one.name, str(one.specifier)) for one in listed if (one in always) == (not extra)]
+    if not extra:
+        return always
+    return [one for one in listed if one not in always and one.marker and one.marker.evaluate({"extra": extra})]
 
 
-def _check_version(name: str, wanted: str) -> Iterator[tuple[str, str]]:
-    """If something is wrong with a package, yield what it is and how to fix it."""
-    from packaging.specifiers import SpecifierSet
-
-    fix = f"pip install '{name}{wanted}'"
+def _check_version(required: Any) -> str:
+    """Say what is wrong with the installed version of a requirement; "" if nothing is."""
     try:
-        version = importlib.metadata.version(name)
+        version = importlib.metadata.version(required.name)
     except importlib.metadata.PackageNotFoundError:
-        yield f"{name} is not installed", fix
-        return
-    if not SpecifierSet(wanted).contains(version, prereleases=True):
-        yield f"{name} is {version}, and lamamba needs {wanted}", fix
+        return f"{required.name} is not installed"
+    fits = required.specifier.contains(version, prereleases=True)
+    return "" if fits else f"{required.name} is {version}, and lamamba needs {required.specifier}"
 
 
 def _look_at_import(name: str) -> Iterator[Finding]:
@@ -342,12 +340,11 @@ def _look_at_extras() -> Iterator[Finding]:
     for extra in importlib.metadata.metadata("lamamba").get_all("Provides-Extra") or ():
         if extra in _FOR_DEVELOPERS:
             continue
-        faults = [fault for name, wanted in _requirements(extra) for fault in _check_version(name, wanted)]
-        if faults:
-            detail = "; ".join(detail for detail, _ in faults)
-            yield Finding(f"extra {extra}", "note", detail, f"pip install 'lamamba[{extra}]'")
+        required = _requirements(extra)
+        if faults := [fault for one in required if (fault := _check_version(one))]:
+            yield Finding(f"extra {extra}", "note", "; ".join(faults), f"pip install 'lamamba[{extra}]'")
         else:
-            yield Finding(f"extra {extra}", "ok", ", ".join(name for name, _ in _requirements(extra)))
+            yield Finding(f"extra {extra}", "ok", ", ".join(one.name for one in required))
     for tracker in TRACKERS:
         if importlib.util.find_spec(tracker) is None:
             yield Finding(f"tracker {tracker}", "note", "not installed", f"pip install {tracker}")

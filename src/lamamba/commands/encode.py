@@ -135,10 +135,8 @@ def _encode_shards(
             for pixels, labels in _read(source, images, config):
                 where = f"shard {shard + 1} of {len(shards)}: the same command continues there"
                 signals.end_if_noted(where, silent=not processes.is_first)
-                parts.append(
-                    _encode_batch(space, torch.from_numpy(pixels).to(space.autoencoder.device), config.mirrored)
-                )
-                parts[-1]["labels"] = torch.from_numpy(labels)
+                part = _encode_batch(space, torch.from_numpy(pixels).to(space.autoencoder.device), config.mirrored)
+                parts.append({**part, "labels": torch.from_numpy(labels)})
                 advance(len(labels))
             _write_shard(path, parts)
 

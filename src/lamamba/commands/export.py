@@ -5,10 +5,10 @@ The batch is dynamic. Height and width are fixed in each file, because the paths
 
 import json
 import statistics
-import time
 import warnings
 from importlib import import_module
 from pathlib import Path
+from timeit import repeat
 from typing import Any
 
 import numpy as np
@@ -87,7 +87,7 @@ def describe(loaded: LoadedCheckpoint, config: ExportConfig, size: tuple[int, in
         "objective": info.objective,
         "schedule": dict(objective.scheduler_options),
         "num_timesteps": NUM_TIMESTEPS,
-        **_describe_sampling(loaded.info, objective),
+        **_describe_sampling(info, objective),
         "labels": list(info.class_names) or [str(label) for label in range(network.num_classes)],
         "null_label": None if unguided else network.num_classes,
         "guidance_scale": choose_guidance(network, None, distilled=info.distilled),
@@ -211,17 +211,11 @@ def _compare(network: LaMambaDiff, config: ExportConfig, size: tuple[int, int]) 
     session = runtime.InferenceSession((config.out / ONNX).read_bytes(), options, providers=["CPUExecutionProvider"])
     inputs = example_inputs(network, size, config.guidance, 1)
     arrays, module = {name: value.numpy() for name, value in inputs.items()}, Exported(network).eval()
-    times: tuple[list[float], list[float]] = ([], [])
     with torch.inference_mode():
-        for _ in range(4):  # the first run compiles and allocates
-            start = time.perf_counter()
-            wanted = module(**inputs).numpy()
-            middle = time.perf_counter()
-            found = session.run(None, arrays)[0]
-            times[0].append(middle - start)
-            times[1].append(time.perf_counter() - middle)
+        wanted, found = module(**inputs).numpy(), session.run(None, arrays)[0]  # also compiles and allocates
+        torch_ms = 1000 * statistics.median(repeat(lambda: module(**inputs), number=1, repeat=3))
+        onnx_ms = 1000 * statistics.median(repeat(lambda: session.run(None, arrays), number=1, repeat=3))
     error = float(np.abs(found - wanted).max())
-    torch_ms, onnx_ms = (1000 * statistics.median(measured[1:]) for measured in times)
     say(f"onnxruntime on this CPU: {onnx_ms:.0f} ms a step, PyTorch {torch_ms:.0f} ms; largest difference {error:.1e}")
     if config.precision == "float32" and not error <= _TOLERANCE * max(1.0, float(np.abs(wanted).max())):
         raise CheckpointError(

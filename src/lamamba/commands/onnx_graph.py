@@ -12,7 +12,8 @@ Only the batch is dynamic. Height and width are constants, so that paths and win
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from lamamba.model import SS2D, Block, ConvDownsample, LaMambaDiff, MergeDownsample, Mlp, Upsample, WindowAttention
 from lamamba.ops.grid import NUM_PATHS, scan_paths
-from lamamba.ops.window_attention.geometry import Windows, window_geometry
+from lamamba.ops.window_attention.geometry import window_geometry
 
 OPSET, IR_VERSION = 20, 9
 CHUNK = 16  # steps of a block of the scan with one state
@@ -32,14 +33,9 @@ _TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 
 
 class Graph:
-    """Collects nodes. Every method that adds one returns the name of its output.
+    """Collects nodes. Every method that adds one returns the name of its output."""
 
-    Args:
-        stored: dtype of the weights in the file.
-        computed: dtype of activations; the state of the scan is float32.
-    """
-
-    def __init__(self, stored: str = "float32", computed: str = "float32") -> None:
+    def __init__(self, stored: str, computed: str) -> None:
         self.stored, self.computed = stored, computed
         self.nodes: list[Any] = []
         self.weights: dict[str, Any] = {}
@@ -73,9 +69,7 @@ class Graph:
         return name if stored == used else self.cast(name, used)
 
     def cast(self, x: str, dtype: str) -> str:
-        """Convert to a dtype; weights are converted once."""
-        if x not in self.weights:
-            return self.add("Cast", x, to=_TYPES[dtype])
+        """Convert to a dtype, once."""
         if (x, dtype) not in self._cast:
             self._cast[x, dtype] = self.add("Cast", x, to=_TYPES[dtype])
         return self._cast[x, dtype]
@@ -95,19 +89,29 @@ class Graph:
         """Split along a dimension. Many parts are sliced one by one, because a WebGPU shader has few buffers."""
         if len(sizes) <= MAX_OUTPUTS:
             return self.add_many("Split", len(sizes), x, self.constant(list(sizes)), axis=axis)
-        ends = np.cumsum(sizes)
-        starts = ends - np.asarray(sizes)
         return [
-            self.add("Slice", x, *(self.constant([int(value)]) for value in (start, end, axis)))
-            for start, end in zip(starts, ends, strict=True)
+            self.add("Slice", x, *(self.constant([value]) for value in (end - size, end, axis)))
+            for end, size in zip(accumulate(sizes), sizes, strict=True)
         ]
 
-    def pad(self, x: str, before: Sequence[int], after: Sequence[int]) -> str:
+    def pad(self, x: str, after: Sequence[int], before: Sequence[int] = (0, 0, 0, 0)) -> str:
         """Pad with zeros; negative numbers crop."""
         return self.add("Pad", x, self.constant([*before, *after])) if any([*before, *after]) else x
 
     def silu(self, x: str) -> str:
         return self.add("Mul", x, self.add("Sigmoid", x))
+
+    def softplus(self, z: str) -> str:
+        """Compute log(1 + e^z) as max(z, 0) + log(1 + u), u = e^-|z|, because runtimes compute Softplus slowly.
+
+        The rounding error of 1 + u is measured and added after the logarithm, which keeps small results precise.
+        """
+        one = self.constant(1.0, "float32")
+        u = self.add("Exp", self.add("Neg", self.add("Abs", z)))
+        rounded = self.add("Add", u, one)
+        error = self.add("Sub", u, self.add("Sub", rounded, one))
+        log = self.add("Add", self.add("Log", rounded), self.add("Div", error, rounded))
+        return self.add("Add", self.add("Relu", z), log)
 
 
 def build(
@@ -120,20 +124,20 @@ def build(
         size: height and width of the grid, even.
         guided: add the input `guidance`, a scale, and return guided predictions.
         stored: dtype of the weights in the file, "float32" or "float16".
-        computed: dtype of activations.
+        computed: dtype of activations; the state of the scan is float32.
         metadata: properties of the model.
 
     Returns:
         An `onnx.ModelProto`. Inputs: x_t (b, c, h, w) float32, t (b,) float32, y (b,) int64 and, if guided, guidance ()
         float32. Output: prediction (b, 2c, h, w) float32.
     """
-    graph, channels = Graph(stored, computed), int(network.config.in_channels)
+    graph, channels = _NetworkGraph(network, stored, computed), int(network.config.in_channels)
     x_t, t, y = "x_t", "t", "y"
     if guided:
         null = graph.add("Add", graph.add("Mul", y, graph.constant(0)), graph.constant(network.null_label))
         x_t, t = (graph.add("Concat", value, value, axis=0) for value in (x_t, t))
         y = graph.add("Concat", y, null, axis=0)
-    out = _Emitter(graph, network, size).emit(x_t, t, y)
+    out = graph.emit(x_t, t, y, size)
     if guided:
         labelled, other = graph.add_many("Split", 2, out, axis=0, num_outputs=2)
         predicted, variance = graph.split(labelled, 1, [channels, channels])
@@ -142,16 +146,14 @@ def build(
         out = graph.add("Concat", graph.add("Add", worse, moved), variance, axis=1)
     graph.nodes.append(helper.make_node("Identity", [out], ["prediction"]))
 
-    def described(name: str, kind: int, *shape: Any) -> Any:
-        return helper.make_tensor_value_info(name, kind, shape)
-
+    described = helper.make_tensor_value_info
     inputs = [
-        described("x_t", TensorProto.FLOAT, "batch", channels, *size),
-        described("t", TensorProto.FLOAT, "batch"),
-        described("y", TensorProto.INT64, "batch"),
-        *([described("guidance", TensorProto.FLOAT)] if guided else []),
+        described("x_t", TensorProto.FLOAT, ["batch", channels, *size]),
+        described("t", TensorProto.FLOAT, ["batch"]),
+        described("y", TensorProto.INT64, ["batch"]),
+        *([described("guidance", TensorProto.FLOAT, [])] if guided else []),
     ]
-    outputs = [described("prediction", TensorProto.FLOAT, "batch", 2 * channels, *size)]
+    outputs = [described("prediction", TensorProto.FLOAT, ["batch", 2 * channels, *size])]
     whole = helper.make_graph(graph.nodes, "lamamba", inputs, outputs, list(graph.weights.values()))
     model = helper.make_model(whole, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
     model.producer_name = "lamamba"
@@ -160,219 +162,191 @@ def build(
     return model
 
 
-class _Emitter:
-    """Adds the parts of a network to a graph, each like the forward pass of its module, on (b, h, w, c)."""
+class _NetworkGraph(Graph):
+    """Adds the parts of a network, each like the forward pass of its module, on (b, h, w, c)."""
 
-    def __init__(self, graph: Graph, network: LaMambaDiff, size: tuple[int, int]) -> None:
-        self.graph, self.net, self.size = graph, network, size
+    def __init__(self, network: LaMambaDiff, stored: str, computed: str) -> None:
+        super().__init__(stored, computed)
+        self.net: Any = network  # modules in lists have no types
         self.names = {id(parameter): name for name, parameter in network.named_parameters()}
 
-    def weight(self, value: Tensor, changed: Tensor | None = None, dtype: str | None = None) -> str:
+    def parameter(self, value: Tensor, changed: Tensor | None = None, dtype: str | None = None) -> str:
         """Store a parameter under its name, in another layout if `changed` is given."""
-        return self.graph.weight(self.names[id(value)], value if changed is None else changed, dtype)
+        return self.weight(self.names[id(value)], value if changed is None else changed, dtype)
 
-    def emit(self, x_t: str, t: str, y: str) -> str:
+    def emit(self, x_t: str, t: str, y: str, size: tuple[int, int]) -> str:
         """Add the whole network; return the prediction (b, 2c, h, w) in float32."""
-        graph, net, size = self.graph, self.net, self.size
-        x = self.norm(
-            self.linear(self.to_computed(graph.transpose(x_t, 0, 2, 3, 1)), net.patch_projection), net.patch_norm
-        )
-        x = graph.add("Add", x, graph.weight("position_embedding", net.resize_position_embedding(*size)))
-        condition = graph.add("Add", self.timestep(t), graph.add("Gather", self.weight(net.label_embedding.weight), y))
+        net = self.net
+        x = self.linear(self.to_computed(self.transpose(x_t, 0, 2, 3, 1)), net.patch_projection)
+        x = self.norm(x, net.patch_norm)
+        x = self.add("Add", x, self.weight("position_embedding", net.resize_position_embedding(*size)))
+        condition = self.add("Add", self.timestep(t), self.add("Gather", self.parameter(net.label_embedding.weight), y))
 
         skips = []
-        for index, blocks in enumerate(self.stages(net.encoder)):
+        for index, blocks in enumerate(net.encoder):
             x = self.blocks(blocks, x, condition, size)
             skips.append((x, size))
             if index < len(net.downsamples):
-                x, size = self.downsample(x, cast(MergeDownsample | ConvDownsample, net.downsamples[index]), size)
-        x = graph.add("Add", x, self.blocks(cast(Iterable[Block], net.bottleneck), x, condition, size))
-        for index, blocks in enumerate(self.stages(net.decoder)):
+                x, size = self.downsample(x, net.downsamples[index], size)
+        x = self.add("Add", x, self.blocks(net.bottleneck, x, condition, size))
+        for index, blocks in enumerate(net.decoder):
             skip, size = skips.pop()
             if index >= 2:
-                x = self.upsample(x, cast(Upsample, net.upsamples[index - 2]), size)
-            x = self.blocks(blocks, graph.add("Add", x, skip), condition, size)
-        return self.to_float(graph.transpose(self.head(x, condition), 0, 3, 1, 2))
-
-    @staticmethod
-    def stages(stages: nn.ModuleList) -> Iterable[Iterable[Block]]:
-        """Tell the type checker that a list of stages contains lists of blocks."""
-        return cast(Iterable[Iterable[Block]], stages)
+                x = self.upsample(x, net.upsamples[index - 2], size)
+            x = self.blocks(blocks, self.add("Add", x, skip), condition, size)
+        return self.to_float(self.transpose(self.head(x, condition), 0, 3, 1, 2))
 
     def to_computed(self, x: str) -> str:
-        return x if self.graph.computed == "float32" else self.graph.cast(x, self.graph.computed)
+        return x if self.computed == "float32" else self.cast(x, self.computed)
 
     def to_float(self, x: str) -> str:
-        return x if self.graph.computed == "float32" else self.graph.cast(x, "float32")
+        return x if self.computed == "float32" else self.cast(x, "float32")
 
-    def linear(self, x: str, layer: nn.Linear, bias: bool = True) -> str:
-        x = self.graph.add("MatMul", x, self.weight(layer.weight, layer.weight.mT))
-        return self.graph.add("Add", x, self.weight(layer.bias)) if bias and layer.bias is not None else x
+    def linear(self, x: str, layer: nn.Linear) -> str:
+        x = self.add("MatMul", x, self.parameter(layer.weight, layer.weight.mT))
+        return self.add("Add", x, self.parameter(layer.bias)) if layer.bias is not None else x
 
     def norm(self, x: str, norm: nn.LayerNorm, dtype: str | None = None) -> str:
-        weight, bias = self.weight(norm.weight, dtype=dtype), self.weight(norm.bias, dtype=dtype)
-        return self.graph.add("LayerNormalization", x, weight, bias, epsilon=norm.eps)
+        weight, bias = self.parameter(norm.weight, dtype=dtype), self.parameter(norm.bias, dtype=dtype)
+        return self.add("LayerNormalization", x, weight, bias, epsilon=norm.eps)
 
     def modulate(self, x: str, shift: str, scale: str) -> str:
         """Compute x (1 + scale) + shift."""
-        graph = self.graph
-        return graph.add("Add", graph.add("Mul", x, graph.add("Add", scale, graph.constant(1.0))), shift)
+        return self.add("Add", self.add("Mul", x, self.add("Add", scale, self.constant(1.0))), shift)
 
     def timestep(self, t: str) -> str:
-        graph, embedding = self.graph, self.net.timestep_embedding
+        embedding = self.net.timestep_embedding
         half = embedding.num_sinusoids // 2
         frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10000) / half))
-        angles = graph.add("Mul", graph.reshape(t, 1), graph.constant(frequencies.numpy()[None], "float32"))
-        sinusoids = graph.add("Concat", graph.add("Cos", angles), graph.add("Sin", angles), axis=1)
-        return self.linear(graph.silu(self.linear(self.to_computed(sinusoids), embedding.linear_1)), embedding.linear_2)
+        angles = self.add("Mul", self.reshape(t, 1), self.constant(frequencies.numpy()[None], "float32"))
+        sinusoids = self.add("Concat", self.add("Cos", angles), self.add("Sin", angles), axis=1)
+        return self.linear(self.silu(self.linear(self.to_computed(sinusoids), embedding.linear_1)), embedding.linear_2)
 
     def blocks(self, blocks: Iterable[Block], x: str, condition: str, size: tuple[int, int]) -> str:
         """Add blocks; a list without blocks returns x."""
-        graph = self.graph
         for block in blocks:
             width = block.mlp_norm.normalized_shape[0]
             projection = block.condition_projection
             own = self.linear(condition, projection) if isinstance(projection, nn.Linear) else condition
-            modulation = graph.reshape(
-                self.linear(graph.silu(own), block.modulation), 1, 1, block.modulation.out_features
-            )
-            parts = iter(graph.split(modulation, 3, [width] * (block.modulation.out_features // width)))
+            channels = block.modulation.out_features
+            modulation = self.reshape(self.linear(self.silu(own), block.modulation), 1, 1, channels)
+            parts = iter(self.split(modulation, 3, [width] * (channels // width)))
             for branch, norm in block._branches():
                 shift, scale, gate = next(parts), next(parts), next(parts)
                 normed = self.modulate(self.norm(x, norm), shift, scale)
-                x = graph.add("Add", x, graph.add("Mul", self.branch(normed, branch, size), gate))
+                x = self.add("Add", x, self.add("Mul", self.branch(normed, branch, size), gate))
         return x
 
-    def branch(self, x: str, branch: nn.Module, size: tuple[int, int]) -> str:
+    def branch(self, x: str, branch: Any, size: tuple[int, int]) -> str:
         if isinstance(branch, SS2D):
             return self.scan(x, branch, size)
-        return (
-            self.attention(x, branch, size) if isinstance(branch, WindowAttention) else self.mlp(x, cast(Mlp, branch))
-        )
+        return self.attention(x, branch, size) if isinstance(branch, WindowAttention) else self.mlp(x, branch)
 
     def mlp(self, x: str, mlp: Mlp) -> str:
-        return self.linear(self.graph.add("Gelu", self.linear(x, mlp.linear_1)), mlp.linear_2)
+        return self.linear(self.add("Gelu", self.linear(x, mlp.linear_1)), mlp.linear_2)
 
     def attention(self, x: str, attention: WindowAttention, size: tuple[int, int]) -> str:
         """Add window attention. Queries, keys and values are computed from pixels in the order of the windows."""
-        graph, heads, length = self.graph, attention.num_heads, math.prod(size)
-        options = (*size, attention.window_size, attention.shifted)
-        windows, geometry = Windows.of(*options), window_geometry(*options, torch.device("cpu"))
-        places, channels = windows.side_y * windows.side_x, attention.out_proj.in_features
+        heads, length = attention.num_heads, math.prod(size)
+        geometry = window_geometry(*size, attention.window_size, attention.shifted, torch.device("cpu"))
+        (windows, places), channels = geometry.pixels.shape, attention.out_proj.in_features
         pixels = geometry.pixels.flatten().numpy()
-        x = graph.reshape(x, length, channels)
-        is_in_order = bool((pixels == np.arange(length)).all()) if len(pixels) == length else False
+        x = self.reshape(x, length, channels)
+        is_in_order = np.array_equal(pixels, np.arange(length))
         if not is_in_order:
-            x = graph.gather(x, np.where(pixels < 0, 0, pixels))  # the mask excludes padding, whatever it holds
-        qkv = graph.reshape(self.linear(x, attention.qkv), windows.number, places, 3, heads, channels // heads)
-        query, key, value = graph.split(qkv, 3, [1, 1, 1])
-        shape = windows.number, places, heads, channels // heads
-        query, key, value = (graph.reshape(part, *shape) for part in (query, key, value))
-        query, value = (graph.transpose(part, 0, 1, 3, 2, 4) for part in (query, value))
-        query = graph.add("Mul", query, graph.constant((channels // heads) ** -0.5))
-        table = self.weight(attention.relative_position_bias)
-        bias = graph.add("Gather", table, graph.constant(geometry.offsets.numpy()), axis=0)
-        added = graph.transpose(bias, 2, 0, 1)
+            x = self.gather(x, np.where(pixels < 0, 0, pixels))  # the mask excludes padding, whatever it holds
+        qkv = self.reshape(self.linear(x, attention.qkv), windows, places, 3, heads, channels // heads)
+        query, key, value = self.split(qkv, 3, [1, 1, 1])
+        shape = windows, places, heads, channels // heads
+        query, key, value = (self.reshape(part, *shape) for part in (query, key, value))
+        query, value = (self.transpose(part, 0, 1, 3, 2, 4) for part in (query, value))
+        query = self.add("Mul", query, self.constant((channels // heads) ** -0.5))
+        table = self.parameter(attention.relative_position_bias)
+        bias = self.add("Gather", table, self.constant(geometry.offsets.numpy()), axis=0)
+        added = self.transpose(bias, 2, 0, 1)
         if geometry.mask is not None:
             mask = geometry.mask.clamp(min=-3e4)[:, None].numpy()  # in float16, -inf less a maximum may be NaN
-            added = graph.add("Add", added, graph.constant(mask))
-        logits = graph.add("Add", graph.add("MatMul", query, graph.transpose(key, 0, 1, 3, 4, 2)), added)
-        x = graph.add("MatMul", graph.add("Softmax", logits, axis=-1), value)
-        x = graph.reshape(graph.transpose(x, 0, 1, 3, 2, 4), windows.number * places, channels)
+            added = self.add("Add", added, self.constant(mask))
+        logits = self.add("Add", self.add("MatMul", query, self.transpose(key, 0, 1, 3, 4, 2)), added)
+        x = self.add("MatMul", self.add("Softmax", logits, axis=-1), value)
+        x = self.reshape(self.transpose(x, 0, 1, 3, 2, 4), windows * places, channels)
         if not is_in_order:
-            x = graph.gather(x, [int(np.flatnonzero(pixels == pixel)[0]) for pixel in range(length)])
-        return self.linear(graph.reshape(x, *size, channels), attention.out_proj)
+            x = self.gather(x, np.argsort(pixels)[-length:])  # padding is -1
+        return self.linear(self.reshape(x, *size, channels), attention.out_proj)
 
     def scan(self, x: str, ssm: SS2D, size: tuple[int, int]) -> str:
-        graph, inner = self.graph, ssm.A_log.shape[1]
+        inner = ssm.A_log.shape[1]
         weights = ssm.in_proj.weight.chunk(2)
         name = self.names[id(ssm.in_proj.weight)]
         x, z = (
-            graph.add("MatMul", x, graph.weight(f"{name}.{part}", weight.mT))
+            self.add("MatMul", x, self.weight(f"{name}.{part}", weight.mT))
             for part, weight in zip("xz", weights, strict=True)
         )
-        convolution = [self.weight(value) for value in ssm.convolution.parameters()]
-        x = graph.add(
-            "Conv", graph.transpose(x, 0, 3, 1, 2), *convolution, group=inner, pads=[1] * 4, kernel_shape=[3, 3]
+        convolution = [self.parameter(value) for value in ssm.convolution.parameters()]
+        x = self.add(
+            "Conv", self.transpose(x, 0, 3, 1, 2), *convolution, group=inner, pads=[1] * 4, kernel_shape=[3, 3]
         )
-        x = graph.transpose(graph.silu(x), 0, 2, 3, 1)
+        x = self.transpose(self.silu(x), 0, 2, 3, 1)
         y = self.paths(self.to_float(x), x, ssm, size)  # float32, because sums over a path may exceed float16
-        y = graph.add("Mul", self.to_computed(self.norm(y, ssm.out_norm, "float32")), graph.silu(z))
+        y = self.add("Mul", self.to_computed(self.norm(y, ssm.out_norm, "float32")), self.silu(z))
         return self.linear(y, ssm.out_proj)
 
     def paths(self, u: str, x: str, ssm: SS2D, size: tuple[int, int]) -> str:
         """Scan along the four paths, and add up the results at each pixel. The state is float32."""
-        graph, length = self.graph, math.prod(size)
+        length = math.prod(size)
         inner, num_states, rank = *ssm.A_log.shape[1:], ssm.dt_rank
         paths = scan_paths(*size, ssm.scan, torch.device("cpu"))
-        low = graph.add("MatMul", x, self.weight(ssm.x_proj_weight, ssm.x_proj_weight.flatten(0, 1).mT))
-        low = graph.gather(graph.reshape(low, length * NUM_PATHS, rank + 2 * num_states), paths.projections.numpy())
-        low = graph.reshape(low, NUM_PATHS, length, rank + 2 * num_states)
-        delta_low, B, C = graph.split(low, 3, [rank, num_states, num_states])
-        delta = self.to_float(graph.add("MatMul", delta_low, self.weight(ssm.dt_weight, ssm.dt_weight.mT)))
-        bias = self.weight(ssm.dt_bias, ssm.dt_bias[:, None], "float32")
-        delta = self.softplus(graph.add("Add", delta, bias))
-        A = graph.add("Neg", graph.add("Exp", self.weight(ssm.A_log, ssm.A_log.mT, "float32")))  # (4, n, e)
-        u = graph.reshape(u, length, inner)
-        driven = graph.add("Mul", delta, graph.reshape(graph.gather(u, paths.pixels.numpy()), NUM_PATHS, length, inner))
-        run = self.one_state if num_states == 1 else self.several_states
-        y = run(delta, driven, A, self.to_float(B), self.to_float(C), (length, inner, num_states))
-        y = graph.gather(graph.reshape(y, NUM_PATHS * length, inner), paths.pixel_positions.flatten().numpy())
-        y = graph.add("ReduceSum", graph.reshape(y, NUM_PATHS, length, inner), graph.constant([1]), keepdims=0)
+        low = self.add("MatMul", x, self.parameter(ssm.x_proj_weight, ssm.x_proj_weight.flatten(0, 1).mT))
+        low = self.gather(self.reshape(low, length * NUM_PATHS, rank + 2 * num_states), paths.projections.numpy())
+        low = self.reshape(low, NUM_PATHS, length, rank + 2 * num_states)
+        delta_low, B, C = self.split(low, 3, [rank, num_states, num_states])
+        delta = self.to_float(self.add("MatMul", delta_low, self.parameter(ssm.dt_weight, ssm.dt_weight.mT)))
+        bias = self.parameter(ssm.dt_bias, ssm.dt_bias[:, None], "float32")
+        delta = self.softplus(self.add("Add", delta, bias))
+        A = self.add("Neg", self.add("Exp", self.parameter(ssm.A_log, ssm.A_log.mT, "float32")))  # (4, n, e)
+        u = self.reshape(u, length, inner)
+        driven = self.add("Mul", delta, self.reshape(self.gather(u, paths.pixels.numpy()), NUM_PATHS, length, inner))
+        B, C = self.to_float(B), self.to_float(C)
+        if num_states == 1:
+            decay = self.add("Exp", self.add("Mul", delta, A))
+            y = self.add("Mul", self.recurrence(decay, self.add("Mul", driven, B), length, inner), C)
+        else:
+            y = self.several_states(delta, driven, A, B, C, (length, inner, num_states))
+        y = self.gather(self.reshape(y, NUM_PATHS * length, inner), paths.pixel_positions.flatten().numpy())
+        y = self.add("ReduceSum", self.reshape(y, NUM_PATHS, length, inner), self.constant([1]), keepdims=0)
         # Every path reads every pixel once, so the four D add up.
-        total = graph.add("ReduceSum", self.weight(ssm.D, dtype="float32"), graph.constant([0]), keepdims=1)
-        return graph.reshape(graph.add("Add", y, graph.add("Mul", u, total)), *size, inner)
-
-    def softplus(self, z: str) -> str:
-        """Compute log(1 + e^z) as max(z, 0) + log(1 + u), u = e^-|z|, because runtimes compute Softplus slowly.
-
-        The rounding error of 1 + u is measured and added after the logarithm, which keeps small results precise.
-        """
-        graph, one = self.graph, self.graph.constant(1.0, "float32")
-        u = graph.add("Exp", graph.add("Neg", graph.add("Abs", z)))
-        rounded = graph.add("Add", u, one)
-        error = graph.add("Sub", u, graph.add("Sub", rounded, one))
-        log = graph.add("Add", graph.add("Log", rounded), graph.add("Div", error, rounded))
-        return graph.add("Add", graph.add("Relu", z), log)
-
-    def one_state(self, delta: str, driven: str, A: str, B: str, C: str, shape: tuple[int, int, int]) -> str:
-        graph = self.graph
-        a, x = graph.add("Exp", graph.add("Mul", delta, A)), graph.add("Mul", driven, B)
-        return graph.add("Mul", self.recurrence(a, x, *shape[:2]), C)
+        total = self.add("ReduceSum", self.parameter(ssm.D, dtype="float32"), self.constant([0]), keepdims=1)
+        return self.reshape(self.add("Add", y, self.add("Mul", u, total)), *size, inner)
 
     def recurrence(self, a: str, x: str, length: int, inner: int) -> str:
         """Compute h[t] = a[t] h[t-1] + x[t] along the third dimension of (b, 4, length, inner), in blocks."""
-        graph, chunk = self.graph, min(length, CHUNK)
+        chunk = min(length, CHUNK)
         num_chunks = -(-length // chunk)
         fill = [0, 0, num_chunks * chunk - length, 0]
-        factors, inputs = (
-            graph.split(
-                graph.reshape(graph.pad(value, [0] * 4, fill), NUM_PATHS, num_chunks, chunk, inner), 3, [1] * chunk
-            )
-            for value in (a, x)
-        )
+        a, x = (self.reshape(self.pad(value, fill), NUM_PATHS, num_chunks, chunk, inner) for value in (a, x))
+        factors, inputs = (self.split(value, 3, [1] * chunk) for value in (a, x))
         h, decay = [inputs[0]], [factors[0]]
         for factor, value in zip(factors[1:], inputs[1:], strict=True):
-            h.append(graph.add("Add", graph.add("Mul", factor, h[-1]), value))
+            h.append(self.add("Add", self.add("Mul", factor, h[-1]), value))
             if num_chunks > 1:
-                decay.append(graph.add("Mul", factor, decay[-1]))
-        y = graph.add("Concat", *h, axis=3)
+                decay.append(self.add("Mul", factor, decay[-1]))
+        y = self.add("Concat", *h, axis=3)
         if num_chunks > 1:
-            ends = [graph.reshape(value, NUM_PATHS, num_chunks, inner) for value in (decay[-1], h[-1])]
-            before = graph.pad(self.recurrence(ends[0], ends[1], num_chunks, inner), [0, 0, 1, 0], [0, 0, -1, 0])
-            before = graph.reshape(before, NUM_PATHS, num_chunks, 1, inner)
-            y = graph.add("Add", y, graph.add("Mul", graph.add("Concat", *decay, axis=3), before))
-        y = graph.reshape(y, NUM_PATHS, num_chunks * chunk, inner)
-        return graph.pad(y, [0] * 4, [-number for number in fill])
+            ends = [self.reshape(value, NUM_PATHS, num_chunks, inner) for value in (decay[-1], h[-1])]
+            before = self.pad(self.recurrence(ends[0], ends[1], num_chunks, inner), [0, 0, -1, 0], [0, 0, 1, 0])
+            before = self.reshape(before, NUM_PATHS, num_chunks, 1, inner)
+            y = self.add("Add", y, self.add("Mul", self.add("Concat", *decay, axis=3), before))
+        y = self.reshape(y, NUM_PATHS, num_chunks * chunk, inner)
+        return self.pad(y, [-number for number in fill])
 
     def several_states(self, delta: str, driven: str, A: str, B: str, C: str, shape: tuple[int, int, int]) -> str:
         """Walk along the paths with the operator Scan, whose body takes a few steps."""
-        graph, (length, inner, num_states) = self.graph, shape
+        length, inner, num_states = shape
         num_chunks = -(-length // STEPS)
 
         def in_chunks(x: str, *shape: int) -> str:
-            x = graph.transpose(graph.pad(x, [0] * 4, [0, 0, num_chunks * STEPS - length, 0]), 2, 0, 1, 3)
-            return graph.add("Reshape", x, graph.constant([num_chunks, STEPS, -1, NUM_PATHS, *shape]))
+            x = self.transpose(self.pad(x, [0, 0, num_chunks * STEPS - length, 0]), 2, 0, 1, 3)
+            return self.add("Reshape", x, self.constant([num_chunks, STEPS, -1, NUM_PATHS, *shape]))
 
         chunks = [
             in_chunks(delta, 1, inner),
@@ -380,58 +354,58 @@ class _Emitter:
             in_chunks(B, num_states, 1),
             in_chunks(C, 1, num_states),
         ]
-        batch = graph.add("Shape", delta, start=0, end=1)
-        sizes = (graph.constant([1]), batch, graph.constant([NUM_PATHS, num_states, inner]))
-        start = graph.add("ConstantOfShape", graph.add("Concat", *sizes, axis=0))
-        outside, graph.nodes = graph.nodes, []
+        batch = self.add("Shape", delta, start=0, end=1)
+        sizes = (self.constant([1]), batch, self.constant([NUM_PATHS, num_states, inner]))
+        start = self.add("ConstantOfShape", self.add("Concat", *sizes, axis=0))
+        outside, self.nodes = self.nodes, []
         names = [f"{start}_{part}" for part in ("h", "delta", "driven", "B", "C")]
         h, delta, driven, B, C = names
         factors, inputs = (
-            graph.split(value, 0, [1] * STEPS)
-            for value in (graph.add("Exp", graph.add("Mul", delta, A)), graph.add("Mul", driven, B))
+            self.split(value, 0, [1] * STEPS)
+            for value in (self.add("Exp", self.add("Mul", delta, A)), self.add("Mul", driven, B))
         )
         states = []
         for factor, value in zip(factors, inputs, strict=True):
-            h = graph.add("Add", graph.add("Mul", factor, h), value)
+            h = self.add("Add", self.add("Mul", factor, h), value)
             states.append(h)
-        y = graph.add("MatMul", C, graph.add("Concat", *states, axis=0))
+        y = self.add("MatMul", C, self.add("Concat", *states, axis=0))
         described = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in (*names, h, y)]
-        body = helper.make_graph(graph.nodes, f"{start}_steps", described[:5], described[5:])
-        graph.nodes = outside
-        _, y = graph.add_many("Scan", 2, start, *chunks, body=body, num_scan_inputs=4)
-        y = graph.add("Reshape", y, graph.constant([num_chunks * STEPS, -1, NUM_PATHS, inner]))
-        y = graph.transpose(y, 1, 2, 0, 3)
-        return graph.pad(y, [0] * 4, [0, 0, length - num_chunks * STEPS, 0])
+        body = helper.make_graph(self.nodes, f"{start}_steps", described[:5], described[5:])
+        self.nodes = outside
+        _, y = self.add_many("Scan", 2, start, *chunks, body=body, num_scan_inputs=4)
+        y = self.add("Reshape", y, self.constant([num_chunks * STEPS, -1, NUM_PATHS, inner]))
+        y = self.transpose(y, 1, 2, 0, 3)
+        return self.pad(y, [0, 0, length - num_chunks * STEPS, 0])
 
     def downsample(
         self, x: str, layer: MergeDownsample | ConvDownsample, size: tuple[int, int]
     ) -> tuple[str, tuple[int, int]]:
         """Halve the grid; also return its new size."""
-        graph, (height, width) = self.graph, size
-        x = graph.pad(x, [0] * 4, [0, height % 2, width % 2, 0])
+        height, width = size
+        x = self.pad(x, [0, height % 2, width % 2, 0])
         half = -(-height // 2), -(-width // 2)
         if isinstance(layer, ConvDownsample):
-            x = graph.transpose(x, 0, 3, 1, 2)
-            weights = [self.weight(value) for value in layer.convolution.parameters()]
-            x = graph.add("Conv", x, *weights, strides=[2, 2], kernel_shape=[2, 2])
-            return self.norm(graph.transpose(x, 0, 2, 3, 1), layer.norm), half
+            x = self.transpose(x, 0, 3, 1, 2)
+            weights = [self.parameter(value) for value in layer.convolution.parameters()]
+            x = self.add("Conv", x, *weights, strides=[2, 2], kernel_shape=[2, 2])
+            return self.norm(self.transpose(x, 0, 2, 3, 1), layer.norm), half
         channels = layer.norm.normalized_shape[0]
-        x = graph.transpose(graph.reshape(x, half[0], 2, half[1], 2, channels // 4), 0, 1, 3, 4, 2, 5)
-        return self.linear(self.norm(graph.reshape(x, *half, channels), layer.norm), layer.reduction), half
+        x = self.transpose(self.reshape(x, half[0], 2, half[1], 2, channels // 4), 0, 1, 3, 4, 2, 5)
+        return self.linear(self.norm(self.reshape(x, *half, channels), layer.norm), layer.reduction), half
 
     def upsample(self, x: str, layer: Upsample, size: tuple[int, int]) -> str:
         """Double the grid, and crop it to a size."""
-        graph, channels = self.graph, layer.norm.normalized_shape[0]
+        channels = layer.norm.normalized_shape[0]
         height, width = -(-size[0] // 2), -(-size[1] // 2)
-        x = graph.reshape(self.linear(x, layer.expansion), height, width, 2, 2, channels)
-        x = graph.reshape(graph.transpose(x, 0, 1, 3, 2, 4, 5), 2 * height, 2 * width, channels)
-        return graph.pad(self.norm(x, layer.norm), [0] * 4, [0, size[0] - 2 * height, size[1] - 2 * width, 0])
+        x = self.reshape(self.linear(x, layer.expansion), height, width, 2, 2, channels)
+        x = self.reshape(self.transpose(x, 0, 1, 3, 2, 4, 5), 2 * height, 2 * width, channels)
+        return self.pad(self.norm(x, layer.norm), [0, size[0] - 2 * height, size[1] - 2 * width, 0])
 
     def head(self, x: str, condition: str) -> str:
-        graph, head = self.graph, self.net.head
+        head = self.net.head
         x = self.norm(self.linear(x, head.linear), head.norm)
-        modulation = self.linear(graph.silu(self.linear(condition, head.condition_projection)), head.modulation)
+        modulation = self.linear(self.silu(self.linear(condition, head.condition_projection)), head.modulation)
         width = head.linear.out_features
-        shift, scale = graph.split(graph.reshape(modulation, 1, 1, 2 * width), 3, [width, width])
-        x = graph.add("LayerNormalization", x, graph.constant(np.ones(width)), epsilon=1e-6)
+        shift, scale = self.split(self.reshape(modulation, 1, 1, 2 * width), 3, [width, width])
+        x = self.add("LayerNormalization", x, self.constant(np.ones(width)), epsilon=1e-6)
         return self.linear(self.modulate(x, shift, scale), head.output)

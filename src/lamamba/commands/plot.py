@@ -77,11 +77,7 @@ def name_runs(runs: Iterable[Path]) -> dict[str, Path]:
 def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     """Draw the logs of runs in one figure: loss, loss by quarter of the timesteps, images/s, gradient norm.
 
-    Args:
-        runs: the records of log.jsonl by run. Missing values are skipped.
-
-    Returns:
-        A `matplotlib.figure.Figure` of four panels.
+    Values that a record of log.jsonl lacks are skipped.
     """
     from matplotlib.figure import Figure
 
@@ -129,9 +125,7 @@ def read_frames(run: Path) -> list[Image.Image]:
 
 def choose_evenly(items: Sequence[Any], number: int) -> list[Any]:
     """Choose at most `number` items (at least 2), evenly spaced, including the first and the last."""
-    if len(items) <= number:
-        return list(items)
-    return [items[round(index * (len(items) - 1) / (number - 1))] for index in range(number)]
+    return [items[round(place)] for place in np.linspace(0, len(items) - 1, min(number, len(items)))]
 
 
 def add_caption(image: Image.Image, text: str) -> Image.Image:

@@ -63,10 +63,7 @@ def check_unset(config: Any, *names: str, why: str) -> None:
 def check_seed(seed: Any, num_images: int = 1, name: str = "seed") -> int:
     """Return a seed as an int; raise ConfigError unless it is a whole number of 64 bits.
 
-    Args:
-        seed: seed of the first image.
-        num_images: number of images; the following images have the following seeds, which must be in range too.
-        name: name of the option.
+    The seeds of all images, which are counted up from this one, must be in range too.
     """
     whole, most = as_whole(seed), MAX_SEED - num_images + 1
     if whole is None or not 0 <= whole <= most:

@@ -93,7 +93,7 @@ class OptionReader:
         """Add an argument for each field; yields what has to be given, for the usage."""
         helps = read_docstrings(kind)
         for entry, type_, option in _list_fields(kind):
-            default = _default_of(entry, defaults)
+            default = defaults.get(entry.name, entry.default)
             if option.hidden or entry.name in getattr(kind, "HIDDEN", ()):
                 continue
             if isinstance(type_, type) and is_dataclass(type_):
@@ -108,12 +108,11 @@ class OptionReader:
         needed = default is MISSING and value.number != "*"
         text = (text + _describe_default(default, option)).replace("%", "%%")
         common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
-        if value.number is not None:
-            common["nargs"] = value.number
+        takes = {"type": value.parse, "nargs": value.number, "metavar": metavar}
         if option.positional:
             if not needed and value.number is None:
-                common["nargs"] = "?"
-            group.add_argument(name, type=value.parse, metavar=metavar, **common)
+                takes["nargs"] = "?"
+            group.add_argument(name, **takes, **common)
             yield metavar
             return
         flag = "--" + (option.name or name).replace("_", "-")
@@ -126,7 +125,7 @@ class OptionReader:
             off = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
             group.add_argument(flag.replace("--", "--no-", 1), action="store_false", **off)
         else:
-            group.add_argument(flag, dest=name, type=value.parse, metavar=metavar, required=needed, **common)
+            group.add_argument(flag, dest=name, required=needed, **takes, **common)
         self.choices |= dict.fromkeys(shown, value.choices)
         if needed:
             yield f"{flag} {metavar}"
@@ -161,12 +160,8 @@ class _Value:
         if origin is Literal:
             return cls.one_of(inner)
         if origin is tuple:
-            value = cls.of(inner[0])
-            if inner[1] is Ellipsis:
-                return replace(value, number="*", metavar=value.metavar)
-            return replace(value, number=len(inner), metavar=value.metavar)
-        parse, metavar = _SCALARS[type_]
-        return cls(parse, metavar)
+            return replace(cls.of(inner[0]), number="*" if inner[1] is Ellipsis else len(inner))
+        return cls(*_SCALARS[type_])
 
     @classmethod
     def one_of(cls, choices: Sequence[Any]) -> "_Value":
@@ -215,10 +210,6 @@ def _list_fields(kind: type[Any]) -> Iterator[tuple[Field[Any], Any, Option]]:
         yield entry, type_, option
 
 
-def _default_of(entry: Field[Any], defaults: Mapping[str, Any]) -> Any:
-    return defaults.get(entry.name, entry.default)
-
-
 def _describe_default(default: Any, option: Option) -> str:
     """Describe a default unless there is nothing to show: where it is None, the option's text says what happens."""
     if default is MISSING:
@@ -240,7 +231,7 @@ def _build(kind: type[Config], given: Mapping[str, Any], defaults: Mapping[str, 
     values = dict(defaults)
     for entry, type_, _ in _list_fields(kind):
         if isinstance(type_, type) and is_dataclass(type_):
-            default = _default_of(entry, defaults)
+            default = defaults.get(entry.name, entry.default)
             changes = {inner.name for inner in fields(type_)} & given.keys()
             values[entry.name] = _build(type_, given, vars(default)) if changes else default
         elif entry.name in given:

@@ -9,7 +9,7 @@ from lamamba.config import nearest
 from lamamba.demo.settings import read_whole
 from lamamba.errors import ConfigError
 from lamamba.ops.grid import Scan, path_order
-from lamamba.ops.window_attention.geometry import Windows, window_geometry
+from lamamba.ops.window_attention.geometry import window_geometry
 
 MAX_SIDE = 24  # cells of a drawn grid: beyond, they are too small to follow
 # In the order of `path_order`, which is another for each scan.
@@ -25,17 +25,12 @@ _GAP = 28
 def draw_paths(height: int, width: int, scan: Scan) -> str:
     """Draw the four paths of the scan over a grid; on each a point goes from its first pixel to its last.
 
-    Args:
-        height: rows of the grid, 2 to 24.
-        width: columns, 2 to 24.
-        scan: "continuous" or "raster", see `lamamba.ops.grid.path_order`.
-
     Returns:
         An `<svg>` element; each path is a `<polyline>` through the centres of all cells, in its order, with a ring at
         its first pixel.
 
     Raises:
-        ConfigError: a side is out of range, or there is no such scan.
+        ConfigError: a side is not 2 to 24, or there is no such scan.
     """
     if scan not in PATH_NAMES:
         raise ConfigError(f"scan {scan!r} is unknown: {nearest(str(scan), PATH_NAMES)}")
@@ -43,18 +38,16 @@ def draw_paths(height: int, width: int, scan: Scan) -> str:
     panels = []
     for number, order in enumerate(path_order(height, width, scan)):
         rows, columns = np.divmod(order, width)
-        points = [(_centre(column), _centre(row)) for row, column in zip(rows, columns, strict=True)]
+        points = (np.stack([columns, rows], axis=1) + 0.5) * _CELL
         line = " ".join(f"{x:g},{y:g}" for x, y in points)
-        steps = "M" + " L".join(f"{x:g} {y:g}" for x, y in points)
         colour = _COLOURS[number]
-        # A walk has a step for each pixel, however far the next one is: a raster jumps back at the end of a row.
-        times = ";".join(f"{index / (len(points) - 1):.5f}" for index in range(len(points)))
         panels.append(
             f"{_grid_lines(height, width)}"
             f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-opacity="0.45" stroke-width="2"/>'
-            f'<circle cx="{points[0][0]:g}" cy="{points[0][1]:g}" r="3" fill="none" stroke="{colour}"/>'
-            f'<circle r="4.5" fill="{colour}"><animateMotion path="{steps}" dur="6s" calcMode="linear" '
-            f'keyTimes="{times}" keyPoints="{_distances(points)}" repeatCount="indefinite"/></circle>'
+            f'<circle cx="{points[0, 0]:g}" cy="{points[0, 1]:g}" r="3" fill="none" stroke="{colour}"/>'
+            # Each step takes as long as the others, however far the next pixel is.
+            f'<circle r="4.5" fill="{colour}"><animateMotion values="{line.replace(" ", ";")}" dur="6s" '
+            'calcMode="linear" repeatCount="indefinite"/></circle>'
         )
     return _in_row(panels, PATH_NAMES[scan], height, width)
 
@@ -62,16 +55,11 @@ def draw_paths(height: int, width: int, scan: Scan) -> str:
 def draw_windows(height: int, width: int, window_size: int) -> str:
     """Draw which pixels attend to one another, by colour: in windows, and in those of the next block, shifted by half.
 
-    Args:
-        height: rows of the grid, 2 to 24.
-        width: columns, 2 to 24.
-        window_size: side of a window.
-
     Returns:
         An `<svg>` element of two grids; pixels of a group have the same `data-group`.
 
     Raises:
-        ConfigError: a side is out of range.
+        ConfigError: a side is not 2 to 24.
     """
     height, width = (read_whole(name, side, 2, MAX_SIDE) for name, side in (("height", height), ("width", width)))
     window_size = read_whole("window_size", window_size, 2, MAX_SIDE)
@@ -93,34 +81,21 @@ def attention_groups(height: int, width: int, window_size: int, shifted: bool) -
 
     From the geometry that attention itself uses, with its mask.
     """
-    side_y, side_x, shift_y, shift_x, _ = Windows.of(height, width, window_size, shifted)
-    mask = window_geometry(height, width, window_size, shifted, torch.device("cpu")).mask
-    padded_height, padded_width = height + -height % side_y, width + -width % side_x
-    windows_y, windows_x = padded_height // side_y, padded_width // side_x
-    first = np.empty((windows_y * windows_x, side_y * side_x), dtype=np.int64)
-    for window in range(len(first)):
-        # A group is known by the first place in its window that sees it.
-        allowed = np.ones((first.shape[1],) * 2, dtype=bool) if mask is None else (mask[window] == 0).numpy()
-        first[window] = window * first.shape[1] + allowed.argmax(axis=1)
-    grid = first.reshape(windows_y, windows_x, side_y, side_x).transpose(0, 2, 1, 3)
-    grid = np.roll(grid.reshape(padded_height, padded_width), (shift_y, shift_x), axis=(0, 1))[:height, :width]
-    _, place, group = np.unique(grid, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(place))[group].reshape(height, width)
+    geometry = window_geometry(height, width, window_size, shifted, torch.device("cpu"))
+    windows = geometry.pixels.numpy()
+    places = windows.shape[1]
+    seen = np.ones((len(windows), places, places), dtype=bool) if geometry.mask is None else geometry.mask.numpy() == 0
+    # A pixel's group is known by the first pixel of its window that it attends to.
+    first = np.empty(height * width, dtype=np.int64)
+    for pixels, visible in zip(windows, seen, strict=True):
+        first[pixels[pixels >= 0]] = pixels[visible.argmax(axis=1)][pixels >= 0]
+    _, group = np.unique(first, return_inverse=True)
+    return group.reshape(height, width)
 
 
 def _bands(groups: np.ndarray) -> np.ndarray:
     """Number the runs of equal groups along one side of the grid."""
     return np.cumsum([0, *(groups[1:] != groups[:-1])])
-
-
-def _centre(place: int) -> float:
-    return (int(place) + 0.5) * _CELL
-
-
-def _distances(points: Sequence[tuple[float, float]]) -> str:
-    """Say where along the line each point lies, from 0 to 1."""
-    traveled = np.cumsum([0, *np.hypot(*np.diff(np.array(points), axis=0).T)])
-    return ";".join(f"{fraction:.5f}" for fraction in traveled / traveled[-1])
 
 
 def _grid_lines(height: int, width: int) -> str:

@@ -76,9 +76,7 @@ def draw_images(
 
 def png_address(image: Image.Image) -> str:
     """Encode an image as a `data:image/png;...` URL."""
-    content = io.BytesIO()
-    image.save(content, format="PNG")
-    return _address("image/png", content.getvalue())
+    return _address("image/png", encode_png(image, {}))
 
 
 def _address(kind: str, content: bytes) -> str:

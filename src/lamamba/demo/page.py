@@ -13,7 +13,7 @@ import gradio as gr
 import numpy as np
 import torch
 from gradio_client.utils import is_file_obj_with_meta, traverse
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lamamba.config import DemoLimits
 from lamamba.demo.figures import MAX_SIDE, PATH_NAMES, draw_paths, draw_windows
@@ -22,7 +22,9 @@ from lamamba.demo.gate import Gate
 from lamamba.demo.previews import Models, Preview, Shown, compare_guidance, inpaint, interpolate, sample
 from lamamba.demo.receptive_field import NUM_DRAWS, Branches, draw_receptive_field, receptive_fields
 from lamamba.demo.settings import (
+    DEFAULTS,
     MAX_GUIDANCE,
+    Request,
     label_names,
     read_number,
     read_numbers,
@@ -92,12 +94,7 @@ def make_app(
 ) -> Any:
     """Make the ASGI application of the page.
 
-    Args:
-        models: the checkpoints that visitors can choose from.
-        limits: limits of a request.
-        at_once: number of requests that run at the same time.
-        local: whether only this machine can connect, see `Gate`.
-        hosts: host names of the page, see `Gate`.
+    At most `at_once` requests run at the same time. `local` and `hosts` are explained at `Gate`.
     """
     from fastapi import FastAPI
 
@@ -178,12 +175,7 @@ def _read_drawings(editor: gr.ImageEditor, uploads: Uploads) -> None:
 
 
 class Page:
-    """The layout of the page. Visitors share nothing but weights.
-
-    Args:
-        models: the checkpoints that visitors can choose from.
-        limits: limits of a request.
-    """
+    """The layout of the page. Visitors share nothing but weights."""
 
     def __init__(self, models: Models, limits: DemoLimits) -> None:
         self.models, self.limits, self.uploads = models, limits, Uploads()
@@ -246,20 +238,15 @@ class Page:
         with gr.Tab("Generate"):
             most = max(2, self.limits.max_images)
             self._field(gr.Slider, "num_images", 1, most, step=1, label="Images", elem_id="images")
-
-            def start(model: ImageSampler, asked: dict[str, Any]) -> Shown:
-                return sample(model, read_request(asked, model, self.limits))
-
-            self._button("Generate", ["num_images"], start, _label_and_seed)
+            self._button("Generate", ["num_images"], sample, _label_and_seed)
 
     def _compare_guidance(self) -> None:
         with gr.Tab("Compare guidance"):
             info = "One image at each scale, with the same label and seed."
             self._field(gr.Textbox, "scales", "1, 2, 4, 7", label="Scales", elem_id="scales", info=info)
 
-            def start(model: ImageSampler, asked: dict[str, Any]) -> Shown:
-                wanted = read_numbers("scales", asked.pop("scales"))
-                return compare_guidance(model, read_request(asked, model, self.limits), wanted, self.limits)
+            def start(model: ImageSampler, request: Request, scales: Any) -> Shown:
+                return compare_guidance(model, request, read_numbers("scales", scales), self.limits)
 
             self._button("Compare", ["scales"], start, lambda _, made: f"guidance {made['guidance']:g}")
 
@@ -274,21 +261,19 @@ class Page:
                 most = max(3, self.limits.max_images)
                 self._field(gr.Slider, "num_between", 2, most, step=1, label="Images in all", elem_id="between")
 
-            def start(model: ImageSampler, asked: dict[str, Any]) -> Shown:
-                label, seed, number = (asked.pop(name) for name in ("end_label", "end_seed", "num_between"))
-                request = read_request(asked, model, self.limits)
-                return interpolate(model, request, seed, model.labels.find(str(label)), number, self.limits)
+            def start(model: ImageSampler, request: Request, end_label: Any, end_seed: Any, num_between: Any) -> Shown:
+                label = model.labels.find(str(end_label))
+                return interpolate(model, request, end_seed, label, num_between, self.limits)
 
             more = ["end_label", "end_seed", "num_between"]
             self._button("Interpolate", more, start, lambda _, made: f"{made['fraction']:.0%}")
 
     def _inpaint(self) -> None:
-        def start(model: ImageSampler, asked: dict[str, Any]) -> Shown:
-            drawn, strength = asked.pop("image"), asked.pop("strength")
-            if drawn is None:
+        def start(model: ImageSampler, request: Request, image: Any, strength: Any) -> Shown:
+            if image is None:
                 raise ConfigError("there is no image: upload one, or take the last one made")
-            image, mask = drawn
-            return inpaint(model, read_request(asked, model, self.limits), image, mask, strength)
+            drawing, mask = image
+            return inpaint(model, request, drawing, mask, strength)
 
         with gr.Tab("Inpaint"):
             gr.Markdown("Draw over the part to repaint with the first label on the left. The rest stays.")
@@ -380,7 +365,7 @@ class Page:
         self,
         name: str,
         more: Sequence[str],
-        start: Callable[[ImageSampler, dict[str, Any]], Shown],
+        start: Callable[..., Shown],
         caption: Callable[[ImageSampler, dict[str, Any]], str],
     ) -> None:
         """Add a button, a button that cancels it, and the place where images appear.
@@ -388,7 +373,7 @@ class Page:
         Args:
             name: what the button says.
             more: names of the fields that are needed beside the settings.
-            start: begins to sample what the fields ask for.
+            start: begins to sample a request; gets the values of the fields in `more` that are no part of it by name.
             caption: describes an image by its settings.
         """
         with gr.Row():
@@ -400,7 +385,9 @@ class Page:
 
         def show(values: dict[Any, Any]) -> Iterator[tuple[float, list[Any]]]:
             model = self.models[values[self.model]]
-            for shown in start(model, {name: values[field] for name, field in fields.items()}):
+            asked = {name: values[field] for name, field in fields.items()}
+            own = {name: asked.pop(name) for name in more if name not in DEFAULTS}
+            for shown in start(model, read_request(asked, model, self.limits), **own):
                 if isinstance(shown, Preview):
                     yield shown.done, [draw_images(shown.images), gr.skip()]
                 else:
@@ -492,7 +479,6 @@ def _to_editor(image: np.ndarray | None) -> dict[str, Any]:
     with _as_messages():
         if image is None:
             raise ConfigError("no image was made yet: generate some, or upload one")
-    pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
-    scale = max(1, _EDITOR_SIDE // max(pixels.shape[:2]))
-    drawn = Image.fromarray(pixels.repeat(scale, axis=0).repeat(scale, axis=1))
+    drawn = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+    drawn = ImageOps.scale(drawn, max(1, _EDITOR_SIDE // max(drawn.size)), Image.Resampling.NEAREST)
     return {"background": {"url": png_address(drawn)}, "layers": [], "composite": None}

@@ -56,11 +56,7 @@ Shown = Iterator[Preview | Pictures]
 
 
 class Models:
-    """The loaded checkpoints that visitors can choose from. Nothing else is ever opened.
-
-    Args:
-        checkpoints: as for `lamamba sample`. Visitors see the last part of each path.
-        device: see `lamamba.sampling.choose_device`.
+    """The loaded checkpoints that visitors can choose from, by the last part of each path. Nothing else is ever opened.
 
     Raises:
         LamambaError: there are none, two have the same name, one cannot be loaded, or there is no such device.
@@ -112,15 +108,7 @@ def compare_guidance(model: ImageSampler, request: Request, scales: Sequence[Any
 def interpolate(
     model: ImageSampler, request: Request, end_seed: int, end_label: int, num_images: int, limits: DemoLimits
 ) -> Shown:
-    """Interpolate from a request's first image to that of another seed and label.
-
-    Args:
-        model: the checkpoint.
-        request: its first seed and label are those of the first image.
-        end_seed: seed of the last image.
-        end_label: label of the last image.
-        num_images: number of images with both ends, 2 or more.
-        limits: limits of images and pixels.
+    """Interpolate from a request's first seed and label to others; `num_images`, 2 or more, includes both ends.
 
     Raises:
         ConfigError: there are too many images or pixels, or the model takes no mixtures of labels.
@@ -138,14 +126,10 @@ def interpolate(
 
 
 def inpaint(model: ImageSampler, request: Request, image: Image.Image, mask: Image.Image, strength: float) -> Shown:
-    """Repaint the white part of a mask with the label of a request; the rest of the image stays.
+    """Repaint the white part of a mask with the first label and seed of a request; the rest of the image stays.
 
-    Args:
-        model: the checkpoint.
-        request: its first label and seed are used.
-        image: an image of any size; it is scaled to the size of the request.
-        mask: white where the image is repainted; of the same size as the image.
-        strength: how much noise the repainted part starts from, more than 0, up to 1.
+    The image, of any size, is scaled to the size of the request. `strength`, more than 0, up to 1, is how much noise
+    the repainted part starts from.
 
     Raises:
         ConfigError: nothing is masked, or the sizes differ.

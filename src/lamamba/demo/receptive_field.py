@@ -30,13 +30,7 @@ def receptive_fields(
     x_t is normal noise at timestep 500, without a label. The branch that is left out adds nothing in any block; the
     MLPs, the U-Net's downsampling and its skips stay. The network itself is left as it is.
 
-    Args:
-        network: on any device.
-        height: of the grid, even, at least 4.
-        width: the same.
-        pixel: row and column of the prediction.
-        branches: "scan" or "attention" alone, or "both".
-        limits: of the pixels of all draws together.
+    Height and width are even, at least 4. `limits` are for the pixels of all draws together.
 
     Yields:
         After each of NUM_DRAWS draws, the average so far: (height, width) float32, 0 where nothing can come from. The
@@ -76,12 +70,7 @@ def receptive_fields(
 
 
 def draw_receptive_field(field: np.ndarray, pixel: tuple[int, int]) -> Image.Image:
-    """Draw a field on a logarithmic scale of four decades, 0 light grey, and frame the pixel in red.
-
-    Args:
-        field: (h, w), what `receptive_fields` measured.
-        pixel: row and column that it is of.
-    """
+    """Draw a field (h, w) on a logarithmic scale of four decades, 0 light gray, and frame its pixel in red."""
     from matplotlib import colormaps
 
     decades = np.log10(np.maximum(field / max(float(field.max()), 1e-30), 1e-4)) / 4 + 1

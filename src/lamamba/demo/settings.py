@@ -37,7 +37,7 @@ def label_names(model: ImageSampler) -> list[str]:
 
 
 # What a page may send, and the values of what it leaves out; None is the default of the model or of guidance.
-_DEFAULTS = {
+DEFAULTS = {
     **dict.fromkeys(("sampler", "steps", "guidance", "interval_low", "interval_high", "height", "width")),
     **{"labels": [NO_LABEL], "rescale": 0.0, "seed": 0, "num_images": 1},
 }
@@ -57,10 +57,10 @@ def read_request(values: Mapping[str, Any], model: ImageSampler, limits: DemoLim
     Raises:
         ConfigError: a value is no number, is out of range or beyond a limit, or there is no such label or sampler.
     """
-    unknown = sorted(set(values) - set(_DEFAULTS))
+    unknown = sorted(set(values) - set(DEFAULTS))
     if unknown:
-        raise ConfigError(f"nothing is named {unknown[0]!r} here: {nearest(unknown[0], _DEFAULTS)}")
-    asked = {**_DEFAULTS, "steps": model.steps, **values}
+        raise ConfigError(f"nothing is named {unknown[0]!r} here: {nearest(unknown[0], DEFAULTS)}")
+    asked = {**DEFAULTS, "steps": model.steps, **values}
     number = read_whole("num_images", asked["num_images"], 1, limits.max_images)
     steps = read_whole("steps", asked["steps"], 1, limits.max_steps)
     size = (_read_side("height", asked["height"], model), _read_side("width", asked["width"], model))

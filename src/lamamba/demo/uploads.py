@@ -78,18 +78,14 @@ def read_drawing(background: bytes, layers: Sequence[bytes]) -> tuple[Image.Imag
     """
     if len(layers) > MAX_LAYERS:
         raise ConfigError(f"the drawing has {len(layers)} layers, and the canvas has {MAX_LAYERS}: draw on that one")
-    files = [background, *layers]
     try:
-        num_pixels = sum(math.prod(Image.open(io.BytesIO(file), formats=("PNG",)).size) for file in files)
-        if num_pixels > MAX_PIXELS:
+        opened, *drawn = (Image.open(io.BytesIO(file), formats=("PNG",)) for file in (background, *layers))
+        if sum(math.prod(one.size) for one in (opened, *drawn)) > MAX_PIXELS:
             raise Image.DecompressionBombError
-        with Image.open(io.BytesIO(background), formats=("PNG",)) as opened:
-            image = convert_image(opened, 3)
+        image = convert_image(opened, 3)
         mask = Image.new("L", image.size)
-        for layer in layers:
-            with Image.open(io.BytesIO(layer), formats=("PNG",)) as opened:
-                alpha = find_alpha(opened)
-            alpha = alpha.resize(image.size, Image.Resampling.BOX)
+        for layer in drawn:
+            alpha = find_alpha(layer).resize(image.size, Image.Resampling.BOX)
             mask.paste(255, mask=alpha.point(lambda level: 255 * (level > 0)))
     except Image.DecompressionBombError:  # Pillow itself raises it for much larger images
         raise ConfigError(

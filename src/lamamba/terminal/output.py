@@ -37,11 +37,7 @@ def make_progress(
 ) -> Progress:
     """Make progress bars, for a terminal only: a task's description, its bar, these columns, and the time left.
 
-    Args:
-        console: to draw on.
-        columns: a string is formatted with the `task`.
-        shows: False hides the bars, as in all processes but the first.
-        transient: remove the bars at the end.
+    A column may be a string, which is formatted with the `task`. `transient` bars are removed at the end.
     """
     return Progress(
         TextColumn("{task.description}", style="bold", markup=False),

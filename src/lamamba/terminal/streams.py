@@ -31,12 +31,9 @@ def _escape(found: re.Match[str]) -> str:
 
 
 class StandardStream:
-    """A standard stream on which writing never fails.
+    """A standard stream on which writing never fails. Characters that its encoding lacks are replaced.
 
     `failure` is the last error, for example because the reader is gone.
-
-    Args:
-        stream: the stream to write to. Characters that its encoding lacks are replaced.
     """
 
     def __init__(self, stream: TextIO) -> None:
