@@ -24,10 +24,11 @@ PAGES = {name: name for name in ("findings.md", "distillation.md")} | {"results.
 """Each page, and its text in this folder."""
 NAMES = {
     "s": "LaMamba-S", "s-raster": "LaMamba-S, raster paths", "s-scan-only": "LaMamba-S, scan only",
-    "s-attention-only": "LaMamba-S, attention only", "dit-s-2": "DiT-S/2", "unet": "U-Net",
+    "s-attention-only": "LaMamba-S, attention only", "s-window-4": "LaMamba-S, windows of 4",
+    "s-state-16": "LaMamba-S, 16 states", "dit-s-2": "DiT-S/2", "unet": "U-Net",
 }  # fmt: skip
 TITLES = {"cifar-10": "CIFAR-10, JPEG copy", "fashion-mnist": "Fashion-MNIST"}
-CIFAR = ("cifar-s-longer-seed-0", "cifar-dit-s-2-longer-seed-0")
+CIFAR = ("cifar-s-longer-seed-0", "cifar-dit-s-2-longer-seed-0", "cifar-unet-longer-seed-0")
 CIFAR_SEEDS = (CIFAR[0], "cifar-s-longer-seed-1", CIFAR[1], "cifar-dit-s-2-longer-seed-1")
 DROPOUT = (CIFAR[0], "cifar-s-dropout-longer")
 CLOTHES = ("s-flow-decay-longer", "dit-s-2-flow-decay-longer")
@@ -35,7 +36,8 @@ CLOTHES_SEEDS = (CLOTHES[0], f"{CLOTHES[0]}-seed-1", CLOTHES[1], f"{CLOTHES[1]}-
 # A third of the images, with a learning rate that falls three times as fast.
 SHORT_CIFAR = ("cifar-s-seed-0", "cifar-dit-s-2-seed-0")
 PARTS = (
-    SHORT_CIFAR[0], "cifar-s-raster-seed-0", "cifar-s-scan-only-seed-0", "cifar-s-attention-only-seed-0", SHORT_CIFAR[1]
+    SHORT_CIFAR[0], "cifar-s-raster-seed-0", "cifar-s-state-16-seed-0", "cifar-s-window-4-seed-0",
+    "cifar-s-scan-only-seed-0", "cifar-s-scan-only-seed-1", "cifar-s-attention-only-seed-0", SHORT_CIFAR[1],
 )  # fmt: skip
 SHORT_CLOTHES = ("s-flow-decay", "dit-s-2-flow-decay")
 DISTILLED = {
@@ -55,9 +57,12 @@ _SCORES = ("distance", "recall", "coverage")
 
 
 def title_of(record: dict[str, Any]) -> str:
-    """Name a network, and its dropout if it has any."""
-    dropout = record["settings"]["recipe"].get("dropout", 0.0)
-    return NAMES[record["settings"]["network"]] + (f", dropout {dropout:g}" if dropout else "")
+    """Name a network, with its dropout if it has any, and its seed if it is not the first."""
+    settings = record["settings"]
+    dropout, seed = settings["recipe"].get("dropout", 0.0), settings["seed"]
+    return (
+        NAMES[settings["network"]] + (f", dropout {dropout:g}" if dropout else "") + (f", seed {seed}" if seed else "")
+    )
 
 
 def scores_table(records: Records, names: Sequence[str], last: int | None = None) -> list[str]:
