@@ -178,7 +178,7 @@ def test_autocast_rounds_the_product_and_nothing_else() -> None:
 @pytest.mark.parametrize(("mean", "deviation"), [(0, 2), (0, 0.2), (-2, 0.5), (-4, 1)])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_cublas_applies_gelu_without_gradients(mean: float, deviation: float, autocast: bool) -> None:
-    """Its GELU is an approximation, but applied before rounding. Where most results are close to 0, it is less exact."""
+    """Its GELU is an approximation, but applied before rounding. For results close to 0, it is less exact."""
     x, weight, bias = make_inputs((3, 50, 8, 64, 256))
     tensors = [tensor.bfloat16() for tensor in (x, weight * deviation / 2, 0 * bias + mean)]
     exact = linear_gelu(*(tensor.double() for tensor in tensors))
