@@ -3,7 +3,7 @@
     python benchmarks/scaling.py                                        one GPU
     torchrun --nproc-per-node 2 benchmarks/scaling.py                   two GPUs, through NCCL
     torchrun --nproc-per-node 2 benchmarks/scaling.py --preset xl-256 xl-512 --batch-size 8 16 32 64
-    torchrun --nproc-per-node 2 benchmarks/scaling.py --shard           with sharded weights
+    torchrun --nproc-per-node 2 benchmarks/scaling.py --shard           with sharded optimizer state
     torchrun --nproc-per-node 2 benchmarks/scaling.py --quick           quick check, also on a CPU
 
 `--quick` uses tiny sizes; ignore its numbers.
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--preset", nargs="+", default=["xl-256"])
     parser.add_argument("--batch-size", type=int, nargs="+", default=[128], help="images per process")
-    parser.add_argument("--shard", action="store_true", help="shard weights, as `lamamba train --shard` does")
+    parser.add_argument("--shard", action="store_true", help="as `lamamba train --shard`")
     parser.add_argument("--out", type=Path, default=RESULTS / "scaling", help="folder for the records")
     parser.add_argument("--commit", default="", help="commit to note in the records, for a copy without history")
     options = parser.parse_args()

@@ -132,10 +132,12 @@ def test_a_preset_that_was_not_measured_takes_the_mfu_of_the_nearest() -> None:
 
 def test_a_number_of_states_that_was_not_measured_is_refused() -> None:
     config = PlanConfig("xl-512-16-states", gpus=1, batch_size=20)
-    error = "xl-512-16-states has 16 states, and no step with as many was measured: give images_per_s"
+    error = "xl-512-16-states has 16 states, and no step of its width with as many was measured"
     with pytest.raises(ConfigError, match=error):
         predict(config, MODEL)
-    assert Model.shipped().reference(config.preset) == "xl-256-16-states"
+    with pytest.raises(ConfigError, match="b-256-16-states has 16 states, and no step of its width"):
+        predict(replace(config, preset="b-256-16-states"), Model.shipped())
+    assert predict(config, Model.shipped()).ms > 100
     given = replace(config, images_per_s=40.0)
     assert predict(given, MODEL).ms == pytest.approx(500)
     said = "the memory per image of xl-512, whose number of states is 1, not 16"
@@ -258,7 +260,7 @@ def test_the_command_prints_what_is_predicted_and_on_what_it_rests(capsys: pytes
     assert f"memory per GPU, GiB of 139 │ {plan.memory_gib:.1f}, fits" in shown
     assert "Measured: xl-512 with " in shown
     assert "40 GB/s from each GPU's network card" in shown
-    assert "that nothing hides the gathering of sharded weights" in shown
+    assert "that nothing hides the all-gather of the weights" in shown
 
 
 def test_the_command_says_what_does_not_fit_and_what_is_stretched(capsys: pytest.CaptureFixture[str]) -> None:

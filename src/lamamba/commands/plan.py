@@ -129,7 +129,7 @@ class Model:
         return cls(**{**content, "points": tuple(Point(**point) for point in content["points"])})
 
     def of(self, name: str, gpus: int) -> list[Point]:
-        """Return the points of a preset on so many GPUs, each with all the weights."""
+        """Return the points of a preset on so many GPUs, without sharding."""
         return [point for point in self.points if (point.preset, point.gpus, point.shard) == (name, gpus, False)]
 
     def reference(self, name: str) -> str:
@@ -147,9 +147,14 @@ class Model:
 
         return min(sorted({point.preset for point in self.points if point.gpus == 1}), key=distance)
 
-    def states_measured(self, name: str) -> int:
-        """Return the states of the preset that `name` is calculated from; with others a step takes other kernels."""
-        return network_of(self.reference(name)).config.ssm_state_size
+    def covers(self, name: str) -> bool:
+        """Return whether a preset can be predicted: with several states, one of its width must have been measured.
+
+        Other numbers of states run other kernels, whose speed depends on the width.
+        """
+        ours, theirs = network_of(name).config, network_of(self.reference(name)).config
+        same_width = ours.embed_dim == theirs.embed_dim
+        return ours.ssm_state_size == theirs.ssm_state_size and (ours.ssm_state_size == 1 or same_width)
 
     def milliseconds(self, name: str) -> Line:
         """Fit the time on one GPU. An unmeasured preset is scaled by parameters and, at equal MFU, multiply-adds."""
@@ -272,10 +277,10 @@ def predict(config: PlanConfig, model: Model | None = None) -> Prediction:
     model = model or Model.shipped()
     network, images = network_of(config.preset), config.images_of_a_gpu
     states = network.config.ssm_state_size
-    if states != model.states_measured(config.preset) and not config.images_per_s:
+    if not model.covers(config.preset) and not config.images_per_s:
         raise ConfigError(
-            f"{config.preset} has {states} state{'s' * (states > 1)}, and no step with as many was measured: give "
-            "images_per_s, measured on one GPU"
+            f"{config.preset} has {states} state{'s' * (states > 1)}, and no step of its width with as many was "
+            "measured: give images_per_s, measured on one GPU"
         )
     line = model.milliseconds(config.preset)
     slower = _slower(config, model, line.at(images))
@@ -363,7 +368,7 @@ def basis(config: PlanConfig, model: Model) -> list[str]:
         if (value := getattr(config, name))
     ]
     assumed = []
-    states, measured_states = network_of(config.preset).config.ssm_state_size, model.states_measured(config.preset)
+    states, measured_states = (network_of(name).config.ssm_state_size for name in (config.preset, other))
     if states != measured_states:
         assumed.append(f"the memory per image of {other}, whose number of states is {measured_states}, not {states}")
     if other != config.preset and not config.images_per_s:
@@ -377,11 +382,13 @@ def basis(config: PlanConfig, model: Model) -> list[str]:
     if config.hosts > 1:
         assumed.append(f"{config.network_gbytes_per_s:g} GB/s from each GPU's network card")
     if config.shard:
-        assumed.append("that nothing hides the gathering of sharded weights")
+        assumed.append("that nothing hides the all-gather of the weights")
     if not config.data_gbytes_per_s:
         assumed.append("no waiting for data")
+    of_two = " and ".join(sorted({point.preset for point in model.points if point.gpus == 2}))
     return [
-        f"Measured: {other} with {min(measured)} to {max(measured)} images per GPU, on one and two {model.gpu}.",
+        f"Measured: {other} with {min(measured)} to {max(measured)} images on one {model.gpu}; communication with "
+        f"{of_two} on two.",
         *([f"Given: {', '.join(given)}."] if given else []),
         f"Assumed: {'; '.join(assumed) or 'nothing'}.",
         f"Not counted: {NOT_COUNTED}. docs/scaling.md has the model and its fit.",

@@ -126,8 +126,8 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """Precision of the network; auto uses bf16 on GPUs that support it. Weights are always float32."""
     shard: bool = False
-    """Divide optimizer state and EMAs among the ranks (ZeRO, stage 1), which saves memory; a step takes slightly
-    longer."""
+    """Divide optimizer state and EMAs among the ranks (ZeRO, stage 1), which saves memory; a step takes longer, as
+    lamamba plan predicts."""
     cuda_graph: bool = True
     """On CUDA, launch the kernels of a step as one CUDA graph, so that the GPU never waits for Python."""
     compile: bool = False

@@ -1,1 +1,1 @@
-"""Training and sampling on several ranks: their sums, signals, and sharded weights."""
+"""Training and sampling on several ranks: their sums, signals, and sharded optimizer state."""

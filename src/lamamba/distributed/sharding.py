@@ -1,6 +1,6 @@
-"""Divide what a run holds beside the weights among its ranks (Rajbhandari et al. 2020, arXiv 1910.02054, stage 1).
+"""Divide optimizer state and EMAs among the ranks (ZeRO, stage 1: Rajbhandari et al. 2020, arXiv 1910.02054).
 
-Each parameter belongs to one rank. Only that rank holds its optimizer state and its EMAs, steps it, and sends the
+Each parameter belongs to one rank. Only that rank holds its optimizer state and its EMAs, updates it, and sends the
 result to the others. All ranks hold all weights, so the rest of a step is the same as without sharding.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lamamba.distributed.processes import Processes
 
 ALIGNMENT = 64
-"""Values; parameters begin at multiples of it."""
+"""Each parameter starts at a multiple of this many values."""
 
 
 class Division:
@@ -23,7 +23,7 @@ class Division:
     All ranks call each method together. With a single rank, everything belongs to it, and nothing is sent or moved.
 
     Args:
-        network: a complete network; the division holds for all networks of the same shapes.
+        network: a complete network. The division can also be used for other networks of the same shapes.
         processes: the ranks.
     """
 
@@ -47,19 +47,19 @@ class Division:
         return {name: parameter for (name, parameter), is_own in named if is_own}
 
     def synchronize_from_now_on(self, network: nn.Module) -> None:
-        """Let `synchronize` send the parameters of this network. They move to adjacent memory, and must stay there."""
+        """Register a network for `synchronize`. Its parameters move into one buffer; do not replace them afterwards."""
         if self.number > 1:
             flat, views = self._allocate(next(network.parameters()).detach())
             _set(network, [view.copy_(value.detach()) for view, value in zip(views, network.parameters(), strict=True)])
             self._flat.append(flat)
 
     def synchronize(self) -> None:
-        """Send all ranks the parameters that have been stepped here, and receive the others."""
+        """All-gather the parameters of all registered networks, after each rank has updated its own."""
         for flat in self._flat:
             self._gather(flat)
 
     def complete(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return tensors shaped like the parameters, each from the rank to which it belongs."""
+        """All-gather tensors that are shaped like the parameters, each from the rank to which it belongs."""
         if self.number == 1:
             return list(tensors)
         flat, views = self._allocate(tensors[0])
@@ -77,7 +77,7 @@ class Division:
 
     @contextmanager
     def completed(self, network: nn.Module) -> Iterator[None]:
-        """Give a network all parameters, as long as the context lasts, after `forget_others`."""
+        """Within this context, give a network back the parameters that `forget_others` has freed."""
         parts = [parameter.detach() for parameter in network.parameters()]
         _set(network, self.complete(parts))
         try:

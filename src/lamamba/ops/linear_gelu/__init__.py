@@ -23,7 +23,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, backend: Backend = "aut
     Args:
         x: (..., i).
         weight: (c, i).
-        bias: (c,). The kernels add it in float32, to the product that PyTorch has rounded to its dtype.
+        bias: (c,). The kernels add it in float32, to the product that PyTorch has rounded to its dtype. On a GPU, in
+            bfloat16 and without gradients, cuBLASLt adds it before rounding.
         backend: see `lamamba.ops.backend`.
 
     Returns:
@@ -91,7 +92,7 @@ def _uses_epilogue(x: Tensor) -> bool:
 def _linear_gelu_epilogue(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Compute `linear_gelu` in one kernel of cuBLASLt, which adds the bias and applies GELU before it rounds.
 
-    This GELU is the tanh approximation, which is off by at most 4.8e-4 (see README.md).
+    This GELU is the tanh approximation, which is off by at most 4.7e-4 (see README.md).
     """
     dtype = compute_dtype(x)
     rows = x.to(dtype).reshape(-1, x.shape[-1])
