@@ -115,11 +115,11 @@ def fit_table(model: Model) -> list[str]:
         "predicted GiB",
         "error",
     ]
-    said = (
-        f"The largest error is {worst[0]} in time and {worst[1]} in memory. Networks that were measured with two numbers\n"
-        "of images on one GPU have no error there, because a line fits any two points."
-    )
-    return [f"{model.gpu}, {model.versions}.", "", *table(header, rows), said, ""]
+    said = [
+        f"The largest error is {worst[0]} in time and {worst[1]} in memory. Networks that were measured with two",
+        "numbers of images on one GPU have no error there, because a line fits any two points.",
+    ]
+    return [f"{model.gpu}, {model.versions}.", "", *table(header, rows), *said, ""]
 
 
 def constants_table(model: Model) -> list[str]:
