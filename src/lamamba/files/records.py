@@ -7,7 +7,7 @@ of later versions and of diffusers can be read.
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
@@ -141,6 +141,15 @@ def is_run(folder: Path) -> bool:
 def plain(config: TrainConfig) -> dict[str, Any]:
     """Convert a configuration to the values that JSON has."""
     return json.loads(json.dumps(asdict(config), default=str))
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
+    """Describe each value that differs from the recorded one: "steps was 4, now 2"."""
+    return [
+        f"{name} was {before.get(name)}, now {value}"
+        for name, value in now.items()
+        if name not in ignored and before.get(name) != value
+    ]
 
 
 def read_train_config(path: Path) -> TrainConfig:

@@ -36,7 +36,7 @@ from lamamba.distributed.signals import SignalsNoted
 from lamamba.errors import CheckpointError, ConfigError, reading
 from lamamba.files import atomic_write, checksum, write_json
 from lamamba.files.npz import opened_array
-from lamamba.files.records import read_record
+from lamamba.files.records import changes, read_record
 from lamamba.sampling import Callback, Start, choose_device, make_grid, sample, uses_bf16
 from lamamba.sampling.captured import CapturedNetwork
 from lamamba.sampling.labels import Labels, choose_guidance, why_unguided
@@ -311,10 +311,7 @@ def _begin_set(out: Path, made: dict[str, Any]) -> None:
         if grown == made:
             write_json(path, made)
             return
-    changed = [
-        f"{name} was {before.get(name)}, now {value}" for name, value in made.items() if before.get(name) != value
-    ]
-    if changed:
+    if changed := changes(before, made):
         raise ConfigError(f"{out} holds images that were made otherwise, choose another folder: {'; '.join(changed)}")
 
 
