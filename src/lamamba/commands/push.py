@@ -210,7 +210,7 @@ def _picture_lines(name: str, pipe: LaMambaDiffPipeline, rows: list[int], num_pe
 
 def _table_lines(pipe: LaMambaDiffPipeline, dataset: str | None, *, half: bool) -> list[str]:
     network, vae = pipe.network, pipe.vae
-    number = sum(parameter.numel() for parameter in network.parameters())
+    number = network.num_parameters()
     factor, channels = (1, network.config.in_channels) if vae is None else (Latents(vae).factor, vae.config.in_channels)
     side = factor * network.config.sample_size
     kind = {1: "gray", 3: "color"}.get(channels, f"{channels} channels")
