@@ -53,10 +53,8 @@ def encode(config: EncodeConfig) -> None:
                 _begin(config.out, settings)
                 if source.left_out:
                     say(f"left out of {config.data}: {source.left_out}")
-            processes.barrier()
-            with SignalsNoted() as signals:
+            with processes.sharing() as signals:
                 _encode_shards(config, source, space, processes, signals)
-                processes.barrier_at_end(signals)
             if processes.is_first:
                 _write_index(config.out, settings)
 

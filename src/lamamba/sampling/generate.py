@@ -249,10 +249,8 @@ def generate(config: GenerateConfig) -> None:
             if processes.is_first:
                 model.say_notes()
                 _begin_set(config.out, json.loads(json.dumps(made)))
-            processes.barrier()
-            with SignalsNoted() as signals:
+            with processes.sharing() as signals:
                 _sample_shards(config, model, labels_of, processes, signals)
-                processes.barrier_at_end(signals)
             if processes.is_first:
                 if config.format == "npz":
                     _join(config)
