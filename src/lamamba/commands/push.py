@@ -117,7 +117,7 @@ def _draw(folder: Path, config: PushConfig) -> list[int]:
     rows = model.labels.parse(None)
     labels = [label for label in rows for _ in range(config.num_per_label)]
     pixels = sample_with_bar(model, labels, range(len(labels)))
-    make_grid(pixels, config.num_per_label, scale=max(1, 64 // pixels.shape[-1])).save(folder / PICTURE)
+    make_grid(pixels, config.num_per_label).save(folder / PICTURE)
     return rows
 
 

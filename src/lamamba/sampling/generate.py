@@ -203,7 +203,7 @@ def sample_grid(config: SampleConfig) -> None:
     pixels = sample_with_bar(model, labels, seeds)
 
     settings = model.settings
-    grid = make_grid(pixels, columns=config.num_per_label, scale=max(1, 64 // pixels.shape[-1]))
+    grid = make_grid(pixels, columns=config.num_per_label)
     own = {"labels": classes, "num_per_label": config.num_per_label, "seed": config.seed}
     _write_png(config.out, grid, {**settings, **own})
     if config.images_out is not None:
