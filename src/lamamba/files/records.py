@@ -132,6 +132,14 @@ class OriginRecord(TypedDict, total=False):
     paths: dict[Literal["data", "data_folder", "vae", "start_from"], str]
 
 
+def order_names(names: Mapping[str, str], where: str) -> list[str]:
+    """Order class names by label, from a record in which each is under its label; raises CheckpointError."""
+    missing = [label for label in map(str, range(len(names))) if label not in names]
+    if missing:
+        raise CheckpointError(f"{where} names {len(names)} classes, but not {missing[0]}")
+    return [names[str(label)] for label in range(len(names))]
+
+
 def is_run(folder: Path) -> bool:
     """Return whether a folder is a run, with or without checkpoints. Network folders have a config.json too."""
     path = folder / "config.json"
