@@ -79,7 +79,7 @@ def main(out: Path, num_images: int = 20_000, **options: Any) -> None:
     lamamba.train(config)
     network = lamamba.load_checkpoint(out).network
     x = lamamba.sample(network, XPrediction(), range(10), range(10), guidance_scale=2.0, clip_sample=True)
-    make_grid(lamamba.to_uint8(x).numpy(), columns=10, scale=2).save(out / "samples.png")
+    make_grid(lamamba.to_uint8(x).numpy(), columns=10).save(out / "samples.png")
 
 
 if __name__ == "__main__":

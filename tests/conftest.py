@@ -89,6 +89,14 @@ def whole_fashion_mnist(_no_fashion_mnist: None, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(fashion_mnist, "FASHION_MNIST_FOLDER", FASHION_MNIST_FOLDER)
 
 
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill new memory with NaN, so that a value that is never written shows up in the results."""
+    for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty_like")):
+        make = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *shape, make=make, **options: make(*shape, **options).fill_(torch.nan))
+
+
 @pytest.fixture(scope="session")
 def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_autoencoder(tmp_path_factory.mktemp("autoencoder"))

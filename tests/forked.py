@@ -11,8 +11,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -164,3 +165,10 @@ def _execute(*arguments: str) -> None:
     except Exception:  # as Python does: torch would keep it to itself
         traceback.print_exc()
         sys.exit(1)
+
+
+def wait_for(happened: Callable[[], object], seconds: float = 180) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)

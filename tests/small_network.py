@@ -8,7 +8,7 @@ from lamamba.model import LaMambaDiff
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
     value, reference = value.detach().double(), reference.detach().double()
-    return float((value - reference).norm() / reference.norm())
+    return float((value - reference).norm() / reference.norm().clamp_min(1e-300))
 
 
 SMALL = {

@@ -27,14 +27,11 @@ from lamamba.sampling.pipeline import LaMambaDiffPipeline
 from lamamba.sampling.schedulers import make_scheduler
 from lamamba.training.run import resolve
 from lamamba.training.trainer import Trainer
+from small_network import relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 TINY = replace(PRESETS["nano"], embed_dim=32, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1)
-
-
-def relative_error(value: Tensor, wanted: Tensor) -> float:
-    return float((value - wanted).norm() / wanted.norm())
 
 
 def build(in_channels: int = 1) -> tuple[LaMambaDiff, tuple[Tensor, Tensor, Tensor]]:

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -17,13 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from forked import Fork
+from forked import Fork, wait_for
 from lamamba.checkpoints.checkpoint import checkpoints_in, load_checkpoint, locked
 from lamamba.cli import main
 from lamamba.diffusion import Diffusion
 from lamamba.errors import CheckpointError
 from lamamba.sampling import Step, sample
 from lamamba.training.trainer import Trainer
+from tiny_runs import weights
 
 TINY = [
     *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
@@ -43,11 +43,6 @@ def refused(capsys: pytest.CaptureFixture[str], out: Path, *options: str) -> str
     return capsys.readouterr().err
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    newest = checkpoints_in(run)[-1]
-    return {f"{path.parent.name}/{k}": v for path in newest.rglob("*.safetensors") for k, v in load_file(path).items()}
-
-
 def same(first: Path, second: Path) -> bool:
     a, b = weights(first), weights(second)
     return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
@@ -55,13 +50,6 @@ def same(first: Path, second: Path) -> bool:
 
 def records(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
-def wait_for(happened: Callable[[], object], seconds: float = 180) -> None:
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.02)
 
 
 @pytest.mark.slow

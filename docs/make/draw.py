@@ -164,7 +164,7 @@ def draw_fields() -> None:
         for branches in ("scan", "attention", "both")
     ]
     pixels = np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in pictures])
-    make_grid(pixels, columns=3, padding=8).save(DOCS / FIELD, optimize=True)
+    make_grid(pixels, columns=3, padding=8, scale=1).save(DOCS / FIELD, optimize=True)
 
 
 if __name__ == "__main__":

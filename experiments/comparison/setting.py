@@ -22,6 +22,7 @@ from lamamba.data import ArraySource, FolderSource, load_fashion_mnist
 from lamamba.distributed.processes import Processes
 from lamamba.errors import ConfigError
 from lamamba.files import write_json
+from lamamba.files.records import changes
 from pieces import Piece, Scale
 
 HERE = Path(__file__).resolve().parent
@@ -164,8 +165,7 @@ class Record:
         begun = {"piece": piece.name, "kind": type(piece).__name__.lower(), "finished": False, "settings": told}
         self.content = json.loads(self.path.read_text()) if self.path.is_file() else {**begun, "parts": []}
         now, before = begun["settings"], self.content["settings"]
-        changed = [f"{name} was {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]
-        if changed:
+        if changed := changes(before, now):
             raise ConfigError(f"{self.path} was begun with other settings ({'; '.join(changed)}): delete {self.folder}")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.content["parts"].append(dict(setting.environment))

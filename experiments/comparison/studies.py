@@ -133,7 +133,7 @@ def _draw(
     chosen = chosen.to(samples.device)
     rows = [samples[chosen], *(training[indices[chosen]] for indices in neighbours)]
     with atomic_write(record.folder / f"{name}.png") as temporary:
-        make_grid(torch.cat(rows).cpu().numpy(), len(chosen)).save(temporary, "PNG")
+        make_grid(torch.cat(rows).cpu().numpy(), len(chosen), scale=1).save(temporary, "PNG")
 
 
 def time_steps(setting: Setting, piece: Speed) -> None:

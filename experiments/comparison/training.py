@@ -361,4 +361,4 @@ def _conclude(
         images = trainer.denoiser.draw(setting, columns * classes, guidance=2.0)
         by_class = images.view(columns, classes, *images.shape[1:]).transpose(0, 1).flatten(0, 1)  # one class per row
         with atomic_write(grid) as temporary:
-            make_grid(by_class.cpu().numpy(), columns).save(temporary, "PNG")
+            make_grid(by_class.cpu().numpy(), columns, scale=1).save(temporary, "PNG")

@@ -22,7 +22,7 @@ LABELS = ["trouser", "pullover", "dress", "coat", "sandal", "sneaker", "bag", "a
 def save(name: str, rows: list[np.ndarray]) -> None:
     """Write rows of (b, 32, 32, 1) images from 0 to 1."""
     images = (np.concatenate(rows) * 255).round().astype(np.uint8).transpose(0, 3, 1, 2)
-    make_grid(images, columns=len(rows[0]), scale=2).save(DOCS / f"{name}.png", optimize=True)
+    make_grid(images, columns=len(rows[0])).save(DOCS / f"{name}.png", optimize=True)
 
 
 def seeds(number: int) -> list[torch.Generator]:

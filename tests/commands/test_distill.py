@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 import lamamba
 from lamamba.checkpoints import checkpoint
@@ -24,6 +23,8 @@ from lamamba.errors import CheckpointError, ConfigError, DataError
 from lamamba.files.records import read_train_config
 from lamamba.sampling.generate import ImageSampler
 from lamamba.sampling.pipeline import LaMambaDiffPipeline
+from refusals import refusal
+from tiny_runs import weights
 
 TINY = [
     *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
@@ -54,18 +55,8 @@ def students(teachers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     return {name: folder / name for name in teachers}
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    newest = checkpoints_in(run)[-1]
-    return {f"{path.parent.name}/{k}": v for path in newest.rglob("*.safetensors") for k, v in load_file(path).items()}
-
-
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit, match="2"):
-        main(list(arguments))
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    return error
+    return refusal(capsys, lambda: main(list(arguments)))
 
 
 def sample(run: Path, out: Path, *options: str) -> np.ndarray:

@@ -13,6 +13,7 @@ from PIL import Image
 from lamamba.cli import main
 from lamamba.commands.plot import add_caption, choose_evenly, draw_curves, name_runs
 from lamamba.training.log import save_figure
+from refusals import refusal
 
 TINY = [
     *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
@@ -33,9 +34,7 @@ def records(run: Path) -> list[dict[str, float]]:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    with pytest.raises(SystemExit, match="2"):
-        main(list(arguments))
-    return capsys.readouterr().err
+    return refusal(capsys, lambda: main(list(arguments)))
 
 
 def test_a_run_is_drawn(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

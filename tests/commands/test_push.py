@@ -26,6 +26,7 @@ from lamamba.cli import main
 from lamamba.commands.push import _code, _escaped
 from lamamba.model import LaMambaDiff
 from lamamba.sampling.pipeline import LaMambaDiffPipeline
+from refusals import refusal
 
 CLASSES = ("bird, large", "fish|flat", "newt")
 
@@ -68,12 +69,7 @@ def images_of(pipe: LaMambaDiffPipeline) -> torch.Tensor:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    with pytest.raises(SystemExit) as end:
-        main(["push", *arguments])
-    assert end.value.code == 2
-    said = capsys.readouterr().err.removeprefix("lamamba: error: ")
-    assert said.count("\n") == 1
-    return said
+    return refusal(capsys, lambda: main(["push", *arguments])).removeprefix("lamamba: error: ")
 
 
 def card_of(folder: Path) -> tuple[dict[str, object], str]:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from forked import Fork, run_ranks
+from forked import Fork, run_ranks, wait_for
 from lamamba.checkpoints.checkpoint import checkpoints_in
 from lamamba.cli import main
 from lamamba.commands import encode as encoding
@@ -87,13 +87,6 @@ def test_signals_that_are_ignored_or_handled_stay_so() -> None:
         assert (signals.number, handled) == (0, [1])
         signal.raise_signal(signal.SIGINT)
         assert signals.number == signal.SIGINT
-
-
-def wait_for(happened: Callable[[], object]) -> None:
-    end = time.monotonic() + 120
-    while not happened():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.02)
 
 
 def test_workers_leave_signals_to_their_parent(images: Path) -> None:

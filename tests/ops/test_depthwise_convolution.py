@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lamamba.ops.backend import Backend
 from lamamba.ops.depthwise_convolution import depthwise_convolution
+from small_network import relative_error
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,10 +28,6 @@ def output_and_gradients(inputs: list[Tensor], backend: Backend) -> list[Tensor]
     y = depthwise_convolution(*leaves, backend=backend)
     weights = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(y)
     return [y.detach(), *torch.autograd.grad(y, leaves, weights)]
-
-
-def relative_error(value: Tensor, wanted: Tensor) -> float:
-    return float((value.double() - wanted).norm() / wanted.norm())
 
 
 def check(inputs: list[Tensor], dtype: torch.dtype) -> None:
@@ -86,14 +83,8 @@ def test_programs_share_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
             assert relative_error(a, b.double()) < 1e-6, (changes, name)
 
 
-def test_every_value_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New memory is filled with NaN, so a value that is never written shows up in the results."""
-    new_empty = Tensor.new_empty
-
-    def poisoned(tensor: Tensor, *shape: object, **options: object) -> Tensor:
-        return new_empty(tensor, *shape, **options).fill_(torch.nan)
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_every_value_is_written() -> None:
     inputs = [tensor.float() for tensor in make_inputs((2, 11, 9, 5))]
     for name, value in zip(NAMES, output_and_gradients(inputs, "triton"), strict=True):
         assert bool(value.isfinite().all()), name

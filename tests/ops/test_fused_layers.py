@@ -19,6 +19,7 @@ from lamamba.ops.fused_layers import (
 )
 from lamamba.ops.launch import record_launches
 from lamamba.ops.residual_norm import Residual
+from small_network import relative_error
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,10 +87,6 @@ OPERATIONS: dict[str, Operation] = {
 }  # fmt: skip
 
 
-def relative_error(value: Tensor, wanted: Tensor) -> float:
-    return float((value.double() - wanted).norm() / wanted.norm())
-
-
 @torch.no_grad()
 def check(operation: Any, given: dict[str, Tensor], dtype: torch.dtype, **options: bool) -> None:
     """Allow twice the error of separate operations in the same dtype, plus half a unit in the last place."""
@@ -145,15 +142,9 @@ def test_a_program_may_compute_a_part_of_the_columns(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_every_value_is_written(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """New memory is filled with NaN, so a value that is never written shows up in the results."""
-    new_empty = Tensor.new_empty
-
-    def poisoned(tensor: Tensor, *shape: object, **options: object) -> Tensor:
-        return new_empty(tensor, *shape, **options).fill_(torch.nan)
-
+@pytest.mark.usefixtures("poisoned_memory")
+def test_every_value_is_written(name: str) -> None:
     given = {key: tensor.float() for key, tensor in make_inputs((2, 5, 7, 12)).items()}
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
     with torch.no_grad():
         assert all(bool(value.isfinite().all()) for value in OPERATIONS[name](given, "triton"))
 

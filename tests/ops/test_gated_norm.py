@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lamamba.ops.backend import Backend
 from lamamba.ops.gated_norm import gated_norm
+from small_network import relative_error
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,10 +29,6 @@ def output_and_gradients(inputs: list[Tensor], backend: Backend) -> list[Tensor]
     out = gated_norm(*leaves, backend=backend)
     weights = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
     return [out.detach(), *torch.autograd.grad(out, leaves, weights)]
-
-
-def relative_error(value: Tensor, wanted: Tensor) -> float:
-    return float((value.double() - wanted).norm() / wanted.norm())
 
 
 def check(inputs: list[Tensor], dtype: torch.dtype) -> None:
@@ -96,14 +93,8 @@ def test_programs_share_the_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("num_planes", [1, 2])
-def test_every_value_is_written(num_planes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """New memory is filled with NaN, so a value that is never written shows up in the results."""
-    new_empty = Tensor.new_empty
-
-    def poisoned(tensor: Tensor, *shape: object, **options: object) -> Tensor:
-        return new_empty(tensor, *shape, **options).fill_(torch.nan)
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_every_value_is_written(num_planes: int) -> None:
     inputs = [tensor.float() for tensor in make_inputs((num_planes, 2, 5, 7, 33))]
     for name, value in zip(NAMES, output_and_gradients(inputs, "triton"), strict=True):
         assert bool(value.isfinite().all()), name

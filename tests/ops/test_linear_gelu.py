@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lamamba.ops.backend import Backend
 from lamamba.ops.linear_gelu import gelu_mlp, linear_gelu
+from small_network import relative_error
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,10 +31,6 @@ def output_and_gradients(inputs: list[Tensor], backend: Backend) -> list[Tensor]
     out = linear_gelu(*leaves, backend=backend)
     weights = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
     return [out.detach(), *torch.autograd.grad(out, leaves, weights)]
-
-
-def relative_error(value: Tensor, wanted: Tensor) -> float:
-    return float((value.double() - wanted).norm() / wanted.norm())
 
 
 def check(inputs: list[Tensor], dtype: torch.dtype) -> None:
@@ -118,14 +115,8 @@ def test_programs_share_the_rows(warps: int, monkeypatch: pytest.MonkeyPatch) ->
         assert relative_error(a, b.double()) < 1e-6, name
 
 
-def test_every_value_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New memory is filled with NaN, so a value that is never written shows up in the results."""
-    new_empty = Tensor.new_empty
-
-    def poisoned(tensor: Tensor, *shape: object, **options: object) -> Tensor:
-        return new_empty(tensor, *shape, **options).fill_(torch.nan)
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_every_value_is_written() -> None:
     x, weight_1, bias_1 = (tensor.half() for tensor in make_inputs((70, 16, 128)))
     assert all(bool(value.isfinite().all()) for value in mlp_and_gradients([x, weight_1, bias_1, weight_1.T], "triton"))
     inputs = [tensor.float() for tensor in make_inputs((2, 5, 7, 4, 97))]

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lamamba.ops.backend import Backend
 from lamamba.ops.gated_norm import gated_norm
 from lamamba.ops.residual_norm import Residual, residual_norm
+from small_network import relative_error
 
 pytest.importorskip("numba")
 Inputs = dict[str, Tensor]
@@ -52,10 +53,6 @@ def outputs_and_gradients(norm: str, inputs: Inputs, backend: Backend = "auto") 
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(out.shape, dtype=torch.float64, generator=generator).to(out) for out in outputs]
     return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, list(leaves.values()), weights)]
-
-
-def relative_error(value: Tensor, wanted: Tensor) -> float:
-    return float((value.double() - wanted).norm() / wanted.norm().clamp_min(1e-300))
 
 
 def check(norm: str, inputs: Inputs) -> None:
@@ -135,14 +132,8 @@ def test_what_is_not_finite_is_passed_on(norm: str) -> None:
 
 
 @pytest.mark.parametrize("norm", RUNS)
-def test_every_value_is_written(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """New memory is filled with NaN, so a value that is never written shows up in the results."""
-    new_empty = Tensor.new_empty
-
-    def poisoned(tensor: Tensor, *shape: object, **options: object) -> Tensor:
-        return new_empty(tensor, *shape, **options).fill_(torch.nan)
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_every_value_is_written(norm: str) -> None:
     for value in outputs_and_gradients(norm, make_inputs(norm, (2, 4, 6, 8))):
         assert bool(value.isfinite().all())
 

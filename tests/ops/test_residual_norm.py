@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lamamba.ops.backend import Backend
 from lamamba.ops.residual_norm import Residual, add_gated, layer_norm, residual_norm
+from small_network import relative_error
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,10 +56,6 @@ def outputs_and_gradients(
     return {name: out.detach() for name, out in outputs.items()} | {
         f"gradient of {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)
     }
-
-
-def relative_error(value: Tensor, wanted: Tensor) -> float:
-    return float((value.double() - wanted).norm() / wanted.norm())
 
 
 def check(inputs: Inputs, stream: torch.dtype, others: torch.dtype, norm: bool = True) -> None:
@@ -180,14 +177,8 @@ def test_programs_share_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("names", [EVERYTHING, WITHOUT_RESIDUAL], ids=["residual", "no residual"])
-def test_every_value_is_written(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """New memory is filled with NaN, so a value that is never written shows up in the results."""
-    new_empty = Tensor.new_empty
-
-    def poisoned(tensor: Tensor, *shape: object, **options: object) -> Tensor:
-        return new_empty(tensor, *shape, **options).fill_(torch.nan)
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_every_value_is_written(names: tuple[str, ...]) -> None:
     inputs = {name: tensor.float() for name, tensor in make_inputs((2, 5, 7, 33), names).items()}
     for name, value in outputs_and_gradients(inputs, "triton").items():
         assert bool(value.isfinite().all()), name

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from lamamba.ops import selective_scan
 from lamamba.ops.backend import Backend
 from lamamba.ops.selective_scan import project_and_scan, scan_grid
+from small_network import relative_error
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -43,10 +44,6 @@ def output_and_gradients(inputs: list[Tensor], backend: Backend, scan: str = "co
     y = scan_grid(*leaves, scan=scan, backend=backend).sum(dim=0)
     weights = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(y)
     return [y.detach(), *torch.autograd.grad(y, leaves, weights)]
-
-
-def relative_error(value: Tensor, wanted: Tensor) -> float:
-    return float((value.detach().double() - wanted.detach()).norm() / wanted.detach().norm())
 
 
 def check(inputs: list[Tensor], dtype: torch.dtype, scan: str = "continuous") -> None:
@@ -201,14 +198,8 @@ def test_the_parts_may_have_gradients_of_their_own() -> None:
         assert relative_error(torch.stack(parts).sum(dim=0), together.double()) < 1e-5, name
 
 
-def test_every_value_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New memory is filled with NaN, so a value that is never written shows up in the results."""
-    new_empty = Tensor.new_empty
-
-    def poisoned(tensor: Tensor, *shape: object, **options: object) -> Tensor:
-        return new_empty(tensor, *shape, **options).fill_(torch.nan)
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_every_value_is_written() -> None:
     inputs = [tensor.float() for tensor in make_inputs(1, 4, 6, 8, 3, 2)]
     for name, value in zip(("y", *NAMES), output_and_gradients(inputs, "triton"), strict=True):
         assert bool(value.isfinite().all()), name

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lamamba.ops.selective_scan import scan_grid
 from lamamba.ops.selective_scan.cpu import scan_grid_cpu
+from small_network import relative_error
 
 compiled = pytest.importorskip("lamamba.ops.compiled")
 loops = pytest.importorskip("lamamba.ops.selective_scan.loops")
@@ -40,10 +41,6 @@ def output_and_gradients(inputs: list[Tensor], **options: str) -> list[Tensor]:
     y = scan_grid(*leaves, **options).sum(dim=0)
     weights = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(y)
     return [y.detach(), *torch.autograd.grad(y, leaves, weights)]
-
-
-def relative_error(value: Tensor, wanted: Tensor) -> float:
-    return float((value.double() - wanted).norm() / wanted.norm().clamp_min(1e-300))
 
 
 def check(inputs: list[Tensor], scan: str = "continuous") -> None:
@@ -110,14 +107,8 @@ def test_input_need_not_be_contiguous() -> None:
         assert torch.equal(a, b)
 
 
-def test_every_value_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New memory is filled with NaN, so a value that is never written shows up in the results."""
-    new_empty = Tensor.new_empty
-
-    def poisoned(tensor: Tensor, *shape: object, **options: object) -> Tensor:
-        return new_empty(tensor, *shape, **options).fill_(torch.nan)
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_every_value_is_written() -> None:
     for name, value in zip(NAMES, output_and_gradients(make_inputs(2, 6, 6, 8, 3, 2)), strict=True):
         assert bool(value.isfinite().all()), name
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from lamamba.ops.selective_scan import blocked, selective_scan
 from lamamba.ops.selective_scan.blocked import linear_recurrence_, selective_scan_blocked
 from lamamba.ops.selective_scan.reference import selective_scan_reference
+from small_network import relative_error
 
 NAMES = ("u", "delta", "A", "B", "C", "D")
 LENGTHS = [1, 2, 31, 32, 33, 64, 65, 100, 1056]
@@ -35,10 +36,6 @@ def output_and_gradients(scan: object, inputs: list[Tensor], seed: int = 1) -> l
     y = scan(*inputs)
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(y.dtype)
     return [y.detach(), *torch.autograd.grad((y * weight).sum(), inputs)]
-
-
-def relative_error(value: Tensor, exact: Tensor) -> float:
-    return float((value.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300))
 
 
 def assert_agree(values: list[Tensor], exact: list[Tensor], tolerance: float) -> None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lamamba.ops.backend import Backend
 from lamamba.ops.window_attention import project_and_attend, window_attention
+from small_network import relative_error
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,10 +29,6 @@ def output_and_gradients(inputs: list[Tensor], shape: Shape, shifted: bool, back
     out = window_attention(*leaves, shape[3], shape[5], shifted, backend)
     weights = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
     return [out.detach(), *torch.autograd.grad(out, leaves, weights)]
-
-
-def relative_error(value: Tensor, wanted: Tensor) -> float:
-    return float((value.detach().double() - wanted.detach()).norm() / wanted.detach().norm())
 
 
 def check(shape: Shape, shifted: bool, dtype: torch.dtype) -> None:
@@ -118,14 +115,8 @@ def test_programs_share_the_windows(monkeypatch: pytest.MonkeyPatch) -> None:
         assert relative_error(a, b.double()) < 1e-6, name
 
 
-def test_every_value_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New memory is filled with NaN, so a value that is never written shows up in the results."""
-    new_empty = Tensor.new_empty
-
-    def poisoned(tensor: Tensor, *shape: object, **options: object) -> Tensor:
-        return new_empty(tensor, *shape, **options).fill_(torch.nan)
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_every_value_is_written() -> None:
     shape = (1, 5, 7, 2, 3, 4)
     inputs = [tensor.float() for tensor in make_inputs(shape)]
     for name, value in zip(NAMES, output_and_gradients(inputs, shape, True, "triton"), strict=True):

@@ -7,6 +7,7 @@ from torch import Tensor
 from lamamba.ops.window_attention import window_attention
 from lamamba.ops.window_attention.cpu import window_attention_cpu
 from lamamba.ops.window_attention.reference import window_attention_reference
+from small_network import relative_error
 
 NAMES = ("out", "qkv", "bias")
 # (b, h, w, heads, c, window_size)
@@ -33,10 +34,6 @@ def output_and_gradients(attend: object, inputs: list[Tensor], shape: Shape, shi
     out = attend(*inputs, shape[3], shape[5], shifted)
     weights = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
     return [out.detach(), *torch.autograd.grad(out, inputs, weights)]
-
-
-def relative_error(value: Tensor, wanted: Tensor) -> float:
-    return float((value.double() - wanted.double()).norm() / wanted.double().norm())
 
 
 @pytest.mark.parametrize("shifted", [False, True], ids=["plain", "shifted"])
@@ -82,14 +79,8 @@ def test_threads_share_the_windows(threads: int) -> None:
         assert relative_error(value, wanted) < 1e-6, name
 
 
-def test_every_value_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New memory is filled with NaN, so a value that is never written shows up in the results."""
-    new_empty = Tensor.new_empty
-
-    def poisoned(tensor: Tensor, *shape: object, **options: object) -> Tensor:
-        return new_empty(tensor, *shape, **options).fill_(torch.nan)
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_every_value_is_written() -> None:
     shape = SHAPES["odd sides"]
     values = output_and_gradients(window_attention, make_inputs(shape, torch.float32), shape, True)
     for name, value in zip(NAMES, values, strict=True):

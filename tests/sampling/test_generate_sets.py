@@ -21,6 +21,7 @@ from lamamba.config import GenerateConfig
 from lamamba.data.latents import Latents
 from lamamba.model import LaMambaDiff
 from lamamba.sampling import generate as module
+from refusals import refusal
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +53,7 @@ def whole(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refused(capsys: pytest.CaptureFixture[str], run: Path, out: Path, *options: str) -> str:
-    with pytest.raises(SystemExit, match="2"):
-        generate(run, out, *options)
-    return capsys.readouterr().err
+    return refusal(capsys, lambda: generate(run, out, *options))
 
 
 def test_the_set_is_complete_and_says_how_it_was_made(whole: Path) -> None:

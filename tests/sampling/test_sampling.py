@@ -291,12 +291,13 @@ def test_a_device_that_is_not_there_is_named() -> None:
         choose_device("gpu")
 
 
+@pytest.mark.parametrize(("scale", "times"), [(2, 2), (None, 10)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_grid_holds_the_images_in_rows(channels: int) -> None:
+def test_a_grid_holds_the_images_in_rows(channels: int, scale: int | None, times: int) -> None:
     images = np.arange(5 * channels, dtype=np.uint8).reshape(5, channels, 1, 1) * np.ones((4, 6), np.uint8)
-    grid = np.asarray(make_grid(images, columns=3, padding=2, scale=2))
-    assert grid.shape[:2] == (2 * (2 * 6 + 2), 2 * (3 * 8 + 2))
-    grid = grid.reshape(*grid.shape[:2], channels)[::2, ::2]
+    grid = np.asarray(make_grid(images, columns=3, padding=2, scale=scale))
+    assert grid.shape[:2] == (times * (2 * 6 + 2), times * (3 * 8 + 2))
+    grid = grid.reshape(*grid.shape[:2], channels)[::times, ::times]
     for index, image in enumerate(images):
         top, left = 2 + 6 * (index // 3), 2 + 8 * (index % 3)
         assert np.array_equal(grid[top : top + 4, left : left + 6], image.transpose(1, 2, 0))

@@ -17,6 +17,7 @@ from lamamba.data.latents import identify_autoencoder
 from lamamba.errors import CheckpointError
 from lamamba.training import run as training
 from lamamba.training.resuming import compare_origin
+from refusals import refusal
 
 TINY = [
     *("--embed-dim", "4", "--num-heads", "1", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "0"),
@@ -123,12 +124,7 @@ def resume(run: Path, *options: str) -> None:
 
 
 def refused(capsys: pytest.CaptureFixture[str], run: Path, *options: str) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit, match="2"):
-        resume(run, *options)
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    return error
+    return refusal(capsys, lambda: resume(run, *options))
 
 
 def test_a_run_goes_on_wherever_its_data_are_and_with_no_others(

@@ -35,7 +35,7 @@ from lamamba.config import PRESETS, NetworkConfig, nearest
 from lamamba.diffusion import NUM_TIMESTEPS, OBJECTIVES
 from lamamba.errors import CheckpointError, ConfigError, reading
 from lamamba.files import checksum, permit, write_text
-from lamamba.files.records import is_run, read_record, read_versioned
+from lamamba.files.records import is_run, order_names, read_record, read_versioned
 from lamamba.files.weights import (
     CONFIG,
     PIPELINE_INDEX,
@@ -108,6 +108,14 @@ class LoadedCheckpoint:
     """A `lamamba.diffusion.Denoiser` that is an `nn.Module`."""
     info: CheckpointInfo
     path: Path
+
+    def __post_init__(self) -> None:
+        num_names, num_classes = len(self.info.class_names), self.network.config.num_classes
+        if num_names not in (0, num_classes):
+            raise CheckpointError(
+                f"{self.path} names {num_names} classes, but its network has {num_classes}: they belong to different "
+                "runs"
+            )
 
 
 def checkpoints_in(run: Path) -> list[Path]:
@@ -274,11 +282,7 @@ def _read_pipeline_info(folder: Path) -> CheckpointInfo:
     if class_of(folder) != "LaMambaDiffPipeline":
         raise CheckpointError(f"{folder} holds a {class_of(folder)}, not a LaMambaDiffPipeline")
     index = read_record(path, _PipelineRecord)
-    names = index.get("id2label") or {}
-    missing = [label for label in map(str, range(len(names))) if label not in names]
-    if missing:
-        raise CheckpointError(f"{path}: id2label names {len(names)} classes, but not {missing[0]}")
-    class_names = tuple(names[str(label)] for label in range(len(names)))
+    class_names = tuple(order_names(index.get("id2label") or {}, f"{path}: id2label"))
     vae = str(folder / "vae") if any(index.get("vae", ())) else None
     return CheckpointInfo(index.get("images_seen", 0), 0, index["objective"], class_names, vae, index.get("distilled"))
 
@@ -339,17 +343,7 @@ def load_checkpoint(name: str | Path, weights: str = "ema") -> LoadedCheckpoint:
     if (path / RECORD).is_file():
         verify(path, weights)
     folder, info = locate(path, weights)
-    network = load_network(folder)
-    _check_names(info, network.config.num_classes, path)
-    return LoadedCheckpoint(network, info, path)
-
-
-def _check_names(info: CheckpointInfo, num_classes: int, path: Path) -> None:
-    if info.class_names and len(info.class_names) != num_classes:
-        raise CheckpointError(
-            f"{path} names {len(info.class_names)} classes, but its network has {num_classes}: they belong to "
-            "different runs"
-        )
+    return LoadedCheckpoint(load_network(folder), info, path)
 
 
 def load_denoiser(name: str | Path) -> LoadedCheckpoint:
@@ -364,9 +358,7 @@ def load_denoiser(name: str | Path) -> LoadedCheckpoint:
     if folder is None:
         return load_checkpoint(path)
     info = CheckpointInfo(class_names=folder.class_names, vae=str(folder.vae) if folder.vae else None)
-    network = folder.load()
-    _check_names(info, network.config.num_classes, path)
-    return LoadedCheckpoint(network, info, path)
+    return LoadedCheckpoint(folder.load(), info, path)
 
 
 def find_checkpoint(name: str | Path) -> Path:

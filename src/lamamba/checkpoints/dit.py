@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from lamamba.diffusion import Diffusion
 from lamamba.errors import CheckpointError, ConfigError
-from lamamba.files.records import DiTRecord, SchedulerRecord, read_record
+from lamamba.files.records import DiTRecord, SchedulerRecord, order_names, read_record
 from lamamba.files.weights import PIPELINE_INDEX, check_class, class_of, load_model
 
 # The second is diffusers' name for it when the official weights were published.
@@ -126,10 +126,8 @@ def _check_process(path: Path) -> None:
 
 def _class_names(names_of: dict[str, str], path: Path) -> tuple[str, ...]:
     """Choose the name of each class from a comma-separated list: the first that no other class has."""
-    missing = [label for label in map(str, range(len(names_of))) if label not in names_of]
-    if missing:
-        raise CheckpointError(f"{path / PIPELINE_INDEX} names {len(names_of)} classes, but not {missing[0]}")
-    names = [[name.strip() for name in names_of[str(label)].split(",")] for label in range(len(names_of))]
+    listed = order_names(names_of, str(path / PIPELINE_INDEX))
+    names = [[name.strip() for name in synonyms.split(",")] for synonyms in listed]
     uses = Counter(name for several in names for name in set(several))
     return tuple(
         next((name for name in several if uses[name] == 1), f"{several[0]} {label}")

@@ -31,7 +31,7 @@ from lamamba.distributed.processes import Processes, joined
 from lamamba.distributed.signals import SignalsNoted
 from lamamba.errors import ConfigError, DataError, reading
 from lamamba.files import atomic_write, checksum, utf8_path, write_json
-from lamamba.files.records import parse_record
+from lamamba.files.records import changes, parse_record
 from lamamba.sampling import choose_device
 from lamamba.terminal.output import progress_bars, say
 
@@ -53,10 +53,8 @@ def encode(config: EncodeConfig) -> None:
                 _begin(config.out, settings)
                 if source.left_out:
                     say(f"left out of {config.data}: {source.left_out}")
-            processes.barrier()
-            with SignalsNoted() as signals:
+            with processes.sharing() as signals:
                 _encode_shards(config, source, space, processes, signals)
-                processes.barrier_at_end(signals)
             if processes.is_first:
                 _write_index(config.out, settings)
 
@@ -100,11 +98,7 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
         begun = read_settings(path)
         # Images and autoencoder may have moved; only their contents count. Earlier versions recorded no digest.
         ignored = {"autoencoder", "digest", *(["source"] if "digest" in begun else [])}
-        changed = [
-            f"{name} was {begun.get(name)}, now {value}"
-            for name, value in settings.items()
-            if name not in ignored and begun.get(name) != value
-        ]
+        changed = changes(begun, settings, ignored)
         if begun.get("digest", settings["digest"]) != settings["digest"]:
             changed.append("the images have other names or sizes")
         if begun["autoencoder"]["sha256"] != settings["autoencoder"]["sha256"]:

@@ -130,7 +130,7 @@ def _license(path: Path) -> str | None:
 
 def _as_onnx(network: LaMambaDiff, config: ExportConfig, size: tuple[int, int], text: str) -> bytes:
     width = 4 if config.precision == "float32" else 2
-    num_bytes = width * sum(parameter.numel() for parameter in network.parameters())
+    num_bytes = width * network.num_parameters()
     if num_bytes > _LARGEST_ONNX:
         smaller = "use --precision float16-weights" if width == 4 else "export --format pt2"
         raise ConfigError(f"the weights have {num_bytes:,} bytes, and an ONNX file has less than 2 GiB: {smaller}")

@@ -27,14 +27,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from rich.table import Table
 
 from lamamba.config import NetworkConfig, PlanConfig, preset
 from lamamba.errors import ConfigError
-from lamamba.model import LaMambaDiff
 from lamamba.terminal.output import make_console
-from lamamba.training.cost import PEAK_TFLOPS, count, peak_tflops
+from lamamba.training.cost import PEAK_TFLOPS, count_all, peak_tflops
 
 MEASURED = Path(__file__).parents[1] / "assets" / "scaling.json"
 BACKWARD_SHARE = 2 / 3
@@ -64,14 +62,10 @@ class Network:
         return self.config.sample_size**2
 
 
-@cache
 def network_of(name: str) -> Network:
     """Count a preset's parameters and multiply-adds; raises ConfigError if there is no such preset."""
     config = preset(name)
-    with torch.device("meta"):
-        network = LaMambaDiff(**vars(config))
-    parameters, multiply_adds = count(network, config.sample_size, config.sample_size)["all"]
-    return Network(config, parameters, multiply_adds)
+    return Network(config, *count_all(config))
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def plot(config: PlotConfig) -> None:
         if config.out / f"{stem}.png" in written:  # taken by another run whose name differs only in replaced characters
             stem += f"-{list(names).index(name)}"
         chosen = choose_evenly(frames, config.frames)
-        strip = make_grid(np.stack([np.asarray(frame).transpose(2, 0, 1) for frame in chosen]), columns=1)
+        strip = make_grid(np.stack([np.asarray(frame).transpose(2, 0, 1) for frame in chosen]), columns=1, scale=1)
         written += [config.out / f"{stem}.png", config.out / f"{stem}.gif"]
         with atomic_write(written[-2]) as temporary:
             strip.save(temporary, format="PNG")
@@ -166,7 +166,7 @@ def grid(config: GridConfig) -> None:
             )
         tile = tile.resize((tile.width * config.scale, tile.height * config.scale), Image.Resampling.NEAREST)
         tiles.append(np.asarray(add_caption(tile, Path(path).stem) if config.captions else tile).transpose(2, 0, 1))
-    picture = make_grid(np.stack(tiles), columns)
+    picture = make_grid(np.stack(tiles), columns, scale=1)
     with atomic_write(config.out) as temporary:
         picture.save(temporary, format="PNG")
     left_out = f", {len(paths) - len(shown):,} left out" if len(shown) < len(paths) else ""

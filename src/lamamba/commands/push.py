@@ -117,7 +117,7 @@ def _draw(folder: Path, config: PushConfig) -> list[int]:
     rows = model.labels.parse(None)
     labels = [label for label in rows for _ in range(config.num_per_label)]
     pixels = sample_with_bar(model, labels, range(len(labels)))
-    make_grid(pixels, config.num_per_label, scale=max(1, 64 // pixels.shape[-1])).save(folder / PICTURE)
+    make_grid(pixels, config.num_per_label).save(folder / PICTURE)
     return rows
 
 
@@ -210,7 +210,7 @@ def _picture_lines(name: str, pipe: LaMambaDiffPipeline, rows: list[int], num_pe
 
 def _table_lines(pipe: LaMambaDiffPipeline, dataset: str | None, *, half: bool) -> list[str]:
     network, vae = pipe.network, pipe.vae
-    number = sum(parameter.numel() for parameter in network.parameters())
+    number = network.num_parameters()
     factor, channels = (1, network.config.in_channels) if vae is None else (Latents(vae).factor, vae.config.in_channels)
     side = factor * network.config.sample_size
     kind = {1: "gray", 3: "color"}.get(channels, f"{channels} channels")

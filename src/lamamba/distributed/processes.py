@@ -72,13 +72,17 @@ class Processes:
         except RuntimeError as error:
             raise LamambaError("another rank has ended, so this one ends too: see the output of that rank") from error
 
-    def barrier_at_end(self, signals: SignalsNoted) -> None:
-        """Wait for all ranks at the end of this rank's share; raises SignalError if a signal ended all of them."""
-        try:
-            self.barrier()
-        except LamambaError:  # a signal ended the others, and may have reached this one too
-            signals.end_if_noted("the end of its share: the same command continues", silent=not self.is_first)
-            raise
+    @contextmanager
+    def sharing(self) -> Iterator[SignalsNoted]:
+        """Note signals in this context, which all ranks enter and leave together; raises LamambaError if one ends."""
+        self.barrier()
+        with SignalsNoted() as signals:
+            yield signals
+            try:
+                self.barrier()
+            except LamambaError:  # a signal ended the others, and may have reached this one too
+                signals.end_if_noted("the end of its share: the same command continues", silent=not self.is_first)
+                raise
 
 
 def cut_evenly(length: int, number: int) -> list[int]:

@@ -7,7 +7,7 @@ of later versions and of diffusers can be read.
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
@@ -132,6 +132,14 @@ class OriginRecord(TypedDict, total=False):
     paths: dict[Literal["data", "data_folder", "vae", "start_from"], str]
 
 
+def order_names(names: Mapping[str, str], where: str) -> list[str]:
+    """Order class names by label, from a record in which each is under its label; raises CheckpointError."""
+    missing = [label for label in map(str, range(len(names))) if label not in names]
+    if missing:
+        raise CheckpointError(f"{where} names {len(names)} classes, but not {missing[0]}")
+    return [names[str(label)] for label in range(len(names))]
+
+
 def is_run(folder: Path) -> bool:
     """Return whether a folder is a run, with or without checkpoints. Network folders have a config.json too."""
     path = folder / "config.json"
@@ -141,6 +149,15 @@ def is_run(folder: Path) -> bool:
 def plain(config: TrainConfig) -> dict[str, Any]:
     """Convert a configuration to the values that JSON has."""
     return json.loads(json.dumps(asdict(config), default=str))
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
+    """Describe each value that differs from the recorded one: "steps was 4, now 2"."""
+    return [
+        f"{name} was {before.get(name)}, now {value}"
+        for name, value in now.items()
+        if name not in ignored and before.get(name) != value
+    ]
 
 
 def read_train_config(path: Path) -> TrainConfig:

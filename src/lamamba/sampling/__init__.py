@@ -329,7 +329,7 @@ MAX_ROW_NAME = 24  # characters
 
 
 def make_grid(
-    images: np.ndarray, columns: int, padding: int = 2, scale: int = 1, row_names: Sequence[str] = ()
+    images: np.ndarray, columns: int, padding: int = 2, scale: int | None = None, row_names: Sequence[str] = ()
 ) -> Image.Image:
     """Arrange images in rows on white.
 
@@ -337,10 +337,12 @@ def make_grid(
         images: (n, c, h, w) uint8, 1 or 3 channels.
         columns: images in a row.
         padding: white pixels around each.
-        scale: how many times larger each pixel is drawn.
+        scale: how many times larger each pixel is drawn; by default, images up to 32 pixels wide are enlarged, to 64 at
+            most.
         row_names: what to write to the left of each row; long names are cut off.
     """
     number, channels, height, width = images.shape
+    scale = scale or max(1, 64 // width)
     rows = -(-number // columns)
     shape = (rows * (height + padding) + padding, columns * (width + padding) + padding, channels)
     canvas = np.full(shape, 255, dtype=np.uint8)

@@ -36,7 +36,7 @@ from lamamba.distributed.signals import SignalsNoted
 from lamamba.errors import CheckpointError, ConfigError, reading
 from lamamba.files import atomic_write, checksum, write_json
 from lamamba.files.npz import opened_array
-from lamamba.files.records import read_record
+from lamamba.files.records import changes, read_record
 from lamamba.sampling import Callback, Start, choose_device, make_grid, sample, uses_bf16
 from lamamba.sampling.captured import CapturedNetwork
 from lamamba.sampling.labels import Labels, choose_guidance, why_unguided
@@ -203,7 +203,7 @@ def sample_grid(config: SampleConfig) -> None:
     pixels = sample_with_bar(model, labels, seeds)
 
     settings = model.settings
-    grid = make_grid(pixels, columns=config.num_per_label, scale=max(1, 64 // pixels.shape[-1]))
+    grid = make_grid(pixels, columns=config.num_per_label)
     own = {"labels": classes, "num_per_label": config.num_per_label, "seed": config.seed}
     _write_png(config.out, grid, {**settings, **own})
     if config.images_out is not None:
@@ -249,10 +249,8 @@ def generate(config: GenerateConfig) -> None:
             if processes.is_first:
                 model.say_notes()
                 _begin_set(config.out, json.loads(json.dumps(made)))
-            processes.barrier()
-            with SignalsNoted() as signals:
+            with processes.sharing() as signals:
                 _sample_shards(config, model, labels_of, processes, signals)
-                processes.barrier_at_end(signals)
             if processes.is_first:
                 if config.format == "npz":
                     _join(config)
@@ -311,10 +309,7 @@ def _begin_set(out: Path, made: dict[str, Any]) -> None:
         if grown == made:
             write_json(path, made)
             return
-    changed = [
-        f"{name} was {before.get(name)}, now {value}" for name, value in made.items() if before.get(name) != value
-    ]
-    if changed:
+    if changed := changes(before, made):
         raise ConfigError(f"{out} holds images that were made otherwise, choose another folder: {'; '.join(changed)}")
 
 

@@ -76,7 +76,7 @@ def count(network: LaMambaDiff, height: int, width: int) -> dict[str, tuple[int,
         result[stage] = (parameters, sum(flops.get(names[module], 0) for module in modules) // 2)
     parameters, macs = result["embeddings"]
     result["embeddings"] = (parameters + network.position_embedding.numel(), macs)
-    result["all"] = (sum(p.numel() for p in network.parameters()), flops[""] // 2)
+    result["all"] = (network.num_parameters(), flops[""] // 2)
     return result
 
 
@@ -89,11 +89,16 @@ def count_as_papers_on_mamba(network: LaMambaDiff, height: int, width: int) -> i
 
 
 @cache  # for several runs in one process, as in tests
-def training_flops(config: NetworkConfig) -> float:
-    """Count the FLOPs of a training step per image: three forward passes, and two FLOPs per multiply-add."""
+def count_all(config: NetworkConfig) -> tuple[int, int]:
+    """Count the parameters of a network and its multiply-adds of one image, without allocating it."""
     with torch.device("meta"):
         network = LaMambaDiff(**vars(config))
-    return 3.0 * 2 * count(network, config.sample_size, config.sample_size)["all"][1]
+    return count(network, config.sample_size, config.sample_size)["all"]
+
+
+def training_flops(config: NetworkConfig) -> float:
+    """Count the FLOPs of a training step per image: three forward passes, and two FLOPs per multiply-add."""
+    return 3.0 * 2 * count_all(config)[1]
 
 
 # Dense bfloat16 TFLOP/s from NVIDIA's data sheets, by words in the GPU's name; the first match counts.

@@ -73,9 +73,9 @@ def compare_origin(
     return notes
 
 
-def is_same_place(name: str, started: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return whether a path option leads to the same place as at the start of the run, however it is written."""
-    return name in PATH_OPTIONS and _place(name, started) == _place(name, now)
+def same_places(started: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
+    """Return the path options that lead to the same place as at the start of the run, however they are written."""
+    return {name for name in PATH_OPTIONS if _place(name, started) == _place(name, now)}
 
 
 def _place(name: str, content: Mapping[str, Any]) -> Any:

@@ -31,14 +31,14 @@ from lamamba.distributed.processes import Processes, joined
 from lamamba.distributed.signals import SignalsNoted, WaitInterrupted
 from lamamba.errors import CheckpointError, ConfigError, DataError, LamambaError, OtherProcessError, SignalError
 from lamamba.files import write_json
-from lamamba.files.records import OriginRecord, is_run, plain, read_record, read_train_config
+from lamamba.files.records import OriginRecord, changes, is_run, plain, read_record, read_train_config
 from lamamba.files.weights import PIPELINE_INDEX
 from lamamba.sampling import choose_device
 from lamamba.sampling.labels import why_unguided
 from lamamba.terminal.output import say
 from lamamba.training.log import SHORT_RUN_STEPS, SilentLog, TrainingLog, read_log
 from lamamba.training.optimizers import learning_rate
-from lamamba.training.resuming import compare_origin, describe_origin, is_same_place
+from lamamba.training.resuming import compare_origin, describe_origin, same_places
 from lamamba.training.trainer import Trainer
 
 # Options of the GNU C library's `mallopt`, man page mallopt(3).
@@ -139,12 +139,7 @@ def check_resumable(config: TrainConfig, origin: Mapping[str, Any], checkpoint: 
         options.update(options.pop("distillation", None) or {})
     # With a decay, every learning rate depends on num_images; so does the regression of a distillation.
     free = _FREE_TO_CHANGE - ({"num_images"} if config.decay != "none" or config.distillation else set())
-    changed = [
-        f"{name} was {started.get(name)}, now {now[name]}"
-        for name in now
-        if name not in free and started.get(name) != now[name] and not is_same_place(name, started, places)
-    ]
-    if changed:
+    if changed := changes(started, now, free | same_places(started, places)):
         raise CheckpointError(
             f"{config.out} was started with other options, leave them out to resume: {'; '.join(changed)}"
         )

@@ -476,7 +476,7 @@ class Trainer:
             )
         images = self.space.decode(x).cpu().numpy()
         names = self.source.class_names[:rows]
-        return make_grid(images, columns, scale=max(1, 64 // images.shape[-1]), row_names=names)
+        return make_grid(images, columns, row_names=names)
 
 
 def choose_objective(config: TrainConfig) -> Objective:

@@ -47,7 +47,7 @@ def transfer_weights(
         else:
             value.copy_(source)
             num_copied += value.numel()
-    number = sum(value.numel() for value in network.parameters())
+    number = network.num_parameters()
     if num_copied < number / 2:
         raise CheckpointError(
             f"only {num_copied:,} of {number:,} parameters fit this network: leave out the options of the network"
