@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import make_trainer, same, take_steps
 
 from lamamba.config import TrainConfig
 from lamamba.errors import LamambaError
 from lamamba.training import run as training
 from lamamba.training.optimizers import hidden_matrices, weights_decayed
+from tiny_runs import make_trainer, same, take_steps
 
 
 @pytest.mark.parametrize("geometry", [{}, {"downsample": "conv", "ssm_conv_bias": True, "ssm_state_size": 2}], ids=str)

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import TINY, losses, make_trainer, same, train, weights
 
 import lamamba
 from lamamba.checkpoints.checkpoint import checkpoints_in, load_checkpoint
@@ -25,6 +24,7 @@ from lamamba.errors import LamambaError
 from lamamba.files.records import read_train_config
 from lamamba.training import run as training
 from lamamba.training.run import _set_aside
+from tiny_runs import TINY, losses, make_trainer, same, train, weights
 
 
 @pytest.mark.parametrize(

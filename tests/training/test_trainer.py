@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import make_trainer, same, take_steps
 
 import lamamba
 from lamamba.data import to_float
@@ -13,6 +12,7 @@ from lamamba.errors import LamambaError
 from lamamba.ops.linear import RoundedWeights
 from lamamba.training import run as training
 from steps import Replayed
+from tiny_runs import make_trainer, same, take_steps
 
 
 @pytest.fixture(scope="module")
