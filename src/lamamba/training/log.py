@@ -30,6 +30,7 @@ from lamamba.training.cost import peak_tflops, training_flops
 
 SHOWN_EVERY_S = 5.0  # loss and speed beside the progress bar; reading the loss waits for the device
 SHORT_RUN_STEPS = 5000  # of training from fresh weights
+MAX_LINE_BYTES = 1 << 16  # a longer line of log.jsonl is damaged
 MAX_VALUE = 1e100  # a larger value in log.jsonl is damaged, and sums with it would overflow
 # Names in texts of matplotlib: "$" and "_" in them are not formulas.
 AS_IT_IS: dict[str, Any] = {"parse_math": False, "usetex": False}
@@ -316,13 +317,15 @@ def _read_records(path: Path) -> tuple[list[dict[str, float]], int]:
     A damaged log must not stop a run, so lines that are not records of numbers are skipped: half a line after a kill,
     or bytes of a failing disk.
     """
-    records, damaged_lines = {}, 0
+    records, damaged_lines, at_start = {}, 0, True
     with path.open("rb") as file:
-        for line in file:
-            if record := _parse_record(line):
+        while line := file.readline(MAX_LINE_BYTES):
+            record = _parse_record(line) if at_start else None
+            if record:
                 records[record["images"]] = record
-            elif line.strip():
+            elif at_start and line.strip():
                 damaged_lines += 1
+            at_start = line.endswith(b"\n")  # otherwise the rest of a line that is too long follows
     return [records[images] for images in sorted(records)], damaged_lines
 
 
