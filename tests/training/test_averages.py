@@ -76,16 +76,16 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return float(torch.cat([(a[name].double() - b[name].double()).flatten() for name in a]).square().mean().sqrt())
 
 
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[torch.float16, torch.float32], ids=["float16", "float32"])
+def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.dtype]:
     run = tmp_path_factory.mktemp("run")
 
     def save(averages: PowerAverages, step: int) -> None:
         if step % EVERY == 0:
-            save_snapshot(run, averages.state_dict(), step, step * BATCH)
+            save_snapshot(run, averages.state_dict(), step, step * BATCH, request.param)
 
     walk(PowerAverages, save)
-    return run
+    return run, request.param
 
 
 def small_run(run: Path, num_snapshots: int = 1) -> Path:
@@ -119,8 +119,16 @@ def test_known_lengths() -> None:
 def test_lengths_out_of_range(sigma_rel: float, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="sigma_rel"):
         gamma_of(sigma_rel)
+    with pytest.raises(ValueError, match="sigma_rel"):
+        PowerAverages(Walk(), (0.05, sigma_rel))
     with pytest.raises(CheckpointError, match="sigma_rel"):
         reconstruct(tmp_path, sigma_rel)
+
+
+@pytest.mark.parametrize("sigma_rels", [(), (0.05, 0.05), (0.0505,)])
+def test_lengths_that_could_not_be_told_apart(sigma_rels: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="sigma_rel"):
+        PowerAverages(Walk(), sigma_rels)
 
 
 @pytest.mark.parametrize("a", [(16.97, 1000.0), (6.94, 1000.0), (0.0, 400.0)])
@@ -187,6 +195,8 @@ def test_the_first_step_is_taken_whole() -> None:
     for name, parameter in module.named_parameters():
         assert torch.equal(averages.state_dict()[f"0.050.{name}"], parameter)
         assert not averages.state_dict()[f"0.050.{name}"].requires_grad
+    with pytest.raises(ValueError, match="count steps from 1"):
+        averages.update(module, 0)
 
 
 def test_weights_in_bfloat16_are_averaged_in_float32() -> None:
@@ -199,7 +209,8 @@ def test_weights_in_bfloat16_are_averaged_in_float32() -> None:
 
 
 @pytest.mark.parametrize(("sigma_rel", "end"), [(0.04, STEPS), (0.07, STEPS), (0.15, STEPS), (0.07, STEPS // 2)])
-def test_a_length_that_was_not_stored(stored: Path, sigma_rel: float, end: int) -> None:
+def test_a_length_that_was_not_stored(stored: tuple[Path, torch.dtype], sigma_rel: float, end: int) -> None:
+    run, _ = stored
     tracked: dict[str, Tensor] = {}
 
     def keep(averages: PowerAverages, step: int) -> None:
@@ -207,8 +218,8 @@ def test_a_length_that_was_not_stored(stored: Path, sigma_rel: float, end: int) 
             tracked.update({name: value.clone() for name, value in of_length(averages, sigma_rel).items()})
 
     walk(lambda module: PowerAverages(module, (sigma_rel,)), keep)
-    error = distance(reconstruct(stored, sigma_rel, end * BATCH), tracked)
-    held = load_file(stored / "averages" / f"{end * BATCH:012d}.safetensors")
+    error = distance(reconstruct(run, sigma_rel, end * BATCH), tracked)
+    held = load_file(run / "averages" / f"{end * BATCH:012d}.safetensors")
     nearest = min(
         distance({name[6:]: value for name, value in held.items() if name.startswith(prefix)}, tracked)
         for prefix in ("0.050.", "0.100.")
@@ -217,11 +228,12 @@ def test_a_length_that_was_not_stored(stored: Path, sigma_rel: float, end: int) 
     assert error < nearest / 8
 
 
-def test_a_stored_length_is_as_stored(stored: Path) -> None:
+def test_a_stored_length_is_as_stored(stored: tuple[Path, torch.dtype]) -> None:
+    run, _ = stored
     for images in (None, 200 * BATCH):
-        held = load_file(stored / "averages" / f"{images or STEPS * BATCH:012d}.safetensors")
+        held = load_file(run / "averages" / f"{images or STEPS * BATCH:012d}.safetensors")
         for length in (0.05, 0.1):
-            weights = reconstruct(stored, length, images)
+            weights = reconstruct(run, length, images)
             assert weights.keys() == {"weight", "scale"}
             assert all(
                 torch.equal(value, held[f"{length:.3f}.{name}"].float()) and value.dtype == torch.float32
@@ -239,23 +251,26 @@ def test_what_does_not_change_comes_out_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("sigma_rel", "end"), [(0.02, STEPS), (0.25, STEPS), (0.2, EVERY)])
-def test_lengths_that_are_out_of_reach(stored: Path, sigma_rel: float, end: int) -> None:
+def test_lengths_that_are_out_of_reach(stored: tuple[Path, torch.dtype], sigma_rel: float, end: int) -> None:
+    run, _ = stored
     with pytest.raises(CheckpointError, match=f"sigma_rel {sigma_rel} .*residual.*closer to 0.050, 0.100") as error:
-        reconstruct(stored, sigma_rel, end * BATCH)
+        reconstruct(run, sigma_rel, end * BATCH)
     assert "\n" not in str(error.value)
 
 
 def test_rounding_that_would_be_amplified(tmp_path: Path) -> None:
     # Many snapshots fit a much shorter profile well, with large weights of both signs.
-    module = Walk()
-    averages = PowerAverages(module)
-    for step in range(1, 101):
-        averages.update(module, step)
-        save_snapshot(tmp_path, averages.state_dict(), step, step)
+    for dtype in (torch.float16, torch.float32):
+        module, run = Walk(), tmp_path / str(dtype)
+        averages = PowerAverages(module)
+        for step in range(1, 101):
+            averages.update(module, step)
+            save_snapshot(run, averages.state_dict(), step, step, dtype)
     gammas, steps = np.tile([gamma_of(0.05), gamma_of(0.1)], 100), np.repeat(np.arange(1.0, 101.0), 2)
     assert fit_profile(gammas, steps, gamma_of(0.015), 100).residual < MAX_RESIDUAL
     with pytest.raises(CheckpointError, match="rounding error"):
-        reconstruct(tmp_path, 0.015)
+        reconstruct(tmp_path / "torch.float16", 0.015)
+    assert reconstruct(tmp_path / "torch.float32", 0.015)["scale"] == pytest.approx(1, abs=1e-4)
 
 
 def test_snapshots_that_are_not_there(tmp_path: Path) -> None:
@@ -369,14 +384,24 @@ def test_weights_that_float16_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"0\.050\.weight is not finite"):
         save_snapshot(tmp_path, PowerAverages(module).state_dict(), 1, BATCH)
     assert not snapshots_in(tmp_path)
+    save_snapshot(tmp_path, PowerAverages(module).state_dict(), 1, BATCH, torch.float32)
+    assert (reconstruct(tmp_path, 0.05)["weight"] == 1e5).all()
+
+
+def test_arguments_of_a_snapshot_that_cannot_be(tmp_path: Path) -> None:
+    averages = PowerAverages(Walk())
+    with pytest.raises(ValueError, match="bfloat16"):
+        save_snapshot(tmp_path, averages.state_dict(), 1, BATCH, torch.bfloat16)
+    with pytest.raises(ValueError, match="step 0"):
+        save_snapshot(tmp_path, averages.state_dict(), 0, 0)
 
 
 def test_weights_in_another_layout_of_memory(tmp_path: Path) -> None:
     module = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     averages = PowerAverages(module)
     averages.update(module, 1)
-    save_snapshot(tmp_path, averages.state_dict(), 1, BATCH)
-    assert torch.equal(reconstruct(tmp_path, 0.1)["weight"], module.weight.half().float())
+    save_snapshot(tmp_path, averages.state_dict(), 1, BATCH, torch.float32)
+    assert torch.equal(reconstruct(tmp_path, 0.1)["weight"], module.weight)
 
 
 def test_resumed_averages_continue_bit_for_bit(tmp_path: Path) -> None:
@@ -387,12 +412,23 @@ def test_resumed_averages_continue_bit_for_bit(tmp_path: Path) -> None:
         if step == 123:
             save_file(averages.state_dict(), tmp_path / "state.safetensors")
             averages = PowerAverages(module)
-            for name, value in load_file(tmp_path / "state.safetensors").items():
-                averages.state_dict()[name].copy_(value)
+            averages.load_state_dict(load_file(tmp_path / "state.safetensors"))
         module.step()
         averages.update(module, step)
     assert whole.state_dict().keys() == averages.state_dict().keys()
     assert all(torch.equal(value, averages.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_a_state_that_does_not_fit() -> None:
+    averages = PowerAverages(Walk())
+    state = averages.state_dict()
+    for other in (
+        {**state, "0.050.weight": torch.ones(3, 16)},
+        {name: value for name, value in state.items() if name != "0.050.weight"},
+        {**state, "0.070.weight": torch.ones(16, 3)},
+    ):
+        with pytest.raises(CheckpointError, match=r"weight: use the network"):
+            averages.load_state_dict(other)
 
 
 def test_a_run_keeps_snapshots_and_makes_any_average(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

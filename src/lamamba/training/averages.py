@@ -70,13 +70,21 @@ class PowerAverages:
 
     Args:
         module: the module whose parameters are averaged.
-        sigma_rels: different relative lengths, with at most three decimals, which become part of names.
+        sigma_rels: relative lengths, with at most three decimals, which become part of names.
         are_own: for each parameter, whether to average it; None averages all.
+
+    Raises:
+        ValueError: a length is out of range, has more decimals or occurs twice, or there are no lengths.
     """
 
     def __init__(
         self, module: nn.Module, sigma_rels: Sequence[float] = (0.05, 0.10), are_own: Sequence[bool] | None = None
     ) -> None:
+        if not sigma_rels or len(set(sigma_rels)) < len(sigma_rels):
+            raise ValueError(f"sigma_rels {tuple(sigma_rels)}: give one or more different lengths")
+        for sigma_rel in sigma_rels:
+            if round(sigma_rel, 3) != sigma_rel:
+                raise ValueError(f"sigma_rel {sigma_rel} has more than three decimals: use {sigma_rel:.3f}")
         self.sigma_rels = tuple(sigma_rels)
         self._gammas = [gamma_of(sigma_rel) for sigma_rel in sigma_rels]
         named = dict(module.named_parameters())
@@ -91,8 +99,15 @@ class PowerAverages:
 
             average(t) = beta average(t - 1) + (1 - beta) theta(t),   beta = (1 - 1 / t)^(gamma + 1)
 
-        The step t is counted from 1. At step 1 the EMA equals the weights.
+        Args:
+            module: the module given to the constructor.
+            step: t, counted from 1. At step 1 the EMA equals the weights.
+
+        Raises:
+            ValueError: step is less than 1.
         """
+        if step < 1:
+            raise ValueError(f"step {step} is less than 1: count steps from 1")
         parameters = [parameter.float() for parameter in compress(module.parameters(), self._are_own)]
         for gamma, average in zip(self._gammas, self._averages, strict=True):
             share = -math.expm1((gamma + 1) * math.log1p(-1 / step)) if step > 1 else 1.0
@@ -103,6 +118,22 @@ class PowerAverages:
         averages = zip(self.sigma_rels, self._averages, strict=True)
         return {power_name(length, name): value for length, average in averages for name, value in average.items()}
 
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy the tensors that `state_dict` returned.
+
+        Raises:
+            CheckpointError: names or shapes differ.
+        """
+        own = self.state_dict()
+        shapes, given = ({name: value.shape for name, value in part.items()} for part in (own, state))
+        different = sorted(name for name, _ in shapes.items() ^ given.items())
+        if different:
+            raise CheckpointError(
+                f"the saved EMAs do not match, first in {different[0]}: use the network and sigma_rels of the run"
+            )
+        for name, value in own.items():
+            value.copy_(state[name])
+
 
 def snapshots_in(run: Path) -> list[Path]:
     """List a run's snapshots of EMAs, oldest first."""
@@ -110,24 +141,33 @@ def snapshots_in(run: Path) -> list[Path]:
     return sorted((path for path in paths if path.stem.isdigit()), key=lambda path: int(path.stem))
 
 
-def save_snapshot(run: Path, averages: Mapping[str, Tensor], step: int, images: int) -> Path:
-    """Write a snapshot of EMAs atomically, in float16. A snapshot of the same number of images is replaced.
+def save_snapshot(
+    run: Path, averages: Mapping[str, Tensor], step: int, images: int, dtype: torch.dtype = torch.float16
+) -> Path:
+    """Write a snapshot of EMAs atomically. A snapshot of the same number of images is replaced.
 
     Args:
         run: the run folder.
         averages: complete tensors after `step`, named as in `PowerAverages.state_dict`.
-        step: number of optimizer steps so far, from 1, the t of the profiles.
+        step: number of optimizer steps so far, the t of the profiles.
         images: number of images seen so far, the name of the file.
+        dtype: dtype of the weights in the file, float16 or float32.
 
     Raises:
-        CheckpointError: it could not be written, or a weight is not finite in float16. Earlier snapshots are untouched.
+        CheckpointError: it could not be written, or a weight is not finite in dtype. Earlier snapshots are untouched.
+        ValueError: another dtype, or step is less than 1.
     """
+    if dtype not in (torch.float16, torch.float32):
+        raise ValueError(f"EMAs cannot be saved as {dtype}: use torch.float16 or torch.float32")
+    if step < 1:
+        raise ValueError(f"there are no EMAs at step {step}: save them after the first step")
     final = run / "averages" / f"{images:012d}.safetensors"
-    tensors = {name: value.to("cpu", torch.float16).contiguous() for name, value in averages.items()}
+    tensors = {name: value.to("cpu", dtype).contiguous() for name, value in averages.items()}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise CheckpointError(
-                f"{final} was not written, because {name} is not finite in float16: lower the learning rate"
+                f"{final} was not written, because {name} is not finite in {dtype}: use float32, or lower the "
+                "learning rate"
             )
     record = {
         "format": str(FORMAT),
@@ -234,7 +274,7 @@ def reconstruct(run: Path, sigma_rel: float, images: int | None = None) -> dict[
     gammas = np.array([gamma_of(length) for _, length in stored])
     steps = np.array([snapshot.step for snapshot, _ in stored], dtype=np.float64)
     fit = fit_profile(gammas, steps, gamma, last.step)
-    rounding = float(np.linalg.norm(fit.weights)) * torch.finfo(torch.float16).eps / 2
+    rounding = float(np.linalg.norm(fit.weights * [snapshot.rounding for snapshot, _ in stored]))
     if fit.residual > MAX_RESIDUAL or rounding > MAX_ROUNDING:
         fault = (
             f"a relative residual of {fit.residual:.3g}, more than {MAX_RESIDUAL}"
@@ -285,6 +325,8 @@ class _Snapshot:
     record: Mapping[str, str]
     sha256: str
     shapes: Mapping[str, tuple[int, ...]]
+    rounding: float
+    """The largest relative rounding error of a stored weight."""
 
 
 def _paths_up_to(run: Path, images: int | None) -> list[Path]:
@@ -324,7 +366,9 @@ def _read_snapshot(path: Path) -> _Snapshot:
             raise ValueError("its tensors do not have the names of EMAs")
         if images != int(path.stem) or step < 1:
             raise ValueError(f"its header states {images} images and {step} steps")
-    return _Snapshot(path, step, images, sigma_rels, record, sha256, shapes)
+        is_half = any(part.get_dtype() == "F16" for part in slices.values())
+    rounding = torch.finfo(torch.float16 if is_half else torch.float32).eps / 2
+    return _Snapshot(path, step, images, sigma_rels, record, sha256, shapes, rounding)
 
 
 def _add(total: Mapping[str, Tensor], snapshot: _Snapshot, shares: Mapping[float, float]) -> None:
