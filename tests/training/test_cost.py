@@ -35,6 +35,11 @@ def block_macs(width: int, pixels: int, keys: int, projected: bool, states: int 
     return condition + pixels * sum(scan_branch + attention + mlp)
 
 
+def test_only_networks_on_the_meta_device_are_counted() -> None:
+    with pytest.raises(ValueError, match="the network is on cpu: build it on the meta device"):
+        count(LaMambaDiff.from_preset("nano"), 8, 8)
+
+
 @pytest.mark.parametrize("states", [1, 16])
 def test_stages_of_a_tiny_network_are_the_numbers_worked_out_by_hand(states: int) -> None:
     macs = {stage: macs for stage, (_, macs) in count(build_tiny(ssm_state_size=states), 8, 8).items()}

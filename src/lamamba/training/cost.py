@@ -50,7 +50,12 @@ def count(network: LaMambaDiff, height: int, width: int) -> dict[str, tuple[int,
 
     Returns:
         Parameters and multiply-adds of each stage, in the order in which they run, and of "all".
+
+    Raises:
+        ValueError: the network is on another device, where some operations would not be counted.
     """
+    if network.device.type != "meta":
+        raise ValueError(f"count: the network is on {network.device}: build it on the meta device")
     stages: dict[str, list[nn.Module]] = {
         "embeddings": [
             *(network.patch_projection, network.patch_norm),
