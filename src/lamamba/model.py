@@ -333,7 +333,7 @@ class Block(nn.Module):
 
 
 def convert_parameters(network: nn.Module, dtype: torch.dtype) -> None:
-    """Convert parameters to a dtype, but those of the scan's state to at least float32, like the state itself."""
+    """Convert parameters to a dtype. If it has 16 bits, A_log, D and dt_bias become float32, like the scan's state."""
     state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     for name, parameter in network.named_parameters():
         is_of_state = name.endswith((".A_log", ".D", ".dt_bias"))

@@ -61,7 +61,7 @@ class Pixels:
 class Latents:
     """The network sees latents of a diffusers AutoencoderKL, scaled as its configuration says.
 
-    The methods are those of `Pixels`.
+    It has the same methods as `Pixels`.
     """
 
     bounded = False

@@ -86,7 +86,7 @@ class Division:
             _set(network, parts)
 
     def _allocate(self, like: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Allocate memory for all parameters, those of a rank adjacent; return all of it, and each parameter."""
+        """Allocate one buffer with a row for each rank. Return it, and for each parameter the view of its place."""
         shares = like.new_empty(self.number, self.share)
         places = zip(self.places, self.shapes, strict=True)
         return shares, [shares[rank, start : start + shape.numel()].view(shape) for (rank, start), shape in places]
