@@ -52,7 +52,8 @@ def _launch_on(
     device: int, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, object]
 ) -> None:
     """Launch in Triton's general way once, and then as it was compiled, which takes half of the host's time."""
-    key = id(kernel), device, *map(_kind, arguments), *constants, *constants.values()
+    kinds = [argument if type(argument) is int else _kind(argument) for argument in arguments]
+    key = id(kernel), device, *kinds, *constants, *constants.values()
     if (found := _compiled.get(key)) is not None:
         _, compiled, others = found
         compiled[(*grid, 1, 1)[:3]](*arguments, *others)
@@ -69,8 +70,8 @@ def _kind(argument: Any) -> object:
     """Return what of an argument Triton compiles for, or more than that."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16
-    if isinstance(argument, tuple):
-        return tuple(map(_kind, argument))
+    if isinstance(argument, tuple):  # usually strides
+        return argument if set(map(type, argument)) == {int} else tuple(map(_kind, argument))
     return argument if type(argument) is int else (type(argument), argument)
 
 

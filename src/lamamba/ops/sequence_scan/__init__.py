@@ -7,7 +7,7 @@
 README.md has the equations.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,16 +69,8 @@ def selective_scan_fn(
         ValueError: shapes disagree, a dimension is 0, or the kernels cannot run on these tensors.
     """
     B, C, num_groups = _check_shapes(u, delta, A, B, C, D, z, delta_bias, initial_state)
-
-    def split(x: Tensor | None, dim: int) -> Tensor | None:
-        return None if x is None else x.unflatten(dim, (num_groups, -1))
-
-    grouped = _Grouped(
-        u.unflatten(1, (num_groups, -1)), delta.unflatten(1, (num_groups, -1)), A.unflatten(0, (num_groups, -1)),
-        B, C, split(D, 0), split(z, 1), split(delta_bias, 0), split(initial_state, 1),
-    )
-    y, last = _scan(grouped, delta_softplus, backend, return_last_state)
-    return (y.flatten(1, 2), last.flatten(1, 2)) if return_last_state else y.flatten(1, 2)
+    sequences = Arguments(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    return _scan(sequences, num_groups, delta_softplus, backend, return_last_state)
 
 
 def selective_scan_2d(
@@ -134,18 +126,21 @@ def selective_scan_2d(
         return rows.unflatten(1, (NUM_PATHS, h * w)).mT
 
     rows = gather_rows(u.permute(0, 2, 3, 1).reshape(b, h * w, d), order.pixels, order.pixel_positions)
-    grouped = _Grouped(
+    grouped = Arguments(
         rows.unflatten(1, (NUM_PATHS, h * w)).mT, along_paths(delta.unflatten(1, (NUM_PATHS, d))),
         A.unflatten(0, (NUM_PATHS, d)), along_paths(B), along_paths(C),
         None if D is None else D.unflatten(0, (NUM_PATHS, d)), None,
         None if delta_bias is None else delta_bias.unflatten(0, (NUM_PATHS, d)), None,
     )
-    y = _scan(grouped, delta_softplus, backend, False)[0].mT.flatten(1, 2)
-    return sum_rows(y, order.pixels, order.pixel_positions).mT.reshape(b, d, h, w)
+    y: Any = _scan(grouped, None, delta_softplus, backend, False)
+    return sum_rows(y.mT.flatten(1, 2), order.pixels, order.pixel_positions).mT.reshape(b, d, h, w)
 
 
-class _Grouped(NamedTuple):
-    """Arguments of a scan whose g groups of w channels are a dimension of their own, whatever the strides."""
+class Arguments(NamedTuple):
+    """Tensors of a scan whose g groups of w channels are a dimension of their own, whatever the strides.
+
+    Before `in_groups`, groups and channels of all but B and C are one dimension, d.
+    """
 
     u: Tensor  # (b, g, w, l)
     delta: Tensor  # (b, g, w, l)
@@ -157,18 +152,45 @@ class _Grouped(NamedTuple):
     delta_bias: Tensor | None  # (g, w)
     initial_state: Tensor | None  # (b, g, w, n)
 
+    def in_groups(self, num_groups: int) -> "Arguments":
+        """View the channels as groups; B and C may also be (b, n, l), for one group."""
 
-def _scan(grouped: _Grouped, delta_softplus: bool, backend: Backend, with_last: bool) -> tuple[Tensor, Tensor]:
-    """Scan, and return y, (b, g, w, l), and the last state, (b, g, w, n), which is meaningless unless `with_last`."""
-    u = grouped.u
-    if choose_kernels("selective_scan_fn", u, backend):
+        def split(x: Tensor | None, dim: int) -> Any:
+            if x is None:
+                return None
+            return x.unsqueeze(dim) if num_groups == 1 else torch.unflatten(x, dim, (num_groups, -1))
+
+        B, C = (x if x.ndim == 4 else x[:, None] for x in (self.B, self.C))
+        return Arguments(
+            split(self.u, 1), split(self.delta, 1), split(self.A, 0), B, C,
+            split(self.D, 0), split(self.z, 1), split(self.delta_bias, 0), split(self.initial_state, 1),
+        )
+
+
+def _scan(
+    given: Arguments, num_groups: int | None, delta_softplus: bool, backend: Backend, with_last: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scan, and return y, and the last state if `with_last`. Without a number of groups, all tensors are grouped."""
+    if choose_kernels("selective_scan_fn", given.u, backend):
         from lamamba.ops.sequence_scan.triton import scan_sequences
 
-        save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in grouped)
-        y, carry, _ = scan_sequences(*grouped, delta_softplus, save)
-        return y, carry[:, :, -1].mT if with_last else carry
+        save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+        y, carry = scan_sequences(given, num_groups, delta_softplus, save)
+        last = carry[:, :, -1].mT if with_last else carry
+    else:
+        grouped = given if num_groups is None else given.in_groups(num_groups)
+        y, last = _scan_without_kernels(grouped, delta_softplus, backend, with_last)
+        y = y if num_groups is None else y.flatten(1, 2)
+    return (y, last.flatten(1, 2)) if with_last else y
+
+
+def _scan_without_kernels(
+    grouped: Arguments, delta_softplus: bool, backend: Backend, with_last: bool
+) -> tuple[Tensor, Tensor]:
+    """Scan, and return y, (b, g, w, l), and the last state, (b, g, w, n), which is meaningless unless `with_last`."""
+    u = grouped.u
     dtype = torch.promote_types(u.dtype, torch.float32)
-    wide = _Grouped(*(None if x is None else x.to(dtype) for x in grouped))  # type: ignore[arg-type]
+    wide = Arguments(*(None if x is None else x.to(dtype) for x in grouped))  # type: ignore[arg-type]
     delta = wide.delta if wide.delta_bias is None else wide.delta + wide.delta_bias[..., None]
     wide = wide._replace(delta=F.softplus(delta) if delta_softplus else delta)
     y, last = _scan_by_loops(wide) if choose_loops(u, backend) else _scan_in_blocks(wide, with_last)
@@ -177,7 +199,7 @@ def _scan(grouped: _Grouped, delta_softplus: bool, backend: Backend, with_last: 
     return y.to(u.dtype), last
 
 
-def _scan_by_loops(wide: _Grouped) -> tuple[Tensor, Tensor]:
+def _scan_by_loops(wide: Arguments) -> tuple[Tensor, Tensor]:
     """Run the recurrence in compiled loops. If there are fewer sequences than threads, their channels are split."""
     b, g, w, l = wide.u.shape
     parts = max(1, _num_threads() // (b * g))
@@ -203,7 +225,7 @@ def _num_threads() -> int:
     return torch.get_num_threads()
 
 
-def _scan_in_blocks(wide: _Grouped, with_last: bool) -> tuple[Tensor, Tensor]:
+def _scan_in_blocks(wide: Arguments, with_last: bool) -> tuple[Tensor, Tensor]:
     """Run the recurrence in plain PyTorch."""
     u, delta, A, B, C = (x.mT for x in wide[:5])
     y, h = selective_scan_blocked(u, delta, wide.A, B, C, torch.zeros_like(wide.A[..., 0]))
@@ -224,7 +246,7 @@ def _check_shapes(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, int]:
-    """Check all shapes, and return B and C as (b, g, n, l), and g."""
+    """Check all shapes, and return B and C as (b, g, n, l), or as they are for one group; and g."""
     for name, tensor in (("A", A), ("B", B), ("C", C)):
         if tensor.is_complex():
             raise TypeError(f"selective_scan_fn: {name} is complex: give the {tensor.shape[-1]} states as real numbers")
@@ -249,6 +271,8 @@ def _check_shapes(
     def in_groups(weights: Tensor) -> Tensor:
         if weights.ndim == 2:
             return weights[None, :, :, None].expand(b, d, n, l)
+        if num_groups == 1:
+            return weights
         weights = weights[:, None] if weights.ndim == 3 else weights
         if weights.shape[1] == num_groups:
             return weights

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from lamamba.ops.launch import launch
+from lamamba.ops.sequence_scan import Arguments
 from lamamba.ops.sequence_scan.kernels import sequence_backward_kernel, sequence_forward_kernel, sequence_starts_kernel
 from lamamba.ops.sum_kernels import sum_parts
 
@@ -108,7 +109,7 @@ def _run_forward(
     D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, initial_state: Tensor | None,
     softplus: bool, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the forward kernels; arguments as in `lamamba.ops.sequence_scan._Grouped`.
+    """Run the forward kernels; arguments as in `lamamba.ops.sequence_scan.Arguments`, grouped.
 
     Returns:
         y, (b, g, w, l), the states after each segment, (b, g, segments, n, w), and with `save` the states before each
@@ -221,25 +222,51 @@ scan_sequences_triton.register_autograd(_autograd, setup_context=_setup_context)
 
 
 class _Scan(torch.autograd.Function):
-    """The operation with gradients, without the time that PyTorch's wrappers of registered operations take."""
+    """The operation with gradients, without the time that PyTorch's wrappers of registered operations take.
+
+    Groups become a dimension in here, so that PyTorch records no views.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, num_groups: int | None, softplus: bool, *given: Any) -> tuple[Tensor, Tensor]:
+        inputs = (*_in_groups(Arguments(*given), num_groups), softplus, True)
         output = _run_forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
+        *tensors, initial_state = inputs[:9]
+        ctx.save_for_backward(output[2], *tensors)
+        ctx.softplus, ctx.dtype_of_state = softplus, None if initial_state is None else initial_state.dtype
+        ctx.shapes = [None if x is None else x.shape for x in given]
+        ctx.set_materialize_grads(False)
+        return output[0].reshape(given[0].shape), output[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_y, grad_carry, grad_states = grads
-        return _autograd(ctx, grad_y, grad_carry, grad_states, run=_run_backward)
+        grad_y, grad_carry = grads
+        if grad_y is not None:
+            grad_y = grad_y.view(ctx.saved_tensors[1].shape)
+        found = _autograd(ctx, grad_y, grad_carry, None, run=_run_backward)
+        of_given = (None if x is None else x.reshape(shape) for x, shape in zip(found, ctx.shapes, strict=False))
+        return None, None, *of_given
 
 
-def scan_sequences(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Scan; inputs and results as in `scan_sequences_triton`, which runs only in torch.compile and for subclasses."""
-    if torch.compiler.is_compiling() or type(inputs[0]) not in (Tensor, torch.nn.Parameter):
-        run: Any = scan_sequences_triton
-    else:
-        run = _Scan.apply if inputs[-1] else _run_forward
-    result: tuple[Tensor, Tensor, Tensor] = run(*inputs)
-    return result
+def _in_groups(given: Arguments, num_groups: int | None) -> Arguments:
+    return given if num_groups is None else given.in_groups(num_groups)
+
+
+def scan_sequences(given: Arguments, num_groups: int | None, softplus: bool, save: bool) -> tuple[Tensor, Tensor]:
+    """Scan sequences.
+
+    Args:
+        given: tensors; without a number of groups, they are grouped.
+        num_groups: number of groups.
+        softplus: apply softplus to delta.
+        save: save states for the backward pass.
+
+    Returns:
+        y, in the shape of u, and the states after each segment, (b, g, segments, n, w).
+    """
+    plain = not torch.compiler.is_compiling() and type(given.u) in (Tensor, torch.nn.Parameter)
+    if plain and save:
+        return _Scan.apply(num_groups, softplus, *given)
+    run = _run_forward if plain else scan_sequences_triton
+    y, carry, _ = run(*_in_groups(given, num_groups), softplus, save)
+    return y if num_groups is None else y.flatten(1, 2), carry
