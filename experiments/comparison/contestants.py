@@ -4,6 +4,9 @@ s, b            LaMamba-S and -B, on pixels
 dit-s-2, ...    DiT-S/2 and DiT-B/2 in their authors' layout, made of diffusers' modules
 unet            diffusers' UNet2DModel, about as large as LaMamba-S
 s-...           LaMamba-S with one change
+b-shallow       the widths of LaMamba-B, and 13 blocks instead of 22: 3 on 32x32, 3 on 16x16, and 7 on 8x8
+b-fine          the same with more blocks on fine grids: 4, 4 and 5
+s-fine          the same blocks as b-fine, with three quarters of the width: about as many parameters as LaMamba-S
 nano            the shipped network for 32x32
 emoji-64        the shipped network for 64x64: narrower, and deeper where the grid is small
 """
@@ -44,6 +47,11 @@ LAMAMBA: Mapping[str, NetworkConfig] = {
     "s-raster": replace(preset("s-256"), scan="raster"),
     "s-state-16": replace(preset("s-256"), ssm_state_size=16),
     "s-window-4": replace(preset("s-256"), window_size=4),
+    "b-shallow": replace(preset("b-256"), depths=(1, 1, 1, 1), bottleneck_depth=1),
+    "b-fine": replace(preset("b-256"), depths=(2, 2, 1, 1), bottleneck_depth=1, decoder_extra_depth=0),
+    "s-fine": replace(
+        preset("b-256"), embed_dim=96, num_heads=6, depths=(2, 2, 1, 1), bottleneck_depth=1, decoder_extra_depth=0
+    ),
     "nano": preset("nano"),
     "emoji-64": replace(preset("nano"), embed_dim=32, num_heads=2, depths=(2, 2, 4, 2)),
 }

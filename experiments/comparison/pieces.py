@@ -270,6 +270,10 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
         for seed in (0, 1)
         for network in ("s-scan-only", "s-attention-only", "s-raster", "s-state-16", "s-window-4")
     ),
+    # Is it better to be wide than deep, and to compute more on fine grids, where the U-Net computes most?
+    "cifar-shapes": tuple(
+        _natural(f"cifar-{network}-seed-0", network, num_scores=1) for network in ("b-fine", "s-fine", "b-shallow")
+    ),
     # Each further option of a recipe on its own.
     "cifar-options": (
         _natural("cifar-s-x-prediction", "s", num_scores=1, objective="flow-x"),
