@@ -9,8 +9,9 @@ import torch
 
 from lamamba.config import TrainConfig
 from lamamba.errors import LamambaError
+from lamamba.training import optimizers
 from lamamba.training import run as training
-from lamamba.training.optimizers import hidden_matrices, weights_decayed
+from lamamba.training.optimizers import Muon, hidden_matrices, weights_decayed
 from tiny_runs import make_trainer, same, take_steps
 
 
@@ -56,6 +57,28 @@ def test_muon_steps_by_its_equation_and_adamw_trains_the_rest(tmp_path: Path) ->
         step = 0.2 * max(parameter.shape) ** 0.5 * (left * values) @ right
         distance = (kept - parameter.detach()).double() / 0.01 - step
         assert float(distance.norm() / step.norm()) < 0.03, name  # it computes in bf16
+
+
+def test_muon_steps_matrices_together_as_pytorch_does_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(8, 24), (24, 8), (16, 16), (8, 24), (24, 8), (8, 24), (40, 16)]
+
+    def stepped(make: Any, **options: Any) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        parameters = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+        optimizer = make(parameters, 0.02, 0.1, adjust_lr_fn="match_rms_adamw", **options)
+        for step in range(4):
+            for index, parameter in enumerate(parameters):
+                parameter.grad = torch.randn(parameter.shape, generator=generator) if step or index != 3 else None
+            optimizer.step()
+        return [x for each in parameters for x in (each.detach(), optimizer.state[each]["momentum_buffer"])]
+
+    for options in ({}, {"nesterov": False}):
+        together = stepped(Muon, **options)
+        for found, expected in zip(together, stepped(torch.optim.Muon, **options), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)  # a step is 4e-3 long (RMS)
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizers, "MOST_VALUES", 2 * 8 * 24)
+        torch.testing.assert_close(stepped(Muon, nesterov=False), together)
 
 
 def test_muon_skips_a_step_whose_gradient_is_not_finite(tmp_path: Path) -> None:

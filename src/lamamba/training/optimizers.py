@@ -1,7 +1,9 @@
 """Which parameters an optimizer changes in which way, and the learning rate over a run."""
 
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,8 @@ from lamamba.training.distillation import BETAS
 
 ADAMW_KEYS, MUON_KEYS = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 """The names of the tensors that an optimizer keeps for a parameter."""
+MOST_VALUES = 2**26
+"""Muon steps at most so many values of matrices together, which bounds its memory."""
 
 
 def hidden_matrices(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -67,8 +71,64 @@ def make_optimizers(
     if not matrices:
         return [adamw]
     # Its steps get the length of AdamW's, so that both use one learning rate (arXiv 2502.16982, section 2.2).
-    muon = torch.optim.Muon(matrices, config.learning_rate, config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(matrices, config.learning_rate, config.weight_decay, adjust_lr_fn="match_rms_adamw")
     return [adamw, muon]
+
+
+class Muon(torch.optim.Muon):
+    """`torch.optim.Muon` that steps matrices of the same shape together.
+
+    PyTorch's launches 26 kernels for each matrix. If `found_inf` is set and not 0, a step changes nothing, and the host
+    does not wait for the device, as with fused AdamW.
+    """
+
+    found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Step all parameters that have a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape[parameter.shape].append(parameter)
+            for shape, parameters in by_shape.items():
+                number = max(1, MOST_VALUES // shape.numel())
+                for first in range(0, len(parameters), number):
+                    self._step_together(parameters[first : first + number], group)
+
+    def _step_together(self, parameters: list[Tensor], options: Mapping[str, Any]) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        old, grads = torch.stack(momenta), torch.stack([p.grad for p in parameters if p.grad is not None])
+        new = old.lerp(grads, 1 - options["momentum"])
+        steps = grads.lerp(new, options["momentum"]) if options["nesterov"] else new
+        steps = _orthogonalize(steps, options["ns_coefficients"], options["ns_steps"], options["eps"])
+        rate, decay = options["lr"], options["lr"] * options["weight_decay"]
+        steps = steps.to(grads.dtype) * (-0.2 * max(grads.shape[1:]) ** 0.5 * rate)  # "match_rms_adamw"
+        if self.found_inf is not None:
+            skips = self.found_inf != 0
+            new, steps = torch.where(skips, old, new), torch.where(skips, 0, steps)
+            decay = torch.where(skips, 0, decay)
+        torch._foreach_copy_(momenta, new.unbind())
+        torch._foreach_mul_(parameters, 1 - decay)
+        torch._foreach_add_(parameters, steps.unbind())
+
+
+def _orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Move the singular values of matrices (n, o, i) near 1 by Newton-Schulz iterations in bfloat16."""
+    a, b, c = coefficients
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.bfloat16()
+    x = x.mT.contiguous() if is_tall else x
+    x /= torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT.contiguous() if is_tall else x
 
 
 def learning_rate(config: TrainConfig, images: int) -> float:

@@ -39,7 +39,7 @@ from lamamba.sampling.labels import why_unguided
 from lamamba.training.averages import PowerAverages, power_name, save_snapshot
 from lamamba.training.distillation import MomentMatching, check_teacher, student_sampler
 from lamamba.training.gradients import Gradients, choose_gradients
-from lamamba.training.optimizers import ADAMW_KEYS, MUON_KEYS, hidden_matrices, learning_rate, make_optimizers
+from lamamba.training.optimizers import ADAMW_KEYS, MUON_KEYS, Muon, hidden_matrices, learning_rate, make_optimizers
 from lamamba.training.transfer import transfer_weights
 
 
@@ -261,12 +261,12 @@ class Trainer:
     def _step_if_finite(self, grad_norm: Tensor) -> Tensor:
         """Step the optimizers unless the gradient is not finite; return 1 if skipped.
 
-        Fused AdamW does not wait for the device. Muon does, because it cannot skip a step on the device.
+        Fused AdamW and Muon do not wait for the device.
         """
         skipped = (~grad_norm.isfinite()).float()
         self.skipped_in_a_row = (self.skipped_in_a_row + skipped) * skipped
         for optimizer in self.optimizers:
-            if optimizer.defaults.get("fused"):
+            if optimizer.defaults.get("fused") or isinstance(optimizer, Muon):
                 optimizer.found_inf = skipped  # type: ignore[attr-defined]  # as a gradient scaler does
                 optimizer.step()
             elif not skipped:
