@@ -2,8 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +16,19 @@ MOST_VALUES = 2**26
 """Muon steps at most so many values of matrices together, which bounds its memory."""
 
 
-def hidden_matrices(network: nn.Module) -> dict[str, nn.Parameter]:
-    """Find the matrices that Muon trains, by name: the weights of all linear layers in lists of modules.
+def hidden_matrices(network: nn.Module) -> dict[str, Tensor]:
+    """Find what Muon trains, by name: the weights of linear layers and convolutions in lists of modules.
 
-    These are the layers of the blocks and between the stages. The first and the last layer, embeddings, convolutions
-    and stacks of matrices are for AdamW (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+    These are the layers of the blocks and between the stages. The first and the last layer, embeddings, depthwise
+    convolutions and stacks of matrices are for AdamW (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
     """
     lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
-    layers = {layer for inside in lists for layer in inside.modules() if isinstance(layer, nn.Linear)}
-    return {f"{path}.weight": layer.weight for path, layer in network.named_modules() if layer in layers}
+    inside = {layer for modules in lists for layer in modules.modules()}
+    return {
+        f"{path}.weight": layer.weight
+        for path, layer in network.named_modules()
+        if layer in inside and (isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1))
+    }
 
 
 def weights_decayed(network: nn.Module) -> dict[str, bool]:
@@ -70,24 +73,26 @@ def make_optimizers(
     matrices = [value for value in own.values() if value in hidden]
     if not matrices:
         return [adamw]
-    # Its steps get the length of AdamW's, so that both use one learning rate (arXiv 2502.16982, section 2.2).
-    muon = Muon(matrices, config.learning_rate, config.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [adamw, muon]
+    return [adamw, Muon(matrices, config.learning_rate, config.weight_decay)]
 
 
-class Muon(torch.optim.Muon):
-    """`torch.optim.Muon` that steps matrices of the same shape together.
+class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum, which makes the singular values of a step about equal (Jordan et al. 2024).
 
-    PyTorch's launches 26 kernels for each matrix. If `found_inf` is set and not 0, a step changes nothing, and the host
-    does not wait for the device, as with fused AdamW.
+    It follows `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`: steps get the length of AdamW's, so that both
+    use one learning rate (arXiv 2502.16982, section 2.2). But it steps matrices of the same shape together, where
+    PyTorch's launches 26 kernels for each. It also steps convolutions, as matrices of a row per output. If `found_inf`
+    is set and not 0, a step changes nothing, and the host does not wait for the device, as with fused AdamW.
     """
 
     found_inf: Tensor | None = None
 
+    def __init__(self, parameters: Iterable[Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Step all parameters that have a gradient."""
-        assert closure is None
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
@@ -98,34 +103,33 @@ class Muon(torch.optim.Muon):
                 for first in range(0, len(parameters), number):
                     self._step_together(parameters[first : first + number], group)
 
-    def _step_together(self, parameters: list[Tensor], options: Mapping[str, Any]) -> None:
+    def _step_together(self, parameters: list[Tensor], options: Mapping[str, float]) -> None:
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         old, grads = torch.stack(momenta), torch.stack([p.grad for p in parameters if p.grad is not None])
         new = old.lerp(grads, 1 - options["momentum"])
-        steps = grads.lerp(new, options["momentum"]) if options["nesterov"] else new
-        steps = _orthogonalize(steps, options["ns_coefficients"], options["ns_steps"], options["eps"])
-        rate, decay = options["lr"], options["lr"] * options["weight_decay"]
-        steps = steps.to(grads.dtype) * (-0.2 * max(grads.shape[1:]) ** 0.5 * rate)  # "match_rms_adamw"
+        matrices = grads.lerp(new, options["momentum"]).flatten(2)
+        length = 0.2 * max(matrices.shape[1:]) ** 0.5 * options["lr"]
+        steps = (_orthogonalize(matrices).to(grads.dtype) * -length).view_as(grads)
+        decay: Tensor | float = options["lr"] * options["weight_decay"]
         if self.found_inf is not None:
             skips = self.found_inf != 0
-            new, steps = torch.where(skips, old, new), torch.where(skips, 0, steps)
-            decay = torch.where(skips, 0, decay)
+            new, steps, decay = torch.where(skips, old, new), torch.where(skips, 0, steps), torch.where(skips, 0, decay)
         torch._foreach_copy_(momenta, new.unbind())
         torch._foreach_mul_(parameters, 1 - decay)
         torch._foreach_add_(parameters, steps.unbind())
 
 
-def _orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Move the singular values of matrices (n, o, i) near 1 by Newton-Schulz iterations in bfloat16."""
-    a, b, c = coefficients
+def _orthogonalize(matrices: Tensor) -> Tensor:
+    """Bring the singular values of matrices (n, o, i) near 1 by five Newton-Schulz iterations, in bfloat16 on a GPU."""
+    a, b, c = 3.4445, -4.7750, 2.0315
     is_tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.bfloat16()
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
     x = x.mT.contiguous() if is_tall else x
-    x /= torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)
-    for _ in range(steps):
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT.contiguous() if is_tall else x
