@@ -25,7 +25,8 @@ PAGES = {name: name for name in ("findings.md", "distillation.md")} | {"results.
 NAMES = {
     "s": "LaMamba-S", "s-raster": "LaMamba-S, raster paths", "s-scan-only": "LaMamba-S, scan only",
     "s-attention-only": "LaMamba-S, attention only", "s-window-4": "LaMamba-S, windows of 4",
-    "s-state-16": "LaMamba-S, 16 states", "dit-s-2": "DiT-S/2", "unet": "U-Net",
+    "s-state-16": "LaMamba-S, 16 states", "dit-s-2": "DiT-S/2", "unet": "U-Net", "b-shallow": "shallow B",
+    "b-fine": "fine B", "s-fine": "fine S",
 }  # fmt: skip
 TITLES = {"cifar-10": "CIFAR-10, JPEG copy", "fashion-mnist": "Fashion-MNIST"}
 CIFAR = ("cifar-s-longer-seed-0", "cifar-dit-s-2-longer-seed-0", "cifar-unet-longer-seed-0")
@@ -38,6 +39,9 @@ SHORT_CIFAR = ("cifar-s-seed-0", "cifar-dit-s-2-seed-0")
 PARTS = (
     SHORT_CIFAR[0], "cifar-s-raster-seed-0", "cifar-s-state-16-seed-0", "cifar-s-window-4-seed-0",
     "cifar-s-scan-only-seed-0", "cifar-s-scan-only-seed-1", "cifar-s-attention-only-seed-0", SHORT_CIFAR[1],
+)  # fmt: skip
+BETTER = (
+    SHORT_CIFAR[0], "cifar-s-muon", "cifar-s-fine-seed-0", "cifar-b-fine-seed-0", "cifar-b-shallow-seed-0"
 )  # fmt: skip
 SHORT_CLOTHES = ("s-flow-decay", "dit-s-2-flow-decay")
 DISTILLED = {
@@ -57,12 +61,14 @@ _SCORES = ("distance", "recall", "coverage")
 
 
 def title_of(record: dict[str, Any]) -> str:
-    """Name a network, with its dropout if it has any, and its seed if it is not the first."""
+    """Name a network, with its dropout if it has any, Muon if it was used, and its seed if it is not the first."""
     settings = record["settings"]
-    dropout, seed = settings["recipe"].get("dropout", 0.0), settings["seed"]
-    return (
-        NAMES[settings["network"]] + (f", dropout {dropout:g}" if dropout else "") + (f", seed {seed}" if seed else "")
-    )
+    recipe, seed = settings["recipe"], settings["seed"]
+    parts = [NAMES[settings["network"]]]
+    parts += [f"dropout {recipe['dropout']:g}"] if "dropout" in recipe else []
+    parts += ["Muon"] if recipe.get("optimizer") == "muon" else []
+    parts += [f"seed {seed}"] if seed else []
+    return ", ".join(parts)
 
 
 def scores_table(records: Records, names: Sequence[str], last: int | None = None) -> list[str]:
@@ -268,6 +274,7 @@ def page(records: Records, text: str) -> str:
         "{clothes seeds}": seeds_table(records, CLOTHES_SEEDS),
         "{short cifar}": scores_table(records, SHORT_CIFAR),
         "{parts}": scores_table(records, PARTS, last=1),
+        "{better}": scores_table(records, BETTER, last=1),
         "{short clothes}": scores_table(records, SHORT_CLOTHES),
         "{coarse}": coarse_table(records, (*CLOTHES, *CIFAR)),
         "{losses}": losses_table(records, (*CLOTHES, *CIFAR)),
