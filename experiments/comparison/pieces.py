@@ -165,6 +165,7 @@ _EMOJI = _train("emoji-64", "emoji-64", data="emoji", num_images=2_457_600, lear
 
 _DECAY = {"decay": "cosine"}
 _MIRRORED = {**_DECAY, "horizontal_flip": True}
+_MUON = {**_MIRRORED, "optimizer": "muon"}
 
 
 def _natural(name: str, network: str, **options: object) -> Training:
@@ -287,6 +288,15 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
                 "no-flip": {"horizontal_flip": False},
             }.items()
         ),
+    ),
+    # Is LaMamba still ahead of DiT, and the U-Net ahead of LaMamba, if all are trained with Muon?
+    "cifar-muon": tuple(
+        _natural(f"cifar-{network}-muon", network, num_scores=1, recipe=_MUON)
+        for network in ("dit-s-2", "unet", "b-shallow")
+    ),
+    "cifar-muon-longer": tuple(
+        _natural(f"cifar-{network}-muon-longer", network, num_images=3 * NUM_IMAGES, recipe=_MUON)
+        for network in ("s", "unet", "dit-s-2", "b-shallow")
     ),
     "b": (_B, _DIT_B, Clipping("clipping-b", _B), Clipping("clipping-dit-b-2", _DIT_B)),
     "emoji": (
