@@ -393,7 +393,7 @@ def gpu_section(run: Run, docs: Path, notes: str, target_notes: str) -> list[str
             "Inference time per image pixel. Every batch has the same total number of pixels, whatever the image size."
         )
         lines += ["### Resolution", "", said, "", *resolution]
-        lines += [f"![Time of a pixel over the size of the image](performance/{picture.name})", ""]
+        lines += [f"![Inference time per pixel by image size](performance/{picture.name})", ""]
     scans = scan_table(records)
     if scans:
         copy = find(records, "copy", "pytorch", "gb_per_s")

@@ -5,8 +5,8 @@ dit-s-2, ...    DiT-S/2 and DiT-B/2 in their authors' layout, made of diffusers'
 unet            diffusers' UNet2DModel, about as large as LaMamba-S
 s-...           LaMamba-S with one change
 b-shallow       the widths of LaMamba-B, and 13 blocks instead of 22: 3 on 32x32, 3 on 16x16, and 7 on 8x8
-b-fine          the same with more blocks on fine grids: 4, 4 and 5
-s-fine          the same blocks as b-fine, with three quarters of the width: about as many parameters as LaMamba-S
+b-fine          the widths of LaMamba-B, and 13 blocks: 4 on 32x32, 4 on 16x16, and 5 on 8x8
+s-fine          b-fine with three quarters of its width: about as many parameters as LaMamba-S
 nano            the shipped network for 32x32
 emoji-64        the shipped network for 64x64: narrower, and deeper where the grid is small
 """

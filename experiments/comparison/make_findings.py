@@ -65,7 +65,7 @@ def title_of(record: dict[str, Any]) -> str:
     settings = record["settings"]
     recipe, seed = settings["recipe"], settings["seed"]
     parts = [NAMES[settings["network"]]]
-    parts += [f"dropout {recipe['dropout']:g}"] if "dropout" in recipe else []
+    parts += [f"dropout {recipe['dropout']:g}"] if recipe.get("dropout") else []
     parts += ["Muon"] if recipe.get("optimizer") == "muon" else []
     parts += [f"seed {seed}"] if seed else []
     return ", ".join(parts)

@@ -139,9 +139,9 @@ def test_another_kind_is_compiled_anew(arguments: tuple[Any, ...], constants: di
 
 def test_true_is_not_one() -> None:
     kernel = Jitted()
-    for number in (1, True):
+    for number in (1, True, (1,), (True,)):
         launch(kernel, (3,), torch.ones(8), (), number, BLOCK=16, SAVE=False)
-    assert kernel.compiled == 2
+    assert kernel.compiled == 4
 
 
 def test_a_kernel_that_is_interpreted_is_launched_the_same_way_each_time() -> None:

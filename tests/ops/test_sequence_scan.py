@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lamamba.ops import selective_scan_2d, selective_scan_fn, sequence_scan
 from lamamba.ops.grid import Scan, path_order
@@ -337,6 +338,35 @@ def test_every_value_is_written() -> None:
     for backend in ("auto", "triton"):
         for name, value in results(selective_scan_fn, inputs, **ours(backend)).items():
             assert bool(value.isfinite().all()), (backend, name)
+
+
+@pytest.mark.parametrize("weights", [("bnl", "bnl"), ("bgnl", "bgnl")], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_the_result_may_be_modified_and_the_scan_checkpointed(backend: str, weights: tuple[str, str]) -> None:
+    inputs = {name: tensor.float() for name, tensor in make_inputs(weights=weights).items()}
+
+    def doubled(**inputs: Any) -> tuple[Tensor, Tensor]:
+        y, last = selective_scan_fn(**inputs)
+        y += y.detach()  # in place
+        return y, last
+
+    def checkpointed(**inputs: Any) -> Any:
+        return checkpoint(selective_scan_fn, **inputs, use_reentrant=False)
+
+    wanted = results(selective_scan_fn, inputs, **ours(backend))
+    for name, value in results(checkpointed, inputs, **ours(backend)).items():
+        torch.testing.assert_close(value, wanted[name], msg=name)
+    found = results(doubled, inputs, **ours(backend))
+    torch.testing.assert_close(found["y"], 2 * wanted["y"])
+    torch.testing.assert_close(found["u"], wanted["u"])
+
+
+def test_the_kernels_have_no_second_derivative() -> None:
+    inputs = {name: tensor.float().requires_grad_() for name, tensor in make_inputs().items()}
+    y = selective_scan_fn(**inputs, backend="triton")
+    (gradient,) = torch.autograd.grad(y.square().sum(), inputs["u"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize(("backend", "without"), [("auto", ()), ("triton", ()), ("triton", OPTIONAL)], ids=str)

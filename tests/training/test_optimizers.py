@@ -80,7 +80,7 @@ def test_muon_steps_matrices_together_as_pytorch_does_one_by_one(monkeypatch: py
     together = stepped(ours)
     # A step changes a value by 4e-3 (root mean square). PyTorch computes it in bfloat16.
     for found, expected in zip(together, stepped(pytorchs), strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=3e-4)
+        assert float((found - expected).square().mean().sqrt()) < 2e-4
     convolutions = [
         (8, 6, 2, 2),
         (24, 2, 2, 2),
@@ -96,7 +96,7 @@ def test_muon_steps_matrices_together_as_pytorch_does_one_by_one(monkeypatch: py
 
 
 def test_muon_skips_a_step_whose_gradient_is_not_finite(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, optimizer="muon")
+    trainer = make_trainer(tmp_path, optimizer="muon", learning_rate=0.01, weight_decay=0.5)
     before = take_steps(trainer, 1)
     momenta = [
         trainer.optimizers[1].state[value]["momentum_buffer"] for value in hidden_matrices(trainer.network).values()

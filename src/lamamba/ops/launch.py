@@ -67,7 +67,7 @@ def _launch_on(
 
 
 def _kind(argument: Any) -> object:
-    """Return what of an argument Triton compiles for, or more than that."""
+    """Return a key of everything about an argument for which Triton compiles separate code."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16
     if isinstance(argument, tuple):  # usually strides

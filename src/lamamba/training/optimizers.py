@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,14 @@ from lamamba.training.distillation import BETAS
 ADAMW_KEYS, MUON_KEYS = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 """The names of the tensors that an optimizer keeps for a parameter."""
 MOST_VALUES = 2**26
-"""Muon steps at most so many values of matrices together, which bounds its memory."""
+"""The most values that Muon stacks for one step, to bound its memory."""
 
 
 def hidden_matrices(network: nn.Module) -> dict[str, Tensor]:
-    """Find what Muon trains, by name: the weights of linear layers and convolutions in lists of modules.
+    """Find what Muon trains, by name: the weights of linear layers and 2D convolutions in lists of modules.
 
     These are the layers of the blocks and between the stages. The first and the last layer, embeddings, depthwise
-    convolutions and stacks of matrices are for AdamW (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+    convolutions and stacks of matrices are left to AdamW (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
     """
     lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
     inside = {layer for modules in lists for layer in modules.modules()}
@@ -77,12 +78,13 @@ def make_optimizers(
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum, which makes the singular values of a step about equal (Jordan et al. 2024).
+    """Step matrices by Muon with Nesterov momentum: all singular values of a step are about equal (Jordan et al. 2024).
 
     It follows `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`: steps get the length of AdamW's, so that both
     use one learning rate (arXiv 2502.16982, section 2.2). But it steps matrices of the same shape together, where
-    PyTorch's launches 26 kernels for each. It also steps convolutions, as matrices of a row per output. If `found_inf`
-    is set and not 0, a step changes nothing, and the host does not wait for the device, as with fused AdamW.
+    PyTorch's launches 26 kernels for each. It also steps convolutions, as matrices with one row per output channel. If
+    `found_inf` is set and not 0, a step changes nothing, and the host does not wait for the device, as with fused
+    AdamW.
     """
 
     found_inf: Tensor | None = None
@@ -94,12 +96,12 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Step all parameters that have a gradient."""
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            alike: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_shape[parameter.shape].append(parameter)
-            for shape, parameters in by_shape.items():
-                number = max(1, MOST_VALUES // shape.numel())
+                    alike[parameter.shape, parameter.dtype, parameter.device].append(parameter)
+            for parameters in alike.values():
+                number = max(1, MOST_VALUES // max(1, parameters[0].numel()))
                 for first in range(0, len(parameters), number):
                     self._step_together(parameters[first : first + number], group)
 

@@ -137,9 +137,10 @@ def selective_scan_2d(
 
 
 class Arguments(NamedTuple):
-    """Tensors of a scan whose g groups of w channels are a dimension of their own, whatever the strides.
+    """The tensors of a scan, with any strides.
 
-    Before `in_groups`, groups and channels of all but B and C are one dimension, d.
+    The shapes below are those after `in_groups`, which splits the d channels into g groups of w. Before it, u is
+    (b, d, l), A is (d, n), and so on.
     """
 
     u: Tensor  # (b, g, w, l)
@@ -170,7 +171,10 @@ class Arguments(NamedTuple):
 def _scan(
     given: Arguments, num_groups: int | None, delta_softplus: bool, backend: Backend, with_last: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Scan, and return y, and the last state if `with_last`. Without a number of groups, all tensors are grouped."""
+    """Scan, and return y, and the last state if `with_last`.
+
+    If `num_groups` is None, the tensors are already grouped.
+    """
     if choose_kernels("selective_scan_fn", given.u, backend):
         from lamamba.ops.sequence_scan.triton import scan_sequences
 
@@ -246,7 +250,10 @@ def _check_shapes(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, int]:
-    """Check all shapes, and return B and C as (b, g, n, l), or as they are for one group; and g."""
+    """Check all shapes, and return B, C and the number of groups g.
+
+    B and C are (b, g, n, l); with one group they may also be (b, n, l).
+    """
     for name, tensor in (("A", A), ("B", B), ("C", C)):
         if tensor.is_complex():
             raise TypeError(f"selective_scan_fn: {name} is complex: give the {tensor.shape[-1]} states as real numbers")

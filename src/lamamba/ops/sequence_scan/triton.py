@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lamamba.ops.launch import launch
 from lamamba.ops.sequence_scan import Arguments
@@ -115,9 +116,18 @@ def _run_forward(
         y, (b, g, w, l), the states after each segment, (b, g, segments, n, w), and with `save` the states before each
         tile, (b, g, tiles, n, w), which the backward pass reads.
     """
+    y = torch.empty_like(u)
+    return y, *_scan_into(y, u, delta, A, B, C, D, z, delta_bias, initial_state, softplus, save)
+
+
+def _scan_into(
+    y: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, initial_state: Tensor | None,
+    softplus: bool, save: bool,
+) -> tuple[Tensor, Tensor]:
+    """Run the forward kernels, which write y; return the states after each segment, and those before each tile."""
     plan = _plan(u, A.shape[2], softplus)
     rates, bias = A.float().mT.contiguous(), _float(delta_bias)
-    y = torch.empty_like(u)
     states = u.new_empty(plan.states if save else (0,), dtype=torch.float32)
     inputs = (*_strided(u), *_strided(delta), rates, *_strided(B), *_strided(C))
     carry, started = _prepare_carry(plan, initial_state, rates, (*inputs, None, *NOTHING, bias), backward=False)
@@ -126,7 +136,7 @@ def _run_forward(
         *inputs, _float(D), *_strided(z), bias, *_strided(y), states if save else None, carry, None, *plan.sizes,
         STARTED=started, BACKWARD=False, AT_ONCE=_at_once(A.shape[2], 4), maxnreg=FORWARD_REGISTERS, **plan.constants,
     )
-    return y, carry, states
+    return carry, states
 
 
 scan_sequences_triton = torch.library.custom_op("lamamba::scan_sequences", mutates_args=())(_run_forward)
@@ -224,25 +234,28 @@ scan_sequences_triton.register_autograd(_autograd, setup_context=_setup_context)
 class _Scan(torch.autograd.Function):
     """The operation with gradients, without the time that PyTorch's wrappers of registered operations take.
 
-    Groups become a dimension in here, so that PyTorch records no views.
+    Channels are split into groups inside `forward`, so that autograd does not record these views. y is no view, so that
+    it can be modified in place.
     """
 
     @staticmethod
     def forward(ctx: Any, num_groups: int | None, softplus: bool, *given: Any) -> tuple[Tensor, Tensor]:
-        inputs = (*_in_groups(Arguments(*given), num_groups), softplus, True)
-        output = _run_forward(*inputs)
-        *tensors, initial_state = inputs[:9]
-        ctx.save_for_backward(output[2], *tensors)
-        ctx.softplus, ctx.dtype_of_state = softplus, None if initial_state is None else initial_state.dtype
-        ctx.shapes = [None if x is None else x.shape for x in given]
+        grouped = _in_groups(Arguments(*given), num_groups)
+        y = torch.empty_like(given[0])
+        carry, states = _scan_into(y.view(grouped.u.shape), *grouped, softplus, True)
+        ctx.save_for_backward(states, *grouped[:-1])
+        ctx.softplus, first = softplus, grouped.initial_state
+        ctx.dtype_of_state = None if first is None else first.dtype
+        ctx.grouped, ctx.shapes = grouped.u.shape, [None if x is None else x.shape for x in given]
         ctx.set_materialize_grads(False)
-        return output[0].reshape(given[0].shape), output[1]
+        return y, carry
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_y, grad_carry = grads
         if grad_y is not None:
-            grad_y = grad_y.view(ctx.saved_tensors[1].shape)
+            grad_y = grad_y.view(ctx.grouped)
         found = _autograd(ctx, grad_y, grad_carry, None, run=_run_backward)
         of_given = (None if x is None else x.reshape(shape) for x, shape in zip(found, ctx.shapes, strict=False))
         return None, None, *of_given
@@ -253,11 +266,11 @@ def _in_groups(given: Arguments, num_groups: int | None) -> Arguments:
 
 
 def scan_sequences(given: Arguments, num_groups: int | None, softplus: bool, save: bool) -> tuple[Tensor, Tensor]:
-    """Scan sequences.
+    """Run the kernels, with gradients if `save`. torch.compile and subclasses of tensors take `scan_sequences_triton`.
 
     Args:
-        given: tensors; without a number of groups, they are grouped.
-        num_groups: number of groups.
+        given: the tensors.
+        num_groups: number of groups; None if the tensors are already grouped.
         softplus: apply softplus to delta.
         save: save states for the backward pass.
 
