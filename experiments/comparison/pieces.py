@@ -289,6 +289,12 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
             }.items()
         ),
     ),
+    # Is Muon better, or was the learning rate of AdamW too low?
+    "cifar-rates": tuple(
+        _natural(f"cifar-s-{optimizer}-0.003", "s", num_scores=1, learning_rate=3e-3,
+                 recipe={**_MIRRORED, "optimizer": optimizer})
+        for optimizer in ("adamw", "muon")
+    ),
     # Is LaMamba still ahead of DiT, and the U-Net ahead of LaMamba, if all are trained with Muon?
     "cifar-muon": tuple(
         _natural(f"cifar-{network}-muon", network, num_scores=1, recipe=_MUON)
