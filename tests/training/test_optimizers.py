@@ -73,23 +73,13 @@ def test_muon_steps_matrices_together_as_pytorch_does_one_by_one(monkeypatch: py
             optimizer.step()
         return [x.flatten() for each in parameters for x in (each.detach(), optimizer.state[each]["momentum_buffer"])]
 
-    ours, pytorchs = (
-        partial(Muon, lr=0.02, weight_decay=0.1),
-        partial(torch.optim.Muon, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-    )
+    ours = partial(Muon, lr=0.02, weight_decay=0.1)
+    pytorchs = partial(torch.optim.Muon, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     together = stepped(ours)
     # A step changes a value by 4e-3 (root mean square). PyTorch computes it in bfloat16.
     for found, expected in zip(together, stepped(pytorchs), strict=True):
         assert float((found - expected).square().mean().sqrt()) < 2e-4
-    convolutions = [
-        (8, 6, 2, 2),
-        (24, 2, 2, 2),
-        (16, 1, 4, 4),
-        (8, 6, 2, 2),
-        (24, 2, 2, 2),
-        (8, 6, 2, 2),
-        (40, 4, 2, 2),
-    ]
+    convolutions = [(rows, columns // 4, 2, 2) for rows, columns in shapes]
     torch.testing.assert_close(stepped(ours, convolutions), together)
     monkeypatch.setattr(optimizers, "MOST_VALUES", 2 * 8 * 24)
     torch.testing.assert_close(stepped(ours), together)
