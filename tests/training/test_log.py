@@ -67,9 +67,8 @@ def test_the_time_left_and_what_took_it_are_shown(
         log.finish(60)
     shown = capsys.readouterr().out
     assert "60 of 100 images · loss 0.5000 · 1.0 images/s · 20 minutes left" in shown  # 300 s for 10 images
-    assert (
-        "time        7 minutes, of which preparing the first step 100 seconds, sample grids 5 minutes, check" in shown
-    )
+    times = "preparing the first step: 100 seconds, sample grids: 5 minutes, checkpoints: 3 seconds"
+    assert f"time        7 minutes ({times})" in shown
     assert "rough samples are normal after 10 steps" in shown
 
 

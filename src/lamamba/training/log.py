@@ -234,9 +234,9 @@ class TrainingLog:
         seen = [name for name in names if name.isdecimal() and int(name) <= images]
         self.note(f"done: {images:,} images seen")
         kinds = {"compile": "preparing the first step", "sample": "sample grids", "save": "checkpoints"}
-        parts = [f"{kinds[key]} {describe_duration(seconds)}" for key, seconds in self.seconds_of.items()]
+        parts = [f"{kinds[key]}: {describe_duration(seconds)}" for key, seconds in self.seconds_of.items()]
         took = describe_duration(time.perf_counter() - self.started)
-        self.note(f"time        {took}{', of which ' * bool(parts)}{', '.join(parts)}")
+        self.note(f"time        {took}" + (f" ({', '.join(parts)})" if parts else ""))
         if seen:
             self.note(f"samples     {out / 'samples' / max(seen, key=int)}.png")
         if (out / "loss.png").is_file():
