@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -263,17 +264,18 @@ def measure_network(batch: int, quick: bool) -> Iterator[dict[str, Any]]:
 
 def summary(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Compare the two providers: above 1, ours is faster."""
-    for direction in ("forward", "backward", "both"):
-        of_pass = [record for record in records if record.get("pass") == direction]
-        keys = ("batch", "channels", "length", "states", "dtype")
-        ms = {(*(x[key] for key in keys), x["provider"]): x["ms"] or x["plain_ms"] for x in of_pass}
+    keys = ("batch", "channels", "length", "states", "dtype")
+    for direction, time in product(("forward", "backward", "both"), ("ms", "plain_ms")):
+        of_pass = [record for record in records if record.get("pass") == direction and record[time] is not None]
+        ms = {(*(x[key] for key in keys), x["provider"]): x[time] for x in of_pass}
         ratios = [
             ms[(*shape, "selective_scan_cuda")] / value
             for (*shape, provider), value in ms.items()
             if provider == "lamamba" and (*shape, "selective_scan_cuda") in ms
         ]
         if ratios:
-            yield {"ratios_of": direction, "mean": statistics.mean(ratios), "lowest": min(ratios), "all": ratios}
+            means = {"mean": statistics.mean(ratios), "geometric_mean": statistics.geometric_mean(ratios)}
+            yield {"ratios_of": direction, "of": time, **means, "lowest": min(ratios), "all": ratios}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
