@@ -301,7 +301,7 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
         for network in ("dit-s-2", "unet", "b-shallow")
     ),
     "cifar-muon-longer": tuple(
-        _natural(f"cifar-{network}-muon-longer", network, num_images=3 * NUM_IMAGES, recipe=_MUON)
+        _natural(f"cifar-{network}-muon-longer", network, num_images=3 * NUM_IMAGES, num_scores=2, recipe=_MUON)
         for network in ("s", "unet", "dit-s-2", "b-shallow")
     ),
     "b": (_B, _DIT_B, Clipping("clipping-b", _B), Clipping("clipping-dit-b-2", _DIT_B)),
