@@ -40,9 +40,11 @@ PARTS = (
     SHORT_CIFAR[0], "cifar-s-raster-seed-0", "cifar-s-state-16-seed-0", "cifar-s-window-4-seed-0",
     "cifar-s-scan-only-seed-0", "cifar-s-scan-only-seed-1", "cifar-s-attention-only-seed-0", SHORT_CIFAR[1],
 )  # fmt: skip
-BETTER = (
-    SHORT_CIFAR[0], "cifar-s-muon", "cifar-s-fine-seed-0", "cifar-b-fine-seed-0", "cifar-b-shallow-seed-0"
-)  # fmt: skip
+RATES = (SHORT_CIFAR[0], "cifar-s-adamw-0.003", "cifar-s-muon", "cifar-s-muon-0.003", "cifar-unet-muon")
+MUON = ("cifar-s-muon-longer", CIFAR[0], CIFAR[2])
+TOGETHER = ("cifar-s-adamw-0.003", "cifar-s-muon-0.003")
+"""Records of trainings that shared one GPU. Their seconds say nothing, so tables leave them out."""
+WIDER = (SHORT_CIFAR[0], "cifar-s-fine-seed-0", "cifar-b-fine-seed-0", "cifar-b-shallow-seed-0")
 SHORT_CLOTHES = ("s-flow-decay", "dit-s-2-flow-decay")
 DISTILLED = {
     "distill-nano-flow": "flow matching",
@@ -52,7 +54,7 @@ DISTILLED = {
 """Records of distillation by name, with their titles. A record may be missing."""
 PROGRESSIVE = RESULTS / "progressive"
 """Records of progressive distillation, which `lamamba distill` did before."""
-GRIDS = dict.fromkeys(CIFAR, "findings") | {
+GRIDS = dict.fromkeys((MUON[0], *CIFAR), "findings") | {
     name: "distillation" for name in DISTILLED if (RESULTS / f"{name}.json").is_file()
 }
 """Records whose samples are shown, and the folders of the pictures."""
@@ -61,12 +63,13 @@ _SCORES = ("distance", "recall", "coverage")
 
 
 def title_of(record: dict[str, Any]) -> str:
-    """Name a network, with its dropout if it has any, Muon if it was used, and its seed if it is not the first."""
+    """Name a network, with its dropout, optimizer, learning rate and seed where these are not the usual ones."""
     settings = record["settings"]
     recipe, seed = settings["recipe"], settings["seed"]
     parts = [NAMES[settings["network"]]]
     parts += [f"dropout {recipe['dropout']:g}"] if recipe.get("dropout") else []
     parts += ["Muon"] if recipe.get("optimizer") == "muon" else []
+    parts += [f"rate {settings['learning_rate']:g}"] if settings["learning_rate"] > 1e-3 else []
     parts += [f"seed {seed}"] if seed else []
     return ", ".join(parts)
 
@@ -83,8 +86,8 @@ def scores_table(records: Records, names: Sequence[str], last: int | None = None
     for name in names:
         record = records[name]
         for row in record["evaluations"][-last if last else None :]:
-            start = [title_of(record), f"{row['images']:,}", f"{row['seconds']:.0f}"]
-            rows.append(start + _cells(row, features))
+            seconds = "" if name in TOGETHER else f"{row['seconds']:.0f}"
+            rows.append([title_of(record), f"{row['images']:,}", seconds, *_cells(row, features)])
     rows.append(["training images", "", "", *_cells(records[names[0]]["training_images"], features)])
     return table(header, rows)
 
@@ -132,12 +135,10 @@ def answer_table(records: Records, names: Sequence[str]) -> list[str]:
     rows = []
     for name in names:
         record = records[name]
-        data, network, last = (
-            record["settings"]["data"], record["settings"]["network"], record["evaluations"][-1]
-        )  # fmt: skip
+        data, last = record["settings"]["data"], record["evaluations"][-1]
         scores = {feature: last if feature == FEATURES[data][0] else last[feature] for feature in shared}
         cells = [number(scores[feature][score]) for score in _SCORES[:2] for feature in shared]
-        rows.append([TITLES[data], NAMES[network], number(speed(record)), f"{last['seconds']:.0f}", *cells])
+        rows.append([TITLES[data], title_of(record), number(speed(record)), f"{last['seconds']:.0f}", *cells])
     return table(header, rows)
 
 
@@ -243,18 +244,19 @@ def times_table(records: Records) -> list[str]:
 
 def draw_distances(figure: Figure, records: Records) -> None:
     """Plot the distance on VGG16 features against seconds of training, a panel per set of images."""
-    for axes, names in zip(figure.subplots(1, 2), (CIFAR, CLOTHES), strict=True):
+    for axes, names in zip(figure.subplots(1, 2), ((MUON[0], *CIFAR), CLOTHES), strict=True):
         for name in names:
             record = records[name]
             rows = record["evaluations"]
             axes.plot(
                 [row["seconds"] for row in rows], [row["vgg16"]["distance"] for row in rows],
-                marker="o", label=NAMES[record["settings"]["network"]],
+                marker="o", label=f"{title_of(record)}{'' if 'Muon' in title_of(record) else ', AdamW'}",
             )  # fmt: skip
         axes.set(title=TITLES[record["settings"]["data"]], xlabel="seconds of training", xlim=(0, None), yscale="log")
         number_by_decades(axes.yaxis)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.margins(y=0.15)
+        axes.legend(fontsize=8)
     figure.axes[0].set_ylabel("Fréchet distance, VGG16 features")
 
 
@@ -265,7 +267,7 @@ def page(records: Records, text: str) -> str:
         "{distillation}": distillation(records),
         "{progressive}": ratios_table(read_records(PROGRESSIVE)),
         "{plot}": [f"![Distance against seconds of training](findings/{PLOT})"],
-        "{table}": answer_table(records, (*CIFAR, *CLOTHES)),
+        "{table}": answer_table(records, (MUON[0], *CIFAR, *CLOTHES)),
         "{floors}": [" and ".join(floors)],
         "{cifar}": scores_table(records, CIFAR),
         "{seeds}": seeds_table(records, CIFAR_SEEDS),
@@ -274,7 +276,9 @@ def page(records: Records, text: str) -> str:
         "{clothes seeds}": seeds_table(records, CLOTHES_SEEDS),
         "{short cifar}": scores_table(records, SHORT_CIFAR),
         "{parts}": scores_table(records, PARTS, last=1),
-        "{better}": scores_table(records, BETTER, last=1),
+        "{rates}": scores_table(records, RATES, last=1),
+        "{muon}": scores_table(records, MUON, last=2),
+        "{wider}": scores_table(records, WIDER, last=1),
         "{short clothes}": scores_table(records, SHORT_CLOTHES),
         "{coarse}": coarse_table(records, (*CLOTHES, *CIFAR)),
         "{losses}": losses_table(records, (*CLOTHES, *CIFAR)),
