@@ -86,7 +86,7 @@ def test_a_recipe_sets_the_options_that_are_not_given(tmp_path: Path, capsys: py
     with pytest.raises(SystemExit, match="0"):
         main(["train", "--help", "--recipe", "best"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Learning rate of the optimizer. (default: 0.001)" in shown
+    assert "Learning rate of the optimizer. (default: 0.003)" in shown
     assert "mirror makes wrong. (default: on)" in shown
 
 

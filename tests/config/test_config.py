@@ -226,19 +226,19 @@ def test_options_have_limits(make: Callable[[], object], said: str) -> None:
 
 
 def of_recipe(config: TrainConfig) -> tuple[object, ...]:
-    names = ("objective", "learning_rate", "warmup_images", "decay", "horizontal_flip")
+    names = ("objective", "optimizer", "learning_rate", "warmup_images", "decay", "horizontal_flip")
     return tuple(getattr(config, name) for name in names)
 
 
 def test_a_recipe_sets_what_is_not_given() -> None:
     out = Path("run")
     assert of_recipe(TrainConfig(out)) == of_recipe(TrainConfig(out, recipe="paper"))
-    assert of_recipe(TrainConfig(out)) == ("diffusion", 1e-4, 0, "none", False)
+    assert of_recipe(TrainConfig(out)) == ("diffusion", "adamw", 1e-4, 0, "none", False)
     best = TrainConfig(out, recipe="best", num_images=7_000)
-    assert of_recipe(best) == ("flow", 1e-3, 350, "cosine", True)
+    assert of_recipe(best) == ("flow", "muon", 3e-3, 350, "cosine", True)
     assert of_recipe(replace(best, seed=3)) == of_recipe(best)
-    given = dict(objective="flow-x", learning_rate=1e-4, warmup_images=0, decay="none", horizontal_flip=False)
-    assert of_recipe(TrainConfig(out, recipe="best", **given)) == tuple(given.values())
+    given = dict(objective="flow-x", optimizer="adamw", learning_rate=1e-4, warmup_images=0, decay="none")
+    assert of_recipe(TrainConfig(out, recipe="best", horizontal_flip=False, **given)) == (*given.values(), False)
     with pytest.raises(ConfigError, match="recipe is 'bset': it must be paper or best"):
         TrainConfig(out, recipe="bset")  # type: ignore[arg-type]
 

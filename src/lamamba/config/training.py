@@ -21,9 +21,15 @@ _OF_TEACHER: Any = None  # stands for the value of the run that is distilled
 # The options that a recipe decides; `warmup_images` is a share of `num_images`. `paper` is the training of the paper.
 # `best` gave the best small images (docs/findings.md).
 RECIPES: Mapping[str, Mapping[str, Any]] = {
-    "paper": dict(objective="diffusion", learning_rate=1e-4, warmup_images=0.0, decay="none", horizontal_flip=False),
-    "best": dict(objective="flow", learning_rate=1e-3, warmup_images=0.05, decay="cosine", horizontal_flip=True),
-}
+    "paper": dict(
+        objective="diffusion", optimizer="adamw", learning_rate=1e-4, warmup_images=0.0, decay="none",
+        horizontal_flip=False,
+    ),
+    "best": dict(
+        objective="flow", optimizer="muon", learning_rate=3e-3, warmup_images=0.05, decay="cosine",
+        horizontal_flip=True,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,9 @@ class TrainConfig:
     """Name of the network's class, which code may add to `lamamba.model.NETWORKS`. Classes other than LaMambaDiff take
     only in_channels, sample_size and num_classes."""
     recipe: Literal["paper", "best"] = "paper"
-    """paper is the training of the paper; best is what gave the best small images: --objective flow, --learning-rate
-    0.001, --decay cosine, a warm-up, and mirrored images. Options that you give replace the recipe's."""
+    """paper is the training of the paper; best is what gave the best small images: --objective flow, --optimizer muon,
+    --learning-rate 0.003, --decay cosine, a warm-up, and mirrored images. Options that you give replace those of the
+    recipe."""
     start_from: str | None = None
     """Copy the weights that fit from this run, checkpoint or shipped weights (such as nano), as lamamba finetune
     does; the default is fresh weights."""
@@ -99,7 +106,7 @@ class TrainConfig:
     accumulate: int = 1
     """Compute each batch in this many parts, one after the other, to save memory; with several ranks, each rank splits
     its share. The gradient is the same."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = _OF_RECIPE
     """muon trains the linear layers and convolutions of the blocks with Muon, and all other parameters with AdamW."""
     learning_rate: float = _OF_RECIPE
     """Learning rate of the optimizer."""
