@@ -164,6 +164,12 @@ _NANO_FLOW = _train(
 _EMOJI = _train("emoji-64", "emoji-64", data="emoji", num_images=2_457_600, learning_rate=6e-4)
 
 _DECAY = {"decay": "cosine"}
+# Are both better with `--recipe best`, without mirrored images?
+_AS_BEST = {"objective": "flow", "learning_rate": 3e-3, "warmup": 0.05, "num_scores": 1}
+_NANO_MUON, _EMOJI_MUON = (
+    replace(piece, name=f"{piece.network}-muon", recipe={**_DECAY, "optimizer": "muon"}, **_AS_BEST)
+    for piece in (_NANO_FLOW, _EMOJI)
+)
 _MIRRORED = {**_DECAY, "horizontal_flip": True}
 _MUON = {**_MIRRORED, "optimizer": "muon"}
 
@@ -314,6 +320,7 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
         _NANO, Memorisation("memorisation-nano", _NANO), Clipping("clipping-nano", _NANO),
         _EMOJI, Memorisation("memorisation-emoji-64", _EMOJI),
     ),
+    "release-muon": (_EMOJI_MUON, Memorisation("memorisation-emoji-64-muon", _EMOJI_MUON), _NANO_MUON),
     # Are four steps as good as twenty-five? Of the shipped nano, without and with guidance, and of the one that
     # predicts noise, which the list `release` trains.
     "distill": (
