@@ -62,22 +62,29 @@ PLOT = "distance.png"
 _SCORES = ("distance", "recall", "coverage")
 
 
-def title_of(record: dict[str, Any]) -> str:
-    """Name a network, with its dropout, optimizer, learning rate and seed where these are not the usual ones."""
+def title_of(record: dict[str, Any], optimizer: bool = False) -> str:
+    """Name a network, with its dropout if it has any, its seed if it is not the first, and if asked its optimizer."""
     settings = record["settings"]
     recipe, seed = settings["recipe"], settings["seed"]
     parts = [NAMES[settings["network"]]]
     parts += [f"dropout {recipe['dropout']:g}"] if recipe.get("dropout") else []
-    parts += ["Muon"] if recipe.get("optimizer") == "muon" else []
-    parts += [f"rate {settings['learning_rate']:g}"] if settings["learning_rate"] > 1e-3 else []
+    rate = f"{settings['learning_rate']:.0e}".replace("e-0", "e-")
+    parts += [f"{'Muon' if recipe.get('optimizer') == 'muon' else 'AdamW'} at {rate}"] if optimizer else []
     parts += [f"seed {seed}"] if seed else []
     return ", ".join(parts)
 
 
-def scores_table(records: Records, names: Sequence[str], last: int | None = None) -> list[str]:
+def scores_table(
+    records: Records, names: Sequence[str], last: int | None = None, halves: bool = False, optimizer: bool = False
+) -> list[str]:
     """Lay out a row per score: one network after a number of images, and the training images themselves.
 
-    `last` limits the rows of each network to the last ones.
+    Args:
+        records: all of them.
+        names: of the records to show.
+        last: show only so many scores of each, the last ones.
+        halves: show only the scores after half and all of the images.
+        optimizer: name it, with its learning rate.
     """
     data = records[names[0]]["settings"]["data"]
     features = FEATURES[data]
@@ -86,8 +93,10 @@ def scores_table(records: Records, names: Sequence[str], last: int | None = None
     for name in names:
         record = records[name]
         for row in record["evaluations"][-last if last else None :]:
+            if halves and 2 * row["images"] % record["settings"]["num_images"]:
+                continue
             seconds = "" if name in TOGETHER else f"{row['seconds']:.0f}"
-            rows.append([title_of(record), f"{row['images']:,}", seconds, *_cells(row, features)])
+            rows.append([title_of(record, optimizer), f"{row['images']:,}", seconds, *_cells(row, features)])
     rows.append(["training images", "", "", *_cells(records[names[0]]["training_images"], features)])
     return table(header, rows)
 
@@ -138,7 +147,8 @@ def answer_table(records: Records, names: Sequence[str]) -> list[str]:
         data, last = record["settings"]["data"], record["evaluations"][-1]
         scores = {feature: last if feature == FEATURES[data][0] else last[feature] for feature in shared}
         cells = [number(scores[feature][score]) for score in _SCORES[:2] for feature in shared]
-        rows.append([TITLES[data], title_of(record), number(speed(record)), f"{last['seconds']:.0f}", *cells])
+        who = title_of(record, optimizer=True)
+        rows.append([TITLES[data], who, number(speed(record)), f"{last['seconds']:.0f}", *cells])
     return table(header, rows)
 
 
@@ -250,7 +260,7 @@ def draw_distances(figure: Figure, records: Records) -> None:
             rows = record["evaluations"]
             axes.plot(
                 [row["seconds"] for row in rows], [row["vgg16"]["distance"] for row in rows],
-                marker="o", label=f"{title_of(record)}{'' if 'Muon' in title_of(record) else ', AdamW'}",
+                marker="o", label=title_of(record, optimizer=True),
             )  # fmt: skip
         axes.set(title=TITLES[record["settings"]["data"]], xlabel="seconds of training", xlim=(0, None), yscale="log")
         number_by_decades(axes.yaxis)
@@ -276,8 +286,8 @@ def page(records: Records, text: str) -> str:
         "{clothes seeds}": seeds_table(records, CLOTHES_SEEDS),
         "{short cifar}": scores_table(records, SHORT_CIFAR),
         "{parts}": scores_table(records, PARTS, last=1),
-        "{rates}": scores_table(records, RATES, last=1),
-        "{muon}": scores_table(records, MUON, last=2),
+        "{rates}": scores_table(records, RATES, last=1, optimizer=True),
+        "{muon}": scores_table(records, MUON, halves=True, optimizer=True),
         "{wider}": scores_table(records, WIDER, last=1),
         "{short clothes}": scores_table(records, SHORT_CLOTHES),
         "{coarse}": coarse_table(records, (*CLOTHES, *CIFAR)),

@@ -107,7 +107,8 @@ class TrainConfig:
     """Compute each batch in this many parts, one after the other, to save memory; with several ranks, each rank splits
     its share. The gradient is the same."""
     optimizer: Literal["adamw", "muon"] = _OF_RECIPE
-    """muon trains the linear layers and convolutions of the blocks with Muon, and all other parameters with AdamW."""
+    """muon trains the linear layers and convolutions of the blocks, except depthwise ones, with Muon, and all other
+    parameters with AdamW."""
     learning_rate: float = _OF_RECIPE
     """Learning rate of the optimizer."""
     warmup_images: int = _OF_RECIPE
