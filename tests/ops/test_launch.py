@@ -1,5 +1,6 @@
 """Kernels are launched, or precompiled without being launched."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -91,7 +92,7 @@ class Jitted:
 
 
 class Compiled:
-    packed_metadata = ()
+    packed_metadata, function = ("metadata",), 77
 
     def __init__(self, launched: list[Any]) -> None:
         self.launched = launched
@@ -99,21 +100,45 @@ class Compiled:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return lambda *arguments: self.launched.append((grid, arguments))
 
+    def run(self, *arguments: object) -> None:
+        self.launched.append(arguments)
 
-def test_a_kernel_is_launched_as_it_was_compiled_for_the_same_kinds() -> None:
+
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Replaces Triton's driver by one with a stream for each device."""
+    triton = pytest.importorskip("triton")
+    active = SimpleNamespace(get_current_stream=lambda device: ("stream", device))
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=active))
+    return triton
+
+
+def test_a_kernel_is_launched_as_it_was_compiled_for_the_same_kinds(triton: Any) -> None:
     kernel, x, y = Jitted(), torch.ones(8), torch.zeros(16)
     for tensor in (x, y):
-        launch(kernel, (3,), tensor, (tensor, 2), 7, SAVE=True, BLOCK=16, num_warps=4)
+        launch(kernel, (3,), tensor, (4, 2), 7, SAVE=True, BLOCK=16, num_warps=4)
     assert kernel.compiled == 1
-    ((grid, arguments),) = kernel.launched
-    assert grid == (3, 1, 1)
-    assert arguments[0] is arguments[1][0] is y
-    assert arguments[1:][0][1:] + arguments[2:] == (
-        2,
-        7,
-        16,
-        True,
-    )  # constants in the order of the signature, no option
+    # Addresses replace tensors. Constants are in the order of the signature, without options.
+    wanted = (3, 1, 1, ("stream", -1), 77, ("metadata",), None, None, None, y.data_ptr(), (4, 2), 7, 16, True)
+    assert kernel.launched == [wanted]
+
+
+def test_profilers_see_every_launch(triton: Any) -> None:
+    kernel, x = Jitted(), torch.ones(8)
+    runtime, usual = triton.knobs.runtime, {"SAVE": True, "BLOCK": 16}
+    launch(kernel, (3,), x, (x, 2), 7, **usual)
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        chain = getattr(runtime, name)
+        chain.add(print)
+        try:
+            launch(kernel, (3,), x, (x, 2), 7, **usual)
+        finally:
+            chain.remove(print)
+    for grid, arguments in kernel.launched:
+        assert grid == (3, 1, 1)
+        assert arguments[0] is arguments[1][0] is x
+        assert arguments[2:] == (7, 16, True)
+    assert (kernel.compiled, len(kernel.launched)) == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -130,14 +155,14 @@ def test_a_kernel_is_launched_as_it_was_compiled_for_the_same_kinds() -> None:
         ((torch.ones(8), (torch.ones(8), 2), 7), {"num_warps": 8}),
     ],
 )
-def test_another_kind_is_compiled_anew(arguments: tuple[Any, ...], constants: dict[str, int]) -> None:
+def test_another_kind_is_compiled_anew(triton: Any, arguments: tuple[Any, ...], constants: dict[str, int]) -> None:
     kernel, usual = Jitted(), {"BLOCK": 16, "SAVE": False, "num_warps": 4}
     launch(kernel, (3,), torch.ones(8), (torch.ones(8), 2), 7, **usual)
     launch(kernel, (3,), *arguments, **(usual | constants))
     assert (kernel.compiled, kernel.launched) == (2, [])
 
 
-def test_true_is_not_one() -> None:
+def test_true_is_not_one(triton: Any) -> None:
     kernel = Jitted()
     for number in (1, True, (1,), (True,)):
         launch(kernel, (3,), torch.ones(8), (), number, BLOCK=16, SAVE=False)

@@ -25,8 +25,8 @@ class Launch(NamedTuple):
 
 
 _recorded: dict[Launch, None] | None = None
-# Kernels, compiled, and their constant arguments, by what they were compiled for. A kernel that is kept keeps its id.
-_compiled: dict[tuple[object, ...], tuple[Any, Any, tuple[object, ...]]] = {}
+# How to launch kernels once they are compiled, by what they were compiled for. A kernel that is kept keeps its id.
+_compiled: dict[tuple[object, ...], tuple[Any, Callable[..., None]]] = {}
 MOST_COMPILED = 10_000
 # Held while launches are recorded, which affects the whole process. Threads that share a GPU hold it while they work.
 LOCK = RLock()
@@ -40,39 +40,84 @@ def launch(
         kinds = tuple(argument.dtype if isinstance(argument, Tensor) else argument for argument in arguments)
         _recorded[Launch(kernel, kinds, tuple(constants.items()))] = None
         return
-    device = next(argument for argument in arguments if isinstance(argument, Tensor)).get_device()
+    parts, values, device = _describe(arguments)
+    key = id(kernel), *parts, *constants, *constants.values()
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton launches on the current device
-            _launch_on(device, kernel, grid, arguments, constants)
+            _launch_on(device, key, kernel, grid, arguments, values, constants)
     else:
-        _launch_on(device, kernel, grid, arguments, constants)
+        _launch_on(device, key, kernel, grid, arguments, values, constants)
+
+
+def _describe(arguments: tuple[Any, ...]) -> tuple[list[object], list[object], int]:
+    """Describe the arguments of a launch.
+
+    Returns:
+        A key of everything for which Triton compiles separate code, the arguments with addresses in place of tensors,
+        and the device of the first tensor.
+    """
+    key: list[object] = []
+    values: list[object] = list(arguments)
+    numbers: list[object] = []
+    device = None
+    for place, argument in enumerate(arguments):
+        kind = type(argument)
+        if kind is int or argument is None:
+            key.append(argument)
+        elif kind is tuple:  # usually strides
+            key.append(argument)
+            numbers += argument
+        elif isinstance(argument, Tensor):
+            values[place] = address = argument.data_ptr()
+            index = argument.get_device()
+            device = index if device is None else device
+            key += (argument.dtype, address % 16, index)
+        else:
+            key.append((kind, argument))
+    if numbers and set(map(type, numbers)) != {int}:
+        key = [_kind(argument) for argument in arguments]
+    return key, values, -1 if device is None else device
+
+
+def _kind(argument: Any) -> object:
+    """Return the part of the key for one argument; `_describe` does the same faster, but not for tuples of tensors."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16, argument.get_device()
+    return tuple(map(_kind, argument)) if isinstance(argument, tuple) else (type(argument), argument)
 
 
 def _launch_on(
-    device: int, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, object]
-) -> None:
-    """Launch in Triton's general way once, and then as it was compiled, which takes half of the host's time."""
-    kinds = [argument if type(argument) is int else _kind(argument) for argument in arguments]
-    key = id(kernel), device, *kinds, *constants, *constants.values()
+    device: int, key: tuple[object, ...], kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...],
+    values: list[object], constants: dict[str, object],
+) -> None:  # fmt: skip
+    """Launch in Triton's general way once, and then as it was compiled, which takes a third of the host's time."""
     if (found := _compiled.get(key)) is not None:
-        _, compiled, others = found
-        compiled[(*grid, 1, 1)[:3]](*arguments, *others)
+        found[1](device, (*grid, 1, 1)[:3], arguments, values)
         return
     compiled = kernel[grid](*arguments, **constants)
     names = getattr(kernel, "arg_names", ())[len(arguments) :]
     if hasattr(compiled, "packed_metadata") and all(name in constants for name in names):
         if len(_compiled) >= MOST_COMPILED:
             _compiled.clear()
-        _compiled[key] = kernel, compiled, tuple(constants[name] for name in names)
+        _compiled[key] = kernel, _as_compiled(compiled, [constants[name] for name in names])
 
 
-def _kind(argument: Any) -> object:
-    """Return a key of everything about an argument for which Triton compiles separate code."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16
-    if isinstance(argument, tuple):  # usually strides
-        return argument if set(map(type, argument)) == {int} else tuple(map(_kind, argument))
-    return argument if type(argument) is int else (type(argument), argument)
+def _as_compiled(compiled: Any, others: list[object]) -> Callable[..., None]:
+    """Return a function that launches a compiled kernel, without what Triton does for the hooks of profilers."""
+    from triton import knobs
+    from triton.runtime import driver
+
+    hooks, stream_of = knobs.runtime, driver.active.get_current_stream
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+
+    def again(device: int, grid: tuple[int, ...], arguments: tuple[Any, ...], values: list[object]) -> None:
+        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            compiled[grid](*arguments, *others)
+        else:
+            run(*grid, stream_of(device), function, metadata, None, None, None, *values, *others)
+
+    return again
 
 
 def readable_pixels(x: Tensor) -> tuple[Tensor, int]:
