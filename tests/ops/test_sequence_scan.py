@@ -305,8 +305,9 @@ def test_sequences_cut_into_segments_agree_with_float64(
 ) -> None:
     host = pytest.importorskip("lamamba.ops.sequence_scan.triton")
     monkeypatch.setattr(host, "SHORTEST_SEGMENT", 1)
+    monkeypatch.setattr(host, "_plan", host._make_plan)  # which keeps no plans
     inputs = make_inputs(b=1, d=4, l=40, n=states, without=without)
-    assert host._plan(inputs["u"][:, None], states, True).num_segments == 3
+    assert host._plan(inputs["u"].shape, 1, states, torch.float32, True).num_segments == 3
     check(inputs, "triton", with_last=bool(without))
 
 
@@ -314,7 +315,7 @@ def test_segments_keep_a_large_gpu_busy() -> None:
     host = pytest.importorskip("lamamba.ops.sequence_scan.triton")
 
     def segments(batch: int, channels: int, length: int) -> int:
-        return host._plan(torch.empty(batch, 1, channels, length, device="meta"), 1, True).num_segments
+        return host._make_plan((batch, channels, length), 1, 1, torch.bfloat16, True).num_segments
 
     assert segments(64, 4096, 64) == segments(8, 2048, 4096) == segments(1, 64, 64) == 1
     assert segments(1, 64, 65536) == 512
@@ -385,7 +386,9 @@ def test_operators_are_registered_as_torch_expects() -> None:
     inputs = {name: x.float().requires_grad_() for name, x in make_inputs(b=1, d=2, l=6, n=1).items()}
     u, delta, A, B, C, D, z, bias, start = inputs.values()
     grouped = [x[:, None] if x.ndim == 3 else x[None] for x in (u, delta, A, B, C, D, z, bias, start)]
-    torch.library.opcheck(host.scan_sequences_triton, (*grouped, True, True), test_utils="test_faketensor")
+    for tensors, num_groups in ((inputs.values(), 1), (grouped, None)):
+        operands = (*tensors, num_groups, True, True)
+        torch.library.opcheck(host.scan_sequences_triton, operands, test_utils="test_faketensor")
     sequences = (u.mT, delta.mT, A.mT[None], B.mT, C.mT, start.mT)
     torch.library.opcheck(sequence_scan.scan_sequences_cpu, tuple(x.detach().cpu().requires_grad_() for x in sequences))
 
