@@ -56,24 +56,24 @@ def _describe(arguments: tuple[Any, ...]) -> tuple[list[object], list[object], i
         A key of everything for which Triton compiles separate code, the arguments with addresses in place of tensors,
         and the device of the first tensor.
     """
-    key: list[object] = []
-    values: list[object] = list(arguments)
+    key: list[object] = list(arguments)
+    values = list(key)
     numbers: list[object] = []
     device = None
     for place, argument in enumerate(arguments):
         kind = type(argument)
         if kind is int or argument is None:
-            key.append(argument)
-        elif kind is tuple:  # usually strides
-            key.append(argument)
+            continue
+        if kind is tuple:  # usually strides
             numbers += argument
         elif isinstance(argument, Tensor):
             values[place] = address = argument.data_ptr()
+            key[place] = argument.dtype
             index = argument.get_device()
             device = index if device is None else device
-            key += (argument.dtype, address % 16, index)
+            key += (address % 16, index)
         else:
-            key.append((kind, argument))
+            key[place] = kind, argument
     if numbers and set(map(type, numbers)) != {int}:
         key = [_kind(argument) for argument in arguments]
     return key, values, -1 if device is None else device
