@@ -90,7 +90,7 @@ def _launch_on(
     device: int, key: tuple[object, ...], kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...],
     values: list[object], constants: dict[str, object],
 ) -> None:  # fmt: skip
-    """Launch in Triton's general way once, and then as it was compiled, which takes a third of the host's time."""
+    """Launch in Triton's general way once, and then as it was compiled, which takes the host less time."""
     if (found := _compiled.get(key)) is not None:
         found[1](device, (*grid, 1, 1)[:3], arguments, values)
         return
