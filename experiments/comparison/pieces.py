@@ -270,6 +270,8 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
     # Does dropout keep the distance of S from rising at the end?
     "cifar-dropout": (
         _natural("cifar-s-dropout-longer", "s", num_images=3 * NUM_IMAGES, recipe={**_MIRRORED, "dropout": 0.1}),
+        _natural("cifar-s-muon-dropout-longer", "s", num_images=3 * NUM_IMAGES, num_scores=2, learning_rate=3e-3,
+                 recipe={**_MUON, "dropout": 0.1}),
     ),
     # What each part of the network contributes on natural images.
     "cifar-ablations": tuple(
@@ -297,9 +299,9 @@ LISTS: Mapping[str, tuple[Piece, ...]] = {
     ),
     # Is Muon better, or was the learning rate of AdamW too low?
     "cifar-rates": tuple(
-        _natural(f"cifar-s-{optimizer}-0.003", "s", num_scores=1, learning_rate=3e-3,
+        _natural(f"cifar-s-{optimizer}-{rate}", "s", num_scores=1, learning_rate=rate,
                  recipe={**_MIRRORED, "optimizer": optimizer})
-        for optimizer in ("adamw", "muon")
+        for optimizer, rate in (("adamw", 0.003), ("muon", 0.003), ("muon", 0.006), ("muon", 0.012))
     ),
     # Is LaMamba still ahead of DiT, and the U-Net ahead of LaMamba, if all are trained as `--recipe best` does?
     "cifar-muon": tuple(
