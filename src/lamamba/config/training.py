@@ -62,8 +62,8 @@ class TrainConfig:
     only in_channels, sample_size and num_classes."""
     recipe: Literal["paper", "best"] = "paper"
     """paper is the training of the paper; best is what gave the best small images: --objective flow, --optimizer muon,
-    --learning-rate 0.003, --decay cosine, a warm-up, and mirrored images. Options that you give replace those of the
-    recipe."""
+    --learning-rate 0.003, --decay cosine, a warm-up, and mirrored images. Options that you give take
+    precedence."""
     start_from: str | None = None
     """Copy the weights that fit from this run, checkpoint or shipped weights (such as nano), as lamamba finetune
     does; the default is fresh weights."""

@@ -53,8 +53,8 @@ def _describe(arguments: tuple[Any, ...]) -> tuple[list[object], list[object], i
     """Describe the arguments of a launch.
 
     Returns:
-        A key of everything for which Triton compiles separate code, the arguments with addresses in place of tensors,
-        and the device of the first tensor.
+        A key, which differs between two calls if Triton compiles separate code for them; the arguments, with the
+        address of each tensor instead of the tensor; and the device of the first tensor.
     """
     key: list[object] = list(arguments)
     values = list(key)
