@@ -192,6 +192,7 @@ def test_the_browser_samples_what_pytorch_does(
     assert (shown[:, :, 0] - (wanted + 1) * 127.5).abs().max() < 1
 
 
+@pytest.mark.slow
 def test_web_gpu_samples_what_pytorch_does(site: Path, browser: Any, tmp_path: Path) -> None:
     """Chromium computes WebGPU on the CPU here, which is slow: the network is tiny, but has all of its operations."""
     browser.get("about:blank")
@@ -286,6 +287,7 @@ def test_figures_are_those_that_the_code_draws() -> None:
         assert (DOCS / name).read_text() == svg, f"{name}: run make figures"
 
 
+@pytest.mark.slow
 def test_tables_are_those_that_the_code_counts() -> None:
     draw = load("draw")
     for name, lay_out in draw.TABLES.items():

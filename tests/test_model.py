@@ -311,6 +311,7 @@ def test_an_untrained_network_learns_from_the_first_step() -> None:
     assert gradients["encoder.0.0.ssm.in_proj.weight"].norm() == 0, "its gate is closed"
 
 
+@pytest.mark.slow
 def test_a_compiled_network_takes_other_sizes() -> None:
     """As one graph. The second size makes torch.compile treat sizes as variables, but a grid's geometry is constant."""
     network = build_random(depths=(1, 1, 1, 1), bottleneck_depth=0)

@@ -239,6 +239,7 @@ def test_ctrl_c_ends_it_while_images_are_made_and_others_wait(tmp_path: Path, mo
 
 
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs a browser: apt-get install chromium chromium-driver")
+@pytest.mark.slow
 def test_a_visit(tiny: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     shots = Path(request.config.getoption("--screenshots") or tmp_path)
     downloads = tmp_path / "downloads"
