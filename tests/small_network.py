@@ -1,9 +1,20 @@
 """A network that is fast on a CPU, a batch for it, and how far one result is from another."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lamamba.model import LaMambaDiff
+
+# One block per stage, for tests that train; and the same as options of a command.
+TINY_CONFIG: dict[str, Any] = {
+    "embed_dim": 8, "num_heads": 2, "depths": (1, 1, 1, 1), "bottleneck_depth": 1, "decoder_extra_depth": 0,
+}  # fmt: skip
+TINY_NETWORK = [
+    *("--embed-dim", "8", "--num-heads", "2"),
+    *("--depths", "1", "1", "1", "1", "--bottleneck-depth", "1", "--decoder-extra-depth", "0"),
+]
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

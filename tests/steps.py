@@ -21,6 +21,7 @@ from lamamba.training import gradients
 from lamamba.training.distillation import student_objective
 from lamamba.training.run import resolve
 from lamamba.training.trainer import Trainer
+from small_network import TINY_CONFIG
 
 # Batch and parts, for two ranks: more parts than a share has images; uneven shares and parts; a share of one image.
 CUTS = ((4, 4), (7, 2), (3, 3))
@@ -65,7 +66,7 @@ def take_two_steps(
     """Return the gradients, losses and weights of the second step of a training or distillation, see `CASES`."""
     teacher, optimizer = (of, "adamw") if of in TEACHERS else ("", of)
     width = 32 if ON_GPU else 8  # for the kernels
-    network = replace(PRESETS["nano"], embed_dim=width, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1)
+    network = replace(PRESETS["nano"], **{**TINY_CONFIG, "embed_dim": width})
     config = TrainConfig(
         out=out, batch_size=batch, accumulate=accumulate, shard="shards" in way, cuda_graph="graphs" in way,
         device=device, network=network, horizontal_flip=True, precision="float32", optimizer=optimizer,

@@ -184,6 +184,7 @@ def test_the_page_is_made_from_the_records(tmp_path: Path) -> None:
     assert write_page(cpu, tmp_path).read_text().count("## ") == len(cpu)
 
 
+@pytest.mark.slow
 def test_networks_are_prepared_side_by_side_and_timed_in_turn(tmp_path: Path) -> None:
     """If one network fails, the others are timed and recorded."""
     command = [sys.executable, str(BENCHMARKS / "together.py"), "--quick", "--out", str(tmp_path), "--commit", "abc"]

@@ -26,9 +26,10 @@ from lamamba.config.options import read_docstrings
 from lamamba.config.training import RECIPES, WatchConfig
 from lamamba.files.records import read_train_config
 from refusals import refusal
+from small_network import TINY_NETWORK
 
 TINY = [
-    *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
+    *TINY_NETWORK,
     *("--sample-steps", "1"),
 ]
 

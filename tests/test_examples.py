@@ -12,11 +12,12 @@ import torch
 from packaging.version import parse
 
 from lamamba.checkpoints.checkpoint import checkpoints_in
+from small_network import TINY_NETWORK
 
 pytestmark = pytest.mark.skipif(parse(torch.__version__) < parse("2.12"), reason="torchrun takes no --shutdown-timeout")
 SLURM = Path(__file__).parent.parent / "examples" / "slurm" / "train.sbatch"
 TINY = [
-    *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
+    *TINY_NETWORK,
     *("--data", "builtin", "--batch-size", "8", "--device", "cpu", "--sample-steps", "1", "--log-every", "8"),
     *("--sample-every", "100000"),
 ]

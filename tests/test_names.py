@@ -15,11 +15,12 @@ from lamamba.cli import main
 from lamamba.sampling.pipeline import LaMambaDiffPipeline
 from lamamba.training.log import TrainingLog
 from loss_curves import draw
+from small_network import TINY_NETWORK
 
 CLASSES = (b"[red]$a_$", b"_\xff\n|<b>")  # in order, as their names are printed below
 SHOWN = ("[red]$a_$", r"_\xff\n|<b>")
 TINY = [
-    *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
+    *TINY_NETWORK,
     *("--sample-steps", "1", "--batch-size", "2", "--device", "cpu"),
 ]
 

@@ -5,9 +5,11 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
+from small_network import TINY_NETWORK
+
 CPU = torch.device("cpu")
 TINY = [
-    *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
+    *TINY_NETWORK,
     *("--batch-size", "2", "--num-images", "4", "--device", "cpu", "--sample-steps", "1", "--sample-every", "4"),
 ]
 

@@ -12,9 +12,10 @@ from lamamba.checkpoints.checkpoint import checkpoints_in
 from lamamba.cli import main
 from lamamba.config import PRESETS, TrainConfig
 from lamamba.training import run as training
+from small_network import TINY_CONFIG, TINY_NETWORK
 
 TINY = [
-    *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
+    *TINY_NETWORK,
     *("--data", "builtin", "--batch-size", "4", "--device", "cpu", "--seed", "3", "--sample-steps", "1"),
     *("--sample-every", "100000"),  # drawing takes longer than a step
 ]
@@ -35,9 +36,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 def make_trainer(out: Path, network: dict[str, Any] | None = None, **options: Any) -> training.Trainer:
     """Build a trainer of a tiny network without the run around it."""
-    tiny = replace(
-        PRESETS["nano"], embed_dim=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1, **(network or {})
-    )
+    tiny = replace(PRESETS["nano"], **{**TINY_CONFIG, **(network or {})})
     config = TrainConfig(**{"out": out, "batch_size": 4, "device": "cpu", "network": tiny, **options})
     return training.Trainer(*training.resolve(config))
 

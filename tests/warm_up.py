@@ -20,9 +20,10 @@ import lamamba.sampling.generate
 import lamamba.training.run  # noqa: F401 - what commands import when they are called
 import loss_curves  # noqa: F401
 from lamamba.cli import main
+from small_network import TINY_NETWORK
 
 TINY = [
-    *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
+    *TINY_NETWORK,
     *("--num-images", "4", "--batch-size", "4", "--device", "cpu", "--sample-steps", "1"),
 ]
 

@@ -60,7 +60,13 @@ NAMES = (*LAMAMBA, *DIT, "unet")
 COMPILED = (*DIT, "unet")
 """Networks without kernels of their own, which torch.compile makes faster."""
 
-_QUICK_LAMAMBA = {"embed_dim": 8, "num_heads": 2, "depths": (1, 1, 1, 1), "bottleneck_depth": 1}
+_QUICK_LAMAMBA = {
+    "embed_dim": 8,
+    "num_heads": 2,
+    "depths": (1, 1, 1, 1),
+    "bottleneck_depth": 1,
+    "decoder_extra_depth": 0,
+}
 _QUICK_DIT = DiTGeometry(2, 16, 2)
 _UNET: dict[str, Any] = {"block_out_channels": (128, 256, 256), "layers_per_block": 2, "attention_head_dim": 64}
 _QUICK_UNET: dict[str, Any] = {"block_out_channels": (32, 32, 64), "layers_per_block": 1, "attention_head_dim": 16}

@@ -24,10 +24,11 @@ from lamamba.files.records import read_train_config
 from lamamba.sampling.generate import ImageSampler
 from lamamba.sampling.pipeline import LaMambaDiffPipeline
 from refusals import refusal
+from small_network import TINY_NETWORK
 from tiny_runs import weights
 
 TINY = [
-    *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
+    *TINY_NETWORK,
     *("--batch-size", "4", "--device", "cpu", "--sample-steps", "1", "--learning-rate", "0.01"),
 ]
 # Eight optimizer steps; the first two of them are regression if the teacher predicts noise.

@@ -14,9 +14,10 @@ from lamamba.cli import main
 from lamamba.commands.plot import add_caption, choose_evenly, draw_curves, name_runs
 from lamamba.training.log import save_figure
 from refusals import refusal
+from small_network import TINY_NETWORK
 
 TINY = [
-    *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
+    *TINY_NETWORK,
     *("--data", "builtin", "--batch-size", "2", "--device", "cpu", "--sample-steps", "1", "--log-every", "2"),
     *("--num-images", "6", "--sample-every", "2"),
 ]

@@ -23,10 +23,10 @@ from lamamba.data.hugging_face import is_dataset
 from lamamba.data.preparing import using
 from lamamba.errors import ConfigError, DataError
 from lamamba.training.run import resolve
+from small_network import TINY_NETWORK
 
 NAMES = ("zebra", "cat", "dog")
 NUM_ROWS = 12
-TINY = ["--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -246,7 +246,9 @@ class TestLatents:
 
     def test_they_are_trained_on(self, folder, autoencoder, tmp_path):
         options = ["--data", self.save(folder), "--vae", str(autoencoder), "--num-images", "8", "--batch-size", "4"]
-        main(["train", "--out", str(tmp_path / "run"), *options, "--device", "cpu", "--sample-steps", "1", *TINY])
+        main(
+            ["train", "--out", str(tmp_path / "run"), *options, "--device", "cpu", "--sample-steps", "1", *TINY_NETWORK]
+        )
         assert lamamba.Run(tmp_path / "run").config.network.in_channels == 2
 
     def test_another_value_is_other_data(self, folder, tmp_path):
@@ -320,7 +322,7 @@ def test_training_stopped_and_resumed_is_bitwise_the_same(folder, tmp_path):
     path = save(labelled(), folder)
     options = ["--data", path, "--image-size", "8", "--batch-size", "4", "--device", "cpu", "--sample-steps", "1"]
     for name, images in (("whole", "16"), ("parts", "8")):
-        main(["train", "--out", str(tmp_path / name), "--num-images", images, *options, *TINY])
+        main(["train", "--out", str(tmp_path / name), "--num-images", images, *options, *TINY_NETWORK])
     main(["train", "--out", str(tmp_path / "parts"), "--resume", "--num-images", "16"])
     whole, parts = (lamamba.load_checkpoint(tmp_path / name).network.state_dict() for name in ("whole", "parts"))
     assert all(value.equal(parts[name]) for name, value in whole.items())

@@ -24,14 +24,15 @@ from lamamba.cli import main
 from lamamba.distributed.processes import Processes, joined
 from lamamba.errors import ConfigError
 from lamamba.training.averages import snapshots_in
+from small_network import TINY_NETWORK
 
 TINY = [
-    *("--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
+    *TINY_NETWORK,
     *("--data", "builtin", "--batch-size", "8", "--precision", "float32", "--sample-steps", "1", "--horizontal-flip"),
     *("--learning-rate", "0.003", "--log-every", "8", "--checkpoint-every", "24", "--sample-every", "100000"),
 ]
 # On GPUs as wide as the kernels want it.
-DEVICES = {"cpu": [*TINY, "--device", "cpu", "--embed-dim", "8"], "cuda": [*TINY, "--embed-dim", "32"]}
+DEVICES = {"cpu": [*TINY, "--device", "cpu"], "cuda": [*TINY, "--embed-dim", "32"]}
 
 
 @pytest.fixture(scope="module", params=DEVICES)
@@ -115,6 +116,7 @@ def test_the_loss_curve_is_that_of_one_process(
         torch.testing.assert_close(value, averages[1][name], rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 def test_a_step_is_the_same_however_the_batch_is_cut(tmp_path: Path) -> None:
     """By ranks with all of the optimizer state, with a part of it each, and as in CUDA graphs."""
     done = run_ranks(2, steps.__file__, str(tmp_path))
@@ -251,6 +253,7 @@ def test_all_skip_a_step_that_is_not_finite_in_one_of_them(tmp_path: Path, tiny:
     assert all(bool(value.isfinite().all()) for value in network.state_dict().values())
 
 
+@pytest.mark.slow
 def test_where_one_dies_the_others_end_and_a_restart_goes_on(tmp_path: Path, tiny: list[str], alone: Path) -> None:
     fault = """
     if rank == 1 and trainer.step == 4 and restart == 0:

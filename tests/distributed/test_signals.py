@@ -25,9 +25,10 @@ from lamamba.distributed.signals import NAMES, SignalsNoted
 from lamamba.errors import DataError, LamambaError
 from lamamba.sampling import generate as generating
 from lamamba.training.trainer import Trainer
+from small_network import TINY_NETWORK
 
 TINY = [
-    *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
+    *TINY_NETWORK,
     *("--batch-size", "2", "--device", "cpu", "--sample-steps", "1", "--sample-every", "100000", "--log-every", "2"),
     *("--checkpoint-every", "100000", "--image-size", "16"),
 ]

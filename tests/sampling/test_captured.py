@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lamamba.model import Block, LaMambaDiff
 from lamamba.sampling.captured import modulations_ahead
+from small_network import TINY_CONFIG
 
 
 class Stream:
@@ -31,9 +32,7 @@ def test_modulations_are_computed_before_the_first_block_while_a_pass_is_recorde
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(0)
-    network = LaMambaDiff(
-        in_channels=1, sample_size=8, num_classes=3, embed_dim=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1
-    ).eval()
+    network = LaMambaDiff(in_channels=1, sample_size=8, num_classes=3, **TINY_CONFIG).eval()
     for parameter in network.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     inputs = torch.randn(2, 1, 8, 8), torch.tensor([3, 500]), torch.tensor([0, 2])

@@ -20,6 +20,7 @@ from lamamba.sampling import sample as draw
 from lamamba.sampling.generate import ImageSampler
 from lamamba.sampling.pipeline import LaMambaDiffPipeline
 from refusals import refusal
+from small_network import TINY_NETWORK
 
 CLASS_NAMES = ("Cat", "Dog", "Great owl")
 
@@ -88,9 +89,8 @@ def test_pixels_are_clipped_on_the_way(run: Path, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Pixels, "decode", decode)
     sample(run, tmp_path)
-    tiny = ["--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"]
     length = ["--num-images", "8", "--batch-size", "8", "--sample-every", "8", "--sample-steps", "3"]
-    main(["train", "--device", "cpu", "--out", str(tmp_path / "new"), *tiny, *length])
+    main(["train", "--device", "cpu", "--out", str(tmp_path / "new"), *TINY_NETWORK, *length])
     assert len(seen) >= 2
     assert max(seen) <= 1 + 1e-4
     loaded = load_checkpoint(run)

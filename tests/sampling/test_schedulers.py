@@ -19,6 +19,7 @@ from lamamba.errors import ConfigError
 from lamamba.model import LaMambaDiff
 from lamamba.sampling.pipeline import LaMambaDiffPipeline
 from lamamba.sampling.schedulers import Steps, check_scheduler, make_scheduler
+from small_network import TINY_CONFIG
 
 DATA = mixture([0.4, 0.6], [-0.4, 0.4], [0.12, 0.15])  # within -1 and 1
 NUM_IMAGES, NUM_STEPS = 32, 50
@@ -31,9 +32,7 @@ def known(request: pytest.FixtureRequest) -> LaMambaDiffPipeline:
 
 
 def build(objective: str, forward: Callable[[Tensor, Tensor, Tensor], Tensor]) -> LaMambaDiffPipeline:
-    network = LaMambaDiff(
-        in_channels=1, sample_size=8, num_classes=0, embed_dim=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1
-    )
+    network = LaMambaDiff(in_channels=1, sample_size=8, num_classes=0, **TINY_CONFIG)
     network.forward = forward  # type: ignore[method-assign, assignment]
     kind = OBJECTIVES[objective]
     pipe = LaMambaDiffPipeline(

@@ -26,6 +26,7 @@ from lamamba.training.averages import (
     save_snapshot,
     snapshots_in,
 )
+from small_network import TINY_NETWORK
 
 STEPS, EVERY, BATCH = 400, 50, 8
 
@@ -433,8 +434,7 @@ def test_a_state_that_does_not_fit() -> None:
 
 def test_a_run_keeps_snapshots_and_makes_any_average(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Interrupted and resumed it keeps the same ones as in one go, to the byte."""
-    network = ["--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"]
-    options = ["--data", "builtin", "--batch-size", "2", "--device", "cpu", "--sample-steps", "1", *network]
+    options = ["--data", "builtin", "--batch-size", "2", "--device", "cpu", "--sample-steps", "1", *TINY_NETWORK]
     often = ["--power-averages", "0.05", "0.1", "--snapshot-every", "4", "--checkpoint-every", "6"]
     often += ["--sample-every", "100000"]
     main(["train", "--out", str(tmp_path / "whole"), "--num-images", "20", *options, *often])

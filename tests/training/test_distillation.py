@@ -17,6 +17,7 @@ from lamamba.sampling.schedulers import Steps, make_scheduler
 from lamamba.training.distillation import MomentMatching, draw_earlier, student_objective, student_sampler
 from lamamba.training.run import resolve
 from lamamba.training.trainer import Trainer
+from small_network import TINY_CONFIG
 from steps import Replayed
 
 CPU = torch.device("cpu")
@@ -281,9 +282,7 @@ def test_an_objective_without_such_a_sampler_is_refused() -> None:
 
 def make_trainer(out: Path, teacher: str = "flow", **options: Any) -> Trainer:
     """Build a trainer that distills a tiny network."""
-    network = replace(
-        PRESETS["nano"], embed_dim=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1, label_dropout=0.0
-    )
+    network = replace(PRESETS["nano"], **TINY_CONFIG, label_dropout=0.0)
     own = {"batch_size": 4, "num_images": 32, "learning_rate": 1e-3, "decay": "linear", **options}
     config = TrainConfig(
         out, device="cpu", objective=student_objective(teacher), network=network,

@@ -25,9 +25,10 @@ from lamamba.training import log as logging_of_runs
 from lamamba.training.cost import peak_tflops, training_flops
 from lamamba.training.log import loss_parts
 from lamamba.training.trainer import Trainer
+from small_network import TINY_NETWORK
 
 TINY = [
-    *("--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"),
+    *TINY_NETWORK,
     *("--data", "builtin", "--batch-size", "2", "--device", "cpu", "--sample-steps", "1", "--log-every", "2"),
 ]
 RARE_SAMPLES = ["--sample-every", "1000"]

@@ -24,6 +24,7 @@ from lamamba.errors import LamambaError
 from lamamba.files.records import read_train_config
 from lamamba.training import run as training
 from lamamba.training.run import _set_aside
+from small_network import TINY_CONFIG
 from tiny_runs import TINY, losses, make_trainer, same, train, weights
 
 
@@ -351,7 +352,7 @@ def test_a_cpu_draws_fewer_grids(tmp_path: Path) -> None:
 
 
 def test_python_trains_and_gets_the_run(tmp_path: Path) -> None:
-    network = replace(PRESETS["nano"], embed_dim=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1)
+    network = replace(PRESETS["nano"], **TINY_CONFIG)
     options = {"batch_size": 4, "device": "cpu", "network": network, "sample_steps": 1}
     run = lamamba.train(lamamba.TrainConfig(out=str(tmp_path / "run"), num_images=8, **options))
     assert isinstance(run, lamamba.Run)

@@ -17,6 +17,7 @@ from lamamba.diffusion import OBJECTIVES
 from lamamba.errors import CheckpointError
 from lamamba.model import LaMambaDiff
 from lamamba.training.transfer import transfer_weights
+from small_network import TINY_NETWORK
 
 OPTIONS: dict[str, Any] = {
     "in_channels": 1, "sample_size": 8, "num_classes": 3, "embed_dim": 8, "num_heads": 2, "depths": (1, 1, 1, 1),
@@ -177,8 +178,7 @@ def test_min_snr_is_an_option_of_training(tmp_path: Path) -> None:
     losses = []
     for gamma in ("0", "5"):
         run = tmp_path / gamma
-        tiny = ["--embed-dim", "8", "--num-heads", "2", "--depths", "1", "1", "1", "1", "--bottleneck-depth", "1"]
-        main(["train", "--data", "builtin", "--out", str(run), *tiny, *RUN, "--min-snr-gamma", gamma])
+        main(["train", "--data", "builtin", "--out", str(run), *TINY_NETWORK, *RUN, "--min-snr-gamma", gamma])
         losses.append(json.loads((run / "log.jsonl").read_text().splitlines()[0]))
     assert losses[0]["mse"] == losses[1]["mse"]
     assert losses[0]["loss"] > losses[1]["loss"]
