@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lamamba.ops.launch import launch
 from lamamba.ops.sequence_scan import Arguments
@@ -272,7 +271,6 @@ def _like(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 scan_sequences_triton.register_autograd(_autograd, setup_context=_setup_context)
-_autograd_once = once_differentiable(_autograd)
 
 
 class _Scan(torch.autograd.Function):
@@ -286,9 +284,9 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_carry: Tensor | None) -> tuple[Tensor | None, ...]:
-        # The decorator takes 5 us, and matters only if gradients are to be differentiated again.
-        find = _autograd_once if torch.is_grad_enabled() else _autograd
-        return find(ctx, grad_y, grad_carry, None, _scan_back)
+        # The registered operation raises an error if these gradients are differentiated again.
+        run = _backward if torch.is_grad_enabled() else _scan_back
+        return _autograd(ctx, grad_y, grad_carry, None, run)
 
 
 def scan_sequences(given: Arguments, num_groups: int | None, softplus: bool, save: bool) -> tuple[Tensor, Tensor]:
