@@ -373,6 +373,41 @@ def test_the_kernels_have_no_second_derivative(power: int) -> None:
         (y.sum() + gradient.square().sum()).backward()
 
 
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_views_that_are_negated_lazily_are_read_as_they_are(backend: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    inputs = {name: x.float() for name, x in make_inputs(b=1, d=2, l=6, n=1).items()}
+
+    def lazily(x: Tensor) -> Tensor:
+        return torch.complex(torch.zeros_like(x), -x).conj().imag
+
+    def scan(delta_softplus: bool, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+        lazy = {name: lazily(x) for name, x in inputs.items()}
+        y, last = selective_scan_fn(**lazy, delta_softplus=delta_softplus, **ours(backend))
+        return (torch.complex(torch.zeros_like(y), y).conj() * 1j).real, last  # negates the gradient of y lazily
+
+    assert lazily(inputs["u"]).is_neg()
+    wanted = results(selective_scan_fn, inputs, **ours(backend))
+    for name, value in results(scan, inputs).items():
+        torch.testing.assert_close(value, wanted[name], msg=name)
+
+
+@pytest.mark.parametrize("mapped", ["u", "A"])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_the_scan_can_be_mapped(backend: str, mapped: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    inputs = {name: x.float() for name, x in make_inputs(b=1, d=2, l=6, n=1).items()}
+    x = inputs.pop(mapped)
+
+    def scan(x: Tensor) -> Any:
+        return selective_scan_fn(**inputs, **{mapped: x}, backend=backend)
+
+    wanted = torch.stack([scan(x), scan(2 * x)])
+    torch.testing.assert_close(torch.func.vmap(scan)(torch.stack([x, 2 * x])), wanted)
+
+
 @pytest.mark.parametrize(("backend", "without"), [("auto", ()), ("triton", ()), ("triton", OPTIONAL)], ids=str)
 def test_the_scan_compiles_as_one_graph(backend: str, without: tuple[str, ...]) -> None:
     if backend == "triton":

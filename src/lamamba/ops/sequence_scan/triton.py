@@ -273,6 +273,21 @@ def _like(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 scan_sequences_triton.register_autograd(_autograd, setup_context=_setup_context)
 
 
+def _may_launch(*tensors: Tensor | None) -> bool:
+    """Return whether kernels can read the memory of these tensors without PyTorch's dispatcher.
+
+    The dispatcher is needed in torch.compile and in vmap, for subclasses, and for views that PyTorch negates lazily,
+    such as `x.conj().imag`.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    for x in tensors:
+        if x is not None and (type(x) not in (Tensor, torch.nn.Parameter) or x.is_neg()):
+            return False
+    is_mapped = torch._C._functorch.is_batchedtensor
+    return not torch._C._are_functorch_transforms_active() or not any(x is not None and is_mapped(x) for x in tensors)
+
+
 class _Scan(torch.autograd.Function):
     """The operation with gradients, without the time that PyTorch's wrappers of registered operations take."""
 
@@ -285,12 +300,12 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_carry: Tensor | None) -> tuple[Tensor | None, ...]:
         # The registered operation raises an error if these gradients are differentiated again.
-        run = _backward if torch.is_grad_enabled() else _scan_back
+        run = _scan_back if _may_launch(grad_y) and not torch.is_grad_enabled() else _backward
         return _autograd(ctx, grad_y, grad_carry, None, run)
 
 
 def scan_sequences(given: Arguments, num_groups: int | None, softplus: bool, save: bool) -> tuple[Tensor, Tensor]:
-    """Run the kernels, with gradients if `save`. torch.compile and subclasses of tensors take `scan_sequences_triton`.
+    """Run the kernels, with gradients if `save`.
 
     Args:
         given: the tensors.
@@ -301,8 +316,8 @@ def scan_sequences(given: Arguments, num_groups: int | None, softplus: bool, sav
     Returns:
         y, in the shape of u, and the states after each segment, (b, g, segments, n, w).
     """
-    plain = not torch.compiler.is_compiling() and type(given.u) in (Tensor, torch.nn.Parameter)
-    if plain and save:
+    may_launch = _may_launch(*given)
+    if may_launch and save:
         return _Scan.apply(*given, num_groups, softplus, True)
-    y, carry, _ = (_scan if plain else scan_sequences_triton)(*given, num_groups, softplus, save)
+    y, carry, _ = (_scan if may_launch else scan_sequences_triton)(*given, num_groups, softplus, save)
     return y, carry
