@@ -170,6 +170,19 @@ def test_inputs_may_be_strided_and_differ_in_dtype() -> None:
         assert relative_error(value, exact[name]) < 1e-2, name
 
 
+@pytest.mark.parametrize("backend", ["auto", "pytorch"])
+def test_autocast_does_not_round_states(backend: str) -> None:
+    inputs = {name: x.float().cpu() for name, x in make_inputs(l=70).items()}
+
+    def scan(**inputs: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return selective_scan_fn(**inputs)
+
+    found = results(scan, inputs, **ours(backend))
+    for name, wanted in results(selective_scan_fn, inputs, **ours(backend)).items():
+        torch.testing.assert_close(found[name], wanted, rtol=0, atol=0, msg=name)
+
+
 def test_complex_weights_are_refused() -> None:
     for name in "ABC":
         inputs = make_inputs()
@@ -194,6 +207,9 @@ def test_a_wrong_shape_is_named(name: str, shape: tuple[int, ...]) -> None:
 def test_groups_must_divide_channels() -> None:
     with pytest.raises(ValueError, match="5 channels and groups of B and C"):
         selective_scan_fn(**make_inputs(d=5, weights=("bgnl", "bgnl")))
+    inputs = make_inputs()
+    with pytest.raises(ValueError, match="4 channels and groups of B and C"):
+        selective_scan_fn(**{**inputs, "B": inputs["B"][:, None][:, :0]})
 
 
 @pytest.mark.parametrize("scan", ["continuous", "raster"])

@@ -7,6 +7,7 @@
 README.md has the equations.
 """
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from lamamba.ops.backend import Backend, assume_constant_result, choose_kernels, choose_loops
 from lamamba.ops.grid import NUM_PATHS, Scan, as_constant, gather_rows, scan_paths, sum_rows
+from lamamba.ops.linear import autocast_dtype
 from lamamba.ops.selective_scan.blocked import selective_scan_blocked
 from lamamba.ops.sequence_scan.cpu import scan_sequences_cpu
 from lamamba.ops.shapes import check_dimensions, check_shapes
@@ -197,7 +199,9 @@ def _scan_without_kernels(
     wide = Arguments(*(None if x is None else x.to(dtype) for x in grouped))  # type: ignore[arg-type]
     delta = wide.delta if wide.delta_bias is None else wide.delta + wide.delta_bias[..., None]
     wide = wide._replace(delta=F.softplus(delta) if delta_softplus else delta)
-    y, last = _scan_by_loops(wide) if choose_loops(u, backend) else _scan_in_blocks(wide, with_last)
+    # Autocast would round products of states.
+    with nullcontext() if autocast_dtype(u) is None else torch.autocast(u.device.type, enabled=False):
+        y, last = _scan_by_loops(wide) if choose_loops(u, backend) else _scan_in_blocks(wide, with_last)
     y = y if wide.D is None else y + wide.D[..., None] * wide.u
     y = y if wide.z is None else y * F.silu(wide.z)
     return y.to(u.dtype), last
@@ -272,7 +276,7 @@ def _check_shapes(
         wanted[name] = (weights, fits)
     check_shapes("selective_scan_fn", f"u {tuple(u.shape)} and A {tuple(A.shape)}", wanted)
     num_groups = max(groups)
-    if any(num_groups % number for number in groups) or d % num_groups:
+    if 0 in groups or any(num_groups % number for number in groups) or d % num_groups:
         raise ValueError(f"selective_scan_fn: {d} channels and groups of B and C {groups} do not divide each other")
 
     def in_groups(weights: Tensor) -> Tensor:
