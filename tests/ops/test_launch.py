@@ -169,6 +169,13 @@ def test_true_is_not_one(triton: Any) -> None:
     assert kernel.compiled == 4
 
 
+def test_tensors_on_several_devices_are_refused() -> None:
+    kernel = Kernel()
+    with pytest.raises(ValueError, match="are on cpu and meta: move them to one device"):
+        launch(kernel, (1,), torch.ones(2), None, torch.ones(2, device="meta"))
+    assert kernel.launched == []
+
+
 def test_a_kernel_that_is_interpreted_is_launched_the_same_way_each_time() -> None:
     kernel, x = Kernel(), torch.ones(2)
     for _ in range(2):

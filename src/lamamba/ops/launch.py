@@ -94,6 +94,9 @@ def _launch_on(
     if (found := _compiled.get(key)) is not None:
         found[1](device, (*grid, 1, 1)[:3], arguments, values)
         return
+    devices = {str(argument.device) for argument in arguments if isinstance(argument, Tensor)}
+    if len(devices) > 1:  # a GPU could fail to read another one's memory, after which it takes no more work
+        raise ValueError(f"the tensors of a kernel are on {' and '.join(sorted(devices))}: move them to one device")
     compiled = kernel[grid](*arguments, **constants)
     names = getattr(kernel, "arg_names", ())[len(arguments) :]
     if hasattr(compiled, "packed_metadata") and all(name in constants for name in names):
