@@ -339,6 +339,22 @@ def test_segments_keep_a_large_gpu_busy() -> None:
     assert segments(4, 2048, 4096) == 9
 
 
+def test_too_many_states_are_refused() -> None:
+    host = pytest.importorskip("lamamba.ops.sequence_scan.triton")
+    with pytest.raises(ValueError, match="16 states along 134217728 steps are too many"):
+        host._make_plan((1, 1, 2**27), 1, 16, torch.bfloat16, True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes 8 GiB, of which a CPU uses only a few pages")
+def test_states_may_be_far_apart() -> None:
+    """Offsets of 2^31 would wrap around in 32 bits, and zeros would be read."""
+    pytest.importorskip("triton")
+    inputs = {name: x.half() for name, x in make_inputs(b=1, d=2, l=6, n=3).items()}
+    far = torch.empty(2**32, dtype=torch.float16).as_strided((1, 3, 6), (1, 2**30, 1), 2**31 - 8)
+    y = selective_scan_fn(**{**inputs, "B": far.copy_(inputs["B"])}, backend="triton")
+    torch.testing.assert_close(y, selective_scan_fn(**inputs, backend="triton"), rtol=0, atol=0)
+
+
 def test_kernels_take_channels_that_are_contiguous() -> None:
     pytest.importorskip("triton")
     inputs = {name: x.float() for name, x in make_inputs(b=1, d=4, l=20, n=1).items()}

@@ -19,6 +19,7 @@ FORWARD_REGISTERS = 128  # per thread, so that 16 warps fit on a multiprocessor
 ENOUGH_PROGRAMS, WANTED_PROGRAMS, SHORTEST_SEGMENT, MAX_SEGMENTS = 512, 2112, 4, 512
 COLUMNS = 16  # states per program that computes the states before segments
 MAX_BATCH = 65535  # CUDA's limit for the third axis of a grid of programs
+MAX_OFFSETS = 2**31  # the kernels compute where the weights of a state lie in 32 bits
 
 Strided = tuple[Tensor | None, tuple[int, ...]]
 NOTHING: Strided = (None, (0, 0, 0, 0))
@@ -49,6 +50,9 @@ def _make_plan(
     groups, channels = shape[1:3] if num_groups is None else (num_groups, shape[1] // num_groups)
     if batch > MAX_BATCH:
         raise ValueError(f"selective_scan_fn: a batch of {batch} is too large for the kernels: use {MAX_BATCH} or less")
+    if num_states * length >= MAX_OFFSETS:
+        given = f"{num_states} states along {length} steps"
+        raise ValueError(f"selective_scan_fn: {given} are too many for the kernels: use fewer than 2^31 in all")
     num_blocks, num_tiles = -(-channels // BLOCK), -(-length // TILE)
     num_programs = batch * groups * num_blocks
     wanted = -(-WANTED_PROGRAMS // num_programs) if num_programs < ENOUGH_PROGRAMS else 1
@@ -83,6 +87,11 @@ def _strided(x: Tensor | None, size: int) -> Strided:
     if len(strides) == 3:
         strides = (strides[0], size * strides[1], *strides[1:])
     return x, strides
+
+
+def _weights(x: Tensor, num_states: int) -> Strided:
+    """Return B or C with its strides; it is copied if the offset of a state does not fit into 32 bits."""
+    return _strided(x if x.stride(-2) * num_states < MAX_OFFSETS else x.contiguous(), num_states)
 
 
 def _float(x: Tensor | None) -> Tensor | None:
@@ -149,7 +158,7 @@ def _scan(
     y, rates, bias = torch.empty_like(u), _rates(A, channels), _float(delta_bias)
     states = rates.new_empty(plan.states if save else (0,))
     inputs = (
-        *_strided(u, channels), *_strided(delta, channels), rates, *_strided(B, num_states), *_strided(C, num_states),
+        *_strided(u, channels), *_strided(delta, channels), rates, *_weights(B, num_states), *_weights(C, num_states),
     )  # fmt: skip
     first = None if initial_state is None else initial_state.reshape(batch, groups, channels, num_states).mT
     carry, started = _prepare_carry(plan, first, rates, (*inputs, None, *NOTHING, bias), backward=False)
@@ -189,7 +198,7 @@ def _scan_back(
     batch, groups, segments, _, channels = plan.carry
     rates, bias = _rates(A, channels), _float(delta_bias)
     of_y, of_delta, of_z = _strided(grad_y, channels), _strided(delta, channels), _strided(z, channels)
-    others = (rates, *_strided(B, num_states), *_strided(C, num_states))
+    others = (rates, *_weights(B, num_states), *_weights(C, num_states))
     summary = (*of_y, *of_delta, *others, None, *of_z, bias)
     carry, started = _prepare_carry(plan, grad_last, rates, summary, backward=True)
     grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
