@@ -24,6 +24,21 @@ class Launch(NamedTuple):
     constants: tuple[tuple[str, object], ...]
 
 
+class Plan(NamedTuple):
+    """How to launch a kernel for tensors of some size."""
+
+    grid: tuple[int, ...]
+    numbers: tuple[float, ...]
+    """Arguments that follow from the size."""
+    constants: dict[str, Any]
+
+
+def share_rows(num_rows: int, at_once: int, num_programs: int) -> tuple[int, int]:
+    """Return the rows of each program, a multiple of `at_once`, and the number of programs, at most `num_programs`."""
+    rows_of_program = at_once * -(-num_rows // (at_once * num_programs))
+    return rows_of_program, -(-num_rows // rows_of_program)
+
+
 _recorded: dict[Launch, None] | None = None
 # How to launch kernels once they are compiled, by what they were compiled for. A kernel that is kept keeps its id.
 _compiled: dict[tuple[object, ...], tuple[Any, Callable[..., None]]] = {}

@@ -1,13 +1,13 @@
 """The kernels of `kernels.py` as one differentiable operation that torch.compile can see."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from lamamba.ops.depthwise_convolution.kernels import convolution_backward_kernel, convolution_forward_kernel
-from lamamba.ops.launch import launch, readable_pixels
+from lamamba.ops.launch import Plan, launch, readable_pixels
 from lamamba.ops.sum_kernels import sum_parts
 
 # Channels and rows per program: with more rows it reads fewer shared rows, until registers run out.
@@ -20,13 +20,7 @@ ENOUGH_PROGRAMS, SMALLEST_SIDE = 512, 4
 MAX_PROGRAMS = 16384
 
 
-class _Plan(NamedTuple):
-    grid: tuple[int, int]
-    num_tiles: int
-    constants: dict[str, Any]
-
-
-def _plan(x: Tensor, stride: int, widest_block: int, most_rows: int) -> _Plan:
+def _plan(x: Tensor, stride: int, widest_block: int, most_rows: int) -> Plan:
     batch, height, width, channels = x.shape
     block = max(32, min(widest_block, triton.next_power_of_2(channels)))
     num_blocks = triton.cdiv(channels, block)
@@ -46,7 +40,7 @@ def _plan(x: Tensor, stride: int, widest_block: int, most_rows: int) -> _Plan:
         "ROWS": rows, "COLUMNS": columns, "BLOCK": block, "FAST": x.dtype != torch.float32,
         "num_warps": NUM_WARPS, "num_stages": 1,
     }
-    return _Plan((num_blocks, triton.cdiv(num_tiles, tiles_per_program)), num_tiles, constants)
+    return Plan((num_blocks, triton.cdiv(num_tiles, tiles_per_program)), (num_tiles,), constants)
 
 
 @torch.library.custom_op("lamamba::depthwise_convolution", mutates_args=())
@@ -57,7 +51,7 @@ def depthwise_convolution_triton(x: Tensor, weight: Tensor, bias: Tensor | None)
     y = x.new_empty(x.shape)
     launch(
         convolution_forward_kernel, plan.grid,
-        x, weight.contiguous(), bias, y, plan.num_tiles, **plan.constants,
+        x, weight.contiguous(), bias, y, *plan.numbers, **plan.constants,
     )
     return y
 
@@ -78,7 +72,7 @@ def _backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     sums = x.new_empty(plan.grid[1], 10 * x.shape[3], dtype=torch.float32)
     launch(
         convolution_backward_kernel, plan.grid,
-        x, weight.contiguous(), bias, grad_y.contiguous(), grad_x, sums, plan.num_tiles, **plan.constants,
+        x, weight.contiguous(), bias, grad_y.contiguous(), grad_x, sums, *plan.numbers, **plan.constants,
     )
     return grad_x, sum_parts(sums)
 

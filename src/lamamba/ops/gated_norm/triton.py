@@ -1,13 +1,13 @@
 """The kernels of `kernels.py` as one differentiable operation that torch.compile can see."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from lamamba.ops.gated_norm.kernels import gated_norm_backward_kernel, gated_norm_forward_kernel
-from lamamba.ops.launch import launch, readable_pixels
+from lamamba.ops.launch import Plan, launch, readable_pixels, share_rows
 from lamamba.ops.rows import cut_rows
 from lamamba.ops.sum_kernels import sum_parts
 
@@ -17,21 +17,12 @@ from lamamba.ops.sum_kernels import sum_parts
 FORWARD_WARPS, BACKWARD_WARPS, BACKWARD_NARROW = 32768, 1024, 1536
 
 
-class _Plan(NamedTuple):
-    grid: tuple[int]
-    num_pixels: int
-    pixels_per_program: int
-    constants: dict[str, int]
-
-
-def _plan(z: Tensor, wanted_warps: int) -> _Plan:
-    batch, height, width, channels = z.shape
-    num_pixels = batch * height * width
+def _plan(z: Tensor, wanted_warps: int) -> Plan:
+    num_pixels, channels = z.shape[:3].numel(), z.shape[3]
     constants = cut_rows(channels, num_pixels)
-    rows = constants["ROWS"]
-    num_programs = triton.cdiv(wanted_warps, constants["num_warps"])
-    pixels_per_program = rows * triton.cdiv(triton.cdiv(num_pixels, rows), num_programs)
-    return _Plan((triton.cdiv(num_pixels, pixels_per_program),), num_pixels, pixels_per_program, constants)
+    wanted = triton.cdiv(wanted_warps, constants["num_warps"])
+    pixels_per_program, num_programs = share_rows(num_pixels, constants["ROWS"], wanted)
+    return Plan((num_programs,), (num_pixels, pixels_per_program), constants)
 
 
 @torch.library.custom_op("lamamba::gated_norm", mutates_args=())
@@ -51,8 +42,7 @@ def gated_norm_triton(
     launch(
         gated_norm_forward_kernel, plan.grid,
         planes, z, weight, bias, y if y.numel() else None, out,
-        z_stride, eps, plan.num_pixels, plan.pixels_per_program,
-        PLANES=planes.shape[0], **plan.constants,
+        z_stride, eps, *plan.numbers, PLANES=planes.shape[0], **plan.constants,
     )
     return out, y
 
@@ -82,7 +72,7 @@ def _backward(
     launch(
         gated_norm_backward_kernel, plan.grid,
         y, z, weight, bias, grad_out, grad_y, grad_z, sums,
-        z_stride, eps, plan.num_pixels, plan.pixels_per_program, **plan.constants,
+        z_stride, eps, *plan.numbers, **plan.constants,
     )
     return grad_y, grad_z, sum_parts(sums)
 

@@ -1,13 +1,11 @@
 """The kernels of `kernels.py` as one differentiable operation that torch.compile can see."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
 
 from lamamba.ops.gradients import register_gradients
-from lamamba.ops.launch import launch
+from lamamba.ops.launch import Plan, launch, share_rows
 from lamamba.ops.linear_gelu.kernels import cut_columns, linear_gelu_backward_kernel, linear_gelu_forward_kernel
 from lamamba.ops.sum_kernels import sum_parts
 
@@ -16,22 +14,15 @@ from lamamba.ops.sum_kernels import sum_parts
 FORWARD_WARPS, BACKWARD_WARPS = 16384, 8192
 
 
-class _Plan(NamedTuple):
-    grid: tuple[int, int]
-    num_rows: int
-    rows_per_program: int
-    constants: dict[str, int]
-
-
-def _plan(x: Tensor, wanted_warps: int) -> _Plan:
+def _plan(x: Tensor, wanted_warps: int) -> Plan:
     channels = x.shape[-1]
     num_rows = x.numel() // channels
     constants = cut_columns(channels, num_rows)
-    rows, num_blocks = constants["ROWS"], triton.cdiv(channels, constants["COLUMNS"])
-    num_programs = triton.cdiv(wanted_warps, num_blocks * constants["num_warps"])
-    rows_per_program = rows * triton.cdiv(triton.cdiv(num_rows, rows), num_programs)
+    num_blocks = triton.cdiv(channels, constants["COLUMNS"])
+    wanted = triton.cdiv(wanted_warps, num_blocks * constants["num_warps"])
+    rows_per_program, num_programs = share_rows(num_rows, constants["ROWS"], wanted)
     # Consecutive programs take neighboring columns of the same rows.
-    return _Plan((num_blocks, triton.cdiv(num_rows, rows_per_program)), num_rows, rows_per_program, constants)
+    return Plan((num_blocks, num_programs), (num_rows, rows_per_program), constants)
 
 
 @torch.library.custom_op("lamamba::bias_gelu", mutates_args=())
@@ -40,7 +31,7 @@ def bias_gelu_triton(x: Tensor, bias: Tensor) -> Tensor:
     x, bias = x.contiguous(), bias.contiguous()
     out = x.new_empty(x.shape)
     plan = _plan(x, FORWARD_WARPS)
-    launch(linear_gelu_forward_kernel, plan.grid, x, bias, out, plan.num_rows, plan.rows_per_program, **plan.constants)
+    launch(linear_gelu_forward_kernel, plan.grid, x, bias, out, *plan.numbers, **plan.constants)
     return out
 
 
@@ -79,7 +70,7 @@ def _differentiate(grad_out: Tensor, x: Tensor, bias: Tensor, out: Tensor | None
     sums = x.new_empty(plan.grid[1], x.shape[-1], dtype=torch.float32)
     launch(
         linear_gelu_backward_kernel, plan.grid,
-        x, bias, grad_out, out, grad_x, sums, plan.num_rows, plan.rows_per_program, **plan.constants,
+        x, bias, grad_out, out, grad_x, sums, *plan.numbers, **plan.constants,
     )
     return grad_x, sum_parts(sums)
 

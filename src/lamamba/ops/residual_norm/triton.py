@@ -1,12 +1,12 @@
 """The kernels of `kernels.py` as one differentiable operation that torch.compile can see."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from lamamba.ops.launch import dense, launch, readable_rows
+from lamamba.ops.launch import Plan, dense, launch, readable_rows, share_rows
 from lamamba.ops.residual_norm.kernels import (
     residual_norm_backward_kernel,
     residual_norm_forward_kernel,
@@ -21,22 +21,13 @@ FORWARD_WARPS, BACKWARD_WARPS = 4096, 1024
 SUM_BLOCK, MAX_SUM_ROWS = 32, 64
 
 
-class _Plan(NamedTuple):
-    grid: tuple[int, int]
-    num_pixels: int
-    pixels_per_program: int
-    constants: dict[str, int]
-
-
-def _plan(x: Tensor, wanted_warps: int) -> _Plan:
+def _plan(x: Tensor, wanted_warps: int) -> Plan:
     batch, height, width, channels = x.shape
     num_pixels = height * width
     constants = cut_rows(channels, num_pixels)
-    rows = constants["ROWS"]
-    num_steps = triton.cdiv(num_pixels, rows)
-    programs_of_image = min(num_steps, triton.cdiv(wanted_warps, batch * constants["num_warps"]))
-    pixels_per_program = rows * triton.cdiv(num_steps, programs_of_image)
-    return _Plan((batch, triton.cdiv(num_pixels, pixels_per_program)), num_pixels, pixels_per_program, constants)
+    wanted = triton.cdiv(wanted_warps, batch * constants["num_warps"])
+    pixels_per_program, programs_of_image = share_rows(num_pixels, constants["ROWS"], wanted)
+    return Plan((batch, programs_of_image), (num_pixels, pixels_per_program), constants)
 
 
 def _empty_like(tensor: Tensor | None, x: Tensor) -> Tensor:
@@ -66,8 +57,7 @@ def residual_norm_triton(
         residual_norm_forward_kernel, plan.grid,
         x, branch, gate, branch_bias, weight, bias, shift, scale,
         None if branch is None else x_new, None if dtype is None else normed,
-        gate_stride, shift_stride, scale_stride, eps, plan.num_pixels, plan.pixels_per_program,
-        **plan.constants,
+        gate_stride, shift_stride, scale_stride, eps, *plan.numbers, **plan.constants,
     )
     return x_new, normed
 
@@ -117,8 +107,7 @@ def _backward(
     launch(
         residual_norm_backward_kernel, plan.grid,
         x_new, branch, gate, weight, scale, grad_x_new, grad_normed, grad_x, grad_branch, sums,
-        gate_stride, scale_stride, eps, plan.num_pixels, plan.pixels_per_program,
-        SUMS=num_sums, **plan.constants,
+        gate_stride, scale_stride, eps, *plan.numbers, SUMS=num_sums, **plan.constants,
     )
     launch(
         residual_norm_sum_kernel, (batch, triton.cdiv(channels, SUM_BLOCK)),

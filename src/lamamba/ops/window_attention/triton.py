@@ -1,6 +1,6 @@
 """The kernels of `kernels.py` as one differentiable operation that torch.compile can see."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from lamamba.ops.gradients import register_gradients
-from lamamba.ops.launch import launch
+from lamamba.ops.launch import Plan, launch
 from lamamba.ops.linear import rounded, weight_gradient
 from lamamba.ops.sum_kernels import sum_parts
 from lamamba.ops.window_attention.geometry import Windows
@@ -18,13 +18,7 @@ from lamamba.ops.window_attention.kernels import attention_backward_kernel, atte
 WANTED_PROGRAMS = 1024
 
 
-class _Plan(NamedTuple):
-    grid: tuple[int, int]
-    numbers: tuple[int, int, float]
-    constants: dict[str, Any]
-
-
-def _plan(qkv: Tensor, num_heads: int, window_size: int, shifted: bool) -> _Plan:
+def _plan(qkv: Tensor, num_heads: int, window_size: int, shifted: bool) -> Plan:
     batch, height, width, channels = qkv.shape
     windows = Windows.of(height, width, window_size, shifted)
     num_windows = batch * windows.number
@@ -38,7 +32,7 @@ def _plan(qkv: Tensor, num_heads: int, window_size: int, shifted: bool) -> _Plan
         "num_warps": 8 if head_channels > 64 else 4, "num_stages": 1,
     }
     grid = (num_heads, triton.cdiv(num_windows, windows_per_program))
-    return _Plan(grid, (num_windows, windows_per_program, head_channels**-0.5), constants)
+    return Plan(grid, (num_windows, windows_per_program, head_channels**-0.5), constants)
 
 
 @torch.library.custom_op("lamamba::window_attention", mutates_args=())
