@@ -48,9 +48,9 @@ LOCK = RLock()
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Tensor | float | tuple[Any, ...] | None, **constants: object
+    kernel: Any, grid: tuple[int, ...], *arguments: Tensor | float | tuple[int, ...] | None, **constants: object
 ) -> None:
-    """Launch a kernel on the device of its tensors, or only record it while `precompile` runs."""
+    """Launch a kernel on the device of its tensors, or only record it while `precompile` runs; tuples are strides."""
     if _recorded is not None:
         kinds = tuple(argument.dtype if isinstance(argument, Tensor) else argument for argument in arguments)
         _recorded[Launch(kernel, kinds, tuple(constants.items()))] = None
@@ -73,15 +73,12 @@ def _describe(arguments: tuple[Any, ...]) -> tuple[list[object], list[object], i
     """
     key: list[object] = list(arguments)
     values = list(key)
-    numbers: list[object] = []
     device = None
     for place, argument in enumerate(arguments):
         kind = type(argument)
-        if kind is int or argument is None:
+        if kind is int or kind is tuple or argument is None:
             continue
-        if kind is tuple:  # usually strides
-            numbers += argument
-        elif isinstance(argument, Tensor):
+        if isinstance(argument, Tensor):
             values[place] = address = argument.data_ptr()
             key[place] = argument.dtype
             index = argument.get_device()
@@ -89,16 +86,7 @@ def _describe(arguments: tuple[Any, ...]) -> tuple[list[object], list[object], i
             key += (address % 16, index)
         else:
             key[place] = kind, argument
-    if numbers and set(map(type, numbers)) != {int}:
-        key = [_kind(argument) for argument in arguments]
     return key, values, -1 if device is None else device
-
-
-def _kind(argument: Any) -> object:
-    """Return the part of the key for one argument; `_describe` does the same faster, but not for tuples of tensors."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16, argument.get_device()
-    return tuple(map(_kind, argument)) if isinstance(argument, tuple) else (type(argument), argument)
 
 
 def _launch_on(
