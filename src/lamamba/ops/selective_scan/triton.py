@@ -287,7 +287,7 @@ def _scan_grid_backward(
     if in_cuda:
         grad_y, x, low, weight = map(states_cuda.aligned, (grad_y, x, low, weight))
     geometry = _geometry(x, low, rank, A_log, continuous, True, in_cuda.at_once if in_cuda else 0)
-    num_blocks = in_cuda.num_blocks if in_cuda else geometry.num_blocks
+    num_blocks, constants = (in_cuda or geometry).num_blocks, (in_cuda or geometry).constants
     is_fused = in_cuda is not None and in_cuda.constants["FUSED"]
     grad_x = x.new_empty(4, batch, height * width, channels)
     low_by_path = low.view(batch * height * width, 4, -1)
@@ -307,18 +307,12 @@ def _scan_grid_backward(
             carry, decay = _summarise(
                 scan_summary_kernel, geometry, part, 1, grad_y, plane, low, weight, bias, A_log, backward=True
             )
-            if in_cuda:
-                launch(
-                    states_cuda.one_state_kernel, (num_blocks, 4 * part.num_segments, part.num_images),
-                    x, low, weight, bias, A_log, D, grad_y, states, carry, decay,
-                    grad_x, grad_z, grad_low, grad_BC, of_part,
-                    plane, batch, part.first_image, part.tiles_per_segment, part.num_segments, **in_cuda.constants,
-                )
-                continue
             launch(
-                scan_backward_kernel, (num_blocks, 4 * part.num_segments, part.num_images),
-                x, low, weight, bias, A_log, D, grad_y, states, carry, decay, grad_x, grad_z, grad_BC, of_part,
-                plane, batch, part.first_image, part.tiles_per_segment, part.num_segments, **geometry.constants,
+                states_cuda.one_state_kernel if in_cuda else scan_backward_kernel,
+                (num_blocks, 4 * part.num_segments, part.num_images),
+                x, low, weight, bias, A_log, D, grad_y, states, carry, decay,
+                grad_x, grad_z, *((grad_low,) if in_cuda else ()), grad_BC, of_part,
+                plane, batch, part.first_image, part.tiles_per_segment, part.num_segments, **constants,
             )
         if not is_fused:
             grad_low.view_as(low_by_path)[..., rank : rank + 2] = grad_BC.sum(dim=0).flatten(0, 1)
@@ -326,30 +320,23 @@ def _scan_grid_backward(
         rows = _rows_of_weights(low, rank, num_states, continuous)
         grad_rows = x.new_empty(num_blocks, *rows.shape, dtype=saved_dtype(x, num_states))
         rates = _rates(A_log)
+        if not in_cuda:
+            constants = {**constants, "AT_ONCE": _states_at_once(num_states, 2)}
         for part, of_part in parts:
             carry, decay = _summarise(
                 states_summary_kernel, geometry, part, num_states,
                 grad_y, plane, low, rows, weight, bias, rates, backward=True,
             )
-            if in_cuda:
-                launch(
-                    states_cuda.backward_kernel, (num_blocks, 4 * part.num_segments, part.num_images),
-                    x, low, rows, weight, bias, rates, D, grad_y, states, carry, decay,
-                    grad_x, grad_z, grad_rows, of_part,
-                    plane, batch, part.first_image, part.tiles_per_segment, part.num_segments, **in_cuda.constants,
-                )
-                continue
-            grads = A_log.new_empty(part.num_images, 4, part.num_segments, num_states, channels)
+            room = () if in_cuda else (A_log.new_empty(part.num_images, 4, part.num_segments, num_states, channels),)
             launch(
-                states_backward_kernel, (num_blocks, 4 * part.num_segments, part.num_images),
+                states_cuda.backward_kernel if in_cuda else states_backward_kernel,
+                (num_blocks, 4 * part.num_segments, part.num_images),
                 x, low, rows, weight, bias, rates, D, grad_y, states, carry, decay,
-                grads, grad_x, grad_z, grad_rows, of_part,
-                plane, batch, part.first_image, part.tiles_per_segment, part.num_segments,
-                AT_ONCE=_states_at_once(num_states, 2), **geometry.constants,
+                *room, grad_x, grad_z, grad_rows, of_part,
+                plane, batch, part.first_image, part.tiles_per_segment, part.num_segments, **constants,
             )
         _copy_rows(
-            from_paths_kernel, low, rank, num_states, continuous,
-            grad_rows, grad_low, num_blocks, rows.numel(),
+            from_paths_kernel, low, rank, num_states, continuous, grad_rows, grad_low, num_blocks, rows.numel()
         )
     sums = sum_parts(grad_shared)
     if is_fused:
