@@ -12,9 +12,9 @@ def register_gradients(
     """Let a backward operation compute the gradients of a forward operation.
 
     Args:
-        forward: a custom operation of tensors and then options.
+        forward: a custom operation of tensors, of which all but the first may be None, and then options.
         backward: takes the gradients of the outputs, the saved output, the tensors and the options; returns one
-            gradient for each tensor, which is converted to its dtype.
+            gradient for each tensor, which is converted to its dtype, and ignored for None.
         num_tensors: number of tensors among the inputs.
         saved_output: index of an output that only the backward pass reads.
     """
@@ -38,7 +38,8 @@ def register_gradients(
             for grad, shape in zip(of_outputs, ctx.shapes, strict=True)
         )
         found = backward(*given, *saved, *ctx.options)
-        own = (gradient.to(tensor.dtype) for gradient, tensor in zip(found, tensors, strict=True))
+        pairs = zip(found, tensors, strict=True)
+        own = (None if tensor is None else gradient.to(tensor.dtype) for gradient, tensor in pairs)
         return *own, *(None for _ in ctx.options)
 
     forward.register_autograd(gradients, setup_context=setup_context)

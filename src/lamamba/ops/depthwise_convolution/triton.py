@@ -1,12 +1,11 @@
 """The kernels of `kernels.py` as one differentiable operation that torch.compile can see."""
 
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
 
 from lamamba.ops.depthwise_convolution.kernels import convolution_backward_kernel, convolution_forward_kernel
+from lamamba.ops.gradients import register_gradients
 from lamamba.ops.launch import Plan, launch, readable_pixels
 from lamamba.ops.sum_kernels import sum_parts
 
@@ -82,16 +81,10 @@ _backward.register_fake(
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias = ctx.saved_tensors
+def _gradients(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, sums = _backward(grad_y, x, weight, bias)
     of_taps, of_bias = sums.split([weight.numel(), x.shape[3]])
-    grad_weight = of_taps.view(weight.shape).to(weight.dtype)
-    return grad_x, grad_weight, None if bias is None else of_bias.to(bias.dtype)
+    return grad_x, of_taps.view(weight.shape), of_bias
 
 
-depthwise_convolution_triton.register_autograd(_autograd, setup_context=_setup_context)
+register_gradients(depthwise_convolution_triton, _gradients, num_tensors=3)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from lamamba.ops.gradients import register_gradients
 from lamamba.ops.launch import launch
 from lamamba.ops.linear import rounded, weight_gradient
 from lamamba.ops.selective_scan import states_cuda
@@ -359,22 +360,6 @@ def _(grad_y: Tensor, states: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, 
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1], *inputs[:6])
-    ctx.options = inputs[6:8]
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx: Any, grad_y: Tensor | None, grad_states: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_y is None:  # nothing downstream depends on y
-        return (None,) * 9
-    saved = ctx.saved_tensors  # gradient checkpointing allows to read them once
-    grad_x, grad_low, grad_weight, *of_others = _gradients(grad_y, saved, *ctx.options)
-    grad_weight = grad_weight.to(saved[3].dtype)
-    return grad_x.sum(dim=0, dtype=grad_x.dtype), grad_low, grad_weight, *of_others, None, None, None
-
-
 def _gradients(grad_y: Tensor, saved: Sequence[Tensor], rank: int, continuous: bool) -> tuple[Tensor, ...]:
     """Compute the gradients of x (one per path), low, weight, bias, A_log and D from the saved tensors."""
     if grad_y.stride(0) == 0:  # the gradient of a sum is the same for all paths
@@ -385,7 +370,13 @@ def _gradients(grad_y: Tensor, saved: Sequence[Tensor], rank: int, continuous: b
     return grad_x, grad_low, grad_weight, shared[-1], grad_A_log, shared[-2]
 
 
-scan_grid_triton.register_autograd(_autograd, setup_context=_setup_context)
+def _backward(grad_y: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    *saved, rank, continuous, _ = given
+    grad_x, *of_others = _gradients(grad_y, saved, rank, continuous)
+    return grad_x.sum(dim=0, dtype=grad_x.dtype), *of_others
+
+
+register_gradients(scan_grid_triton, _backward, num_tensors=6, saved_output=1)
 
 
 class ProjectedScan(torch.autograd.Function):
