@@ -72,8 +72,7 @@ def gelu_mlp(
         hidden = linear_gelu(x, weight_1, bias_1, backend)
         return linear(F.dropout(hidden, dropout) if dropout else hidden, weight_2)
     check_layer(x, weight_1, bias_1)
-    from lamamba.ops.linear_gelu.mlp import GeluMlp
-    from lamamba.ops.linear_gelu.products import second_layer
+    from lamamba.ops.linear_gelu.products import GeluMlp, second_layer
 
     x = x.to(compute_dtype(x))
     if _uses_epilogue(x):

@@ -1,8 +1,9 @@
-"""The second layer of an MLP: add a bias, apply GELU, and multiply by a weight, in one kernel where that is faster.
+"""An MLP as one differentiable operation, whose second layer computes GELU in the same kernel where that is faster.
 
-`mlp.py` makes this differentiable. The limits below were measured on one H200 in bf16
-(benchmarks/results/2026-11-30_second_layer.txt).
+The limits below were measured on one H200 in bf16 (benchmarks/results/2026-11-30_second_layer.txt).
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ import triton
 from torch import Tensor
 
 from lamamba.ops.launch import launch
+from lamamba.ops.linear import rounded, weight_gradient
 from lamamba.ops.linear_gelu.product_kernels import gelu_linear_backward_kernel, gelu_linear_kernel
 from lamamba.ops.linear_gelu.triton import bias_gelu_recompute, bias_gelu_triton
 from lamamba.ops.sum_kernels import sum_parts
@@ -19,6 +21,34 @@ COLUMNS = 64  # of a program of the backward kernel
 MIN_ROWS = 128 * ROWS  # fewer rows give the forward kernel too few programs
 MAX_WIDTH, MAX_WIDTH_OF_GRADIENT = 256, 512
 LARGEST_WIDE = 2**23  # most values of a gradient with more than 128 channels
+
+
+class GeluMlp(torch.autograd.Function):
+    """Two linear layers with bias and GELU between them, whose backward pass recomputes the hidden values.
+
+    Takes x, the weight and bias of the first layer, and the weight of the second. The hidden values are the largest
+    tensor of a block. The backward kernel of GELU reads what it needs to compute them anyway.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor) -> Tensor:
+        low_1, low_2 = rounded(weight_1, x.dtype), rounded(weight_2, x.dtype)
+        z = F.linear(x, low_1)
+        out = second_layer(z, bias_1, low_2)
+        ctx.save_for_backward(x, low_1, z, bias_1, low_2)
+        ctx.dtypes = weight_1.dtype, weight_2.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        (grad,), (x, weight_1, z, bias_1, weight_2) = grads, ctx.saved_tensors
+        dtype_1, dtype_2 = ctx.dtypes
+        with torch.autocast(x.device.type, enabled=False):  # autocast would round the gradients
+            hidden, grad_z, grad_bias = second_layer_backward(grad, z, bias_1, weight_2)
+            grad_weight_2 = weight_gradient(grad, hidden, dtype_2)
+            del hidden
+            grad_weight_1 = weight_gradient(grad_z, x, dtype_1)
+            return grad_z @ weight_1, grad_weight_1, grad_bias.to(bias_1.dtype), grad_weight_2
 
 
 def second_layer(x: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
