@@ -36,7 +36,8 @@ class CudaKernel:
         """Compile the kernel for the current device, once for each set of constants."""
         key = torch.cuda.current_device(), *constants.items()
         if key not in self._compiled:
-            binary = compile_source(self.source(constants), current_capability())
+            major, minor = torch.cuda.get_device_capability()
+            binary = compile_source(self.source(constants), f"{major}{minor}")
             loaded: Any = torch.cuda._utils._cuda_load_module(binary, [self.name])
             loaded[self.name].set_shared_memory_config(shared)
             self._compiled[key] = loaded[self.name]
@@ -46,11 +47,6 @@ class CudaKernel:
         """Return the source after its constants."""
         lines = [f"#define {name} {int(value)}" for name, value in constants.items()]
         return "\n".join([*lines, *(path.read_text(encoding="utf-8") for path in self.paths)])
-
-
-def current_capability() -> str:
-    """Return the compute capability of the current device, such as "90"."""
-    return "{}{}".format(*torch.cuda.get_device_capability())
 
 
 def compile_source(source: str, capability: str, nvrtc: Any = None) -> bytes:

@@ -193,11 +193,8 @@ class _Linear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):  # autocast would round the gradients
             grad_x = grad @ weight
             grad_weight = weight_gradient(grad, x, weight_dtype)
-        return (
-            grad_x,
-            grad_weight,
-            None if bias_dtype is None else grad.reshape(-1, len(weight)).sum(dim=0, dtype=bias_dtype),
-        )
+        grad_bias = None if bias_dtype is None else grad.reshape(-1, len(weight)).sum(dim=0, dtype=bias_dtype)
+        return grad_x, grad_weight, grad_bias
 
 
 class _LinearInHalves(torch.autograd.Function):

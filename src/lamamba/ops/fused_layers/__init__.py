@@ -11,12 +11,7 @@ import torch
 from torch import Tensor
 
 from lamamba.ops.backend import Backend, choose_kernels
-from lamamba.ops.fused_layers.tiles import (
-    attention_pays,
-    gated_norm_linear_pays,
-    norm_linear_pays,
-    norm_mlp_pays,
-)
+from lamamba.ops.fused_layers.tiles import gated_norm_linear_pays, norm_linear_pays, norm_mlp_pays
 from lamamba.ops.gated_norm import check_gated_norm, gated_norm
 from lamamba.ops.linear import compute_dtype, linear, linear_in_halves, rounded
 from lamamba.ops.linear_gelu import check_layer, gelu_mlp
@@ -112,7 +107,7 @@ def norm_attention(
         The stream with the residual added, and the result (b, h, w, c).
     """
     x, geometry = norm.x, (num_heads, window_size, shifted)
-    if has_kernels_for(x, window_size) and _fuses("norm_attention", x, attention_pays, backend):
+    if has_kernels_for(x, window_size) and _fuses("norm_attention", x, norm_mlp_pays, backend):
         from lamamba.ops.fused_layers.triton import norm_attention_triton
 
         check_windows(x, len(qkv_weight), bias, num_heads, window_size)

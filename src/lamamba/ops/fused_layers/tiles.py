@@ -37,7 +37,7 @@ def norm_linear_tile(num_rows: int, channels: int, columns: int) -> dict[str, in
 
 
 def norm_mlp_pays(num_rows: int, channels: int) -> bool:
-    """Return whether to fuse the norm and an MLP."""
+    """Return whether to fuse the norm and an MLP, or the norm, window attention and its linear layers."""
     block = padded(channels)
     return block <= 64 or (block <= 128 and num_rows >= 2048)
 
@@ -52,11 +52,6 @@ def norm_mlp_tile(num_rows: int, channels: int) -> dict[str, int]:
         return {"ROWS": 32, "CHUNK": 64, "num_warps": 4, "num_stages": 3}
     chunk, stages = (128, 2) if narrow else (64, 3)
     return {"ROWS": 16, "CHUNK": chunk, "num_warps": 4, "num_stages": stages}
-
-
-def attention_pays(num_rows: int, channels: int) -> bool:
-    """Return whether to fuse the norm, window attention and the linear layers before and after it."""
-    return norm_mlp_pays(num_rows, channels)
 
 
 def attention_tile(num_rows: int, channels: int) -> dict[str, int]:

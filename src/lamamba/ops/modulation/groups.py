@@ -28,7 +28,8 @@ def modulate_in_groups(condition: Tensor, modules: Iterable[Any]) -> Mapping[nn.
     groups: dict[object, list[Any]] = defaultdict(list)
     for module in modules:
         layers = (module.condition_projection, module.modulation)
-        groups[tuple((type(layer), *map(_kind, layer.parameters())) for layer in layers)].append(module)
+        kinds = ((type(layer), *((x.shape, x.dtype) for x in layer.parameters())) for layer in layers)
+        groups[tuple(kinds)].append(module)
     found: dict[nn.Module, tuple[Tensor, ...]] = {}
     for group in groups.values():
         if len(group) == 1:
@@ -40,10 +41,6 @@ def modulate_in_groups(condition: Tensor, modules: Iterable[Any]) -> Mapping[nn.
         parts = iter(_apply_layers(F.silu(hidden), [module.modulation for module in group], number))
         found |= {module: tuple(next(parts) for _ in range(number)) for module in group}
     return found
-
-
-def _kind(parameter: Tensor) -> object:
-    return parameter.shape, parameter.dtype
 
 
 def _apply_layers(x: Tensor, layers: list[nn.Linear], num_parts: int | None) -> tuple[Tensor, ...]:

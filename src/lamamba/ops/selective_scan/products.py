@@ -66,14 +66,14 @@ def steps_backward(grad_z: Tensor, low: Tensor, weight: Tensor, rank: int, grad_
         The gradient of weight, in float32.
     """
     _, num_rows, width = grad_z.shape
-    if not _fits(rank, width):
+    pieces = triton.cdiv(width, STEP_CHANNELS)
+    if rank > MAX_RANK or pieces > MAX_PIECES:
         steps, grad_steps = (tensor[..., :rank].transpose(0, 1) for tensor in (low, grad_low))
         fill = weight.shape[2] - rank
         with torch.autocast(grad_z.device.type, enabled=False):  # autocast would round float32 products to bfloat16
             torch.bmm(grad_z, weight[..., :rank], out=grad_steps)
             grad_weight = weight_gradients(grad_z, steps, torch.float32)
         return F.pad(grad_weight, (0, fill)) if fill else grad_weight
-    pieces = triton.cdiv(width, STEP_CHANNELS)
     num_chunks = min(WANTED_PROGRAMS // 4, triton.cdiv(num_rows, STEP_ROWS))
     rows_per_program = STEP_ROWS * triton.cdiv(triton.cdiv(num_rows, STEP_ROWS), num_chunks)
     num_chunks = triton.cdiv(num_rows, rows_per_program)
@@ -85,7 +85,3 @@ def steps_backward(grad_z: Tensor, low: Tensor, weight: Tensor, rank: int, grad_
         RANK_BLOCK=max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=1,
     )
     return sum_parts(parts)
-
-
-def _fits(rank: int, width: int) -> bool:
-    return rank <= MAX_RANK and triton.cdiv(width, STEP_CHANNELS) <= MAX_PIECES
