@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lamamba.ops.launch import launch
 from lamamba.ops.sequence_scan import Arguments
@@ -291,7 +292,7 @@ def _may_launch(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
     for x in tensors:
-        if x is not None and (type(x) not in (Tensor, torch.nn.Parameter) or x.is_neg()):
+        if x is not None and (type(x) not in (Tensor, Parameter) or x.is_neg()):
             return False
     is_mapped = torch._C._functorch.is_batchedtensor
     return not torch._C._are_functorch_transforms_active() or not any(x is not None and is_mapped(x) for x in tensors)
