@@ -303,42 +303,33 @@ def _scan_grid_backward(
     grad_shared = A_log.new_empty(sum(num_rows), num_shared, 4, channels)
     parts = zip(geometry.parts, grad_shared.split(num_rows), strict=True)
     if num_states == 1:
+        kernel, summary = states_cuda.one_state_kernel if in_cuda else scan_backward_kernel, scan_summary_kernel
+        inputs: tuple[Tensor, ...] = (low, weight, bias, A_log)
         grad_BC = A_log.new_empty(0 if is_fused else num_blocks, batch, height * width, 4, 2)
-        for part, of_part in parts:
-            carry, decay = _summarise(
-                scan_summary_kernel, geometry, part, 1, grad_y, plane, low, weight, bias, A_log, backward=True
-            )
-            launch(
-                states_cuda.one_state_kernel if in_cuda else scan_backward_kernel,
-                (num_blocks, 4 * part.num_segments, part.num_images),
-                x, low, weight, bias, A_log, D, grad_y, states, carry, decay,
-                grad_x, grad_z, *((grad_low,) if in_cuda else ()), grad_BC, of_part,
-                plane, batch, part.first_image, part.tiles_per_segment, part.num_segments, **constants,
-            )
-        if not is_fused:
-            grad_low.view_as(low_by_path)[..., rank : rank + 2] = grad_BC.sum(dim=0).flatten(0, 1)
+        results = (grad_x, grad_z, grad_low, grad_BC) if in_cuda else (grad_x, grad_z, grad_BC)
     else:
+        kernel, summary = states_cuda.backward_kernel if in_cuda else states_backward_kernel, states_summary_kernel
         rows = _rows_of_weights(low, rank, num_states, continuous)
+        inputs = (low, rows, weight, bias, _rates(A_log))
         grad_rows = x.new_empty(num_blocks, *rows.shape, dtype=saved_dtype(x, num_states))
-        rates = _rates(A_log)
+        results = (grad_x, grad_z, grad_rows)
         if not in_cuda:
             constants = {**constants, "AT_ONCE": _states_at_once(num_states, 2)}
-        for part, of_part in parts:
-            carry, decay = _summarise(
-                states_summary_kernel, geometry, part, num_states,
-                grad_y, plane, low, rows, weight, bias, rates, backward=True,
-            )
-            room = () if in_cuda else (A_log.new_empty(part.num_images, 4, part.num_segments, num_states, channels),)
-            launch(
-                states_cuda.backward_kernel if in_cuda else states_backward_kernel,
-                (num_blocks, 4 * part.num_segments, part.num_images),
-                x, low, rows, weight, bias, rates, D, grad_y, states, carry, decay,
-                *room, grad_x, grad_z, grad_rows, of_part,
-                plane, batch, part.first_image, part.tiles_per_segment, part.num_segments, **constants,
-            )
+    for part, of_part in parts:
+        carry, decay = _summarise(summary, geometry, part, num_states, grad_y, plane, *inputs, backward=True)
+        shape = (part.num_images, 4, part.num_segments, num_states, channels)
+        room = (A_log.new_empty(shape),) if kernel is states_backward_kernel else ()
+        launch(
+            kernel, (num_blocks, 4 * part.num_segments, part.num_images),
+            x, *inputs, D, grad_y, states, carry, decay, *room, *results, of_part,
+            plane, batch, part.first_image, part.tiles_per_segment, part.num_segments, **constants,
+        )
+    if num_states > 1:
         _copy_rows(
             from_paths_kernel, low, rank, num_states, continuous, grad_rows, grad_low, num_blocks, rows.numel()
         )
+    elif not is_fused:
+        grad_low.view_as(low_by_path)[..., rank : rank + 2] = grad_BC.sum(dim=0).flatten(0, 1)
     sums = sum_parts(grad_shared)
     if is_fused:
         grad_low = grad_low[0] if num_blocks == 1 else grad_low.sum(dim=0, dtype=low.dtype)
