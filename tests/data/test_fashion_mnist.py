@@ -112,10 +112,9 @@ class TestBuiltin:
         "content", [None, b"", b"version https://git-lfs.github.com/spec/v1\n", b"PK\x03\x04broken"]
     )
     def test_names_a_damaged_file(self, monkeypatch, tmp_path, content):
-        (tmp_path / "assets").mkdir()
         if content is not None:
-            (tmp_path / "assets" / "fashion_mnist_10k.npz").write_bytes(content)
-        monkeypatch.setattr(fashion_mnist, "files", lambda package: tmp_path)
+            (tmp_path / "fashion_mnist_10k.npz").write_bytes(content)
+        monkeypatch.setattr(fashion_mnist, "BUILTIN", tmp_path / "fashion_mnist_10k.npz")
         with pytest.raises(DataError, match=r"fashion_mnist_10k\.npz cannot be read .*: install lamamba again"):
             load_builtin()
 

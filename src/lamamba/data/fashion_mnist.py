@@ -4,7 +4,6 @@ import gzip
 import io
 import struct
 from importlib import import_module
-from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +14,7 @@ from PIL import Image
 from lamamba.data.sources import ArraySource
 from lamamba.errors import ConfigError, DataError, reading
 
+BUILTIN = Path(__file__).parents[1] / "assets" / "fashion_mnist_10k.npz"
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 FASHION_MNIST_CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
@@ -33,19 +33,9 @@ _WAYS_WITHOUT_HUB = (
 
 
 def load_builtin() -> ArraySource:
-    """Return the first 10,000 Fashion-MNIST training images, shipped with the package: (10000, 1, 32, 32).
-
-    Raises:
-        DataError: the shipped file is missing or damaged.
-    """
-    asset = files("lamamba") / "assets" / "fashion_mnist_10k.npz"
-    with (
-        reading(f"the built-in set {asset} cannot be read", "install lamamba again"),
-        asset.open("rb") as file,
-        np.load(file, allow_pickle=False) as arrays,
-    ):
-        images, labels = arrays["images"], arrays["labels"]
-    return ArraySource("builtin", _pad_to_32(images), labels, FASHION_MNIST_CLASSES)
+    """Return the first 10,000 Fashion-MNIST training images, shipped with the package: (10000, 1, 32, 32)."""
+    with reading(f"the built-in set {BUILTIN} cannot be read", "install lamamba again"), np.load(BUILTIN) as arrays:
+        return ArraySource("builtin", _pad_to_32(arrays["images"]), arrays["labels"], FASHION_MNIST_CLASSES)
 
 
 def load_fashion_mnist(split: Literal["train", "test"] = "train", *, folder: Path | None = None) -> ArraySource:
