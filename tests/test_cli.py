@@ -74,8 +74,9 @@ def test_a_preset_sets_the_network_and_options_refine_it(tmp_path: Path, capsys:
     network = json.loads(capsys.readouterr().out)["network"]
     assert (network["embed_dim"], network["ssm_state_size"]) == (64, 16)
     assert network["num_heads"] == PRESETS["b-256"].num_heads
-    main([*arguments, "--preset=nano"])
-    assert json.loads(capsys.readouterr().out)["network"]["embed_dim"] == PRESETS["nano"].embed_dim
+    for repeated in ([], ["--preset", "b-256"]):  # the last one counts
+        main([*arguments, *repeated, "--preset=nano"])
+        assert json.loads(capsys.readouterr().out)["network"]["embed_dim"] == PRESETS["nano"].embed_dim
 
 
 def test_a_recipe_sets_the_options_that_are_not_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,8 +210,11 @@ def test_a_resumed_run_takes_its_options_again(tmp_path: Path, capsys: pytest.Ca
     options = ["--data", "builtin", "--num-images", "8", "--batch-size", "4", "--device", "cpu", "--horizontal-flip"]
     main(["train", "--out", str(out), *options, *TINY])
     main(["train", "--out", str(out), "--resume", "--horizontal-flip", "--num-images", "12"])
-    resume = ["train", "--out", str(out), "--resume"]
-    assert "horizontal_flip was True, now False" in refused(capsys, [*resume, "--no-horizontal-flip"])
+    for resume in ("--resume", "--resume_or_start"):
+        changed = ["train", "--out", str(out), resume, "--no-horizontal-flip"]
+        line = refused(capsys, changed)
+        assert "horizontal_flip was True, now False" in line
+        assert "batch_size was" not in line
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from lamamba import __version__
 from lamamba import config as configs
 from lamamba.commands.completion import write_completion
 from lamamba.config import OptionReader, nearest, preset
+from lamamba.config.options import with_dashes
 from lamamba.config.training import RECIPES
 from lamamba.errors import ConfigError, LamambaError, OtherProcessError, SignalError
 from lamamba.terminal.streams import StandardStream, standard_streams, visible
@@ -182,7 +184,7 @@ def _dispatch(arguments: list[str]) -> None:
 
 
 def _call(name: str, arguments: list[str]) -> None:
-    command = COMMANDS[name]
+    command, arguments = COMMANDS[name], with_dashes(arguments)
     defaults = _DEFAULTS[name](arguments) if name in _DEFAULTS else {}
     config = OptionReader(command.config, name, command.example, defaults).read(arguments)
     with _loading():
@@ -351,9 +353,11 @@ _DEFAULTS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
 
 
 def _peek(arguments: list[str], option: str) -> str | None:
-    for index, argument in enumerate(arguments):
-        if argument == option and index + 1 < len(arguments):
-            return arguments[index + 1]
-        if argument.startswith(option + "="):
-            return argument.removeprefix(option + "=")
-    return None
+    """Return the value of an option before all are parsed. Of a repeated option the last counts, as for the parser."""
+    value = None
+    for argument, following in pairwise([*arguments, ""]):
+        if argument == option:
+            value = following or None
+        elif argument.startswith(f"{option}="):
+            value = argument.removeprefix(f"{option}=")
+    return value

@@ -74,9 +74,8 @@ class OptionReader:
             ConfigError: a value is out of its range.
             SystemExit: the help was asked for, and printed.
         """
-        spelled = [re.sub(r"^--[\w-]+", lambda option: option[0].replace("_", "-"), text) for text in arguments]
         try:
-            given, unknown = self._parser.parse_known_intermixed_args(spelled)
+            given, unknown = self._parser.parse_known_intermixed_args(with_dashes(arguments))
         except argparse.ArgumentError as error:
             fault = re.sub(r"^expected (.+) argument", r"takes \1 value", error.message)
             self._fail(f"{error.argument_name} {fault}")
@@ -129,6 +128,11 @@ class OptionReader:
         self.choices |= dict.fromkeys(shown, value.choices)
         if needed:
             yield f"{flag} {metavar}"
+
+
+def with_dashes(arguments: Sequence[str]) -> list[str]:
+    """Spell the names of options with dashes, as --batch-size; underscores are accepted too."""
+    return [re.sub(r"^--[\w-]+", lambda option: option[0].replace("_", "-"), text) for text in arguments]
 
 
 class _Formatter(argparse.HelpFormatter):
