@@ -215,6 +215,8 @@ def test_a_resumed_run_takes_its_options_again(tmp_path: Path, capsys: pytest.Ca
         line = refused(capsys, changed)
         assert "horizontal_flip was True, now False" in line
         assert "batch_size was" not in line
+    distill = ["distill", "--resume", "--out", str(out), "nano"]
+    assert "give the checkpoint that" in refused(capsys, distill)
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:

@@ -337,6 +337,8 @@ def _distill_defaults(arguments: list[str]) -> dict[str, Any]:
 def _check_start(arguments: list[str], started: Mapping[str, Any]) -> None:
     """Raise ConfigError unless the run that is to be resumed started from the checkpoint that is given."""
     out, name, began_with = _peek(arguments, "--out"), arguments[0], started["start_from"]
+    if name.startswith("-"):
+        raise ConfigError(f"give the checkpoint that {out} started from first, before {name}")
     if began_with is None or os.path.abspath(began_with) != os.path.abspath(name):
         raise ConfigError(
             f"{out} started from {began_with or 'fresh weights'}, not from {name}: resume it with lamamba train, "
