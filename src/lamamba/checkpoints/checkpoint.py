@@ -29,7 +29,7 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 from lamamba import __version__
-from lamamba.checkpoints.dit import DIT_CLASSES, DiTFolder
+from lamamba.checkpoints.dit import DIT_CLASSES, is_dit, load_dit
 from lamamba.checkpoints.hub import fetch, is_repository
 from lamamba.config import PRESETS, NetworkConfig, nearest
 from lamamba.diffusion import NUM_TIMESTEPS, OBJECTIVES
@@ -354,11 +354,10 @@ def load_denoiser(name: str | Path) -> LoadedCheckpoint:
         ConfigError: neither a path nor a name that is known.
     """
     path = find_checkpoint(name)
-    folder = DiTFolder.find(path)
-    if folder is None:
+    if not is_dit(path):
         return load_checkpoint(path)
-    info = CheckpointInfo(class_names=folder.class_names, vae=str(folder.vae) if folder.vae else None)
-    return LoadedCheckpoint(folder.load(), info, path)
+    network, class_names, vae = load_dit(path)
+    return LoadedCheckpoint(network, CheckpointInfo(class_names=class_names, vae=vae), path)
 
 
 def find_checkpoint(name: str | Path) -> Path:

@@ -73,41 +73,33 @@ class DiT(nn.Module):
         return self.transformer(x_t, timestep=t, class_labels=y, return_dict=False)[0]
 
 
-@dataclass(frozen=True)
-class DiTFolder:
-    """The parts of a DiT: a DiTPipeline's folders, or a transformer alone."""
+def is_dit(path: Path) -> bool:
+    """Return whether diffusers saved a DiT to this folder: a pipeline or the transformer alone.
 
-    transformer: Path
-    vae: Path | None = None
+    Raises CheckpointError if it is another pipeline, which cannot be sampled here.
+    """
+    kind = class_of(path)
+    if (path / PIPELINE_INDEX).is_file() and kind not in ("LaMambaDiffPipeline", "DiTPipeline"):
+        raise CheckpointError(f"{path} is a {kind}: only LaMambaDiffPipeline and DiTPipeline can be sampled")
+    return kind in ("DiTPipeline", *DIT_CLASSES)
+
+
+def load_dit(path: Path) -> tuple[DiT, tuple[str, ...], str | None]:
+    """Load a DiT in float32 on the CPU, with its class names and the folder of its autoencoder, which a pipeline has.
+
+    Raises CheckpointError if it is damaged, or was trained with another objective than `Diffusion`.
+    """
+    from diffusers import DiTTransformer2DModel
+
+    transformer, vae = path, None
     class_names: tuple[str, ...] = ()
-
-    @classmethod
-    def find(cls, path: Path) -> "DiTFolder | None":
-        """Recognize a DiT that diffusers saved; return None for anything else.
-
-        Raises:
-            CheckpointError: it is another pipeline, which cannot be sampled here, or was trained with another objective
-                than `Diffusion`.
-        """
-        kind = class_of(path)
-        if not (path / PIPELINE_INDEX).is_file():
-            return cls(path) if kind in DIT_CLASSES else None
-        if kind == "LaMambaDiffPipeline":
-            return None
-        if kind != "DiTPipeline":
-            raise CheckpointError(f"{path} is a {kind}: only LaMambaDiffPipeline and DiTPipeline can be sampled")
-        names = read_record(path / PIPELINE_INDEX, _Index).get("id2label")
+    if (path / PIPELINE_INDEX).is_file():
         _check_process(path / "scheduler" / "scheduler_config.json")
-        vae = path / "vae"
-        return cls(path / "transformer", vae if vae.is_dir() else None, _class_names(names or {}, path))
-
-    def load(self) -> DiT:
-        """Load the network, in float32 on the CPU; raises CheckpointError."""
-        from diffusers import DiTTransformer2DModel
-
-        check_class(self.transformer, DIT_CLASSES)
-        transformer = load_model(DiTTransformer2DModel, self.transformer, DiTRecord)
-        return DiT(transformer).eval()  # in training mode its label embedding drops labels
+        class_names = _class_names(path / PIPELINE_INDEX)
+        transformer, vae = path / "transformer", str(path / "vae") if (path / "vae").is_dir() else None
+    check_class(transformer, DIT_CLASSES)
+    # In training mode, its label embedding drops labels.
+    return DiT(load_model(DiTTransformer2DModel, transformer, DiTRecord)).eval(), class_names, vae
 
 
 class _Index(TypedDict, total=False):
@@ -124,9 +116,9 @@ def _check_process(path: Path) -> None:
             )
 
 
-def _class_names(names_of: dict[str, str], path: Path) -> tuple[str, ...]:
+def _class_names(path: Path) -> tuple[str, ...]:
     """Choose the name of each class from a comma-separated list: the first that no other class has."""
-    listed = order_names(names_of, str(path / PIPELINE_INDEX))
+    listed = order_names(read_record(path, _Index).get("id2label") or {}, str(path))
     names = [[name.strip() for name in synonyms.split(",")] for synonyms in listed]
     uses = Counter(name for several in names for name in set(several))
     return tuple(
