@@ -296,17 +296,15 @@ def _look_at_triton() -> Iterator[Finding]:
 
 
 def _look_at_numba() -> Iterator[Finding]:
+    without = "on a CPU scan, attention and norms run in plain PyTorch, which is slower"
     if importlib.util.find_spec("numba") is None:
-        detail = "not installed; on a CPU scan, attention and norms run in plain PyTorch, which is slower"
-        yield Finding("numba", "note", detail, "pip install 'lamamba[cpu]'")
+        yield Finding("numba", "note", f"not installed; {without}", "pip install 'lamamba[cpu]'")
         return
-    try:
-        version = importlib.import_module("numba").__version__
-    except ImportError as error:
-        detail = f"cannot be imported ({error}); on a CPU scan, attention and norms run in plain PyTorch, slowly"
-        yield Finding("numba", "broken", detail, "pip install --upgrade 'lamamba[cpu]'")
-        return
-    yield Finding("numba", "ok", f"{version}; compiles the loops of scan, attention and norms on a CPU")
+    (finding,) = _look_at_import("numba")
+    if finding.state == "ok":
+        yield replace(finding, detail=f"{finding.detail}; compiles the loops of scan, attention and norms on a CPU")
+    else:
+        yield replace(finding, detail=f"{finding.detail}; {without}", fix="pip install --upgrade 'lamamba[cpu]'")
 
 
 def _look_at_operation(name: str) -> Iterator[Finding]:
