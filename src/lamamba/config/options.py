@@ -209,8 +209,7 @@ def _list_fields(kind: type[Any]) -> Iterator[tuple[Field[Any], Any, Option]]:
     for entry in fields(kind):
         type_, option = hints[entry.name], Option()
         if get_origin(type_) is Annotated:
-            type_, *notes = get_args(type_)
-            option = next((note for note in notes if isinstance(note, Option)), option)
+            type_, option = get_args(type_)
         yield entry, type_, option
 
 
