@@ -185,6 +185,7 @@ def test_latents_come_with_their_scale(tmp_path: Path, autoencoder: Path) -> Non
     ("arguments", "said"),
     [
         (["--size", "7", "8"], "odd side"),
+        (["--size", "2", "8"], "one below 4"),
         (["--precision", "float16-weights"], "add --format onnx"),
         (["--guidance"], "label_dropout 0"),
     ],

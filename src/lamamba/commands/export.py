@@ -53,8 +53,8 @@ def export(config: ExportConfig) -> None:
     network = loaded.network.requires_grad_(False)
     side = int(network.config.sample_size)
     size = config.size or (side, side)
-    if any(length % 2 for length in size):
-        raise ConfigError(f"size {size} has an odd side: give even numbers")
+    if any(length % 2 or length < 4 for length in size):
+        raise ConfigError(f"size {size} has an odd side, or one below 4: give even numbers from 4 up")
     if config.guidance and (why := why_unguided(network.config, loaded.info.distilled)):
         raise ConfigError(f"{why}: leave --guidance out")
     text = json.dumps(describe(loaded, config, size))
