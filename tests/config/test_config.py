@@ -195,6 +195,10 @@ def test_limits_are_allowed(options: dict[str, object]) -> None:
     assert all(getattr(NetworkConfig(**options), name) == value for name, value in options.items())
 
 
+def flow_at(logits: tuple[float, float]) -> TrainConfig:
+    return TrainConfig(Path("a"), objective="flow", timesteps="logit-normal", timestep_logits=logits)
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -217,6 +221,8 @@ def test_limits_are_allowed(options: dict[str, object]) -> None:
         (lambda: TrainConfig(Path("a"), dropout=1.0), "dropout is 1.0: it must be from 0 to less than 1"),
         (lambda: TrainConfig(Path("a"), objective="flow", timestep_logits=(0.8, 0.8)), "0 1 with the timesteps"),
         (lambda: TrainConfig(Path("a"), timesteps="logit-normal"), "'logit-normal': it must be uniform with"),
+        (lambda: flow_at((float("nan"), 1.0)), "(nan, 1.0): it must be a mean, and a standard deviation above 0"),
+        (lambda: flow_at((0.0, 0.0)), "(0.0, 0.0): it must be a mean, and a standard deviation above 0"),
     ],
 )
 def test_options_have_limits(make: Callable[[], object], said: str) -> None:

@@ -218,7 +218,8 @@ class TrainConfig:
         logits = self.timestep_logits
         fits = tuple(logits) == (0, 1) or self.timesteps == "logit-normal"
         check_option(self, "timestep_logits", fits, f"0 1 with the timesteps {self.timesteps}")
-        check_option(self, "timestep_logits", 0 < logits[1] < math.inf, "a mean, and a standard deviation above 0")
+        fits = math.isfinite(logits[0]) and 0 < logits[1] < math.inf
+        check_option(self, "timestep_logits", fits, "a mean, and a standard deviation above 0")
         check_range(self, 0, 0.99, "contrast")
         if self.contrast:
             check_option(self, "contrast", self.objective.startswith("flow"), f"0 with the objective {self.objective}")
