@@ -262,9 +262,7 @@ def test_where_no_checkpoint_is_whole_that_is_said(tmp_path: Path, capsys: pytes
 
 def test_two_cannot_train_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with locked(tmp_path / "run"):
-        assert f"another process trains into {tmp_path / 'run'}" in refused(
-            capsys, tmp_path / "run", "--num-images", "4"
-        )
+        assert f"another process writes to {tmp_path / 'run'}" in refused(capsys, tmp_path / "run", "--num-images", "4")
     with pytest.raises(CheckpointError, match="another process"), locked(tmp_path), locked(tmp_path):
         pass
     train(tmp_path / "run", "--num-images", "4")

@@ -179,19 +179,19 @@ def newest_undamaged(checkpoints: Sequence[Path]) -> Path:
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Create a run folder, and lock it against other trainings.
+def locked(folder: Path) -> Iterator[None]:
+    """Create a folder, and lock it against other processes that write to it.
 
     Raises:
-        CheckpointError: another process trains into it, or the folder cannot be created.
+        CheckpointError: another process has locked it, or it cannot be created.
     """
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run / ".lock").acquire(timeout=0)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
-        raise CheckpointError(f"another process trains into {run}: wait for it, or choose another --out") from None
+        raise CheckpointError(f"another process writes to {folder}: wait for it, or choose another --out") from None
     except OSError as error:
-        raise CheckpointError(f"run folder {run} cannot be created: {error}") from error
+        raise CheckpointError(f"folder {folder} cannot be created: {error}") from error
     with lock:
         yield
 
