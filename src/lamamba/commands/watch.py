@@ -54,12 +54,9 @@ def _picture(run: Path, width: int) -> tuple[Group, bool]:
     last = records[-1]
     share, speed = last["images"] / max(1, total), last.get("images_per_s", 0)
     ended = last["images"] >= total
-    left = (
-        f"{describe_duration((total - last['images']) / speed)} left at this speed"
-        if speed > 0
-        else "no speed in the log"
-    )
-    until = "done" if ended else left
+    until = "done" if ended else "no speed in the log"
+    if speed > 0 and not ended:
+        until = f"{describe_duration((total - last['images']) / speed)} left at this speed"
     table = Table(box=None, show_header=False)
     for name, unit, style in SHOWN:
         if name in last:
