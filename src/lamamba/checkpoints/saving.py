@@ -136,11 +136,10 @@ class CheckpointWriter:
             keeps = any(tensor.device.type == "cuda" for tensor in state.values())
             self._stager, self._staged = BlockingAsyncStager(cache_staged_state_dict=keeps), shapes
         try:
-            staged: dict[str, Tensor] = self._stager.stage(state)
+            return self._stager.stage(state)
         except RuntimeError:  # no more memory can be pinned
             self._stager = BlockingAsyncStager()
-            staged = self._stager.stage(state)
-        return staged
+            return self._stager.stage(state)
 
     def finish(self, wait: bool = True) -> Path | None:
         """Return the path of the checkpoint that `begin` started, once, or None; raises CheckpointError."""

@@ -144,8 +144,7 @@ def _as_onnx(network: LaMambaDiff, config: ExportConfig, size: tuple[int, int], 
         stored="float32" if config.precision == "float32" else "float16",
         computed="float16" if config.precision == "float16" else "float32",
     )
-    content: bytes = model.SerializeToString()
-    return content
+    return model.SerializeToString()
 
 
 class Exported(nn.Module):

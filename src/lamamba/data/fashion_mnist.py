@@ -65,8 +65,7 @@ def load_fashion_mnist(split: Literal["train", "test"] = "train", *, folder: Pat
 
 def _pad_to_32(images: np.ndarray) -> np.ndarray:
     """Pad (n, 28, 28) with black to (n, 1, 32, 32), a size that halves well."""
-    padded: np.ndarray = np.pad(images, ((0, 0), (2, 2), (2, 2)))
-    return padded[:, None]
+    return np.pad(images, ((0, 0), (2, 2), (2, 2)))[:, None]
 
 
 def _read_idx_files(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
