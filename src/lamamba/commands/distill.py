@@ -31,7 +31,7 @@ def distill(config: DistillConfig) -> Run:
     Raises:
         LamambaError: the options, the teacher, its data or the run folder are wrong.
     """
-    is_complete = getattr(config, "network", None) is not None  # as in a run that is continued
+    is_complete = config.network is not None  # as in a run that is continued
     return train(config if is_complete else complete(config))
 
 
@@ -76,7 +76,7 @@ def _data_options(config: DistillConfig, path: Path) -> dict[str, Any]:
     if (path / RECORD).is_file() and (run / "config.json").is_file() and is_run(run):
         started = read_train_config(run / "config.json")
     flips = {"horizontal_flip": bool(started and started.horizontal_flip)}
-    if getattr(config, "data", None) is not None:
+    if config.data is not None:
         return {"data": config.data, **flips}
     if path == shipped_weights()["nano"]:
         return {"data": "builtin", **flips}
