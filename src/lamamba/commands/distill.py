@@ -71,10 +71,9 @@ def complete(config: DistillConfig) -> DistillConfig:
 
 def _data_options(config: DistillConfig, path: Path) -> dict[str, Any]:
     """Return the data options of the configuration, or of the teacher's run if it names none."""
-    run = path.parent.parent
-    started = None
-    if (path / RECORD).is_file() and (run / "config.json").is_file() and is_run(run):
-        started = read_train_config(run / "config.json")
+    record = path.parent.parent / "config.json"
+    is_of_run = (path / RECORD).is_file() and is_run(record.parent)
+    started = read_train_config(record) if is_of_run else None
     flips = {"horizontal_flip": bool(started and started.horizontal_flip)}
     if config.data is not None:
         return {"data": config.data, **flips}
@@ -82,7 +81,7 @@ def _data_options(config: DistillConfig, path: Path) -> dict[str, Any]:
         return {"data": "builtin", **flips}
     if started is None:
         raise ConfigError(f"{config.start_from} does not record the images that it was trained on: give them (--data)")
-    known = read_record(run / "config.json", OriginRecord).get("paths", {})
+    known = read_record(record, OriginRecord).get("paths", {})
     if "data" in known and not Path(started.data).expanduser().exists():
         raise DataError(
             f"the images that {config.start_from} was trained on are gone from {started.data}: give them (--data)"
