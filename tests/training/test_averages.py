@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lamamba.training.averages
-from lamamba.checkpoints.checkpoint import load_checkpoint
+from lamamba.checkpoints.checkpoint import CheckpointInfo, load_checkpoint
 from lamamba.cli import main
+from lamamba.config import AverageConfig
 from lamamba.errors import CheckpointError
 from lamamba.training.averages import (
     MAX_RESIDUAL,
@@ -458,6 +460,26 @@ def test_a_run_keeps_snapshots_and_makes_any_average(tmp_path: Path, capsys: pyt
     with pytest.raises(SystemExit):
         main(["average", str(tmp_path / "whole"), "--sigma-rel", "0.5", "--out", str(tmp_path / "none")])
     assert "sigma_rel 0.5 is out of range" in capsys.readouterr().err
+
+
+def test_a_snapshot_that_is_saved_meanwhile_is_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_run(tmp_path, 2)
+    module = lamamba.training.averages
+    written: list[int] = []
+
+    def reconstruct_slowly(run: Path, *arguments: Any) -> dict[str, Tensor]:
+        weights = reconstruct(run, *arguments)
+        (run / "averages" / f"{24:012d}.safetensors").write_bytes(b"")
+        return weights
+
+    monkeypatch.setattr(module, "reconstruct", reconstruct_slowly)
+    monkeypatch.setattr(module, "find_checkpoint", lambda run: run)
+    monkeypatch.setattr(module, "build_empty", lambda _: None)
+    monkeypatch.setattr(module, "fill", lambda *_: None)
+    monkeypatch.setattr(module, "read_info", lambda _: CheckpointInfo())
+    monkeypatch.setattr(module, "write_weights", lambda out, network, info: written.append(info.images))
+    module.average(AverageConfig(tmp_path, 0.05, tmp_path / "out"))
+    assert written == [2 * BATCH]
 
 
 @pytest.mark.parametrize("length", [0.03, 0.25])

@@ -305,8 +305,8 @@ def average(config: AverageConfig) -> None:
     if config.out.exists():
         raise ConfigError(f"out {config.out} exists already: choose another path, or move it away")
     checkpoint = find_checkpoint(config.run)
-    weights = reconstruct(config.run, config.sigma_rel, config.images)
-    images = config.images if config.images is not None else int(snapshots_in(config.run)[-1].stem)
+    images = int(_paths_up_to(config.run, config.images)[-1].stem)  # once, since a run in training saves more
+    weights = reconstruct(config.run, config.sigma_rel, images)
     network = build_empty(checkpoint / "ema")
     fill(network, weights, f"the snapshots in {config.run / 'averages'}")
     write_weights(config.out, network, replace(read_info(checkpoint), images=images))
