@@ -334,24 +334,19 @@ def _check_options(scheduler: Any, objective: Objective, pixels: bool) -> None:
     flows = name.startswith("FlowMatch") or bool(option(scheduler, "use_flow_sigmas"))
     alpha_bars = getattr(scheduler, "alphas_cumprod", None)
     takes, wanted_prediction = option(scheduler, "prediction_type"), objective.scheduler_options["prediction_type"]
-    predicts = f"this network predicts {_PREDICTIONS[wanted_prediction]}"
-    if _is_flow(objective):
-        if not flows and alpha_bars is not None:
-            raise ConfigError(
-                f"the scheduler {name} is not for flow matching, which this network was trained with: "
-                "use FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler or one with use_flow_sigmas"
-            )
-        if takes not in (None, wanted_prediction):
-            raise ConfigError(
-                f"the scheduler {name} takes {takes}, and {predicts}: make it with "
-                f'prediction_type="{wanted_prediction}"'
-            )
-        return
-    if flows or takes not in (None, wanted_prediction):
+    if _is_flow(objective) and not flows and alpha_bars is not None:
         raise ConfigError(
-            f"the scheduler {name} {'is for flow matching' if flows else f'takes {takes}'}, and {predicts}: use one "
-            f'with prediction_type "{wanted_prediction}"'
+            f"the scheduler {name} is not for flow matching, which this network was trained with: "
+            "use FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler or one with use_flow_sigmas"
         )
+    is_only_for_flows = flows and not _is_flow(objective)
+    if is_only_for_flows or takes not in (None, wanted_prediction):
+        raise ConfigError(
+            f"the scheduler {name} {'is for flow matching' if is_only_for_flows else f'takes {takes}'}, and this "
+            f'network predicts {_PREDICTIONS[wanted_prediction]}: use one with prediction_type "{wanted_prediction}"'
+        )
+    if _is_flow(objective):
+        return
     if alpha_bars is None:
         raise ConfigError(
             f"the scheduler {name} is not of the noise schedule that this network was trained with, it has noise "
