@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from lamamba.cli import main
-from lamamba.commands.plot import add_caption, choose_evenly, draw_curves, name_runs
+from lamamba.commands.plot import add_caption, choose_evenly, draw_curves, name_runs, read_frames
 from lamamba.training.log import save_figure
 from refusals import refusal
 from small_network import TINY_NETWORK
@@ -54,6 +54,17 @@ def test_a_run_is_drawn(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     last = np.asarray(Image.open(run / "samples" / "000000000006.png").convert("L"))
     below = strip.shape[0] // 2 + 1
     assert (strip[below : below + grid.height, 2:-2] == last).all()
+
+
+def test_grids_of_different_sizes_are_enlarged_to_the_largest(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    for images, size, gray in ((2, (20, 10), 0), (4, (40, 30), 100)):
+        Image.new("L", size, gray).save(tmp_path / "samples" / f"{images:012d}.png")
+    small, large = (np.asarray(frame.convert("L")) for frame in read_frames(tmp_path))
+    assert small.shape == large.shape == (30 + 14, 40)
+    assert (small[:20] == 0).all()  # twice as large, above white
+    assert (small[20:30] == 255).all()
+    assert (large[:30] == 100).all()
 
 
 def test_the_curves_are_the_log_s(run: Path) -> None:

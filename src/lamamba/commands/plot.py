@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from lamamba.config import GridConfig, PlotConfig
 from lamamba.config.checks import MAX_GRID_PIXELS
@@ -107,8 +107,11 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
 
 
 def read_frames(run: Path) -> list[Image.Image]:
-    """Read a run's sample grids, oldest first, and caption them with the images seen. Unreadable files are skipped."""
-    frames = []
+    """Read a run's sample grids, oldest first, and caption them with the images seen.
+
+    Unreadable files are skipped. Grids of a resumed run may differ in size; they are enlarged to the largest one.
+    """
+    grids = {}
     for path in sorted((run / "samples").glob("*.png")):
         if not path.stem.isdigit():
             continue
@@ -119,8 +122,13 @@ def read_frames(run: Path) -> list[Image.Image]:
         if grid.width > MAX_FRAME_WIDTH:
             size = MAX_FRAME_WIDTH, round(grid.height * MAX_FRAME_WIDTH / grid.width)
             grid = grid.resize(size, Image.Resampling.LANCZOS)
-        frames.append(add_caption(grid, f"{int(path.stem):,} images"))
-    return frames
+        grids[int(path.stem)] = grid
+    sizes = [grid.size for grid in grids.values()] or [(0, 0)]
+    size = max(width for width, _ in sizes), max(height for _, height in sizes)
+    return [
+        add_caption(ImageOps.pad(grid, size, Image.Resampling.NEAREST, "white", (0, 0)), f"{images:,} images")
+        for images, grid in grids.items()
+    ]
 
 
 def choose_evenly(items: Sequence[Any], number: int) -> list[Any]:
