@@ -122,7 +122,7 @@ def test_where_memory_does_not_do_half_as_many_are_sampled_at_once(monkeypatch: 
 
 def test_mixtures_and_guidance_change_the_image() -> None:
     pipe = build()
-    weaker = build(bottleneck_depth=0).network
+    weaker = build(decoder_extra_depth=0).network
     coat, bag = latents_of(pipe, "Coat"), latents_of(pipe, "Bag")
     assert torch.allclose(latents_of(pipe, {"Coat": 2.0}), coat, atol=1e-5)
     mixed = latents_of(pipe, {"Coat": 1.0, 2: 1.0})
