@@ -107,14 +107,15 @@ class DatasetSource(ImageSource):
             return together.hexdigest()
         compute = import_module("pyarrow.compute")
         for table in self.images.with_format("arrow").iter(1000):
+            sizes: list[int | None] = []  # of all chunks, since the same images may be stored in other chunks
             for chunk in table[self.column].chunks:
-                sizes = compute.binary_length(compute.struct_field(chunk, "bytes")).to_pylist()
+                lengths = compute.binary_length(compute.struct_field(chunk, "bytes")).to_pylist()
                 paths = compute.struct_field(chunk, "path").to_pylist()
-                sizes = [
-                    os.path.getsize(path) if size is None and path and os.path.isfile(path) else size
-                    for size, path in zip(sizes, paths, strict=True)
+                sizes += [
+                    os.path.getsize(path) if length is None and path and os.path.isfile(path) else length
+                    for length, path in zip(lengths, paths, strict=True)
                 ]
-                together.update(json.dumps(sizes).encode())
+            together.update(json.dumps(sizes).encode())
         return together.hexdigest()
 
     def load(self, index: int) -> tuple[np.ndarray, int]:
