@@ -48,8 +48,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the slow tests, so that none of them is left to a single process at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """End with the slow tests, so that a time limit skips them first."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -192,7 +192,6 @@ def test_the_browser_samples_what_pytorch_does(
     assert (shown[:, :, 0] - (wanted + 1) * 127.5).abs().max() < 1
 
 
-@pytest.mark.slow
 def test_web_gpu_samples_what_pytorch_does(site: Path, browser: Any, tmp_path: Path) -> None:
     """Chromium computes WebGPU on the CPU here, which is slow: the network is tiny, but has all of its operations."""
     browser.get("about:blank")

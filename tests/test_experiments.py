@@ -29,6 +29,8 @@ from lamamba.cli import main as lamamba
 from lamamba.distributed.processes import Processes
 from lamamba.errors import CheckpointError, ConfigError
 
+# All of them, so that one process runs them and trains what they share only once.
+pytestmark = pytest.mark.slow
 TIMES = {"seconds", "images_per_s", "compile_s", "sampling_s"}
 
 
@@ -54,7 +56,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> settings.Setting:
     return setting
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dit-s-2-seed-0", "s-longer-seed-1"])  # the first has a sweep, the second more EMAs
 def test_what_is_stopped_again_and_again_leaves_the_same_record(
     tmp_path: Path, whole: settings.Setting, name: str
@@ -255,7 +256,6 @@ def test_weights_travel_in_parts(tmp_path: Path, whole: settings.Setting) -> Non
         weights.release(whole.out / "dit-s-2-seed-0", tmp_path / "released")
 
 
-@pytest.mark.slow
 def test_students_are_scored_beside_their_teacher(tmp_path: Path, whole: settings.Setting) -> None:
     piece, stops = pieces.Distilling("distilled", pieces.PIECES["s-flow"], guidance=1.5), 0
     for looks in (1, 6, 1_000_000):  # it is stopped in training, and in scores
@@ -372,7 +372,6 @@ def test_processes_share_the_pieces(tmp_path: Path, run: ModuleType, monkeypatch
     assert begun == ["nano", "memorisation-s"]
 
 
-@pytest.mark.slow
 def test_processes_of_torchrun_share_a_training_that_one_ends(tmp_path: Path, whole: settings.Setting) -> None:
     program = tmp_path / "program.py"  # whose time is over after the last line of the curve
     program.write_text(
