@@ -310,7 +310,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_carry: Tensor | None) -> tuple[Tensor | None, ...]:
         # The registered operation raises an error if these gradients are differentiated again.
-        run = _scan_back if _may_launch(grad_y) and not torch.is_grad_enabled() else _backward
+        run = _scan_back if _may_launch(grad_y, grad_carry) and not torch.is_grad_enabled() else _backward
         return _autograd(ctx, grad_y, grad_carry, None, run)
 
 
