@@ -184,8 +184,8 @@ def _dispatch(arguments: list[str]) -> None:
 
 
 def _call(name: str, arguments: list[str]) -> None:
-    command, arguments = COMMANDS[name], with_dashes(arguments)
-    defaults = _DEFAULTS[name](arguments) if name in _DEFAULTS else {}
+    command = COMMANDS[name]
+    defaults = _DEFAULTS[name](with_dashes(arguments)) if name in _DEFAULTS else {}
     config = OptionReader(command.config, name, command.example, defaults).read(arguments)
     with _loading():
         function = resolve_name(command.function)
