@@ -29,7 +29,7 @@ from lamamba.cli import main as lamamba
 from lamamba.distributed.processes import Processes
 from lamamba.errors import CheckpointError, ConfigError
 
-# All of them, so that one process runs them and trains what they share only once.
+# All of them, so that they stay together: each process that runs some trains what they share.
 pytestmark = pytest.mark.slow
 TIMES = {"seconds", "images_per_s", "compile_s", "sampling_s"}
 

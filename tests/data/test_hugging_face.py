@@ -118,7 +118,7 @@ class TestReading:
 
     def test_it_is_recognized_by_its_contents(self, folder, tmp_path):
         digest = opened(save(labelled(), folder)).identify()
-        for number in (1, 3):  # of files, whose sizes need not be those of the batches that are read
+        for number in (1, 3):  # of files: the digest does not depend on it
             labelled().save_to_disk(tmp_path / str(number), num_shards=number)
             assert opened(tmp_path / str(number)).identify() == digest
         assert opened(save(dataset_of(contents(), [0] * NUM_ROWS), tmp_path / "labels")).identify() != digest

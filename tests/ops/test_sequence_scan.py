@@ -345,7 +345,7 @@ def test_too_many_states_are_refused() -> None:
         host._make_plan((1, 1, 2**27), 1, 16, torch.bfloat16, True)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="takes 8 GiB, of which a CPU uses only a few pages")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would take 8 GiB of GPU memory")
 def test_states_may_be_far_apart() -> None:
     """Offsets of 2^31 would wrap around in 32 bits, and zeros would be read."""
     pytest.importorskip("triton")

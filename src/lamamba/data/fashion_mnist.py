@@ -33,7 +33,11 @@ _WAYS_WITHOUT_HUB = (
 
 
 def load_builtin() -> ArraySource:
-    """Return the first 10,000 Fashion-MNIST training images, shipped with the package: (10000, 1, 32, 32)."""
+    """Return the first 10,000 Fashion-MNIST training images, shipped with the package: (10000, 1, 32, 32).
+
+    Raises:
+        DataError: the shipped file is missing or damaged.
+    """
     with reading(f"the built-in set {BUILTIN} cannot be read", "install lamamba again"), np.load(BUILTIN) as arrays:
         return ArraySource("builtin", _pad_to_32(arrays["images"]), arrays["labels"], FASHION_MNIST_CLASSES)
 

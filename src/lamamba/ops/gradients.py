@@ -12,9 +12,9 @@ def register_gradients(
     """Let a backward operation compute the gradients of a forward operation.
 
     Args:
-        forward: a custom operation of tensors, of which all but the first may be None, and then options.
+        forward: a custom operation. It takes tensors first, then options. Only the first tensor must not be None.
         backward: takes the gradients of the outputs, the saved output, the tensors and the options; returns one
-            gradient for each tensor, which is converted to its dtype, and ignored for None.
+            gradient for each tensor, which is converted to its dtype. The gradient for None is ignored.
         num_tensors: number of tensors among the inputs.
         saved_output: index of an output that only the backward pass reads.
     """

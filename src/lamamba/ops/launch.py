@@ -50,7 +50,7 @@ LOCK = RLock()
 def launch(
     kernel: Any, grid: tuple[int, ...], *arguments: Tensor | float | tuple[int, ...] | None, **constants: object
 ) -> None:
-    """Launch a kernel on the device of its tensors, or only record it while `precompile` runs; tuples are strides."""
+    """Launch a kernel on the device of its tensors, or only record it while `precompile` runs. Tuples hold strides."""
     if _recorded is not None:
         kinds = tuple(argument.dtype if isinstance(argument, Tensor) else argument for argument in arguments)
         _recorded[Launch(kernel, kinds, tuple(constants.items()))] = None
